@@ -1,0 +1,48 @@
+"""What a user can cause, and what the process says about it when it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command of the project; schedulers and scripts rely on them."""
+
+    DONE = 0
+    FAILED = 1
+    USER_ERROR = 2
+    REQUEUE = 75  # EX_TEMPFAIL: the state is saved, start the same command again
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, where, which limit and the remedy, in one line."""
+
+
+class ConfigError(UserError):
+    """The configuration asks for something unknown or impossible."""
+
+
+class DataError(UserError):
+    """Shards that are missing, damaged, or do not fit the configuration."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+def exit_with_message(command: Callable[[], int]) -> None:
+    """Run `command` and leave the process with its exit code; a `UserError` becomes one message and exit code 2.
+
+    Only global rank 0 prints, since every rank of a job meets the same mistake.
+    """
+    try:
+        code = command()
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = ExitCode.USER_ERROR
+    sys.stdout.flush()
+    sys.exit(int(code))
