@@ -1,0 +1,155 @@
+"""The JiT network: a plain Vision Transformer on pixels (arXiv 2511.13720).
+
+Shapes: B batch, N tokens, C hidden size, P patch size, G = image_size / P tokens a side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from jitscale.config import ModelConfig
+from jitscale.model.layers import (
+    Attention,
+    BottleneckPatchEmbed,
+    LabelEmbedder,
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedder,
+    modulate,
+    rope_table,
+    sincos_position_table,
+)
+
+
+class Block(nn.Module):
+    """Transformer block whose two branches are shifted, scaled and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, config: ModelConfig, attn_dropout: float, proj_dropout: float) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, config.num_heads, attn_dropout, proj_dropout)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, proj_dropout)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # type: ignore[no-any-return]
+
+
+class FinalLayer(nn.Module):
+    """Normalise, modulate and project every token to its P * P * 3 pixels (order: row, column, channel)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, config.patch_size**2 * 3)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # type: ignore[no-any-return]
+
+
+class JiT(nn.Module):
+    """net(z, t, y): noisy images, times and labels to what the objective asks for (the clean image by default).
+
+    Attributes:
+        config: the sizes.
+        noise_scale: standard deviation of the noise it was trained with; set by whoever loads weights, used by
+            samplers when none is given.
+    """
+
+    pos_embed: torch.Tensor
+    rope: torch.Tensor
+
+    def __init__(self, config: ModelConfig, noise_scale: float = 1.0) -> None:
+        super().__init__()
+        self.config = config
+        self.noise_scale = noise_scale
+        grid = config.image_size // config.patch_size
+        head_dim = config.hidden_size // config.num_heads
+
+        self.x_embedder = BottleneckPatchEmbed(config.patch_size, config.bottleneck_dim, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        if config.in_context_len > 0:
+            self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, config.hidden_size))
+        middle_half = range(config.depth // 4, config.depth // 4 * 3)
+        self.blocks = nn.ModuleList(
+            Block(
+                config,
+                config.attn_dropout if index in middle_half else 0.0,
+                config.proj_dropout if index in middle_half else 0.0,
+            )
+            for index in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config)
+        # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
+        self.register_buffer("pos_embed", sincos_position_table(config.hidden_size, grid), persistent=False)
+        self.register_buffer("rope", rope_table(head_dim, grid, config.in_context_len), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw every weight from torch's default generator (authors' code; arXiv 2511.13720, appendix A)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.config.in_context_len > 0:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+        zeroed = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
+        for layer in (*zeroed, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def null_label(self) -> int:
+        """The label index that means "no class"."""
+        return self.config.num_classes
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Predict from noisy images.
+
+        Args:
+            z: (B, 3, image_size, image_size).
+            t: (B,) in [0, 1]; 1 is clean.
+            y: (B,) integer labels; `null_label` for no class.
+
+        Returns:
+            (B, 3, image_size, image_size)
+        """
+        prefix = self.config.in_context_len
+        label = self.y_embedder(y)
+        condition = self.t_embedder(t) + label  # (B, C)
+        x = self.x_embedder(z)
+        x = x + self.pos_embed.to(x.dtype)
+        rope = self.rope[:, prefix:]
+        for index, block in enumerate(self.blocks):
+            if prefix > 0 and index == self.config.in_context_start:
+                x = torch.cat([(label[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
+                rope = self.rope
+            x = block(x, condition, rope)
+        x = x[:, prefix:] if prefix > 0 else x
+        return self.unpatchify(self.final_layer(x, condition))
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N, P * P * 3) -> (B, 3, G P, G P)"""
+        size, patch = self.config.image_size, self.config.patch_size
+        grid = size // patch
+        images = patches.view(-1, grid, grid, patch, patch, 3)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)

@@ -1,0 +1,158 @@
+"""The parts of the network: norms, rotary positions, embedders, attention and feed-forward layers.
+
+Shapes: B batch, N tokens, H heads, D head dim, C hidden size, G tokens a side of the image.
+Parameter names are those of the authors' checkpoints, so that their files load as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jitscale.model.attention import attention
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10_000.0
+TIMESTEP_FREQUENCIES = 256
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32, returned in the input's dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+        return (x32 * self.weight.float()).to(x.dtype)
+
+
+def sincos_position_table(hidden_size: int, grid: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine embedding, the column (w) in the first half: (G * G, C) float32."""
+    quarter = hidden_size // 4
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (G, C/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, C/2)
+    column = axis[None].expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(grid * grid, hidden_size).float()
+
+
+def rope_table(head_dim: int, grid: int, prefix: int) -> torch.Tensor:
+    """Cosine and sine of the 2-D axial rotation: (2, prefix + G * G, D) float32.
+
+    Half of the head dim turns with the row, half with the column; neighbouring channels form a pair. The `prefix`
+    in-context tokens have no place in the image and are not rotated.
+    """
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    axis = (torch.arange(grid, dtype=torch.float32)[:, None] * frequency).repeat_interleave(2, dim=1)  # (G, D/2)
+    row = axis[:, None].expand(grid, grid, -1)
+    column = axis[None].expand(grid, grid, -1)
+    angle = torch.cat([row, column], dim=2).reshape(grid * grid, head_dim)
+    angle = torch.cat([torch.zeros(prefix, head_dim), angle])
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Apply rotary positions in float32 to `x` (B, N, H, D) with `rope` (2, N, D); keeps the dtype of `x`."""
+    cos, sin = rope[:, :, None]  # (N, 1, D) each
+    x32 = x.float()
+    even, odd = x32.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter_turn = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x32 * cos + quarter_turn * sin).to(x.dtype)
+
+
+class BottleneckPatchEmbed(nn.Module):
+    """Patches through a low-rank bottleneck (arXiv 2511.13720, section 4.3): P x P x 3 -> bottleneck -> C."""
+
+    def __init__(self, patch_size: int, bottleneck_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj1 = nn.Conv2d(3, bottleneck_dim, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, G P, G P) -> (B, N, C)"""
+        return self.proj2(self.proj1(image)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of t, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, C)"""
+        half = TIMESTEP_FREQUENCIES // 2
+        frequency = torch.exp(-math.log(10_000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angle = t.float()[:, None] * frequency
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+
+
+class LabelEmbedder(nn.Module):
+    """One vector a class; the extra last one stands for "no class"."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, C)"""
+        return self.embedding_table(labels)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised, rotated queries and keys."""
+
+    def __init__(self, hidden_size: int, num_heads: int, attn_dropout: float, proj_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.attn_dropout = attn_dropout
+        self.proj_drop = nn.Dropout(proj_dropout)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """(B, N, C), (2, N, D) -> (B, N, C)"""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
+        q = rotate(self.q_norm(q), rope)
+        k = rotate(self.k_norm(k), rope)
+        out = attention(q, k, v, self.attn_dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(out.flatten(2)))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020) of inner width int(4 C * 2/3), gate and value fused."""
+
+    def __init__(self, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        inner = swiglu_width(hidden_size)
+        self.w12 = nn.Linear(hidden_size, 2 * inner)
+        self.w3 = nn.Linear(inner, hidden_size)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> (B, N, C)"""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.drop(F.silu(gate) * value))  # type: ignore[no-any-return]
+
+
+def swiglu_width(hidden_size: int) -> int:
+    """Inner width of the feed-forward layer."""
+    return int(4 * hidden_size * 2 / 3)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm (Peebles and Xie 2023): (B, N, C) with (B, C) each."""
+    return x * (1 + scale[:, None]) + shift[:, None]
