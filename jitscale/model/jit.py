@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from jitscale.config import ModelConfig
+from jitscale.config import DiffusionConfig, ModelConfig
 from jitscale.model.layers import (
     Attention,
     BottleneckPatchEmbed,
@@ -62,17 +62,16 @@ class JiT(nn.Module):
 
     Attributes:
         config: the sizes.
-        noise_scale: standard deviation of the noise it was trained with; set by whoever loads weights, used by
-            samplers when none is given.
+        diffusion: how it was trained; samplers take the noise scale and the meaning of the prediction from it.
     """
 
     pos_embed: torch.Tensor
     rope: torch.Tensor
 
-    def __init__(self, config: ModelConfig, noise_scale: float = 1.0) -> None:
+    def __init__(self, config: ModelConfig, diffusion: DiffusionConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.noise_scale = noise_scale
+        self.diffusion = diffusion or DiffusionConfig()
         grid = config.image_size // config.patch_size
         head_dim = config.hidden_size // config.num_heads
 
@@ -136,7 +135,7 @@ class JiT(nn.Module):
         prefix = self.config.in_context_len
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
-        x = self.x_embedder(z)
+        x = self.x_embedder(z.to(self.x_embedder.proj1.weight.dtype))
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope[:, prefix:]
         for index, block in enumerate(self.blocks):

@@ -1,0 +1,143 @@
+"""Networks that turn images into the features and class logits every metric is computed from.
+
+Shapes: B batch, F features, L logits; images are (B, 3, height, width).
+A network brings its own resize and takes uint8 only, so that two evaluations of the same images cannot differ by their
+preprocessing. The hash of its weights belongs into every result: distances of different networks do not compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jitscale.errors import UserError
+
+DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
+DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images as they are written to files: rounded to the nearest of 256 levels, as the authors do, not truncated.
+
+    Args:
+        images: (B, 3, height, width) floating point, nominally in [-1, 1]; what lies outside is clamped.
+
+    Returns:
+        (B, 3, height, width) uint8.
+
+    Raises:
+        ValueError: another shape or dtype, or values that are not finite; the message has their batch indices.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"expected (B, 3, height, width) floating point, got {tuple(images.shape)} {images.dtype}")
+    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"images with values that are not finite, at batch indices {broken}")
+    return (images.float().clamp(-1.0, 1.0) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+class FeatureNetwork(nn.Module):
+    """What a feature network has to bring: the attributes, and `embed`.
+
+    Attributes:
+        name: its key in `FEATURE_NETWORKS`.
+        num_features: F.
+        num_logits: L.
+        input_size: side in pixels to which every image is resized.
+        weights_sha256: hex digest of the weights file; empty while the weights are random.
+    """
+
+    name: str
+    num_features: int
+    num_logits: int
+    input_size: int
+    weights_sha256: str = ""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, F) and logits (B, L), float32, of uint8 `images` (B, 3, height, width) of any size.
+
+        Raises:
+            ValueError: images of another shape or dtype.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"expected (B, 3, height, width) uint8, got {tuple(images.shape)} {images.dtype}")
+        with torch.autocast(images.device.type, enabled=False):  # the caller's precision is no part of a protocol
+            return self.embed(images.float())
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Resize and scale float32 images in [0, 255], then apply the network."""
+        raise NotImplementedError
+
+
+class DigitsFeatures(FeatureNetwork):
+    """A small convolutional network for scikit-learn's handwritten digits: a Fréchet distance that a CPU can run.
+
+    It looks at 32 x 32 pixels whatever the resolution. The features keep positions (no global pooling), carry no
+    rectifier, and each is scaled to unit variance on the digits: none is dead, so that a thousand images have a
+    covariance of full rank, and the distance has a scale (about 2 between the halves of the real digits).
+    """
+
+    name = "digits"
+    num_features = 64
+    num_logits = 10
+    input_size = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in, width_out, stride in ((3, 16, 1), (16, 32, 2), (32, 32, 2), (32, 32, 2)):
+            layers += [
+                nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
+                nn.GroupNorm(8, width_out),
+                nn.SiLU(),
+            ]
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
+        self.features = nn.Linear(32 * 4 * 4, self.num_features, bias=False)
+        self.scale = nn.BatchNorm1d(self.num_features, affine=False)
+        self.classes = nn.Linear(self.num_features, self.num_logits)
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = (self.input_size, self.input_size)
+        if images.shape[2:] != size:
+            # Antialiased, or noise and edges of larger images would be sampled, not averaged.
+            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
+        features = self.scale(self.features(self.trunk(images / 127.5 - 1.0)))
+        return features, self.classes(F.silu(features))
+
+
+def pretrained_digits() -> FeatureNetwork:
+    """The digits network with the weights of this repository (written by tools/train_digits_features.py).
+
+    Raises:
+        UserError: the file is missing or is not this network's.
+    """
+    network = DigitsFeatures()
+    try:
+        content = DIGITS_WEIGHTS.read_bytes()
+        network.load_state_dict(safetensors.torch.load(content))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot load {DIGITS_WEIGHTS}: {reason}; reinstall jitscale or restore the file") from error
+    network.weights_sha256 = hashlib.sha256(content).hexdigest()
+    return network
+
+
+FEATURE_NETWORKS: dict[str, Callable[[], FeatureNetwork]] = {DigitsFeatures.name: pretrained_digits}
+
+
+def load_feature_network(name: str, device: torch.device | str) -> FeatureNetwork:
+    """The feature network `name` with its weights on `device`, in evaluation mode and without gradients.
+
+    Raises:
+        UserError: there is no such network, or its weights cannot be read.
+    """
+    if name not in FEATURE_NETWORKS:
+        raise UserError(f"unknown feature network {name!r}; there are: {', '.join(sorted(FEATURE_NETWORKS))}")
+    return FEATURE_NETWORKS[name]().to(device).eval().requires_grad_(False)

@@ -1,0 +1,138 @@
+"""Numbers for sets of generated images, computed in float64 from stored features and logits.
+
+Shapes: N images, F features, L logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Float64Array = npt.NDArray[np.float64]
+
+INCEPTION_SCORE_SEED = 2020  # the published protocol shuffles with numpy.random.RandomState(2020)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """The Gaussian that stands for a set of images: `mean` (F,) and unbiased `covariance` (F, F), float64."""
+
+    mean: Float64Array
+    covariance: Float64Array
+
+
+def feature_statistics(features: Array) -> FeatureStatistics:
+    """Mean and covariance (divided by N - 1) of `features` (N, F).
+
+    Fewer images than features leave the covariance singular, and the distance then depends mostly on N: logged.
+
+    Raises:
+        ValueError: not a matrix of at least two rows, or values that are not finite.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(f"expected features (N, F) of at least two images, got shape {features.shape}")
+    _refuse_non_finite(features, "features")
+    images, dimensions = features.shape
+    if images < dimensions:
+        logger.warning("%d images for %d features: their covariance is singular", images, dimensions)
+    covariance = np.cov(features, rowvar=False, dtype=np.float64).reshape(dimensions, dimensions)
+    return FeatureStatistics(features.mean(axis=0, dtype=np.float64), covariance)
+
+
+def frechet_distance(features_a: Array, features_b: Array) -> float:
+    """Fréchet distance between two sets of features (N, F); the FID where they are Inception's pool features.
+
+    Raises:
+        ValueError: different F, fewer than two images in a set, or values that are not finite.
+    """
+    return frechet_distance_from_statistics(feature_statistics(features_a), feature_statistics(features_b))
+
+
+def frechet_distance_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R B R, R^2 = A.
+    Two symmetric eigendecompositions need no general matrix root and cannot leave the real numbers.
+    torchmetrics offers the same number but takes features only; its precomputed statistics would have to be written
+    into the attributes of the metric.
+
+    Returns:
+        The distance; round-off can leave it a little below zero for equal sets.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or values that are not finite.
+    """
+    dimensions = a.mean.shape[0] if a.mean.ndim == 1 else -1
+    for statistics in (a, b):
+        if statistics.mean.shape != (dimensions,) or statistics.covariance.shape != (dimensions, dimensions):
+            raise ValueError(
+                f"statistics do not fit: means {a.mean.shape} and {b.mean.shape}, "
+                f"covariances {a.covariance.shape} and {b.covariance.shape}"
+            )
+        _refuse_non_finite(statistics.mean, "means")
+        _refuse_non_finite(statistics.covariance, "covariances")
+    mean_a, covariance_a = a.mean.astype(np.float64), a.covariance.astype(np.float64)
+    mean_b, covariance_b = b.mean.astype(np.float64), b.covariance.astype(np.float64)
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T  # a covariance has negative eigenvalues by round-off
+    product = root @ covariance_b @ root
+    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
+    difference = mean_a - mean_b
+    return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross)
+
+
+def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
+    """Inception Score of `logits` (N, L): exp of the mean divergence between p(y|x) and p(y) (Salimans et al. 2016).
+
+    The published protocol: images shuffled with numpy's RandomState(2020), cut into `splits` parts, and the mean and
+    the population standard deviation (divided by `splits`) of the parts' scores. The shuffle matters: a part of images
+    sorted by class sees few classes.
+
+    Returns:
+        Mean and standard deviation over the parts.
+
+    Raises:
+        ValueError: not a matrix, fewer images than parts, or values that are not finite.
+    """
+    if logits.ndim != 2 or not 1 <= splits <= logits.shape[0]:
+        raise ValueError(f"expected logits (N, L) of at least {splits} images, got shape {logits.shape}")
+    _refuse_non_finite(logits, "logits")
+    images = logits.shape[0]
+    order = np.random.RandomState(INCEPTION_SCORE_SEED).permutation(images)
+    log_p = logits.astype(np.float64)[order]
+    log_p -= np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+    scores = []
+    for part in range(splits):
+        conditional = log_p[part * images // splits : (part + 1) * images // splits]
+        marginal = np.logaddexp.reduce(conditional, axis=0) - np.log(len(conditional))  # stays finite where p is 0
+        scores.append(np.exp((np.exp(conditional) * (conditional - marginal)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def label_agreement(logits: Array, labels: Array) -> float:
+    """Share of images, in [0, 1], whose largest of `logits` (N, L) is the class they were asked to show, `labels` (N,).
+
+    Only for a network whose logits are the classes of the generator, in the same order.
+
+    Raises:
+        ValueError: shapes that do not fit, no images, values that are not finite, or labels outside [0, L).
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.size == 0:
+        raise ValueError(f"expected logits (N, L) and labels (N,), got shapes {logits.shape} and {labels.shape}")
+    _refuse_non_finite(logits, "logits")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def _refuse_non_finite(values: Array, what: str) -> None:
+    broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if broken.size:
+        raise ValueError(f"{what} that are not finite in {broken.size} of {len(values)} rows, first row {broken[0]}")

@@ -1,0 +1,149 @@
+"""Ranks: who we are, and how ranks agree. Every function works in a single process too."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from jitscale.errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+def adopt_launcher_environment() -> int:
+    """Give torchrun's variables to a process started by srun or by plain `python`; returns the world size.
+
+    srun is recognised by its step: a batch script carries Slurm variables too, but runs no tasks.
+    """
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment.setdefault("MASTER_ADDR", _first_slurm_host(environment["SLURM_STEP_NODELIST"]))
+        environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+    elif "RANK" not in environment:
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        environment["MASTER_PORT"] = str(_free_port())
+    return int(environment["WORLD_SIZE"])
+
+
+def choose_device(setting: str) -> torch.device:
+    """`run.device` as this rank's device.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def bf16_supported(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic is at hand: always on CPU, from compute capability 8.0 on GPUs."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def start(device: torch.device) -> World:
+    """Join the job's process group: gloo on CPU, NCCL beside gloo on GPUs."""
+    adopt_launcher_environment()
+    # DeepSpeed chooses its accelerator when it is imported, and would take a GPU that this run shall not use.
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    gather_objects(None)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's picklable `value`, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    # Through the CPU tensor path, so that no message waits behind work queued on a GPU.
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank."""
+    if not dist.is_initialized():
+        return flag
+    count = torch.tensor([int(flag)])
+    dist.all_reduce(count)
+    return bool(count.item())
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's `tensor`, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank what any rank met, so that none waits for a rank that has left.
+
+    Raises:
+        UserError: the first rank's error, of the type it had there.
+    """
+    errors = [met for met in gather_objects(error) if met is not None]
+    if errors:
+        raise errors[0]
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True)
+    return hosts.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

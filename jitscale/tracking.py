@@ -1,0 +1,144 @@
+"""Where a run's numbers go: metrics.jsonl in its folder, and Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import wandb
+
+from jitscale.config import Config, to_dict
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
+PEAK_BF16_TFLOPS = {
+    "A100": 312.0,
+    "A40": 149.7,
+    "L40S": 362.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The data-sheet bf16 peak of a GPU, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [known for known in PEAK_BF16_TFLOPS if known in name]
+    return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
+
+
+class Tracker:
+    """Writes what rank 0 measures; on the other ranks every method does nothing.
+
+    Losing the connection to W&B, or W&B itself, never stops training: the numbers are in metrics.jsonl first.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int) -> None:
+        """Open the run's record, dropping lines after `resumed_step`: those steps will be run again."""
+        self._active = active
+        self._wandb: Any = None
+        if not active:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        _drop_lines_after(self._path, resumed_step)
+        self._file = self._path.open("a")
+        if config.tracking.wandb != "off":
+            self._start_wandb(config, run_dir)
+
+    def log(self, values: dict[str, float | int | None]) -> None:
+        """Record one step's numbers; what is not finite becomes null."""
+        if not self._active:
+            return
+        clean = {key: _finite(value) for key, value in values.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        self._to_wandb({key: value for key, value in clean.items() if value is not None})
+
+    def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
+        """Send a picture (height, width, 3) taken after `images` images seen."""
+        if self._wandb is not None:
+            self._to_wandb({name: wandb.Image(image), "images": images})
+
+    def log_result(self, result: dict[str, Any], images: int) -> None:
+        """Send the numbers of an evaluation, taken after `images` images seen."""
+        numbers = {f"evaluation/{k}": v for k, v in result.items() if isinstance(v, float | int)}
+        self._to_wandb({**numbers, "images": images})
+
+    def close(self) -> None:
+        """End the record."""
+        if not self._active:
+            return
+        self._file.close()
+        if self._wandb is not None:
+            self._guarded(self._wandb.finish)
+
+    def _start_wandb(self, config: Config, run_dir: Path) -> None:
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+        def start() -> None:
+            self._wandb = wandb.init(
+                project=config.tracking.project,
+                name=config.tracking.name or run_dir.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=run_dir,
+                mode="online" if config.tracking.wandb == "online" else "offline",
+                config=to_dict(config),
+            )
+            # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
+            self._wandb.define_metric("*", step_metric="images")
+
+        self._guarded(start)
+
+    def _to_wandb(self, values: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._guarded(lambda: self._wandb.log(values))
+
+    def _guarded(self, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever W&B raises, training goes on
+            logger.warning("W&B is off from here on (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
+            self._wandb = None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            logger.warning("%s: dropped a line that was cut short", path)
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    aside.replace(path)

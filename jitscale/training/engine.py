@@ -1,0 +1,254 @@
+"""The DeepSpeed ZeRO engine: forward, backward and step of a sharded network. The only file that imports deepspeed.
+
+Beside training it says where each rank's fp32 masters lie, as fragments of the unsharded parameters. Averages and
+checkpoints are built on that, because DeepSpeed's own checkpoints fit one world size and one stage only. The layout
+is read from private attributes of DeepSpeed 0.19.8, which is why pyproject.toml pins it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+# DeepSpeed calls collectives that torch deprecates, once a step and more: nothing a user can do about.
+warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
+from torch import nn  # noqa: E402
+
+from jitscale import parallel  # noqa: E402
+from jitscale.config import Config  # noqa: E402
+from jitscale.parallel import World  # noqa: E402
+from jitscale.training.checkpoint import MOMENTS, Fragment  # noqa: E402
+from jitscale.training.optim import build_optimizer  # noqa: E402
+
+GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+class ZeroEngine:
+    """A network whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over the ranks."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        """Shard `model`, which every rank has built alike, and its AdamW state."""
+        # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
+        compatible_ops["deepspeed_shm_comm"] = False
+        self.stage = config.engine.zero_stage
+        self.world = world
+        share = config.data.batch_size // world.size
+        micro_batch = config.engine.micro_batch_size or share
+        self.micro_batches = share // micro_batch
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optim),
+            config=_deepspeed_config(config, micro_batch, self.micro_batches),
+        )
+        self._optimizer = self._engine.optimizer
+        self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
+        self.fragments = list(self._fragments())
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
+        return self._engine(z, t, y)  # type: ignore[no-any-return]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss; it is divided by the number of micro-batches here."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float | None = None) -> bool:
+        """End a micro-batch; after the last one of a step, update the weights with learning rate `lr`.
+
+        Returns:
+            Whether the weights moved: False between micro-batches, and where a gradient was not finite.
+        """
+        if lr is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+        self._stage0_norm = self._stage0_gradient_norm() if self.stage == 0 and lr is not None else None
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def gradient_norm(self) -> float:
+        """The global 2-norm of the last step's gradients before clipping."""
+        norm = self._stage0_norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's flat float32 master tensors, in the order that fragments count them."""
+        if self.stage == 0:
+            named = dict(self._named_parameters())
+            return [named[f.name].detach().view(-1)[f.offset : f.offset + f.length] for f in self.fragments]
+        return list(self._flats())
+
+    def moments(self) -> dict[str, list[torch.Tensor]]:
+        """The optimizer's moments beside the masters; empty before the first step."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for name in MOMENTS:
+            flats = [state.get(name) for state in self._optimizer_states()]
+            if all(flat is not None for flat in flats):
+                found[name] = self._sliced([flat.view(-1) for flat in flats if flat is not None])
+        return found
+
+    def optimizer_step(self) -> int:
+        """Updates that the moments have seen."""
+        steps = {int(state["step"]) for state in self._optimizer_states() if "step" in state}
+        return max(steps, default=0)
+
+    @torch.no_grad()
+    def prepare_to_load(self, optimizer_step: int) -> dict[str, list[torch.Tensor]]:
+        """Make room for a saved state.
+
+        Returns:
+            The flat tensors to fill: `model` (the masters) and, if `optimizer_step` > 0, the moments. Call
+            `finish_loading` afterwards.
+        """
+        if self.stage == 3:
+            self._optimizer.checkpoint_event_prologue()  # partitions what is still gathered
+        if optimizer_step > 0:
+            for flat, state in zip(self._state_keys(), self._optimizer_states(), strict=True):
+                # One step tensor for each flat: a shared one would be advanced several times a step.
+                state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(flat)
+        return {"model": self.masters(), **self.moments()}
+
+    @torch.no_grad()
+    def finish_loading(self) -> None:
+        """Bring the loaded masters into the weights that the forward pass uses."""
+        if self.stage == 3:
+            optimizer = self._optimizer
+            for index, master in enumerate(self._flats()):
+                flat, parameters = optimizer.fp16_partitioned_groups_flat[index], optimizer.fp16_partitioned_groups[index]
+                flat.copy_(master)
+                for parameter, part in zip(parameters, optimizer.unflatten(flat, parameters), strict=True):
+                    parameter.data = part.data
+            optimizer.checkpoint_event_epilogue()  # gathers the parameters that stay whole on every rank
+        elif self.stage > 0:
+            self._optimizer.update_lp_params()
+
+    @torch.no_grad()
+    def gather(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
+
+        A collective call. Each element is owned by one rank, so that summing over ranks is exact.
+        """
+        own = {f.name: f for f in self.fragments}
+        whole: dict[str, torch.Tensor] = {}
+        for bucket in self._buckets():
+            lengths = [prod(shape) for _, shape in bucket]
+            buffer = torch.zeros(sum(lengths), device=self.world.device)
+            for (name, shape), part in zip(bucket, buffer.split(lengths), strict=True):
+                if name in own:
+                    f = own[name]
+                    part[f.offset : f.offset + f.length] = flats[f.flat][f.start : f.start + f.length]
+                whole[name] = part.view(shape)
+            parallel.sum_over_ranks(buffer)
+        return whole
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+    def _named_parameters(self) -> Iterator[tuple[str, Any]]:
+        return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Where this rank's part of each parameter lies in its flat masters."""
+        if self.stage == 3:
+            optimizer = self._optimizer
+            for name, p in self._named_parameters():
+                flat, start, length = optimizer.grad_position[optimizer.get_param_id(p)]
+                offset = optimizer._get_param_partition_rank(p) * length
+                owned = min(length, p.ds_numel - offset)  # the last ranks hold padding
+                if owned > 0:
+                    yield Fragment(name, tuple(p.ds_shape), flat, start, owned, offset)
+        elif self.stage > 0:
+            for name, p in self._named_parameters():
+                mapping = p._hp_mapping
+                if mapping is not None:
+                    master, weight = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                    yield Fragment(
+                        name, tuple(p.shape), mapping.param_group_index, master.start, master.numel, weight.start
+                    )
+        else:
+            yield from self._even_shares()
+
+    def _even_shares(self) -> Iterator[Fragment]:
+        """Stage 0 replicates the masters; each rank owns an even share of their concatenation, slice by slice."""
+        named = [(name, tuple(p.shape)) for name, p in self._named_parameters()]
+        total = sum(prod(shape) for _, shape in named)
+        low = self.world.rank * total // self.world.size
+        high = (self.world.rank + 1) * total // self.world.size
+        position = flat = 0
+        for name, shape in named:
+            length = prod(shape)
+            first, last = max(low, position), min(high, position + length)
+            if first < last:
+                yield Fragment(name, shape, flat, 0, last - first, first - position)
+                flat += 1
+            position += length
+
+    def _flats(self) -> list[torch.Tensor]:
+        if self.stage == 3:
+            return self._optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+        if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
+            return self._optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+        return self._optimizer.fp32_groups_flat_partition  # type: ignore[no-any-return]  # bf16 in stage 1
+
+    def _state_keys(self) -> list[torch.Tensor]:
+        """What the optimizer keeps its state by: flat masters, or in stage 0 the parameters of this rank's share."""
+        if self.stage == 0:
+            return self._stage0_masters
+        return self._flats()
+
+    def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:
+        base = getattr(self._optimizer, "optimizer", self._optimizer)
+        return [base.state[key] for key in self._state_keys()]
+
+    def _sliced(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
+        """In stage 0 the slices of whole moments that belong to this rank's fragments."""
+        if self.stage > 0:
+            return flats
+        order = {name: index for index, (name, _) in enumerate(self._named_parameters())}
+        return [flats[order[f.name]][f.offset : f.offset + f.length] for f in self.fragments]
+
+    def _stage0_gradient_norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._stage0_masters if p.grad is not None])
+
+    def _buckets(self) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+        bucket: list[tuple[str, tuple[int, ...]]] = []
+        size = 0
+        for name, p in self._named_parameters():
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            if bucket and size + prod(shape) > GATHER_ELEMENTS:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, shape))
+            size += prod(shape)
+        if bucket:
+            yield bucket
+
+
+def _deepspeed_config(config: Config, micro_batch: int, micro_batches: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "steps_per_print": 10**12,  # the tracker prints
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.engine.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif config.engine.precision == "autocast":
+        # An empty list of modules keeps gradients (and stage-3 weights) in fp32 on the wire.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return settings

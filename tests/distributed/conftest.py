@@ -1,0 +1,45 @@
+"""Start real processes on the CPU and wait for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun would set it; one thread each, so that sums are alike."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def start_ranks(world_size: int, *command: str) -> list[subprocess.Popen[str]]:
+    """Start `python COMMAND...` on every rank; stdout and stderr of each go into one pipe."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *command], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for env in rank_environments(world_size)
+    ]
+
+
+def run_ranks(world_size: int, *command: str, timeout: float = 300, expect: int = 0) -> str:
+    """Run `python COMMAND...` on every rank to its end; returns what rank 0 printed."""
+    ranks = start_ranks(world_size, *command)
+    try:
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [expect] * world_size, f"exit codes {codes}\n" + "\n".join(outputs)
+    return outputs[0]

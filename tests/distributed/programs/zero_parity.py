@@ -1,0 +1,148 @@
+"""Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
+
+Usage: zero_parity.py RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from jitscale import parallel
+from jitscale.config import Config, DiffusionConfig, EmaConfig, EngineConfig, ModelConfig, OptimConfig, ema_name
+from jitscale.diffusion.objective import interpolate, sample_loss
+from jitscale.model.jit import JiT
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
+from jitscale.training.optim import build_optimizer
+
+STEPS, GLOBAL_BATCH, MICRO_BATCH, DECAY, LR = 20, 8, 2, 0.9, 3e-3
+MODEL = ModelConfig(
+    image_size=16,
+    patch_size=4,
+    hidden_size=64,
+    depth=3,
+    num_heads=2,
+    bottleneck_dim=8,
+    in_context_len=4,
+    in_context_start=1,
+    num_classes=10,
+)
+
+
+def batch(step: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
+    e = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
+    t = torch.rand(GLOBAL_BATCH, generator=generator)
+    y = torch.randint(0, 11, (GLOBAL_BATCH,), generator=generator)
+    return x, e, t, y
+
+
+def loss_of(net: object, x: torch.Tensor, e: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = interpolate(x, e, t)
+    return sample_loss(net(z, t, y), x, e, z, t, DiffusionConfig()).mean()  # type: ignore[operator]
+
+
+def build(stage: int, precision: str) -> tuple[JiT, Config]:
+    torch.manual_seed(0)
+    config = Config(
+        model=MODEL,
+        optim=OptimConfig(grad_clip=1.0),
+        engine=EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO_BATCH),
+        ema=EmaConfig(decays=[DECAY]),
+    )
+    config.data.batch_size = GLOBAL_BATCH
+    return JiT(MODEL), config
+
+
+def train_plain() -> dict[str, object]:
+    model, config = build(0, "fp32")
+    optimizer = build_optimizer(model, config.optim)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = loss_of(model, *batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        optimizer.step()
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), 1 - DECAY)
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters()), "ema": average}
+
+
+def train_engine(stage: int, precision: str, world: parallel.World, poison: bool = False) -> dict[str, object]:
+    model, config = build(stage, precision)
+    engine = ZeroEngine(model, config, world)
+    ema = ShardedEma(config.ema.decays, engine.masters())
+    losses, norms, applied = [], [], []
+    for step in range(2 if poison else STEPS):
+        total = torch.zeros(())
+        whole = [part[world.rank :: world.size] for part in batch(step)]
+        for index in range(engine.micro_batches):
+            parts = [part[index * MICRO_BATCH : (index + 1) * MICRO_BATCH] for part in whole]
+            loss = loss_of(engine, *parts)
+            if poison and step == 0 and world.rank == world.size - 1:
+                loss = loss * float("nan")
+            engine.backward(loss)
+            last = index == engine.micro_batches - 1
+            moved = engine.step(LR if last else None)
+            total += loss.detach() / engine.micro_batches / world.size
+        applied.append(moved)
+        ema.update(engine.masters())
+        losses.append(parallel.sum_over_ranks(total).item())
+        norms.append(engine.gradient_norm())
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "applied": applied,
+        "model": engine.gather(engine.masters()),
+        "ema": engine.gather(ema.sets[ema_name(DECAY)]),
+        "owned": sum(f.length for f in engine.fragments),
+        "tables": [str(model.pos_embed.dtype), str(model.rope.dtype)],
+    }
+    engine.destroy()
+    return result
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).detach().norm() / (b[name].detach().norm() + 1e-12)) for name in a)
+
+
+def main() -> None:
+    world = parallel.start(torch.device("cpu"))
+    plain = train_plain()
+    results = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
+    settings = [(s, "fp32") for s in range(4)] + [(s, p) for s in (1, 2, 3) for p in ("autocast", "bf16")]
+    for stage, precision in settings:
+        run = train_engine(stage, precision, world)
+        results[f"{stage} {precision}"] = {
+            "losses": run["losses"],
+            "norms": run["norms"],
+            "weights_off": largest_difference(run["model"], plain["model"]),  # type: ignore[arg-type]
+            "ema_off": largest_difference(run["ema"], plain["ema"]),  # type: ignore[arg-type]
+            "owned": parallel.gather_objects(run["owned"]),
+            "tables": run["tables"],
+        }
+    for stage in (1, 2, 3):
+        run = train_engine(stage, "fp32", world, poison=True)
+        results[f"{stage} poisoned"] = {
+            "applied": run["applied"],
+            "finite": all(bool(w.isfinite().all()) for w in run["model"].values()),  # type: ignore[attr-defined]
+        }
+    results["parameters"] = sum(p.numel() for p in JiT(MODEL).parameters())  # type: ignore[assignment]
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
