@@ -8,7 +8,7 @@ Importing this file does not import torch, so that a mistake is reported at once
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -190,10 +190,17 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     world_size: int = 1,
-    bf16_supported: bool = True,
+    bf16_supported: Callable[[str], bool] = lambda device: True,
     needs_shards: bool = False,
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
+
+    Args:
+        path: a YAML file.
+        overrides: settings that win over the file.
+        world_size: ranks that will share a batch.
+        bf16_supported: whether the device that `run.device` names has bfloat16.
+        needs_shards: whether `data.shards` must be set.
 
     Raises:
         ConfigError: everything that is wrong, together, each with its value, its limit and the remedy.
@@ -327,7 +334,9 @@ def _assign(typed: DictConfig, key: str, value: Any, known: set[str]) -> list[_P
     return []
 
 
-def _impossible(config: Config, world_size: int, bf16_supported: bool, needs_shards: bool) -> Iterator[_Problem]:
+def _impossible(
+    config: Config, world_size: int, bf16_supported: Callable[[str], bool], needs_shards: bool
+) -> Iterator[_Problem]:
     """Values and combinations that no run can have."""
     yield from _wrong_choices(config)
     yield from _out_of_range(config)
@@ -341,7 +350,7 @@ def _impossible(config: Config, world_size: int, bf16_supported: bool, needs_sha
             "set engine.zero_stage=1 or engine.precision=fp32",
             ("engine.precision",),
         )
-    if config.engine.precision != "fp32" and not bf16_supported:
+    if config.engine.precision != "fp32" and not bf16_supported(config.run.device):
         yield _Problem(
             "engine.precision",
             config.engine.precision,

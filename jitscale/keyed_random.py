@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     NOISE = 6
     DROPOUT = 7
     PACKING_ORDER = 8
+    REFERENCE_HALVES = 9
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -63,9 +64,11 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def bf16_supported(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is at hand: always on CPU, from compute capability 8.0 on GPUs."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
+def bf16_supported(setting: str) -> bool:
+    """Whether `run.device` has bfloat16 arithmetic: always a CPU, GPUs from compute capability 8.0."""
+    if setting == "cpu" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability()[0] >= 8
 
 
 def start(device: torch.device) -> World:
@@ -127,15 +130,21 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def raise_together(error: UserError | None) -> None:
-    """Raise on every rank what any rank met, so that none waits for a rank that has left.
+def together(call: Callable[[], T]) -> T:
+    """Call on every rank, and raise on every rank what any rank met, so that none waits for a rank that has left.
 
     Raises:
-        UserError: the first rank's error, of the type it had there.
+        UserError: the first failing rank's error, of the type it had there.
     """
+    result, error = None, None
+    try:
+        result = call()
+    except UserError as met:
+        error = met
     errors = [met for met in gather_objects(error) if met is not None]
     if errors:
         raise errors[0]
+    return cast(T, result)
 
 
 def _first_slurm_host(nodelist: str) -> str:

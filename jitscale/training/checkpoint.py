@@ -27,7 +27,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jitscale import parallel
@@ -89,21 +89,13 @@ def write_checkpoint(
     parallel.barrier()
 
     file = aside / f"rank_{rank:05d}.safetensors"
-    error = None
-    try:
-        # Copies, because slices of one flat tensor share its memory and training goes on in it.
-        save_file(
-            {
-                f"{name}:{f.name}:{f.offset}": flats[f.flat].detach()[f.start : f.start + f.length].to("cpu", copy=True)
-                for name, flats in sets.items()
-                for f in fragments
-            },
-            file,
-        )
-        _flush(file)
-    except OSError as met:
-        error = CheckpointError(f"{file}: cannot be written ({met}); the previous checkpoint stays as it was")
-    parallel.raise_together(error)
+    # Copies, because slices of one flat tensor share its memory and training goes on in it.
+    tensors = {
+        f"{name}:{f.name}:{f.offset}": flats[f.flat].detach()[f.start : f.start + f.length].to("cpu", copy=True)
+        for name, flats in sets.items()
+        for f in fragments
+    }
+    parallel.together(lambda: _write_tensors(file, tensors))
 
     owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
     parts = parallel.gather_objects((file.name, file.stat().st_size, owned))
@@ -268,6 +260,14 @@ def load_fragments(
 def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
     """Fragments that hold whole parameters, the i-th parameter in the i-th flat tensor."""
     return [Fragment(name, shape, i, 0, prod(shape), 0) for i, (name, shape) in enumerate(shapes.items())]
+
+
+def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    try:
+        save_file(tensors, file)
+        _flush(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be written ({error}); the previous checkpoint stays") from error
 
 
 def _write_index(

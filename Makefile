@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything happens in .venv, which is made at first use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format install clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(RUN) tools/demo.py
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+install: $(INSTALLED)
+
+# PyTorch goes first and by itself, so that a local build is kept where there is one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo

@@ -1,0 +1,71 @@
+"""jitscale trains JiT (plain ViTs on pixels that predict the clean image, arXiv 2511.13720) at any scale.
+
+    model = jitscale.load_model("runs/jit_b_256")
+    images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
+    import torch
+
+    from jitscale.model.jit import JiT
+    from jitscale.weights import ConfigSource
+
+__all__ = ["load_model", "sample"]
+
+
+def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:
+    """The network of a checkpoint, in eval mode on the CPU, callable as `model(z, t, y)`.
+
+    Args:
+        path: a run folder, a step folder, a .safetensors file or the authors' .pth file.
+        weights: `model` or `ema_<decay>`; None for the run's `evaluation.weights`, or the authors' model_ema1.
+        config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields
+            (image_size, patch_size, hidden_size, depth, num_heads, bottleneck_dim, in_context_len, in_context_start,
+            num_classes) with an optional noise_scale.
+
+    Raises:
+        jitscale.errors.CheckpointError: nothing readable there, no such weight set, or the sizes do not fit.
+    """
+    from jitscale.weights import read_weights  # noqa: PLC0415
+
+    return read_weights(path, weights, config).build()
+
+
+def sample(
+    model: JiT,
+    labels: Sequence[int] | torch.Tensor,
+    noise: torch.Tensor | None = None,
+    seed: int = 0,
+    noise_scale: float | None = None,
+    method: str = "heun",
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.1, 1.0),
+) -> torch.Tensor:
+    """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
+
+    Args:
+        model: from `load_model`.
+        labels: B class indices; `model.null_label` for no class.
+        noise: (B, 3, image_size, image_size) standard normal; None draws image i from (seed, i).
+        seed: of the noise, where none is given.
+        noise_scale: None for the one the checkpoint was trained with.
+        method: "heun" or "euler".
+        steps: intervals of the time grid.
+        guidance_scale: 1 for none.
+        guidance_interval: times between which guidance acts.
+
+    Raises:
+        ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
+    """
+    from jitscale.evaluation.generate import sample_images  # noqa: PLC0415
+
+    return sample_images(
+        model, labels, noise, seed, noise_scale, method, steps, guidance_scale, tuple(guidance_interval)
+    )

@@ -1,0 +1,63 @@
+"""Measure samples of a checkpoint: `python -m jitscale.evaluate --run DIR` or `--checkpoint FILE --config FILE`.
+
+All ranks share the work, under torchrun, under srun, or in one process; started again, it goes on where it was. It
+ends with result.json in the run's folder, or in `run.dir` for a bare checkpoint file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from jitscale import parallel
+from jitscale.config import load_config
+from jitscale.errors import ExitCode, exit_with_message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and evaluate; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jitscale.evaluate", description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
+    parser.add_argument("--weights", metavar="NAME", help="model or ema_<decay>; default: evaluation.weights")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="group.key=value", help="settings that win, such as evaluation.num_images=5000"
+    )
+    options = parser.parse_args(arguments)
+    if options.checkpoint is not None and options.config is None:
+        parser.error("--checkpoint needs --config")
+
+    parallel.adopt_launcher_environment()
+    overrides = list(options.overrides)
+    if options.run is not None:
+        overrides.append(f"run.dir={options.run}")
+    path = options.config or options.run / "config.yaml"
+    # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
+    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from jitscale.evaluation.distributed import evaluate_model  # noqa: PLC0415
+    from jitscale.weights import read_weights  # noqa: PLC0415
+
+    weights = read_weights(
+        options.run or options.checkpoint,
+        options.weights or (config.evaluation.weights if options.run is not None else None),
+        config if options.checkpoint is not None else None,
+    )
+    model = weights.build()
+    world = parallel.start(parallel.choose_device(config.run.device))
+    try:
+        result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir))
+    finally:
+        parallel.stop()
+    if world.is_main:
+        print(json.dumps({key: value for key, value in result.items() if key != "protocol"}, indent=2))
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

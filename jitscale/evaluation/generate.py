@@ -1,0 +1,104 @@
+"""Images from sample ids, so that no image depends on how many ranks make them.
+
+The noise of an image is a function of (seed, id) alone, its label is id mod classes, and images are made in blocks of
+a fixed size, so that the arithmetic is the same whatever the world size.
+
+Shapes: B images, S image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from jitscale.config import DiffusionConfig, EvaluationConfig
+from jitscale.diffusion.sampler import Sampler
+from jitscale.evaluation.features import to_uint8
+from jitscale.model.jit import JiT
+
+
+def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
+    """Standard normal noise, (B, 3, S, S) float32, drawn on the CPU by Philox with key (seed, id).
+
+    On the CPU because a GPU's random numbers depend on its number of multiprocessors.
+    """
+    shape = (3, image_size, image_size)
+    draws = [np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape, np.float32) for i in ids]
+    return torch.from_numpy(np.stack(draws))
+
+
+def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
+    """Class id mod classes, (B,): balanced in every prefix that is a multiple of the classes; 0 where there are none,
+    which is then the null label."""
+    return torch.tensor([i % num_classes if num_classes else 0 for i in ids])
+
+
+def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
+    """The configured way of sampling from a network that was trained as `diffusion` says."""
+    low, high = evaluation.guidance_interval
+    return Sampler(
+        method=evaluation.method,
+        steps=evaluation.steps,
+        guidance_scale=evaluation.guidance_scale,
+        guidance_interval=(low, high),
+        prediction=diffusion.prediction,
+        t_eps=diffusion.t_eps,
+    )
+
+
+def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int) -> torch.Tensor:
+    """The images of `ids`, (B, 3, S, S) float32, on the model's device, not clamped."""
+    noise = noise_of(seed, ids, model.config.image_size)
+    return _run(model, sampler, noise, labels_of(ids, model.config.num_classes), model.diffusion.noise_scale)
+
+
+def sample_images(
+    model: JiT,
+    labels: Sequence[int] | torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: int,
+    noise_scale: float | None,
+    method: str,
+    steps: int,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+) -> torch.Tensor:
+    """See `jitscale.sample`."""
+    labels = torch.as_tensor(labels)
+    size = model.config.image_size
+    if labels.ndim != 1 or not bool(((labels >= 0) & (labels <= model.null_label)).all()):
+        raise ValueError(f"labels: need a list of integers in [0, {model.null_label}], got {labels.tolist()}")
+    if method not in ("euler", "heun"):
+        raise ValueError(f"method: {method!r} is neither 'euler' nor 'heun'")
+    if noise is None:
+        noise = noise_of(seed, range(len(labels)), size)
+    if noise.shape != (len(labels), 3, size, size):
+        raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")
+    diffusion = model.diffusion
+    sampler = Sampler(method, steps, guidance_scale, guidance_interval, diffusion.prediction, diffusion.t_eps)
+    return _run(model, sampler, noise, labels, diffusion.noise_scale if noise_scale is None else noise_scale)
+
+
+def sample_grid(model: JiT, sampler: Sampler, seed: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    """A picture (rows * S, columns * S, 3) of samples, one row a class (the first `rows` classes)."""
+    classes = min(rows, max(1, model.config.num_classes))
+    ids = [row + column * max(1, model.config.num_classes) for row in range(classes) for column in range(columns)]
+    return tile(to_uint8(generate(model, sampler, ids, seed)), columns)
+
+
+def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:
+    """(B, 3, S, S) uint8 images side by side, row by row: (B / columns * S, columns * S, 3)."""
+    size = images.shape[-1]
+    grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
+    return np.ascontiguousarray(grid.reshape(-1, columns * size, 3).cpu().numpy())
+
+
+
+
+@torch.no_grad()
+def _run(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, noise_scale: float) -> torch.Tensor:
+    device = model.pos_embed.device
+    return sampler.sample(model, noise_scale * noise.to(device), labels.to(device), model.null_label)

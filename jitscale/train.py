@@ -1,0 +1,51 @@
+"""Train a model: `python -m jitscale.train --config configs/jit_h_256.yaml [group.key=value ...]`.
+
+Starting the same command again resumes the run from its newest checkpoint. It runs alike in one process, under
+torchrun and under srun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from jitscale import parallel
+from jitscale.config import load_config, to_yaml
+from jitscale.errors import ExitCode, exit_with_message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and train; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jitscale.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="group.key=value", help="settings that win over the file, such as optim.lr=1e-4"
+    )
+    options = parser.parse_args(arguments)
+
+    world_size = parallel.adopt_launcher_environment()
+    config = load_config(
+        options.config,
+        options.overrides,
+        world_size=world_size,
+        bf16_supported=parallel.bf16_supported,
+        needs_shards=not options.print_config,
+    )
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return ExitCode.DONE
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    world = parallel.start(parallel.choose_device(config.run.device))
+    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
+    from jitscale.training.trainer import train  # noqa: PLC0415
+
+    try:
+        return train(config, world)
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,351 @@
+"""The training loop: resume, step, log, save, stop.
+
+Shapes: B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tqdm import tqdm
+
+from jitscale import parallel
+from jitscale.config import Config, to_yaml, total_steps
+from jitscale.data.loader import Batch, ShardLoader, to_model_input
+from jitscale.data.shards import EpochOrder, ShardSet
+from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
+from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
+from jitscale.evaluation.distributed import autocast, evaluate_model
+from jitscale.evaluation.generate import configured_sampler, sample_grid
+from jitscale.keyed_random import Purpose, generator_seeds, hash64, normal, uniform
+from jitscale.model.jit import JiT
+from jitscale.parallel import World
+from jitscale.planner import training_flops
+from jitscale.tracking import Tracker, peak_tflops
+from jitscale.training.checkpoint import (
+    Checkpoint,
+    Progress,
+    latest_checkpoint,
+    load_fragments,
+    prune,
+    write_checkpoint,
+)
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
+from jitscale.training.optim import learning_rate
+
+logger = logging.getLogger(__name__)
+
+GRID_COLUMNS, GRID_ROWS = 8, 10
+
+
+def train(config: Config, world: World) -> ExitCode:
+    """Train until `run.max_images` or `run.max_steps`, from the newest checkpoint of `run.dir` if there is one.
+
+    Returns:
+        DONE, or REQUEUE after a signal asked to stop and the state was saved.
+
+    Raises:
+        UserError: on every rank alike, before the first step, for what a user can mend.
+    """
+    run_dir = Path(config.run.dir)
+    shards = _open_inputs(config, world, run_dir)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None:
+        _check_resumable(checkpoint, config, shards)
+    trainer = Trainer(config, world, run_dir, shards, checkpoint)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self, config: Config, world: World, run_dir: Path, shards: ShardSet, checkpoint: Checkpoint | None
+    ) -> None:
+        """Build the network and its engine, and continue from `checkpoint` where there is one."""
+        self.config, self.world, self.run_dir, self.shards = config, world, run_dir, shards
+        torch.manual_seed(config.run.seed)
+        network = JiT(config.model, config.diffusion).train()
+        if checkpoint is not None:
+            checkpoint.check_shapes({name: tuple(p.shape) for name, p in network.named_parameters()})
+        self.engine = ZeroEngine(network, config, world)
+        self.ema = ShardedEma(config.ema.decays, self.engine.masters())
+        self.step = self.images = self.skipped_steps = 0
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.total_steps = total_steps(config)
+        self.stop_requested = StopSignal()
+        self.tracker = Tracker(config, run_dir, world.is_main, self.step)
+        self.generator = torch.Generator(world.device)
+
+    def run(self) -> ExitCode:
+        """Step until the end of the run or a signal."""
+        config, start = self.config, self.images
+        end = self._images_at_end()
+        batches = self._batches()
+        saved_at = self.step if self.step > 0 else None
+        with tqdm(
+            total=end, initial=start, unit="img", unit_scale=True, desc="train", disable=not self.world.is_main
+        ) as progress:
+            clock = _Clock()
+            while self.step < self.total_steps and self.images < end:
+                loss = self._train_step(batches)
+                progress.update(config.data.batch_size)
+                if self.step % config.tracking.log_every_steps == 0 or self.images >= end:
+                    progress.set_postfix_str(f"loss {self._log(loss, clock):.4f}")
+                    if parallel.any_rank(self.stop_requested.received):
+                        if saved_at != self.step:
+                            self._save()
+                        return ExitCode.REQUEUE
+                if self._passed(config.checkpoint.every_images):
+                    self._save()
+                    saved_at = self.step
+                    clock.skip()
+                if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
+                    self._log_grid()
+                    clock.skip()
+        if saved_at != self.step:
+            self._save()
+        if config.evaluation.at_end:
+            self._evaluate()
+        return ExitCode.DONE
+
+    def close(self) -> None:
+        """Release what the run holds."""
+        self.tracker.close()
+        self.stop_requested.restore()
+        self.engine.destroy()
+
+    def _train_step(self, batches: Iterator[Batch]) -> torch.Tensor:
+        """One optimizer step on the next global batch; returns this rank's part of its mean loss."""
+        config = self.config
+        images = self.images + config.data.batch_size
+        lr = learning_rate(config.optim, images, self._images_at_end())
+        # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
+        torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, self.step, self.world.rank)[0]))
+        total = torch.zeros((), device=self.world.device)
+        for micro_batch in range(self.engine.micro_batches):
+            loss = self._loss(next(batches))
+            self.engine.backward(loss)
+            last = micro_batch == self.engine.micro_batches - 1
+            moved = self.engine.step(lr if last else None)
+            total += loss.detach() / (self.engine.micro_batches * self.world.size)
+        self.step, self.images = self.step + 1, images
+        if moved:
+            self.ema.update(self.engine.masters())
+        else:
+            self.skipped_steps += 1
+        return total
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss of one micro-batch. Every draw is keyed by the sample's position in the global sequence."""
+        config, device, seed = self.config, self.world.device, self.config.run.seed
+        positions = batch.positions.numpy()
+
+        def on_device(values: object, dtype: torch.dtype) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        flip = on_device(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5), torch.bool)
+        t = times_from_normal(on_device(normal(seed, Purpose.TIME, positions), torch.float32), config.diffusion)
+        dropped = on_device(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop, torch.bool)
+        labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, config.model.num_classes)
+
+        x = to_model_input(batch.images.to(device, non_blocking=True), flip)
+        e = config.diffusion.noise_scale * self._noise(positions, x)
+        z = interpolate(x, e, t)
+        return sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion).mean()
+
+    def _noise(self, positions: object, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal noise on the device, one seeded stream a sample: (B, 3, S, S)."""
+        noise = torch.empty_like(like)
+        for row, seed in zip(noise, generator_seeds(self.config.run.seed, Purpose.NOISE, positions), strict=True):  # type: ignore[arg-type]
+            row.normal_(generator=self.generator.manual_seed(int(seed)))
+        return noise
+
+    def _batches(self) -> Iterator[Batch]:
+        data, world = self.config.data, self.world
+        order = EpochOrder(self.shards.samples_per_shard, self.config.run.seed, data.streams, data.window)
+        return iter(
+            ShardLoader(
+                self.shards,
+                order,
+                global_batch_size=data.batch_size,
+                micro_batch_size=data.batch_size // world.size // self.engine.micro_batches,
+                rank=world.rank,
+                world_size=world.size,
+                start_position=self.images,
+                num_workers=data.num_workers,
+                pin_memory=world.device.type == "cuda",
+            )
+        )
+
+    def _images_at_end(self) -> int:
+        """Images seen when the run is complete: whole steps."""
+        maximum, batch = self.config.run.max_images, self.config.data.batch_size
+        by_steps = self.images + (self.total_steps - self.step) * batch
+        return by_steps if maximum is None else min(by_steps, -(-maximum // batch) * batch)
+
+    def _passed(self, every_images: int) -> bool:
+        """Whether the last step crossed a multiple of `every_images`."""
+        return self.images // every_images > (self.images - self.config.data.batch_size) // every_images
+
+    def _log(self, loss: torch.Tensor, clock: _Clock) -> float:
+        """Record the last step; returns its loss."""
+        mean_loss = float(parallel.sum_over_ranks(loss))
+        rate = clock.rate(self.images)
+        values: dict[str, float | int | None] = {
+            "step": self.step,
+            "images": self.images,
+            "loss": mean_loss,
+            "lr": learning_rate(self.config.optim, self.images, self._images_at_end()),
+            "grad_norm": self.engine.gradient_norm(),
+            "images_per_second": rate,
+            "skipped_steps": self.skipped_steps,
+        }
+        peak = peak_tflops(self.world.device)
+        if peak is not None and rate is not None:
+            values["mfu"] = rate * training_flops(self.config.model) / (peak * 1e12 * self.world.size)
+        self.tracker.log(values)
+        return mean_loss
+
+    def _save(self) -> None:
+        progress = Progress(self.step, self.images, self.engine.optimizer_step(), _data_identity(self.config, self.shards))
+        sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
+        write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
+        if self.world.is_main:
+            prune(self.run_dir, self.config.checkpoint.keep_last)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        progress = checkpoint.progress
+        sets = self.engine.prepare_to_load(progress.optimizer_step)
+        missing = [name for name in self.ema.sets if name not in checkpoint.sets]
+        if missing:
+            logger.warning("%s has no %s; starting from its weights", checkpoint.folder, ", ".join(missing))
+        load_fragments(checkpoint, self.engine.fragments, {k: v for k, v in sets.items() if k in checkpoint.sets})
+        for name, flats in self.ema.sets.items():
+            source = "model" if name in missing else name
+            load_fragments(checkpoint, self.engine.fragments, {source: flats})
+        self.engine.finish_loading()
+        self.step, self.images = progress.step, progress.images
+        if self.world.is_main:
+            logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
+
+    def _network(self) -> JiT:
+        """A plain copy of the network with the weights that `evaluation.weights` names; a collective call."""
+        name = self.config.evaluation.weights
+        flats = self.engine.masters() if name == "model" else self.ema.sets[name]
+        with torch.random.fork_rng(devices=[]):
+            network = JiT(self.config.model, self.config.diffusion)
+        network.load_state_dict(self.engine.gather(flats))
+        return network.to(self.world.device).eval()
+
+    def _log_grid(self) -> None:
+        network = self._network()
+        if self.world.is_main:
+            with autocast(self.config, self.world.device):
+                grid = sample_grid(
+                    network, configured_sampler(self.config.evaluation, network.diffusion), self.config.evaluation.seed, GRID_ROWS, GRID_COLUMNS
+                )
+            self.tracker.log_image("samples", grid, self.images)
+        parallel.barrier()
+
+    def _evaluate(self) -> None:
+        result = evaluate_model(self._network(), self.config.evaluation.weights, self.config, self.world, self.run_dir)
+        if self.world.is_main:
+            self.tracker.log_result(result, self.images)
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop; the ranks agree on the step."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class _Clock:
+    """Images a second between log points, without the time spent on saves and pictures."""
+
+    def __init__(self) -> None:
+        self._time, self._images = time.perf_counter(), -1
+
+    def rate(self, images: int) -> float | None:
+        """The rate since the last call; None at the first one and after `skip`."""
+        now = time.perf_counter()
+        rate = (images - self._images) / (now - self._time) if self._images >= 0 else None
+        self._time, self._images = now, images
+        return rate
+
+    def skip(self) -> None:
+        """Leave out the time since the last call."""
+        self._images = -1
+
+
+def _open_inputs(config: Config, world: World, run_dir: Path) -> ShardSet:
+    """Check the output folder and the shards on every rank, before anything is built."""
+    if_main = (lambda: _claim(run_dir, config)) if world.is_main else (lambda: None)
+    parallel.together(if_main)
+    return parallel.together(
+        lambda: ShardSet.open(config.data.shards, config.model.num_classes, config.model.image_size)
+    )
+
+
+def _claim(run_dir: Path, config: Config) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
+
+
+def _data_identity(config: Config, shards: ShardSet) -> dict[str, int | str]:
+    return {
+        "seed": config.run.seed,
+        "streams": config.data.streams,
+        "window": config.data.window,
+        "manifest": shards.manifest_hash,
+    }
+
+
+def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:
+    """Refuse to go on with other data or another order: samples would be seen twice or never.
+
+    Raises:
+        DataError: naming what differs.
+        CheckpointError: the noise scale differs.
+    """
+    before = checkpoint.progress.data
+    now = _data_identity(config, shards)
+    if before is not None and before != now:
+        differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        raise DataError(
+            f"{checkpoint.folder}: the data or its order changed ({'; '.join(differing)}); restore data.shards, "
+            "run.seed, data.streams and data.window, or start a new run.dir"
+        )
+    trained_with, asked = checkpoint.config.diffusion.noise_scale, config.diffusion.noise_scale
+    if not math.isclose(trained_with, asked):
+        raise CheckpointError(
+            f"{checkpoint.folder}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
+            f"add diffusion.noise_scale={trained_with}"
+        )

@@ -1,0 +1,68 @@
+"""Imports go down only, and deepspeed is behind one file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# From the bottom up; a module may import what stands in its own row or in a row above its own.
+LAYERS = [
+    {"errors", "keyed_random"},
+    {"config"},
+    {"parallel"},
+    {"model", "diffusion", "data"},
+    {"planner", "upgrade", "tracking"},
+    {"evaluation"},
+    {"training"},
+    {"weights"},
+    {"train", "evaluate", "__init__"},
+]
+RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def unit(module: str) -> str | None:
+    """`jitscale.training.ema` -> `training`; None for what is not ours."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "jitscale" and len(parts) > 1 and parts[1] in RANK else None
+
+
+def test_imports_go_down_only() -> None:
+    for path in (ROOT / "jitscale").rglob("*.py"):
+        own = path.relative_to(ROOT / "jitscale").parts[0].removesuffix(".py")
+        for module in imports(path):
+            other = unit(module)
+            assert other is None or RANK[other] <= RANK[own], f"{path} imports {module}, which lies above it"
+
+
+def test_packages_see_only_what_they_need() -> None:
+    allowed = {
+        "model": {"config", "model"},
+        "diffusion": {"config", "diffusion"},
+        "data": {"config", "data", "errors", "keyed_random"},
+    }
+    for package, units in allowed.items():
+        for path in (ROOT / "jitscale" / package).rglob("*.py"):
+            seen = {other for module in imports(path) if (other := unit(module)) is not None}
+            assert seen <= units, f"{path} imports {seen - units}"
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    users = [path.name for path in ROOT.glob("**/jitscale/**/*.py") if any("deepspeed" in m for m in imports(path))]
+    assert users == ["engine.py"]
+
+
+def test_every_module_has_a_place() -> None:
+    units = {path.name.removesuffix(".py") for path in (ROOT / "jitscale").iterdir() if path.suffix == ".py"}
+    units |= {path.name for path in (ROOT / "jitscale").iterdir() if (path / "__init__.py").exists()}
+    assert units == set(RANK)
