@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,8 @@ import wandb
 from jitscale.config import Config, to_dict
 
 logger = logging.getLogger(__name__)
+
+WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 
 # Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
 PEAK_BF16_TFLOPS = {
@@ -86,36 +90,45 @@ class Tracker:
             self._guarded(self._wandb.finish)
 
     def _start_wandb(self, config: Config, run_dir: Path) -> None:
+        """Begin or continue the run's W&B record under the same id; offline where the server cannot be reached."""
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         os.environ.setdefault("WANDB_SILENT", "true")
 
-        def start() -> None:
-            self._wandb = wandb.init(
+        def start(mode: Literal["online", "offline"]) -> None:
+            record = wandb.init(
                 project=config.tracking.project,
                 name=config.tracking.name or run_dir.name,
                 id=identity.read_text(),
                 resume="allow",
                 dir=run_dir,
-                mode="online" if config.tracking.wandb == "online" else "offline",
+                mode=mode,
                 config=to_dict(config),
+                settings=wandb.Settings(init_timeout=WANDB_TIMEOUT),
             )
             # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
-            self._wandb.define_metric("*", step_metric="images")
+            record.define_metric("*", step_metric="images")
+            self._wandb = record
 
-        self._guarded(start)
+        if config.tracking.wandb == "online" and not self._guarded(lambda: start("online")):
+            logger.warning("W&B goes on offline; `wandb sync %s/wandb/offline-run-*` sends it later", run_dir)
+        if self._wandb is None:
+            self._guarded(lambda: start("offline"))
 
     def _to_wandb(self, values: dict[str, Any]) -> None:
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(values))
 
-    def _guarded(self, call: Any) -> None:
+    def _guarded(self, call: Callable[[], object]) -> bool:
+        """Call into W&B; whatever it raises, training goes on without it. Returns whether it worked."""
         try:
             call()
-        except Exception as error:  # whatever W&B raises, training goes on
-            logger.warning("W&B is off from here on (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
+        except Exception as error:
+            logger.warning("W&B failed (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
             self._wandb = None
+            return False
+        return True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

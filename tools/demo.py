@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from jitscale.config import Config, load_config
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.shards import write_shards
+from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.distributed import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
@@ -49,6 +48,7 @@ def main() -> int:
 
     started = time.perf_counter()
     output = options.output
+    _say("write shards")
     low_settings = _settings(output / "32px", _shards(output, 32), options.images, options.samples)
     high_settings = _settings(output / "64px", _shards(output, 64), options.finetune_images, options.samples)
     low = load_config(ROOT / "configs/demo.yaml", low_settings)
@@ -82,10 +82,7 @@ def main() -> int:
 def _shards(output: Path, resolution: int) -> Path:
     """Write the digits at one resolution unless they are there."""
     folder = output.absolute() / f"shards_{resolution}px"
-    if not (folder / "manifest.json").exists():
-        _say(f"write shards at {resolution} px")
-        images, labels = digit_images(resolution)
-        write_shards(images, labels, folder, class_names=DIGIT_CLASSES)
+    _run([sys.executable, "tools/make_digits.py", "--resolution", str(resolution), "--output", str(folder)])
     return folder
 
 

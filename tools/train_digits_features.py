@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
+from torch import nn
 from tqdm import tqdm
 
 from jitscale.data.digits import digit_images
@@ -29,7 +29,6 @@ from jitscale.evaluation.metrics import frechet_distance, inception_score, label
 BATCH = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-LABEL_SMOOTHING = 0.1  # keeps the features of the classes from running apart once all of them are learnt
 SHIFT = 2  # pixels of 32, a quarter of the original's
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -51,7 +50,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) ->
             padded = F.pad(images[chosen], (SHIFT, SHIFT, SHIFT, SHIFT))
             side = images.shape[-1]
             _, logits = network(padded[:, :, down : down + side, right : right + side])
-            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=LABEL_SMOOTHING)
+            loss = F.cross_entropy(logits, labels[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -63,10 +62,11 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) ->
 
 @torch.no_grad()
 def measure_scale(network: DigitsFeatures, images: torch.Tensor) -> None:
-    """Give every feature mean 0 and variance 1 over `images`, exactly, in place of the running averages."""
+    """Replace the running averages by the statistics of all `images`, so that every feature has exactly variance 1."""
     network.train()
-    network.scale.reset_running_stats()
-    network.scale.momentum = 1.0
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.momentum = 1.0  # the last batch alone counts, and it is the whole set
     network(images)
 
 
@@ -91,10 +91,10 @@ def sanity_list(network: DigitsFeatures, seed: int) -> dict[str, tuple[float, fl
 
     def noisy(sigma: float) -> UInt8Array:
         noise = 127.5 * sigma * generator.standard_normal(images.shape)
-        return (images + noise).round().clip(0, 255).astype(np.uint8)
+        return _as_pixels(images + noise)
 
     def blurred(sigma: float) -> UInt8Array:
-        return gaussian_filter(images.astype(np.float64), (0, sigma, sigma, 0)).round().clip(0, 255).astype(np.uint8)
+        return _as_pixels(gaussian_filter(images.astype(np.float64), (0, sigma, sigma, 0)))
 
     halves = [embed(network, images[part])[0] for part in (order[:half], order[half:])]
     return {
@@ -111,6 +111,11 @@ def sanity_list(network: DigitsFeatures, seed: int) -> dict[str, tuple[float, fl
         "ten images repeated": score(np.repeat(images[order[:10]], 180, axis=0)),
         "uniform noise": score(generator.integers(0, 256, images.shape, dtype=np.uint8)),
     }
+
+
+def _as_pixels(values: npt.NDArray[np.float64]) -> UInt8Array:
+    pixels: UInt8Array = values.round().clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -131,7 +136,8 @@ def command(arguments: argparse.Namespace) -> int:
     content: bytes = safetensors.torch.save(network.state_dict())
     arguments.output.write_bytes(content)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(f"{arguments.output}: {parameters} parameters, {len(content)} bytes, sha256 {_digest(content)}")
+    digest = hashlib.sha256(content).hexdigest()
+    print(f"{arguments.output}: {parameters} parameters, {len(content)} bytes, sha256 {digest}")
     for name, part in (("training", ~held_out), ("held out", held_out)):
         agreement = label_agreement(embed(network, images[part])[1], labels[part])
         print(f"accuracy, {name}: {agreement:.2%} of {part.sum()}")
@@ -141,17 +147,14 @@ def command(arguments: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add: Any = parser.add_argument
-    add("--output", type=Path, required=True, help="the .safetensors file to write")
-    add("--epochs", type=int, default=30, help="passes over the 1,437 training digits (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument(
+        "--epochs", type=int, default=30, help="passes over the 1,437 training digits (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,105 +1,129 @@
-"""Batches of the global sample sequence, for one rank.
+"""Micro-batches of one rank, from any position of the global sequence on.
 
-Shapes: B images of a micro-batch, S image size.
+Shapes: B images of a micro-batch, H rows, W columns. G is the global batch, R the number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from jitscale.data.order import EpochOrder
-from jitscale.data.shards import ShardSet
+from jitscale.data.shards import EpochOrder, ShardSet
+from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array
 
 
-class Batch(NamedTuple):
-    """One micro-batch as it leaves the loader: bytes travel, arithmetic happens on the device.
+@dataclass
+class Batch:
+    """What one forward pass takes, as stored: pixels travel in 8 bits and become numbers on the device."""
+
+    images: torch.Tensor  # uint8 (B, H, W, 3)
+    labels: torch.Tensor  # int64 (B,)
+    positions: torch.Tensor  # int64 (B,), in the global sequence
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; the DataLoader calls this."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory())
+
+
+@dataclass(frozen=True)
+class ShardLoader:
+    """An endless iterable of one rank's micro-batches.
+
+    A global batch is the next G positions. Rank r takes offsets r, r + R, r + 2 R, ... of it, and its micro-batches are
+    consecutive slices of that list, so any R and any micro-batch size read the same global batches. There is no state
+    to save: the trainer knows the position from the steps it completed.
 
     Attributes:
-        images: (B, S, S, 3) uint8.
-        labels: (B,) int64.
-        positions: (B,) int64, the samples' global positions, which key every random draw.
+        shard_set: where the samples are.
+        order: which sample stands at which position.
+        global_batch_size: G.
+        micro_batch_size: B.
+        rank: r.
+        world_size: R.
+        start_position: of the first global batch.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: put batches into page-locked memory.
+
+    Raises:
+        DataError: G is not a multiple of R times B; while iterating, a sample that cannot be read.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
+    shard_set: ShardSet
+    order: EpochOrder
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    start_position: int
+    num_workers: int
+    pin_memory: bool
 
-
-class ShardLoader:
-    """Micro-batches of one rank, for ever, from any position on.
-
-    A global batch is `global_batch_size` consecutive positions; rank r takes offsets r, r + W, ... of it, and the
-    micro-batches are consecutive slices of those. So any number of ranks reads the same global batches. The loader
-    keeps no state to resume from: the trainer knows the position from completed steps.
-    """
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        order: EpochOrder,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        start_position: int,
-        num_workers: int,
-        pin_memory: bool,
-    ) -> None:
-        """The sizes must divide: world_size * micro_batch_size divides global_batch_size."""
-        assert global_batch_size % (world_size * micro_batch_size) == 0, "refused by jitscale.config"
-        sampler = _PositionSampler(global_batch_size, micro_batch_size, rank, world_size, start_position)
-        self._loader: DataLoader[Batch] = DataLoader(
-            _ShardDataset(shards, order),
-            sampler=sampler,
-            batch_size=None,  # the sampler's items are whole micro-batches
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-        )
+    def __post_init__(self) -> None:
+        together = self.world_size * self.micro_batch_size
+        if self.global_batch_size % together != 0:
+            raise DataError(
+                f"data.batch_size={self.global_batch_size}: is not a multiple of {self.world_size} ranks x "
+                f"micro-batch {self.micro_batch_size} = {together}; change one of them"
+            )
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        loader: DataLoader[Batch | DataError] = DataLoader(
+            _MicroBatches(self.shard_set, self.order),
+            sampler=_RankPositions(self),
+            batch_size=None,
+            num_workers=self.num_workers,  # one endless epoch, so the workers live as long as the iterator
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """(B, S, S, 3) uint8 to (B, 3, S, S) float32 in [-1, 1], mirrored left to right where `flip` (B,) says so."""
-    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    """float32 (B, 3, H, W) in [-1, 1] from uint8 `images` (B, H, W, 3), mirrored where `flip` (B,) is true.
+
+    In float32 whatever precision follows, since bf16 arithmetic gives other pixels; and contiguous, since
+    noise that is drawn like it must not depend on a memory layout.
+    """
+    flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
+    channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first / 127.5 - 1
 
 
-class _PositionSampler(Sampler[Int64Array]):
-    """Positions of this rank's micro-batches, one after the other."""
+@dataclass(frozen=True)
+class _RankPositions:
+    """The sampler: the positions (B,) of each micro-batch in turn."""
 
-    def __init__(self, global_batch: int, micro_batch: int, rank: int, world_size: int, start: int) -> None:
-        self._global_batch = global_batch
-        self._offsets = np.arange(rank, global_batch, world_size, dtype=np.int64).reshape(-1, micro_batch)
-        self._start = start
+    loader: ShardLoader
 
     def __iter__(self) -> Iterator[Int64Array]:
-        position = self._start
-        while True:
-            for offsets in self._offsets:
-                yield position + offsets
-            position += self._global_batch
+        of = self.loader
+        for start in count(of.start_position, of.global_batch_size):
+            mine = np.arange(start + of.rank, start + of.global_batch_size, of.world_size)
+            yield from mine.reshape(-1, of.micro_batch_size)
 
 
-class _ShardDataset(Dataset[Batch]):
-    """Micro-batches by their positions; lives in a worker process."""
+class _MicroBatches(Dataset["Batch | DataError"]):
+    """Batches by their positions, read in the worker."""
 
     def __init__(self, shards: ShardSet, order: EpochOrder) -> None:
-        self._shards = shards
-        self._order = order
+        self.shards, self.order = shards, order
 
-    def __getitem__(self, positions: Int64Array) -> Batch:
-        shard_numbers, sample_numbers = self._order.locate(positions)
-        samples = [self._shards.read(int(s), int(i)) for s, i in zip(shard_numbers, sample_numbers, strict=True)]
-        images = np.stack([image for image, _ in samples])
-        labels = torch.tensor([label for _, label in samples])
-        return Batch(torch.from_numpy(images), labels, torch.from_numpy(positions))
+    def __getitem__(self, positions: Int64Array) -> Batch | DataError:
+        """A `DataError` is returned: raised here, it would reach the user wrapped in a worker's traceback."""
+        size = self.shards.image_size
+        images, labels = np.empty((len(positions), size, size, 3), np.uint8), np.empty(len(positions), np.int64)
+        try:
+            for row, (shard, index) in enumerate(zip(*self.order.locate(positions), strict=True)):
+                images[row], labels[row] = self.shards.read(int(shard), int(index))
+        except DataError as error:
+            return error
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(positions))

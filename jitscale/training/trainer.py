@@ -178,8 +178,8 @@ class Trainer:
         order = EpochOrder(self.shards.samples_per_shard, self.config.run.seed, data.streams, data.window)
         return iter(
             ShardLoader(
-                self.shards,
-                order,
+                shard_set=self.shards,
+                order=order,
                 global_batch_size=data.batch_size,
                 micro_batch_size=data.batch_size // world.size // self.engine.micro_batches,
                 rank=world.rank,

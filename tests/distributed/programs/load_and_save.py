@@ -1,0 +1,33 @@
+"""Load the newest checkpoint of a run and save it as the next step without training.
+
+Usage: load_and_save.py --config FILE [group.key=value ...], as for jitscale.train.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from jitscale import parallel
+from jitscale.config import load_config
+from jitscale.data.shards import ShardSet
+from jitscale.training.checkpoint import latest_checkpoint
+from jitscale.training.trainer import Trainer
+
+
+def main() -> None:
+    world = parallel.start(torch.device("cpu"))
+    config = load_config(sys.argv[2], sys.argv[3:], world_size=world.size)
+    shards = ShardSet.open(config.data.shards, config.model.num_classes, config.model.image_size)
+    run_dir = Path(config.run.dir)
+    trainer = Trainer(config, world, run_dir, shards, latest_checkpoint(run_dir))
+    trainer.step += 1
+    trainer._save()
+    trainer.close()
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()

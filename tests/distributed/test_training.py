@@ -1,0 +1,212 @@
+"""`python -m jitscale.train` in real processes: resume after SIGKILL, another world size and stage, signals, mistakes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jitscale.config import load_config
+from jitscale.data.shards import write_shards
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
+from tests.distributed.processes import ROOT, run_ranks, start_ranks
+
+STEPS, BATCH = 24, 12
+CONFIG = f"""
+model: {{image_size: 16, patch_size: 4, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8, in_context_len: 4,
+  in_context_start: 1, num_classes: 10, attn_dropout: 0.1, proj_dropout: 0.1}}
+data: {{batch_size: {BATCH}, num_workers: 0, window: 16}}
+optim: {{lr: 1.0e-3, schedule: cosine, warmup_images: 48, grad_clip: 10.0}}
+engine: {{precision: fp32, micro_batch_size: 2}}
+ema: {{decays: [0.9, 0.99]}}
+checkpoint: {{every_images: {4 * BATCH}, keep_last: 100}}
+evaluation: {{weights: ema_0.9}}
+tracking: {{log_every_steps: 1}}
+run: {{max_steps: {STEPS}, device: cpu}}
+"""
+
+
+class Job:
+    """One configuration of the tiny run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        images = np.random.default_rng(0).integers(0, 256, (75, 16, 16, 3), np.uint8)
+        write_shards(images, np.arange(75) % 10, folder / "shards", samples_per_shard=20)
+        (folder / "config.yaml").write_text(CONFIG)
+
+    def command(self, run: str, *overrides: str) -> list[str]:
+        where = [f"run.dir={self.folder / run}", f"data.shards={self.folder / 'shards'}"]
+        return ["-m", "jitscale.train", "--config", str(self.folder / "config.yaml"), *where, *overrides]
+
+    def train(self, run: str, *overrides: str, world_size: int = 2, expect: int = 0) -> list[dict[str, Any]]:
+        run_ranks(world_size, *self.command(run, *overrides), expect=expect)
+        return read_metrics(self.folder / run)
+
+    def copy(self, source: str, target: str, steps: int) -> None:
+        """A run as it was at its checkpoint of `steps`."""
+        shutil.copytree(self.folder / source, self.folder / target)
+        for checkpoint in complete_checkpoints(self.folder / target):
+            if int(checkpoint.name.removeprefix("step_")) > steps:
+                shutil.rmtree(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(job: Job) -> list[dict[str, Any]]:
+    """The metrics of an uninterrupted run of two ranks in stage 1."""
+    return job.train("unbroken")
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
+    return [line["loss"] for line in metrics]
+
+
+def same_state(first: Path, second: Path) -> bool:
+    a, b = Checkpoint(first), Checkpoint(second)
+    assert a.progress == b.progress
+    assert a.sets == b.sets
+    assert {"model", "ema_0.9", "ema_0.99", "exp_avg", "exp_avg_sq"} <= set(a.sets)
+    return all(torch.equal(a.tensor(s, name), b.tensor(s, name)) for s in a.sets for name in a.shapes)
+
+
+def test_metrics_of_a_step(unbroken: list[dict[str, Any]]) -> None:
+    line = unbroken[-1]
+    assert {"step", "images", "loss", "lr", "grad_norm", "images_per_second"} <= set(line)
+    assert (line["step"], line["images"]) == (STEPS, STEPS * BATCH)
+    assert [entry["lr"] for entry in unbroken[:4]] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert line["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_config_is_dumped_into_the_run(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    config = load_config(job.folder / "unbroken" / "config.yaml")
+    assert config.run.dir == str(job.folder / "unbroken")
+    assert config.optim.schedule == "cosine"
+
+
+def test_resume_after_sigkill_is_the_same_command(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Killed anywhere, with dropout: the same batches, the same losses, bit-equal state at the end."""
+    ranks = start_ranks(2, *job.command("killed"))
+    metrics = job.folder / "killed" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.002)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    done = len(metrics.read_text().splitlines())
+    assert done < STEPS, "the kill came too late to prove anything"
+    resumed = job.train("killed")
+    assert losses(resumed) == pytest.approx(losses(unbroken), rel=1e-6)
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert same_state(job.folder / "killed" / last, job.folder / "unbroken" / last)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (3, 2), (2, 3), (1, 0)])
+def test_resume_elsewhere(job: Job, world_size: int, stage: int) -> None:
+    """Another number of ranks, another stage, without dropout (which is drawn by rank)."""
+    still = ["model.attn_dropout=0", "model.proj_dropout=0"]
+    if not (job.folder / "still").exists():
+        job.train("still", *still)
+    name = f"elsewhere_{world_size}_{stage}"
+    job.copy("still", name, steps=12)
+    moved = job.train(name, *still, f"engine.zero_stage={stage}", world_size=world_size)
+    assert losses(moved) == pytest.approx(losses(read_metrics(job.folder / "still")), rel=1e-5)
+
+
+def test_loading_is_exact_in_every_stage(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Load at the end of a run and save again: bit-equal, for each stage and number of ranks."""
+    for world_size, stage in ((1, 1), (2, 2), (3, 3), (2, 0)):
+        name = f"loaded_{world_size}_{stage}"
+        job.copy("unbroken", name, steps=STEPS - 4)
+        before = Checkpoint(job.folder / name / f"checkpoints/step_{STEPS - 4:08d}")
+        run_ranks(
+            world_size,
+            str(ROOT / "tests/distributed/programs/load_and_save.py"),
+            *job.command(name, f"engine.zero_stage={stage}")[2:],
+        )
+        after = Checkpoint(job.folder / name / f"checkpoints/step_{STEPS - 3:08d}")
+        assert after.progress.optimizer_step == before.progress.optimizer_step
+        for set_name in before.sets:
+            for parameter in before.shapes:
+                assert torch.equal(before.tensor(set_name, parameter), after.tensor(set_name, parameter)), set_name
+
+
+def test_a_signal_on_one_rank_saves_and_asks_for_a_requeue(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    ranks = start_ranks(2, *job.command("signalled"))
+    metrics = job.folder / "signalled" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.002)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [rank.wait(timeout=60) for rank in ranks] == [75, 75]
+    saved = int(complete_checkpoints(job.folder / "signalled")[-1].name.removeprefix("step_"))
+    assert saved == len(metrics.read_text().splitlines()) < STEPS
+    assert losses(job.train("signalled")) == pytest.approx(losses(unbroken), rel=1e-6)
+
+
+def test_a_finished_run_has_nothing_left_to_do(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    assert losses(job.train("unbroken")) == losses(unbroken)
+
+
+def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Each in its own process, all at once."""
+    cut = job.folder / "cut"
+    shutil.copytree(job.folder / "shards", cut)
+    tar = sorted(cut.glob("*.tar"))[1]
+    tar.write_bytes(tar.read_bytes()[:-4096])
+    (job.folder / "a_file").write_text("")
+    job.copy("unbroken", "other_shape", steps=4)
+    job.copy("unbroken", "other_data", steps=4)
+    mistakes = {
+        "missing shards": ([f"data.shards={job.folder / 'absent'}"], "absent"),
+        "truncated tar": ([f"data.shards={cut}"], tar.name),
+        "label out of range": (["model.num_classes=5"], "model.num_classes"),
+        "config typo": (["optim.leraning_rate=1"], "optim.leraning_rate=1 is not a setting"),
+        "unwritable output": ([f"run.dir={job.folder / 'a_file' / 'run'}"], "cannot be written"),
+        "checkpoint of another shape": (
+            [f"run.dir={job.folder / 'other_shape'}", "model.hidden_size=64"],
+            "a checkpoint of another network",
+        ),
+        "another order": ([f"run.dir={job.folder / 'other_data'}", "run.seed=1"], "seed: 0 -> 1"),
+        "missing cuda": (["run.device=cuda"], "PyTorch sees no GPU"),
+    }
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, *job.command("mistakes", *overrides)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name, (overrides, _) in mistakes.items()
+    }
+    for name, process in started.items():
+        _, errors = process.communicate(timeout=120)
+        said = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2, f"{name}: {process.returncode}\n{errors}"
+        assert len(said) == 1, f"{name}\n{errors}"
+        assert mistakes[name][1] in said[0], f"{name}\n{errors}"
+        assert "Traceback" not in errors, f"{name}\n{errors}"
+
+
+def test_a_mistake_on_two_ranks_ends_both(job: Job) -> None:
+    ranks = start_ranks(2, *job.command("mistakes", f"data.shards={job.folder / 'absent'}"))
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert outputs[0].count("error: ") == 1
+    assert outputs[1].count("error: ") == 0

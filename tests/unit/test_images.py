@@ -1,0 +1,127 @@
+"""Images between bytes and pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from jitscale.data.images import CODECS, center_crop, decode, encode
+from jitscale.errors import DataError
+
+
+def photograph(height: int = 24, width: int = 20) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def stored(picture: Image.Image, form: str) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, form)
+    return stream.getvalue()
+
+
+def row(values: list[int], height: int) -> npt.NDArray[np.uint8]:
+    """An image whose rows all are `values`, in three equal channels."""
+    return np.tile(np.array(values, np.uint8)[None, :, None], (height, 1, 3))
+
+
+@pytest.mark.parametrize(("codec", "extension"), CODECS.items())
+def test_every_codec_returns_the_same_pixels(codec: str, extension: str) -> None:
+    image = photograph()
+    assert encode(image, codec)[0] == extension
+    np.testing.assert_array_equal(decode(encode(image, codec)[1], extension), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_other_colour_modes_become_rgb(mode: str) -> None:
+    picture = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+    form, extension = ("JPEG", "jpeg") if mode == "CMYK" else ("PNG", "png")
+    image = decode(stored(picture, form), extension)
+    assert image.shape == (4, 5, 3)
+    assert image.min() >= 254
+
+
+def test_png_that_is_called_jpeg_is_read() -> None:
+    image = photograph()
+    np.testing.assert_array_equal(decode(encode(image, "png")[1], "jpeg"), image)
+
+
+def test_sixteen_bits_are_refused() -> None:
+    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    with pytest.raises(DataError, match=r"mode I;16.*convert it to 8 bits"):
+        decode(stored(deep, "PNG"), "png")
+
+
+def test_pickles_are_refused() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(DataError, match="object"):
+        decode(stream.getvalue(), "npy")
+    with pytest.raises(DataError, match="'pth' is not an image's"):
+        decode(b"", "pth")
+
+
+def test_unknown_codec_is_refused() -> None:
+    with pytest.raises(DataError, match=r"'gif'.*raw, png, webp"):
+        encode(photograph(), "gif")
+
+
+@pytest.mark.parametrize("extension", ["npy", "png", "webp", "jpg"])
+def test_damage_is_a_data_error_or_an_image(extension: str) -> None:
+    """No damage leads to another kind of exception; a cut is always noticed."""
+    codecs = {written: codec for codec, written in CODECS.items()}
+    image = photograph(32, 32)
+    data = encode(image, codecs[extension])[1] if extension in codecs else stored(Image.fromarray(image), "JPEG")
+    for length in range(0, len(data) // 2, 37):
+        with pytest.raises(DataError):
+            decode(data[:length], extension)
+    rng = np.random.default_rng(1)
+    for _ in range(400):
+        damaged = bytearray(data)
+        damaged[int(rng.integers(min(len(data), 200)))] = int(rng.integers(256))
+        try:
+            decode(bytes(damaged), extension)
+        except DataError:
+            continue
+
+
+def test_crop_halves_with_a_box_filter() -> None:
+    """4 -> 2: means of pairs. The bicubic filter would reach further and let 80 leak into the right pixel."""
+    np.testing.assert_array_equal(center_crop(row([80, 0, 0, 0], 4), 2), row([40, 0], 2))
+
+
+def test_crop_halves_an_odd_side_by_the_pixels_whose_centres_are_in_the_box() -> None:
+    """5 -> 2: the boxes are [0, 2.5] and ]2.5, 5], the middle pixel's centre is in the first one."""
+    np.testing.assert_array_equal(center_crop(row([0, 50, 100, 150, 200], 5), 2), row([50, 175], 2))
+
+
+def test_crop_halves_twice() -> None:
+    """8 -> 4 -> 2: means of four."""
+    np.testing.assert_array_equal(center_crop(row([40, 0, 0, 0, 8, 8, 8, 8], 8), 2), row([10, 8], 2))
+
+
+def test_crop_takes_the_centre_of_the_long_side() -> None:
+    wide = row([10, 20, 30, 40, 50], 2)
+    np.testing.assert_array_equal(center_crop(wide, 2), row([20, 30], 2))
+    np.testing.assert_array_equal(center_crop(wide.transpose(1, 0, 2), 2), row([20, 30], 2).transpose(1, 0, 2))
+
+
+def test_crop_is_bicubic_below_twice_the_size() -> None:
+    """3 -> 2 by the filter with a = -1/2, support 3: weights at distances 1/6, 1/2, 7/6 of the stretched kernel."""
+
+    def kernel(x: float) -> float:
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+
+    weights = np.array([kernel(1 / 6), kernel(1 / 2), kernel(7 / 6)])
+    expected = round(float(200 * weights[0] / weights.sum()))
+    cropped = center_crop(row([200, 0, 0], 3), 2)
+    assert abs(int(cropped[0, 0, 0]) - expected) <= 1
+    assert cropped[0, 1, 0] == 0  # a negative lobe, clipped
+
+
+def test_crop_does_not_enlarge() -> None:
+    with pytest.raises(DataError, match="is 20 x 24 pixels, smaller than the image size 21"):
+        center_crop(photograph(), 21)

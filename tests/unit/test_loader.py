@@ -1,0 +1,131 @@
+"""Micro-batches: the same global sequence for any number of ranks and workers, from any position on."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from jitscale.data.loader import Batch, ShardLoader, to_model_input
+from jitscale.data.shards import EpochOrder, ShardSet, write_shards
+from jitscale.errors import DataError
+
+COUNT = 50
+CLASSES = 10
+
+Sequence = dict[int, tuple[int, int]]  # position -> (number of the image, label)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """50 images in uneven shards; each image is filled with its number."""
+    folder = tmp_path_factory.mktemp("shards")
+    images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3))
+    write_shards(images, np.arange(COUNT) % CLASSES, folder, codec="raw", samples_per_shard=9)
+    return ShardSet.open(folder, CLASSES, 8)
+
+
+def loader(
+    shards: ShardSet, *, rank: int = 0, world: int = 1, start: int = 0, size: int = 12, micro: int = 2, workers: int = 0
+) -> ShardLoader:
+    order = EpochOrder(shards.samples_per_shard, seed=1, streams=4, window=8)
+    return ShardLoader(shards, order, size, micro, rank, world, start, workers, pin_memory=False)
+
+
+def sequence(batches: list[Batch]) -> Sequence:
+    """What stood at each position; a position that comes twice is an error."""
+    found: Sequence = {}
+    for batch in batches:
+        assert (batch.images.dtype, batch.labels.dtype, batch.positions.dtype) == (
+            torch.uint8,
+            torch.int64,
+            torch.int64,
+        )
+        for image, label, position in zip(batch.images, batch.labels, batch.positions, strict=True):
+            assert bool((image == image[0, 0, 0]).all())
+            assert int(position) not in found
+            found[int(position)] = int(image[0, 0, 0]), int(label)
+    return found
+
+
+def steps(shards: ShardSet, count: int, *, world: int, start: int, size: int, micro: int, workers: int = 0) -> Sequence:
+    """`count` global batches of all ranks together."""
+    batches: list[Batch] = []
+    for rank in range(world):
+        endless = loader(shards, rank=rank, world=world, start=start, size=size, micro=micro, workers=workers)
+        batches += islice(endless, count * size // world // micro)
+    return sequence(batches)
+
+
+def test_positions_are_sliced_as_documented(shards: ShardSet) -> None:
+    batches = list(islice(loader(shards, rank=1, world=3, start=5), 4))
+    assert [batch.positions.tolist() for batch in batches] == [[6, 9], [12, 15], [18, 21], [24, 27]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_global_sequence_depends_neither_on_ranks_nor_on_workers(
+    shards: ShardSet, world: int, workers: int
+) -> None:
+    """Ten global batches, more than two epochs."""
+    expected = steps(shards, 10, world=1, start=0, size=12, micro=12)
+    assert list(expected) == list(range(120))
+    assert steps(shards, 10, world=world, start=0, size=12, micro=2, workers=workers) == expected
+    assert all(label == number % CLASSES for number, label in expected.values())
+    for epoch in range(2):
+        assert sorted(expected[epoch * COUNT + place][0] for place in range(COUNT)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("start", [1, 12, 49, 50, 61])
+def test_a_resume_continues_the_sequence(shards: ShardSet, start: int) -> None:
+    expected = steps(shards, 10, world=1, start=0, size=12, micro=12)
+    resumed = steps(shards, 3, world=2, start=start, size=12, micro=3)
+    assert resumed == {position: expected[position] for position in range(start, start + 36)}
+
+
+def test_a_change_of_the_global_batch_loses_and_repeats_nothing(shards: ShardSet) -> None:
+    before = steps(shards, 2, world=2, start=0, size=12, micro=3)
+    after = steps(shards, 4, world=3, start=24, size=24, micro=4)
+    assert before.keys().isdisjoint(after.keys())
+    assert before | after == steps(shards, 10, world=1, start=0, size=12, micro=12)
+
+
+def test_batches_that_cannot_be_shared_are_refused(shards: ShardSet) -> None:
+    with pytest.raises(DataError, match=r"batch_size=12: is not a multiple of 5 ranks x micro-batch 2 = 10"):
+        loader(shards, world=5)
+    with pytest.raises(DataError, match=r"batch_size=12: is not a multiple of 1 ranks x micro-batch 5 = 5"):
+        loader(shards, micro=5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_one_line_also_from_a_worker(tmp_path: Path, workers: int) -> None:
+    write_shards(np.zeros((8, 8, 8, 3), np.uint8), [0] * 8, tmp_path, codec="png")
+    shards = ShardSet.open(tmp_path, 1, 8)
+    path = tmp_path / "shard-000000.tar"
+    entry = np.load(tmp_path / "shard-000000.index.npy")[5]
+    with path.open("r+b") as file:
+        file.seek(int(entry["offset"]))
+        file.write(bytes(int(entry["size"])))
+    with pytest.raises(DataError) as caught:
+        list(islice(loader(shards, size=8, micro=8, workers=workers), 1))
+    assert str(caught.value).startswith(f"{path}: byte {entry['offset']}: sample 5 cannot be decoded as png")
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_leaves_the_random_state_of_training_alone(shards: ShardSet) -> None:
+    before = torch.random.get_rng_state()
+    list(islice(loader(shards), 3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_model_input() -> None:
+    pixels: npt.NDArray[np.uint8] = np.zeros((2, 1, 3, 3), np.uint8)
+    pixels[:, 0, :, 0] = [0, 51, 255]
+    x = to_model_input(torch.from_numpy(pixels), torch.tensor([False, True]))
+    assert (x.shape, x.dtype, x.is_contiguous()) == ((2, 3, 1, 3), torch.float32, True)
+    torch.testing.assert_close(x[:, 0, 0], torch.tensor([[-1.0, -0.6, 1.0], [1.0, -0.6, -1.0]]))
+    assert bool((x[:, 1:] == -1).all())

@@ -1,0 +1,152 @@
+"""The metrics against independent computations: scipy's matrix root, torchmetrics, closed forms, plain loops."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from jitscale.evaluation.metrics import (
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    frechet_distance_from_statistics,
+    inception_score,
+    label_agreement,
+)
+
+
+def correlated_features(images: int, dimensions: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(100 + seed).standard_normal((dimensions, dimensions))
+    return (generator.standard_normal((images, dimensions)) @ mixing + shift).astype(np.float32)
+
+
+def test_frechet_distance_equals_the_matrix_root_of_scipy() -> None:
+    a, b = correlated_features(300, 24, 0), correlated_features(200, 24, 1, shift=0.5)
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a64.T), np.cov(b64.T)
+    mean_term = ((a64.mean(0) - b64.mean(0)) ** 2).sum()
+    expected = mean_term + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_equals_torchmetrics() -> None:
+    class Identity(nn.Module):
+        num_features = 24
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    a, b = correlated_features(300, 24, 2), correlated_features(200, 24, 3, shift=0.5)
+    metric = FrechetInceptionDistance(feature=Identity()).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(a).double(), real=True)
+    metric.update(torch.from_numpy(b).double(), real=False)
+    assert frechet_distance(a, b) == pytest.approx(metric.compute().item(), rel=1e-9)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero() -> None:
+    features = correlated_features(300, 24, 4)
+    assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_singular_covariances_cost_only_round_off() -> None:
+    features = correlated_features(10, 24, 4)
+    variance = np.trace(feature_statistics(features).covariance)
+    assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-7 * variance)
+
+
+def test_frechet_distance_of_two_gaussians_in_closed_form() -> None:
+    mean_a, mean_b = np.array([0.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0])
+    std_a, std_b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.5])
+    rotation = scipy.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]  # common, so that A and B commute
+    a = FeatureStatistics(mean_a, rotation @ np.diag(std_a**2) @ rotation.T)
+    b = FeatureStatistics(mean_b, rotation @ np.diag(std_b**2) @ rotation.T)
+    expected = 5.0 + ((std_a - std_b) ** 2).sum()
+    assert frechet_distance_from_statistics(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance_from_statistics(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_are_computed_in_float64_and_divided_by_one_less() -> None:
+    features = np.array([[10000.0, 1.0], [10000.5, 3.0], [10001.0, 5.0]], dtype=np.float32)
+    statistics = feature_statistics(features)
+    np.testing.assert_allclose(statistics.mean, [10000.5, 3.0], rtol=1e-15)
+    np.testing.assert_allclose(statistics.covariance, [[0.25, 1.0], [1.0, 4.0]], rtol=1e-12)
+    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
+
+
+def test_fewer_images_than_features_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        feature_statistics(correlated_features(24, 24, 5))
+        assert not caplog.records
+        feature_statistics(correlated_features(23, 24, 5))
+    assert "23 images for 24 features" in caplog.text
+
+
+def test_frechet_distance_refuses_what_it_cannot_compare() -> None:
+    features = correlated_features(30, 4, 6)
+    with pytest.raises(ValueError, match="do not fit"):
+        frechet_distance(features, features[:, :3])
+    with pytest.raises(ValueError, match="at least two images"):
+        frechet_distance(features, features[:1])
+    broken = features.copy()
+    broken[7, 2] = np.nan
+    with pytest.raises(ValueError, match="first row 7"):
+        frechet_distance(features, broken)
+
+
+def brute_force_inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
+    order = np.random.RandomState(2020).permutation(len(logits))
+    scores = []
+    for part in range(splits):
+        rows = order[part * len(logits) // splits : (part + 1) * len(logits) // splits]
+        probabilities = []
+        for row in rows:
+            weights = [math.exp(value) for value in logits[row]]
+            probabilities.append([weight / sum(weights) for weight in weights])
+        marginal = [sum(column) / len(rows) for column in zip(*probabilities, strict=True)]
+        divergence = sum(p * math.log(p / q) for row in probabilities for p, q in zip(row, marginal, strict=True))
+        scores.append(math.exp(divergence / len(rows)))
+    mean = sum(scores) / splits
+    return mean, math.sqrt(sum((score - mean) ** 2 for score in scores) / splits)
+
+
+@pytest.mark.parametrize(("images", "splits"), [(200, 10), (57, 4), (5, 1)])
+def test_inception_score_equals_a_plain_computation(images: int, splits: int) -> None:
+    logits = np.random.default_rng(images).normal(0, 3, (images, 7)).astype(np.float32)
+    assert inception_score(logits, splits) == pytest.approx(brute_force_inception_score(logits, splits), rel=1e-9)
+
+
+def test_inception_score_hardly_depends_on_the_order_of_the_images() -> None:
+    generator = np.random.default_rng(1)
+    labels = np.repeat(np.arange(10), 100)
+    by_class = 12.0 * np.eye(10)[labels] + generator.normal(0, 1, (1000, 10))
+    mixed = by_class[generator.permutation(1000)]
+    assert inception_score(by_class)[0] == pytest.approx(inception_score(mixed)[0], rel=0.02)
+    assert inception_score(by_class)[0] > 9.0
+
+
+def test_inception_score_of_certain_and_of_equal_predictions() -> None:
+    certain = 1e4 * np.eye(12)[np.arange(40) % 10]  # probabilities underflow to 0; two classes never occur
+    assert inception_score(certain, splits=1) == pytest.approx((10.0, 0.0), rel=1e-12)
+    assert inception_score(np.zeros((40, 10))) == pytest.approx((1.0, 0.0), rel=1e-12)
+
+
+def test_inception_score_refuses_fewer_images_than_splits() -> None:
+    with pytest.raises(ValueError, match="at least 10 images"):
+        inception_score(np.zeros((9, 10)))
+
+
+def test_label_agreement_is_the_share_classified_as_asked() -> None:
+    logits = np.array([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [0.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
+    assert label_agreement(logits, np.array([0, 1, 2, 1])) == 0.75
+    with pytest.raises(ValueError, match="3 classes"):
+        label_agreement(logits, np.array([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="shapes"):
+        label_agreement(logits, np.array([0, 1, 2]))

@@ -1,0 +1,411 @@
+"""Shards on disk, what is refused about them, and the order of an epoch."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import resource
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import webdataset
+from PIL import Image
+
+from jitscale.data.shards import NO_LABEL, EpochOrder, Manifest, ShardSet, index_tar, write_shards
+from jitscale.errors import DataError
+
+CLASSES = 10
+
+
+def numbered(count: int, size: int = 8) -> npt.NDArray[np.uint8]:
+    """Images that say their number: red is number mod 256, green is number div 256."""
+    numbers = np.arange(count)
+    pixels = np.stack([numbers % 256, numbers // 256, numbers * 0], axis=-1).astype(np.uint8)
+    return np.tile(pixels[:, None, None], (1, size, size, 1))
+
+
+def number_of(image: npt.NDArray[np.uint8]) -> int:
+    return int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])
+
+
+def pack(folder: Path, count: int = 20, per_shard: int = 8, codec: str = "png") -> Manifest:
+    labels = np.arange(count) % CLASSES
+    return write_shards(numbered(count), labels, folder, codec=codec, samples_per_shard=per_shard)
+
+
+def png(size: int = 8, number: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(numbered(number + 1, size)[number]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    """A tar that another program might have written."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def all_samples(shards: ShardSet) -> list[tuple[int, int]]:
+    samples = []
+    for shard, count in enumerate(shards.samples_per_shard):
+        for index in range(count):
+            image, label = shards.read(shard, index)
+            samples.append((number_of(image), label))
+    return samples
+
+
+# Writing
+
+
+@pytest.mark.parametrize("codec", ["raw", "png", "webp"])
+def test_what_was_written_is_read(tmp_path: Path, codec: str) -> None:
+    manifest = pack(tmp_path, codec=codec)
+    shards = ShardSet.open(tmp_path, CLASSES, 8)
+    assert [record.samples for record in manifest.shards] == shards.samples_per_shard.tolist() == [8, 8, 4]
+    assert manifest.total == shards.num_samples == 20
+    samples = all_samples(shards)
+    assert sorted(samples) == [(number, number % CLASSES) for number in range(20)]
+    assert samples != sorted(samples)  # shuffled
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    pack(tmp_path / "a")
+    pack(tmp_path / "b")
+    names = sorted(os.listdir(tmp_path / "a"))
+    assert len(names) == 7
+    assert names == sorted(os.listdir(tmp_path / "b"))
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert Manifest.read(tmp_path / "a" / "manifest.json") == Manifest.read(tmp_path / "b" / "manifest.json")
+
+
+def test_the_index_on_disk_is_that_of_a_scan(tmp_path: Path) -> None:
+    pack(tmp_path)
+    for path in tmp_path.glob("*.tar"):
+        np.testing.assert_array_equal(np.load(path.with_suffix(".index.npy")), index_tar(path))
+
+
+def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    images = list(numbered(20))
+    images[7] = numbered(1, size=9)[0]
+    with pytest.raises(DataError, match=r"image 7: has shape \(9, 9, 3\)"):
+        write_shards(images, [0] * 20, tmp_path, samples_per_shard=20)
+    assert os.listdir(tmp_path) == []
+
+
+def test_writing_refuses_input_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 images and 1 labels"):
+        write_shards(numbered(2), [0], tmp_path)
+    with pytest.raises(DataError, match=r"image 1: label 2 is not in 0\.\.1"):
+        write_shards(numbered(2), [0, 2], tmp_path, class_names=["a", "b"])
+    with pytest.raises(DataError, match=r"codec 'gif'.*raw, png, webp"):
+        write_shards(numbered(2), [0, 1], tmp_path, codec="gif")
+    pack(tmp_path)
+    with pytest.raises(DataError, match="holds shards already"):
+        pack(tmp_path)
+
+
+# webdataset, both ways
+
+
+@pytest.mark.parametrize(("codec", "extension"), [("png", "png"), ("raw", "npy"), ("webp", "webp")])
+def test_webdataset_reads_our_shards(tmp_path: Path, codec: str, extension: str) -> None:
+    pack(tmp_path, codec=codec)
+    urls = sorted(str(path) for path in tmp_path.glob("*.tar"))
+    theirs = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple(extension, "cls", "__key__")
+    samples = [(number_of(image), label, int(key)) for image, label, key in theirs]
+    assert [sample[:2] for sample in samples] == all_samples(ShardSet.open(tmp_path, CLASSES))
+    assert all(number == key for number, _, key in samples)
+
+
+def test_we_read_webdataset_shards(tmp_path: Path) -> None:
+    with webdataset.ShardWriter(str(tmp_path / "theirs-%04d.tar"), maxcount=6, verbose=0) as writer:
+        for number, image in enumerate(numbered(16)):
+            sample = {"png": image, "cls": number % CLASSES, "seg.png": image * 0, "json": {"a": 1}}
+            writer.write({"__key__": f"folder.v2/n{number:04d}", **sample})
+    shards = ShardSet.open(tmp_path, CLASSES)
+    assert shards.samples_per_shard.tolist() == [6, 6, 4]
+    assert all_samples(shards) == [(number, number % CLASSES) for number in range(16)]
+
+
+def test_dotted_keys_follow_webdataset(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", ("x/a.b/k.JPEG", png()), ("x/a.b/k.cls", b"3\n"), (".hidden.png", png()))
+    (theirs,) = webdataset.WebDataset(str(path), shardshuffle=False)
+    assert theirs["__key__"] == "x/a.b/k"
+    assert index_tar(path)[["label", "extension"]].tolist() == [(3, b"jpeg")]
+
+
+# Opening
+
+
+def test_patterns_name_the_same_shards(tmp_path: Path) -> None:
+    manifest = pack(tmp_path)
+    opened = [
+        ShardSet.open(pattern, CLASSES)
+        for pattern in (tmp_path, tmp_path / "*.tar", tmp_path / "shard-{000000..000002}.tar")
+    ]
+    assert [record.name for record in manifest.shards] == [f"shard-00000{number}.tar" for number in range(3)]
+    assert len({shards.manifest_hash for shards in opened}) == 1
+    assert all(shards.num_samples == 20 for shards in opened)
+    assert ShardSet.open(tmp_path / "shard-000001.tar", CLASSES).manifest_hash != opened[0].manifest_hash
+
+
+def test_the_hash_says_what_the_shards_hold(tmp_path: Path) -> None:
+    """Equal names, counts and sizes, but other pixels or another order."""
+    hashes = set()
+    for number, image in enumerate([numbered(6), numbered(6) + 1]):
+        for seed in (0, 1):
+            folder = tmp_path / f"{number}_{seed}"
+            write_shards(image, [0] * 6, folder, codec="raw", seed=seed)
+            hashes.add(ShardSet.open(folder, 1).manifest_hash)
+    assert len(hashes) == 4
+
+
+def test_without_classes_labels_are_neither_needed_nor_returned(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", ("a.png", png()), ("b.png", png()), ("b.cls", b"seven"))
+    assert ShardSet.open(tmp_path, 0).read(0, 1)[1] == 0
+    assert index_tar(tmp_path / "a.tar", with_labels=False)["label"].tolist() == [NO_LABEL, NO_LABEL]
+    pack(tmp_path / "labelled")
+    assert {label for _, label in all_samples(ShardSet.open(tmp_path / "labelled", 0))} == {0}
+
+
+def test_larger_images_are_cropped_and_smaller_ones_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", ("a.png", png(size=16, number=5)), ("a.cls", b"0"), ("b.png", png(size=4)), ("b.cls", b"0"))
+    shards = ShardSet.open(tmp_path, 1, 8)
+    image, _ = shards.read(0, 0)
+    assert image.shape == (8, 8, 3)
+    assert number_of(image) == 5
+    with pytest.raises(DataError, match=r"a\.tar: byte \d+: sample 1 is 4 x 4 pixels, smaller than the image size 8"):
+        shards.read(0, 1)
+    with pytest.raises(DataError, match=r"sample 0 is 16 x 16 pixels.*size 32.*lower model.image_size"):
+        ShardSet.open(tmp_path, 1, 32)
+    assert ShardSet.open(tmp_path, 1).image_size == 16
+
+
+Damage = Callable[[Path], object]
+
+
+def rewrite(change: Callable[[bytes], bytes]) -> Damage:
+    """Change the bytes of the foreign tar."""
+    return lambda folder: (folder / "a.tar").write_bytes(change((folder / "a.tar").read_bytes()))
+
+
+def members(*parts: tuple[str, bytes]) -> Damage:
+    """Replace the members of the foreign tar."""
+    return lambda folder: tar(folder / "a.tar", *parts)
+
+
+IMAGE = png()
+PAIR = (("k.png", IMAGE), ("k.cls", b"1"))
+SECOND = 512 + -(-len(IMAGE) // 512) * 512  # where the second member's header starts
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rewrite(lambda data: b""), r"is empty \(0 bytes\); copy or write it again"),
+        (rewrite(gzip.compress), r"byte 0: is compressed with gzip.*gunzip it"),
+        (rewrite(lambda data: data[: SECOND + 1024]), rf"ends at byte {SECOND + 1024} without an end-of-archive block"),
+        (rewrite(lambda data: data[: SECOND + 1536]), rf"ends at byte {SECOND + 1536} without an end-of-archive block"),
+        (rewrite(lambda data: data[:SECOND]), rf"ends at byte {SECOND} without an end-of-archive block"),
+        (rewrite(lambda data: data[: SECOND - 100]), rf"ends at byte {SECOND - 100}, without an end-of-archive block"),
+        (rewrite(lambda data: data[: SECOND + 100]), rf"ends at byte {SECOND + 100}.* without an end-of-archive block"),
+        (
+            rewrite(lambda data: data[:SECOND] + b"\xff" + data[SECOND + 1 :]),
+            rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
+        ),
+        (members(PAIR[0]), r"byte 512: sample 0 has no label, needs one in 0\.\.9"),
+        (members(PAIR[0], ("k.cls", b"cat")), rf"byte {SECOND + 512}: k.cls holds b'cat', not an integer"),
+        (members(PAIR[0], ("k.cls", b"-1")), rf"byte {SECOND + 512}: k.cls holds b'-1', not an integer"),
+        (members(PAIR[0], ("k.cls", b"10")), r"byte 512: sample 0 has label 10, needs one in 0\.\.9; correct model"),
+        (members(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' comes twice"),
+        (members(*PAIR, ("l.png", IMAGE), ("k.txt", b"")), r"byte \d+: key 'k' comes twice"),
+        (members(), "holds no samples; remove it"),
+        (members(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
+        (members(*PAIR, ("k.jpg", IMAGE)), r"byte 0: sample 'k' has 2 images among"),
+        (members(("k.png", b"not a png"), PAIR[1]), "byte 512: sample 0 cannot be decoded as png"),
+    ],
+)
+def test_damaged_foreign_tars_are_refused(tmp_path: Path, damage: Damage, message: str) -> None:
+    tar(tmp_path / "a.tar", *PAIR)
+    assert ShardSet.open(tmp_path, CLASSES).num_samples == 1
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        ShardSet.open(tmp_path, CLASSES)
+    assert str(caught.value).startswith(str(tmp_path / "a.tar"))
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> None:
+    manifest = pack(tmp_path)
+    path, size = tmp_path / "shard-000001.tar", manifest.shards[1].bytes
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-512])
+    with pytest.raises(DataError, match=rf"shard-000001.tar: has {size - 512} bytes, the manifest says {size}; copy"):
+        ShardSet.open(tmp_path, CLASSES)
+    path.unlink()
+    for pattern in (tmp_path, tmp_path / "shard-{000000..000002}.tar"):
+        with pytest.raises(DataError, match=r"shard-000001.tar: missing \(1 of 3 shards are\)"):
+            ShardSet.open(pattern, CLASSES)
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"shard-000000.tar: byte \d+: sample \d has label \d, needs one in 0\.\.2"):
+        ShardSet.open(tmp_path, 3)
+
+
+def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp_path: Path) -> None:
+    pack(tmp_path)
+    before = all_samples(ShardSet.open(tmp_path, CLASSES))
+    path = tmp_path / "shard-000001.index.npy"
+    index = np.load(path)
+    np.save(path, index[:-1])
+    with pytest.raises(DataError, match="holds 7 samples, the manifest says 8"):
+        ShardSet.open(tmp_path, CLASSES)
+    index["offset"][3] = 1 << 40
+    np.save(path, index)
+    with pytest.raises(DataError, match=r"index.npy: points behind the tar's \d+ bytes; remove it"):
+        ShardSet.open(tmp_path, CLASSES)
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"index.npy: cannot be mapped.*remove it"):
+        ShardSet.open(tmp_path, CLASSES)
+    path.unlink()
+    assert all_samples(ShardSet.open(tmp_path, CLASSES)) == before
+
+
+def test_patterns_and_manifests_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tar shards here; correct data"):
+        ShardSet.open(tmp_path, CLASSES)
+    pack(tmp_path)
+    with pytest.raises(DataError, match="names a shard twice"):
+        ShardSet.open(tmp_path / "shard-00000{0,0}.tar", CLASSES)
+    with pytest.raises(DataError, match="unbalanced braces"):
+        ShardSet.open(tmp_path / "shard-{000000..000002.tar", CLASSES)
+    for name in ("a", "b"):
+        write_shards(numbered(1), [0], tmp_path / name, class_names=[name])
+    with pytest.raises(DataError, match="its folders name different classes"):
+        ShardSet.open(tmp_path / "{a,b}" / "*.tar", CLASSES)
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"name": "a.tar"}]}))
+    with pytest.raises(DataError, match=r"manifest.json: cannot be read as a manifest"):
+        ShardSet.open(tmp_path, CLASSES)
+
+
+# Processes
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shards_are_read_in_other_processes(tmp_path: Path, method: str) -> None:
+    pack(tmp_path)
+    shards = ShardSet.open(tmp_path, CLASSES)
+    here = [shards.read(shard, index) for shard, index in [(0, 0), (1, 3), (2, 1)]]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        there = pool.starmap(shards.read, [(0, 0), (1, 3), (2, 1)])
+    for (image, label), (other_image, other_label) in zip(here, there, strict=True):
+        np.testing.assert_array_equal(image, other_image)
+        assert label == other_label
+
+
+def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
+    pack(tmp_path, count=60, per_shard=1, codec="raw")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        shards = ShardSet.open(tmp_path, CLASSES)
+        assert sorted(number for number, _ in all_samples(shards)) == list(range(60))
+        assert len(os.listdir("/proc/self/fd")) - before <= 32
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    del shards
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Order
+
+UNEVEN = [3, 50, 17, 1, 29, 64, 8, 40, 5, 31]  # 248 samples
+
+
+def epoch_of(order: EpochOrder, epoch: int) -> list[tuple[int, int]]:
+    positions = np.arange(epoch * order.num_samples, (epoch + 1) * order.num_samples)
+    shards, indices = order.locate(positions)
+    return list(zip(shards.tolist(), indices.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("streams", "window"), [(1, 1), (1, 512), (4, 16), (7, 10), (8, 30), (512, 512)])
+def test_every_epoch_is_a_permutation(streams: int, window: int) -> None:
+    order = EpochOrder(UNEVEN, seed=3, streams=streams, window=window)
+    everything = [(shard, index) for shard, count in enumerate(UNEVEN) for index in range(count)]
+    epochs = [epoch_of(order, epoch) for epoch in (0, 1, 2, 1000)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert epoch_of(EpochOrder(UNEVEN, 4, streams, window), 0) != epochs[0]
+
+
+def test_positions_may_be_asked_in_any_grouping() -> None:
+    """Across windows and epochs, singly, backwards and in one piece."""
+    order = EpochOrder(UNEVEN, seed=3, streams=4, window=16)
+    positions = np.arange(3 * order.num_samples)
+    whole = np.stack(order.locate(positions))
+    fresh = EpochOrder(UNEVEN, seed=3, streams=4, window=16)
+    for position in positions[::-7]:
+        np.testing.assert_array_equal(
+            np.stack(fresh.locate(positions[position : position + 1]))[:, 0], whole[:, position]
+        )
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_streams_are_contiguous_and_shuffled_inside_windows(epoch: int) -> None:
+    """248 samples in 7 streams, of 36 or 35 samples; one stream with windows of one sample is the line itself."""
+    line = epoch_of(EpochOrder(UNEVEN, seed=0, streams=1, window=1), epoch)
+    shard_order = list(dict.fromkeys(shard for shard, _ in line))
+    assert line == [(shard, index) for shard in shard_order for index in range(UNEVEN[shard])]
+    assert shard_order != sorted(shard_order)
+
+    samples = epoch_of(EpochOrder(UNEVEN, seed=0, streams=7, window=10), epoch)
+    start, moved = 0, 0
+    for stream in range(7):
+        column = samples[stream::7]
+        assert len(column) == (36 if stream < 248 % 7 else 35)
+        for first in range(0, len(column), 10):
+            window = column[first : first + 10]
+            expected = line[start + first : start + min(first + 10, len(column))]
+            assert sorted(window) == sorted(expected)
+            moved += window != expected
+        start += len(column)
+    assert moved > 20  # of 28 windows
+
+
+def test_the_number_of_streams_depends_on_the_data_alone() -> None:
+    assert EpochOrder([1000] * 1281, 0).streams == 512
+    assert EpochOrder([10_000] * 128, 0).streams == 128  # as many as shards
+    assert EpochOrder([100] * 1000, 0).streams == 128  # 781 samples a stream; 256 would have less than a window
+    assert EpochOrder([256] * 7 + [5], 0).streams == 2
+    assert EpochOrder([3], 0).streams == 1
+
+
+def test_the_order_never_changes() -> None:
+    """These numbers are part of every checkpoint's meaning."""
+    order = EpochOrder(UNEVEN, seed=7, streams=4, window=16)
+    shards, indices = order.locate(np.array([0, 1, 2, 3, 4, 247, 248, 10_000]))
+    assert shards.tolist() == [5, 9, 4, 6, 5, 1, 1, 2]
+    assert indices.tolist() == [3, 4, 8, 6, 12, 45, 1, 16]
+
+
+@pytest.mark.timeout(30)
+def test_a_far_position_is_found_without_walking_there() -> None:
+    order = EpochOrder(np.full(100_000, 1000), seed=0)
+    shards, indices = order.locate(np.array([12_345_678_901]))
+    assert (0 <= shards[0] < 100_000, 0 <= indices[0] < 1000) == (True, True)
+
+
+def test_an_order_of_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="0 samples"):
+        EpochOrder([], seed=0)

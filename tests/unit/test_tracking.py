@@ -1,0 +1,82 @@
+"""metrics.jsonl and W&B."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jitscale.config import Config, TrackingConfig
+from jitscale.tracking import Tracker, read_metrics
+
+
+def tracker(run_dir: Path, resumed_step: int = 0, wandb: str = "off") -> Tracker:
+    run_dir.mkdir(exist_ok=True)
+    return Tracker(Config(tracking=TrackingConfig(wandb=wandb)), run_dir, True, resumed_step)
+
+
+def test_lines_of_a_repeated_stretch_appear_once(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    for step in range(1, 8):
+        first.log({"step": step, "loss": 1.0})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # a kill cut this line short
+    second = tracker(tmp_path, resumed_step=5)
+    for step in (6, 7, 8):
+        second.log({"step": step, "loss": 2.0})
+    second.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0] * 5 + [2.0] * 3
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    record = tracker(tmp_path)
+    record.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "mfu": None})
+    record.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "grad_norm": None, "mfu": None}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    record = Tracker(Config(), tmp_path, False, 0)
+    record.log({"step": 1})
+    record.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_continues_under_one_id(tmp_path: Path) -> None:
+    for resumed in (0, 1):
+        record = tracker(tmp_path, resumed, wandb="offline")
+        record.log({"step": resumed + 1, "images": 8, "loss": 1.0})
+        record.close()
+    runs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 2
+    assert {path.stem for path in runs} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
+    assert all(path.stat().st_size > 0 for path in runs)
+
+
+def test_a_wandb_that_cannot_start_falls_back_to_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    record = tracker(tmp_path, wandb="online")
+    record.log({"step": 1, "images": 8, "loss": 1.0})
+    record.close()
+    assert len(read_metrics(tmp_path)) == 1
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert "W&B failed" in caplog.text
+    assert "wandb sync" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    record = tracker(tmp_path, wandb="online")
+    record.log({"step": 1, "images": 8, "loss": 1.0})
+    record.close()
+    assert len(read_metrics(tmp_path)) == 1
+    assert list((tmp_path / "wandb").glob("offline-run-*"))

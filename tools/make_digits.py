@@ -1,0 +1,56 @@
+"""Write scikit-learn's 1,797 handwritten digits as shards: real images for a first run, without a download.
+
+python tools/make_digits.py --resolution 32 --output runs/digits_32px
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from jitscale.data.digits import DIGIT_CLASSES, digit_images
+from jitscale.data.images import CODECS
+from jitscale.data.shards import MANIFEST, Manifest, write_shards
+from jitscale.errors import DataError, ExitCode, exit_with_message
+
+
+def main() -> int:
+    """Parse the command line and write, or find that it was done before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resolution", type=int, default=32, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of the shards; made if needed"
+    )
+    parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
+    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="default: %(default)s")
+    options = parser.parse_args()
+    if options.resolution < 1:
+        parser.error("--resolution must be at least 1")
+
+    if (options.output / MANIFEST).exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            manifest = _write(options, Path(scratch))
+        if manifest != Manifest.read(options.output / MANIFEST):
+            raise DataError(f"{options.output}: holds other shards; remove the folder or choose another --output")
+        print(f"{options.output}: is there already")
+    else:
+        manifest = _write(options, options.output)
+        print(f"{options.output}: {manifest.total} images in {len(manifest.shards)} shards")
+    return ExitCode.DONE
+
+
+def _write(options: argparse.Namespace, folder: Path) -> Manifest:
+    images, labels = digit_images(options.resolution)
+    return write_shards(
+        images,
+        labels,
+        folder,
+        codec=options.codec,
+        samples_per_shard=options.samples_per_shard,
+        class_names=DIGIT_CLASSES,
+    )
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
