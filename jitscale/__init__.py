@@ -1,7 +1,7 @@
 """jitscale trains JiT (plain ViTs on pixels that predict the clean image, arXiv 2511.13720) at any scale.
 
-    model = jitscale.load_model("runs/jit_b_256")
-    images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
+model = jitscale.load_model("runs/jit_b_256")
+images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
 """
 
 from __future__ import annotations
@@ -64,8 +64,16 @@ def sample(
     Raises:
         ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
     """
-    from jitscale.evaluation.generate import sample_images  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
-    return sample_images(
-        model, labels, noise, seed, noise_scale, method, steps, guidance_scale, tuple(guidance_interval)
-    )
+    from jitscale.diffusion.sampler import Sampler  # noqa: PLC0415
+    from jitscale.evaluation.generate import noise_of, sample_images  # noqa: PLC0415
+
+    low, high = guidance_interval
+    trained = model.diffusion
+    sampler = Sampler(method, steps, guidance_scale, (low, high), trained.prediction, trained.t_eps)
+    labels = torch.as_tensor(labels)
+    if noise is None:
+        noise = noise_of(seed, range(len(labels)), model.config.image_size)
+    scale = trained.noise_scale if noise_scale is None else noise_scale
+    return sample_images(model, sampler, scale * noise, labels)

@@ -322,7 +322,7 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _assign(typed: DictConfig, key: str, value: Any, known: set[str]) -> list[_Problem]:
     """Put one value into the typed configuration, or say why not."""
     if key not in known:
-        if key.split(".")[0] == key and key in typed:
+        if key.split(".", maxsplit=1)[0] == key and key in typed:
             return [_Problem(key, value, "is a group of settings", f"write {key}.NAME=value")]
         close = difflib.get_close_matches(key, known, n=1)
         remedy = f"did you mean {close[0]}?" if close else "see jitscale/config.py for all settings"
@@ -528,7 +528,7 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
 
 def setting_names() -> list[str]:
     """Every dotted setting, such as `optim.lr`."""
-    names = []
+    names: list[str] = []
     for group in fields(Config):
         group_type = group.default_factory
         assert is_dataclass(group_type)

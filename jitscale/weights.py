@@ -106,7 +106,9 @@ def write_safetensors(path: Path, weights: WeightSet) -> None:
     """One weight set in one file, with its config in the metadata; `read_weights` needs nothing else."""
     described = to_dict(Config(model=weights.model, diffusion=weights.diffusion))
     metadata = {key: json.dumps(described[key]) for key in ("model", "diffusion")}
-    save_file({k: v.contiguous() for k, v in weights.tensors.items()}, path, metadata={"weights": weights.name, **metadata})
+    save_file(
+        {k: v.contiguous() for k, v in weights.tensors.items()}, path, metadata={"weights": weights.name, **metadata}
+    )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -134,7 +136,7 @@ def _read_safetensors(path: Path, name: str | None, config: ConfigSource | None)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     held = metadata.get("weights", "model")
@@ -164,7 +166,7 @@ def _read_authors(path: Path, name: str | None, config: ConfigSource | None) -> 
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
     except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the authors' format (no {error}); expected model, model_ema1, args") from error
+        raise CheckpointError(f"{path}: not the authors' format ({error}); it has model, model_ema1, args") from error
     chosen = name or ema_name(args.ema_decay1)
     if chosen not in sets:
         raise CheckpointError(f"{path}: no weight set {chosen!r}; choose one of {', '.join(sets)}")

@@ -131,7 +131,9 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
         axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * size, DIGIT_CLASSES)
         axis.set_xticks([])
         axis.set_ylabel("class asked for")
-        axis.set_title(f"{size} x {size} pixels, {config.evaluation.weights}, guidance {config.evaluation.guidance_scale}")
+        axis.set_title(
+            f"{size} x {size} pixels, {config.evaluation.weights}, guidance {config.evaluation.guidance_scale}"
+        )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

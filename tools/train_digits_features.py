@@ -52,7 +52,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) ->
             _, logits = network(padded[:, :, down : down + side, right : right + side])
             loss = F.cross_entropy(logits, labels[chosen])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from jitscale.data.shards import EpochOrder, ShardSet
+from jitscale.data.order import EpochOrder
+from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array
 

@@ -1,4 +1,4 @@
-"""Shards: ordinary webdataset tars, written whole, checked before training, read by index; and the order of an epoch.
+"""Shards: ordinary webdataset tars, written whole, checked before training, read by index.
 
     shard-000000.tar         members KEY.png (or .webp, .npy) and KEY.cls (the label in decimal)
     shard-000000.index.npy   where the images lie in it, one `INDEX` record a sample, to be memory-mapped
@@ -7,8 +7,6 @@
 
 webdataset reads these tars, and tars that webdataset wrote are read here, after a scan of their headers. Only reading
 by index and the order are our own: webdataset's pipeline can neither resume exactly nor change its number of readers.
-
-Letters: N samples of an epoch, C canonical streams.
 """
 
 from __future__ import annotations
@@ -19,38 +17,26 @@ import json
 import logging
 import os
 import resource
-import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 from braceexpand import braceexpand
 from webdataset.writer import TarWriter
 
-from jitscale.data.images import CODECS, EXTENSIONS, UInt8Array, center_crop, decode, encode
+from jitscale.data.images import CODECS, UInt8Array, center_crop, decode, encode
+from jitscale.data.lru import remembered
+from jitscale.data.tar_index import INDEX, LARGEST_LABEL, NO_LABEL, IndexArray, index_tar
 from jitscale.errors import DataError
-from jitscale.keyed_random import Int64Array, Purpose, hash64, permutation
+from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-IndexArray = npt.NDArray[np.void]
-
-# 20 bytes a sample: an index of 100 million images takes 2 GB, on disk.
-INDEX = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4"), ("extension", "S4")])
 MANIFEST = "manifest.json"
-NO_LABEL = -1
-
-_END_OF_ARCHIVE = bytes(1024)  # POSIX.1-2001, pax: two blocks of zeros
-_GZIP_MAGIC = b"\x1f\x8b"
-_LARGEST_LABEL = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,10 @@ def write_shards(
             f"codec {codec!r}, samples_per_shard {samples_per_shard}: choose one of {', '.join(CODECS)}, and at least 1"
         )
     _check_labels(labels, len(images), class_names)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error}); choose another folder") from error
     resolution = len(images[0])
     order = permutation(len(images), seed, Purpose.PACKING_ORDER)
     records = []
@@ -144,34 +133,6 @@ def write_shards(
     with _appearing_whole(folder / MANIFEST) as file:
         file.write(json.dumps(asdict(manifest), indent=1).encode())
     return manifest
-
-
-def index_tar(path: Path, *, with_labels: bool = True) -> IndexArray:
-    """Scan the headers of one tar; one `INDEX` record a sample, in the order of the tar.
-
-    Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
-    base name. One of them is the image; `cls` is the label; others are ignored. Without `with_labels`, and where a
-    sample has no `cls` member, the label is `NO_LABEL`.
-
-    Raises:
-        DataError: the tar is missing, empty, compressed, truncated or damaged; a key comes twice; a sample has no
-            image or several; a label is no class number.
-    """
-    members = _members_by_key(path)
-    index = np.empty(len(members), INDEX)
-    with path.open("rb") as file:
-        for number, (key, parts) in enumerate(members.items()):
-            found = [extension for extension in parts if extension in EXTENSIONS]
-            if len(found) != 1:
-                start = min(part.offset for part in parts.values())
-                raise DataError(
-                    f"{path}: byte {start}: sample {key!r} has {len(found)} images among {sorted(parts)}, needs "
-                    f"exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
-                )
-            image = parts[found[0]]
-            label = _read_label(path, file, parts["cls"]) if with_labels and "cls" in parts else NO_LABEL
-            index[number] = (image.offset_data, image.size, label, found[0].encode())
-    return index
 
 
 class ShardSet:
@@ -240,7 +201,7 @@ class ShardSet:
         return {**self.__dict__, "_opened": OrderedDict()}  # neither descriptors nor maps travel to another process
 
     def _read(self, shard: int, index: int, image_size: int | None) -> tuple[UInt8Array, int]:
-        opened = _remembered(self._opened, shard, lambda: _OpenShard(self._shards[shard]), _most_open_shards())
+        opened = remembered(self._opened, shard, lambda: _OpenShard(self._shards[shard]), _most_open_shards())
         offset, size, label, extension = opened.index[index].item()
         try:
             image = decode(opened.read(offset, size), extension.decode())
@@ -248,80 +209,6 @@ class ShardSet:
         except DataError as error:
             raise DataError(f"{self._shards[shard].path}: byte {offset}: sample {index} {error}") from error
         return image, label if self._num_classes else 0
-
-
-class EpochOrder:
-    """Which sample stands at position p of the endless global sequence, by arithmetic: nothing is iterated or stored.
-
-    Position p is place q = p mod N of epoch p // N, and each epoch is a permutation of the N samples:
-
-    1. The shards are permuted and laid end to end.
-    2. The line is cut into C contiguous streams whose lengths differ by at most one, the longer ones first.
-    3. Each stream is shuffled inside windows of `window` samples (its last one may be shorter).
-    4. Place q is depth q // C of stream q mod C. The last round of an epoch, if not whole, has the longer streams only.
-
-    So C shards are read side by side, each nearly in sequence, and a rank that takes every W-th position stays in C / W
-    streams when W divides C. C is `streams`, halved until C is at most the number of shards and an average stream
-    fills a window: fewer and longer streams mix better than many that are shorter than a batch. Like the rest of the
-    order it depends on the data, `seed`, `streams` and `window` alone, never on ranks, workers or batch size.
-    """
-
-    def __init__(
-        self, samples_per_shard: Sequence[int] | Int64Array, seed: int, streams: int = 512, window: int = 512
-    ) -> None:
-        self._samples: Int64Array = np.asarray(samples_per_shard, np.int64)
-        self.num_samples = int(self._samples.sum())
-        if self.num_samples < 1 or streams < 1 or window < 1:
-            raise DataError(
-                f"order: {self.num_samples} samples, {streams} streams, window {window}; each must be at least 1"
-            )
-        while streams > 1 and (streams > len(self._samples) or self.num_samples < streams * window):
-            streams //= 2
-        self.seed, self.streams, self.window = seed, streams, window
-        self._lines: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
-
-    def locate(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """The shard numbers and the indices inside the shards of `positions` (B,), both (B,)."""
-        epochs, places = np.divmod(positions, self.num_samples)
-        depths, streams = np.divmod(places, self.streams)
-        windows, slots = np.divmod(depths, self.window)
-        shards, indices = np.empty_like(positions), np.empty_like(positions)
-        for epoch, window in np.unique(np.stack([epochs, windows]), axis=1).T.tolist():
-            here = (epochs == epoch) & (windows == window)
-            shuffled = self._window_order(epoch, window)[streams[here], slots[here]]
-            along = self._stream_starts(streams[here]) + window * self.window + shuffled
-            shard_order, starts = self._line(epoch)
-            turn = np.searchsorted(starts, along, side="right") - 1
-            shards[here], indices[here] = shard_order[turn], along - starts[turn]
-        return shards, indices
-
-    def _line(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The shards of an epoch in order, and where on the line each starts."""
-
-        def lay() -> tuple[Int64Array, Int64Array]:
-            order = permutation(len(self._samples), self.seed, Purpose.SHARD_ORDER, epoch)
-            lengths = self._samples[order]
-            return order, np.cumsum(lengths) - lengths
-
-        return _remembered(self._lines, epoch, lay, 2)
-
-    def _stream_starts(self, streams: Int64Array) -> Int64Array:
-        shortest, longer = divmod(self.num_samples, self.streams)
-        return streams * shortest + np.minimum(streams, longer)
-
-    def _window_order(self, epoch: int, window: int) -> npt.NDArray[np.int32]:
-        """The order inside one window of every stream: (C, samples of the longest stream's window)."""
-
-        def shuffle() -> npt.NDArray[np.int32]:
-            streams = np.arange(self.streams)
-            lengths = np.diff(self._stream_starts(np.arange(self.streams + 1))) - window * self.window
-            slots = np.arange(min(self.window, int(lengths.max())))
-            draws = hash64(self.seed, Purpose.WINDOW_ORDER, epoch, streams[:, None], window, slots)
-            draws[slots >= lengths[:, None]] = np.iinfo(np.uint64).max  # stays last: a shorter stream never asks for it
-            return np.argsort(draws, axis=1, kind="stable").astype(np.int32)
-
-        return _remembered(self._windows, (epoch, window), shuffle, 3)
 
 
 @dataclass(frozen=True)
@@ -362,16 +249,6 @@ class _OpenShard:
             os.close(self._descriptor)
 
 
-def _remembered(cache: OrderedDict[K, V], key: K, compute: Callable[[], V], capacity: int) -> V:
-    """`compute()`, from `cache` if it is among the `capacity` most recently used keys."""
-    if key not in cache:
-        while len(cache) >= capacity:
-            cache.popitem(last=False)
-        cache[key] = compute()
-    cache.move_to_end(key)
-    return cache[key]
-
-
 def _most_open_shards() -> int:
     """A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -381,7 +258,7 @@ def _most_open_shards() -> int:
 def _check_labels(labels: Sequence[int] | Int64Array, images: int, class_names: list[str] | None) -> None:
     if images == 0 or images != len(labels):
         raise DataError(f"{images} images and {len(labels)} labels: give one label an image, and at least one image")
-    limit = _LARGEST_LABEL if class_names is None else len(class_names) - 1
+    limit = LARGEST_LABEL if class_names is None else len(class_names) - 1
     for number, label in enumerate(labels):
         if not 0 <= label <= limit:
             raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")
@@ -456,78 +333,6 @@ def _map_index(tar: Path) -> IndexArray:
     if index.dtype != INDEX or index.ndim != 1:
         raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; remove it, the tar is then scanned")
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
-
-
-def _members_by_key(path: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """The regular members of a whole tar: key to extension to member."""
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    previous = None
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_GZIP_MAGIC))
-            if not magic:
-                raise DataError(f"{path}: is empty (0 bytes); copy or write it again")
-            if magic == _GZIP_MAGIC:
-                raise DataError(f"{path}: byte 0: is compressed with gzip and cannot be read by offset; gunzip it")
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, extension = _split_name(member.name)
-                    if not member.isreg() or not key:
-                        continue
-                    parts = members.setdefault(key, {})
-                    if extension in parts or (parts and key != previous):
-                        raise DataError(
-                            f"{path}: byte {member.offset}: key {key!r} comes twice; every sample needs a key of its "
-                            "own, write the shard again"
-                        )
-                    parts[extension] = member
-                    previous = key
-                _check_end(path, file, tar.offset)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); correct data.shards") from error
-    except tarfile.TarError as error:
-        size = path.stat().st_size
-        raise DataError(
-            f"{path}: is no whole tar ({error}; it ends at byte {size}, without an end-of-archive block); "
-            "copy or write it again"
-        ) from error
-    return members
-
-
-def _check_end(path: Path, file: IO[bytes], offset: int) -> None:
-    """tarfile stops silently at what is not a header; only the end-of-archive blocks may stand there."""
-    found = os.pread(file.fileno(), len(_END_OF_ARCHIVE), offset)
-    if len(found) < len(_END_OF_ARCHIVE):
-        raise DataError(
-            f"{path}: ends at byte {offset + len(found)} without an end-of-archive block of "
-            f"{len(_END_OF_ARCHIVE)} zeros: it was truncated; copy or write it again"
-        )
-    if found != _END_OF_ARCHIVE:
-        raise DataError(
-            f"{path}: byte {offset}: neither a tar header nor the end-of-archive block; copy or write it again"
-        )
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden files belong to no key."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
-
-
-def _read_label(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> int:
-    text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
-    try:
-        label = int(text)
-    except ValueError:
-        label = NO_LABEL
-    if not 0 <= label <= _LARGEST_LABEL:
-        raise DataError(
-            f"{path}: byte {member.offset_data}: {member.name} holds {text!r}, not an integer in 0..{_LARGEST_LABEL}; "
-            "write the class number in decimal"
-        )
-    return label
 
 
 @contextmanager

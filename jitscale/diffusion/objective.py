@@ -51,7 +51,12 @@ def to_spaces(prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor, space:
 
 
 def sample_loss(
-    prediction: torch.Tensor, x: torch.Tensor, e: torch.Tensor, z: torch.Tensor, t: torch.Tensor, config: DiffusionConfig
+    prediction: torch.Tensor,
+    x: torch.Tensor,
+    e: torch.Tensor,
+    z: torch.Tensor,
+    t: torch.Tensor,
+    config: DiffusionConfig,
 ) -> torch.Tensor:
     """Mean squared error over the pixels of each image, (B,), in float32, in the space `config.loss`.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -35,6 +36,10 @@ class Sampler:
     prediction: str = "x"
     t_eps: float = 0.05
 
+    def __post_init__(self) -> None:
+        if self.method not in ("euler", "heun"):
+            raise ValueError(f"method: {self.method!r} is neither 'euler' nor 'heun'")
+
     def guides_at(self, t: float) -> bool:
         """Whether the unconditional prediction is needed at time `t`."""
         low, high = self.guidance_interval
@@ -53,7 +58,7 @@ class Sampler:
         z = noise.float()
         # The grid is float32 as the authors' is: whether a step lies inside the interval depends on its rounding.
         grid = torch.linspace(0.0, 1.0, self.steps + 1).tolist()
-        for index, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        for index, (t, t_next) in enumerate(pairwise(grid)):
             v = self._velocity(network, z, t, labels, null_label)
             z_next = z + (t_next - t) * v
             if self.method == "heun" and index < self.steps - 1:

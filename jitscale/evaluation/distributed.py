@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def _blocks(
     ) as progress:
         for turn in range(world.rank, len(missing), world.size):
             content = compute(missing[turn])
-            _write_atomically(_block_path(folder, missing[turn]), lambda path, c=content: _save_block(path, c))
+            _write_atomically(_block_path(folder, missing[turn]), partial(_save_block, content))
             progress.update(min(world.size, len(missing) - turn) * size)  # the other ranks are as far
     parallel.barrier()
     if not world.is_main:
@@ -186,7 +187,7 @@ def _block_path(folder: Path, number: int) -> Path:
     return folder / f"block_{number:06d}.npz"
 
 
-def _save_block(path: Path, content: Block) -> None:
+def _save_block(content: Block, path: Path) -> None:
     with path.open("wb") as file:
         np.savez(file, **content)  # type: ignore[arg-type]
 

@@ -51,35 +51,22 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
 
 def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int) -> torch.Tensor:
     """The images of `ids`, (B, 3, S, S) float32, on the model's device, not clamped."""
-    noise = noise_of(seed, ids, model.config.image_size)
-    return _run(model, sampler, noise, labels_of(ids, model.config.num_classes), model.diffusion.noise_scale)
+    noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
+    return sample_images(model, sampler, noise, labels_of(ids, model.config.num_classes))
 
 
-def sample_images(
-    model: JiT,
-    labels: Sequence[int] | torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: int,
-    noise_scale: float | None,
-    method: str,
-    steps: int,
-    guidance_scale: float,
-    guidance_interval: tuple[float, float],
-) -> torch.Tensor:
-    """See `jitscale.sample`."""
-    labels = torch.as_tensor(labels)
-    size = model.config.image_size
+def sample_images(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
+
+    Raises:
+        ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
+    """
+    size, device = model.config.image_size, model.pos_embed.device
     if labels.ndim != 1 or not bool(((labels >= 0) & (labels <= model.null_label)).all()):
         raise ValueError(f"labels: need a list of integers in [0, {model.null_label}], got {labels.tolist()}")
-    if method not in ("euler", "heun"):
-        raise ValueError(f"method: {method!r} is neither 'euler' nor 'heun'")
-    if noise is None:
-        noise = noise_of(seed, range(len(labels)), size)
     if noise.shape != (len(labels), 3, size, size):
         raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")
-    diffusion = model.diffusion
-    sampler = Sampler(method, steps, guidance_scale, guidance_interval, diffusion.prediction, diffusion.t_eps)
-    return _run(model, sampler, noise, labels, diffusion.noise_scale if noise_scale is None else noise_scale)
+    return sampler.sample(model, noise.to(device), labels.to(device), model.null_label)
 
 
 def sample_grid(model: JiT, sampler: Sampler, seed: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
@@ -94,11 +81,3 @@ def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:
     size = images.shape[-1]
     grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
     return np.ascontiguousarray(grid.reshape(-1, columns * size, 3).cpu().numpy())
-
-
-
-
-@torch.no_grad()
-def _run(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, noise_scale: float) -> torch.Tensor:
-    device = model.pos_embed.device
-    return sampler.sample(model, noise_scale * noise.to(device), labels.to(device), model.null_label)

@@ -38,7 +38,7 @@ class Block(nn.Module):
         """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # type: ignore[no-any-return]
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -54,7 +54,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # type: ignore[no-any-return]
+        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class JiT(nn.Module):
@@ -108,7 +108,7 @@ class JiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         if self.config.in_context_len > 0:
             nn.init.normal_(self.in_context_posemb, std=0.02)
         zeroed = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]

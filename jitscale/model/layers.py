@@ -77,7 +77,7 @@ class BottleneckPatchEmbed(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, G P, G P) -> (B, N, C)"""
-        return self.proj2(self.proj1(image)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.proj2(self.proj1(image)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -91,11 +91,12 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B, C)"""
+        weight: torch.Tensor = self.mlp[0].weight  # type: ignore[assignment]
         half = TIMESTEP_FREQUENCIES // 2
         frequency = torch.exp(-math.log(10_000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angle = t.float()[:, None] * frequency
         sinusoid = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        return self.mlp(sinusoid.to(weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -107,7 +108,7 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B, C)"""
-        return self.embedding_table(labels)  # type: ignore[no-any-return]
+        return self.embedding_table(labels)
 
 
 class Attention(nn.Module):
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         out = attention(q, k, v, self.attn_dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(out.flatten(2)))  # type: ignore[no-any-return]
+        return self.proj_drop(self.proj(out.flatten(2)))
 
 
 class SwiGLU(nn.Module):
@@ -145,7 +146,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, C)"""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.drop(F.silu(gate) * value))  # type: ignore[no-any-return]
+        return self.w3(self.drop(F.silu(gate) * value))
 
 
 def swiglu_width(hidden_size: int) -> int:

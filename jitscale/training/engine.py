@@ -51,11 +51,12 @@ class ZeroEngine:
         )
         self._optimizer = self._engine.optimizer
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
+        self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
-        return self._engine(z, t, y)  # type: ignore[no-any-return]
+        return self._engine(z, t, y)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; it is divided by the number of micro-batches here."""
@@ -70,14 +71,16 @@ class ZeroEngine:
         if lr is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-        self._stage0_norm = self._stage0_gradient_norm() if self.stage == 0 and lr is not None else None
+            if self.stage == 0:
+                self._stage0_norm = self._stage0_gradient_norm()
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
     def gradient_norm(self) -> float:
         """The global 2-norm of the last step's gradients before clipping."""
-        norm = self._stage0_norm if self.stage == 0 else self._engine.get_global_grad_norm()
-        return float(norm)
+        if self.stage == 0:
+            return float(self._stage0_norm)
+        return float(self._engine.get_global_grad_norm())
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's flat float32 master tensors, in the order that fragments count them."""
@@ -124,7 +127,10 @@ class ZeroEngine:
         if self.stage == 3:
             optimizer = self._optimizer
             for index, master in enumerate(self._flats()):
-                flat, parameters = optimizer.fp16_partitioned_groups_flat[index], optimizer.fp16_partitioned_groups[index]
+                flat, parameters = (
+                    optimizer.fp16_partitioned_groups_flat[index],
+                    optimizer.fp16_partitioned_groups[index],
+                )
                 flat.copy_(master)
                 for parameter, part in zip(parameters, optimizer.unflatten(flat, parameters), strict=True):
                     parameter.data = part.data
@@ -196,15 +202,15 @@ class ZeroEngine:
 
     def _flats(self) -> list[torch.Tensor]:
         if self.stage == 3:
-            return self._optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+            return self._optimizer.fp32_partitioned_groups_flat
         if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
-            return self._optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
-        return self._optimizer.fp32_groups_flat_partition  # type: ignore[no-any-return]  # bf16 in stage 1
+            return self._optimizer.single_partition_of_fp32_groups
+        return self._optimizer.fp32_groups_flat_partition  # bf16 in stage 1
 
     def _state_keys(self) -> list[torch.Tensor]:
         """What the optimizer keeps its state by: flat masters, or in stage 0 the parameters of this rank's share."""
         if self.stage == 0:
-            return self._stage0_masters
+            return list(self._stage0_masters)
         return self._flats()
 
     def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:

@@ -19,12 +19,13 @@ from tqdm import tqdm
 from jitscale import parallel
 from jitscale.config import Config, to_yaml, total_steps
 from jitscale.data.loader import Batch, ShardLoader, to_model_input
-from jitscale.data.shards import EpochOrder, ShardSet
+from jitscale.data.order import EpochOrder
+from jitscale.data.shards import ShardSet
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import autocast, evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
-from jitscale.keyed_random import Purpose, generator_seeds, hash64, normal, uniform
+from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import training_flops
@@ -220,7 +221,8 @@ class Trainer:
         return mean_loss
 
     def _save(self) -> None:
-        progress = Progress(self.step, self.images, self.engine.optimizer_step(), _data_identity(self.config, self.shards))
+        data = _data_identity(self.config, self.shards)
+        progress = Progress(self.step, self.images, self.engine.optimizer_step(), data)
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
         if self.world.is_main:
@@ -251,12 +253,11 @@ class Trainer:
         return network.to(self.world.device).eval()
 
     def _log_grid(self) -> None:
-        network = self._network()
+        network, evaluation = self._network(), self.config.evaluation
         if self.world.is_main:
+            sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
-                grid = sample_grid(
-                    network, configured_sampler(self.config.evaluation, network.diffusion), self.config.evaluation.seed, GRID_ROWS, GRID_COLUMNS
-                )
+                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS)
             self.tracker.log_image("samples", grid, self.images)
         parallel.barrier()
 

@@ -1,4 +1,4 @@
-"""`python -m jitscale.train` in real processes: resume after SIGKILL, another world size and stage, signals, mistakes."""
+"""`python -m jitscale.train` in real processes: resume after SIGKILL or elsewhere, signals, mistakes."""
 
 from __future__ import annotations
 

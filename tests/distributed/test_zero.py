@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from tests.distributed.processes import PROGRAMS, run_ranks
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("zero") / "results.json"
     run_ranks(2, str(PROGRAMS / "zero_parity.py"), str(path))
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from jitscale.data.loader import Batch, ShardLoader, to_model_input
-from jitscale.data.shards import EpochOrder, ShardSet, write_shards
+from jitscale.data.order import EpochOrder
+from jitscale.data.shards import ShardSet, write_shards
 from jitscale.errors import DataError
 
 COUNT = 50

@@ -18,7 +18,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from jitscale.data.shards import NO_LABEL, EpochOrder, Manifest, ShardSet, index_tar, write_shards
+from jitscale.data.order import EpochOrder
+from jitscale.data.shards import Manifest, ShardSet, write_shards
+from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError
 
 CLASSES = 10

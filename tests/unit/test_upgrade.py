@@ -86,7 +86,7 @@ def config(noise_scale: float, **changes: int) -> Config:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (config(2.0, image_size=32, patch_size=8, depth=3, num_classes=5), r"model.depth: 2 -> 3; .*num_classes: 10 ->"),
+        (config(2.0, image_size=32, patch_size=8, depth=3, num_classes=5), r"depth: 2 -> 3; .*num_classes: 10 -> 5"),
         (config(2.0, image_size=24, patch_size=6), "must be a multiple of the old patch size 4"),
         (config(2.0, image_size=64, patch_size=8), "model.image_size=64 must be 2 x 16"),
         (config(1.0, image_size=32, patch_size=8), r"must be 2 x the old one.*add diffusion.noise_scale=2.0"),
