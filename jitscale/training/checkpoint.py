@@ -19,12 +19,13 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,8 @@ from safetensors.torch import save_file
 from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import CheckpointError
+
+T = TypeVar("T")
 
 FORMAT = 1
 MARKER = "COMPLETE"
@@ -83,11 +86,6 @@ def write_checkpoint(
     final = step_folder(run_dir, progress.step)
     aside = final.with_name(f"{final.name}.partial")
     rank = _this_rank()
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    parallel.barrier()
-
     file = aside / f"rank_{rank:05d}.safetensors"
     # Copies, because slices of one flat tensor share its memory and training goes on in it.
     tensors = {
@@ -95,20 +93,33 @@ def write_checkpoint(
         for name, flats in sets.items()
         for f in fragments
     }
-    parallel.together(lambda: _write_tensors(file, tensors))
-
     owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
-    parts = parallel.gather_objects((file.name, file.stat().st_size, owned))
-    if rank == 0:
-        _write_index(aside, progress, list(sets), parts)
-        (aside / "config.yaml").write_text(to_yaml(config))
-        _flush(aside / "config.yaml")
-        (aside / MARKER).write_text("")
-        _flush(aside / MARKER)
-        shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
-        aside.rename(final)
-        _flush(final.parent)
-    parallel.barrier()
+
+    def begin() -> None:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def write() -> int:
+        save_file(tensors, file)
+        _flush(file)
+        return file.stat().st_size
+
+    def finish() -> None:
+        if rank == 0:
+            _write_index(aside / "index.json", progress, list(sets), parts)
+            (aside / "config.yaml").write_text(to_yaml(config))
+            _flush(aside / "config.yaml")
+            (aside / MARKER).write_text("")
+            _flush(aside / MARKER)
+            shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
+            aside.rename(final)
+            _flush(final.parent)
+
+    # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
+    _saving(aside, begin)
+    parts = parallel.gather_objects((file.name, _saving(file, write), owned))
+    _saving(aside, finish)
     return final
 
 
@@ -262,16 +273,24 @@ def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
     return [Fragment(name, shape, i, 0, prod(shape), 0) for i, (name, shape) in enumerate(shapes.items())]
 
 
-def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    try:
-        save_file(tensors, file)
-        _flush(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be written ({error}); the previous checkpoint stays") from error
+def _saving(path: Path, action: Callable[[], T]) -> T:
+    """One stage of a save on all ranks.
+
+    Raises:
+        CheckpointError: the file system failed on some rank.
+    """
+
+    def guarded() -> T:
+        try:
+            return action()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint stays") from error
+
+    return parallel.together(guarded)
 
 
 def _write_index(
-    folder: Path,
+    path: Path,
     progress: Progress,
     sets: list[str],
     parts: list[tuple[str, int, list[tuple[str, tuple[int, ...], int, int]]]],
@@ -289,8 +308,8 @@ def _write_index(
         "parameters": parameters,
         "versions": dict(_versions()),
     }
-    (folder / "index.json").write_text(json.dumps(index))
-    _flush(folder / "index.json")
+    path.write_text(json.dumps(index))
+    _flush(path)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

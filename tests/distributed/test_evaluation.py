@@ -1,0 +1,137 @@
+"""`python -m jitscale.evaluate` in real processes: the result does not depend on how many there are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitscale.data.digits import DIGIT_CLASSES, digit_images
+from jitscale.data.shards import write_shards
+from tests.distributed.processes import ROOT, run_ranks
+
+CHECKPOINT = ROOT / "tests/data/jit_tiny_heun.checkpoint-last.pth"
+CONFIG = """
+model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 3, num_heads: 2, bottleneck_dim: 8, in_context_len: 4,
+  in_context_start: 1, num_classes: 10}
+engine: {precision: fp32}
+ema: {decays: [0.9999, 0.9996]}
+evaluation: {features: digits, num_images: 70, block_size: 8, steps: 3, guidance_scale: 2.0}
+run: {max_steps: 1, device: cpu}
+"""
+
+
+class Evaluation:
+    """The authors' checkpoint measured against digits of 16 px."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        images, labels = digit_images(16)
+        write_shards(images[:200], labels[:200], folder / "shards", samples_per_shard=64, class_names=DIGIT_CLASSES)
+        (folder / "config.yaml").write_text(CONFIG)
+
+    def command(self, output: str, *overrides: str) -> list[str]:
+        return [
+            "-m",
+            "jitscale.evaluate",
+            f"--checkpoint={CHECKPOINT}",
+            f"--config={self.folder / 'config.yaml'}",
+            f"run.dir={self.folder / output}",
+            f"evaluation.reference={self.folder / 'shards'}",
+            *overrides,
+        ]
+
+    def run(self, output: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
+        run_ranks(world_size, *self.command(output, *overrides))
+        return json.loads((self.folder / output / "result.json").read_text())
+
+    def blocks(self, output: str) -> dict[str, Path]:
+        return {str(path.relative_to(self.folder / output)): path for path in self.folder.glob(f"{output}/**/*.npz")}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return Evaluation(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def alone(evaluation: Evaluation) -> dict[str, Any]:
+    return evaluation.run("alone")
+
+
+def assert_same_features(evaluation: Evaluation, first: str, second: str) -> None:
+    a, b = evaluation.blocks(first), evaluation.blocks(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        x, y = np.load(a[name]), np.load(b[name])
+        assert all(np.array_equal(x[key], y[key]) for key in x.files), name
+
+
+def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
+    assert alone["num_images"] == 70
+    assert alone["num_real_images"] == 200
+    assert alone["fid"] > 3 * alone["fid_floor"] > 0
+    assert 1.0 <= alone["inception_score"] <= 10.0
+    assert 0.0 <= alone["label_agreement"] <= 1.0
+    protocol = alone["protocol"]
+    assert (protocol["weights"], protocol["noise_scale"]) == ("ema_0.9999", 1.0)
+    assert protocol["sampler"]["guidance_scale"] == 2.0
+    assert len(protocol["features_sha256"]) == len(protocol["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_features(
+    evaluation: Evaluation, alone: dict[str, Any], world_size: int
+) -> None:
+    """Bitwise, and the last block is not full."""
+    assert evaluation.run(f"world_{world_size}", world_size=world_size) == alone
+    assert len(evaluation.blocks("alone")) == 9 + 25
+    assert_same_features(evaluation, "alone", f"world_{world_size}")
+
+
+def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    shutil.copytree(evaluation.folder / "alone", evaluation.folder / "interrupted")
+    (evaluation.folder / "interrupted" / "result.json").unlink()
+    kept = {}
+    for number, (name, path) in enumerate(sorted(evaluation.blocks("interrupted").items())):
+        if number % 3 == 0:
+            path.unlink()
+        else:
+            kept[name] = path.stat().st_mtime_ns
+    assert evaluation.run("interrupted", world_size=2) == alone
+    assert_same_features(evaluation, "alone", "interrupted")
+    now = evaluation.blocks("interrupted")
+    assert all(now[name].stat().st_mtime_ns == time for name, time in kept.items()), "what was there is not made again"
+
+
+def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    other = evaluation.run("alone", "--weights=ema_0.9996")
+    assert other["protocol"]["weights_sha256"] != alone["protocol"]["weights_sha256"]
+    assert other["fid"] != alone["fid"]
+    unguided = evaluation.run("alone", "evaluation.guidance_scale=1.0")
+    assert unguided["fid"] != alone["fid"]
+
+
+def test_more_images_continue_from_fewer(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    shutil.copytree(evaluation.folder / "world_2", evaluation.folder / "more")
+    before = evaluation.blocks("more")
+    assert evaluation.run("more", "evaluation.num_images=80")["num_images"] == 80
+    assert before.keys() < evaluation.blocks("more").keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.features=null"], "evaluation.features is null"),
+        (["--weights=ema_0.5"], "no weight set 'ema_0.5'"),
+        (["evaluation.reference=/nowhere"], "/nowhere: "),
+        (["model.hidden_size=64"], "do not fit the network"),
+    ],
+)
+def test_mistakes(evaluation: Evaluation, overrides: list[str], message: str) -> None:
+    said = run_ranks(1, *evaluation.command("mistakes", *overrides), expect=2)
+    assert sum(line.startswith("error: ") and message in line for line in said.splitlines()) == 1, said

@@ -1,0 +1,115 @@
+"""Checkpoints on disk: what counts as complete, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jitscale.config import Config, RunConfig
+from jitscale.errors import CheckpointError
+from jitscale.training.checkpoint import (
+    MARKER,
+    Checkpoint,
+    Fragment,
+    Progress,
+    complete_checkpoints,
+    latest_checkpoint,
+    prune,
+    step_folder,
+    whole_fragments,
+    write_checkpoint,
+)
+from jitscale.weights import read_weights
+
+SHAPES = {"first": (3, 4), "second": (5,)}
+
+
+def write(run_dir: Path, step: int) -> Path:
+    flats = [torch.arange(12.0) + step, torch.arange(5.0) - step]
+    progress = Progress(step, 8 * step, step, {"seed": 0})
+    sets = {"model": flats, "ema_0.9": [flat / 2 for flat in flats], "exp_avg": [flat * 2 for flat in flats]}
+    config = Config(run=RunConfig(max_steps=9))
+    return write_checkpoint(run_dir, progress, config, whole_fragments(SHAPES), sets)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.folder == folder == tmp_path / "checkpoints" / "step_00000003"
+    assert checkpoint.progress == Progress(3, 24, 3, {"seed": 0})
+    assert checkpoint.weight_sets == ["model", "ema_0.9"]
+    assert checkpoint.config.run.max_steps == 9
+    assert torch.equal(checkpoint.tensor("ema_0.9", "first"), (torch.arange(12.0) + 3).view(3, 4) / 2)
+    assert torch.equal(checkpoint.read("model", "first", 5, 7), torch.tensor([8.0, 9.0]))
+
+
+def test_a_parameter_split_over_files_is_read_across_them(tmp_path: Path) -> None:
+    """Two fragments of one parameter, as two ranks would have written them."""
+    flats = [torch.arange(7.0), torch.arange(7.0, 12.0)]
+    fragments = [Fragment("first", (3, 4), 0, 0, 7, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
+    write_checkpoint(tmp_path, Progress(1, 1, 1, None), Config(), fragments, {"model": flats})
+    checkpoint = Checkpoint(step_folder(tmp_path, 1))
+    assert torch.equal(checkpoint.tensor("model", "first"), torch.arange(12.0).view(3, 4))
+    assert torch.equal(checkpoint.read("model", "first", 5, 9), torch.tensor([5.0, 6.0, 7.0, 8.0]))
+
+
+def test_only_a_marked_folder_counts(tmp_path: Path) -> None:
+    """What a kill leaves during a save, or during a removal, stays invisible."""
+    write(tmp_path, 1)
+    unfinished = write(tmp_path, 2)
+    (unfinished / MARKER).unlink()
+    write(tmp_path, 3).rename(step_folder(tmp_path, 3).with_name("step_00000003.partial"))
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.progress.step == 1
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        Checkpoint(unfinished)
+    assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, 1)]
+    assert Checkpoint(write(tmp_path, 2)).progress.step == 2
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000005.partial").mkdir()
+    prune(tmp_path, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors: \d+ bytes where the index says \d+"):
+        latest_checkpoint(tmp_path)
+
+
+def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, 1))
+    with pytest.raises(CheckpointError, match=r"first: \(3, 4\) there, \(4, 4\) in this network; third: absent there"):
+        checkpoint.check_shapes({"first": (4, 4), "second": (5,), "third": (1,)})
+    checkpoint.check_shapes(SHAPES)
+
+
+def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"no weight set 'ema_0.5'; choose one of model, ema_0.9"):
+        read_weights(tmp_path, "ema_0.5")
+    with pytest.raises(CheckpointError, match="no weight set 'exp_avg'"):
+        read_weights(tmp_path, "exp_avg")
+    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        read_weights(tmp_path / "checkpoints")
+
+
+def test_an_unwritable_folder_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    blocked = step_folder(tmp_path, 2).with_name("step_00000002.partial")
+    blocked.write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path, 2)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.progress.step == 1
