@@ -127,13 +127,13 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
         model = read_weights(config.run.dir).build()
         sampler = configured_sampler(config.evaluation, config.diffusion)
         size = config.model.image_size
-        axis.imshow(sample_grid(model, sampler, config.evaluation.seed, len(DIGIT_CLASSES), COLUMNS))
-        axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * size, DIGIT_CLASSES)
+        grid = sample_grid(model, sampler, config.evaluation.seed, len(DIGIT_CLASSES), COLUMNS)
+        axis.imshow(grid)
+        axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
+        axis.tick_params(length=0)
         axis.set_xticks([])
         axis.set_ylabel("class asked for")
-        axis.set_title(
-            f"{size} x {size} pixels, {config.evaluation.weights}, guidance {config.evaluation.guidance_scale}"
-        )
+        axis.set_title(f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

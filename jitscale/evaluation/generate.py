@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from jitscale.config import DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
@@ -70,14 +71,16 @@ def sample_images(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: tor
 
 
 def sample_grid(model: JiT, sampler: Sampler, seed: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    """A picture (rows * S, columns * S, 3) of samples, one row a class (the first `rows` classes)."""
-    classes = min(rows, max(1, model.config.num_classes))
-    ids = [row + column * max(1, model.config.num_classes) for row in range(classes) for column in range(columns)]
+    """A picture of samples, uint8 (height, width, 3): one row a class, the first `rows` classes."""
+    classes = max(1, model.config.num_classes)
+    ids = [row + column * classes for row in range(min(rows, classes)) for column in range(columns)]
     return tile(to_uint8(generate(model, sampler, ids, seed)), columns)
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:
-    """(B, 3, S, S) uint8 images side by side, row by row: (B / columns * S, columns * S, 3)."""
-    size = images.shape[-1]
-    grid = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
+    """(B, 3, S, S) uint8 images in rows of `columns`, with grey lines between: uint8 (height, width, 3)."""
+    line = max(1, images.shape[-1] // 32)
+    framed = F.pad(images, (line, line, line, line), value=128)
+    size = framed.shape[-1]
+    grid = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
     return np.ascontiguousarray(grid.reshape(-1, columns * size, 3).cpu().numpy())
