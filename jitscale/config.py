@@ -175,16 +175,6 @@ def weight_set_names(config: Config) -> list[str]:
     return ["model", *(ema_name(decay) for decay in config.ema.decays)]
 
 
-def total_steps(config: Config) -> int:
-    """Optimizer steps after which the run is complete."""
-    limits = []
-    if config.run.max_steps is not None:
-        limits.append(config.run.max_steps)
-    if config.run.max_images is not None:
-        limits.append(-(-config.run.max_images // config.data.batch_size))
-    return min(limits)
-
-
 def load_config(
     path: str | Path,
     overrides: Sequence[str] = (),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jitscale import parallel
 from jitscale.config import load_config
-from jitscale.errors import ExitCode, exit_with_message
+from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = list(options.overrides)
     if options.run is not None:
         overrides.append(f"run.dir={options.run}")
+        if not options.run.is_dir():
+            raise CheckpointError(f"{options.run}: no such run; give its folder, or a file with --checkpoint")
     path = options.config or options.run / "config.yaml"
     # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
     config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)

@@ -43,7 +43,8 @@ def adopt_launcher_environment() -> int:
         environment["RANK"] = environment["SLURM_PROCID"]
         environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        environment.setdefault("MASTER_ADDR", _first_slurm_host(environment["SLURM_STEP_NODELIST"]))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_slurm_host(environment["SLURM_STEP_NODELIST"])
         environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
     elif "RANK" not in environment:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.config import Config, to_yaml, total_steps
+from jitscale.config import Config, to_yaml
 from jitscale.data.loader import Batch, ShardLoader, to_model_input
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
@@ -85,25 +85,29 @@ class Trainer:
         self.step = self.images = self.skipped_steps = 0
         if checkpoint is not None:
             self._load(checkpoint)
-        self.total_steps = total_steps(config)
+        self.end = self._images_at_end()
         self.stop_requested = StopSignal()
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
         self.generator = torch.Generator(world.device)
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
-        config, start = self.config, self.images
-        end = self._images_at_end()
+        config = self.config
         batches = self._batches()
+        clock = _Clock(self.images)
         saved_at = self.step if self.step > 0 else None
         with tqdm(
-            total=end, initial=start, unit="img", unit_scale=True, desc="train", disable=not self.world.is_main
+            total=self.end,
+            initial=self.images,
+            unit="img",
+            unit_scale=True,
+            desc="train",
+            disable=not self.world.is_main,
         ) as progress:
-            clock = _Clock()
-            while self.step < self.total_steps and self.images < end:
+            while self.images < self.end:
                 loss = self._train_step(batches)
                 progress.update(config.data.batch_size)
-                if self.step % config.tracking.log_every_steps == 0 or self.images >= end:
+                if self.step % config.tracking.log_every_steps == 0 or self.images >= self.end:
                     progress.set_postfix_str(f"loss {self._log(loss, clock):.4f}")
                     if parallel.any_rank(self.stop_requested.received):
                         if saved_at != self.step:
@@ -112,10 +116,10 @@ class Trainer:
                 if self._passed(config.checkpoint.every_images):
                     self._save()
                     saved_at = self.step
-                    clock.skip()
+                    clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
                     self._log_grid()
-                    clock.skip()
+                    clock.restart(self.images)
         if saved_at != self.step:
             self._save()
         if config.evaluation.at_end:
@@ -132,7 +136,7 @@ class Trainer:
         """One optimizer step on the next global batch; returns this rank's part of its mean loss."""
         config = self.config
         images = self.images + config.data.batch_size
-        lr = learning_rate(config.optim, images, self._images_at_end())
+        lr = learning_rate(config.optim, images, self.end)
         # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, self.step, self.world.rank)[0]))
         total = torch.zeros((), device=self.world.device)
@@ -192,10 +196,14 @@ class Trainer:
         )
 
     def _images_at_end(self) -> int:
-        """Images seen when the run is complete: whole steps."""
-        maximum, batch = self.config.run.max_images, self.config.data.batch_size
-        by_steps = self.images + (self.total_steps - self.step) * batch
-        return by_steps if maximum is None else min(by_steps, -(-maximum // batch) * batch)
+        """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""
+        run, batch = self.config.run, self.config.data.batch_size
+        steps = []
+        if run.max_steps is not None:
+            steps.append(run.max_steps - self.step)
+        if run.max_images is not None:
+            steps.append(-(-(run.max_images - self.images) // batch))
+        return self.images + max(0, min(steps)) * batch
 
     def _passed(self, every_images: int) -> bool:
         """Whether the last step crossed a multiple of `every_images`."""
@@ -209,13 +217,13 @@ class Trainer:
             "step": self.step,
             "images": self.images,
             "loss": mean_loss,
-            "lr": learning_rate(self.config.optim, self.images, self._images_at_end()),
+            "lr": learning_rate(self.config.optim, self.images, self.end),
             "grad_norm": self.engine.gradient_norm(),
             "images_per_second": rate,
             "skipped_steps": self.skipped_steps,
         }
         peak = peak_tflops(self.world.device)
-        if peak is not None and rate is not None:
+        if peak is not None:
             values["mfu"] = rate * training_flops(self.config.model) / (peak * 1e12 * self.world.size)
         self.tracker.log(values)
         return mean_loss
@@ -247,8 +255,7 @@ class Trainer:
         """A plain copy of the network with the weights that `evaluation.weights` names; a collective call."""
         name = self.config.evaluation.weights
         flats = self.engine.masters() if name == "model" else self.ema.sets[name]
-        with torch.random.fork_rng(devices=[]):
-            network = JiT(self.config.model, self.config.diffusion)
+        network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self.engine.gather(flats))
         return network.to(self.world.device).eval()
 
@@ -268,7 +275,10 @@ class Trainer:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop; the ranks agree on the step."""
+    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop.
+
+    Nothing is interrupted: at the next log point the ranks agree on whether any of them was asked.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -288,19 +298,18 @@ class StopSignal:
 class _Clock:
     """Images a second between log points, without the time spent on saves and pictures."""
 
-    def __init__(self) -> None:
-        self._time, self._images = time.perf_counter(), -1
+    def __init__(self, images: int) -> None:
+        self.restart(images)
 
-    def rate(self, images: int) -> float | None:
-        """The rate since the last call; None at the first one and after `skip`."""
-        now = time.perf_counter()
-        rate = (images - self._images) / (now - self._time) if self._images >= 0 else None
-        self._time, self._images = now, images
+    def restart(self, images: int) -> None:
+        """Count from here."""
+        self._time, self._images = time.perf_counter(), images
+
+    def rate(self, images: int) -> float:
+        """Images a second since the last call or restart."""
+        rate = (images - self._images) / (time.perf_counter() - self._time)
+        self.restart(images)
         return rate
-
-    def skip(self) -> None:
-        """Leave out the time since the last call."""
-        self._images = -1
 
 
 def _open_inputs(config: Config, world: World, run_dir: Path) -> ShardSet:

@@ -128,6 +128,15 @@ def test_resume_elsewhere(job: Job, world_size: int, stage: int) -> None:
     assert losses(moved) == pytest.approx(losses(read_metrics(job.folder / "still")), rel=1e-5)
 
 
+def test_another_batch_size_reads_the_same_sequence(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Twice the batch from the middle on: the run ends at the same number of images, after fewer steps."""
+    job.copy("unbroken", "bigger", steps=12)
+    images = STEPS * BATCH
+    metrics = job.train("bigger", f"data.batch_size={2 * BATCH}", f"run.max_images={images}", "run.max_steps=100")
+    assert [line["step"] for line in metrics] == list(range(1, 12 + 6 + 1))
+    assert metrics[-1]["images"] == images
+
+
 def test_loading_is_exact_in_every_stage(job: Job, unbroken: list[dict[str, Any]]) -> None:
     """Load at the end of a run and save again: bit-equal, for each stage and number of ranks."""
     for world_size, stage in ((1, 1), (2, 2), (3, 3), (2, 0)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml, total_steps
+from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml
 from jitscale.evaluation.features import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_the_papers_recipe(size: str, resolution: int, patch: int, noise_scale: 
     assert config.diffusion.noise_scale == noise_scale
     assert config.data.batch_size == 1024
     assert config.ema.decays == [0.9996, 0.9998, 0.9999]
-    assert total_steps(config) == -(-600 * 1_281_167 // 1024)
+    assert config.run.max_images == 600 * 1_281_167
     assert config.model.attn_dropout == config.model.proj_dropout == (0.2 if size in "hg" else 0.0)
 
 
@@ -138,7 +138,7 @@ def test_every_setting_is_read_by_some_code() -> None:
     for path in (ROOT / "jitscale").rglob("*.py"):
         tree = ast.parse(path.read_text())
         if path.name == "config.py":  # what config.py itself derives for others
-            functions = ("total_steps", "weight_set_names")
+            functions = ("weight_set_names",)
             tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             annotated = {
