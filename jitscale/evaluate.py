@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win, such as evaluation.num_images=5000"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.checkpoint is not None and options.config is None:
         parser.error("--checkpoint needs --config")
 
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = list(options.overrides)
     if options.run is not None:
         overrides.append(f"run.dir={options.run}")
-        if not options.run.is_dir():
-            raise CheckpointError(f"{options.run}: no such run; give its folder, or a file with --checkpoint")
+        if not (options.run / "config.yaml").exists():
+            raise CheckpointError(f"{options.run}: no run there (no config.yaml); give a run's folder, or --checkpoint")
     path = options.config or options.run / "config.yaml"
     # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
     config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)

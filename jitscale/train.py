@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win over the file, such as optim.lr=1e-4"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     world_size = parallel.adopt_launcher_environment()
     config = load_config(

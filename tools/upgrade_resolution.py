@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the high-resolution YAML file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over --to")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
     checkpoint = open_checkpoint(options.checkpoint)
