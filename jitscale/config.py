@@ -317,6 +317,8 @@ def _assign(typed: DictConfig, key: str, value: Any, known: set[str]) -> list[_P
         close = difflib.get_close_matches(key, known, n=1)
         remedy = f"did you mean {close[0]}?" if close else "see jitscale/config.py for all settings"
         return [_Problem(key, value, "is not a setting", remedy)]
+    if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
+        value = "on" if value else "off"  # YAML reads a bare off as false
     try:
         OmegaConf.update(typed, key, value)
     except OmegaConfBaseException as error:

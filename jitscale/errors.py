@@ -45,4 +45,7 @@ def exit_with_message(command: Callable[[], int]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.USER_ERROR
     sys.stdout.flush()
-    sys.exit(int(code))
+    sys.stderr.flush()
+    # Past the interpreter's teardown: there, threads of communication libraries that are still running can abort a
+    # process whose work is done, and turn its exit code 0 into a failure.
+    os._exit(int(code))

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
         result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir))
+        parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     finally:
         parallel.stop()
     if world.is_main:

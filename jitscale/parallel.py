@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import socket
 import subprocess
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from jitscale.errors import ConfigError, UserError
 
 T = TypeVar("T")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of malloc.h
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def start(device: torch.device) -> World:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        _keep_freed_memory()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -146,6 +152,18 @@ def together(call: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return cast(T, result)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse what a step frees, where it would give it back to the kernel and fault every page in again.
+
+    A step frees and asks for all gradients several times; on a CPU those page faults cost more than the optimizer
+    (docs/performance.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _first_slurm_host(nodelist: str) -> str:

@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     from jitscale.training.trainer import train  # noqa: PLC0415
 
     try:
-        return train(config, world)
+        code = train(config, world)
+        parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+        return code
     finally:
         parallel.stop()
 

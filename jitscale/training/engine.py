@@ -28,6 +28,7 @@ from jitscale.training.checkpoint import MOMENTS, Fragment  # noqa: E402
 from jitscale.training.optim import build_optimizer  # noqa: E402
 
 GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
+CPU_BUCKET_ELEMENTS = 4_000_000  # gradients reduced in one collective on CPUs: 15 MiB in float32
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
@@ -47,7 +48,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            config=_deepspeed_config(config, micro_batch, self.micro_batches),
+            config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches),
         )
         self._optimizer = self._engine.optimizer
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
@@ -241,7 +242,7 @@ class ZeroEngine:
             yield bucket
 
 
-def _deepspeed_config(config: Config, micro_batch: int, micro_batches: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, micro_batches: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -251,6 +252,9 @@ def _deepspeed_config(config: Config, micro_batch: int, micro_batches: int) -> d
         "steps_per_print": 10**12,  # the tracker prints
         "zero_allow_untested_optimizer": True,
     }
+    if config.engine.zero_stage == 1 and device.type == "cpu":
+        # Without this, each step copies all gradients into two new buffers before they are flattened.
+        settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": CPU_BUCKET_ELEMENTS}
     if config.engine.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -105,6 +105,15 @@ def test_bf16_needs_hardware_that_has_it() -> None:
     load_config(ROOT / "configs/jit_b_256.yaml", ["engine.precision=fp32"], bf16_supported=lambda device: False)
 
 
+def test_a_bare_off_is_a_word(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as false."""
+    (tmp_path / "quiet.yaml").write_text("tracking: {wandb: off}\nrun: {max_steps: 1}")
+    assert load_config(tmp_path / "quiet.yaml").tracking.wandb == "off"
+    assert load_config(ROOT / "configs/jit_b_256.yaml", ["tracking.wandb=off"]).tracking.wandb == "off"
+    with pytest.raises(ConfigError, match=r"tracking.wandb=on must be one of online, offline, off"):
+        load_config(ROOT / "configs/jit_b_256.yaml", ["tracking.wandb=on"])
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(tmp_path / "absent.yaml")
