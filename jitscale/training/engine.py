@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -28,6 +28,7 @@ from jitscale.training.checkpoint import MOMENTS, Fragment  # noqa: E402
 from jitscale.training.optim import build_optimizer  # noqa: E402
 
 GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
+NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
 CPU_BUCKET_ELEMENTS = 4_000_000  # gradients reduced in one collective on CPUs: 15 MiB in float32
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -51,6 +52,8 @@ class ZeroEngine:
             config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches),
         )
         self._optimizer = self._engine.optimizer
+        if world.device.type == "cpu" and hasattr(self._optimizer, "single_partition_of_fp32_groups"):
+            self._optimizer.get_grad_norm_direct = _gradient_norm
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
         self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
@@ -240,6 +243,27 @@ class ZeroEngine:
             size += prod(shape)
         if bucket:
             yield bucket
+
+
+def _gradient_norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
+    """The global 2-norm of sharded gradients; -1, DeepSpeed's sentinel, where it is not finite.
+
+    It stands in for DeepSpeed's own in stages 1 and 2 on CPUs, which copies every gradient to float64 first: a fifth of
+    the time around the network. Here short blocks are summed in float32 and the blocks in float64, as exact and in one
+    pass.
+    """
+    assert norm_type == 2
+    squares = [_square_sum(gradient) for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    total = torch.stack([torch.zeros((), dtype=torch.float64), *squares]).sum()
+    norm = parallel.sum_over_ranks(total).sqrt().float()
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)
+    return blocks.double().square().sum() + flat[whole:].double().square().sum()
 
 
 def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, micro_batches: int) -> dict[str, Any]:
