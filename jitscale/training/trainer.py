@@ -83,6 +83,7 @@ class Trainer:
         self.engine = ZeroEngine(network, config, world)
         self.ema = ShardedEma(config.ema.decays, self.engine.masters())
         self.step = self.images = self.skipped_steps = 0
+        self._resumed_at = checkpoint.progress.step if checkpoint is not None else None
         if checkpoint is not None:
             self._load(checkpoint)
         self.end = self._images_at_end()
@@ -95,7 +96,7 @@ class Trainer:
         config = self.config
         batches = self._batches()
         clock = _Clock(self.images)
-        saved_at = self.step if self.step > 0 else None
+        saved_at = self._resumed_at
         with tqdm(
             total=self.end,
             initial=self.images,
