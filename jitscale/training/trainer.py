@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,8 @@ class Trainer:
             self._load(checkpoint)
         self.end = self._images_at_end()
         self.stop_requested = StopSignal()
+        if world.is_main:  # only now: a refused start leaves the run as it was
+            (run_dir / "config.yaml").write_text(to_yaml(config))
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
         self.generator = torch.Generator(world.device)
 
@@ -315,17 +318,17 @@ class _Clock:
 
 def _open_inputs(config: Config, world: World, run_dir: Path) -> ShardSet:
     """Check the output folder and the shards on every rank, before anything is built."""
-    if_main = (lambda: _claim(run_dir, config)) if world.is_main else (lambda: None)
-    parallel.together(if_main)
+    parallel.together(lambda: _check_writable(run_dir) if world.is_main else None)
     return parallel.together(
         lambda: ShardSet.open(config.data.shards, config.model.num_classes, config.model.image_size)
     )
 
 
-def _claim(run_dir: Path, config: Config) -> None:
+def _check_writable(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
 

@@ -211,6 +211,8 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         assert len(said) == 1, f"{name}\n{errors}"
         assert mistakes[name][1] in said[0], f"{name}\n{errors}"
         assert "Traceback" not in errors, f"{name}\n{errors}"
+    kept = load_config(job.folder / "other_shape" / "config.yaml")
+    assert kept.model.hidden_size == 32, "a refused start leaves the run as it was"
 
 
 def test_a_mistake_on_two_ranks_ends_both(job: Job) -> None:
