@@ -17,6 +17,7 @@ import torch
 import wandb
 
 from jitscale.config import Config, to_dict
+from jitscale.files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,5 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             logger.warning("%s: dropped a line that was cut short", path)
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    with appearing_whole(path) as file:
+        file.write("".join(kept).encode())

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
-from jitscale.data.shards import MANIFEST, Manifest, write_shards
+from jitscale.data.manifest import MANIFEST, Manifest
+from jitscale.data.packing import write_shards
 from jitscale.errors import DataError, ExitCode, exit_with_message
 
 

@@ -1,9 +1,13 @@
-"""The index of one tar: where its images lie, and the labels, from a scan of the headers."""
+"""The index of one tar: where its images lie, and the labels, from a scan of the headers.
+
+The index of `shard.tar` is the file `shard.index.npy` beside it, to be memory-mapped.
+"""
 
 from __future__ import annotations
 
 import os
 import tarfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +16,7 @@ import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
 from jitscale.errors import DataError
+from jitscale.files import appearing_whole
 
 IndexArray = npt.NDArray[np.void]
 
@@ -22,23 +27,35 @@ LARGEST_LABEL = int(np.iinfo(np.int32).max)
 
 _END_OF_ARCHIVE = bytes(1024)  # POSIX.1-2001, pax: two blocks of zeros
 _GZIP_MAGIC = b"\x1f\x8b"
+_LONGEST_LABEL = 256  # bytes of a class name
 
 
-def index_tar(path: Path, *, with_labels: bool = True) -> IndexArray:
-    """Scan the headers of one tar; one `INDEX` record a sample, in the order of the tar.
+@dataclass(frozen=True)
+class TarSample:
+    """One sample of a tar, as its headers describe it."""
+
+    key: str
+    offset: int  # of the image's bytes in the tar
+    size: int
+    extension: str
+    label: str | None  # the text of its `cls` member, None without one
+    label_offset: int
+
+
+def scan_tar(path: Path) -> list[TarSample]:
+    """The samples of one tar in its order.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
-    base name. One of them is the image; `cls` is the label; others are ignored. Without `with_labels`, and where a
-    sample has no `cls` member, the label is `NO_LABEL`.
+    base name. One of them is the image; `cls` is the label; others are ignored.
 
     Raises:
         DataError: the tar is missing, empty, compressed, truncated or damaged; a key comes twice; a sample has no
-            image or several; a label is no class number.
+            image or several.
     """
     members = _members_by_key(path)
-    index = np.empty(len(members), INDEX)
+    samples = []
     with path.open("rb") as file:
-        for number, (key, parts) in enumerate(members.items()):
+        for key, parts in members.items():
             found = [extension for extension in parts if extension in EXTENSIONS]
             if len(found) != 1:
                 start = min(part.offset for part in parts.values())
@@ -46,10 +63,84 @@ def index_tar(path: Path, *, with_labels: bool = True) -> IndexArray:
                     f"{path}: byte {start}: sample {key!r} has {len(found)} images among {sorted(parts)}, needs "
                     f"exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
                 )
-            image = parts[found[0]]
-            label = _read_label(path, file, parts["cls"]) if with_labels and "cls" in parts else NO_LABEL
-            index[number] = (image.offset_data, image.size, label, found[0].encode())
+            image, label, label_offset = parts[found[0]], None, 0
+            if "cls" in parts:
+                label_offset = parts["cls"].offset_data
+                size = min(parts["cls"].size, _LONGEST_LABEL)
+                label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
+            samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
+    return samples
+
+
+def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
+    """Scan the headers of one tar; one `INDEX` record a sample, in the order of the tar.
+
+    A label is a class number in decimal, or one of `class_names`. Without `with_labels`, and where a sample has no
+    `cls` member, it is `NO_LABEL`.
+
+    Raises:
+        DataError: see `scan_tar`; or a label is neither a class number nor a known name.
+    """
+    return index_of(path, scan_tar(path) if with_labels else _without_labels(scan_tar(path)), class_names)
+
+
+def index_of(path: Path, samples: list[TarSample], class_names: list[str] | None = None) -> IndexArray:
+    """`samples` of the tar `path` as `INDEX` records.
+
+    Raises:
+        DataError: a label is neither a class number nor one of `class_names`.
+    """
+    numbers = {name: number for number, name in enumerate(class_names or [])}
+    index = np.empty(len(samples), INDEX)
+    for row, sample in enumerate(samples):
+        label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
+        if label is None:
+            raise DataError(
+                f"{path}: byte {sample.label_offset}: {sample.key}.cls holds {sample.label!r}, neither an integer in "
+                f"0..{LARGEST_LABEL} nor a known class name; write the class number in decimal, or name the classes "
+                "with tools/index_shards.py"
+            )
+        index[row] = (sample.offset, sample.size, label, sample.extension.encode())
     return index
+
+
+def class_number(text: str, numbers: dict[str, int]) -> int | None:
+    """The label that `text` means: a number in decimal, or a name among `numbers`; None for anything else."""
+    if text.isascii() and text.isdigit():
+        number = int(text)
+        return number if number <= LARGEST_LABEL else None
+    return numbers.get(text)
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of `tar` lies."""
+    return tar.with_suffix(".index.npy")
+
+
+def write_index(tar: Path, index: IndexArray) -> None:
+    """Put `index` beside its tar."""
+    with appearing_whole(index_path(tar)) as file:
+        np.save(file, index, allow_pickle=False)
+
+
+def map_index(tar: Path) -> IndexArray:
+    """The index beside `tar`, memory-mapped.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = index_path(tar)
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be mapped ({error}); remove it, the tar is then scanned") from error
+    if index.dtype != INDEX or index.ndim != 1:
+        raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; remove it, the tar is then scanned")
+    return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
+
+
+def _without_labels(samples: list[TarSample]) -> list[TarSample]:
+    return [replace(sample, label=None) for sample in samples]
 
 
 def _members_by_key(path: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -108,17 +199,3 @@ def _split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
-
-
-def _read_label(path: Path, file: IO[bytes], member: tarfile.TarInfo) -> int:
-    text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
-    try:
-        label = int(text)
-    except ValueError:
-        label = NO_LABEL
-    if not 0 <= label <= LARGEST_LABEL:
-        raise DataError(
-            f"{path}: byte {member.offset_data}: {member.name} holds {text!r}, not an integer in 0..{LARGEST_LABEL}; "
-            "write the class number in decimal"
-        )
-    return label

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from jitscale.errors import ConfigError
 from jitscale.evaluation.features import FeatureNetwork, load_feature_network, to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, labels_of
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jitscale.files import appearing_whole
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -81,7 +80,8 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         }
         if network.num_logits == model.config.num_classes:
             result["label_agreement"] = label_agreement(samples["logits"], samples["labels"])
-        _write_atomically(run_dir / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        with appearing_whole(run_dir / "result.json") as file:
+            file.write(json.dumps(result, indent=2).encode())
     return parallel.broadcast_object(result)
 
 
@@ -138,12 +138,10 @@ def _real_features(network: FeatureNetwork, config: Config, world: World, folder
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
     shards = parallel.together(lambda: ShardSet.open(source, 0, config.model.image_size))
     size = config.evaluation.block_size
-    shard_of = np.repeat(np.arange(len(shards.samples_per_shard)), shards.samples_per_shard)
-    first = np.cumsum(shards.samples_per_shard) - shards.samples_per_shard
 
     def block(number: int) -> Block:
         positions = range(number * size, min((number + 1) * size, shards.num_samples))
-        images = np.stack([shards.read(int(shard_of[p]), int(p - first[shard_of[p]]))[0] for p in positions])
+        images = np.stack([shards.read(*shards.shard_and_index(p))[0] for p in positions])
         features, _ = network(torch.from_numpy(images).permute(0, 3, 1, 2).to(world.device))
         return {"features": features.cpu().numpy()}
 
@@ -174,7 +172,8 @@ def _blocks(
     ) as progress:
         for turn in range(world.rank, len(missing), world.size):
             content = compute(missing[turn])
-            _write_atomically(_block_path(folder, missing[turn]), partial(_save_block, content))
+            with appearing_whole(_block_path(folder, missing[turn])) as file:
+                np.savez(file, **content)  # type: ignore[arg-type]
             progress.update(min(world.size, len(missing) - turn) * size)  # the other ranks are as far
     parallel.barrier()
     if not world.is_main:
@@ -185,20 +184,6 @@ def _blocks(
 
 def _block_path(folder: Path, number: int) -> Path:
     return folder / f"block_{number:06d}.npz"
-
-
-def _save_block(content: Block, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **content)  # type: ignore[arg-type]
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is either whole or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _digest(identity: dict[str, Any]) -> str:

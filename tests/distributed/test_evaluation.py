@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.shards import write_shards
+from jitscale.data.packing import write_shards
 from tests.distributed.processes import ROOT, run_ranks
 
 CHECKPOINT = ROOT / "tests/data/jit_tiny_heun.checkpoint-last.pth"

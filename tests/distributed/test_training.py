@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jitscale.config import load_config
-from jitscale.data.shards import write_shards
+from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
 from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
 from tests.distributed.processes import ROOT, run_ranks, start_ranks

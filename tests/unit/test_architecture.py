@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "keyed_random"},
+    {"errors", "files", "keyed_random"},
     {"config"},
     {"parallel"},
     {"model", "diffusion", "data"},
@@ -49,7 +49,7 @@ def test_packages_see_only_what_they_need() -> None:
     allowed = {
         "model": {"config", "model"},
         "diffusion": {"config", "diffusion"},
-        "data": {"config", "data", "errors", "keyed_random"},
+        "data": {"config", "data", "errors", "files", "keyed_random"},
     }
     for package, units in allowed.items():
         for path in (ROOT / "jitscale" / package).rglob("*.py"):

@@ -28,8 +28,8 @@ def row(values: list[int], height: int) -> npt.NDArray[np.uint8]:
     return np.tile(np.array(values, np.uint8)[None, :, None], (height, 1, 3))
 
 
-@pytest.mark.parametrize(("codec", "extension"), CODECS.items())
-def test_every_codec_returns_the_same_pixels(codec: str, extension: str) -> None:
+@pytest.mark.parametrize(("codec", "extension"), [item for item in CODECS.items() if item[0] != "jpeg"])
+def test_every_lossless_codec_returns_the_same_pixels(codec: str, extension: str) -> None:
     image = photograph()
     assert encode(image, codec)[0] == extension
     np.testing.assert_array_equal(decode(encode(image, codec)[1], extension), image)
@@ -122,6 +122,7 @@ def test_crop_is_bicubic_below_twice_the_size() -> None:
     assert cropped[0, 1, 0] == 0  # a negative lobe, clipped
 
 
-def test_crop_does_not_enlarge() -> None:
-    with pytest.raises(DataError, match="is 20 x 24 pixels, smaller than the image size 21"):
-        center_crop(photograph(), 21)
+def test_crop_enlarges_what_is_smaller() -> None:
+    """As ADM did; bicubic interpolation keeps a constant."""
+    image = np.full((20, 24, 3), 77, np.uint8)
+    assert np.array_equal(center_crop(image, 30), np.full((30, 30, 3), 77, np.uint8))

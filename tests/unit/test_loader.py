@@ -12,7 +12,8 @@ import torch
 
 from jitscale.data.loader import Batch, ShardLoader, to_model_input
 from jitscale.data.order import EpochOrder
-from jitscale.data.shards import ShardSet, write_shards
+from jitscale.data.packing import write_shards
+from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 
 COUNT = 50

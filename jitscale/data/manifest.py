@@ -1,0 +1,97 @@
+"""The manifest: what belongs to one folder of shards, and what it holds.
+
+Written last, so that a folder without one was not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from jitscale.errors import DataError
+from jitscale.files import appearing_whole
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard, as the manifest knows it."""
+
+    name: str  # of the file in the manifest's folder
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """An image that was left out when the shards were written."""
+
+    source: str  # where it was: a path, or a tar and the byte in it
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds."""
+
+    codec: str  # raw, png, webp, jpeg; original: files as they came; foreign: shards that another program wrote
+    resolution: int | None  # pixels a side of every image; None: images of their own sizes, to be cropped when read
+    num_classes: int  # labels are below it; 0: there are none
+    class_names: list[str] | None
+    total: int  # samples
+    shards: list[ShardRecord]
+    crop: str | None = None  # adm: the crop of arXiv 2105.05233 (`images.center_crop`) was applied; None: none
+    enlarged: int = 0  # images whose short side was smaller than `resolution`
+    bad: list[BadInput] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in the file `path`.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as a manifest ({error}); write the shards again") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Manifest:
+        """The manifest in `text`, which came from `source`.
+
+        Raises:
+            DataError: it is damaged, or contradicts itself.
+        """
+        try:
+            values = json.loads(text)
+            shards = [ShardRecord(**record) for record in values.pop("shards")]
+            bad = [BadInput(**entry) for entry in values.pop("bad", [])]
+            manifest = cls(shards=shards, bad=bad, **values)
+            counted = sum(record.samples for record in shards)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{source}: cannot be read as a manifest ({error}); write the shards again") from error
+        outside = [record.name for record in shards if Path(record.name).name != record.name]
+        if outside:
+            raise DataError(f"{source}: names {outside[0]!r}, which is not a file of its folder; write it again")
+        if counted != manifest.total:
+            raise DataError(
+                f"{source}: its shards hold {counted} samples, its total says {manifest.total}; write it again"
+            )
+        return manifest
+
+    def write(self, path: Path) -> None:
+        """Write it to the file `path`; equal manifests give equal bytes."""
+        with appearing_whole(path) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
+
+
+def content_hash(shards: Sequence[tuple[str, int, int, str | None]]) -> str:
+    """A sha256 over what identifies the samples and their order: name, samples, bytes maybe sha256 of each shard."""
+    return hashlib.sha256(json.dumps([list(shard) for shard in shards]).encode()).hexdigest()

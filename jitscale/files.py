@@ -1,0 +1,46 @@
+"""Files that are either whole or not there, and what identifies their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name only when it is complete and on disk; an exception leaves nothing behind.
+
+    A process that is killed leaves `aside_pattern(path)`, a hidden file that no reader takes for the real one.
+    """
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def aside_pattern(name: str) -> str:
+    """A glob for what `appearing_whole` leaves beside a file called `name` when its process is killed."""
+    return f".{name}.*.partial"
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of the file's content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
