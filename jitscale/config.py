@@ -65,12 +65,16 @@ class DiffusionConfig:
 class DataConfig:
     """Where the images come from and in which order."""
 
-    shards: str = ""  # a folder, a glob or a brace pattern of tar shards
+    shards: str = ""  # a folder, a glob or a brace pattern of tar shards; s3://, gs:// and https:// too
     batch_size: int = 1024  # global: images of one optimizer step over all ranks
     flip: bool = True  # mirror half of the images
     num_workers: int = 4  # loader processes a rank; 0 reads in the training process
-    streams: int = 512  # contiguous streams read side by side; part of the order, see data/shards.py
+    streams: int = 512  # contiguous streams read side by side; part of the order, see data/order.py
     window: int = 512  # samples shuffled together inside a stream
+    accept_new_shards: bool = False  # resume with other shards than before: a new epoch of them begins
+    max_bad_fraction: float = 1e-4  # of the images may be undecodable, 10 in any case; others stand in for them
+    cache_dir: str | None = None  # node-local folder for remote shards; null: a folder of the user in $TMPDIR
+    cache_gb: float = 100.0  # 10^9 bytes of it at most
 
 
 @dataclass
@@ -372,6 +376,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "data.batch_size",
         "data.streams",
         "data.window",
+        "data.cache_gb",
         "optim.lr",
         "checkpoint.every_images",
         "checkpoint.keep_last",
@@ -391,7 +396,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "run.max_steps",
         "run.seed",
     )
-    fractions = ("optim.beta1", "optim.beta2")
+    fractions = ("optim.beta1", "optim.beta2", "data.max_bad_fraction")
     for key in (*positive, *not_negative, *fractions, "diffusion.label_drop"):
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)

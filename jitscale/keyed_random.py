@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     DROPOUT = 7
     PACKING_ORDER = 8
     REFERENCE_HALVES = 9
+    REPLACEMENT = 10
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

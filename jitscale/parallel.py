@@ -30,6 +30,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1  # ranks on this node
 
     @property
     def is_main(self) -> bool:
@@ -88,7 +89,9 @@ def start(device: torch.device) -> World:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device)
+    hosts = gather_objects(socket.gethostname())
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), hosts.count(socket.gethostname())
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, local_size)
 
 
 def stop() -> None:

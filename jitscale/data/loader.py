@@ -5,18 +5,34 @@ Shapes: B images of a micro-batch, H rows, W columns. G is the global batch, R t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from jitscale.data.images import ImageError, UInt8Array
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
-from jitscale.keyed_random import Int64Array
+from jitscale.keyed_random import Int64Array, Purpose, hash64
+
+SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave their batches
+
+_BATCHES_AHEAD = 2  # of each worker: DataLoader's prefetch_factor
+_MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are broken rather than dirty
 
 
 @dataclass
@@ -26,10 +42,11 @@ class Batch:
     images: torch.Tensor  # uint8 (B, H, W, 3)
     labels: torch.Tensor  # int64 (B,)
     positions: torch.Tensor  # int64 (B,), in the global sequence
+    bad_samples: list[str] = field(default_factory=list)  # what was wrong with those that others stand in for
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the DataLoader calls this."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory())
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), self.bad_samples)
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class ShardLoader:
     A global batch is the next G positions. Rank r takes offsets r, r + R, r + 2 R, ... of it, and its micro-batches are
     consecutive slices of that list, so any R and any micro-batch size read the same global batches. There is no state
     to save: the trainer knows the position from the steps it completed.
+
+    An image that cannot be decoded is replaced by another sample, chosen by a hash of its position.
 
     Attributes:
         shard_set: where the samples are.
@@ -50,9 +69,10 @@ class ShardLoader:
         start_position: of the first global batch.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches into page-locked memory.
+        start_method: of the workers: fork, spawn or forkserver; None for the platform's.
 
     Raises:
-        DataError: G is not a multiple of R times B; while iterating, a sample that cannot be read.
+        DataError: G is not a multiple of R times B; while iterating, a shard that cannot be read, or a dead worker.
     """
 
     shard_set: ShardSet
@@ -64,6 +84,7 @@ class ShardLoader:
     start_position: int
     num_workers: int
     pin_memory: bool
+    start_method: str | None = None
 
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
@@ -73,19 +94,68 @@ class ShardLoader:
                 f"micro-batch {self.micro_batch_size} = {together}; change one of them"
             )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        closing = multiprocessing.get_context(self.start_method).Event()
         loader: DataLoader[Batch | DataError] = DataLoader(
             _MicroBatches(self.shard_set, self.order),
             sampler=_RankPositions(self),
             batch_size=None,
             num_workers=self.num_workers,  # one endless epoch, so the workers live as long as the iterator
             pin_memory=self.pin_memory,
+            prefetch_factor=_BATCHES_AHEAD if self.num_workers else None,
+            multiprocessing_context=self.start_method if self.num_workers else None,
+            worker_init_fn=partial(_leave_signals_to_the_trainer, closing),
             generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
         )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        others = multiprocessing.active_children()
+        batches = iter(loader)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            while True:
+                batch = _next_or_error(batches, workers)
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            closing.set()
+            del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
+
+    def shared_memory_needed(self) -> int:
+        """Bytes of `SHARED_MEMORY` that the batches between the workers and this process take at most."""
+        image = self.shard_set.image_size**2 * 3
+        return self.num_workers * (_BATCHES_AHEAD + 1) * self.micro_batch_size * (image + 16)
+
+
+def check_shared_memory(needed: int, local_ranks: int, num_workers: int) -> None:
+    """Refuse to start where the workers of one node would run out of shared memory, which kills them by SIGBUS.
+
+    Args:
+        needed: bytes of one rank, see `ShardLoader.shared_memory_needed`.
+        local_ranks: ranks on this node.
+        num_workers: of one rank, for the message.
+
+    Raises:
+        DataError: the file system is smaller than that.
+    """
+    if needed == 0 or not SHARED_MEMORY.exists():
+        return
+    total, free = needed * local_ranks, shutil.disk_usage(SHARED_MEMORY).free
+    if total > free:
+        raise DataError(
+            f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {num_workers} workers need "
+            f"{-(-total >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
+        )
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _dead_worker(str(error)) from error
 
 
 def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
@@ -112,6 +182,25 @@ class _RankPositions:
             yield from mine.reshape(-1, of.micro_batch_size)
 
 
+def _next_or_error(batches: Iterator[Batch | DataError], workers: list[BaseProcess]) -> Batch | DataError:
+    """The next batch, or what is wrong, without a traceback that would keep `batches` alive."""
+    try:
+        return next(batches)
+    except (RuntimeError, OSError, EOFError):  # the last two: of a connection to a worker that has just died
+        for worker in workers:
+            worker.join(timeout=0.5)
+            if worker.exitcode is not None:
+                return _dead_worker(f"DataLoader worker (pid {worker.pid}) ended with exit code {worker.exitcode}")
+        raise
+
+
+def _dead_worker(what: str) -> DataError:
+    return DataError(
+        f"data.num_workers: {' '.join(what.split()).rstrip('.')}. Out of memory is the usual cause: lower "
+        "data.num_workers or engine.micro_batch_size, then start the same command again"
+    )
+
+
 class _MicroBatches(Dataset["Batch | DataError"]):
     """Batches by their positions, read in the worker."""
 
@@ -122,9 +211,38 @@ class _MicroBatches(Dataset["Batch | DataError"]):
         """A `DataError` is returned: raised here, it would reach the user wrapped in a worker's traceback."""
         size = self.shards.image_size
         images, labels = np.empty((len(positions), size, size, 3), np.uint8), np.empty(len(positions), np.int64)
+        bad_samples: list[str] = []
         try:
-            for row, (shard, index) in enumerate(zip(*self.order.locate(positions), strict=True)):
-                images[row], labels[row] = self.shards.read(int(shard), int(index))
+            for row, (position, shard, index) in enumerate(zip(positions, *self.order.locate(positions), strict=True)):
+                images[row], labels[row] = self._sample(int(position), int(shard), int(index), bad_samples)
         except DataError as error:
             return error
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(positions))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(positions), bad_samples)
+
+    def _sample(self, position: int, shard: int, index: int, bad_samples: list[str]) -> tuple[UInt8Array, int]:
+        for attempt in range(_MOST_REPLACEMENTS + 1):
+            try:
+                return self.shards.read(shard, index)
+            except ImageError as error:
+                bad_samples.append(str(error))
+                draw = hash64(self.order.seed, Purpose.REPLACEMENT, position, attempt)
+                shard, index = self.shards.shard_and_index(int(draw[0] % np.uint64(self.shards.num_samples)))
+        raise DataError(
+            f"{bad_samples[-1]}; neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it; "
+            "check the shards with tools/index_shards.py --verify"
+        )
+
+
+def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+    """A scheduler signals every process of a job; the training process saves, and needs batches until it has.
+
+    Only while the loader closes is SIGTERM obeyed: PyTorch sends it to workers that do not end by themselves.
+    """
+
+    def obey_if_closing(number: int, frame: FrameType | None) -> None:
+        if closing.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, obey_if_closing)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

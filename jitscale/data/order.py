@@ -30,10 +30,17 @@ class EpochOrder:
     streams when W divides C. C is `streams`, halved until C is at most the number of shards and an average stream
     fills a window: fewer and longer streams mix better than many that are shorter than a batch. Like the rest of the
     order it depends on the data, `seed`, `streams` and `window` alone, never on ranks, workers or batch size.
+
+    `origin` is the position at which epoch 0 begins: 0, or where a run changed its data.
     """
 
     def __init__(
-        self, samples_per_shard: Sequence[int] | Int64Array, seed: int, streams: int = 512, window: int = 512
+        self,
+        samples_per_shard: Sequence[int] | Int64Array,
+        seed: int,
+        streams: int = 512,
+        window: int = 512,
+        origin: int = 0,
     ) -> None:
         self._samples: Int64Array = np.asarray(samples_per_shard, np.int64)
         self.num_samples = int(self._samples.sum())
@@ -43,13 +50,13 @@ class EpochOrder:
             )
         while streams > 1 and (streams > len(self._samples) or self.num_samples < streams * window):
             streams //= 2
-        self.seed, self.streams, self.window = seed, streams, window
+        self.seed, self.streams, self.window, self.origin = seed, streams, window, origin
         self._lines: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
 
     def locate(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
         """The shard numbers and the indices inside the shards of `positions` (B,), both (B,)."""
-        epochs, places = np.divmod(positions, self.num_samples)
+        epochs, places = np.divmod(positions - self.origin, self.num_samples)
         depths, streams = np.divmod(places, self.streams)
         windows, slots = np.divmod(depths, self.window)
         shards, indices = np.empty_like(positions), np.empty_like(positions)

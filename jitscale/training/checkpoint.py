@@ -59,13 +59,15 @@ class Fragment:
 class Progress:
     """How far a run is. `images` is also the position in the global sample sequence.
 
-    `data` holds what fixes that sequence (seed, streams, window, manifest hash); None before the first image.
+    `data` holds what fixes that sequence (seed, streams, window, manifest hash, and the position where its epoch 0
+    begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for.
     """
 
     step: int
     images: int
     optimizer_step: int
     data: dict[str, int | str] | None
+    bad_samples: int = 0
 
 
 def write_checkpoint(

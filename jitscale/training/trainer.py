@@ -10,7 +10,7 @@ import math
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config, to_yaml
-from jitscale.data.loader import Batch, ShardLoader, to_model_input
+from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
@@ -64,7 +64,8 @@ def train(config: Config, world: World) -> ExitCode:
         _check_resumable(checkpoint, config, shards)
     trainer = Trainer(config, world, run_dir, shards, checkpoint)
     try:
-        return trainer.run()
+        with naming_dead_workers():
+            return trainer.run()
     finally:
         trainer.close()
 
@@ -84,6 +85,8 @@ class Trainer:
         self.engine = ZeroEngine(network, config, world)
         self.ema = ShardedEma(config.ema.decays, self.engine.masters())
         self.step = self.images = self.skipped_steps = 0
+        self.bad_samples = BadSamples(config.data.max_bad_fraction)
+        self.data_identity = _data_identity(config, shards, checkpoint)
         self._resumed_at = checkpoint.progress.step if checkpoint is not None else None
         if checkpoint is not None:
             self._load(checkpoint)
@@ -93,11 +96,11 @@ class Trainer:
             (run_dir / "config.yaml").write_text(to_yaml(config))
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
         self.generator = torch.Generator(world.device)
+        self.batches = self._batches()
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
         config = self.config
-        batches = self._batches()
         clock = _Clock(self.images)
         saved_at = self._resumed_at
         with tqdm(
@@ -109,7 +112,7 @@ class Trainer:
             disable=not self.world.is_main,
         ) as progress:
             while self.images < self.end:
-                loss = self._train_step(batches)
+                loss = self._train_step()
                 progress.update(config.data.batch_size)
                 if self.step % config.tracking.log_every_steps == 0 or self.images >= self.end:
                     progress.set_postfix_str(f"loss {self._log(loss, clock):.4f}")
@@ -132,11 +135,12 @@ class Trainer:
 
     def close(self) -> None:
         """Release what the run holds."""
+        self.batches.close()
         self.tracker.close()
         self.stop_requested.restore()
         self.engine.destroy()
 
-    def _train_step(self, batches: Iterator[Batch]) -> torch.Tensor:
+    def _train_step(self) -> torch.Tensor:
         """One optimizer step on the next global batch; returns this rank's part of its mean loss."""
         config = self.config
         images = self.images + config.data.batch_size
@@ -145,7 +149,9 @@ class Trainer:
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, self.step, self.world.rank)[0]))
         total = torch.zeros((), device=self.world.device)
         for micro_batch in range(self.engine.micro_batches):
-            loss = self._loss(next(batches))
+            batch = next(self.batches)
+            self.bad_samples.note(batch.bad_samples)
+            loss = self._loss(batch)
             self.engine.backward(loss)
             last = micro_batch == self.engine.micro_batches - 1
             moved = self.engine.step(lr if last else None)
@@ -182,22 +188,28 @@ class Trainer:
             row.normal_(generator=self.generator.manual_seed(int(seed)))
         return noise
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         data, world = self.config.data, self.world
-        order = EpochOrder(self.shards.samples_per_shard, self.config.run.seed, data.streams, data.window)
-        return iter(
-            ShardLoader(
-                shard_set=self.shards,
-                order=order,
-                global_batch_size=data.batch_size,
-                micro_batch_size=data.batch_size // world.size // self.engine.micro_batches,
-                rank=world.rank,
-                world_size=world.size,
-                start_position=self.images,
-                num_workers=data.num_workers,
-                pin_memory=world.device.type == "cuda",
-            )
+        loader = ShardLoader(
+            shard_set=self.shards,
+            order=EpochOrder(
+                self.shards.samples_per_shard,
+                self.config.run.seed,
+                data.streams,
+                data.window,
+                origin=int(self.data_identity["origin"]),
+            ),
+            global_batch_size=data.batch_size,
+            micro_batch_size=data.batch_size // world.size // self.engine.micro_batches,
+            rank=world.rank,
+            world_size=world.size,
+            start_position=self.images,
+            num_workers=data.num_workers,
+            pin_memory=world.device.type == "cuda",
         )
+        needed = loader.shared_memory_needed()
+        parallel.together(lambda: check_shared_memory(needed, world.local_size, data.num_workers))
+        return iter(loader)
 
     def _images_at_end(self) -> int:
         """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""
@@ -225,6 +237,7 @@ class Trainer:
             "grad_norm": self.engine.gradient_norm(),
             "images_per_second": rate,
             "skipped_steps": self.skipped_steps,
+            "bad_samples": self.bad_samples.check(self.images),
         }
         peak = peak_tflops(self.world.device)
         if peak is not None:
@@ -233,8 +246,8 @@ class Trainer:
         return mean_loss
 
     def _save(self) -> None:
-        data = _data_identity(self.config, self.shards)
-        progress = Progress(self.step, self.images, self.engine.optimizer_step(), data)
+        bad_samples = self.bad_samples.total()
+        progress = Progress(self.step, self.images, self.engine.optimizer_step(), self.data_identity, bad_samples)
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
         if self.world.is_main:
@@ -252,6 +265,7 @@ class Trainer:
             load_fragments(checkpoint, self.engine.fragments, {source: flats})
         self.engine.finish_loading()
         self.step, self.images = progress.step, progress.images
+        self.bad_samples.before = progress.bad_samples
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
 
@@ -276,6 +290,45 @@ class Trainer:
         result = evaluate_model(self._network(), self.config.evaluation.weights, self.config, self.world, self.run_dir)
         if self.world.is_main:
             self.tracker.log_result(result, self.images)
+
+
+class BadSamples:
+    """Counts the images that could not be decoded, and ends the run on all ranks together when they are too many."""
+
+    ALWAYS_ALLOWED = 10
+
+    def __init__(self, fraction: float) -> None:
+        """`fraction` of the images seen is allowed."""
+        self.fraction = fraction
+        self.before = 0  # counted by all ranks until the checkpoint that this process began from
+        self._here = 0
+        self._reasons: list[str] = []
+
+    def note(self, reasons: list[str]) -> None:
+        """Count this rank's bad samples, and say what is wrong with the first ones."""
+        self._here += len(reasons)
+        for reason in reasons[: self.ALWAYS_ALLOWED - len(self._reasons)]:
+            self._reasons.append(reason)
+            logger.warning("%s; another sample stands in for it", reason)
+
+    def total(self) -> int:
+        """Over all ranks since the beginning of the run; a collective call."""
+        return self.before + sum(parallel.gather_objects(self._here))
+
+    def check(self, images: int) -> int:
+        """The total after `images` images; a collective call.
+
+        Raises:
+            DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
+        """
+        total = self.total()
+        if total > max(self.ALWAYS_ALLOWED, self.fraction * images):
+            reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
+            raise DataError(
+                f"data.max_bad_fraction={self.fraction:g}: {total} of {images} images could not be decoded, such as "
+                f"{'; '.join(reasons[:3])}. Check the shards with tools/index_shards.py --verify, or raise the limit"
+            )
+        return total
 
 
 class StopSignal:
@@ -333,13 +386,19 @@ def _check_writable(run_dir: Path) -> None:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
 
 
-def _data_identity(config: Config, shards: ShardSet) -> dict[str, int | str]:
-    return {
+def _data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None = None) -> dict[str, int | str]:
+    """What fixes the sample sequence; its epoch 0 begins where `checkpoint` says, or at it if the shards changed."""
+    now: dict[str, int | str] = {
         "seed": config.run.seed,
         "streams": config.data.streams,
         "window": config.data.window,
         "manifest": shards.manifest_hash,
     }
+    if checkpoint is None or checkpoint.progress.data is None:
+        return {**now, "origin": 0}
+    before = checkpoint.progress.data
+    changed = any(before.get(key) != now[key] for key in now)
+    return {**now, "origin": checkpoint.progress.images if changed else before.get("origin", 0)}
 
 
 def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:
@@ -351,12 +410,17 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
     """
     before = checkpoint.progress.data
     now = _data_identity(config, shards)
-    if before is not None and before != now:
-        differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-        raise DataError(
-            f"{checkpoint.folder}: the data or its order changed ({'; '.join(differing)}); restore data.shards, "
-            "run.seed, data.streams and data.window, or start a new run.dir"
-        )
+    if before is not None:
+        differing = [key for key in now if key != "origin" and before.get(key) != now[key]]
+        changes = "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in differing)
+        if differing == ["manifest"] and config.data.accept_new_shards:
+            logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.folder, changes)
+        elif differing:
+            raise DataError(
+                f"{checkpoint.folder}: the data or its order changed ({changes}); restore data.shards, run.seed, "
+                "data.streams and data.window, start a new run.dir, or begin a new epoch of other shards with "
+                "data.accept_new_shards=true"
+            )
     trained_with, asked = checkpoint.config.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
         raise CheckpointError(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from jitscale.data.loader import Batch, ShardLoader, to_model_input
+from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
 from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
@@ -103,19 +109,100 @@ def test_batches_that_cannot_be_shared_are_refused(shards: ShardSet) -> None:
         loader(shards, micro=5)
 
 
+def damage(folder: Path, samples: list[int]) -> None:
+    """Overwrite images of the first shard with zeros, behind the manifest's back."""
+    index = np.load(folder / "shard-000000.index.npy")
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        for sample in samples:
+            file.seek(int(index[sample]["offset"]))
+            file.write(bytes(int(index[sample]["size"])))
+
+
+def test_others_stand_in_for_damaged_images_whoever_reads(tmp_path: Path) -> None:
+    """The same for any number of ranks and workers; every other position keeps its sample; each is counted once."""
+    images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3))
+    write_shards(images, np.arange(COUNT) % CLASSES, tmp_path, codec="png", samples_per_shard=25)
+    sound = steps(ShardSet.open(tmp_path, CLASSES, 8), 5, world=1, start=0, size=12, micro=12)
+    damage(tmp_path, [0, 3, 4])
+    shards = ShardSet.open(tmp_path, CLASSES, 8)  # sample 0 is bad, and the set still opens
+    dirty = steps(shards, 5, world=1, start=0, size=12, micro=12)
+    assert steps(shards, 5, world=2, start=0, size=12, micro=3) == dirty
+    assert steps(shards, 5, world=1, start=0, size=12, micro=4, workers=2) == dirty
+    replaced = [position for position in sound if dirty[position] != sound[position]]
+    assert len({sound[position] for position in replaced}) == 3
+    assert len({dirty[position] for position in replaced}) > 1
+    assert all(label == number % CLASSES for number, label in dirty.values())
+    reasons = [reason for batch in islice(loader(shards, workers=2), 25) for reason in batch.bad_samples]
+    assert all(re.match(rf"{tmp_path}/shard-000000.tar: byte \d+: sample [034] cannot be decoded", r) for r in reasons)
+    assert len(reasons) == 3  # one epoch: 25 batches of 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_one_line_also_from_a_worker(tmp_path: Path, workers: int) -> None:
+def test_shards_full_of_damage_are_one_line(tmp_path: Path, workers: int) -> None:
     write_shards(np.zeros((8, 8, 8, 3), np.uint8), [0] * 8, tmp_path, codec="png")
     shards = ShardSet.open(tmp_path, 1, 8)
-    path = tmp_path / "shard-000000.tar"
-    entry = np.load(tmp_path / "shard-000000.index.npy")[5]
-    with path.open("r+b") as file:
-        file.seek(int(entry["offset"]))
-        file.write(bytes(int(entry["size"])))
-    with pytest.raises(DataError) as caught:
+    damage(tmp_path, list(range(8)))
+    with pytest.raises(DataError, match=r"byte \d+: sample \d .*neither could 10 others.*--verify") as caught:
         list(islice(loader(shards, size=8, micro=8, workers=workers), 1))
-    assert str(caught.value).startswith(f"{path}: byte {entry['offset']}: sample 5 cannot be decoded as png")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_gets_lost_is_one_line(tmp_path: Path, workers: int) -> None:
+    """No other samples stand in for it: storage that fails is no bad image."""
+    write_shards(np.zeros((8, 8, 8, 3), np.uint8), [0] * 8, tmp_path, samples_per_shard=4)
+    shards = ShardSet.open(tmp_path, 1, 8)
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000001.tar: cannot be opened any more .*; restore it$"):
+        list(islice(loader(shards, size=8, micro=8, workers=workers), 1))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dead_worker_is_named(shards: ShardSet, method: str) -> None:
+    endless = replace(loader(shards, workers=2), start_method=method)
+    batches = iter(endless)
+    first = next(batches)
+    assert sequence([first]) == sequence(list(islice(loader(shards), 1)))
+    victim = multiprocessing.active_children()[0].pid
+    assert victim is not None
+
+    def die() -> None:
+        with naming_dead_workers():
+            os.kill(victim, signal.SIGKILL)
+            for _ in range(1000):
+                next(batches)
+
+    with pytest.raises(DataError, match=rf"data.num_workers: DataLoader worker \(pid.* {victim}\).*start the same"):
+        die()
+    batches.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_leave_signals_to_the_trainer(shards: ShardSet, method: str) -> None:
+    """Slurm signals every process of a step; the state is saved after that, so that batches must go on."""
+    batches = iter(replace(loader(shards, workers=2), start_method=method))
+    found = list(islice(batches, 6))  # both workers are past their start
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            assert worker.pid is not None
+            os.kill(worker.pid, number)
+    found += islice(batches, 30)
+    assert sequence(found) == sequence(list(islice(loader(shards), 36)))
+    assert all(worker.is_alive() for worker in workers)
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_too_little_shared_memory_is_said_at_start(shards: ShardSet) -> None:
+    needed = loader(shards, micro=4, workers=2).shared_memory_needed()
+    assert needed == 2 * 3 * 4 * (8 * 8 * 3 + 16)  # workers x batches each x images x bytes
+    assert loader(shards).shared_memory_needed() == 0
+    check_shared_memory(needed, 8, 2)
+    free = shutil.disk_usage("/dev/shm").free
+    with pytest.raises(DataError, match=r"/dev/shm: has \d+ MiB free, 8 ranks x 2 workers need \d+ MiB; enlarge"):
+        check_shared_memory(free // 8 + 2**20, 8, 2)
 
 
 def test_loading_leaves_the_random_state_of_training_alone(shards: ShardSet) -> None:
