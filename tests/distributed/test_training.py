@@ -168,6 +168,65 @@ def test_a_signal_on_one_rank_saves_and_asks_for_a_requeue(job: Job, unbroken: l
     assert losses(job.train("signalled")) == pytest.approx(losses(unbroken), rel=1e-6)
 
 
+def damage(folder: Path, every: int) -> int:
+    """Overwrite every n-th image of the shards with zeros; returns how many."""
+    damaged = 0
+    for path in sorted(folder.glob("*.tar")):
+        with path.open("r+b") as file:
+            for entry in np.load(path.with_suffix(".index.npy"))[::every]:
+                file.seek(int(entry["offset"]))
+                file.write(bytes(int(entry["size"])))
+                damaged += 1
+    return damaged
+
+
+def test_bad_images_are_replaced_counted_and_do_not_break_a_resume(job: Job) -> None:
+    """On another number of ranks, with workers, the same images stand in and the same number is reported."""
+    shutil.copytree(job.folder / "shards", job.folder / "dirty_shards")
+    assert damage(job.folder / "dirty_shards", 40) == 4
+    dirty = [f"data.shards={job.folder / 'dirty_shards'}", "model.attn_dropout=0", "model.proj_dropout=0"]
+    dirty += ["data.max_bad_fraction=0.1"]
+    whole = job.train("dirty", *dirty)
+    job.copy("dirty", "dirty_moved", steps=12)
+    moved = job.train("dirty_moved", *dirty, "data.num_workers=2", world_size=1)
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+    counts = [line["bad_samples"] for line in whole]
+    assert [line["bad_samples"] for line in moved] == counts
+    assert counts == sorted(counts)
+    assert 4 * 3 < counts[-1] <= 4 * 6  # 288 images are 3.8 epochs; a stand-in may be bad as well
+
+
+def test_too_many_bad_images_end_all_ranks_together(job: Job) -> None:
+    shutil.copytree(job.folder / "shards", job.folder / "dirtier_shards")
+    assert damage(job.folder / "dirtier_shards", 5) == 15
+    ranks = start_ranks(2, *job.command("dirtier", f"data.shards={job.folder / 'dirtier_shards'}"))
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "Traceback" not in outputs[0] + outputs[1]
+    said = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, outputs[0]
+    assert "data.max_bad_fraction=0.0001: 1" in said[0]
+    assert ".tar: byte " in said[0]
+    assert "--verify" in said[0]
+
+
+def test_other_shards_are_refused_unless_a_new_epoch_is_asked_for(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    write_shards(images, np.arange(40) % 10, job.folder / "new_shards", samples_per_shard=20)
+    job.copy("unbroken", "renewed", steps=12)
+    new = [f"data.shards={job.folder / 'new_shards'}"]
+    refusal = run_ranks(1, *job.command("renewed", *new), expect=2)
+    assert "the data or its order changed (manifest: " in refusal
+    assert "data.accept_new_shards=true" in refusal
+    job.train("renewed", *new, "data.accept_new_shards=true", "run.max_steps=20")
+    renewed = Checkpoint(complete_checkpoints(job.folder / "renewed")[-1]).progress.data
+    assert renewed is not None
+    assert renewed["origin"] == 12 * BATCH
+    job.train("renewed", *new, "data.accept_new_shards=true")  # goes on in that epoch, and begins no other
+    assert Checkpoint(complete_checkpoints(job.folder / "renewed")[-1]).progress.data == renewed
+    assert len(losses(read_metrics(job.folder / "renewed"))) == STEPS
+
+
 def test_a_finished_run_has_nothing_left_to_do(job: Job, unbroken: list[dict[str, Any]]) -> None:
     assert losses(job.train("unbroken")) == losses(unbroken)
 

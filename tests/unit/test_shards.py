@@ -1,4 +1,4 @@
-"""Shards on disk, what is refused about them, and the order of an epoch."""
+"""Shards on disk, and what is refused about them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import webdataset
 from PIL import Image
 
 from jitscale.data.manifest import Manifest
-from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL, index_tar
@@ -330,86 +329,3 @@ def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     del shards
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-# Order
-
-UNEVEN = [3, 50, 17, 1, 29, 64, 8, 40, 5, 31]  # 248 samples
-
-
-def epoch_of(order: EpochOrder, epoch: int) -> list[tuple[int, int]]:
-    positions = np.arange(epoch * order.num_samples, (epoch + 1) * order.num_samples)
-    shards, indices = order.locate(positions)
-    return list(zip(shards.tolist(), indices.tolist(), strict=True))
-
-
-@pytest.mark.parametrize(("streams", "window"), [(1, 1), (1, 512), (4, 16), (7, 10), (8, 30), (512, 512)])
-def test_every_epoch_is_a_permutation(streams: int, window: int) -> None:
-    order = EpochOrder(UNEVEN, seed=3, streams=streams, window=window)
-    everything = [(shard, index) for shard, count in enumerate(UNEVEN) for index in range(count)]
-    epochs = [epoch_of(order, epoch) for epoch in (0, 1, 2, 1000)]
-    assert all(sorted(epoch) == everything for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    assert epoch_of(EpochOrder(UNEVEN, 4, streams, window), 0) != epochs[0]
-
-
-def test_positions_may_be_asked_in_any_grouping() -> None:
-    """Across windows and epochs, singly, backwards and in one piece."""
-    order = EpochOrder(UNEVEN, seed=3, streams=4, window=16)
-    positions = np.arange(3 * order.num_samples)
-    whole = np.stack(order.locate(positions))
-    fresh = EpochOrder(UNEVEN, seed=3, streams=4, window=16)
-    for position in positions[::-7]:
-        np.testing.assert_array_equal(
-            np.stack(fresh.locate(positions[position : position + 1]))[:, 0], whole[:, position]
-        )
-
-
-@pytest.mark.parametrize("epoch", [0, 5])
-def test_streams_are_contiguous_and_shuffled_inside_windows(epoch: int) -> None:
-    """248 samples in 7 streams, of 36 or 35 samples; one stream with windows of one sample is the line itself."""
-    line = epoch_of(EpochOrder(UNEVEN, seed=0, streams=1, window=1), epoch)
-    shard_order = list(dict.fromkeys(shard for shard, _ in line))
-    assert line == [(shard, index) for shard in shard_order for index in range(UNEVEN[shard])]
-    assert shard_order != sorted(shard_order)
-
-    samples = epoch_of(EpochOrder(UNEVEN, seed=0, streams=7, window=10), epoch)
-    start, moved = 0, 0
-    for stream in range(7):
-        column = samples[stream::7]
-        assert len(column) == (36 if stream < 248 % 7 else 35)
-        for first in range(0, len(column), 10):
-            window = column[first : first + 10]
-            expected = line[start + first : start + min(first + 10, len(column))]
-            assert sorted(window) == sorted(expected)
-            moved += window != expected
-        start += len(column)
-    assert moved > 20  # of 28 windows
-
-
-def test_the_number_of_streams_depends_on_the_data_alone() -> None:
-    assert EpochOrder([1000] * 1281, 0).streams == 512
-    assert EpochOrder([10_000] * 128, 0).streams == 128  # as many as shards
-    assert EpochOrder([100] * 1000, 0).streams == 128  # 781 samples a stream; 256 would have less than a window
-    assert EpochOrder([256] * 7 + [5], 0).streams == 2
-    assert EpochOrder([3], 0).streams == 1
-
-
-def test_the_order_never_changes() -> None:
-    """These numbers are part of every checkpoint's meaning."""
-    order = EpochOrder(UNEVEN, seed=7, streams=4, window=16)
-    shards, indices = order.locate(np.array([0, 1, 2, 3, 4, 247, 248, 10_000]))
-    assert shards.tolist() == [5, 9, 4, 6, 5, 1, 1, 2]
-    assert indices.tolist() == [3, 4, 8, 6, 12, 45, 1, 16]
-
-
-@pytest.mark.timeout(30)
-def test_a_far_position_is_found_without_walking_there() -> None:
-    order = EpochOrder(np.full(100_000, 1000), seed=0)
-    shards, indices = order.locate(np.array([12_345_678_901]))
-    assert (0 <= shards[0] < 100_000, 0 <= indices[0] < 1000) == (True, True)
-
-
-def test_an_order_of_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="0 samples"):
-        EpochOrder([], seed=0)
