@@ -1,0 +1,249 @@
+"""A corpus of damage: each case has one outcome, and docs/data.md states it under the same name."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from jitscale.data.images import ImageError
+from jitscale.data.packing import write_shards
+from jitscale.data.shards import ShardSet
+from jitscale.errors import DataError
+
+CLASSES, SIZE = 10, 16
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def picture(height: int = SIZE, width: int = SIZE) -> npt.NDArray[np.uint8]:
+    """Smooth colours, so that JPEG changes them little."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 9 % 256, columns * 9 % 256, (rows + columns) * 4 % 256], axis=-1).astype(np.uint8)
+
+
+def stored(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+RGB = Image.fromarray(picture())
+PALETTE = RGB.quantize(256)
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0"  # orientation 6: by 90 degrees
+PNG = stored(RGB, "PNG")
+LARGE_JPEG = stored(Image.fromarray(picture(64, 64)), "JPEG", quality=95)
+
+
+def tar(path: Path, *members: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def corrupt_middle(data: bytes) -> bytes:
+    """Bytes in the middle of the compressed pixels turned into ones that no Huffman code has."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([0xFF, 0x00] * 8) + data[middle + 16 :]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A black PNG of any size, made without its pixels in memory."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + width // 8)
+    body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def jpeg_that_claims(height: int, width: int) -> bytes:
+    """The frame header of a small JPEG changed."""
+    start = LARGE_JPEG.index(b"\xff\xc0") + 5
+    return LARGE_JPEG[:start] + struct.pack(">HH", height, width) + LARGE_JPEG[start + 4 :]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder that someone might point `data.shards` at, and what comes of it."""
+
+    name: str
+    build: Callable[[Path], object]  # writes into an empty folder
+    refused: str | None = None  # what the refusal at the start says; None: the shards open
+    replaced: str | None = None  # what is said of sample 0 when another one stands in for it; None: it is read
+    pixels: npt.NDArray[np.uint8] | None = None  # of sample 0, within the tolerance of its codec
+
+
+def shards(*members: tuple[str, bytes]) -> Callable[[Path], object]:
+    return lambda folder: tar(folder / "a.tar", *members)
+
+
+def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    def build(folder: Path) -> None:
+        tar(folder / "a.tar", *PAIR)
+        (folder / "a.tar").write_bytes(change((folder / "a.tar").read_bytes()))
+
+    return build
+
+
+def image(data: bytes, extension: str) -> Callable[[Path], object]:
+    """The case's image first, then a sound one that tells the set's image size."""
+    return shards((f"a.{extension}", data), ("a.cls", b"1"), ("b.png", PNG), ("b.cls", b"2"))
+
+
+def lying(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
+    """Shards of ours with a manifest that someone changed."""
+
+    def build(folder: Path) -> None:
+        write_shards(np.stack([picture()] * 6), [1] * 6, folder, samples_per_shard=4)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return build
+
+
+PAIR = (("k.png", PNG), ("k.cls", b"1"))
+SECOND = 512 + -(-len(PNG) // 512) * 512  # where the second member's header starts
+
+CASES = [
+    # Tars
+    Case("tar without bytes", rewritten(lambda data: b""), r"a.tar: is empty \(0 bytes\); copy or write it again"),
+    Case("gzipped tar", rewritten(gzip.compress), r"byte 0: is compressed with gzip.*gunzip it"),
+    Case("tar cut at a member", rewritten(lambda d: d[:SECOND]), rf"ends at byte {SECOND} without an end-of-archive"),
+    Case(
+        "tar cut inside a member",
+        rewritten(lambda d: d[: SECOND - 100]),
+        rf"ends at byte {SECOND - 100}, without an end-of-archive block",
+    ),
+    Case(
+        "tar cut in a header",
+        rewritten(lambda d: d[: SECOND + 100]),
+        rf"ends at byte {SECOND + 100}.* without an end-of-archive block",
+    ),
+    Case(
+        "tar without end block",
+        rewritten(lambda d: d[: SECOND + 1024]),
+        rf"ends at byte {SECOND + 1024} without an end-of-archive block",
+    ),
+    Case(
+        "tar with half an end block",
+        rewritten(lambda d: d[: SECOND + 1536]),
+        rf"ends at byte {SECOND + 1536} without an end-of-archive block",
+    ),
+    Case(
+        "flipped bit in a header",
+        rewritten(lambda d: d[:SECOND] + bytes([d[SECOND] ^ 1]) + d[SECOND + 1 :]),
+        rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
+    ),
+    Case("tar without samples", shards(), "holds no samples; remove it"),
+    # Members
+    Case("sample without image", shards(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
+    Case("sample with two images", shards(*PAIR, ("k.jpg", PNG)), r"byte 0: sample 'k' has 2 images among"),
+    Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' comes twice"),
+    Case("key that comes back", shards(*PAIR, ("l.png", PNG), ("k.txt", b"")), r"byte \d+: key 'k' comes twice"),
+    Case("dotted key", shards(("v1.0/n.2.png", PNG), ("v1.0/n.png", PNG), ("v1.0/n.cls", b"1")), pixels=picture()),
+    Case("label missing", shards(PAIR[0]), r"byte 512: sample 0 has no label, needs one in 0\.\.9"),
+    Case(
+        "label not a number",
+        shards(PAIR[0], ("k.cls", b"cat")),
+        rf"byte {SECOND + 512}: k.cls holds 'cat', neither an integer.*name the classes",
+    ),
+    Case("negative label", shards(PAIR[0], ("k.cls", b"-1")), rf"byte {SECOND + 512}: k.cls holds '-1'"),
+    Case(
+        "label out of range",
+        shards(PAIR[0], ("k.cls", b"10")),
+        r"byte 512: sample 0 has label 10, needs one in 0\.\.9; correct model",
+    ),
+    Case("pickle among the members", shards(*PAIR, ("k.pyd", b"cos\nsystem\n(S'false'\ntR.")), pixels=picture()),
+    Case("member that points outside", shards(("../../k.png", PNG), ("../../k.cls", b"1")), pixels=picture()),
+    # Images
+    Case("no image at all", image(b"not a png", "png"), replaced="cannot be decoded as png"),
+    Case("JPEG cut", image(LARGE_JPEG[:-40], "jpg"), replaced="cannot be decoded as jpg .*[Pp]remature end"),
+    Case("JPEG corrupted in the middle", image(corrupt_middle(LARGE_JPEG), "jpg"), replaced="cannot be decoded as jpg"),
+    Case("PNG corrupted in the middle", image(corrupt_middle(PNG), "png"), replaced="cannot be decoded as png"),
+    Case("PNG that is called JPEG", image(PNG, "jpg"), pixels=picture()),
+    Case("grey", image(stored(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
+    Case("palette", image(stored(PALETTE, "PNG"), "png"), pixels=np.asarray(PALETTE.convert("RGB"))),
+    Case("alpha", image(stored(RGB.convert("RGBA"), "PNG"), "png"), pixels=picture()),
+    Case("CMYK", image(stored(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0), "jpg"), pixels=picture()),
+    Case("16 bits", image(stored(Image.new("I;16", (16, 16), 999), "PNG"), "png"), replaced="mode I;16; convert it"),
+    Case(
+        "EXIF-rotated",
+        image(
+            stored(RGB, "JPEG", quality=100, subsampling=0, exif=TURNED),
+            "jpg",
+        ),
+        pixels=picture(),
+    ),
+    Case("PNG of 200 megapixels", image(png_of(20_000, 10_000), "png"), replaced="decompression bomb"),
+    Case("JPEG of 200 megapixels", image(jpeg_that_claims(10_000, 20_000), "jpg"), replaced="20000 x 10000 pixels"),
+    Case(
+        "image smaller than the image size", image(stored(Image.new("RGB", (9, 20)), "PNG"), "png"), replaced="9 x 20"
+    ),
+    # Manifests
+    Case("manifest with another count", lying(lambda m: m["shards"][0].update(samples=3)), "hold 5 samples, its total"),
+    Case(
+        "manifest with other counts",
+        lying(lambda m: (m["shards"][0].update(samples=3), m["shards"][1].update(samples=3))),
+        "holds 4 samples, the manifest says 3; write it again",
+    ),
+    Case("manifest with another size", lying(lambda m: m["shards"][0].update(bytes=1)), "bytes, the manifest says 1"),
+    Case("manifest with other classes", lying(lambda m: m.update(num_classes=11)), "says 11 classes, the model has 10"),
+    Case("manifest with another resolution", lying(lambda m: m.update(resolution=8)), "says 8 pixels a side"),
+    Case("manifest that names a lost shard", lying(lambda m: m["shards"][1].update(name="b.tar")), "b.tar: missing"),
+    Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),
+    Case("manifest that is no JSON", lambda f: (f / "manifest.json").write_text("{"), "cannot be read as a manifest"),
+    Case("manifest with a wrong hash", lying(lambda m: m["shards"][0].update(sha256="0" * 64)), pixels=picture()),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_damage_has_the_stated_outcome(tmp_path: Path, case: Case) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    case.build(folder)
+    before = sorted(tmp_path.rglob("*"))
+    if case.refused is not None:
+        with pytest.raises(DataError, match=case.refused) as caught:
+            ShardSet.open(folder, CLASSES, SIZE)
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return
+    opened = ShardSet.open(folder, CLASSES, SIZE)
+    if case.replaced is not None:
+        with pytest.raises(ImageError, match=case.replaced) as caught:
+            opened.read(0, 0)
+        assert str(caught.value).startswith(f"{folder}/a.tar: byte 512: sample 0 ")
+        assert "\n" not in str(caught.value)
+        assert opened.read(0, 1)[1] == 2
+    else:
+        pixels, label = opened.read(0, 0)
+        assert label == 1
+        assert case.pixels is not None
+        np.testing.assert_allclose(pixels.astype(int), case.pixels, atol=6)
+    assert sorted(tmp_path.rglob("*")) == before, "reading writes nothing"
+
+
+def test_the_document_states_every_outcome() -> None:
+    rows = [line.split("|") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    outcomes = {row[1].strip(): row[2].strip() for row in rows if len(row) >= 4}
+    for case in CASES:
+        kind = "refused" if case.refused else "replaced" if case.replaced else "read"
+        assert outcomes.get(case.name, "").startswith(kind), f"{case.name}: {kind}"
