@@ -8,16 +8,19 @@ Importing this file does not import torch, so that a mistake is reported at once
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from jitscale.errors import ConfigError
+
+FEWEST_SAMPLES = 10  # of an evaluation
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.prediction": ("x", "e", "v"),
@@ -232,6 +235,20 @@ def load_config(
     return config
 
 
+def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
+    """The settings, as `key: before -> now`, that make `now` another network than `before` with the same weights.
+
+    Dropout and the model fields in `ignored` do not count.
+    """
+    unlike = [
+        (f"model.{f.name}", getattr(before.model, f.name), getattr(now.model, f.name))
+        for f in fields(ModelConfig)
+        if f.name not in ("attn_dropout", "proj_dropout", *ignored)
+    ]
+    unlike.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
+    return [f"{key}: {old} -> {new}" for key, old, new in unlike if old != new]
+
+
 def check_model_config(model: ModelConfig, source: str) -> None:
     """Refuse a network that cannot be built; `source` names where it was described.
 
@@ -292,11 +309,13 @@ def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError as error:
         origin = f" (named in the defaults of {parents[-1]})" if parents else ""
         raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
-    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
-    names = loaded.pop("defaults", [])
+    names = loaded.pop("defaults", ListConfig([]))
+    if not isinstance(names, ListConfig):
+        raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
     base = OmegaConf.create({})
     for name in names:
         base.merge_with(_compose((path.parent / str(name)).with_suffix(".yaml"), (*parents, path.resolve())))
@@ -410,6 +429,13 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
             yield _Problem(key, value, "must lie in [0, 1)", "give such a number")
         elif key == "diffusion.label_drop" and not 0 <= value <= 1:
             yield _Problem(key, value, "must lie in [0, 1]", "give a probability")
+    for key in ("run.seed", "evaluation.seed"):
+        group, name = key.split(".")
+        if getattr(getattr(config, group), name) >= 2**63:
+            yield _Problem(key, getattr(getattr(config, group), name), "must be below 2^63", "give a smaller number")
+    for key, value in _leaves(to_dict(config), ""):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            yield _Problem(key, value, "must be finite", "give an ordinary number")
     if config.engine.zero_stage not in range(4):
         yield _Problem("engine.zero_stage", config.engine.zero_stage, "must be 0, 1, 2 or 3", "choose one of them")
     for decay in config.ema.decays:
@@ -483,6 +509,13 @@ def _impossible_batch(config: Config, world_size: int) -> Iterator[_Problem]:
 
 def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
     evaluation = config.evaluation
+    if 0 < evaluation.num_images < FEWEST_SAMPLES:
+        yield _Problem(
+            "evaluation.num_images",
+            evaluation.num_images,
+            f"is too few for the {FEWEST_SAMPLES} splits of the inception score",
+            f"give at least {FEWEST_SAMPLES}",
+        )
     names = weight_set_names(config)
     if evaluation.weights not in names:
         yield _Problem(

@@ -1,7 +1,8 @@
 """Measure samples of a checkpoint: `python -m jitscale.evaluate --run DIR` or `--checkpoint FILE --config FILE`.
 
 All ranks share the work, under torchrun, under srun, or in one process; started again, it goes on where it was. It
-ends with result.json in the run's folder, or in `run.dir` for a bare checkpoint file.
+ends with result.json in the run's folder, or in `run.dir` for a bare checkpoint file. torchrun takes `--run` for an
+option of its own: with it, write `--run-dir`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and evaluate; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m jitscale.evaluate", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
+    source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
     parser.add_argument("--weights", metavar="NAME", help="model or ema_<decay>; default: evaluation.weights")

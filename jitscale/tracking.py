@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,12 @@ PEAK_BF16_TFLOPS = {
     "A40": 149.7,
     "L40S": 362.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "H200": 989.0,
     "GH200": 989.0,
     "B200": 2250.0,
+    "GB200": 2500.0,
 }
 
 
@@ -41,7 +44,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    matches = [known for known in PEAK_BF16_TFLOPS if known in name]
+    matches = [known for known in PEAK_BF16_TFLOPS if re.search(rf"\b{known}\b", name)]
     return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
 
 
@@ -75,7 +78,7 @@ class Tracker:
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
         """Send a picture (height, width, 3) taken after `images` images seen."""
         if self._wandb is not None:
-            self._to_wandb({name: wandb.Image(image), "images": images})
+            self._guarded(lambda: self._wandb.log({name: wandb.Image(image), "images": images}))
 
     def log_result(self, result: dict[str, Any], images: int) -> None:
         """Send the numbers of an evaluation, taken after `images` images seen."""

@@ -11,11 +11,9 @@ pure and linear in the weights: they apply to every average as they do to the we
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 
-from jitscale.config import Config, ModelConfig
+from jitscale.config import Config, network_differences
 from jitscale.errors import ConfigError
 
 PATCH_EMBEDDING = "x_embedder.proj1.weight"
@@ -31,14 +29,7 @@ def upgrade_factor(old: Config, new: Config) -> int:
         ConfigError: the two networks differ in more than image and patch size, the number of tokens changes, the
             ratio is not a whole number, or the new noise scale is not k times the old one.
     """
-    differing = [
-        f"model.{f.name}: {getattr(old.model, f.name)} -> {getattr(new.model, f.name)}"
-        for f in fields(ModelConfig)
-        if f.name not in ("image_size", "patch_size", "attn_dropout", "proj_dropout")
-        and getattr(old.model, f.name) != getattr(new.model, f.name)
-    ]
-    if old.diffusion.prediction != new.diffusion.prediction:
-        differing.append(f"diffusion.prediction: {old.diffusion.prediction} -> {new.diffusion.prediction}")
+    differing = network_differences(old, new, ignored=("image_size", "patch_size"))
     if differing:
         raise ConfigError(
             f"an upgrade changes image and patch size only, the target also differs in {'; '.join(differing)}"

@@ -55,13 +55,13 @@ def main() -> int:
     high = load_config(ROOT / "configs/demo_64.yaml", high_settings)
 
     _say("train at 32 px, then evaluate")
-    _launch("-m", "jitscale.train", "--config", "configs/demo.yaml", *low_settings)
+    _train("configs/demo.yaml", low_settings, low.data.batch_size)
     if not complete_checkpoints(output / "64px"):
         _say("upgrade to 64 px")
-        arguments = ["--checkpoint", str(output / "32px"), "--to", "configs/demo_64.yaml", "--output", high.run.dir]
+        arguments = ["--checkpoint", low.run.dir, "--to", "configs/demo_64.yaml", "--output", high.run.dir]
         _run([sys.executable, "tools/upgrade_resolution.py", *arguments, *high_settings])
     _say("fine-tune at 64 px, then evaluate")
-    _launch("-m", "jitscale.train", "--config", "configs/demo_64.yaml", *high_settings)
+    _train("configs/demo_64.yaml", high_settings, high.data.batch_size)
     _say("evaluate the untrained network, for comparison")
     untrained = _evaluate_untrained(low, output / "untrained")
 
@@ -97,12 +97,14 @@ def _settings(run_dir: Path, shards: Path, images: int | None, samples: int | No
     return settings
 
 
-def _launch(*arguments: str) -> None:
-    """Run Python on every GPU, or in two processes on the CPU."""
-    processes = torch.cuda.device_count() or 2
+def _train(config: str, settings: list[str], batch_size: int) -> None:
+    """Train on the GPUs, as many as can share a batch evenly, or in two processes on the CPU."""
+    most = torch.cuda.device_count() or 2
+    processes = max(count for count in range(1, most + 1) if batch_size % count == 0)
     threads = max(1, (os.cpu_count() or 1) // processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    _run([sys.executable, *launcher, *arguments], OMP_NUM_THREADS=str(threads))
+    command = [sys.executable, *launcher, "-m", "jitscale.train", "--config", config, *settings]
+    _run(command, OMP_NUM_THREADS=str(threads))
 
 
 def _run(command: list[str], **environment: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from jitscale.config import load_config
+from jitscale.config import load_config, to_yaml
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.training.checkpoint import MOMENTS, Progress, complete_checkpoints, whole_fragments, write_checkpoint
 from jitscale.upgrade import RESIZED, upgrade_factor, upgrade_tensor
@@ -48,6 +48,7 @@ def main() -> int:
             tensors.append(new.flatten())
     progress = Progress(step=0, images=0, optimizer_step=checkpoint.progress.optimizer_step, data=None)
     folder = write_checkpoint(options.output, progress, target, whole_fragments(shapes), sets)
+    (options.output / "config.yaml").write_text(to_yaml(target))
 
     old, new_model = checkpoint.config.model, target.model
     print(f"{checkpoint.folder}: {old.image_size} px, patch {old.patch_size}")

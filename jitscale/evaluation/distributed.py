@@ -35,6 +35,8 @@ from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
+FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
+
 Block = dict[str, npt.NDArray[Any]]
 
 
@@ -104,7 +106,7 @@ def _protocol(model: JiT, weights: str, network: FeatureNetwork, config: Config)
     return {
         "weights": weights,
         "weights_sha256": weights_digest(model),
-        "image_size": model.config.image_size,
+        "model": asdict(model.config),
         "noise_scale": model.diffusion.noise_scale,
         "sampler": asdict(configured_sampler(config.evaluation, model.diffusion)),
         "seed": config.evaluation.seed,
@@ -137,6 +139,11 @@ def _real_features(network: FeatureNetwork, config: Config, world: World, folder
     if not source:
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
     shards = parallel.together(lambda: ShardSet.open(source, 0, config.model.image_size))
+    if shards.num_samples < FEWEST_REAL_IMAGES:
+        raise ConfigError(
+            f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
+            f"{FEWEST_REAL_IMAGES}"
+        )
     size = config.evaluation.block_size
 
     def block(number: int) -> Block:
@@ -161,8 +168,16 @@ def _blocks(
     """Compute the blocks that are not on disk yet, by turns; then all of them, concatenated, on rank 0."""
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    parallel.barrier()
-    missing = [number for number in range(count) if not _block_path(folder, number).exists()]
+    # Listed by one rank: what the others see may have changed before they look.
+    missing = parallel.broadcast_object([number for number in range(count) if not _block_path(folder, number).exists()])
+
+    def share() -> None:
+        for turn in range(world.rank, len(missing), world.size):
+            content = compute(missing[turn])
+            with appearing_whole(_block_path(folder, missing[turn])) as file:
+                np.savez(file, **content)  # type: ignore[arg-type]
+            progress.update(min(world.size, len(missing) - turn) * size)  # the other ranks are as far
+
     with tqdm(
         total=count * size,
         initial=(count - len(missing)) * size,
@@ -170,12 +185,7 @@ def _blocks(
         desc=description,
         disable=not world.is_main,
     ) as progress:
-        for turn in range(world.rank, len(missing), world.size):
-            content = compute(missing[turn])
-            with appearing_whole(_block_path(folder, missing[turn])) as file:
-                np.savez(file, **content)  # type: ignore[arg-type]
-            progress.update(min(world.size, len(missing) - turn) * size)  # the other ranks are as far
-    parallel.barrier()
+        parallel.together(share)
     if not world.is_main:
         return {"features": np.empty((0, 0))}
     parts = [dict(np.load(_block_path(folder, number))) for number in range(count)]

@@ -25,7 +25,7 @@ from functools import cached_property
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +60,8 @@ class Progress:
     """How far a run is. `images` is also the position in the global sample sequence.
 
     `data` holds what fixes that sequence (seed, streams, window, manifest hash, and the position where its epoch 0
-    begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for.
+    begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for,
+    `skipped_steps` the steps whose gradients were not finite.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Progress:
     optimizer_step: int
     data: dict[str, int | str] | None
     bad_samples: int = 0
+    skipped_steps: int = 0
 
 
 def write_checkpoint(
@@ -165,7 +167,21 @@ class Checkpoint:
         self.folder = folder
         if not (folder / MARKER).exists():
             raise CheckpointError(f"{folder}: no complete checkpoint (no file {MARKER}); choose another step")
-        index = json.loads((folder / "index.json").read_text())
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            self._read_index(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise _damaged(folder / "index.json", folder, error) from error
+        for name, size in index["files"].items():
+            file = folder / name
+            found = file.stat().st_size if file.exists() else 0
+            if found != size:
+                raise _damaged(file, folder, f"{found} bytes where the index says {size}")
+
+    def _read_index(self, index: dict[str, Any]) -> None:
+        folder = self.folder
         if index["format"] != FORMAT:
             raise CheckpointError(
                 f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
@@ -178,14 +194,6 @@ class Checkpoint:
         self._fragments: dict[str, list[list[int]]] = {
             name: entry["fragments"] for name, entry in index["parameters"].items()
         }
-        for name, size in index["files"].items():
-            file = folder / name
-            found = file.stat().st_size if file.exists() else 0
-            if found != size:
-                raise CheckpointError(
-                    f"{file}: {found} bytes where the index says {size}; the file is damaged, "
-                    f"remove {folder} to fall back to the checkpoint before it"
-                )
 
     @cached_property
     def config(self) -> Config:
@@ -198,13 +206,23 @@ class Checkpoint:
         return [name for name in self.sets if name not in MOMENTS]
 
     def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32."""
-        out = torch.empty(stop - start)
-        for file, offset, length in self._fragments[parameter]:
+        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32.
+
+        Raises:
+            CheckpointError: a file is damaged, or no file holds some of the elements.
+        """
+        out, filled = torch.empty(stop - start), 0
+        for number, offset, length in self._fragments[parameter]:
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:
-                piece = self._open(file).get_slice(f"{set_name}:{parameter}:{offset}")
-                out[low - start : high - start] = piece[low - offset : high - offset]
+                try:
+                    piece = self._open(number).get_slice(f"{set_name}:{parameter}:{offset}")
+                    out[low - start : high - start] = piece[low - offset : high - offset]
+                except (OSError, SafetensorError) as error:
+                    raise _damaged(self.folder / self._files[number], self.folder, error) from error
+                filled += high - low
+        if filled != stop - start:
+            raise _damaged(self.folder, self.folder, f"{filled} of {stop - start} elements of {parameter}")
         return out
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
@@ -250,6 +268,13 @@ class Checkpoint:
     @cached_property
     def _handles(self) -> dict[int, safe_open]:
         return {}
+
+
+def _damaged(path: Path, folder: Path, what: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {' '.join(str(what).split())}; the file is damaged, remove {folder} to fall back to the checkpoint "
+        "before it"
+    )
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:

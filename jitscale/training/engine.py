@@ -77,6 +77,11 @@ class ZeroEngine:
                 group["lr"] = lr
             if self.stage == 0:
                 self._stage0_norm = self._stage0_gradient_norm()
+                if not self._stage0_norm.isfinite():  # what the sharded stages do by themselves
+                    for parameter in self._stage0_masters:
+                        parameter.grad = None
+                    self._engine.step()
+                    return False
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
@@ -141,6 +146,8 @@ class ZeroEngine:
             optimizer.checkpoint_event_epilogue()  # gathers the parameters that stay whole on every rank
         elif self.stage > 0:
             self._optimizer.update_lp_params()
+        else:
+            self._spread_stage0()
 
     @torch.no_grad()
     def gather(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -227,6 +234,16 @@ class ZeroEngine:
             return flats
         order = {name: index for index, (name, _) in enumerate(self._named_parameters())}
         return [flats[order[f.name]][f.offset : f.offset + f.length] for f in self.fragments]
+
+    def _spread_stage0(self) -> None:
+        """Stage 0 keeps everything whole on every rank, and each rank has loaded its share only."""
+        moments = self.moments()
+        for name, weight in self.gather(self.masters()).items():
+            dict(self._named_parameters())[name].copy_(weight)
+        for moment, flats in moments.items():
+            wholes = self.gather(flats).values()
+            for state, whole in zip(self._optimizer_states(), wholes, strict=True):
+                state[moment].copy_(whole)
 
     def _stage0_gradient_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._stage0_masters if p.grad is not None])

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.config import Config, to_yaml
+from jitscale.config import Config, network_differences, to_yaml
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
@@ -55,7 +55,7 @@ def train(config: Config, world: World) -> ExitCode:
         DONE, or REQUEUE after a signal asked to stop and the state was saved.
 
     Raises:
-        UserError: on every rank alike, before the first step, for what a user can mend.
+        UserError: on every rank alike, for what a user can mend: before the first step where it can be known then.
     """
     run_dir = Path(config.run.dir)
     shards = _open_inputs(config, world, run_dir)
@@ -91,12 +91,12 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint)
         self.end = self._images_at_end()
+        self.generator = torch.Generator(world.device)
+        self.batches = self._batches()
         self.stop_requested = StopSignal()
         if world.is_main:  # only now: a refused start leaves the run as it was
             (run_dir / "config.yaml").write_text(to_yaml(config))
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
-        self.generator = torch.Generator(world.device)
-        self.batches = self._batches()
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
@@ -247,11 +247,17 @@ class Trainer:
 
     def _save(self) -> None:
         bad_samples = self.bad_samples.total()
-        progress = Progress(self.step, self.images, self.engine.optimizer_step(), self.data_identity, bad_samples)
+        progress = Progress(
+            self.step,
+            self.images,
+            self.engine.optimizer_step(),
+            self.data_identity,
+            bad_samples,
+            self.skipped_steps,
+        )
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
-        if self.world.is_main:
-            prune(self.run_dir, self.config.checkpoint.keep_last)
+        parallel.together(lambda: prune(self.run_dir, self.config.checkpoint.keep_last) if self.world.is_main else None)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
@@ -259,13 +265,18 @@ class Trainer:
         missing = [name for name in self.ema.sets if name not in checkpoint.sets]
         if missing:
             logger.warning("%s has no %s; starting from its weights", checkpoint.folder, ", ".join(missing))
-        load_fragments(checkpoint, self.engine.fragments, {k: v for k, v in sets.items() if k in checkpoint.sets})
-        for name, flats in self.ema.sets.items():
-            source = "model" if name in missing else name
-            load_fragments(checkpoint, self.engine.fragments, {source: flats})
+
+        def fill() -> None:
+            load_fragments(checkpoint, self.engine.fragments, {k: v for k, v in sets.items() if k in checkpoint.sets})
+            for name, flats in self.ema.sets.items():
+                source = "model" if name in missing else name
+                load_fragments(checkpoint, self.engine.fragments, {source: flats})
+
+        parallel.together(fill)  # ranks read different files, and any may be damaged
         self.engine.finish_loading()
         self.step, self.images = progress.step, progress.images
         self.bad_samples.before = progress.bad_samples
+        self.skipped_steps = progress.skipped_steps
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
 
@@ -406,7 +417,7 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
 
     Raises:
         DataError: naming what differs.
-        CheckpointError: the noise scale differs.
+        CheckpointError: the network or the noise scale differs.
     """
     before = checkpoint.progress.data
     now = _data_identity(config, shards)
@@ -421,6 +432,12 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
                 "data.streams and data.window, start a new run.dir, or begin a new epoch of other shards with "
                 "data.accept_new_shards=true"
             )
+    differing = network_differences(checkpoint.config, config)
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a checkpoint of another network ({'; '.join(differing)}); restore these settings, "
+            "or choose another run.dir"
+        )
     trained_with, asked = checkpoint.config.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
         raise CheckpointError(

@@ -108,6 +108,20 @@ def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluati
     assert all(now[name].stat().st_mtime_ns == time for name, time in kept.items()), "what was there is not made again"
 
 
+def test_a_bad_reference_image_on_another_rank_is_said(evaluation: Evaluation) -> None:
+    """Its block is rank 1's; rank 0 must neither wait for ever nor lose the message."""
+    folder = evaluation.folder / "bad_reference"
+    shutil.copytree(evaluation.folder / "shards", folder)
+    tar = sorted(folder.glob("*.tar"))[0]
+    index = np.load(tar.with_suffix(".index.npy"))
+    with tar.open("r+b") as file:
+        file.seek(int(index[9]["offset"]))
+        file.write(bytes(int(index[9]["size"])))
+    command = evaluation.command("bad", f"evaluation.reference={folder}")
+    said = run_ranks(2, *command, expect=2)
+    assert f"error: {tar}: byte {index[9]['offset']}: sample 9 cannot be decoded" in said
+
+
 def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     other = evaluation.run("alone", "--weights=ema_0.9996")
     assert other["protocol"]["weights_sha256"] != alone["protocol"]["weights_sha256"]
@@ -129,6 +143,7 @@ def test_more_images_continue_from_fewer(evaluation: Evaluation, alone: dict[str
         (["evaluation.features=null"], "evaluation.features is null"),
         (["--weights=ema_0.5"], "no weight set 'ema_0.5'"),
         (["evaluation.reference=/nowhere"], "/nowhere: "),
+        (["evaluation.num_images=9"], "is too few for the 10 splits"),
         (["model.hidden_size=64"], "do not fit the network"),
     ],
 )

@@ -116,7 +116,7 @@ def test_resume_after_sigkill_is_the_same_command(job: Job, unbroken: list[dict[
     assert same_state(job.folder / "killed" / last, job.folder / "unbroken" / last)
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (3, 2), (2, 3), (1, 0)])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (3, 2), (2, 3), (1, 0), (2, 0)])
 def test_resume_elsewhere(job: Job, world_size: int, stage: int) -> None:
     """Another number of ranks, another stage, without dropout (which is drawn by rank)."""
     still = ["model.attn_dropout=0", "model.proj_dropout=0"]
@@ -240,6 +240,9 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
     (job.folder / "a_file").write_text("")
     job.copy("unbroken", "other_shape", steps=4)
     job.copy("unbroken", "other_data", steps=4)
+    job.copy("unbroken", "damaged", steps=4)
+    for file in (job.folder / "damaged" / "checkpoints").glob("step_*/rank_00000.safetensors"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
     mistakes = {
         "missing shards": ([f"data.shards={job.folder / 'absent'}"], "absent"),
         "truncated tar": ([f"data.shards={cut}"], tar.name),
@@ -251,6 +254,12 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
             "a checkpoint of another network",
         ),
         "another order": ([f"run.dir={job.folder / 'other_data'}", "run.seed=1"], "seed: 0 -> 1"),
+        "another network": (
+            [f"run.dir={job.folder / 'other_data'}", "model.in_context_start=0", "diffusion.prediction=v"],
+            "model.in_context_start: 1 -> 0; diffusion.prediction: x -> v",
+        ),
+        "damaged checkpoint": ([f"run.dir={job.folder / 'damaged'}"], "rank_00000.safetensors: "),
+        "infinite rate": (["optim.lr=inf"], "optim.lr=inf must be finite"),
         "missing cuda": (["run.device=cuda"], "PyTorch sees no GPU"),
     }
     started = {

@@ -44,6 +44,6 @@ def test_each_master_element_has_one_owner(results: dict[str, Any], stage: int) 
     assert max(owned) - min(owned) <= 0.01 * results["parameters"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(results: dict[str, Any], stage: int) -> None:
     assert results[f"{stage} poisoned"] == {"applied": [False, True], "finite": True}

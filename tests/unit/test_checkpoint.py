@@ -87,6 +87,26 @@ def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path: Path) -> 
         latest_checkpoint(tmp_path)
 
 
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors: .*; the file is damaged, remove"):
+        Checkpoint(folder).tensor("model", "first")
+    for text in ("", "{}", "[]", '{"format": 1}'):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json: "):
+            Checkpoint(folder)
+
+
+def test_a_gap_between_fragments_is_not_read_as_memory(tmp_path: Path) -> None:
+    fragments = [Fragment("first", (3, 4), 0, 0, 5, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
+    write_checkpoint(tmp_path, Progress(1, 1, 1, None), Config(), fragments, {"model": [torch.ones(5), torch.ones(5)]})
+    checkpoint = Checkpoint(step_folder(tmp_path, 1))
+    with pytest.raises(CheckpointError, match="10 of 12 elements of first"):
+        checkpoint.tensor("model", "first")
+
+
 def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"first: \(3, 4\) there, \(4, 4\) in this network; third: absent there"):

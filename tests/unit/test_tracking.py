@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from jitscale.config import Config, TrackingConfig
-from jitscale.tracking import Tracker, read_metrics
+from jitscale.tracking import Tracker, peak_tflops, read_metrics
 
 
 def tracker(run_dir: Path, resumed_step: int = 0, wandb: str = "off") -> Tracker:
@@ -69,6 +71,25 @@ def test_a_wandb_that_cannot_start_falls_back_to_offline(
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert "W&B failed" in caplog.text
     assert "wandb sync" in caplog.text
+
+
+def test_a_picture_that_wandb_cannot_take_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tracker(tmp_path, wandb="offline")
+    record.log_image("samples", np.zeros((4, 4, 3), np.float64)[..., :0], 8)
+    record.log({"step": 1, "images": 8})
+    record.close()
+    assert "W&B failed" in caplog.text
+    assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 NVL", 835.0), ("NVIDIA RTX A4000", None), ("NVIDIA H200", 989.0)]
+)
+def test_the_peak_is_that_of_the_board(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(torch.device("cuda")) == peak
 
 
 @pytest.mark.slow
