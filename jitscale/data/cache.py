@@ -1,0 +1,561 @@
+"""Remote shards: whole tars on this node's disk, verified, shared by all its processes, bounded in bytes.
+
+    <sha256>.tar                  a complete shard, compared with the manifest before it got this name
+    <sha256>.<names>.index.npy    its index; <names> stands for the class names that its labels were read with
+    <sha256>.partial              a shard that is being downloaded; as large as the whole from the start
+    <sha256>.lock                 held by who downloads, scans or evicts the shard; never deleted
+    cache.lock                    held while room is made, and while a download gets its name
+
+Locks are `flock`s: the kernel releases those of a process that is killed. The folder must lie on a disk of this node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import fsspec.asyn
+import fsspec.config
+import fsspec.core
+import numpy as np
+
+from jitscale.data.manifest import ShardRecord
+from jitscale.data.tar_index import INDEX, IndexArray, index_tar
+from jitscale.errors import DataError
+from jitscale.files import appearing_whole
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCHEMES = ("s3://", "gs://", "https://", "http://")
+_BLOCK = 16 << 20  # bytes of one request to an object store; a thread that downloads holds one block in memory
+_STREAM_BUFFER = 1 << 20  # bytes; what aiohttp keeps ahead of the reader of one response
+
+_ATTEMPTS = 5
+_FIRST_WAIT = 0.25  # seconds; each wait is _GROWTH times the one before: 0.25, 1, 4 and 16
+_GROWTH = 4.0
+_CONNECT_TIMEOUT = 30.0  # seconds
+_SILENCE_TIMEOUT = 60.0  # seconds without a byte; there is no limit on the whole, since shards are large
+_TRANSIENT_STATUS = {408, 425, 429}  # HTTP: timeout, too early, too many requests; other 4xx stay as they are
+
+_ROOM_WAIT = 0.2  # seconds between two attempts to make room while others download
+_MARK_EVERY = 10.0  # seconds; more often than this a process does not mark a shard as used
+_REPEAT_AFTER = 30.0  # seconds; sooner than this a prefetcher does not fetch a shard again
+
+_TAR, _PARTIAL = ".tar", ".partial"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CACHED = re.compile(r"\.?([0-9a-f]{64})(\..*)")
+
+
+def is_remote(pattern: str) -> bool:
+    """Whether `pattern` names something in remote storage rather than in the file system."""
+    return pattern.startswith(_SCHEMES)
+
+
+def read_remote(url: str) -> bytes:
+    """The content of a small remote file.
+
+    Raises:
+        DataError: it is missing, access to it is refused, or its storage cannot be reached.
+    """
+    return _retried(url, lambda: b"".join(_chunks(url)))
+
+
+class ShardCache:
+    """Complete and verified copies of remote shards in one folder.
+
+    Any number of processes and threads of one node may use the folder at the same time, through this object or through
+    others; the object can be pickled. The capacity bounds the tars, complete or partial; indexes come on top. An
+    evicted tar occupies the disk until the last descriptor of it is closed.
+    """
+
+    def __init__(self, folder: Path, capacity: int) -> None:
+        """
+        Args:
+            folder: made if it is not there.
+            capacity: bytes.
+
+        Raises:
+            DataError: the folder can neither be made nor written.
+        """
+        self._folder = folder.absolute()
+        self._capacity = capacity
+        self._marked: dict[str, float] = {}  # sha256 to when this process marked the shard as used
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot be made as a cache of shards ({error}); choose another folder"
+            ) from error
+        with _locked(self._everything_lock, wait=False):  # a folder that cannot be written is met now
+            pass
+
+    def open(self, url: str, record: ShardRecord) -> int:
+        """A descriptor of the shard that `record` describes, to be read and closed; fetches the shard if necessary.
+
+        It stays good when the shard is evicted.
+
+        Raises:
+            DataError: see `fetch`.
+        """
+        while True:
+            self.fetch(url, record)
+            try:
+                return os.open(self._tar(record), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                logger.warning("%s: evicted before it was opened; fetching it again", url)
+
+    def fetch(self, url: str, record: ShardRecord) -> None:
+        """Make sure that the shard is there, and mark it as used.
+
+        Raises:
+            DataError: it is missing, access is refused, the storage cannot be reached, its content is not what `record`
+                says; or it is larger than the cache, or the disk is full.
+        """
+        if not self._is_here(record):
+            with _locked(self._lock(record)):
+                self._fetch_locked(url, record)
+
+    def index(
+        self, url: str, record: ShardRecord, class_names: list[str] | None, *, with_labels: bool = True
+    ) -> IndexArray:
+        """The index of the shard, see `index_tar`; scanned by one process, which fetches the shard if necessary.
+
+        Raises:
+            DataError: see `fetch` and `index_tar`.
+        """
+        meaning = hashlib.sha256(json.dumps([class_names, with_labels]).encode()).hexdigest()[:8]
+        path = self._folder / f"{_checked_sha256(record)}.{meaning}.index.npy"
+        index = _load_index(path, record)
+        if index is not None:
+            return index
+        with _locked(self._lock(record)):
+            index = _load_index(path, record)
+            if index is None:
+                self._fetch_locked(url, record)
+                try:
+                    index = index_tar(self._tar(record), with_labels=with_labels, class_names=class_names)
+                except DataError as error:
+                    raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
+                with self._writing(url, index.nbytes), appearing_whole(path) as file:
+                    np.save(file, index, allow_pickle=False)
+        return index
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_marked": {}}  # by this process's clock
+
+    @property
+    def _everything_lock(self) -> Path:
+        return self._folder / "cache.lock"
+
+    def _lock(self, record: ShardRecord) -> Path:
+        return self._folder / f"{_checked_sha256(record)}.lock"
+
+    def _tar(self, record: ShardRecord) -> Path:
+        return self._folder / f"{_checked_sha256(record)}{_TAR}"
+
+    def _partial(self, record: ShardRecord) -> Path:
+        return self._folder / f"{_checked_sha256(record)}{_PARTIAL}"
+
+    def _is_here(self, record: ShardRecord) -> bool:
+        """Whether the complete tar is there. A file that was cut afterwards has another size, and is not."""
+        path = self._tar(record)
+        try:
+            if path.stat().st_size != record.bytes:
+                return False
+        except FileNotFoundError:
+            return False
+        now = time.monotonic()
+        if now - self._marked.get(record.sha256, -_MARK_EVERY) >= _MARK_EVERY:
+            self._marked[record.sha256] = now
+            with suppress(FileNotFoundError):  # evicted just now; `open` meets that
+                os.utime(path)
+        return True
+
+    def _fetch_locked(self, url: str, record: ShardRecord) -> None:
+        """`fetch`, while the shard's lock is held."""
+        if self._is_here(record):
+            return
+        if record.bytes > self._capacity:
+            raise DataError(
+                f"{url}: has {record.bytes} bytes, the cache {self._folder} holds {self._capacity}; raise "
+                f"data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller shards"
+            )
+        tar, partial = self._tar(record), self._partial(record)
+        with self._writing(url, record.bytes):
+            tar.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)  # a killed process left it; it must not take room from its successor
+        start = time.monotonic()
+        try:
+            with self._writing(url, record.bytes):
+                descriptor = self._reserve(url, record)
+            try:
+                _retried(url, lambda: self._download(url, record, descriptor))
+                with self._writing(url, record.bytes):
+                    os.fsync(descriptor)  # the name must not outlive a crash that the content did not
+            finally:
+                os.close(descriptor)
+            # Whoever sums up the folder must see the file once, under its one or its other name.
+            with self._writing(url, record.bytes), _locked(self._everything_lock):
+                partial.replace(tar)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._marked[record.sha256] = time.monotonic()
+        logger.info("%s: fetched %d bytes in %.1f s", url, record.bytes, self._marked[record.sha256] - start)
+
+    def _download(self, url: str, record: ShardRecord, descriptor: int) -> None:
+        """One attempt to get the content into a file of its size."""
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        digest, received = hashlib.sha256(), 0
+        for chunk in _chunks(url, record.bytes):
+            received += len(chunk)
+            if received > record.bytes:
+                raise _WrongContentError(f"more than {record.bytes} bytes")
+            digest.update(chunk)
+            with self._writing(url, record.bytes):
+                _write_all(descriptor, chunk)
+        if received != record.bytes:
+            raise _WrongContentError(f"{received} of {record.bytes} bytes")
+        if digest.hexdigest() != record.sha256:
+            raise _WrongContentError(f"sha256 {digest.hexdigest()}, not {record.sha256}")
+
+    def _reserve(self, url: str, record: ShardRecord) -> int:
+        """A descriptor of a new partial file that has its full size already, so that others see the room as taken."""
+        waiting = False
+        while True:
+            with _locked(self._everything_lock):
+                if self._make_room(record.bytes):
+                    descriptor = os.open(
+                        self._partial(record), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
+                    )
+                    try:
+                        os.ftruncate(descriptor, record.bytes)
+                    except OSError:
+                        os.close(descriptor)
+                        raise
+                    return descriptor
+            if not waiting:
+                logger.info("%s: waits for room in %s, which others are downloading into", url, self._folder)
+                waiting = True
+            time.sleep(_ROOM_WAIT)
+
+    def _make_room(self, needed: int) -> bool:
+        """Evict the least recently used tars until `needed` more bytes fit; whether they do. Holds the cache's lock."""
+        entries = self._entries()
+        total = sum(entry.size for entry in entries)
+        for entry in entries:  # a partial file without a living owner
+            if not entry.complete and self._remove(entry):
+                total -= entry.size
+        for entry in sorted((entry for entry in entries if entry.complete), key=lambda entry: entry.used):
+            if total + needed <= self._capacity:
+                break
+            if self._remove(entry):
+                total -= entry.size
+        return total + needed <= self._capacity
+
+    def _entries(self) -> list[_Entry]:
+        """The shards in the folder. Files that are not the cache's own are neither counted nor touched."""
+        entries: list[_Entry] = []
+        beside: dict[str, list[str]] = {}  # sha256 to the indexes, and to what a killed process left of one
+        with os.scandir(self._folder) as found:
+            for file in found:
+                match = _CACHED.fullmatch(file.name)
+                if match is None:
+                    continue
+                sha256, suffix = match.groups()
+                if suffix in {_TAR, _PARTIAL}:
+                    with suppress(FileNotFoundError):  # its owner gave up
+                        status = file.stat()
+                        entries.append(_Entry(sha256, file.name, status.st_size, status.st_mtime_ns, suffix == _TAR))
+                elif ".index.npy" in suffix:
+                    beside.setdefault(sha256, []).append(file.name)
+        for entry in entries:
+            entry.beside.extend(beside.get(entry.sha256, []))
+        return entries
+
+    def _remove(self, entry: _Entry) -> bool:
+        """Delete a shard with its indexes, unless somebody holds its lock, who is fetching or scanning it."""
+        with _locked(self._folder / f"{entry.sha256}.lock", wait=False) as held:
+            if held:
+                logger.debug("%s: removing %s", self._folder, entry.name)
+                for name in (entry.name, *entry.beside):
+                    (self._folder / name).unlink(missing_ok=True)
+        return held
+
+    @contextmanager
+    def _writing(self, url: str, needed: int) -> Iterator[None]:
+        """What this node's disk refuses is no matter of the network, and is not tried again."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{url}: cannot be written to the cache {self._folder} ({error}), where it needs {needed} bytes; free "
+                "space there, lower data.cache_gb, or choose another folder"
+            ) from error
+
+
+class Prefetcher:
+    """Threads that fetch shards ahead of need; to be made in the process that uses it.
+
+    They are daemons: neither a running download nor a forgotten `close` holds up the end of the process.
+    """
+
+    def __init__(self, fetch: Callable[[int], None], threads: int = 4) -> None:
+        """
+        Args:
+            fetch: makes sure that a shard is there; called in several threads at once. What it raises is logged, and
+                left to the reader of that shard to meet.
+            threads: how many shards are fetched at once.
+        """
+        self._fetch = fetch
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()
+        self._running: set[int] = set()
+        self._ended: dict[int, float] = {}  # shard to when it was fetched, or failed
+        self._closed = False
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"prefetch-{number}", daemon=True).start()
+
+    def want(self, shards: Sequence[int]) -> None:
+        """Replace what waits by `shards`, first need first. What is being fetched goes on."""
+        with self._changed:
+            now = time.monotonic()
+            self._ended = {shard: at for shard, at in self._ended.items() if now - at < _REPEAT_AFTER}
+            known = self._running | self._ended.keys()
+            self._waiting = deque(shard for shard in dict.fromkeys(shards) if shard not in known and not self._closed)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Start nothing more. Does not wait for running downloads, which other processes may be waiting for."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                if self._closed:
+                    return
+                shard = self._waiting.popleft()
+                self._running.add(shard)
+            try:
+                self._fetch(shard)
+            except Exception as error:  # whatever it is, the reader of this shard meets it too
+                logger.warning("shard %d: could not be fetched ahead of need: %s", shard, error)
+            finally:
+                with self._changed:
+                    self._running.discard(shard)
+                    self._ended[shard] = time.monotonic()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One shard in the folder."""
+
+    sha256: str
+    name: str
+    size: int
+    used: int  # ns
+    complete: bool
+    beside: list[str] = field(default_factory=list)  # names of files to be removed with it
+
+
+class _WrongContentError(Exception):
+    """What was downloaded is not what the manifest says."""
+
+
+def _checked_sha256(record: ShardRecord) -> str:
+    """The hash as a part of file names, which a damaged manifest must not choose freely."""
+    if not _SHA256.fullmatch(str(record.sha256)):
+        raise DataError(f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write the manifest again")
+    return record.sha256
+
+
+def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:
+    """The index in the file; None if there is none or it is damaged."""
+    try:
+        with path.open("rb") as file:
+            index = np.lib.format.read_array(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s: damaged (%s); scanning the shard again", path, error)
+        return None
+    if index.dtype != INDEX or index.shape != (record.samples,):
+        logger.warning("%s: holds %s %s, not an index of the shard; scanning it again", path, index.dtype, index.shape)
+        return None
+    return index
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+# --- locks ---
+
+_held: set[int] = set()  # descriptors of locks that threads of this process hold or wait for
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`, made if necessary. Without `wait`, yields False if somebody else holds it.
+
+    Raises:
+        DataError: its folder cannot be written, or does not support locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); choose a cache folder that can be") from error
+    _held.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            got = True
+        except BlockingIOError:
+            got = False
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be locked ({error}); choose a cache folder on a disk of this node"
+            ) from error
+        yield got
+    finally:
+        # Closing does not release the lock while a process that was forked meanwhile has the descriptor too.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _after_fork() -> None:
+    """In a forked process: neither the locks nor the event loop of its parent are its own."""
+    for descriptor in _held:  # if the parent is killed, its child must not go on holding its locks
+        os.close(descriptor)
+    _held.clear()
+    _inherited.extend(_file_systems.values())
+    _file_systems.clear()
+    fsspec.asyn.reset_lock()  # the loop's thread was not forked; recent releases of fsspec do this themselves
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+# --- remote storage ---
+
+_file_systems: dict[tuple[int, str], Any] = {}  # one per thread and protocol
+# Those of the parent, in a forked process. They work in the parent's loop only, but stay referenced: closing them here
+# would take the parent's connections from the epoll instance that both processes share.
+_inherited: list[Any] = []
+
+
+def _file_system(url: str) -> Any:
+    scheme = url.partition("://")[0]
+    key = (threading.get_ident(), scheme)
+    if key not in _file_systems:
+        options = _http_options() if scheme in {"http", "https"} else {}
+        _file_systems[key] = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
+    return _file_systems[key]
+
+
+def _http_options() -> dict[str, Any]:
+    """Timeouts that suit large files, and the environment's proxies; the user's fsspec configuration goes before."""
+    import aiohttp  # noqa: PLC0415  # slow to import, and local shards do not need it
+
+    client: dict[str, Any] = {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_SILENCE_TIMEOUT),
+        "read_bufsize": _STREAM_BUFFER,
+        "trust_env": True,
+    }
+    for scheme in ("http", "https"):
+        client |= fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+    return {"client_kwargs": client}
+
+
+def _chunks(url: str, size: int | None = None) -> Iterator[bytes]:
+    """The content of `url` in pieces.
+
+    Over HTTP as one response, since not every server knows ranges; from an object store block by block, since fsspec's
+    readers of those cannot stream.
+    """
+    if url.startswith(("http://", "https://")):
+        # A size, any one, saves a request that would ask for it.
+        options: dict[str, Any] = {"block_size": 0, "size": size or 1}
+    else:
+        options = {"block_size": _BLOCK, "cache_type": "none"}
+    with _file_system(url).open(url, "rb", **options) as file:
+        while chunk := file.read(_BLOCK):
+            yield chunk
+
+
+def _retried(url: str, attempt: Callable[[], T]) -> T:
+    """`attempt()`, again after growing waits if it fails for a reason that may pass.
+
+    Raises:
+        DataError: the reason cannot pass, or the attempts are used up.
+    """
+    wait = _FIRST_WAIT
+    for number in range(1, _ATTEMPTS + 1):
+        try:
+            return attempt()
+        except DataError:
+            raise
+        except Exception as error:  # every storage library has its own; what cannot pass is told apart below
+            refusal = _refusal(url, error)
+            if refusal is not None:
+                raise DataError(refusal) from error
+            if number == _ATTEMPTS:
+                raise DataError(_exhausted(url, error)) from error
+            logger.warning(
+                "%s: attempt %d of %d failed (%s); the next one in %.2f s", url, number, _ATTEMPTS, _text(error), wait
+            )
+        time.sleep(wait)
+        wait *= _GROWTH
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _refusal(url: str, error: Exception) -> str | None:
+    """What to say about an error that waiting does not mend; None for others."""
+    status = getattr(error, "status", None)  # of aiohttp.ClientResponseError
+    if isinstance(error, ImportError):
+        extra = {"s3": "s3", "gs": "gcs"}.get(url.partition("://")[0])
+        package = f"jitscale[{extra}]" if extra else "fsspec[http]"
+        return f"{url}: the package that reads it is not installed ({_text(error)}); pip install '{package}'"
+    if isinstance(error, FileNotFoundError):
+        return f"{url}: there is no such file; correct data.shards or upload it"
+    # By name: botocore is not installed everywhere.
+    no_credentials = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
+    if isinstance(error, PermissionError) or no_credentials or status in {401, 403}:
+        hint = ", or set FSSPEC_S3_ANON=true if it is public" if url.startswith("s3://") else ""
+        return f"{url}: access is refused ({_text(error)}); give this job credentials that may read it{hint}"
+    if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+        return f"{url}: the server refuses it ({_text(error)}); correct data.shards"
+    return None
+
+
+def _exhausted(url: str, error: Exception) -> str:
+    if isinstance(error, _WrongContentError):
+        return f"{url}: content differs from the manifest ({error}); upload the shard and its manifest again"
+    return f"{url}: cannot be read in {_ATTEMPTS} attempts ({_text(error)}); start again when its storage works"
+
+
+def _text(error: Exception) -> str:
+    """Kind and message in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
