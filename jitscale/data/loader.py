@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from jitscale.data.cache import Prefetcher
 from jitscale.data.images import ImageError, UInt8Array
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
@@ -110,15 +111,29 @@ class ShardLoader:
         others = multiprocessing.active_children()
         batches = iter(loader)
         workers = [process for process in multiprocessing.active_children() if process not in others]
+        # After the workers, which must not inherit a lock that one of its threads holds.
+        ahead = _FetchAhead(self) if self.shard_set.is_remote else None
         try:
-            while True:
-                batch = _next_or_error(batches, workers)
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
+            for start in count(self.start_position, self.global_batch_size):
+                if ahead is not None:
+                    ahead.of(start)
+                for _ in range(self.global_batch_size // (self.world_size * self.micro_batch_size)):
+                    batch = _next_or_error(batches, workers)
+                    if isinstance(batch, DataError):
+                        raise batch
+                    yield batch
         finally:
             closing.set()
             del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
+            if ahead is not None:
+                ahead.close()
+
+    def shards_side_by_side(self, local_ranks: int) -> int:
+        """About how many shards `local_ranks` ranks of one node read at the same time: two for each of its streams."""
+        streams = self.order.streams
+        if streams % self.world_size == 0:
+            streams = streams // self.world_size * local_ranks
+        return 2 * streams
 
     def shared_memory_needed(self) -> int:
         """Bytes of `SHARED_MEMORY` that the batches between the workers and this process take at most."""
@@ -167,6 +182,30 @@ def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
     channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first / 127.5 - 1
+
+
+class _FetchAhead:
+    """Fetches the remote shards that one rank needs next, about one window of every stream ahead."""
+
+    def __init__(self, loader: ShardLoader) -> None:
+        self._loader = loader
+        self._prefetcher = Prefetcher(loader.shard_set.fetch)
+        self._next_look = 0
+
+    def of(self, position: int) -> None:
+        """Look ahead of the global batch at `position`, if the last look does not reach far enough."""
+        if position < self._next_look:
+            return
+        order = self._loader.order
+        reach = max(order.streams * order.window, 4 * self._loader.global_batch_size)
+        shards, _ = order.locate(np.arange(position + self._loader.rank, position + reach, self._loader.world_size))
+        _, first = np.unique(shards, return_index=True)
+        self._prefetcher.want(shards[np.sort(first)].tolist())
+        self._next_look = position + reach // 4
+
+    def close(self) -> None:
+        """Begin no more downloads."""
+        self._prefetcher.close()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ by index and the order are our own: webdataset's pipeline can neither resume exa
 
 from __future__ import annotations
 
+import getpass
 import glob
 import logging
 import os
+import re
 import resource
+import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,19 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
+from jitscale.config import Config
+from jitscale.data.cache import ShardCache
 from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import remembered
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord, content_hash
+from jitscale.data.remote import is_remote, read_remote
 from jitscale.data.tar_index import NO_LABEL, IndexArray, index_path, index_tar, map_index
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_BYTES = 100 * 10**9
 
 _FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
 
@@ -53,34 +61,50 @@ class ShardSet:
         class_names: list[str] | None,
         *,
         enlarge: bool,
+        cache: ShardCache | None = None,
     ) -> None:
         self._shards = shards
+        self._cache = cache
         self._num_classes = num_classes
         self._enlarge = enlarge
-        self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._opened: OrderedDict[int, _LocalShard | _CachedShard] = OrderedDict()
         self.samples_per_shard: Int64Array = np.array([shard.samples for shard in shards], np.int64)
         self._starts = np.cumsum(self.samples_per_shard) - self.samples_per_shard
         self.num_samples = int(self.samples_per_shard.sum())
         self.class_names = class_names
-        self.manifest_hash = content_hash([(s.path.name, s.samples, s.bytes, s.sha256) for s in shards])
+        self.manifest_hash = content_hash([(s.name, s.samples, s.bytes, s.sha256) for s in shards])
         self.image_size = self._first_image_size(image_size)  # a size that does not fit is met now
 
     @classmethod
-    def open(cls, pattern: str | Path, num_classes: int, image_size: int | None = None) -> ShardSet:
+    def open(
+        cls,
+        pattern: str | Path,
+        num_classes: int,
+        image_size: int | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
 
         Args:
             pattern: a folder, a glob, or a brace pattern such as `shard-{000..007}.tar`. A folder's manifest says
                 which shards there must be, and vouches for their size and for the index beside them. A tar that
-                no manifest names is scanned, since an index of unknown origin may be of another tar.
+                no manifest names is scanned, since an index of unknown origin may be of another tar. In remote storage
+                (s3://, gs://, https://) a folder, or a brace pattern of tars in one, and it must have a manifest.
             num_classes: labels must be below it; 0 for unconditional, where labels are ignored and read as 0.
             image_size: pixels a side; larger images are centre-cropped as they are read. Smaller ones are enlarged, as
                 the recipe does, where a manifest says that images have their original sizes, and refused elsewhere:
                 there they are more likely the wrong shards. None: that of the first image.
+            cache_dir: a folder of this node for remote shards; None for one of this user in $TMPDIR.
+            cache_bytes: what it may hold at most.
 
         Raises:
             DataError: the first thing that is wrong, with shard, byte, limit and remedy.
         """
+        if is_remote(str(pattern)):
+            folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+            return cls._open_remote(str(pattern), num_classes, image_size, ShardCache(folder, cache_bytes))
         paths, manifests = _find_shards(str(pattern))
         records = {folder / record.name: record for folder, manifest in manifests.items() for record in manifest.shards}
         _check_manifests(str(pattern), list(manifests.values()), num_classes, image_size)
@@ -96,6 +120,56 @@ class ShardSet:
         all_described = all(path in records for path in paths)
         original_sizes = all_described and all(manifest.resolution is None for manifest in manifests.values())
         return cls(shards, num_classes, image_size, names, enlarge=original_sizes)
+
+    @classmethod
+    def _open_remote(cls, pattern: str, num_classes: int, image_size: int | None, cache: ShardCache) -> ShardSet:
+        folder, names = _split_address(pattern)
+        manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
+        _check_manifests(pattern, [manifest], num_classes, image_size)
+        records = {record.name: record for record in manifest.shards}
+        unknown = [name for name in names or [] if name not in records]
+        if unknown:
+            raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
+        shards = [
+            _Shard(record.name, f"{folder}/{record.name}", record.samples, record.bytes, record.sha256, None)
+            for record in (manifest.shards if names is None else [records[name] for name in names])
+        ]
+        if not any(shard.samples for shard in shards):
+            raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
+        original_sizes = manifest.resolution is None
+        return cls(shards, num_classes, image_size, manifest.class_names, enlarge=original_sizes, cache=cache)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        return self._cache is not None
+
+    def fetch(self, shard: int) -> None:
+        """Bring a remote shard to this node, if it is not there.
+
+        Raises:
+            DataError: see `ShardCache.fetch`.
+        """
+        if self._cache is not None:
+            self._cache.fetch(self._shards[shard].location, self._shards[shard].record())
+
+    def check_cache(self, side_by_side: int) -> None:
+        """Refuse a cache in which shards would make room for each other before they are used up.
+
+        Args:
+            side_by_side: how many shards this node reads at the same time.
+
+        Raises:
+            DataError: naming the size that is needed.
+        """
+        if self._cache is None:
+            return
+        largest = sorted((shard.bytes for shard in self._shards), reverse=True)[:side_by_side]
+        if sum(largest) > self._cache.capacity:
+            raise DataError(
+                f"data.cache_gb={self._cache.capacity / 1e9:g}: this node reads {len(largest)} shards side by side, "
+                f"together {sum(largest) / 1e9:.3g} GB; raise it, or lower data.streams"
+            )
 
     def read(self, shard: int, index: int) -> tuple[UInt8Array, int]:
         """Sample `index` of `shard`: its image, uint8 (image_size, image_size, 3), maybe read-only, and its label.
@@ -130,9 +204,12 @@ class ShardSet:
         raise met
 
     def _read(self, shard: int, index: int, image_size: int | None) -> tuple[UInt8Array, int]:
-        opened = remembered(self._opened, shard, lambda: _OpenShard(self._shards[shard]), _most_open_shards())
+        opened = remembered(self._opened, shard, lambda: self._open_shard(shard), _most_open_shards())
         offset, size, label, extension = opened.index[index].item()
-        data = opened.read(offset, size)
+        try:
+            data = opened.read(offset, size)
+        except OSError as error:
+            raise DataError(f"{self._shards[shard].location}: byte {offset}: sample {index} {error}") from error
         try:
             image = decode(data, extension.decode())
             height, width = image.shape[:2]
@@ -143,46 +220,133 @@ class ShardSet:
                 )
             image = center_crop(image, min(height, width) if image_size is None else image_size)
         except ImageError as error:
-            raise ImageError(f"{self._shards[shard].path}: byte {offset}: sample {index} {error}") from error
+            raise ImageError(f"{self._shards[shard].location}: byte {offset}: sample {index} {error}") from error
         return image, label if self._num_classes else 0
+
+    def _open_shard(self, number: int) -> _LocalShard | _CachedShard:
+        shard = self._shards[number]
+        if self._cache is None:
+            return _LocalShard(shard)
+        with_labels = self._num_classes > 0
+        index = self._cache.index(shard.location, shard.record(), self.class_names, with_labels=with_labels)
+        _check_index(shard.location, index, shard.samples, shard.bytes, self._num_classes)
+        return _CachedShard(shard, self._cache, index)
+
+
+def open_configured(config: Config, reference: str | None = None) -> ShardSet:
+    """The shards of `data.shards`, or those of `reference` without labels, under the configuration's other settings.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    data, model = config.data, config.model
+    return ShardSet.open(
+        reference or data.shards,
+        0 if reference else model.num_classes,
+        model.image_size,
+        cache_dir=data.cache_dir,
+        cache_bytes=int(data.cache_gb * 1e9),
+    )
 
 
 @dataclass(frozen=True)
 class _Shard:
-    path: Path
+    name: str
+    location: str  # a path, or a URL
     samples: int
     bytes: int
-    sha256: str | None
+    sha256: str | None  # None: no manifest names it
     index: IndexArray | None  # None: in the file beside the tar
 
+    def record(self) -> ShardRecord:
+        """As the manifest has it; only for shards that one names."""
+        assert self.sha256 is not None
+        return ShardRecord(self.name, self.samples, self.bytes, self.sha256)
 
-class _OpenShard:
+
+class _CachedShard:
+    """A remote shard with its index in memory. The tar is opened for each read: an open one would hold its room."""
+
+    def __init__(self, shard: _Shard, cache: ShardCache, index: IndexArray) -> None:
+        self.index = index
+        self._shard, self._cache = shard, cache
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on; fetches the shard if it was evicted.
+
+        Raises:
+            DataError: see `ShardCache.fetch`.
+            OSError: the disk fails.
+        """
+        descriptor = self._cache.open(self._shard.location, self._shard.record())
+        try:
+            return _read_at(descriptor, offset, size)
+        finally:
+            os.close(descriptor)
+
+
+class _LocalShard:
     """A descriptor and a mapped index, closed with the last reference."""
 
     def __init__(self, shard: _Shard) -> None:
-        self.index = map_index(shard.path) if shard.index is None else shard.index
+        path = Path(shard.location)
+        self.index = map_index(path) if shard.index is None else shard.index
         try:
-            self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"{shard.path}: cannot be opened any more ({error}); restore it") from error
+            raise DataError(f"{path}: cannot be opened any more ({error}); restore it") from error
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on. pread moves no file position, so that forked processes may share a file.
 
         Raises:
-            DataError: the file system fails, or the file has become shorter.
+            OSError: the file system fails, or the file has become shorter.
         """
-        try:
-            data = os.pread(self._descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"cannot be read ({error}); start again when the storage works") from error
-        if len(data) < size:
-            raise DataError(f"ends after {len(data)} of {size} bytes: the file was cut while in use; copy it again")
-        return data
+        return _read_at(self._descriptor, offset, size)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+
+
+def _read_at(descriptor: int, offset: int, size: int) -> bytes:
+    try:
+        data = os.pread(descriptor, size, offset)
+    except OSError as error:
+        raise OSError(f"cannot be read ({error}); start again when the storage works") from error
+    if len(data) < size:
+        raise OSError(f"ends after {len(data)} of {size} bytes: the file was cut while in use; copy it again")
+    return data
+
+
+def default_cache_dir() -> Path:
+    """Where remote shards are kept on a node unless the configuration names another folder."""
+    return Path(tempfile.gettempdir()) / f"jitscale-shards-{getpass.getuser()}"
+
+
+def _split_address(pattern: str) -> tuple[str, list[str] | None]:
+    """The folder of remote shards, and the names in it, or None for all of its manifest.
+
+    Raises:
+        DataError: the pattern means several folders, or has wildcards.
+    """
+    if not pattern.rstrip("/").endswith(".tar"):
+        return pattern.rstrip("/"), None
+    addresses = _expand_braces(pattern)
+    folders = {address.rpartition("/")[0] for address in addresses}
+    if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
+        raise DataError(
+            f"{pattern}: remote shards lie in one folder, whose manifest names them; give the folder, or a brace "
+            "pattern of tars in it"
+        )
+    return folders.pop(), [address.rpartition("/")[2] for address in addresses]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
 
 
 def _most_open_shards() -> int:
@@ -193,14 +357,15 @@ def _most_open_shards() -> int:
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
     """The tars that `pattern` means, in order, and the manifests of their folders."""
+    scheme = re.match(r"([a-z0-9+]+):", pattern)
+    if scheme is not None:
+        what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
+        raise DataError(f"{pattern}: {scheme[0]} {what}; give a folder, or an address with s3://, gs:// or https://")
     folder = Path(pattern)
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))
     else:
-        try:
-            names = list(braceexpand(pattern))
-        except ValueError as error:
-            raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
+        names = _expand_braces(pattern)
         paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     folders = dict.fromkeys([folder] if folder.is_dir() else [path.parent for path in paths])
     manifests = {at: Manifest.read(at / MANIFEST) for at in folders if (at / MANIFEST).exists()}
@@ -253,16 +418,28 @@ def _check_shard(
     index = index_tar(path, with_labels=num_classes > 0, class_names=class_names) if scan else map_index(path)
     if len(index) == 0 and record is None:
         raise DataError(f"{path}: holds no samples; remove it or write it again")
-    if record is not None and len(index) != record.samples:
-        raise DataError(f"{path}: holds {len(index)} samples, the manifest says {record.samples}; write it again")
+    _check_index(str(path), index, len(index) if record is None else record.samples, size, num_classes)
+    sha256 = None if record is None else record.sha256
+    return _Shard(path.name, str(path), len(index), size, sha256, index if scan else None)
+
+
+def _check_index(location: str, index: IndexArray, samples: int, size: int, num_classes: int) -> None:
+    """Compare the index of a tar with what is known of it.
+
+    Raises:
+        DataError: it has another number of samples, points behind the tar's end, or has a label out of range.
+    """
+    if len(index) != samples:
+        raise DataError(f"{location}: holds {len(index)} samples, the manifest says {samples}; write it again")
     if int((index["offset"] + index["size"]).max(initial=0)) > size:
-        raise DataError(f"{index_path(path)}: points behind the tar's {size} bytes; remove it, the tar is then scanned")
+        raise DataError(
+            f"{index_path(Path(location))}: points behind the tar's {size} bytes; remove it, the tar is then scanned"
+        )
     wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= num_classes))
     if num_classes and len(wrong):
         offset, _, label, _ = index[wrong[0]].item()
         found = "no label" if label == NO_LABEL else f"label {label}"
         raise DataError(
-            f"{path}: byte {offset}: sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}; "
+            f"{location}: byte {offset}: sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}; "
             "correct model.num_classes or the shard"
         )
-    return _Shard(path, len(index), size, None if record is None else record.sha256, index if scan else None)

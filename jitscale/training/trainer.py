@@ -21,7 +21,7 @@ from jitscale import parallel
 from jitscale.config import Config, network_differences, to_yaml
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
 from jitscale.data.order import EpochOrder
-from jitscale.data.shards import ShardSet
+from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import autocast, evaluate_model
@@ -209,6 +209,7 @@ class Trainer:
         )
         needed = loader.shared_memory_needed()
         parallel.together(lambda: check_shared_memory(needed, world.local_size, data.num_workers))
+        parallel.together(lambda: self.shards.check_cache(loader.shards_side_by_side(world.local_size)))
         return iter(loader)
 
     def _images_at_end(self) -> int:
@@ -383,9 +384,7 @@ class _Clock:
 def _open_inputs(config: Config, world: World, run_dir: Path) -> ShardSet:
     """Check the output folder and the shards on every rank, before anything is built."""
     parallel.together(lambda: _check_writable(run_dir) if world.is_main else None)
-    return parallel.together(
-        lambda: ShardSet.open(config.data.shards, config.model.num_classes, config.model.image_size)
-    )
+    return parallel.together(lambda: open_configured(config))
 
 
 def _check_writable(run_dir: Path) -> None:

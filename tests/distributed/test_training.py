@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,6 +226,30 @@ def test_other_shards_are_refused_unless_a_new_epoch_is_asked_for(job: Job, unbr
     job.train("renewed", *new, "data.accept_new_shards=true")  # goes on in that epoch, and begins no other
     assert Checkpoint(complete_checkpoints(job.folder / "renewed")[-1]).progress.data == renewed
     assert len(losses(read_metrics(job.folder / "renewed"))) == STEPS
+
+
+def test_remote_shards_give_the_same_run(job: Job, unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
+    """From an HTTP server, through a cache that both ranks share; each shard is fetched once."""
+    log = tmp_path / "server.log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w") as file:
+        command = [sys.executable, "-u", "-m", "http.server", str(port), "--directory", str(job.folder / "shards")]
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        while "Serving HTTP" not in log.read_text():
+            time.sleep(0.05)
+        remote = [f"data.shards=http://127.0.0.1:{port}", f"data.cache_dir={tmp_path / 'cache'}"]
+        too_small = run_ranks(1, *job.command("remote", *remote, "data.cache_gb=7e-5"), expect=2)
+        assert "data.cache_gb=7e-05: this node reads" in too_small
+        metrics = job.train("remote", *remote, "data.num_workers=1")
+    finally:
+        server.terminate()
+        server.wait()
+    assert losses(metrics) == pytest.approx(losses(unbroken), rel=1e-6)
+    fetched = [line.split('"')[1] for line in log.read_text().splitlines() if ".tar" in line]
+    assert sorted(fetched) == [f"GET /shard-{number:06d}.tar HTTP/1.1" for number in range(4)]
 
 
 def test_a_finished_run_has_nothing_left_to_do(job: Job, unbroken: list[dict[str, Any]]) -> None:

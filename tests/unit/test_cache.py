@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jitscale.data import cache
-from jitscale.data.cache import Prefetcher, ShardCache, is_remote, read_remote
+from jitscale.data import cache, remote
+from jitscale.data.cache import Prefetcher, ShardCache
 from jitscale.data.manifest import ShardRecord
+from jitscale.data.remote import is_remote, read_remote
 from jitscale.data.tar_index import index_tar
 from jitscale.errors import DataError
 
@@ -125,7 +126,7 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts of this process follow each other at once."""
-    monkeypatch.setattr(cache, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
 
 
 @pytest.fixture(params=["fork", "spawn"])
@@ -352,7 +353,7 @@ def test_what_may_pass_is_tried_again_and_logged(
 
 def test_waits_grow(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(cache.time, "sleep", waits.append)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     storage.orders["a"] = ["503"] * 4
     assert read_remote(storage.add("a", b"a")[0]) == b"a"
     assert waits == [0.25, 1, 4, 16]
@@ -361,8 +362,8 @@ def test_waits_grow(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_silent_server_is_left(
     storage: Storage, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_SILENCE_TIMEOUT", 0.3)
-    monkeypatch.setattr(cache, "_file_systems", {})
+    monkeypatch.setattr(remote, "_SILENCE_TIMEOUT", 0.3)
+    monkeypatch.setattr(remote, "_file_systems", {})
     url, record = storage.shard()
     storage.orders[record.name] = ["hold"]
     assert content(ShardCache(tmp_path, 400_000), url, record) == storage.files[record.name]
@@ -832,8 +833,8 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: ForkContext) 
             "no_proxy": host,
         }.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(cache, "_file_systems", {})
-        monkeypatch.setattr(cache, "_BLOCK", 1 << 20)
+        monkeypatch.setattr(remote, "_file_systems", {})
+        monkeypatch.setattr(remote, "_BLOCK", 1 << 20)
         data = np.random.default_rng(0).bytes(3_500_000)
         client = boto3.client("s3")
         client.create_bucket(Bucket="shards")

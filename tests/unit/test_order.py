@@ -170,6 +170,7 @@ def test_exactly_once_in_any_world(sizes: list[int], seed: int, streams: int, wi
     check_exactly_once(sizes, seed, streams, window, legs, workers=0)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(sizes=shard_sizes, legs=st.lists(few_ranks, min_size=1, max_size=2), workers=st.integers(1, 3), **orders)
 def test_exactly_once_with_workers(

@@ -236,6 +236,10 @@ def test_patterns_and_manifests_that_make_no_sense_are_refused(tmp_path: Path) -
         ShardSet.open(tmp_path / "shard-00000{0,0}.tar", CLASSES)
     with pytest.raises(DataError, match="unbalanced braces"):
         ShardSet.open(tmp_path / "shard-{000000..000002.tar", CLASSES)
+    with pytest.raises(DataError, match=r"pipe: would run a command; give a folder"):
+        ShardSet.open("pipe:cat /tmp/a.tar", CLASSES)
+    with pytest.raises(DataError, match=r"hdfs: is no storage that is known here"):
+        ShardSet.open("hdfs://host/a.tar", CLASSES)
     for name in ("a", "b"):
         write_shards(numbered(1), [0], tmp_path / name, class_names=[name])
     with pytest.raises(DataError, match="its folders name different classes"):

@@ -12,7 +12,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import load_config
-from jitscale.data.shards import ShardSet
+from jitscale.data.shards import open_configured
 from jitscale.training.checkpoint import latest_checkpoint
 from jitscale.training.trainer import Trainer
 
@@ -20,7 +20,7 @@ from jitscale.training.trainer import Trainer
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
     config = load_config(sys.argv[2], sys.argv[3:], world_size=world.size)
-    shards = ShardSet.open(config.data.shards, config.model.num_classes, config.model.image_size)
+    shards = open_configured(config)
     run_dir = Path(config.run.dir)
     trainer = Trainer(config, world, run_dir, shards, latest_checkpoint(run_dir))
     trainer.step += 1

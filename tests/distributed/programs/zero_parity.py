@@ -132,7 +132,7 @@ def main() -> None:
             "owned": parallel.gather_objects(run["owned"]),
             "tables": run["tables"],
         }
-    for stage in (1, 2, 3):
+    for stage in range(4):
         run = train_engine(stage, "fp32", world, poison=True)
         results[f"{stage} poisoned"] = {
             "applied": run["applied"],
