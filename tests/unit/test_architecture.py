@@ -16,7 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"weights"},
-    {"train", "evaluate", "__init__"},
+    {"train", "evaluate", "benchmarks", "__init__"},
 ]
 RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 

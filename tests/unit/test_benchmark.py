@@ -61,3 +61,16 @@ def test_the_table_and_a_refusal() -> None:
     table = benchmark("sample", "--batch", "1", "--sampler-steps", "1", *TINY)
     assert "| network evaluations an image | 1 |" in table
     assert "run.device=cuda" in benchmark("step", "run.device=cuda", *TINY, expect=2)
+
+
+def test_data() -> None:
+    arguments = ["--resolutions", "16", "24", "--images", "4", "--seconds", "0.1", "--resume-samples", "3000", "--json"]
+    result: dict[str, Any] = json.loads(benchmark("data", *arguments))
+    assert set(result) == {"images", "forms", "hand_off", "resume"} | ENVIRONMENT
+    assert set(result["forms"]) == {"16", "24"}
+    for resolution, forms in result["forms"].items():
+        assert set(forms) == {"stock", "original", "raw", "png", "webp", "jpeg"}
+        assert forms["raw"]["bytes_per_image"] == 3 * int(resolution) ** 2 + 128
+        assert all(form["range"][0] <= form["images_per_second"] <= form["range"][1] for form in forms.values())
+    assert (result["resume"]["shards"], result["resume"]["samples"]) == (3, 3000)
+    assert "hand-off of raw at 16 px, 2 workers" in benchmark("data", *arguments[:-1])
