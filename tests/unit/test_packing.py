@@ -30,6 +30,7 @@ RESOLUTION = 16
 CLASSES = ["ant", "bee", "cat"]
 PER_CLASS = 14
 PER_SHARD = 4
+SLOW = ("--samples-per-shard", "2")
 
 
 def pixels(number: int, height: int = 20, width: int = 24) -> npt.NDArray[np.uint8]:
@@ -376,47 +377,58 @@ def begun(process: subprocess.Popen[str], output: Path, shards: int) -> None:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An input that takes a while (11 shards, about 0.1 s each), and what an undisturbed command makes of it."""
-    tree = write_tree(tmp_path_factory.mktemp("slow") / "photos", dirty=True, size=600)
-    packed(tree, tree.parent / "clean")
+    """An input that takes a while (21 shards, about 0.1 s each), and what an undisturbed command makes of it."""
+    tree = write_tree(tmp_path_factory.mktemp("slow") / "photos", dirty=True)
+    large = [stored(pixels(number, 1400, 1300 + number)) for number in range(4)]
+    for number, path in enumerate(sorted(tree.rglob("*.png"))):
+        if path.stat().st_size > 500:  # the spoiled ones stay
+            path.write_bytes(large[number % 4])
+    packed(tree, tree.parent / "clean", *SLOW)
     return tree, tree.parent / "clean"
 
 
-def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> int:
-    """Kill the whole group at random moments until the job is done, at most `kills` times; how often that was."""
-    killed = 0
+def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> list[int]:
+    """Kill the whole group at random moments until the job is done, at most `kills` times; finished shards at each."""
+    killed = []
     while not (output / "manifest.json").exists():
-        process = start(command(tree, output))
+        process = start(command(tree, output, *SLOW))
         before = committed(output)
-        if killed < kills:
-            if rng.random() < 0.7:  # while shards are written; else early, maybe while the plan is made
-                begun(process, output, len(before) + rng.randrange(4))
-            time.sleep(rng.uniform(0.0, 0.3))
-            killed += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
+        if len(killed) < kills:
+            if killed and rng.random() < 0.8:
+                begun(process, output, len(before) + rng.randrange(1, 4))
+                time.sleep(rng.uniform(0.0, 0.1))
+            else:  # while it starts, maybe while the plan is made
+                time.sleep(rng.uniform(0.1, 0.5))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed.append(len(committed(output)))
         finish(process)
         after = committed(output)
-        assert {name: after.get(name, when) for name, when in before.items()} == before, "a finished shard was redone"
-    code, _, errors = finish(start(command(tree, output)))  # killed after the manifest: what was left is removed now
+        if not (output / "manifest.json").exists():
+            assert {name: after.get(name) for name in before} == before, "a finished shard was written again"
+    code, _, errors = finish(start(command(tree, output, *SLOW)))  # what a kill after the manifest left is removed now
     assert (code, errors) == (0, "")
     return killed
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_a_killed_job_ends_as_if_nothing_had_happened(slow: tuple[Path, Path], tmp_path: Path, seed: int) -> None:
+def test_a_killed_job_ends_as_if_nothing_had_happened(slow: tuple[Path, Path], tmp_path: Path) -> None:
     tree, clean = slow
-    assert kill_and_go_on(tree, tmp_path / "out", 3, random.Random(seed)) == 3
+    killed = kill_and_go_on(tree, tmp_path / "out", 3, random.Random(1))
+    assert len(killed) == 3
+    assert any(0 < finished < 21 for finished in killed), killed
     assert contents(tmp_path / "out") == contents(clean)
 
 
 @pytest.mark.slow
 def test_twenty_kills(slow: tuple[Path, Path], tmp_path: Path) -> None:
     tree, clean = slow
-    kills, jobs = 0, 0
-    while kills < 20:
-        kills += kill_and_go_on(tree, tmp_path / str(jobs), 20 - kills, random.Random(100 + jobs))
+    killed: list[int] = []
+    jobs = 0
+    while len(killed) < 20:
+        killed += kill_and_go_on(tree, tmp_path / str(jobs), 20 - len(killed), random.Random(100 + jobs))
         assert contents(tmp_path / str(jobs)) == contents(clean)
         jobs += 1
+    assert sum(0 < finished < 21 for finished in killed) >= 5, killed
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
@@ -426,7 +438,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path], tmp_path: Path) -> None:
     tree, clean = slow
-    process = start(command(tree, tmp_path / "out"))
+    process = start(command(tree, tmp_path / "out", *SLOW))
     begun(process, tmp_path / "out", 2)
     victim = workers_of(process)[0]
     os.kill(victim, signal.SIGKILL)
@@ -438,7 +450,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert group_ended(process)
     before = committed(tmp_path / "out")
     assert len(before) >= 2
-    packed(tree, tmp_path / "out")
+    packed(tree, tmp_path / "out", *SLOW)
     assert contents(tmp_path / "out") == contents(clean)
 
 
@@ -446,7 +458,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
 def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
     """To the whole group, as a terminal and some schedulers send it."""
     tree, clean = slow
-    process = start(command(tree, tmp_path / "out"))
+    process = start(command(tree, tmp_path / "out", *SLOW))
     begun(process, tmp_path / "out", 1)
     os.killpg(process.pid, number)
     code, _, errors = finish(process)
@@ -454,12 +466,12 @@ def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number:
     assert errors == f"{tmp_path}/out: stopped by {number.name}; give the same command again to go on"
     assert group_ended(process)
     assert not list((tmp_path / "out").glob(".shard-*.partial"))
-    packed(tree, tmp_path / "out")
+    packed(tree, tmp_path / "out", *SLOW)
     assert contents(tmp_path / "out") == contents(clean)
 
 
 def test_workers_end_when_the_main_process_is_killed(slow: tuple[Path, Path], tmp_path: Path) -> None:
-    process = start(command(slow[0], tmp_path / "out"))
+    process = start(command(slow[0], tmp_path / "out", *SLOW))
     begun(process, tmp_path / "out", 1)
     process.kill()
     finish(process)
