@@ -559,8 +559,6 @@ class _Reporter:
             self._bad.append(bad)
         if self._images == _REPORT_IMAGES or time.monotonic() - self._sent > _REPORT_SECONDS:
             self.send()
-        elif self._connection.poll():
-            raise _StopError
 
     def send(self) -> None:
         try:

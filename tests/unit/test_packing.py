@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -11,7 +12,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +23,14 @@ import pytest
 import webdataset
 from PIL import Image
 
+from jitscale.data import packing_job
 from jitscale.data.images import center_crop, decode
 from jitscale.data.manifest import BadInput, Manifest
 from jitscale.data.packing_job import PackingJob, PackingOptions, default_most_bad
 from jitscale.data.shards import ShardSet
+from jitscale.data.sources import Inputs, find_inputs
+from jitscale.data.tar_index import scan_tar
+from jitscale.errors import DataError
 from jitscale.keyed_random import Purpose, permutation
 
 ROOT = Path(__file__).parents[2]
@@ -351,6 +359,66 @@ def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -
     assert "inputs.npz is not what plan.json describes; remove it" in refused(*command(tree, output)).replace(")", "")
 
 
+def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert finish(start(command(tree, output, "--part", "1/3")))[0] == 0
+    (output / "shard-000000.tar").write_bytes(b"")
+    (output / "shard-000003.index.npy").unlink()
+    (output / ".packing" / "shard-000006.json").write_text("{")
+    packed(tree, output)
+    assert contents(output) == contents(clean)
+
+
+class Meanwhile:
+    """Lets something happen while a task looks for its images."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+        def find(*arguments: Any) -> Inputs:
+            monkeypatch.undo()
+            action()
+            return find_inputs(*arguments)
+
+        monkeypatch.setattr(packing_job, "find_inputs", find)
+
+
+def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0, None)
+    theirs = replace(ours, seed=5)
+    for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
+        output = tmp_path / str(number)
+        Meanwhile(monkeypatch, lambda output=output, first=first: PackingJob.begin(output, first))  # type: ignore[misc]
+        if first == second:
+            assert PackingJob.begin(output, second).num_shards == 11
+        else:
+            with pytest.raises(DataError, match="was begun with --seed 5, not with --seed 0"):
+                PackingJob.begin(output, second)
+        plan = json.loads((output / ".packing" / "plan.json").read_text())
+        assert plan["options"]["seed"] == first.seed
+        assert {path.name for path in output.rglob("*")} == {".packing", "plan.json", "inputs.npz"}
+
+
+def test_a_task_that_comes_too_late_finds_the_job_done(
+    tree: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others planned, packed and removed their plan while it looked for its images."""
+    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    line = command(tree, tmp_path / "out")
+    Meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", line[1:])
+    try:
+        assert tool.main() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "is there already" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(clean)
+
+
 def group_ended(process: subprocess.Popen[str], seconds: float = 15.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -402,6 +470,8 @@ def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> 
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 killed.append(len(committed(output)))
+            for path in output.glob("*.tar"):
+                scan_tar(path)  # what has its name is whole
         finish(process)
         after = committed(output)
         if not (output / "manifest.json").exists():
@@ -498,6 +568,14 @@ def test_too_many_bad_images_stop_the_job(tmp_path: Path) -> None:
     assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
     packed(tree, tmp_path / "at_once", "--max-bad", str(PER_CLASS - 2))
     assert contents(tmp_path / "at_once") == contents(output)
+
+
+def test_a_job_of_nothing_but_bad_images_stops_long_before_its_end(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(600):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"no image")
+    message = refused(*command(tmp_path / "in", tmp_path / "out", "--samples-per-shard", "1000"))
+    assert int(message.removeprefix(f"error: {tmp_path}/out: ").split()[0]) < 100
 
 
 def test_bad_images_of_other_parts_count(tmp_path: Path) -> None:
