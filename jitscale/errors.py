@@ -33,15 +33,17 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
-def exit_with_message(command: Callable[[], int]) -> None:
+def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code; a `UserError` becomes one message and exit code 2.
 
-    Only global rank 0 prints, since every rank of a job meets the same mistake.
+    Args:
+        command: returns an exit code.
+        same_on_all_ranks: every rank of a job meets the same mistakes, and only global rank 0 prints.
     """
     try:
         code = command()
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if not same_on_all_ranks or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.USER_ERROR
     sys.stdout.flush()

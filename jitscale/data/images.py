@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jitscale.errors import DataError
 
@@ -29,6 +29,7 @@ _PILLOW_FORMATS = ("PNG", "WEBP", "JPEG")  # whatever the name says: ImageNet ho
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True, "method": 0}}
 _DEEP_MODES = ("I", "F")  # and I;16 in its byte orders
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_QUALITY = 95  # 4:4:4; PSNR 40.7 dB on photographs at 256 px
 # What Pillow and simplejpeg raise, and numpy's parser of headers (the TokenError).
 _DECODING_ERRORS = (
@@ -83,8 +84,25 @@ def decode(data: bytes, extension: str) -> UInt8Array:
     except ImageError:
         raise
     except _DECODING_ERRORS as error:
-        raise ImageError(f"cannot be decoded as {extension} ({' '.join(str(error).split())})") from error
+        raise ImageError(f"cannot be decoded as {extension} ({_reason(error)})") from error
     return image
+
+
+def content_extension(data: bytes) -> str:
+    """The extension that fits the content of `data`, whatever its file was called.
+
+    Raises:
+        ImageError: it begins like none of the stored forms.
+    """
+    if data.startswith(_JPEG_MAGIC):
+        return "jpg"
+    if data.startswith(_PNG_MAGIC):
+        return "png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        return "npy"
+    raise ImageError("is neither JPEG, PNG, WebP nor .npy by its first bytes")
 
 
 def dimensions(data: bytes, extension: str) -> tuple[int, int]:
@@ -102,7 +120,7 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
     except ImageError:
         raise
     except _DECODING_ERRORS as error:
-        raise ImageError(f"cannot be decoded as {extension} ({' '.join(str(error).split())})") from error
+        raise ImageError(f"cannot be decoded as {extension} ({_reason(error)})") from error
 
 
 def center_crop(image: UInt8Array, size: int) -> UInt8Array:
@@ -148,6 +166,13 @@ def _decode_picture(data: bytes) -> UInt8Array:
             # Pillow's conversion would clip: a 16-bit grey image comes out white.
             raise ImageError(f"has pixels of mode {picture.mode}; convert it to 8 bits a channel")
         return np.asarray(picture.convert("RGB"))
+
+
+def _reason(error: BaseException) -> str:
+    """What a decoder says, in one line that is the same whenever the data are."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text holds an address in memory
+        return f"none of {', '.join(_PILLOW_FORMATS)}"
+    return " ".join(str(error).split())
 
 
 def _check_pixels(image: UInt8Array) -> None:

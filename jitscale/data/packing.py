@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import errno
+import io
+import os
+import stat
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from webdataset.writer import TarWriter
 
-from jitscale.data.images import CODECS, UInt8Array, encode
-from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.tar_index import LARGEST_LABEL, index_tar, write_index
+from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
+from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
+from jitscale.data.sources import WHOLE_FILE, Source
+from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, index_tar, write_index
 from jitscale.errors import DataError
 from jitscale.files import appearing_whole, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 
+ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
+
+_MOST_BYTES = 1 << 30  # of one image's file; what is larger is none, and must not fill the memory
+_MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
+# Not the fault of the file that was to be opened: going on would drop good images.
+_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 Sample = dict[str, "str | bytes"]  # as webdataset writes it: __key__, the image under its extension, and maybe cls
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be written from images that lie anywhere. Small enough to be sent to another process."""
+
+    path: Path  # of the shard
+    root: str  # what the relative paths of the sources are relative to
+    numbers: list[int]  # of the sources: their keys
+    sources: list[Source]
+    codec: str  # one of CODECS, or ORIGINAL
+    resolution: int  # pixels a side; ORIGINAL: only what counts as smaller
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """What became of a `ShardTask`."""
+
+    record: ShardRecord
+    enlarged: int  # images whose short side was smaller than the resolution
+    bad: list[BadInput]  # left out
 
 
 def shard_name(number: int) -> str:
@@ -25,12 +60,53 @@ def shard_name(number: int) -> str:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
     """Write one shard and its index; equal samples give equal bytes. A shard without samples is a whole tar too."""
-    with appearing_whole(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    with appearing_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            tar.write(sample)
+            key = str(sample["__key__"])
+            for extension in sorted(sample.keys() - {"__key__"}):
+                _add_member(tar, f"{key}.{extension}", sample[extension])
     index = index_tar(path)
     write_index(path, index)
     return ShardRecord(path.name, len(index), path.stat().st_size, sha256_of(path))
+
+
+def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]) -> PackedShard:
+    """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
+
+    Args:
+        task: what to do.
+        on_image: called for every source with the bytes that are stored, or 0 and what is wrong.
+
+    Raises:
+        OSError: the shard cannot be written.
+        DataError: images cannot be read for a reason that lies in this process.
+    """
+    bad: list[BadInput] = []
+    enlarged = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal enlarged
+        with _SourceReader(task.root) as reader:
+            for number, source in zip(task.numbers, task.sources, strict=True):
+                try:
+                    data = reader.read(source)
+                    image = decode(data, source.extension)
+                    if task.codec == ORIGINAL:
+                        extension = content_extension(data)
+                    else:
+                        extension, data = encode(center_crop(image, task.resolution), task.codec)
+                except ImageError as error:
+                    bad.append(BadInput(source.place, str(error)))
+                    on_image(0, bad[-1])
+                    continue
+                enlarged += min(image.shape[:2]) < task.resolution
+                sample: Sample = {"__key__": f"{number:09d}", extension: data}
+                if source.label != NO_LABEL:
+                    sample["cls"] = str(source.label)
+                yield sample
+                on_image(len(data), None)
+
+    return PackedShard(write_shard(task.path, samples()), enlarged, bad)
 
 
 def write_shards(
@@ -91,6 +167,81 @@ def write_shards(
     manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records)
     manifest.write(folder / MANIFEST)
     return manifest
+
+
+class _SourceReader:
+    """Reads images out of files, of which it keeps some open."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._opened: OrderedDict[str, int] = OrderedDict()
+
+    def __enter__(self) -> _SourceReader:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for descriptor in self._opened.values():
+            os.close(descriptor)
+        self._opened.clear()
+
+    def read(self, source: Source) -> bytes:
+        """The bytes of one image.
+
+        Raises:
+            ImageError: it cannot be read; other images may be sound.
+            DataError: it cannot be read for a reason that lies in this process.
+        """
+        try:
+            if source.size != WHOLE_FILE:
+                return _read(self._descriptor(source.path), source.offset, source.size)
+            descriptor = _open(os.path.join(self._root, source.path))
+            try:
+                return _read(descriptor, 0, os.fstat(descriptor).st_size)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in _OUR_FAULT:
+                raise DataError(
+                    f"{source.place}: cannot be read ({error.strerror}); raise the limits of the process, or use fewer "
+                    "workers"
+                ) from error
+            raise ImageError(f"cannot be read ({error.strerror})") from error
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._opened:
+            while len(self._opened) >= _MOST_OPEN_FILES:
+                os.close(self._opened.popitem(last=False)[1])
+            self._opened[path] = _open(os.path.join(self._root, path))
+        self._opened.move_to_end(path)
+        return self._opened[path]
+
+
+def _open(path: str) -> int:
+    if "\0" in path:
+        raise ImageError("has a name that no file can have")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer does not block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ImageError("is no regular file")
+    return descriptor
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    if size > _MOST_BYTES:
+        raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
+    data = os.pread(descriptor, size, offset)
+    if len(data) < size:
+        raise ImageError(f"ends after {len(data)} of {size} bytes")
+    return data
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    member = tarfile.TarInfo(name)  # of time 0
+    # As webdataset's TarWriter has it, whose import would take torch's memory in every process that writes shards.
+    member.mode, member.uname, member.gname = 0o444, "bigdata", "bigdata"
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def _check_labels(labels: Sequence[int] | Int64Array, images: int, class_names: list[str] | None) -> None:

@@ -139,6 +139,31 @@ def map_index(tar: Path) -> IndexArray:
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
 
 
+def check_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> None:
+    """tarfile stops silently at what is not a header; only the end-of-archive blocks may stand there.
+
+    Args:
+        path: of the file, for the message.
+        file: the open tar, or the file that holds it.
+        offset: in `file`, where tarfile stopped.
+        end: where the tar ends in `file`; None for the file's own end.
+
+    Raises:
+        DataError: something else stands there.
+    """
+    length = len(_END_OF_ARCHIVE) if end is None else min(len(_END_OF_ARCHIVE), max(end - offset, 0))
+    found = os.pread(file.fileno(), length, offset)
+    if len(found) < len(_END_OF_ARCHIVE):
+        raise DataError(
+            f"{path}: ends at byte {offset + len(found)} without an end-of-archive block of "
+            f"{len(_END_OF_ARCHIVE)} zeros: it was truncated; copy or write it again"
+        )
+    if found != _END_OF_ARCHIVE:
+        raise DataError(
+            f"{path}: byte {offset}: neither a tar header nor the end-of-archive block; copy or write it again"
+        )
+
+
 def _without_labels(samples: list[TarSample]) -> list[TarSample]:
     return [replace(sample, label=None) for sample in samples]
 
@@ -168,7 +193,7 @@ def _members_by_key(path: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
                         )
                     parts[extension] = member
                     previous = key
-                _check_end(path, file, tar.offset)
+                check_end(path, file, tar.offset)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); correct data.shards") from error
     except tarfile.TarError as error:
@@ -178,20 +203,6 @@ def _members_by_key(path: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
             "copy or write it again"
         ) from error
     return members
-
-
-def _check_end(path: Path, file: IO[bytes], offset: int) -> None:
-    """tarfile stops silently at what is not a header; only the end-of-archive blocks may stand there."""
-    found = os.pread(file.fileno(), len(_END_OF_ARCHIVE), offset)
-    if len(found) < len(_END_OF_ARCHIVE):
-        raise DataError(
-            f"{path}: ends at byte {offset + len(found)} without an end-of-archive block of "
-            f"{len(_END_OF_ARCHIVE)} zeros: it was truncated; copy or write it again"
-        )
-    if found != _END_OF_ARCHIVE:
-        raise DataError(
-            f"{path}: byte {offset}: neither a tar header nor the end-of-archive block; copy or write it again"
-        )
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from jitscale.data.images import CODECS, center_crop, decode, encode
+from jitscale.data.images import CODECS, center_crop, content_extension, decode, encode
 from jitscale.errors import DataError
 
 
@@ -126,3 +127,49 @@ def test_crop_enlarges_what_is_smaller() -> None:
     """As ADM did; bicubic interpolation keeps a constant."""
     image = np.full((20, 24, 3), 77, np.uint8)
     assert np.array_equal(center_crop(image, 30), np.full((30, 30, 3), 77, np.uint8))
+
+
+def synthetic(height: int, width: int) -> npt.NDArray[np.uint8]:
+    """An image from integer arithmetic alone, with gradients and edges."""
+    rows, columns = np.indices((height, width))
+    channels = [rows * 7 + columns * 3, rows * columns // 5, (rows ^ columns) * 11 + rows * rows // 9]
+    return (np.stack(channels, axis=-1) % 256).astype(np.uint8)
+
+
+# sha256 of the crops that the routine published with arXiv 2105.05233 (guided-diffusion, image_datasets.py) returns
+# for `synthetic` images under Pillow 13.0.0 and numpy 2.4.6 on x86-64.
+PUBLISHED_CROPS = [
+    (375, 500, 256, "fccc3320aeaacb012cf6f9241086e539c727bb70cba79a85df6639683c22cb84"),
+    (500, 333, 256, "bae1c24a845dae4178cb824120b69bb55d695753c48bc1e5c9dfd5ddaabc9041"),
+    (512, 512, 256, "ff1dc4c0d5b67704d9af9be29fb738ecba130ba0025a63c1643cc5cf7ff04193"),
+    (1100, 1301, 256, "df9a2cda90085bc26d6e9474f98d9bcd119a2f31c6f4c9345cc444e28ae9ce46"),
+    (97, 131, 256, "7ca9aa39156d42c6ab79d0f7a8fd58d1f20f20a9f0657d2b1ff49c9bc1e4e2a5"),
+    (257, 1023, 64, "6abd550c91bd59417d76b7555d257ec8f8b92a1fc1b5f8a3cf966a97d561dd8a"),
+    (301, 201, 32, "7235d9332a1328580837d1206649b44ca8898509c726e46bb600e67e551af14c"),
+    (1537, 1025, 256, "293f8e910cd93d0205df65a7db53e93565676ca8c13b8fc4734ee48d572da5fc"),
+    (256, 256, 256, "97760fbc2349f502988e0a60db7725789c97cfad7587fe241553f83329025fe0"),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "size", "digest"), PUBLISHED_CROPS)
+def test_crop_is_the_published_one_to_the_bit(height: int, width: int, size: int, digest: str) -> None:
+    crop = np.ascontiguousarray(center_crop(synthetic(height, width), size))
+    assert crop.shape == (size, size, 3)
+    assert hashlib.sha256(crop.tobytes()).hexdigest() == digest
+
+
+def test_what_a_decoder_says_is_the_same_every_time() -> None:
+    """It becomes part of a manifest, which must not depend on addresses in memory."""
+    reasons = set()
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            decode(bytes(range(64)), "jpg")
+        reasons.add(str(caught.value))
+    assert reasons == {"cannot be decoded as jpg (none of PNG, WEBP, JPEG)"}
+
+
+@pytest.mark.parametrize(("codec", "extension"), CODECS.items())
+def test_content_tells_its_extension(codec: str, extension: str) -> None:
+    assert content_extension(encode(photograph(), codec)[1]) == extension
+    with pytest.raises(DataError, match="neither JPEG, PNG, WebP nor"):
+        content_extension(b"RIFF1234WAVE")

@@ -1,0 +1,590 @@
+"""A packing job: any number of processes write the shards of one input, and any of them may die at any time.
+
+    DIR/shard-000000.tar, .index.npy     as `packing` writes them
+    DIR/manifest.json                    written last
+    DIR/.packing/plan.json, inputs.npz   what is to be written; the first task makes it, all others read it
+    DIR/.packing/shard-000000.json       commit record: this shard is whole, and what was left out of it
+
+A shard depends on the plan and its number alone, so that whoever writes it writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from jitscale.data.images import CODECS, MOST_PIXELS
+from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
+from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, pack_shard, shard_name
+from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
+from jitscale.data.tar_index import index_path
+from jitscale.errors import DataError, UserError
+from jitscale.files import appearing_whole, aside_pattern, sha256_of
+from jitscale.keyed_random import Int64Array, Purpose, permutation
+
+PACKING_CODECS = (*CODECS, ORIGINAL)
+
+_FOLDER = ".packing"
+_PLAN, _INPUTS = "plan.json", "inputs.npz"
+_OPTIONS = {
+    "input": "--input",
+    "codec": "--codec",
+    "resolution": "--resolution",
+    "samples_per_shard": "--samples-per-shard",
+    "seed": "--seed",
+    "class_names": "--class-names",
+}
+_REPORT_IMAGES, _REPORT_SECONDS = 32, 0.5  # whichever comes first
+_STOP_SECONDS = 10.0  # one image is finished within
+_REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
+_TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
+_NPY_HEADER = 128  # bytes
+_SIZES_LOOKED_AT = 1000  # files
+_FEW = 3  # bad inputs in an error message
+
+OnProgress = Callable[[int, int], None]  # images that were dealt with, bytes that were stored
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """All that determines what is written."""
+
+    input: list[str]
+    codec: str  # one of PACKING_CODECS
+    resolution: int  # pixels a side
+    samples_per_shard: int
+    seed: int  # of the order
+    class_names: list[str] | None  # as the user gave them
+
+    def __post_init__(self) -> None:
+        """Refuse what no job can do.
+
+        Raises:
+            DataError: an unknown codec, or a number out of its range.
+        """
+        if self.codec not in PACKING_CODECS:
+            raise DataError(f"codec {self.codec!r}: is unknown; choose one of {', '.join(PACKING_CODECS)}")
+        most = math.isqrt(MOST_PIXELS)
+        if not 1 <= self.resolution <= most:
+            raise DataError(f"resolution {self.resolution}: is not in 1..{most} pixels a side")
+        if self.samples_per_shard < 1:
+            raise DataError(f"samples per shard {self.samples_per_shard}: at least 1 is needed; the default is 1000")
+
+
+class PackingJob:
+    """What is to be written into one folder, and what is written already.
+
+    Attributes:
+        folder: of the shards.
+        options: of the command that began the job.
+        inputs: all images.
+        num_shards: of the whole job.
+    """
+
+    def __init__(self, folder: Path, options: PackingOptions, inputs: Inputs, root: str) -> None:
+        self.folder = folder
+        self.options = options
+        self.inputs = inputs
+        self.num_shards = -(-len(inputs) // options.samples_per_shard)
+        self._root = root
+        self._order = permutation(len(inputs), options.seed, Purpose.PACKING_ORDER)
+        self._packed: dict[int, PackedShard] = {}
+        self._num_bad = 0
+        self._refreshed = 0.0
+        self.refresh()
+
+    @classmethod
+    def begin(cls, folder: Path, options: PackingOptions, on_found: OnFound = lambda count: None) -> PackingJob:
+        """Plan the job, or take part in it if it was planned before.
+
+        Raises:
+            DataError: the input makes no sense, the folder cannot be used, or the job was begun with other options.
+        """
+        if not (folder / _FOLDER).exists():
+            _make_plan(folder, options, on_found)
+        plan, inputs = _read_plan(folder)
+        _refuse_other_options(folder, options, plan)
+        return cls(folder, options, inputs, plan["root"])
+
+    def shards_of(self, part: int, parts: int) -> range:
+        """The shards of `part` (1..parts) of the job."""
+        return range(part - 1, self.num_shards, parts)
+
+    def images_of(self, shards: Sequence[int]) -> int:
+        """How many inputs belong to `shards`."""
+        return sum(len(self._slice(shard)) for shard in shards)
+
+    def refresh(self) -> None:
+        """Look for what this and other tasks have written."""
+        self._refreshed = time.monotonic()
+        for name in os.listdir(self.folder / _FOLDER):
+            if name.startswith("shard-") and name.endswith(".json") and _number_of(name) not in self._packed:
+                packed = _read_record(self.folder / _FOLDER / name)
+                if packed is not None and self._is_there(packed.record):
+                    self._note(packed)
+
+    def missing(self, shards: Sequence[int]) -> list[int]:
+        """Those of `shards` that are not written, as far as is known."""
+        return [shard for shard in shards if shard not in self._packed]
+
+    def bad(self) -> list[BadInput]:
+        """The inputs that were left out of the shards written so far."""
+        return [bad for packed in self._packed.values() for bad in packed.bad]
+
+    def run(self, shards: Sequence[int], workers: int, most_bad: int, on_progress: OnProgress) -> None:
+        """Write those of `shards` that are missing, in `workers` processes.
+
+        Args:
+            shards: for example `shards_of` this task's part.
+            workers: processes; no more than needed are started.
+            most_bad: inputs of the whole job that may be bad; counted are all shards that are written.
+            on_progress: called every few images.
+
+        Raises:
+            DataError: more inputs are bad, or a shard cannot be written. What is finished stays.
+            UserError: a worker died. What is finished stays.
+        """
+        missing = self.missing(shards)
+        self._check_bad([], most_bad)
+        running: dict[int, list[BadInput]] = {}  # what is bad in shards that are not finished
+        with closing(_packed(map(self._task, missing), min(workers, len(missing)))) as messages:
+            for message in messages:
+                if isinstance(message, _Progress):
+                    running.setdefault(_number_of(message.shard), []).extend(message.bad)
+                    on_progress(message.images, message.bytes)
+                else:
+                    self._note(message)
+                    if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+                        self.refresh()
+                for shard in running.keys() & self._packed.keys():
+                    del running[shard]
+                self._check_bad([bad for found in running.values() for bad in found], most_bad)
+
+    def finish(self, most_bad: int) -> Manifest | None:
+        """Write the manifest if all shards are there; None if other tasks still have to write some.
+
+        Several tasks may do so at once.
+
+        Raises:
+            DataError: more than `most_bad` inputs are bad, or all are.
+        """
+        self.refresh()
+        self._check_bad([], most_bad)
+        if self.missing(range(self.num_shards)):
+            return None
+        packed = [self._packed[shard] for shard in range(self.num_shards)]
+        bad = sorted(self.bad(), key=lambda one: (one.source, one.reason))
+        original = self.options.codec == ORIGINAL
+        manifest = Manifest(
+            codec=self.options.codec,
+            resolution=None if original else self.options.resolution,
+            num_classes=self.inputs.num_classes,
+            class_names=self.inputs.class_names,
+            total=sum(one.record.samples for one in packed),
+            shards=[one.record for one in packed],
+            crop=None if original else "adm",
+            enlarged=sum(one.enlarged for one in packed),
+            bad=bad,
+        )
+        if manifest.total == 0:
+            raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
+        manifest.write(self.folder / MANIFEST)
+        remove_leftovers(self.folder)
+        return manifest
+
+    def bytes_to_write(self) -> int:
+        """Bytes that the missing tars will take; exact for raw if no input is bad, elsewhere an estimate."""
+        missing = self.missing(range(self.num_shards))
+        cropped = _NPY_HEADER + 3 * self.options.resolution**2
+        image = self._mean_size() if self.options.codec == ORIGINAL else cropped
+        sample = _TAR_BLOCK + _in_units(image, _TAR_BLOCK)
+        if self.inputs.num_classes:
+            sample += 2 * _TAR_BLOCK
+        return sum(_in_units(len(self._slice(shard)) * sample + 2 * _TAR_BLOCK, _TAR_RECORD) for shard in missing)
+
+    def _note(self, packed: PackedShard) -> None:
+        if (shard := _number_of(packed.record.name)) not in self._packed:
+            self._packed[shard] = packed
+            self._num_bad += len(packed.bad)
+
+    def _mean_size(self) -> int:
+        """Bytes of an input, from a sample of them."""
+        sizes = []
+        for number in np.linspace(0, len(self.inputs) - 1, min(_SIZES_LOOKED_AT, len(self.inputs)), dtype=np.int64):
+            source = self.inputs[int(number)]
+            try:
+                path = os.path.join(self._root, source.path)
+                sizes.append(os.stat(path).st_size if source.size == WHOLE_FILE else source.size)
+            except (OSError, ValueError):  # it will be met as a bad input
+                continue
+        return int(np.mean(sizes)) if sizes else 0
+
+    def _task(self, shard: int) -> ShardTask:
+        numbers = self._slice(shard).tolist()
+        return ShardTask(
+            self.folder / shard_name(shard),
+            self._root,
+            numbers,
+            [self.inputs[number] for number in numbers],
+            self.options.codec,
+            self.options.resolution,
+        )
+
+    def _slice(self, shard: int) -> Int64Array:
+        size = self.options.samples_per_shard
+        return self._order[shard * size : (shard + 1) * size]
+
+    def _is_there(self, record: ShardRecord) -> bool:
+        tar = self.folder / record.name
+        return tar.exists() and tar.stat().st_size == record.bytes and index_path(tar).exists()
+
+    def _check_bad(self, running: list[BadInput], most_bad: int) -> None:
+        count = self._num_bad + len(running)
+        if count > most_bad:
+            raise DataError(
+                f"{self.folder}: {count} of {len(self.inputs)} images cannot be used, the limit is {most_bad} "
+                f"({_few([*self.bad(), *running])}); what was written stays: mend --input, or go on by the same "
+                f"command with --max-bad {count} or more"
+            )
+
+
+def default_most_bad(images: int) -> int:
+    """How many of `images` may be bad if nobody says otherwise: as many as while training."""
+    return max(10, images // 10_000)
+
+
+def finished(folder: Path, options: PackingOptions) -> Manifest | None:
+    """The manifest of a job that is done; None if it is not.
+
+    Raises:
+        DataError: what is there was written with other options, as far as a manifest tells, or is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(folder / MANIFEST)
+    images, shards = manifest.total + len(manifest.bad), len(manifest.shards)
+    there = {
+        "--codec": (manifest.codec, options.codec),
+        "--resolution": (manifest.resolution, None if options.codec == ORIGINAL else options.resolution),
+        "--samples-per-shard": (shards, -(-images // options.samples_per_shard)),
+        "--class-names": (manifest.class_names, options.class_names or manifest.class_names),
+    }
+    other = [name for name, (found, wanted) in there.items() if found != wanted]
+    if other:
+        raise DataError(
+            f"{folder}: holds {shards} finished shards with another {' and '.join(other)} (codec {manifest.codec}, "
+            f"resolution {manifest.resolution}, {images} images); remove the folder or choose another --output"
+        )
+    return manifest
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a finished job does not need any more; another task may be doing so."""
+    for pattern in (f"{_FOLDER}.*.partial", _FOLDER):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for name in ("shard-*", MANIFEST):
+        for path in folder.glob(aside_pattern(name)):
+            path.unlink(missing_ok=True)
+
+
+# The plan
+
+
+def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
+    """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan.
+
+    Raises:
+        DataError: see `find_inputs`; or the folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = next(folder.glob("*.tar"), None)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
+    if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
+        raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
+    inputs = find_inputs(options.input, options.class_names, on_found)
+    # A folder gets its name in one step and only if there is none yet: that decides between tasks, on any file system.
+    aside = folder / f"{_FOLDER}.{socket.gethostname()}.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        with appearing_whole(aside / _INPUTS) as file:
+            inputs.write(file)
+        plan = {
+            "options": asdict(options),
+            "root": os.getcwd(),
+            "images": len(inputs),
+            "num_classes": inputs.num_classes,
+            "class_names": inputs.class_names,
+            "ignored": dict(inputs.ignored),
+            "inputs_sha256": sha256_of(aside / _INPUTS),
+        }
+        with appearing_whole(aside / _PLAN) as file:
+            file.write(json.dumps(plan, indent=1).encode())
+        try:
+            aside.rename(folder / _FOLDER)
+        except OSError:
+            if not (folder / _FOLDER / _PLAN).exists():
+                raise
+    except FileNotFoundError:
+        if not (folder / MANIFEST).exists():  # others have finished, and removed this plan as a leftover
+            raise
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the plan cannot be written ({error.strerror}); make room and start again"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_plan(folder: Path) -> tuple[dict[str, Any], Inputs]:
+    path = folder / _FOLDER
+    try:
+        plan = json.loads((path / _PLAN).read_bytes())
+        if sha256_of(path / _INPUTS) != plan["inputs_sha256"]:
+            raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
+        inputs = Inputs.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
+        inputs.ignored.update(plan["ignored"])
+    except FileNotFoundError:
+        if (folder / MANIFEST).exists():
+            raise
+        raise DataError(f"{path}: is not whole; remove it and start again, all shards are then written anew") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); remove it and start again, all shards are then written anew"
+        ) from error
+    return plan, inputs
+
+
+def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str, Any]) -> None:
+    begun, given = plan["options"], asdict(options)
+    was_absolute = [os.path.normpath(os.path.join(plan["root"], path)) for path in begun["input"]]
+    same_input = was_absolute == [os.path.abspath(path) for path in given["input"]]
+    other = [key for key in _OPTIONS if (not same_input if key == "input" else begun.get(key) != given[key])]
+    if other:
+        was = " ".join(f"{_OPTIONS[key]} {_shown(begun.get(key))}" for key in other)
+        now = " ".join(f"{_OPTIONS[key]} {_shown(given[key])}" for key in other)
+        raise DataError(
+            f"{folder}: was begun with {was}, not with {now}; give the same options or choose another --output"
+        )
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, list):
+        return " ".join(map(str, value[:_FEW])) + (f" ... ({len(value)})" if len(value) > _FEW else "")
+    return str(value)
+
+
+# Commit records
+
+
+def _write_record(packed: PackedShard, folder: Path) -> None:
+    with appearing_whole(folder / f"{Path(packed.record.name).stem}.json") as file:
+        file.write(json.dumps(asdict(packed), indent=1).encode())
+
+
+def _read_record(path: Path) -> PackedShard | None:
+    """None for a damaged one: its shard is then written again."""
+    try:
+        values = json.loads(path.read_bytes())
+        bad = [BadInput(**one) for one in values["bad"]]
+        return PackedShard(ShardRecord(**values["record"]), int(values["enlarged"]), bad)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+# Worker processes
+
+
+@dataclass(frozen=True)
+class _Progress:
+    shard: str
+    images: int
+    bytes: int
+    bad: list[BadInput]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class _StopError(Exception):
+    """The main process wants no more."""
+
+
+def _packed(tasks: Iterator[ShardTask], workers: int) -> Generator[_Progress | PackedShard, None, None]:
+    """What `workers` processes report about `tasks`. They end with this generator.
+
+    Each has a pipe of its own, so that none can die with a lock that others need. Closing the pipe is how a worker is
+    told to stop, and how it notices that this process was killed.
+
+    Raises:
+        DataError: a shard cannot be written.
+        UserError: a worker died.
+    """
+    context = multiprocessing.get_context("spawn")
+    team: dict[Connection, tuple[BaseProcess, str]] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+            with _signals_ignored():
+                process.start()
+            theirs.close()
+            team[ours] = (process, "")
+            _give(ours, tasks, team)
+        while team:
+            for connection in cast("list[Connection]", wait(list(team))):
+                process, shard = team[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError) as error:
+                    raise _death(process, shard, workers) from error
+                if isinstance(message, _Failure):
+                    raise DataError(message.message)
+                if isinstance(message, PackedShard):
+                    _give(connection, tasks, team)
+                yield message
+    finally:
+        for connection in team:
+            connection.close()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process, _ in team.values():
+            process.join(max(deadline - time.monotonic(), 0.0))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _give(connection: Connection, tasks: Iterator[ShardTask], team: dict[Connection, tuple[BaseProcess, str]]) -> None:
+    """Send the next task, or let the worker go if there is none."""
+    process, shard = team[connection]
+    task = next(tasks, None)
+    try:
+        connection.send(task)
+    except OSError as error:
+        raise _death(process, shard, len(team)) from error
+    if task is not None:
+        team[connection] = (process, task.path.name)
+        return
+    process.join()
+    connection.close()
+    del team[connection]
+
+
+def _death(process: BaseProcess, shard: str, workers: int) -> UserError:
+    process.join(_STOP_SECONDS)
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = " (often: too little memory)" if -code == signal.SIGKILL else ""
+    return UserError(
+        f"worker process {process.pid}: {how}{why} while it wrote {shard or 'nothing yet'}; all finished shards stay: "
+        f"give the same command again to go on, maybe with fewer --workers than {workers}"
+    )
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Processes that start here ignore what asks the whole group to stop; they end with their pipe."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work(connection: Connection) -> None:
+    """What a worker process does: tasks in, progress and packed shards out, until the pipe is closed."""
+    warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
+    try:
+        while (task := connection.recv()) is not None:
+            connection.send(_outcome(task, _Reporter(connection, task.path.name)))
+    except (_StopError, EOFError, OSError):  # OSError: of the pipe; those of files are an outcome
+        return
+
+
+def _outcome(task: ShardTask, report: _Reporter) -> PackedShard | _Failure:
+    try:
+        packed = pack_shard(task, report)
+        report.send()
+        _write_record(packed, task.path.parent / _FOLDER)
+    except DataError as error:
+        return _Failure(str(error))
+    except MemoryError:
+        return _Failure(f"{task.path}: too little memory to write it; give the same command with fewer --workers")
+    except OSError as error:
+        return _Failure(
+            f"{task.path}: cannot be written ({error.strerror}); all finished shards stay: make room or mend the "
+            "storage, and give the same command again"
+        )
+    return packed
+
+
+class _Reporter:
+    """Tells the main process how far a shard is, a few times a second, and notices that it wants no more."""
+
+    def __init__(self, connection: Connection, shard: str) -> None:
+        self._connection, self._shard = connection, shard
+        self._clear()
+
+    def __call__(self, stored: int, bad: BadInput | None) -> None:
+        self._images += 1
+        self._bytes += stored
+        if bad is not None:
+            self._bad.append(bad)
+        if self._images == _REPORT_IMAGES or time.monotonic() - self._sent > _REPORT_SECONDS:
+            self.send()
+
+    def send(self) -> None:
+        try:
+            if self._connection.poll():  # no task comes before the last one is done: it is the end of the pipe
+                raise _StopError
+            self._connection.send(_Progress(self._shard, self._images, self._bytes, self._bad))
+        except OSError as error:
+            raise _StopError from error
+        self._clear()
+
+    def _clear(self) -> None:
+        self._images = self._bytes = 0
+        self._bad: list[BadInput] = []
+        self._sent = time.monotonic()
+
+
+def _in_units(size: int, unit: int) -> int:
+    """The multiple of `unit` that is at least `size`."""
+    return -(-size // unit) * unit
+
+
+def _number_of(name: str) -> int:
+    """The number of the shard that `shard_name` gave this name."""
+    return int(Path(name).stem.removeprefix("shard-"))
+
+
+def _few(bad: list[BadInput]) -> str:
+    first = sorted(bad, key=lambda one: (one.source, one.reason))[:_FEW]
+    return "; ".join(f"{one.source} {one.reason}" for one in first)

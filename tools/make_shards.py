@@ -1,0 +1,260 @@
+"""Write images as shards for training: cropped, in a random order, with a manifest, by any number of processes.
+
+    python tools/make_shards.py --input ILSVRC2012_img_train.tar --output imagenet_256 --resolution 256 --codec raw
+    python tools/make_shards.py --input photos/ --output photos_512 --resolution 512 --codec webp
+    python tools/make_shards.py --input 'old-{0000..0127}.tar' --output new --resolution 256 --codec png
+    python tools/make_shards.py --input list.csv --output listed --resolution 256 --codec original
+
+An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
+in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
+maybe label. Codecs: raw is decoded fastest and suits local disks, webp is lossless and half the size, png is lossless
+too, jpeg is smallest but changes pixels, original keeps the files as they are, to be cropped while training.
+
+Killed or failed? The same command again writes what is missing; the result is the same as if nothing had happened.
+Many machines: give each a part, in a Slurm array for example
+
+    sbatch --array=1-16 --wrap 'python tools/make_shards.py ... --part $SLURM_ARRAY_TASK_ID/16'
+
+and the last one to finish writes the manifest. Images that cannot be used are left out and listed in the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from jitscale.data.manifest import Manifest
+from jitscale.data.packing_job import (
+    PACKING_CODECS,
+    PackingJob,
+    PackingOptions,
+    default_most_bad,
+    finished,
+    remove_leftovers,
+)
+from jitscale.data.sources import read_class_names
+from jitscale.errors import DataError, ExitCode, UserError, exit_with_message
+
+BAD_SHOWN = 10
+
+
+class Stopped(BaseException):
+    """A signal asked this process to stop."""
+
+
+def main() -> int:
+    """Parse the command line, write what is missing of one part, and the manifest if nothing is missing any more."""
+    given = _parser().parse_args()
+    options = PackingOptions(
+        input=given.input,
+        codec=given.codec,
+        resolution=given.resolution,
+        samples_per_shard=given.samples_per_shard,
+        seed=given.seed,
+        class_names=None if given.class_names is None else read_class_names(given.class_names),
+    )
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        return _pack_unless_finished(given, options)
+    except Stopped as stopped:
+        print(f"{given.output}: stopped by {stopped}; give the same command again to go on", file=sys.stderr)
+        return ExitCode.REQUEUE
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # it is stopping
+    raise Stopped(signal.Signals(number).name)
+
+
+def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
+    """Pack, or find that it was done: before, or meanwhile by other tasks, which then removed what this one uses."""
+    output: Path = given.output
+    manifest = finished(output, options)
+    if manifest is None:
+        try:
+            return _pack(given, options)
+        except (DataError, FileNotFoundError) as error:
+            manifest = finished(output, options)
+            if manifest is None:
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(f"{error.filename}: has vanished meanwhile; give the same command again") from error
+    remove_leftovers(output)
+    print(f"{output}: is there already: {_described(manifest)}")
+    return ExitCode.DONE
+
+
+def _pack(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
+    output: Path = given.output
+    started = time.monotonic()
+    with tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False) as bar:
+        job = PackingJob.begin(output, options, bar.update)
+    if finished(output, options) is not None:
+        raise FileNotFoundError(None, None, str(output))  # the job was planned again after others had finished it
+    part, parts = given.part
+    shards = job.shards_of(part, parts)
+    most_bad = default_most_bad(len(job.inputs)) if given.max_bad is None else given.max_bad
+    missing = job.missing(shards)
+    workers = min(given.workers, max(len(missing), 1))
+    _announce(job, len(shards) - len(missing), given.part)
+    _check_space(job)
+
+    total, to_do = job.images_of(shards), job.images_of(missing)
+    stored = 0
+    with tqdm(
+        total=total,
+        initial=total - to_do,
+        unit="image",
+        desc="pack" if parts == 1 else f"pack {part}/{parts}",
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs fewer lines
+    ) as bar:
+
+        def show(images: int, stored_bytes: int) -> None:
+            nonlocal stored
+            stored += stored_bytes
+            bar.set_postfix_str(_bytes(stored), refresh=False)
+            bar.update(images)
+
+        job.run(shards, workers, most_bad, show)
+    manifest = job.finish(most_bad)
+    seconds = time.monotonic() - started
+    print(
+        f"{output}: {to_do} images ({_bytes(stored)}) in {len(missing)} shards took {seconds:.1f} s, "
+        f"{to_do / seconds:.0f} images/s with {workers} workers"
+    )
+    if manifest is None:
+        left = len(job.missing(range(job.num_shards)))
+        print(
+            f"{output}: part {part}/{parts} is done; {left} of {job.num_shards} shards are left to other parts. The "
+            "last one writes manifest.json; if none did, give any of the commands again"
+        )
+    else:
+        print(f"{output}: done: {_described(manifest)}")
+        for bad in manifest.bad[:BAD_SHOWN]:
+            print(f"  left out: {bad.source}: {bad.reason}")
+        if len(manifest.bad) > BAD_SHOWN:
+            print(f"  and {len(manifest.bad) - BAD_SHOWN} more; manifest.json lists all")
+    return ExitCode.DONE
+
+
+def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
+    inputs = job.inputs
+    classes = f"{inputs.num_classes} classes" if inputs.num_classes else "no labels"
+    print(
+        f"{job.folder}: {len(inputs)} images, {classes}, {job.num_shards} shards"
+        + (f"; part {part[0]}/{part[1]}" if part[1] > 1 else "")
+        + (f"; going on after {done} finished shards" if done else "")
+    )
+    if inputs.ignored:
+        kinds = ", ".join(f".{name or '(none)'} {count}" for name, count in inputs.ignored.most_common(5))
+        print(f"{job.folder}: {inputs.ignored.total()} other files are no images and ignored ({kinds})")
+    sys.stdout.flush()
+
+
+def _check_space(job: PackingJob) -> None:
+    """Compare what will be written with what is free.
+
+    Raises:
+        DataError: there is not enough for raw, whose size is known.
+    """
+    needed, free = job.bytes_to_write(), shutil.disk_usage(job.folder).free
+    exact = job.options.codec == "raw"
+    about = {"raw": "exactly", "original": "about"}.get(job.options.codec, "at most")
+    print(f"{job.folder}: {about} {_bytes(needed)} to write, {_bytes(free)} free", flush=True)
+    if needed > free and exact:
+        raise DataError(
+            f"{job.folder}: {_bytes(needed)} to write, but {_bytes(free)} free; make room, or choose another --output "
+            "or --codec webp (about half)"
+        )
+    if needed > free:
+        print(f"{job.folder}: warning: that may be more than is free", file=sys.stderr, flush=True)
+
+
+def _described(manifest: Manifest) -> str:
+    size = sum(shard.bytes for shard in manifest.shards)
+    smaller = "enlarged" if manifest.resolution else "smaller than --resolution"
+    return (
+        f"{manifest.total} images in {len(manifest.shards)} shards, {_bytes(size)}; "
+        f"{manifest.enlarged} {smaller}, {len(manifest.bad)} bad"
+    )
+
+
+def _bytes(number: int) -> str:
+    return tqdm.format_sizeof(number, "B", 1000)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="SRC", help="what to pack; several are put together"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of the shards; made if needed"
+    )
+    parser.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
+    parser.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    parser.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="a name a line: their order gives the labels (default: sorted)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=_cpus(),
+        metavar="N",
+        help="processes (default: this machine's %(default)s)",
+    )
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N", help="do part I (1..N) of N (default: all)"
+    )
+    parser.add_argument(
+        "--max-bad", type=_natural, metavar="N", help="images that may be unusable (default: 10, or 0.01%% if more)"
+    )
+    return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I in 1..N, for example 1/4 to 4/4")
+    return int(number), int(parts)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
+    return int(text)
+
+
+def _cpus() -> int:
+    """The CPUs that this process may use: on a cluster fewer than there are."""
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)
