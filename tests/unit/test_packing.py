@@ -14,6 +14,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,16 +370,15 @@ def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_pat
     assert contents(output) == contents(clean)
 
 
-class Meanwhile:
-    """Lets something happen while a task looks for its images."""
+def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Let something happen while a task looks for its images."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-        def find(*arguments: Any) -> Inputs:
-            monkeypatch.undo()
-            action()
-            return find_inputs(*arguments)
+    def find(*arguments: Any) -> Inputs:
+        monkeypatch.undo()
+        action()
+        return find_inputs(*arguments)
 
-        monkeypatch.setattr(packing_job, "find_inputs", find)
+    monkeypatch.setattr(packing_job, "find_inputs", find)
 
 
 def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +386,7 @@ def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: p
     theirs = replace(ours, seed=5)
     for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
         output = tmp_path / str(number)
-        Meanwhile(monkeypatch, lambda output=output, first=first: PackingJob.begin(output, first))  # type: ignore[misc]
+        meanwhile(monkeypatch, partial(PackingJob.begin, output, first))
         if first == second:
             assert PackingJob.begin(output, second).num_shards == 11
         else:
@@ -408,7 +408,7 @@ def test_a_task_that_comes_too_late_finds_the_job_done(
     spec.loader.exec_module(tool)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     line = command(tree, tmp_path / "out")
-    Meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
+    meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", line[1:])
     try:
         assert tool.main() == 0
