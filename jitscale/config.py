@@ -100,6 +100,9 @@ class EngineConfig:
     zero_stage: int = 1  # 0 replicates everything (fp32 only, for comparison), 3 shards weights too
     precision: str = "autocast"  # fp32; autocast (bf16 arithmetic, fp32 weights); bf16 (bf16 weights, fp32 masters)
     micro_batch_size: int | None = None  # images a rank and forward pass; null: the rank's whole share
+    activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0: keep all activations
+    offload_optimizer: bool = False  # optimizer state and masters in the CPU's memory
+    hpz_group_size: int = 1  # stage 3: ranks of a group that keeps a second copy of the weights (ZeRO++ hpZ); 1: none
 
 
 @dataclass
@@ -115,6 +118,8 @@ class CheckpointConfig:
 
     every_images: int = 1_281_167
     keep_last: int = 2  # complete checkpoints kept; older ones are removed after a save
+    keep_every_images: int | None = None  # the first checkpoint after each multiple of this is kept for ever
+    asynchronous: bool = False  # go on while the state, copied to the CPU's memory, is written
 
 
 @dataclass
@@ -154,6 +159,9 @@ class RunConfig:
     max_steps: int | None = None
     seed: int = 0
     device: str = "auto"
+    rollback_after: int = 10  # steps in a row without a finite gradient: back to the last checkpoint, on in the data
+    max_rollbacks: int = 3  # in one process; the next one ends the run
+    hang_timeout: float = 1800.0  # seconds without a finished step after which a rank ends itself; 0: never
 
 
 @dataclass
@@ -365,6 +373,22 @@ def _impossible(
             "set engine.zero_stage=1 or engine.precision=fp32",
             ("engine.precision",),
         )
+    if config.engine.hpz_group_size > 1 and config.engine.zero_stage != 3:
+        yield _Problem(
+            "engine.hpz_group_size",
+            config.engine.hpz_group_size,
+            "needs ZeRO stage 3, whose weights it keeps near",
+            "set engine.zero_stage=3 or engine.hpz_group_size=1",
+            ("engine.zero_stage",),
+        )
+    if config.engine.offload_optimizer and config.engine.zero_stage == 0:
+        yield _Problem(
+            "engine.offload_optimizer",
+            True,
+            "needs a ZeRO stage from 1 on",
+            "set engine.zero_stage=1 or engine.offload_optimizer=false",
+            ("engine.zero_stage",),
+        )
     if config.engine.precision != "fp32" and not bf16_supported(config.run.device):
         yield _Problem(
             "engine.precision",
@@ -399,6 +423,9 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "optim.lr",
         "checkpoint.every_images",
         "checkpoint.keep_last",
+        "checkpoint.keep_every_images",
+        "engine.hpz_group_size",
+        "run.rollback_after",
         "evaluation.steps",
         "evaluation.num_images",
         "evaluation.block_size",
@@ -406,6 +433,9 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
     )
     not_negative = (
         "data.num_workers",
+        "engine.activation_checkpointing",
+        "run.max_rollbacks",
+        "run.hang_timeout",
         "optim.weight_decay",
         "optim.warmup_images",
         "optim.grad_clip",

@@ -85,6 +85,13 @@ class Tracker:
         numbers = {f"evaluation/{k}": v for k, v in result.items() if isinstance(v, float | int)}
         self._to_wandb({**numbers, "images": images})
 
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step`: those steps will be run again."""
+        if self._active:
+            self._file.close()
+            _drop_lines_after(self._path, step)
+            self._file = self._path.open("a")
+
     def close(self) -> None:
         """End the record."""
         if not self._active:

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,10 +35,11 @@ from safetensors.torch import save_file
 from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import CheckpointError
+from jitscale.files import sha256_of
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -57,11 +59,11 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `images` is also the position in the global sample sequence.
+    """How far a run is. `images` + `skipped_images` is the position in the global sample sequence.
 
     `data` holds what fixes that sequence (seed, streams, window, manifest hash, and the position where its epoch 0
     begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for,
-    `skipped_steps` the steps whose gradients were not finite.
+    `skipped_steps` the steps whose gradients were not finite, `skipped_images` what was jumped over after rolling back.
     """
 
     step: int
@@ -70,6 +72,7 @@ class Progress:
     data: dict[str, int | str] | None
     bad_samples: int = 0
     skipped_steps: int = 0
+    skipped_images: int = 0
 
 
 def write_checkpoint(
@@ -85,46 +88,120 @@ def write_checkpoint(
         The complete folder.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write.
+        CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
     """
-    final = step_folder(run_dir, progress.step)
-    aside = final.with_name(f"{final.name}.partial")
-    rank = _this_rank()
-    file = aside / f"rank_{rank:05d}.safetensors"
-    # Copies, because slices of one flat tensor share its memory and training goes on in it.
-    tensors = {
-        f"{name}:{f.name}:{f.offset}": flats[f.flat].detach()[f.start : f.start + f.length].to("cpu", copy=True)
-        for name, flats in sets.items()
-        for f in fragments
-    }
-    owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
+    save = Save(run_dir, progress, config, fragments, sets)
+    save.write()
+    return save.finish()
 
-    def begin() -> None:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
 
-    def write() -> int:
-        save_file(tensors, file)
-        _flush(file)
-        return file.stat().st_size
+class Save:
+    """One checkpoint on its way to the disk. The state is copied when it is made, so that training may go on.
 
-    def finish() -> None:
-        if rank == 0:
-            _write_index(aside / "index.json", progress, list(sets), parts)
-            (aside / "config.yaml").write_text(to_yaml(config))
-            _flush(aside / "config.yaml")
-            (aside / MARKER).write_text("")
-            _flush(aside / MARKER)
-            shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
-            aside.rename(final)
-            _flush(final.parent)
+    Every rank makes it and calls `finish`, both of which are collective; in between each writes its own file, by
+    `write` or in the background.
+    """
 
-    # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
-    _saving(aside, begin)
-    parts = parallel.gather_objects((file.name, _saving(file, write), owned))
-    _saving(aside, finish)
-    return final
+    def __init__(
+        self,
+        run_dir: Path,
+        progress: Progress,
+        config: Config,
+        fragments: Sequence[Fragment],
+        sets: Mapping[str, Sequence[torch.Tensor]],
+    ) -> None:
+        """
+        Raises:
+            CheckpointError: on every rank, if there is not enough room, or the folder cannot be made.
+        """
+        self.progress = progress
+        self._config = config
+        self._final = step_folder(run_dir, progress.step)
+        self._aside = self._final.with_name(f"{self._final.name}.partial")
+        self._file = self._aside / f"rank_{_this_rank():05d}.safetensors"
+        self._set_names = list(sets)
+        self._owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
+        self._thread: threading.Thread | None = None
+        self._result: tuple[int, str] | CheckpointError | None = None
+        needed = sum(parallel.gather_objects(sum(f.length for f in fragments) * len(sets) * 4))
+
+        def begin() -> None:
+            if _this_rank() == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)
+                self._aside.mkdir(parents=True)
+                free = shutil.disk_usage(self._aside).free
+                if needed > free:
+                    self._aside.rmdir()
+                    raise CheckpointError(
+                        f"{self._final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the "
+                        "previous checkpoint stays"
+                    )
+
+        _saving(self._aside, begin)
+        # Copies, because slices of one flat tensor share its memory and training goes on in it.
+        self._tensors = {
+            f"{name}:{f.name}:{f.offset}": flats[f.flat].detach()[f.start : f.start + f.length].to("cpu", copy=True)
+            for name, flats in sets.items()
+            for f in fragments
+        }
+
+    def write(self) -> None:
+        """Write this rank's file; `finish` says whether that worked."""
+        try:
+            save_file(self._tensors, self._file)
+            _flush(self._file)
+            self._result = (self._file.stat().st_size, sha256_of(self._file))
+        except (OSError, SafetensorError) as error:
+            self._result = _unwritable(self._aside, error)
+        self._tensors = {}
+
+    def write_in_background(self) -> None:
+        """`write`, while the caller goes on."""
+        self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether every rank's file is written or has failed; a collective call."""
+        return not parallel.any_rank(self._thread is not None and self._thread.is_alive())
+
+    def finish(self) -> Path:
+        """Wait for all files, and make the folder complete; a collective call.
+
+        Returns:
+            The complete folder.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
+        """
+        if self._thread is not None:
+            self._thread.join()
+
+        def own() -> tuple[str, int, str]:
+            assert self._result is not None
+            if isinstance(self._result, CheckpointError):
+                raise self._result
+            return (self._file.name, *self._result)
+
+        def complete() -> None:
+            if _this_rank() == 0:
+                _write_index(self._aside / "index.json", self.progress, self._set_names, parts)
+                (self._aside / "config.yaml").write_text(to_yaml(self._config))
+                _flush(self._aside / "config.yaml")
+                (self._aside / MARKER).write_text("")
+                _flush(self._aside / MARKER)
+                shutil.rmtree(self._final, ignore_errors=True)  # at most what an interrupted removal left
+                self._aside.rename(self._final)
+                _flush(self._final.parent)
+
+        # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
+        try:
+            parts = parallel.gather_objects((*_saving(self._aside, own), self._owned))
+            _saving(self._aside, complete)
+        except CheckpointError:
+            if _this_rank() == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)  # a full disk needs its room
+            raise
+        return self._final
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -139,11 +216,23 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove all complete checkpoints but the newest `keep_last`, and what interrupted saves left."""
-    for folder in complete_checkpoints(run_dir)[:-keep_last]:
-        (folder / MARKER).unlink()  # first, so that a kill during the removal leaves no folder that looks complete
-        shutil.rmtree(folder)
+def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -> None:
+    """Remove complete checkpoints, and what interrupted saves left.
+
+    The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`.
+    """
+    folders = complete_checkpoints(run_dir)
+    kept, previous = set(folders[-keep_last:]), 0
+    if keep_every_images is not None:
+        for folder in folders:
+            images = Checkpoint(folder).progress.images // keep_every_images
+            if images > previous:
+                kept.add(folder)
+            previous = images
+    for folder in folders:
+        if folder not in kept:
+            (folder / MARKER).unlink()  # first: a kill during the removal leaves no folder that looks complete
+            shutil.rmtree(folder)
     for leftover in (run_dir / "checkpoints").glob("step_*.partial"):
         shutil.rmtree(leftover)
 
@@ -191,9 +280,24 @@ class Checkpoint:
         self.sets: list[str] = index["sets"]
         self.shapes = {name: tuple(entry["shape"]) for name, entry in index["parameters"].items()}
         self._files = list(index["files"])
+        self._sha256: dict[str, str] = index["sha256"]
         self._fragments: dict[str, list[list[int]]] = {
             name: entry["fragments"] for name, entry in index["parameters"].items()
         }
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Compare the content of every `shares`-th file, from number `share` on, with what was written.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        for name in self._files[share::shares]:
+            try:
+                found = sha256_of(self.folder / name)
+            except OSError as error:
+                raise _damaged(self.folder / name, self.folder, error) from error
+            if found != self._sha256[name]:
+                raise _damaged(self.folder / name, self.folder, "its content is not what was written")
 
     @cached_property
     def config(self) -> Config:
@@ -311,19 +415,23 @@ def _saving(path: Path, action: Callable[[], T]) -> T:
         try:
             return action()
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint stays") from error
+            raise _unwritable(path, error) from error
 
     return parallel.together(guarded)
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint stays")
 
 
 def _write_index(
     path: Path,
     progress: Progress,
     sets: list[str],
-    parts: list[tuple[str, int, list[tuple[str, tuple[int, ...], int, int]]]],
+    parts: list[tuple[str, int, str, list[tuple[str, tuple[int, ...], int, int]]]],
 ) -> None:
     parameters: dict[str, dict[str, list[object]]] = {}
-    for number, (_, _, owned) in enumerate(parts):
+    for number, (_, _, _, owned) in enumerate(parts):
         for name, shape, offset, length in owned:
             entry = parameters.setdefault(name, {"shape": list(shape), "fragments": []})
             entry["fragments"].append([number, offset, length])
@@ -331,7 +439,8 @@ def _write_index(
         "format": FORMAT,
         "progress": asdict(progress),
         "sets": sets,
-        "files": {name: size for name, size, _ in parts},
+        "files": {name: size for name, size, _, _ in parts},
+        "sha256": {name: sha256 for name, _, sha256, _ in parts},
         "parameters": parameters,
         "versions": dict(_versions()),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from jitscale import parallel  # noqa: E402
 from jitscale.config import Config  # noqa: E402
@@ -42,6 +44,7 @@ class ZeroEngine:
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
         self.stage = config.engine.zero_stage
+        _checkpoint_activations(model, config.engine.activation_checkpointing)
         self.world = world
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
@@ -56,6 +59,8 @@ class ZeroEngine:
             self._optimizer.get_grad_norm_direct = _gradient_norm
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
         self._stage0_norm = torch.zeros(())
+        if self.stage == 0:
+            self._skip_what_is_not_finite()
         self.fragments = list(self._fragments())
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -77,12 +82,9 @@ class ZeroEngine:
                 group["lr"] = lr
             if self.stage == 0:
                 self._stage0_norm = self._stage0_gradient_norm()
-                if not self._stage0_norm.isfinite():  # what the sharded stages do by themselves
-                    for parameter in self._stage0_masters:
-                        parameter.grad = None
-                    self._engine.step()
-                    return False
         self._engine.step()
+        if self.stage == 0 and lr is not None and not self._stage0_norm.isfinite():
+            return False
         return bool(self._engine.was_step_applied())
 
     def gradient_norm(self) -> float:
@@ -122,7 +124,10 @@ class ZeroEngine:
         """
         if self.stage == 3:
             self._optimizer.checkpoint_event_prologue()  # partitions what is still gathered
-        if optimizer_step > 0:
+        if optimizer_step == 0:
+            for state in self._optimizer_states():
+                state.clear()
+        else:
             for flat, state in zip(self._state_keys(), self._optimizer_states(), strict=True):
                 # One step tensor for each flat: a shared one would be advanced several times a step.
                 state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
@@ -235,6 +240,15 @@ class ZeroEngine:
         order = {name: index for index, (name, _) in enumerate(self._named_parameters())}
         return [flats[order[f.name]][f.offset : f.offset + f.length] for f in self.fragments]
 
+    def _skip_what_is_not_finite(self) -> None:
+        """The sharded stages do that by themselves; in stage 0 DeepSpeed would apply the step."""
+        apply = self._optimizer.step
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            return apply(*arguments, **named) if self._stage0_norm.isfinite() else None
+
+        self._optimizer.step = step
+
     def _spread_stage0(self) -> None:
         """Stage 0 keeps everything whole on every rank, and each rank has loaded its share only."""
         moments = self.moments()
@@ -260,6 +274,13 @@ class ZeroEngine:
             size += prod(shape)
         if bucket:
             yield bucket
+
+
+def _checkpoint_activations(model: nn.Module, every: int) -> None:
+    """Recompute every k-th block in the backward pass, with the dropout of the forward pass; from outside the model."""
+    if every > 0:
+        for block in list(model.get_submodule("blocks").children())[::every]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _gradient_norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
@@ -296,6 +317,12 @@ def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, mi
     if config.engine.zero_stage == 1 and device.type == "cpu":
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": CPU_BUCKET_ELEMENTS}
+    if config.engine.hpz_group_size > 1:
+        settings["zero_optimization"]["zero_hpz_partition_size"] = config.engine.hpz_group_size
+    if config.engine.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        # torch's fused AdamW runs on CPUs too; DeepSpeed's own would be compiled first.
+        settings["zero_force_ds_cpu_optimizer"] = False
     if config.engine.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

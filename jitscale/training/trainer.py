@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import tempfile
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 import torch
 from tqdm import tqdm
@@ -26,6 +24,7 @@ from jitscale.diffusion.objective import interpolate, sample_loss, times_from_no
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import autocast, evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
+from jitscale.files import exclusive
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -34,18 +33,22 @@ from jitscale.tracking import Tracker, peak_tflops
 from jitscale.training.checkpoint import (
     Checkpoint,
     Progress,
+    Save,
     latest_checkpoint,
     load_fragments,
     prune,
-    write_checkpoint,
 )
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
+from jitscale.training.faults import FaultInjection
+from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal
 from jitscale.training.optim import learning_rate
 
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS, GRID_ROWS = 8, 10
+MOST_FAILED_SAVES = 3  # in a row
+AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
 def train(config: Config, world: World) -> ExitCode:
@@ -58,16 +61,18 @@ def train(config: Config, world: World) -> ExitCode:
         UserError: on every rank alike, for what a user can mend: before the first step where it can be known then.
     """
     run_dir = Path(config.run.dir)
-    shards = _open_inputs(config, world, run_dir)
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is not None:
-        _check_resumable(checkpoint, config, shards)
-    trainer = Trainer(config, world, run_dir, shards, checkpoint)
-    try:
-        with naming_dead_workers():
-            return trainer.run()
-    finally:
-        trainer.close()
+    with ExitStack() as held:
+        shards = _open_inputs(config, world, run_dir, held)
+        checkpoint = latest_checkpoint(run_dir)
+        if checkpoint is not None:
+            _check_resumable(checkpoint, config, shards)
+            parallel.together(lambda: checkpoint.verify(world.rank, world.size))
+        trainer = Trainer(config, world, run_dir, shards, checkpoint)
+        try:
+            with naming_dead_workers():
+                return trainer.run()
+        finally:
+            trainer.close()
 
 
 class Trainer:
@@ -84,25 +89,37 @@ class Trainer:
             checkpoint.check_shapes({name: tuple(p.shape) for name, p in network.named_parameters()})
         self.engine = ZeroEngine(network, config, world)
         self.ema = ShardedEma(config.ema.decays, self.engine.masters())
-        self.step = self.images = self.skipped_steps = 0
+        self.step = self.images = self.skipped_steps = self.skipped_images = 0
+        self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.data_identity = _data_identity(config, shards, checkpoint)
-        self._resumed_at = checkpoint.progress.step if checkpoint is not None else None
+        self.saved_at: int | None = None
+        self.saving: Save | None = None
         if checkpoint is not None:
             self._load(checkpoint)
         self.end = self._images_at_end()
         self.generator = torch.Generator(world.device)
+        self.faults = FaultInjection.from_environment(world.rank)
+        self.loss_by_time = LossByTime(world.device)
+        self.spikes = LossSpikes()
+        self.rank_times = RankTimes(world.device)
         self.batches = self._batches()
         self.stop_requested = StopSignal()
         if world.is_main:  # only now: a refused start leaves the run as it was
             (run_dir / "config.yaml").write_text(to_yaml(config))
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
+        self.watch = HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{world.rank:05d}.txt")
+
+    @property
+    def position(self) -> int:
+        """In the global sample sequence: the images seen, and those jumped over."""
+        return self.images + self.skipped_images
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
         config = self.config
         clock = _Clock(self.images)
-        saved_at = self._resumed_at
+        agree_every = 1
         with tqdm(
             total=self.end,
             initial=self.images,
@@ -112,29 +129,37 @@ class Trainer:
             disable=not self.world.is_main,
         ) as progress:
             while self.images < self.end:
+                self.watch.alive()
                 loss = self._train_step()
                 progress.update(config.data.batch_size)
-                if self.step % config.tracking.log_every_steps == 0 or self.images >= self.end:
-                    progress.set_postfix_str(f"loss {self._log(loss, clock):.4f}")
-                    if parallel.any_rank(self.stop_requested.received):
-                        if saved_at != self.step:
-                            self._save()
-                        return ExitCode.REQUEUE
+                if self.skipped_in_a_row >= config.run.rollback_after:
+                    self._roll_back()
+                    progress.n = self.images
+                    clock.restart(self.images)
+                    continue
+                log_point = self.step % config.tracking.log_every_steps == 0 or self.images >= self.end
+                if log_point:
+                    rate = clock.rate(self.images)
+                    agree_every = _agree_every(rate, config)
+                    progress.set_postfix_str(f"loss {self._log(loss, rate):.4f}")
+                if (log_point or self.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
+                    self._save(last=True)
+                    return ExitCode.REQUEUE
                 if self._passed(config.checkpoint.every_images):
                     self._save()
-                    saved_at = self.step
                     clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
                     self._log_grid()
                     clock.restart(self.images)
-        if saved_at != self.step:
-            self._save()
+        self._save(last=True)
+        self.watch.pause()
         if config.evaluation.at_end:
             self._evaluate()
         return ExitCode.DONE
 
     def close(self) -> None:
         """Release what the run holds."""
+        self.watch.close()
         self.batches.close()
         self.tracker.close()
         self.stop_requested.restore()
@@ -148,10 +173,12 @@ class Trainer:
         # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, self.step, self.world.rank)[0]))
         total = torch.zeros((), device=self.world.device)
+        self.faults.before_step(self.step + 1)
         for micro_batch in range(self.engine.micro_batches):
-            batch = next(self.batches)
-            self.bad_samples.note(batch.bad_samples)
-            loss = self._loss(batch)
+            with self.rank_times.part():
+                batch = next(self.batches)
+                self.bad_samples.note(batch.bad_samples)
+                loss = self.faults.loss(self._loss(batch), self.step + 1)
             self.engine.backward(loss)
             last = micro_batch == self.engine.micro_batches - 1
             moved = self.engine.step(lr if last else None)
@@ -159,8 +186,10 @@ class Trainer:
         self.step, self.images = self.step + 1, images
         if moved:
             self.ema.update(self.engine.masters())
+            self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
         return total
 
     def _loss(self, batch: Batch) -> torch.Tensor:
@@ -179,7 +208,9 @@ class Trainer:
         x = to_model_input(batch.images.to(device, non_blocking=True), flip)
         e = config.diffusion.noise_scale * self._noise(positions, x)
         z = interpolate(x, e, t)
-        return sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion).mean()
+        losses = sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion)
+        self.loss_by_time.add(t, losses)
+        return losses.mean()
 
     def _noise(self, positions: object, like: torch.Tensor) -> torch.Tensor:
         """Standard normal noise on the device, one seeded stream a sample: (B, 3, S, S)."""
@@ -203,7 +234,7 @@ class Trainer:
             micro_batch_size=data.batch_size // world.size // self.engine.micro_batches,
             rank=world.rank,
             world_size=world.size,
-            start_position=self.images,
+            start_position=self.position,
             num_workers=data.num_workers,
             pin_memory=world.device.type == "cuda",
         )
@@ -226,10 +257,19 @@ class Trainer:
         """Whether the last step crossed a multiple of `every_images`."""
         return self.images // every_images > (self.images - self.config.data.batch_size) // every_images
 
-    def _log(self, loss: torch.Tensor, clock: _Clock) -> float:
-        """Record the last step; returns its loss."""
+    def _log(self, loss: torch.Tensor, rate: float) -> float:
+        """Record the last step, taken at `rate` images a second; returns its loss."""
+        if self.saving is not None and self.saving.is_written():
+            self._finish_save()
         mean_loss = float(parallel.sum_over_ranks(loss))
-        rate = clock.rate(self.images)
+        spike = self.spikes.is_spike(mean_loss)
+        if spike and self.world.is_main:
+            logger.warning("step %d: the loss %.4g stands far above the last ones", self.step, mean_loss)
+        for rank, seconds, median in self.rank_times.slow_ranks():
+            if self.world.is_main:
+                logger.warning(
+                    "rank %d is slow: %.3f s to its first collective, the median %.3f s", rank, seconds, median
+                )
         values: dict[str, float | int | None] = {
             "step": self.step,
             "images": self.images,
@@ -238,7 +278,10 @@ class Trainer:
             "grad_norm": self.engine.gradient_norm(),
             "images_per_second": rate,
             "skipped_steps": self.skipped_steps,
+            "skipped_images": self.skipped_images,
             "bad_samples": self.bad_samples.check(self.images),
+            "loss_spike": int(spike),
+            **self.loss_by_time.means(),
         }
         peak = peak_tflops(self.world.device)
         if peak is not None:
@@ -246,19 +289,92 @@ class Trainer:
         self.tracker.log(values)
         return mean_loss
 
-    def _save(self) -> None:
-        bad_samples = self.bad_samples.total()
+    def _save(self, *, last: bool = False) -> None:
+        """Write the state, unless it is on disk; in the background if configured and not the `last` time.
+
+        A save that fails leaves the previous checkpoint, and training goes on for a few more attempts.
+
+        Raises:
+            CheckpointError: on every rank: the last save failed, or several in a row.
+        """
+        try:
+            self._finish_save()
+            if self.saved_at == self.step:
+                return
+            self.saving = self._begin_save()
+            if self.config.checkpoint.asynchronous and not last:
+                self.saving.write_in_background()
+            else:
+                self.saving.write()
+                self._finish_save()
+        except CheckpointError as error:
+            self.saving = None
+            self.failed_saves += 1
+            if last or self.failed_saves >= MOST_FAILED_SAVES:
+                raise
+            if self.world.is_main:
+                logger.error("%s; training goes on, and the next save may work", error)
+
+    def _begin_save(self) -> Save:
         progress = Progress(
             self.step,
             self.images,
             self.engine.optimizer_step(),
             self.data_identity,
-            bad_samples,
+            self.bad_samples.total(),
             self.skipped_steps,
+            self.skipped_images,
         )
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
-        write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
-        parallel.together(lambda: prune(self.run_dir, self.config.checkpoint.keep_last) if self.world.is_main else None)
+        return Save(self.run_dir, progress, self.config, self.engine.fragments, sets)
+
+    def _finish_save(self) -> None:
+        """Complete the checkpoint that is being written, if there is one; a collective call."""
+        if self.saving is None:
+            return
+        save, self.saving = self.saving, None
+        save.finish()
+        self.saved_at, self.failed_saves = save.progress.step, 0
+        config = self.config
+        parallel.together(
+            lambda: (
+                prune(self.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every_images)
+                if self.world.is_main
+                else None
+            )
+        )
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, and on in the data: what made the gradients infinite is not repeated.
+
+        Raises:
+            UserError: on every rank: there is no checkpoint, or it has been tried too often.
+        """
+        self._finish_save()
+        self.rollbacks += 1
+        skipped, limit = self.skipped_in_a_row, self.config.run.max_rollbacks
+        checkpoint = latest_checkpoint(self.run_dir)
+        if checkpoint is None or self.rollbacks > limit:
+            raise UserError(
+                f"step {self.step}: no finite gradient in {skipped} steps, and "
+                + ("no checkpoint to go back to" if checkpoint is None else f"run.max_rollbacks={limit} are used up")
+                + "; lower optim.lr, set optim.grad_clip, or look at the data before this step"
+            )
+        position, step = self.position, self.step
+        self.batches.close()
+        self._load(checkpoint)
+        self.skipped_images = position - self.images
+        self.skipped_in_a_row = 0
+        self.batches = self._batches()
+        self.tracker.rewind(self.step)
+        if self.world.is_main:
+            logger.warning(
+                "step %d: no finite gradient in %d steps; back to step %d, %d images are jumped over",
+                step,
+                skipped,
+                self.step,
+                self.skipped_images,
+            )
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
@@ -277,7 +393,8 @@ class Trainer:
         self.engine.finish_loading()
         self.step, self.images = progress.step, progress.images
         self.bad_samples.before = progress.bad_samples
-        self.skipped_steps = progress.skipped_steps
+        self.skipped_steps, self.skipped_images = progress.skipped_steps, progress.skipped_images
+        self.saved_at = progress.step
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
 
@@ -304,64 +421,26 @@ class Trainer:
             self.tracker.log_result(result, self.images)
 
 
-class BadSamples:
-    """Counts the images that could not be decoded, and ends the run on all ranks together when they are too many."""
+class LossByTime:
+    """Mean loss in ten equal intervals of t since it was last asked for, kept on the device."""
 
-    ALWAYS_ALLOWED = 10
+    BINS = 10
 
-    def __init__(self, fraction: float) -> None:
-        """`fraction` of the images seen is allowed."""
-        self.fraction = fraction
-        self.before = 0  # counted by all ranks until the checkpoint that this process began from
-        self._here = 0
-        self._reasons: list[str] = []
+    def __init__(self, device: torch.device) -> None:
+        self._sums, self._counts = torch.zeros(2, self.BINS, device=device)
 
-    def note(self, reasons: list[str]) -> None:
-        """Count this rank's bad samples, and say what is wrong with the first ones."""
-        self._here += len(reasons)
-        for reason in reasons[: self.ALWAYS_ALLOWED - len(self._reasons)]:
-            self._reasons.append(reason)
-            logger.warning("%s; another sample stands in for it", reason)
+    def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count the `losses` (B,) of samples at times `t` (B,)."""
+        bins = (t * self.BINS).long().clamp(0, self.BINS - 1)
+        self._sums.index_add_(0, bins, losses.detach().float())
+        self._counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
-    def total(self) -> int:
-        """Over all ranks since the beginning of the run; a collective call."""
-        return self.before + sum(parallel.gather_objects(self._here))
-
-    def check(self, images: int) -> int:
-        """The total after `images` images; a collective call.
-
-        Raises:
-            DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
-        """
-        total = self.total()
-        if total > max(self.ALWAYS_ALLOWED, self.fraction * images):
-            reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
-            raise DataError(
-                f"data.max_bad_fraction={self.fraction:g}: {total} of {images} images could not be decoded, such as "
-                f"{'; '.join(reasons[:3])}. Check the shards with tools/index_shards.py --verify, or raise the limit"
-            )
-        return total
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop.
-
-    Nothing is interrupted: at the next log point the ranks agree on whether any of them was asked.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-
-    def restore(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    def means(self) -> dict[str, float | None]:
+        """`loss_t0` for t in [0, 0.1), ..., None where there was no sample; then from zero. A collective call."""
+        sums, counts = parallel.sum_over_ranks(torch.stack([self._sums, self._counts])).tolist()
+        self._sums.zero_()
+        self._counts.zero_()
+        return {f"loss_t{k}": s / n if n else None for k, (s, n) in enumerate(zip(sums, counts, strict=True))}
 
 
 class _Clock:
@@ -381,17 +460,22 @@ class _Clock:
         return rate
 
 
-def _open_inputs(config: Config, world: World, run_dir: Path) -> ShardSet:
-    """Check the output folder and the shards on every rank, before anything is built."""
-    parallel.together(lambda: _check_writable(run_dir) if world.is_main else None)
+def _agree_every(rate: float, config: Config) -> int:
+    """Steps between two questions whether to stop: the same on all ranks, and a few seconds apart."""
+    seconds = parallel.broadcast_object(config.data.batch_size / rate)
+    return max(1, min(config.tracking.log_every_steps, int(AGREE_SECONDS / seconds)))
+
+
+def _open_inputs(config: Config, world: World, run_dir: Path, held: ExitStack) -> ShardSet:
+    """Check the output folder and the shards on every rank, before anything is built; `held` locks the folder."""
+    parallel.together(lambda: _claim(run_dir, held) if world.is_main else None)
     return parallel.together(lambda: open_configured(config))
 
 
-def _check_writable(run_dir: Path) -> None:
+def _claim(run_dir: Path, held: ExitStack) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
+        held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
 
@@ -408,7 +492,12 @@ def _data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | No
         return {**now, "origin": 0}
     before = checkpoint.progress.data
     changed = any(before.get(key) != now[key] for key in now)
-    return {**now, "origin": checkpoint.progress.images if changed else before.get("origin", 0)}
+    return {
+        **now,
+        "origin": checkpoint.progress.images + checkpoint.progress.skipped_images
+        if changed
+        else before.get("origin", 0),
+    }
 
 
 def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:

@@ -93,7 +93,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(CheckpointError, match=r"rank_00000.safetensors: .*; the file is damaged, remove"):
         Checkpoint(folder).tensor("model", "first")
-    for text in ("", "{}", "[]", '{"format": 1}'):
+    for text in ("", "{}", "[]", '{"format": 2}'):
         (folder / "index.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             Checkpoint(folder)

@@ -24,7 +24,7 @@ def main() -> None:
     run_dir = Path(config.run.dir)
     trainer = Trainer(config, world, run_dir, shards, latest_checkpoint(run_dir))
     trainer.step += 1
-    trainer._save()
+    trainer._save(last=True)
     trainer.close()
     parallel.stop()
 

@@ -1,0 +1,94 @@
+"""Faults on purpose, so that tests and drills see what a run does about them. Off unless JITSCALE_FAULTS is set.
+
+    JITSCALE_FAULTS="nan:step=5:rank=1,kill:step=7:rank=0"
+
+Kinds: `nan` makes the rank's loss not finite, `kill` ends the process by SIGKILL, `hang` never returns, `slow` waits
+`seconds`. Each strikes at `step` (counted from 1) on `rank` (every rank without it), and again at the following steps
+until it has struck `times` times (once without it).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+
+from jitscale.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "JITSCALE_FAULTS"
+KINDS = ("nan", "kill", "hang", "slow")
+
+
+@dataclass
+class Fault:
+    """One entry of the variable."""
+
+    kind: str
+    step: int
+    rank: int | None = None
+    times: int = 1
+    seconds: float = 0.0
+    struck: int = 0
+
+
+class FaultInjection:
+    """The faults of one rank."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self._faults = faults
+
+    @classmethod
+    def from_environment(cls, rank: int) -> FaultInjection:
+        """Those that the variable names for `rank`.
+
+        Raises:
+            ConfigError: an entry that makes no sense.
+        """
+        faults = [_parse(entry) for entry in os.environ.get(VARIABLE, "").split(",") if entry]
+        mine = [fault for fault in faults if fault.rank in (None, rank)]
+        if mine:
+            logger.warning("%s=%s: faults will be injected", VARIABLE, os.environ[VARIABLE])
+        return cls(mine)
+
+    def before_step(self, step: int) -> None:
+        """Strike with what ends or delays the process."""
+        for fault in self._due(step, ("kill", "hang", "slow")):
+            if fault.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(fault.seconds if fault.kind == "slow" else 10**9)
+
+    def loss(self, loss: torch.Tensor, step: int) -> torch.Tensor:
+        """`loss`, or NaN where that is due."""
+        return loss * float("nan") if self._due(step, ("nan",)) else loss
+
+    def _due(self, step: int, kinds: tuple[str, ...]) -> list[Fault]:
+        due = [f for f in self._faults if f.kind in kinds and f.step <= step and f.struck < f.times]
+        for fault in due:
+            fault.struck += 1
+        return due
+
+
+def _parse(entry: str) -> Fault:
+    kind, *settings = entry.strip().split(":")
+    try:
+        values = dict(setting.split("=", 1) for setting in settings)
+        fault = Fault(
+            kind,
+            step=int(values.pop("step")),
+            rank=int(values.pop("rank")) if "rank" in values else None,
+            times=int(values.pop("times", "1")),
+            seconds=float(values.pop("seconds", "0")),
+        )
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{VARIABLE}: {entry!r} is no fault ({error}); write for example nan:step=5:rank=1"
+        ) from error
+    if kind not in KINDS or values:
+        raise ConfigError(f"{VARIABLE}: {entry!r}: choose a kind of {', '.join(KINDS)} with step, rank, times, seconds")
+    return fault
