@@ -42,6 +42,7 @@ class FaultInjection:
 
     def __init__(self, faults: list[Fault]) -> None:
         self._faults = faults
+        self._due: list[Fault] = []
 
     @classmethod
     def from_environment(cls, rank: int) -> FaultInjection:
@@ -56,22 +57,23 @@ class FaultInjection:
             logger.warning("%s=%s: faults will be injected", VARIABLE, os.environ[VARIABLE])
         return cls(mine)
 
-    def before_step(self, step: int) -> None:
-        """Strike with what ends or delays the process."""
-        for fault in self._due(step, ("kill", "hang", "slow")):
+    def begin_step(self, step: int) -> None:
+        """Choose what is due in this step."""
+        self._due = [fault for fault in self._faults if fault.step <= step and fault.struck < fault.times]
+        for fault in self._due:
+            fault.struck += 1
+
+    def strike(self) -> None:
+        """Once a step, end or delay the process if that is due."""
+        for fault in [fault for fault in self._due if fault.kind != "nan"]:
+            self._due.remove(fault)
             if fault.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(fault.seconds if fault.kind == "slow" else 10**9)
 
-    def loss(self, loss: torch.Tensor, step: int) -> torch.Tensor:
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, or NaN where that is due."""
-        return loss * float("nan") if self._due(step, ("nan",)) else loss
-
-    def _due(self, step: int, kinds: tuple[str, ...]) -> list[Fault]:
-        due = [f for f in self._faults if f.kind in kinds and f.step <= step and f.struck < f.times]
-        for fault in due:
-            fault.struck += 1
-        return due
+        return loss * float("nan") if any(fault.kind == "nan" for fault in self._due) else loss
 
 
 def _parse(entry: str) -> Fault:

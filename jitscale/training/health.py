@@ -118,7 +118,6 @@ class RankTimes:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
-        self._count = 0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -134,15 +133,18 @@ class RankTimes:
         else:
             yield
             self._seconds += time.perf_counter() - started
-        self._count += 1
 
-    def slow_ranks(self) -> list[tuple[int, float, float]]:
-        """(rank, seconds, median over ranks) of those much slower than the median since the last call; collective."""
+    def slow_ranks(self, steps: int) -> list[tuple[int, float, float]]:
+        """Those much slower than the median in the `steps` since the last call; a collective call.
+
+        Returns:
+            (rank, its seconds a step, the median over ranks)
+        """
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
-        mine = self._seconds / max(1, self._count)
-        self._seconds, self._count, self._events = 0.0, 0, []
+        mine = self._seconds / steps
+        self._seconds, self._events = 0.0, []
         everyone = parallel.gather_objects(mine)
         median = statistics.median_low(everyone)
         limit = max(self.FACTOR * median, median + self.LEAST_SECONDS)

@@ -90,7 +90,7 @@ class Trainer:
         self.engine = ZeroEngine(network, config, world)
         self.ema = ShardedEma(config.ema.decays, self.engine.masters())
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
-        self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
+        self.logged_step = self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.data_identity = _data_identity(config, shards, checkpoint)
         self.saved_at: int | None = None
@@ -173,12 +173,13 @@ class Trainer:
         # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, self.step, self.world.rank)[0]))
         total = torch.zeros((), device=self.world.device)
-        self.faults.before_step(self.step + 1)
+        self.faults.begin_step(self.step + 1)
         for micro_batch in range(self.engine.micro_batches):
             with self.rank_times.part():
+                self.faults.strike()
                 batch = next(self.batches)
                 self.bad_samples.note(batch.bad_samples)
-                loss = self.faults.loss(self._loss(batch), self.step + 1)
+                loss = self.faults.loss(self._loss(batch))
             self.engine.backward(loss)
             last = micro_batch == self.engine.micro_batches - 1
             moved = self.engine.step(lr if last else None)
@@ -265,11 +266,12 @@ class Trainer:
         spike = self.spikes.is_spike(mean_loss)
         if spike and self.world.is_main:
             logger.warning("step %d: the loss %.4g stands far above the last ones", self.step, mean_loss)
-        for rank, seconds, median in self.rank_times.slow_ranks():
+        for rank, seconds, median in self.rank_times.slow_ranks(max(1, self.step - self.logged_step)):
             if self.world.is_main:
                 logger.warning(
                     "rank %d is slow: %.3f s to its first collective, the median %.3f s", rank, seconds, median
                 )
+        self.logged_step = self.step
         values: dict[str, float | int | None] = {
             "step": self.step,
             "images": self.images,
@@ -394,7 +396,7 @@ class Trainer:
         self.step, self.images = progress.step, progress.images
         self.bad_samples.before = progress.bad_samples
         self.skipped_steps, self.skipped_images = progress.skipped_steps, progress.skipped_images
-        self.saved_at = progress.step
+        self.saved_at = self.logged_step = progress.step
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
 

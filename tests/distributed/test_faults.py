@@ -1,0 +1,183 @@
+"""What goes wrong on purpose: fault injection, full disks, two runs at once, and what the run does about each."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
+from tests.distributed.processes import run_ranks, start_ranks
+from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
+
+STILL = ["model.attn_dropout=0", "model.proj_dropout=0"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(job: Job) -> list[dict[str, Any]]:
+    return job.train("unbroken")
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step_")) for folder in complete_checkpoints(run)]
+
+
+def test_an_asynchronous_run_leaves_the_same_checkpoints(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    metrics = job.train("asynchronous", "checkpoint.asynchronous=true")
+    assert losses(metrics) == losses(unbroken)
+    assert steps_of(job.folder / "asynchronous") == steps_of(job.folder / "unbroken") == list(range(4, STEPS + 1, 4))
+    for first, second in zip(
+        complete_checkpoints(job.folder / "asynchronous"), complete_checkpoints(job.folder / "unbroken"), strict=True
+    ):
+        assert same_state(first, second)
+
+
+def test_some_checkpoints_are_kept_for_ever(job: Job) -> None:
+    job.train("kept", "checkpoint.keep_last=2", f"checkpoint.keep_every_images={10 * BATCH}", world_size=1)
+    assert steps_of(job.folder / "kept") == [12, 20, 24]
+
+
+def test_one_step_that_is_not_finite_is_skipped_everywhere(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=5:rank=1")
+    metrics = job.train("one_nan")
+    assert [line["skipped_steps"] for line in metrics] == [0] * 4 + [1] * (STEPS - 4)
+    assert metrics[4]["loss"] is None
+    assert all(line["loss"] is not None for line in metrics[5:])
+    assert Checkpoint(complete_checkpoints(job.folder / "one_nan")[-1]).progress.optimizer_step == STEPS - 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_many_such_steps_roll_back_and_skip_ahead(job: Job, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Steps 6, 7 and 8 are not finite: back to step 4, and on with the data after step 8."""
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:rank=0:times=3")
+    name = f"rolled_back_{stage}"
+    metrics = job.train(name, "run.rollback_after=3", f"engine.zero_stage={stage}")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert [line["skipped_images"] for line in metrics] == [0] * 4 + [4 * BATCH] * (STEPS - 4)
+    last = Checkpoint(complete_checkpoints(job.folder / name)[-1]).progress
+    assert (last.images, last.skipped_images) == (STEPS * BATCH, 4 * BATCH)
+    monkeypatch.delenv("JITSCALE_FAULTS")
+    job.copy(name, f"{name}_resumed", steps=12)
+    resumed = job.train(f"{name}_resumed", "run.rollback_after=3", f"engine.zero_stage={stage}")
+    assert losses(resumed) == pytest.approx(losses(metrics), rel=1e-6), "a resume goes on in the same place"
+
+
+def test_a_run_that_rolls_back_again_and_again_ends(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:times=1000")
+    said = run_ranks(2, *job.command("hopeless", "run.rollback_after=2", "run.max_rollbacks=2"), expect=2)
+    assert re.search(r"error: step \d+: no finite gradient in 2 steps, and run.max_rollbacks=2 are used up", said)
+    assert said.count("images are jumped over") == 2
+
+
+def test_a_hung_rank_ends_the_job_and_leaves_stacks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "hang:step=3:rank=1")
+    ranks = start_ranks(2, *job.command("hung", "run.hang_timeout=8"))
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert all(rank.returncode != 0 for rank in ranks), outputs
+    stacks = (job.folder / "hung" / "stacks_rank_00001.txt").read_text()
+    assert "Timeout" in stacks
+    assert "in strike" in stacks
+    assert not list((job.folder / "asynchronous").glob("stacks_*")), "a run that ends leaves none"
+
+
+def test_a_slow_rank_is_named(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:rank=2:times=100:seconds=0.3")
+    said = run_ranks(3, *job.command("slow", "run.max_steps=6", "tracking.log_every_steps=3"))
+    assert re.search(r"rank 2 is slow: 0\.[3-9]\d* s to its first collective", said), said
+
+
+def test_two_runs_in_one_folder(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.2")
+    first = start_ranks(1, *job.command("shared"))
+    while not (job.folder / "shared" / "metrics.jsonl").exists():
+        assert first[0].poll() is None, first[0].communicate()[0]
+        time.sleep(0.05)
+    said = run_ranks(1, *job.command("shared"), expect=2)
+    assert re.search(rf"error: {job.folder}/shared: process {first[0].pid} on \S+ is at work there, and two runs", said)
+    first[0].send_signal(signal.SIGTERM)
+    assert first[0].wait(timeout=60) == 75
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    job.copy("unbroken", "flipped", steps=8)
+    file = complete_checkpoints(job.folder / "flipped")[-1] / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(bytes(content))
+    said = run_ranks(2, *job.command("flipped"), expect=2)
+    assert f"error: {file}: its content is not what was written" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_keeps_the_old_checkpoint(job: Job) -> None:
+    """On a file system of 1.5 MB, where one checkpoint fits and a second one does not."""
+    folder = job.folder / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], check=True)
+    try:
+        ranks = start_ranks(2, *job.command("small", "checkpoint.keep_last=2"))
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [2, 2], outputs
+        assert "make room, the previous checkpoint stays; training goes on" in outputs[0]
+        assert sum(line.startswith("error: ") for line in outputs[0].splitlines()) == 1
+        kept = steps_of(folder)
+        assert kept[0] == 4
+        Checkpoint(complete_checkpoints(folder)[0]).verify()
+        assert read_metrics(folder)[-1]["step"] >= 12
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]], kills: int) -> None:
+    """Two ranks, saves included, with dropout: nothing is lost, and the end is bit-equal to the unbroken run's."""
+    name = f"killed_{kills}"
+    for number in range(kills):
+        ranks = start_ranks(2, *job.command(name, "checkpoint.asynchronous=" + ("true" if number % 2 else "false")))
+        metrics = job.folder / name / "metrics.jsonl"
+        begun = time.monotonic()
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        while not metrics.exists() or len(metrics.read_text().splitlines()) in (0, before):
+            if any(rank.poll() is not None for rank in ranks) or time.monotonic() - begun > 60:
+                break
+            time.sleep(0.001)
+        time.sleep((number * 37 % 100) / 100 * 0.4)
+        for rank in ranks[:: 1 if number % 3 else -1]:
+            rank.kill()
+        for rank in ranks:
+            rank.communicate()
+        if complete_checkpoints(job.folder / name)[-1:] == [job.folder / name / f"checkpoints/step_{STEPS:08d}"]:
+            shutil.rmtree(job.folder / name)  # it was done; begin another one
+    assert losses(job.train(name)) == pytest.approx(losses(unbroken), rel=1e-6)
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert same_state(job.folder / name / last, job.folder / "unbroken" / last)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("checkpointed", ["engine.activation_checkpointing=1"]),
+        ("every_second", ["engine.activation_checkpointing=2"]),
+        ("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"]),
+        ("offloaded", ["engine.offload_optimizer=true"]),
+        ("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"]),
+    ],
+)
+def test_ways_to_save_memory_change_no_number(
+    job: Job, unbroken: list[dict[str, Any]], name: str, overrides: list[str]
+) -> None:
+    """Dropout is drawn again as it was."""
+    assert losses(job.train(name, *overrides)) == pytest.approx(losses(unbroken), rel=1e-5)
