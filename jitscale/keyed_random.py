@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     PACKING_ORDER = 8
     REFERENCE_HALVES = 9
     REPLACEMENT = 10
+    INSPECTED_SAMPLES = 11
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

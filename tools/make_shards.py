@@ -32,7 +32,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from jitscale.data.manifest import Manifest
+from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.packing_job import (
     PACKING_CODECS,
     PackingJob,
@@ -41,7 +41,6 @@ from jitscale.data.packing_job import (
     finished,
     remove_leftovers,
 )
-from jitscale.data.sources import read_class_names
 from jitscale.errors import DataError, ExitCode, UserError, exit_with_message
 
 BAD_SHOWN = 10

@@ -92,6 +92,27 @@ class Manifest:
             file.write(json.dumps(asdict(self), indent=1).encode())
 
 
+def read_class_names(path: Path) -> list[str]:
+    """The names in a text file, one a line, in the order of their numbers.
+
+    Raises:
+        DataError: the file cannot be read, or a name is empty, comes twice, or is another's number.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as class names ({error}); write one a line, in UTF-8") from error
+    first: dict[str, int] = {}
+    for line, name in enumerate(names, start=1):
+        if not name or name in first:
+            fault = f"{name!r} stands in line {first[name]} too" if name else "is empty"
+            raise DataError(f"{path}: line {line}: {fault}; write every class name once, one a line")
+        if name.isdecimal() and int(name) != line - 1:
+            raise DataError(f"{path}: line {line}: calls class {line - 1} {name!r}, the number of another; rename it")
+        first[name] = line
+    return names
+
+
 def content_hash(shards: Sequence[tuple[str, int, int, str | None]]) -> str:
     """A sha256 over what identifies the samples and their order: name, samples, bytes maybe sha256 of each shard."""
     return hashlib.sha256(json.dumps([list(shard) for shard in shards]).encode()).hexdigest()

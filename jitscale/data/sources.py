@@ -24,7 +24,7 @@ import numpy.typing as npt
 from braceexpand import braceexpand
 
 from jitscale.data.images import EXTENSIONS
-from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, check_end, class_number, scan_tar
+from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, class_number, scan_tar, wrong_end
 from jitscale.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
@@ -130,25 +130,6 @@ def find_inputs(
     if len(inputs) == 0:
         raise DataError(f"{', '.join(sources)}: no image in {'it' if len(sources) == 1 else 'them'}; {_REMEDY}")
     return inputs
-
-
-def read_class_names(path: Path) -> list[str]:
-    """The names in a text file, one a line, in the order of their numbers.
-
-    Raises:
-        DataError: the file cannot be read, or a name is empty or comes twice.
-    """
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as class names ({error}); write one a line, in UTF-8") from error
-    first: dict[str, int] = {}
-    for line, name in enumerate(names, start=1):
-        if not name or name in first:
-            fault = f"{name!r} stands in line {first[name]} too" if name else "is empty"
-            raise DataError(f"{path}: line {line}: {fault}; write every class name once, one a line")
-        first[name] = line
-    return names
 
 
 class _Collector:
@@ -441,7 +422,9 @@ def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tar
             for member in tar:
                 if member.isreg():
                     yield member
-            check_end(path, file, start + tar.offset, start + size)
+            broken = wrong_end(path, file, start + tar.offset, start + size)
+            if broken is not None:
+                raise DataError(str(broken))
     except tarfile.TarError as error:
         raise DataError(
             f"{path}: bytes {start}..{start + size}: no whole tar ({error}); copy it again and compare its checksum"

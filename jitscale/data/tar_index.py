@@ -42,6 +42,27 @@ class TarSample:
     label_offset: int
 
 
+@dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong with a shard."""
+
+    path: Path
+    byte: int | None  # of the tar; None: the file as a whole
+    what: str  # with the remedy, in one line
+
+    def __str__(self) -> str:
+        return f"{self.path}: {'' if self.byte is None else f'byte {self.byte}: '}{self.what}"
+
+
+@dataclass(frozen=True)
+class TarScan:
+    """What the headers of one tar say."""
+
+    samples: list[TarSample]  # the sound ones, in the order of the tar
+    defects: list[Defect]
+    complete: bool  # up to the end of the archive; otherwise the last defect says where the scan had to stop
+
+
 def scan_tar(path: Path) -> list[TarSample]:
     """The samples of one tar in its order.
 
@@ -52,24 +73,41 @@ def scan_tar(path: Path) -> list[TarSample]:
         DataError: the tar is missing, empty, compressed, truncated or damaged; a key comes twice; a sample has no
             image or several.
     """
-    members = _members_by_key(path)
-    samples = []
-    with path.open("rb") as file:
-        for key, parts in members.items():
-            found = [extension for extension in parts if extension in EXTENSIONS]
-            if len(found) != 1:
-                start = min(part.offset for part in parts.values())
-                raise DataError(
-                    f"{path}: byte {start}: sample {key!r} has {len(found)} images among {sorted(parts)}, needs "
-                    f"exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
-                )
-            image, label, label_offset = parts[found[0]], None, 0
-            if "cls" in parts:
-                label_offset = parts["cls"].offset_data
-                size = min(parts["cls"].size, _LONGEST_LABEL)
-                label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
-            samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
-    return samples
+    scan = survey_tar(path)
+    if scan.defects:
+        raise DataError(str(scan.defects[0]))
+    return scan.samples
+
+
+def survey_tar(path: Path) -> TarScan:
+    """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
+    defects: list[Defect] = []
+    samples: list[TarSample] = []
+    complete = False
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with path.open("rb") as file:
+            complete = _read_members(path, file, members, defects)
+            for key, parts in members.items():
+                found = [extension for extension in parts if extension in EXTENSIONS]
+                if len(found) != 1:
+                    start = min(part.offset for part in parts.values())
+                    what = (
+                        f"sample {key!r} has {len(found)} images among {sorted(parts)}, needs exactly one of "
+                        f"{', '.join(EXTENSIONS)}; remove it or write the shard again"
+                    )
+                    defects.append(Defect(path, start, what))
+                    continue
+                image, label, label_offset = parts[found[0]], None, 0
+                if "cls" in parts:
+                    label_offset = parts["cls"].offset_data
+                    size = min(parts["cls"].size, _LONGEST_LABEL)
+                    label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
+                samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
+    except OSError as error:
+        defects.append(Defect(path, None, f"cannot be read ({error}); correct data.shards"))
+        complete = False
+    return TarScan(samples, defects, complete)
 
 
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
@@ -139,70 +177,80 @@ def map_index(tar: Path) -> IndexArray:
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
 
 
-def check_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> None:
-    """tarfile stops silently at what is not a header; only the end-of-archive blocks may stand there.
+def _without_labels(samples: list[TarSample]) -> list[TarSample]:
+    return [replace(sample, label=None) for sample in samples]
+
+
+def _read_members(
+    path: Path, file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]], defects: list[Defect]
+) -> bool:
+    """Fill `members`, key to extension to regular member, and `defects`; whether the end of the archive was reached.
+
+    Of a tar that breaks off, the last key is left out: some of its members may be lost.
+    """
+    magic = file.read(len(_GZIP_MAGIC))
+    if not magic:
+        defects.append(Defect(path, None, "is empty (0 bytes); copy or write it again"))
+        return False
+    if magic == _GZIP_MAGIC:
+        defects.append(Defect(path, 0, "is compressed with gzip and cannot be read by offset; gunzip it"))
+        return False
+    file.seek(0)
+    previous, start = None, 0
+    repeated: set[str] = set()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                start = member.offset
+                key, extension = _split_name(member.name)
+                if not member.isreg() or not key:
+                    continue
+                parts = members.setdefault(key, {})
+                if extension in parts or (parts and key != previous):
+                    if key not in repeated:
+                        what = f"key {key!r} comes twice; every sample needs a key of its own, write the shard again"
+                        defects.append(Defect(path, start, what))
+                        repeated.add(key)
+                    previous = key
+                    continue
+                parts[extension] = member
+                previous = key
+            broken = wrong_end(path, file, tar.offset)
+    except tarfile.TarError as error:
+        size = path.stat().st_size
+        what = (
+            f"is no whole tar ({error}; it ends at byte {size}, without an end-of-archive block); copy or write it "
+            "again"
+        )
+        broken = Defect(path, start, what)
+    if broken is None:
+        return True
+    defects.append(broken)
+    if previous is not None:
+        members.pop(previous, None)
+    return False
+
+
+def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:
+    """What stands where only the end-of-archive blocks may: tarfile stops silently at what is no header.
 
     Args:
         path: of the file, for the message.
         file: the open tar, or the file that holds it.
         offset: in `file`, where tarfile stopped.
         end: where the tar ends in `file`; None for the file's own end.
-
-    Raises:
-        DataError: something else stands there.
     """
     length = len(_END_OF_ARCHIVE) if end is None else min(len(_END_OF_ARCHIVE), max(end - offset, 0))
     found = os.pread(file.fileno(), length, offset)
     if len(found) < len(_END_OF_ARCHIVE):
-        raise DataError(
-            f"{path}: ends at byte {offset + len(found)} without an end-of-archive block of "
-            f"{len(_END_OF_ARCHIVE)} zeros: it was truncated; copy or write it again"
+        what = (
+            f"ends at byte {offset + len(found)} without an end-of-archive block of {len(_END_OF_ARCHIVE)} zeros: it "
+            "was truncated; copy or write it again"
         )
+        return Defect(path, None, what)
     if found != _END_OF_ARCHIVE:
-        raise DataError(
-            f"{path}: byte {offset}: neither a tar header nor the end-of-archive block; copy or write it again"
-        )
-
-
-def _without_labels(samples: list[TarSample]) -> list[TarSample]:
-    return [replace(sample, label=None) for sample in samples]
-
-
-def _members_by_key(path: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """The regular members of a whole tar: key to extension to member."""
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    previous = None
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_GZIP_MAGIC))
-            if not magic:
-                raise DataError(f"{path}: is empty (0 bytes); copy or write it again")
-            if magic == _GZIP_MAGIC:
-                raise DataError(f"{path}: byte 0: is compressed with gzip and cannot be read by offset; gunzip it")
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, extension = _split_name(member.name)
-                    if not member.isreg() or not key:
-                        continue
-                    parts = members.setdefault(key, {})
-                    if extension in parts or (parts and key != previous):
-                        raise DataError(
-                            f"{path}: byte {member.offset}: key {key!r} comes twice; every sample needs a key of its "
-                            "own, write the shard again"
-                        )
-                    parts[extension] = member
-                    previous = key
-                check_end(path, file, tar.offset)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); correct data.shards") from error
-    except tarfile.TarError as error:
-        size = path.stat().st_size
-        raise DataError(
-            f"{path}: is no whole tar ({error}; it ends at byte {size}, without an end-of-archive block); "
-            "copy or write it again"
-        ) from error
-    return members
+        return Defect(path, offset, "neither a tar header nor the end-of-archive block; copy or write it again")
+    return None
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from jitscale.data.sources import WHOLE_FILE, Inputs, Source, find_inputs, read_class_names
+from jitscale.data.manifest import read_class_names
+from jitscale.data.sources import WHOLE_FILE, Inputs, Source, find_inputs
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.errors import DataError
 

@@ -1,0 +1,386 @@
+"""Making tars that another program wrote into shards: their headers are scanned in parallel, labels get their numbers,
+and every tar an index beside it, the folder a manifest. The tars themselves are only read.
+"""
+
+from __future__ import annotations
+
+import glob
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from jitscale.data.images import ImageError, dimensions
+from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.tar_index import (
+    INDEX,
+    LARGEST_LABEL,
+    NO_LABEL,
+    Defect,
+    IndexArray,
+    TarSample,
+    class_number,
+    survey_tar,
+    write_index,
+)
+from jitscale.errors import DataError
+from jitscale.files import sha256_of
+
+FOREIGN = "foreign"  # the codec of shards that another program wrote
+
+_HEAD = 1 << 16  # bytes of an image that nearly always hold its header
+_SCHEMES = ("pipe:", "://")
+# In an index whose class names have no numbers yet, name k of the shard is the label _FIRST_NAME - k.
+_FIRST_NAME = NO_LABEL - 1
+_REFUSED = int(np.iinfo(np.int32).min)  # a label that is neither number nor name; a defect says so
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class _Kind(IntEnum):
+    """What a sample has for a label. Of two kinds with as many samples, the first is taken for what is meant."""
+
+    NUMBER = 0
+    NAME = 1
+    NONE = 2
+    REFUSED = 3
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars of one folder."""
+
+    folder: Path
+    paths: list[Path]  # sorted
+    manifest: Manifest | None  # of the folder
+    whole_folder: bool  # the folder was named, not some of its tars
+
+    def not_in_manifest(self) -> list[Path]:
+        """The tars that the manifest does not name."""
+        named = set() if self.manifest is None else {record.name for record in self.manifest.shards}
+        return [path for path in self.paths if path.name not in named]
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """What one pass over a tar found."""
+
+    path: Path
+    bytes: int
+    sha256: str | None  # None: not asked for, or the tar is damaged
+    index: IndexArray  # where a label is text, its number is below NO_LABEL and means one of `names`
+    names: list[str]
+    image_sizes: set[tuple[int, int]]  # width and height: the one that all images have, or two of several
+    undecodable: int  # images without a readable header
+    defects: list[Defect]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of all shards as numbers."""
+
+    indices: list[IndexArray]  # one a shard
+    class_names: list[str] | None
+    num_classes: int
+    defects: list[Defect]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What makes a folder's tars into shards; nothing of it is on disk yet."""
+
+    tars: Tars
+    manifest: Manifest
+    indices: list[IndexArray]  # one a tar
+    undecodable: int
+    defects: list[Defect]  # sorted; with any, the rest does not describe the tars
+
+    def write(self) -> None:
+        """Write the index of every tar, and the manifest last.
+
+        Raises:
+            DataError: the folder cannot be written to.
+        """
+        assert not self.defects
+        try:
+            for path, index in zip(self.tars.paths, self.indices, strict=True):
+                write_index(path, index)
+            self.manifest.write(self.tars.folder / MANIFEST)
+        except OSError as error:
+            raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
+
+
+def find_tars(pattern: str) -> Tars:
+    """The tars in the folder `pattern`, or those that a glob or brace pattern names, and the manifest of their folder.
+
+    Raises:
+        DataError: there are none; they lie in several folders, on a remote storage, or are not called `.tar`.
+    """
+    if any(scheme in pattern for scheme in _SCHEMES):
+        raise DataError(f"{pattern}: only local folders are surveyed; copy the shards or mount their storage")
+    folder = Path(pattern)
+    if folder.is_dir():
+        paths = list(folder.glob("*.tar"))
+    else:
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
+            raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
+        paths = [Path(path) for name in names for path in (glob.glob(name) if glob.has_magic(name) else [name])]
+        folders = sorted({path.parent for path in paths})
+        if len(folders) > 1:
+            raise DataError(
+                f"{pattern}: names tars in {len(folders)} folders ({folders[0]}, {folders[1]}, ...), and each has a "
+                "manifest of its own; give one folder at a time"
+            )
+        folder = folders[0] if folders else folder
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: there is no such file or folder; correct the path")
+        others = [path for path in paths if path.suffix != ".tar"]
+        if others:
+            raise DataError(f"{others[0]}: is not called .tar; unpack or rename it, or choose a narrower pattern")
+    manifest = Manifest.read(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    tars = Tars(folder, sorted(set(paths)), manifest, whole_folder=Path(pattern).is_dir())
+    if not tars.paths and manifest is None:
+        raise DataError(f"{pattern}: no tars here; correct the path")
+    return tars
+
+
+def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Result]]:
+    """`work(task)` of every task with the task's number, as they are finished, by at most `workers` processes.
+
+    The processes are spawned, so `work` must be a function of a module. One worker is this process itself.
+
+    Raises:
+        DataError: a process died.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from enumerate(map(work, tasks))
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {workers} worker processes died: it was killed, or memory ran out; "
+            "start again, maybe with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) -> list[ShardScan]:
+    """One scan of every tar, in the order of `paths`, in parallel and with a progress bar.
+
+    Args:
+        paths: of the tars.
+        workers: processes at most.
+        content: also read the content: sha256 and the sizes of the images.
+
+    Raises:
+        DataError: a process died. What is wrong with a tar is among its defects.
+    """
+    scans: dict[int, ShardScan] = {}
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan") as progress:
+        for number, scan in in_processes(_scan_content if content else _scan_headers, paths, workers):
+            scans[number] = scan
+            progress.update(sizes[number])
+    return [scans[number] for number in range(len(paths))]
+
+
+def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> Labels:
+    """Give every sample of `scans` the number of its class.
+
+    Labels are all numbers, or all class names, or there are none; what differs from most samples is a defect. Names
+    are numbered in the order of `class_names`, and where that is None in sorted order.
+    """
+    kinds = [_kinds(scan.index["label"]) for scan in scans]
+    counts = sum((np.bincount(kind, minlength=len(_Kind)) for kind in kinds), np.zeros(len(_Kind), np.int64))
+    # Who names the classes has labels: then samples without one are not what is meant, however many.
+    usual = _Kind(int(np.argmax(counts[: _Kind.REFUSED if class_names is None else _Kind.NONE])))
+    if usual == _Kind.NAME and class_names is None:
+        class_names = sorted({name for scan in scans for name in scan.names})
+    if usual == _Kind.NONE:
+        class_names, num_classes = None, 0
+    elif class_names is not None:
+        num_classes = len(class_names)
+    else:
+        num_classes = 1 + max(int(scan.index["label"].max(initial=NO_LABEL)) for scan in scans)
+
+    numbers = {name: number for number, name in enumerate(class_names or [])}
+    indices, defects = [], []
+    for scan, kind in zip(scans, kinds, strict=True):
+        index = scan.index.copy()
+        for row in np.flatnonzero((kind != usual) & (kind != _Kind.REFUSED)):
+            what = f"has {_label_text(scan, row)}, {_OTHERS[usual]}; make all labels of one kind"
+            defects.append(_sample_defect(scan, row, what))
+        named = kind == _Kind.NAME
+        table = np.array([numbers.get(name, _REFUSED) for name in scan.names], np.int64)
+        index["label"][named] = table[_FIRST_NAME - index["label"][named].astype(np.int64)]
+        if usual != _Kind.NONE:
+            unknown = (kind == usual) & ((index["label"] < 0) | (index["label"] >= num_classes))
+            for row in np.flatnonzero(unknown):
+                what = f"has {_label_text(scan, row)}, none of the {num_classes} classes; correct it or their file"
+                defects.append(_sample_defect(scan, row, what))
+        indices.append(index)
+    return Labels(indices, class_names, num_classes, defects)
+
+
+def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
+    """Scan `tars` for what makes them shards; nothing is written.
+
+    Where the folder's manifest is that of a packing, it stays as it is, since it holds what no scan can find; the tars
+    must then be those that it names.
+
+    Args:
+        tars: from `find_tars`.
+        class_names: in the order of their numbers; None where labels are numbers, or to sort the names.
+        workers: processes at most.
+
+    Raises:
+        DataError: no sample at all; a process died. What is wrong with tars and labels is among the defects.
+    """
+    packed = tars.manifest if tars.manifest is not None and tars.manifest.codec != FOREIGN else None
+    if packed is not None:
+        tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
+        class_names = packed.class_names
+    scans = scan_shards(tars.paths, workers)
+    labels = number_labels(scans, class_names)
+    defects = [defect for scan in scans for defect in scan.defects] + labels.defects
+    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256 or "") for scan in scans]
+    total = sum(record.samples for record in records)
+    if packed is not None:
+        manifest = packed
+        differing = [name for name, record in enumerate(records) if record != packed.shards[name]]
+        what = "is not the shard that the manifest names; copy it again"
+        defects += [Defect(tars.paths[number], None, what) for number in differing if not scans[number].defects]
+    else:
+        sizes = set().union(*(scan.image_sizes for scan in scans))
+        (width, height) = sizes.pop() if len(sizes) == 1 else (0, 1)
+        resolution = width if width == height else None
+        manifest = Manifest(FOREIGN, resolution, labels.num_classes, labels.class_names, total, records)
+    if not total and not defects:
+        raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
+    undecodable = sum(scan.undecodable for scan in scans)
+    return Survey(tars, manifest, labels.indices, undecodable, by_place(defects))
+
+
+def by_place(defects: Iterable[Defect]) -> list[Defect]:
+    """`defects` sorted by shard and byte."""
+    return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
+
+
+_OTHERS = {
+    _Kind.NUMBER: "most samples have a number",
+    _Kind.NAME: "most samples have a class name",
+    _Kind.NONE: "most samples have none",
+}
+
+
+def _scan_content(path: Path) -> ShardScan:
+    return _scan(path, content=True)
+
+
+def _scan_headers(path: Path) -> ShardScan:
+    return _scan(path, content=False)
+
+
+def _scan(path: Path, *, content: bool) -> ShardScan:
+    """One shard, in any process; what is wrong with it is a defect."""
+    tar = survey_tar(path)
+    defects = list(tar.defects)
+    index = np.empty(len(tar.samples), INDEX)
+    names: dict[str, int] = {}
+    for row, sample in enumerate(tar.samples):
+        label = NO_LABEL if sample.label is None else class_number(sample.label, {})
+        if label is None and (wrong := _no_name(sample.label or "")):
+            what = f"sample {row} has label {sample.label!r}, {wrong}; write the class number or name"
+            defects.append(Defect(path, sample.offset, what))
+            label = _REFUSED
+        elif label is None:
+            label = _FIRST_NAME - names.setdefault(sample.label or "", len(names))
+        index[row] = (sample.offset, sample.size, label, sample.extension.encode())
+    sha256, size, undecodable = None, 0, 0
+    image_sizes: set[tuple[int, int]] = set()
+    try:
+        size = path.stat().st_size
+        if content and tar.complete:
+            sha256 = sha256_of(path)
+            image_sizes, undecodable = _image_sizes(path, tar.samples)
+    except OSError as error:
+        if tar.complete:  # otherwise the scan has said it
+            defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
+    return ShardScan(path, size, sha256, index, list(names), image_sizes, undecodable, defects)
+
+
+def _no_name(text: str) -> str:
+    """Why `text`, which is no class number, is no class name either; empty if it is one."""
+    if not text:
+        return "nothing"
+    if "\ufffd" in text or not text.isprintable():
+        return "not printable UTF-8"
+    if text.lstrip("+-")[:1].isdigit():
+        try:
+            float(text)
+        except ValueError:
+            return ""
+        return f"a number outside 0..{LARGEST_LABEL}"
+    return ""
+
+
+def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, int]], int]:
+    """The sizes of the images as far as they matter, and how many images have no readable header."""
+    sizes: set[tuple[int, int]] = set()
+    undecodable = 0
+    with path.open("rb") as file:
+        for sample in samples:
+            try:
+                size = _image_size(file.fileno(), sample)
+            except ImageError:
+                undecodable += 1
+            else:
+                if len(sizes) < 2:
+                    sizes.add(size)
+    return sizes, undecodable
+
+
+def _image_size(descriptor: int, sample: TarSample) -> tuple[int, int]:
+    head = os.pread(descriptor, min(sample.size, _HEAD), sample.offset)
+    try:
+        return dimensions(head, sample.extension)
+    except ImageError:
+        if len(head) == sample.size:
+            raise
+        return dimensions(os.pread(descriptor, sample.size, sample.offset), sample.extension)
+
+
+def _kinds(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    conditions = [labels >= 0, labels == NO_LABEL, labels == _REFUSED]
+    return np.select(conditions, [_Kind.NUMBER, _Kind.NONE, _Kind.REFUSED], _Kind.NAME)
+
+
+def _label_text(scan: ShardScan, row: np.intp) -> str:
+    label = int(scan.index["label"][row])
+    if label == NO_LABEL:
+        return "no label"
+    return f"label {label}" if label >= 0 else f"label {scan.names[_FIRST_NAME - label]!r}"
+
+
+def _sample_defect(scan: ShardScan, row: np.intp, what: str) -> Defect:
+    return Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}")

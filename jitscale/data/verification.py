@@ -1,0 +1,205 @@
+"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jitscale.data.images import ImageError, decode
+from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.survey import Tars, by_place, in_processes
+from jitscale.data.tar_index import (
+    INDEX,
+    NO_LABEL,
+    Defect,
+    IndexArray,
+    TarSample,
+    class_number,
+    index_path,
+    map_index,
+    survey_tar,
+)
+from jitscale.errors import DataError
+from jitscale.files import sha256_of
+from jitscale.keyed_random import Int64Array
+
+_REBUILD = "rebuild it with tools/index_shards.py --force"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and what is wrong."""
+
+    shards: int
+    samples: int
+    bytes: int
+    seconds: float
+    defects: list[Defect]  # sorted by shard and byte
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    record: ShardRecord
+    num_classes: int
+    class_names: list[str] | None
+    resolution: int | None
+
+
+@dataclass(frozen=True)
+class _Checked:
+    samples: int
+    bytes: int
+    defects: list[Defect]
+
+
+def verify(tars: Tars, workers: int) -> Verification:
+    """Compare the shards of `tars` with their manifest, and decode every image, in parallel.
+
+    Checked are size, sha256, number of samples, the index beside a shard against a fresh scan, the range of labels,
+    and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
+    others; of a tar that breaks off, the samples before are checked.
+
+    Args:
+        tars: from `find_tars`; of a whole folder, every shard that its manifest names is checked.
+        workers: processes at most.
+
+    Raises:
+        DataError: there is no manifest; a process died.
+    """
+    manifest = tars.manifest
+    if manifest is None:
+        raise DataError(
+            f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
+        )
+    tasks = [
+        _Task(tars.folder / record.name, record, manifest.num_classes, manifest.class_names, manifest.resolution)
+        for record in manifest.shards
+        if tars.whole_folder or tars.folder / record.name in tars.paths
+    ]
+    defects = list(_contradictions(tars, manifest))
+    samples = read = 0
+    started = time.monotonic()
+    with tqdm(total=sum(task.record.bytes for task in tasks), unit="B", unit_scale=True, desc="verify") as progress:
+        for number, checked in in_processes(_check, tasks, workers):
+            samples += checked.samples
+            read += checked.bytes
+            defects += checked.defects
+            progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
+            progress.update(tasks[number].record.bytes)
+    return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
+
+
+def _contradictions(tars: Tars, manifest: Manifest) -> Iterator[Defect]:
+    """What is wrong before a shard is opened."""
+    if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
+        what = f"names {len(manifest.class_names)} classes and counts {manifest.num_classes}; write it again"
+        yield Defect(tars.folder / MANIFEST, None, what)
+    if not tars.whole_folder:
+        for path in tars.not_in_manifest():
+            yield Defect(path, None, f"is not named by {MANIFEST}; choose another pattern or index the folder again")
+
+
+def _check(task: _Task) -> _Checked:
+    """One shard, in any process; whatever is wrong with it is a defect."""
+    path, record = task.path, task.record
+    if not path.is_file():
+        return _Checked(0, 0, [Defect(path, None, "is missing; copy it again")])
+    defects: list[Defect] = []
+    samples = size = 0
+    try:
+        size = path.stat().st_size
+        intact = False
+        if size != record.bytes:
+            defects.append(Defect(path, None, f"has {size} bytes, the manifest says {record.bytes}; copy it again"))
+        elif (digest := sha256_of(path)) != record.sha256:
+            what = f"has sha256 {digest[:16]}..., the manifest says {record.sha256[:16]}...; copy it again"
+            defects.append(Defect(path, None, what))
+        else:
+            intact = True
+        scan = survey_tar(path)
+        samples = len(scan.samples)
+        defects += scan.defects
+        index, wrong_labels = _fresh_index(task, scan.samples)
+        defects += wrong_labels.values()
+        if scan.complete:
+            defects += _count_and_index_defects(task, index, np.array(list(wrong_labels), np.int64))
+        remedy = (
+            "write the shard again without it, or leave it: training replaces it" if intact else "copy the shard again"
+        )
+        defects += _image_defects(task, scan.samples, remedy)
+    except OSError as error:
+        defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
+    return _Checked(samples, size, defects)
+
+
+def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
+    """What the index should be, and the samples whose label is wrong."""
+    numbers = {name: number for number, name in enumerate(task.class_names or [])}
+    index = np.empty(len(samples), INDEX)
+    wrong: dict[int, Defect] = {}
+    for row, sample in enumerate(samples):
+        label = None if sample.label is None else class_number(sample.label, numbers)
+        if task.num_classes and (label is None or label >= task.num_classes):
+            found = "no label" if sample.label is None else f"label {sample.label!r}"
+            what = f"sample {row} has {found}, needs one in 0..{task.num_classes - 1}; write the shard again"
+            wrong[row] = Defect(task.path, sample.offset, what)
+        index[row] = (sample.offset, sample.size, NO_LABEL if label is None else label, sample.extension.encode())
+    return index, wrong
+
+
+def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64Array) -> Iterator[Defect]:
+    """What the manifest and the index beside the tar say otherwise than its headers, the wrong labels left aside."""
+    path, beside = task.path, index_path(task.path)
+    if len(fresh) != task.record.samples:
+        what = f"holds {len(fresh)} samples, the manifest says {task.record.samples}; write the manifest again"
+        yield Defect(path, None, what)
+    if not beside.exists():
+        yield Defect(path, None, f"has no index beside it; {_REBUILD}")
+        return
+    try:
+        index = map_index(path)
+    except DataError as error:
+        yield Defect(path, None, f"has an index that {str(error).removeprefix(f'{beside}: ')}")
+        return
+    if len(index) != len(fresh):
+        yield Defect(path, None, f"holds {len(fresh)} samples, {beside.name} lists {len(index)}; {_REBUILD}")
+        return
+    differs = index != fresh
+    differs[wrong_labels] = False
+    rows = np.flatnonzero(differs)
+    if len(rows):
+        first = rows[0]
+        what = (
+            f"{len(rows)} samples differ from {beside.name}, first sample {first}: that lists {_entry(index[first])}, "
+            f"the tar holds {_entry(fresh[first])}; {_REBUILD}"
+        )
+        yield Defect(path, int(fresh["offset"][first]), what)
+
+
+def _entry(record: np.void) -> str:
+    offset, size, label, extension = record["offset"], record["size"], record["label"], record["extension"]
+    return f"{size} bytes of {extension.decode(errors='replace')} at {offset}, label {label}"
+
+
+def _image_defects(task: _Task, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
+    with task.path.open("rb") as file:
+        for row, sample in enumerate(samples):
+            data = os.pread(file.fileno(), sample.size, sample.offset)
+            try:
+                height, width = decode(data, sample.extension).shape[:2]
+            except ImageError as error:
+                yield Defect(task.path, sample.offset, f"sample {row} {error}; {remedy}")
+                continue
+            if task.resolution is not None and (width, height) != (task.resolution, task.resolution):
+                what = (
+                    f"sample {row} is {width} x {height} pixels, the manifest says {task.resolution} a side; "
+                    f"write the shard or the manifest again"
+                )
+                yield Defect(task.path, sample.offset, what)

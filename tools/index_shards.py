@@ -1,0 +1,153 @@
+"""Make webdataset tars that another program wrote into shards, or verify shards, whoever wrote them.
+
+    python tools/index_shards.py /data/imagenet_wds
+    python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
+    python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
+
+Indexing reads all tars of one folder, and writes an index beside each and a manifest.json. Labels are the `cls`
+members: numbers, or names, which are numbered in sorted order or in that of --class-names; or there are none. With any
+defect nothing is written. Verifying compares with the manifest (size, sha256, samples, index, labels) and decodes every
+image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2: defects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
+from jitscale.data.survey import Tars, find_tars, survey
+from jitscale.data.tar_index import Defect
+from jitscale.data.verification import verify
+from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.files import appearing_whole
+
+MOST_LINES = 50  # of defects that are printed
+
+
+def main() -> int:
+    """Parse the command line, then index or verify."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "shards", metavar="DIR_OR_GLOB", help="a folder, or a glob or brace pattern of tars in one folder"
+    )
+    parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
+    parser.add_argument("--force", action="store_true", help="index again what has a manifest")
+    parser.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="names, one a line, in the order of their numbers"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
+    parser.add_argument(
+        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help=WORKERS_HELP
+    )
+    options = parser.parse_args()
+    if options.verify and (options.force or options.class_names):
+        parser.error("--verify writes nothing: it takes neither --force nor --class-names")
+
+    tars = find_tars(options.shards)
+    if options.verify:
+        return _verify(tars, options)
+    if tars.manifest is not None and not options.force:
+        return _indexed_before(tars, tars.manifest)
+    return _index(tars, options)
+
+
+def _index(tars: Tars, options: argparse.Namespace) -> int:
+    if not os.access(tars.folder, os.W_OK):
+        raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
+    class_names = None if options.class_names is None else read_class_names(options.class_names)
+    found = survey(tars, class_names, options.workers)
+    _report(found.defects, options.report)
+    if found.defects:
+        _print(found.defects, options.report, sys.stderr)
+        damaged = len({defect.path for defect in found.defects})
+        raise DataError(
+            f"{tars.folder}: {_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars; "
+            "nothing was written, mend or leave out these tars"
+        )
+    found.write()
+    manifest = found.manifest
+    classes = _many(manifest.num_classes, "class", "classes") if manifest.num_classes else "no labels"
+    size = (
+        "of their own sizes"
+        if manifest.resolution is None
+        else f"of {manifest.resolution} x {manifest.resolution} pixels"
+    )
+    print(
+        f"{tars.folder}: indexed {_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')} {size}, "
+        f"{classes}"
+    )
+    if found.undecodable:
+        print(f"{_many(found.undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
+    return ExitCode.DONE
+
+
+def _indexed_before(tars: Tars, manifest: Manifest) -> int:
+    named = {record.name: record.bytes for record in manifest.shards}
+    there = {path.name: path.stat().st_size for path in tars.paths}
+    differing = [name for name in there if named.get(name) != there[name]]
+    if tars.whole_folder:
+        differing += named.keys() - there.keys()
+    if differing:
+        raise DataError(
+            f"{tars.folder / MANIFEST}: is there, but {len(differing)} tars are missing, not named or of another size "
+            f"({min(differing)}, ...); look with --verify, or index again with --force"
+        )
+    print(f"{tars.folder}: is indexed already, {_many(len(named), 'shard')} with {_many(manifest.total, 'image')}")
+    return ExitCode.DONE
+
+
+def _verify(tars: Tars, options: argparse.Namespace) -> int:
+    result = verify(tars, options.workers)
+    _report(result.defects, options.report)
+    _print(result.defects, options.report, sys.stdout)
+    outside = len(tars.not_in_manifest())
+    if tars.whole_folder and outside:
+        print(f"{_many(outside, 'tar')} of the folder are not named by {MANIFEST}, and were not looked at")
+    print(
+        f"{tars.folder}: {_many(result.shards, 'shard')}, {_many(result.samples, 'sample')}, {result.bytes:,} bytes, "
+        f"{result.samples / max(result.seconds, 1e-9):.0f} images/s, {_many(len(result.defects), 'defect')}"
+    )
+    return ExitCode.USER_ERROR if result.defects else ExitCode.DONE
+
+
+def _report(defects: Sequence[Defect], path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        with appearing_whole(path) as file:
+            for defect in defects:
+                entry = {"shard": str(defect.path), "byte": defect.byte, "what": defect.what}
+                file.write(json.dumps(entry).encode() + b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: the report cannot be written ({error}); choose another file") from error
+
+
+def _print(defects: Sequence[Defect], report: Path | None, stream: TextIO) -> None:
+    for defect in defects[:MOST_LINES]:
+        print(defect, file=stream)
+    if len(defects) > MOST_LINES:
+        where = "--report FILE writes all" if report is None else f"all are in {report}"
+        print(f"... and {len(defects) - MOST_LINES} more ({where})", file=stream)
+
+
+def _many(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+WORKERS_HELP = "processes (default: the cores this process may use, %(default)s)"
+
+if __name__ == "__main__":
+    exit_with_message(main)

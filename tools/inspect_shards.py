@@ -1,0 +1,148 @@
+"""What is in shards: counts, classes and their balance, sizes and colours of a random sample, and a contact sheet.
+
+    python tools/inspect_shards.py /data/imagenet_256 --contact-sheet imagenet.png
+    python tools/inspect_shards.py '/data/theirs-{0000..0009}.tar' --samples 500 --json
+
+With or without a manifest. Images that cannot be decoded, and tars that are damaged, are counted;
+tools/index_shards.py lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jitscale.data.inspection import Collection, balance, collect, contact_sheet, extensions, look, statistics
+from jitscale.data.survey import find_tars
+from jitscale.errors import DataError, ExitCode, exit_with_message
+
+MOST_NAMED = 5  # classes or bad inputs that the table names
+
+
+def main() -> int:
+    """Parse the command line, look and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder")
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
+    parser.add_argument(
+        "--samples", type=_positive, default=2000, metavar="N", help="random images to decode (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random sample (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: the cores this process may use, %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    if options.contact_sheet is not None and options.contact_sheet.suffix.lower() != ".png":
+        parser.error("--contact-sheet must be called .png")
+
+    collection = collect(find_tars(options.shards), options.workers)
+    if not collection.samples:
+        what = f" ({collection.defects[0]})" if collection.defects else ""
+        raise DataError(f"{options.shards}: holds no sample that can be read{what}; choose other shards")
+    seen = look(collection, options.samples, options.seed, options.workers)
+    result = {
+        "shards": len(collection.paths),
+        "samples": collection.samples,
+        "bytes": collection.bytes,
+        "bytes_per_sample": collection.bytes / collection.samples,
+        "codec": collection.codec,
+        "resolution": collection.resolution,
+        "crop": collection.crop,
+        "manifest_hash": collection.manifest_hash,
+        "bad_inputs": [{"source": bad.source, "reason": bad.reason} for bad in collection.bad],
+        "enlarged": collection.enlarged,
+        "defects": [str(defect) for defect in collection.defects],
+        "extensions": extensions(collection),
+        "classes": balance(collection),
+        "decoded": seen.images,
+        "undecodable": [str(defect) for defect in seen.undecodable],
+        **statistics(seen),
+    }
+    if options.contact_sheet is not None:
+        contact_sheet(collection, options.contact_sheet, options.seed)
+    print(json.dumps(result) if options.json else _table(_lines(result, collection)))
+    return ExitCode.DONE
+
+
+def _lines(result: dict[str, Any], collection: Collection) -> list[tuple[str, str]]:
+    resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of their own sizes"
+    lines = [
+        ("shards", f"{result['shards']:,}"),
+        ("samples", f"{result['samples']:,}"),
+        ("bytes", f"{result['bytes']:,}"),
+        ("bytes a sample", f"{result['bytes_per_sample']:,.0f}"),
+        ("codec", result["codec"] or "unknown: there is no manifest"),
+        ("images of each extension", ", ".join(f"{name} {number:,}" for name, number in result["extensions"].items())),
+        ("resolution", resolution if result["codec"] else "unknown: there is no manifest"),
+        ("crop", result["crop"] or "none"),
+        ("manifest hash", result["manifest_hash"]),
+        ("inputs left out as bad", _some([f"{bad['source']}: {bad['reason']}" for bad in result["bad_inputs"]])),
+        ("images enlarged", f"{result['enlarged']:,}"),
+        ("defects of tars and labels", _some(result["defects"])),
+        *_class_lines(result["classes"], collection),
+        ("images decoded", f"{result['decoded']:,}"),
+        ("undecodable among them", _some(result["undecodable"])),
+    ]
+    if result["decoded"]:
+        below = result["share_of_short_sides_below"]
+        lines += [
+            (f"{side}: min, median, max", "{min}, {median:g}, {max}".format(**result[side]))
+            for side in ("width", "height")
+        ]
+        lines += [(f"short side below {side}", f"{share:.1%}") for side, share in below.items()]
+        lines += [
+            ("mean of R, G, B in [0, 255]", _numbers(result["rgb_mean_255"], 1)),
+            ("standard deviation in [0, 255]", _numbers(result["rgb_std_255"], 1)),
+            ("mean of R, G, B in [-1, 1]", _numbers(result["rgb_mean"], 3)),
+            ("standard deviation in [-1, 1]", _numbers(result["rgb_std"], 3)),
+            ("grey images", f"{result['share_grey']:.1%}"),
+        ]
+    return lines
+
+
+def _class_lines(classes: dict[str, Any], collection: Collection) -> list[tuple[str, str]]:
+    if not classes["number"]:
+        return [("classes", "none")]
+    smallest, largest = classes["smallest"], classes["largest"]
+    names = collection.class_names
+    return [
+        ("classes", f"{classes['number']:,}" + (f": {_some(names, count=False)}" if names else ", without names")),
+        ("smallest class", f"{smallest['samples']:,} samples, {smallest['class']}"),
+        ("median class", f"{classes['median_samples']:,g} samples"),
+        ("largest class", f"{largest['samples']:,} samples, {largest['class']}"),
+        ("classes without a sample", _some(classes["empty"])),
+        ("samples without a class", f"{classes['samples_without_label']:,}"),
+    ]
+
+
+def _some(texts: list[str], *, count: bool = True) -> str:
+    """How many there are, and the first ones."""
+    shown = "; ".join(texts[:MOST_NAMED]) + ("; ..." if len(texts) > MOST_NAMED else "")
+    return shown if not count else f"{len(texts):,} ({shown})" if texts else "0"
+
+
+def _numbers(values: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _table(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in lines)])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
