@@ -85,6 +85,10 @@ class OptimConfig:
     """AdamW and its learning rate."""
 
     lr: float = 2e-4
+    lr_factor_patch_embedding: float = 1.0  # times lr, for the patch embedding
+    lr_factor_embeddings: float = 1.0  # for labels, times and in-context tokens
+    lr_factor_output: float = 1.0  # for the output layer
+    lr_factor_vectors: float = 1.0  # for biases and norms elsewhere
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
@@ -421,6 +425,10 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "data.window",
         "data.cache_gb",
         "optim.lr",
+        "optim.lr_factor_patch_embedding",
+        "optim.lr_factor_embeddings",
+        "optim.lr_factor_output",
+        "optim.lr_factor_vectors",
         "checkpoint.every_images",
         "checkpoint.keep_last",
         "checkpoint.keep_every_images",

@@ -79,7 +79,7 @@ class ZeroEngine:
         """
         if lr is not None:
             for group in self._optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             if self.stage == 0:
                 self._stage0_norm = self._stage0_gradient_norm()
         self._engine.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,14 +11,38 @@ from torch import nn
 from jitscale.config import OptimConfig
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """Matrices and convolution kernels decay, vectors (biases, norm weights) do not."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for _, p in named if p.ndim >= 2]
-    kept = [p for _, p in named if p.ndim < 2]
+def parameter_kind(name: str, dimensions: int) -> str:
+    """What a parameter of the network is for: the kinds that may have a learning rate of their own."""
+    if name.startswith("x_embedder."):
+        return "patch_embedding"
+    if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):
+        return "embeddings"
+    if name.startswith("final_layer.linear."):
+        return "output"
+    return "matrices" if dimensions >= 2 else "vectors"
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and learning rate.
+
+    Matrices and convolution kernels decay, vectors (biases, norm weights) do not. A group's `lr_factor` multiplies the
+    learning rate of the step.
+    """
+    factors = {
+        "patch_embedding": config.lr_factor_patch_embedding,
+        "embeddings": config.lr_factor_embeddings,
+        "output": config.lr_factor_output,
+        "vectors": config.lr_factor_vectors,
+        "matrices": 1.0,
+    }
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            members.setdefault((p.ndim >= 2, factors[parameter_kind(name, p.ndim)]), []).append(p)
     return [
-        {"params": decayed, "weight_decay": config.weight_decay, "name": "matrices"},
-        {"params": kept, "weight_decay": 0.0, "name": "vectors"},
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_factor": factor}
+        for (decays, factor), parameters in members.items()
+        if parameters
     ]
 
 

@@ -1,0 +1,65 @@
+"""Parameter groups and the learning rate."""
+
+from __future__ import annotations
+
+import pytest
+
+from jitscale.config import ModelConfig, OptimConfig
+from jitscale.model.jit import JiT
+from jitscale.training.optim import learning_rate, parameter_groups, parameter_kind
+
+MODEL = ModelConfig(
+    image_size=16,
+    patch_size=4,
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    bottleneck_dim=8,
+    in_context_len=4,
+    in_context_start=1,
+    num_classes=10,
+)
+
+
+def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:
+    """(weight decay, learning-rate factor) -> names of parameters."""
+    model = JiT(MODEL)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    assert sum(len(group["params"]) for group in groups) == len(names), "each parameter in one group"
+    return {(g["weight_decay"], g["lr_factor"]): {names[id(p)] for p in g["params"]} for g in groups}
+
+
+def test_by_default_there_are_two_groups_that_differ_in_decay() -> None:
+    groups = grouped(OptimConfig(weight_decay=0.1))
+    assert set(groups) == {(0.1, 1.0), (0.0, 1.0)}
+    assert all(
+        name.endswith(("bias", "norm.weight", "norm1.weight", "norm2.weight"))
+        for name in groups[0.0, 1.0]
+        if "norm" in name
+    )
+    assert "x_embedder.proj1.weight" in groups[0.1, 1.0]
+    assert "final_layer.linear.bias" in groups[0.0, 1.0]
+
+
+def test_kinds_may_have_rates_of_their_own() -> None:
+    config = OptimConfig(lr_factor_patch_embedding=0.25, lr_factor_output=0.5, lr_factor_embeddings=2.0)
+    groups = grouped(config)
+    assert {name for (_, factor), names in groups.items() if factor == 0.25 for name in names} == {
+        "x_embedder.proj1.weight",
+        "x_embedder.proj2.weight",
+        "x_embedder.proj2.bias",
+    }
+    assert {name for (_, factor), names in groups.items() if factor == 0.5 for name in names} == {
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+    }
+    assert "in_context_posemb" in {name for (_, factor), names in groups.items() if factor == 2.0 for name in names}
+    assert parameter_kind("blocks.0.attn.qkv.weight", 2) == "matrices"
+    assert parameter_kind("blocks.0.attn.qkv.bias", 1) == "vectors"
+
+
+def test_the_rate_warms_up_and_ends() -> None:
+    cosine = OptimConfig(lr=1.0, schedule="cosine", warmup_images=100)
+    assert [learning_rate(cosine, images, 1100) for images in (50, 100, 600, 1100)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert learning_rate(OptimConfig(lr=1.0, warmup_images=0), 7, 10) == 1.0
