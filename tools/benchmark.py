@@ -3,6 +3,7 @@
     python tools/benchmark.py step --config configs/jit_b_256.yaml --batch 4
     python tools/benchmark.py sample --config configs/jit_b_256.yaml --batch 4
     python tools/benchmark.py data
+    python tools/benchmark.py checkpoint --config configs/jit_b_256.yaml
 
 `step` and `sample` run one process with freshly initialised weights and random images; OMP_NUM_THREADS sets the
 threads.
@@ -15,6 +16,7 @@ import argparse
 import json
 from typing import Any
 
+from jitscale.benchmarks import checkpoint as saving
 from jitscale.benchmarks import data as reading
 from jitscale.benchmarks import sample as sampling
 from jitscale.benchmarks import step as training_step
@@ -47,12 +49,18 @@ def main() -> int:
     data.add_argument("--workers", type=_positive, default=2, metavar="N", help="of the hand-off; default: %(default)s")
     data.add_argument("--resume-samples", type=_positive, default=100_000_000, metavar="N", help="default: %(default)s")
 
-    for command in (step, sample):
+    save = commands.add_parser("checkpoint", help="saving, verifying, loading; standing still for it; imports")
+    save.set_defaults(measure=saving.measure, describe=saving.describe, batch=1)
+    save.add_argument("--repeats", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    save.add_argument("--folder", metavar="DIR", help="on the disk to be measured; default: the temporary folder")
+
+    for command in (step, sample, save):
         command.add_argument("--config", default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s")
-        command.add_argument("--batch", type=_positive, default=4, metavar="B", help="images; default: %(default)s")
-    for command in (step, sample, data):
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     for command in (step, sample):
+        command.add_argument("--batch", type=_positive, default=4, metavar="B", help="images; default: %(default)s")
+    for command in (step, sample, data, save):
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    for command in (step, sample, save):
         command.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
     options = parser.parse_args()
 

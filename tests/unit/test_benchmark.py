@@ -63,6 +63,14 @@ def test_the_table_and_a_refusal() -> None:
     assert "run.device=cuda" in benchmark("step", "run.device=cuda", *TINY, expect=2)
 
 
+def test_checkpoint() -> None:
+    result: dict[str, Any] = json.loads(benchmark("checkpoint", "--repeats", "1", "--json", *TINY))
+    assert set(result) == {"config", "repeats", "bytes", "seconds", "range", "imports"} | ENVIRONMENT
+    assert set(result["seconds"]) == {"stall_sync", "stall_async", "written_async", "verify", "load"}
+    assert result["seconds"]["stall_async"] < result["seconds"]["written_async"]
+    assert all(seconds > 0 for seconds in result["imports"].values())
+
+
 def test_data() -> None:
     arguments = ["--resolutions", "16", "24", "--images", "4", "--seconds", "0.1", "--resume-samples", "3000", "--json"]
     result: dict[str, Any] = json.loads(benchmark("data", *arguments))
