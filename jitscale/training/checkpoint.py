@@ -87,7 +87,17 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank could not write.
     """
-    final = step_folder(run_dir, progress.step)
+    return write_folder(step_folder(run_dir, progress.step), progress, config, fragments, sets)
+
+
+def write_folder(
+    final: Path,
+    progress: Progress,
+    config: Config,
+    fragments: Sequence[Fragment],
+    sets: Mapping[str, Sequence[torch.Tensor]],
+) -> Path:
+    """`write_checkpoint` into the folder `final`, which appears complete or not at all."""
     aside = final.with_name(f"{final.name}.partial")
     rank = _this_rank()
     file = aside / f"rank_{rank:05d}.safetensors"

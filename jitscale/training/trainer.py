@@ -42,6 +42,7 @@ from jitscale.training.checkpoint import (
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import learning_rate
+from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Trainer:
         if checkpoint is not None:
             checkpoint.check_shapes({name: tuple(p.shape) for name, p in network.named_parameters()})
         self.engine = ZeroEngine(network, config, world)
-        self.ema = ShardedEma(config.ema.decays, self.engine.masters())
+        self.ema = ShardedEma(config.ema, self.engine.masters())
         self.step = self.images = self.skipped_steps = 0
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.data_identity = _data_identity(config, shards, checkpoint)
@@ -96,6 +97,7 @@ class Trainer:
         self.stop_requested = StopSignal()
         if world.is_main:  # only now: a refused start leaves the run as it was
             (run_dir / "config.yaml").write_text(to_yaml(config))
+            remove_snapshots_after(run_dir, self.images)
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
 
     def run(self) -> ExitCode:
@@ -113,6 +115,7 @@ class Trainer:
         ) as progress:
             while self.images < self.end:
                 loss = self._train_step()
+                self._snapshot()  # before anything may save this step: a resumed run goes on after it
                 progress.update(config.data.batch_size)
                 if self.step % config.tracking.log_every_steps == 0 or self.images >= self.end:
                     progress.set_postfix_str(f"loss {self._log(loss, clock):.4f}")
@@ -157,9 +160,8 @@ class Trainer:
             moved = self.engine.step(lr if last else None)
             total += loss.detach() / (self.engine.micro_batches * self.world.size)
         self.step, self.images = self.step + 1, images
-        if moved:
-            self.ema.update(self.engine.masters())
-        else:
+        self.ema.update(self.engine.masters(), self.step, (images - config.data.batch_size, images), moved=moved)
+        if not moved:
             self.skipped_steps += 1
         return total
 
@@ -259,6 +261,13 @@ class Trainer:
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         write_checkpoint(self.run_dir, progress, self.config, self.engine.fragments, sets)
         parallel.together(lambda: prune(self.run_dir, self.config.checkpoint.keep_last) if self.world.is_main else None)
+
+    def _snapshot(self) -> None:
+        """Store the power averages where `ema.snapshot_every_images` asks for it, and at the end of the run."""
+        every_images = self.config.ema.snapshot_every_images
+        if every_images is not None and (self._passed(every_images) or self.images >= self.end):
+            progress = Progress(self.step, self.images, self.engine.optimizer_step(), self.data_identity)
+            write_snapshot(self.run_dir, progress, self.config, self.engine.fragments, self.ema.power_sets)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
