@@ -24,7 +24,8 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
 
     Args:
         path: a run folder, a step folder, a .safetensors file or the authors' .pth file.
-        weights: `model` or `ema_<decay>`; None for the run's `evaluation.weights`, or the authors' model_ema1.
+        weights: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, or the authors'
+            model_ema1.
         config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields
             (image_size, patch_size, hidden_size, depth, num_heads, bottleneck_dim, in_context_len, in_context_start,
             num_classes) with an optional noise_scale.

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jitscale.errors import ConfigError
 
 FEWEST_SAMPLES = 10  # of an evaluation
+WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the whole run, where gamma is 0
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.prediction": ("x", "e", "v"),
@@ -111,9 +112,12 @@ class EngineConfig:
 
 @dataclass
 class EmaConfig:
-    """Exponential moving averages of the weights, kept in shards."""
+    """Averages of the weights, kept in shards: exponential ones, and power functions (arXiv 2312.02696, section 3)."""
 
     decays: list[float] = field(default_factory=lambda: [0.9996, 0.9998, 0.9999])
+    warmup: bool = False  # decay of step s is min(decay, (1 + s) / (10 + s)), so that the start is forgotten
+    power_widths: list[float] = field(default_factory=list)  # standard deviations relative to the run, as [0.05,0.1]
+    snapshot_every_images: int | None = None  # store the power averages for tools/posthoc_ema.py; null: never
 
 
 @dataclass
@@ -130,7 +134,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Sampling and the metrics taken from samples."""
 
-    weights: str = "ema_0.9999"  # weight set that is sampled from: model or ema_<decay>
+    weights: str = "ema_0.9999"  # weight set that is sampled from: model, ema_<decay> or power_<width>
     method: str = "heun"
     steps: int = 50  # heun: steps - 1 Heun steps, then one Euler step
     guidance_scale: float = 1.0  # 1: no guidance
@@ -189,9 +193,15 @@ def ema_name(decay: float) -> str:
     return f"ema_{decay}"
 
 
+def power_name(width: float) -> str:
+    """The name of a power-function average's weight set, such as `power_0.050`: three decimals, or more if needed."""
+    return f"power_{width:.3f}" if float(f"{width:.3f}") == width else f"power_{width}"
+
+
 def weight_set_names(config: Config) -> list[str]:
     """The weight sets that a run of `config` writes."""
-    return ["model", *(ema_name(decay) for decay in config.ema.decays)]
+    ema = config.ema
+    return ["model", *(ema_name(decay) for decay in ema.decays), *(power_name(width) for width in ema.power_widths)]
 
 
 def load_config(
@@ -429,6 +439,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "optim.lr_factor_embeddings",
         "optim.lr_factor_output",
         "optim.lr_factor_vectors",
+        "ema.snapshot_every_images",
         "checkpoint.every_images",
         "checkpoint.keep_last",
         "checkpoint.keep_every_images",
@@ -481,6 +492,24 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
             yield _Problem("ema.decays", decay, "must lie in (0, 1)", "give such a number, for example 0.9999")
     if len(set(config.ema.decays)) < len(config.ema.decays):
         yield _Problem("ema.decays", config.ema.decays, "names a decay twice", "remove one")
+    for width in config.ema.power_widths:
+        if not 0 < width < WIDEST_POWER:
+            yield _Problem(
+                "ema.power_widths",
+                width,
+                f"must lie in (0, {WIDEST_POWER:.4f})",
+                "give such a number, for example 0.05",
+            )
+    if len(set(config.ema.power_widths)) < len(config.ema.power_widths):
+        yield _Problem("ema.power_widths", config.ema.power_widths, "names a width twice", "remove one")
+    if config.ema.snapshot_every_images is not None and not config.ema.power_widths:
+        yield _Problem(
+            "ema.snapshot_every_images",
+            config.ema.snapshot_every_images,
+            "stores power averages, and ema.power_widths=[] has none",
+            "set ema.power_widths=[0.05,0.1]",
+            ("ema.power_widths",),
+        )
 
 
 def _impossible_model(model: ModelConfig) -> Iterator[_Problem]:
@@ -560,8 +589,8 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
             "evaluation.weights",
             evaluation.weights,
             f"is not a weight set of this run ({', '.join(names)})",
-            "choose one of them or add its decay to ema.decays",
-            ("ema.decays",),
+            "choose one of them or add its decay to ema.decays or its width to ema.power_widths",
+            ("ema.decays", "ema.power_widths"),
         )
     interval = evaluation.guidance_interval
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:

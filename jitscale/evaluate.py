@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
-    parser.add_argument("--weights", metavar="NAME", help="model or ema_<decay>; default: evaluation.weights")
+    parser.add_argument(
+        "--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: evaluation.weights"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win, such as evaluation.num_images=5000"
     )

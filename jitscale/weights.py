@@ -1,7 +1,7 @@
 """Weight sets in files: the runs and step folders of this project, safetensors files, the authors' .pth files.
 
-A set is named `model` or `ema_<decay>`. Nothing is unpickled but tensors and the plain values of an argparse
-namespace, which the authors' files carry.
+A set is named `model`, `ema_<decay>` or `power_<width>`. Nothing is unpickled but tensors and the plain values of an
+argparse namespace, which the authors' files carry.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from jitscale.config import (
     to_dict,
 )
 from jitscale.errors import CheckpointError
+from jitscale.files import appearing_whole
 from jitscale.model.jit import JiT
 from jitscale.training.checkpoint import Checkpoint, latest_checkpoint
 
@@ -45,7 +49,7 @@ class WeightSet:
     """One set of weights with all that is needed to use it.
 
     Attributes:
-        name: `model` or `ema_<decay>`.
+        name: `model`, `ema_<decay>` or `power_<width>`.
         tensors: parameter name -> float32 tensor.
         model: sizes of the network.
         diffusion: how it was trained.
@@ -84,8 +88,8 @@ def read_weights(path: str | Path, name: str | None = None, config: ConfigSource
 
     Args:
         path: a run folder (its newest checkpoint), a step folder, a .safetensors file, or the authors' .pth file.
-        name: `model` or `ema_<decay>`; None for the run's `evaluation.weights`, for the authors' file its
-            model_ema1, for safetensors what the file holds.
+        name: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, for the authors'
+            file its model_ema1, for safetensors what the file holds.
         config: the sizes, and for safetensors the diffusion settings, where the file does not say them: a YAML
             file, a config object, or a mapping of model fields.
 
@@ -104,11 +108,53 @@ def read_weights(path: str | Path, name: str | None = None, config: ConfigSource
 
 def write_safetensors(path: Path, weights: WeightSet) -> None:
     """One weight set in one file, with its config in the metadata; `read_weights` needs nothing else."""
-    described = to_dict(Config(model=weights.model, diffusion=weights.diffusion))
-    metadata = {key: json.dumps(described[key]) for key in ("model", "diffusion")}
-    save_file(
-        {k: v.contiguous() for k, v in weights.tensors.items()}, path, metadata={"weights": weights.name, **metadata}
-    )
+    metadata = _metadata(weights.name, weights.model, weights.diffusion)
+    save_file({k: v.contiguous() for k, v in weights.tensors.items()}, path, metadata=metadata)
+
+
+@contextmanager
+def appearing_safetensors(
+    path: Path,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Config,
+    extra: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """What `write_safetensors` writes, in pieces, for weights that do not fit into memory.
+
+    The file gets its name when it is complete; an exception leaves nothing behind.
+
+    Args:
+        path: the file.
+        name: of the weight set.
+        shapes: parameter name -> shape, in the order in which the values will come.
+        config: of the network.
+        extra: metadata beside the network's.
+
+    Yields:
+        A function that appends the next float32 values, of any number of elements, on the CPU.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {**_metadata(name, config.model, config.diffusion), **(extra or {})}}
+    end = 0
+    for parameter, shape in shapes.items():
+        begin, end = end, end + 4 * prod(shape)
+        header[parameter] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)  # so that the values are aligned in a mapped file
+    written = 0
+    with appearing_whole(path) as file:
+
+        def append(values: torch.Tensor) -> None:
+            nonlocal written
+            assert values.dtype == torch.float32
+            written += file.write(values.contiguous().numpy().astype("<f4", copy=False).tobytes())
+
+        file.write(struct.pack("<Q", len(described)) + described)
+        yield append
+        assert written == end, f"{written} of {end} bytes of {path}"
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -123,6 +169,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if newest is None:
         raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
     return newest
+
+
+def _metadata(name: str, model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, str]:
+    described = to_dict(Config(model=model, diffusion=diffusion))
+    return {"weights": name, **{key: json.dumps(described[key]) for key in ("model", "diffusion")}}
 
 
 def _read_folder(folder: Path, name: str | None) -> WeightSet:

@@ -16,7 +16,7 @@ from jitscale.benchmarks.conditions import CPU, measured_config
 from jitscale.config import Config
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.training.checkpoint import Checkpoint, Progress, Save, load_fragments
+from jitscale.training.checkpoint import Checkpoint, Progress, Save, load_fragments, step_folder
 from jitscale.training.ema import ShardedEma
 
 IMPORTS = ("import torch", "import jitscale.config", "import jitscale.training.trainer")
@@ -63,7 +63,7 @@ def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tup
     from jitscale.training.engine import ZeroEngine  # noqa: PLC0415
 
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
-    ema = ShardedEma(config.ema.decays, engine.masters())
+    ema = ShardedEma(config.ema, engine.masters())
     engine.prepare_to_load(1)  # makes the moments, as a first step would
     engine.finish_loading()
     times: dict[str, list[float]] = {name: [] for name in ("stall_sync", "stall_async", "written_async")}
@@ -71,7 +71,7 @@ def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tup
 
     def begin(step: int) -> Save:
         sets = {"model": engine.masters(), **ema.sets, **engine.moments()}
-        return Save(folder, Progress(step, step, 1, None), config, engine.fragments, sets)
+        return Save(step_folder(folder, step), Progress(step, step, 1, None), config, engine.fragments, sets)
 
     for repeat in range(repeats):
         started = time.perf_counter()

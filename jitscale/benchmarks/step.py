@@ -103,7 +103,7 @@ def _time_steps(
 
     torch.manual_seed(config.run.seed)
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
-    ema = ShardedEma(config.ema.decays, engine.masters())
+    ema = ShardedEma(config.ema, engine.masters())
     tracker = Tracker(config, run_dir, world.is_main, 0)
     batch, size = config.data.batch_size, config.model.image_size
     images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
@@ -126,7 +126,7 @@ def _time_steps(
             with watch.part("optimizer"):
                 engine.step(config.optim.lr)
             with watch.part("ema"):
-                ema.update(engine.masters())
+                ema.update(engine.masters(), 1, (batch, 2 * batch))
             with watch.part("tracking"):
                 seconds = time.perf_counter() - started
                 values = {"step": 0, "images": batch, "loss": loss.item(), "lr": config.optim.lr}

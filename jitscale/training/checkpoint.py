@@ -90,7 +90,18 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
     """
-    save = Save(run_dir, progress, config, fragments, sets)
+    return write_folder(step_folder(run_dir, progress.step), progress, config, fragments, sets)
+
+
+def write_folder(
+    final: Path,
+    progress: Progress,
+    config: Config,
+    fragments: Sequence[Fragment],
+    sets: Mapping[str, Sequence[torch.Tensor]],
+) -> Path:
+    """`write_checkpoint` into the folder `final`, which appears complete or not at all."""
+    save = Save(final, progress, config, fragments, sets)
     save.write()
     return save.finish()
 
@@ -104,19 +115,26 @@ class Save:
 
     def __init__(
         self,
-        run_dir: Path,
+        final: Path,
         progress: Progress,
         config: Config,
         fragments: Sequence[Fragment],
         sets: Mapping[str, Sequence[torch.Tensor]],
     ) -> None:
         """
+        Args:
+            final: the folder that it becomes.
+            progress: the run's.
+            config: the run's.
+            fragments: of this rank.
+            sets: set name -> this rank's flat tensors.
+
         Raises:
             CheckpointError: on every rank, if there is not enough room, or the folder cannot be made.
         """
         self.progress = progress
         self._config = config
-        self._final = step_folder(run_dir, progress.step)
+        self._final = final
         self._aside = self._final.with_name(f"{self._final.name}.partial")
         self._file = self._aside / f"rank_{_this_rank():05d}.safetensors"
         self._set_names = list(sets)

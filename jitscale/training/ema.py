@@ -1,6 +1,8 @@
-"""Exponential moving averages of the fp32 master weights, kept in shards.
+"""Averages of the fp32 master weights, kept in shards.
 
-Every rank averages only the slices of the masters that it owns, so an average costs 4 bytes x parameters / ranks.
+Every rank averages only the slices of the masters that it owns, so an average costs 4 bytes x parameters / ranks. What
+an update does is a function of the step's position in the run alone, so that a resumed run averages as the unbroken
+one.
 """
 
 from __future__ import annotations
@@ -9,22 +11,52 @@ from collections.abc import Sequence
 
 import torch
 
-from jitscale.config import ema_name
+from jitscale.config import EmaConfig, ema_name, power_name
+from jitscale.posthoc import gamma_of_width, power_step
 
 
 class ShardedEma:
     """Averages of one rank's flat master tensors.
 
     Attributes:
-        sets: for each average (`ema_0.9999`, ...) one float32 tensor beside every flat master, of the same shape.
+        sets: for each average (`ema_0.9999`, `power_0.050`, ...) one float32 tensor beside every flat master, of the
+            same shape.
     """
 
-    def __init__(self, decays: Sequence[float], masters: Sequence[torch.Tensor]) -> None:
-        self._decays = {ema_name(decay): decay for decay in decays}
-        self.sets = {name: [flat.detach().clone() for flat in masters] for name in self._decays}
+    def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor]) -> None:
+        self._decays = {ema_name(decay): decay for decay in settings.decays}
+        self._warmup = settings.warmup
+        self._gammas = {power_name(width): gamma_of_width(width) for width in settings.power_widths}
+        self.sets = {name: [flat.detach().clone() for flat in masters] for name in (*self._decays, *self._gammas)}
+
+    @property
+    def power_sets(self) -> dict[str, list[torch.Tensor]]:
+        """The power-function averages among `sets`."""
+        return {name: self.sets[name] for name in self._gammas}
 
     @torch.no_grad()
-    def update(self, masters: Sequence[torch.Tensor]) -> None:
-        """average <- decay * average + (1 - decay) * masters"""
-        for name, decay in self._decays.items():
-            torch._foreach_lerp_(self.sets[name], list(masters), 1.0 - decay)
+    def update(
+        self, masters: Sequence[torch.Tensor], step: int, images: tuple[int, int], *, moved: bool = True
+    ) -> None:
+        """average <- decay * average + (1 - decay) * masters
+
+        Args:
+            masters: this rank's flat masters after the step.
+            step: optimizer steps of the run, this one included.
+            images: images that the run had seen before this step, and has seen after it.
+            moved: False for a step that was skipped. Decays count steps that moved the weights; power functions weigh
+                every image, with the weights as they were at it.
+        """
+        live = list(masters)
+        if moved:
+            for name, decay in self._decays.items():
+                torch._foreach_lerp_(self.sets[name], live, 1.0 - self._decay_at(decay, step))
+        for name, gamma in self._gammas.items():
+            torch._foreach_lerp_(self.sets[name], live, power_step(gamma, *images))
+
+    def _decay_at(self, decay: float, step: int) -> float:
+        """The decay of a step: with warm-up that of TensorFlow's ExponentialMovingAverage(num_updates=step).
+
+        It lets the average follow the weights while `step` is small against 9 / (1 - decay).
+        """
+        return min(decay, (1 + step) / (10 + step)) if self._warmup else decay

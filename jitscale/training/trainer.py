@@ -37,12 +37,14 @@ from jitscale.training.checkpoint import (
     latest_checkpoint,
     load_fragments,
     prune,
+    step_folder,
 )
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal
 from jitscale.training.optim import learning_rate
+from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Trainer:
         if checkpoint is not None:
             checkpoint.check_shapes({name: tuple(p.shape) for name, p in network.named_parameters()})
         self.engine = ZeroEngine(network, config, world)
-        self.ema = ShardedEma(config.ema.decays, self.engine.masters())
+        self.ema = ShardedEma(config.ema, self.engine.masters())
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
         self.logged_step = self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
@@ -107,6 +109,7 @@ class Trainer:
         self.stop_requested = StopSignal()
         if world.is_main:  # only now: a refused start leaves the run as it was
             (run_dir / "config.yaml").write_text(to_yaml(config))
+            remove_snapshots_after(run_dir, self.images)
         self.tracker = Tracker(config, run_dir, world.is_main, self.step)
         self.watch = HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{world.rank:05d}.txt")
 
@@ -137,6 +140,7 @@ class Trainer:
                     progress.n = self.images
                     clock.restart(self.images)
                     continue
+                self._snapshot()  # before anything may save this step: a resumed run goes on after it
                 log_point = self.step % config.tracking.log_every_steps == 0 or self.images >= self.end
                 if log_point:
                     rate = clock.rate(self.images)
@@ -185,8 +189,8 @@ class Trainer:
             moved = self.engine.step(lr if last else None)
             total += loss.detach() / (self.engine.micro_batches * self.world.size)
         self.step, self.images = self.step + 1, images
+        self.ema.update(self.engine.masters(), self.step, (images - config.data.batch_size, images), moved=moved)
         if moved:
-            self.ema.update(self.engine.masters())
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
@@ -328,7 +332,7 @@ class Trainer:
             self.skipped_images,
         )
         sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
-        return Save(self.run_dir, progress, self.config, self.engine.fragments, sets)
+        return Save(step_folder(self.run_dir, self.step), progress, self.config, self.engine.fragments, sets)
 
     def _finish_save(self) -> None:
         """Complete the checkpoint that is being written, if there is one; a collective call."""
@@ -370,6 +374,8 @@ class Trainer:
         self.batches = self._batches()
         self.tracker.rewind(self.step)
         if self.world.is_main:
+            remove_snapshots_after(self.run_dir, self.images)
+        if self.world.is_main:
             logger.warning(
                 "step %d: no finite gradient in %d steps; back to step %d, %d images are jumped over",
                 step,
@@ -377,6 +383,13 @@ class Trainer:
                 self.step,
                 self.skipped_images,
             )
+
+    def _snapshot(self) -> None:
+        """Store the power averages where `ema.snapshot_every_images` asks for it, and at the end of the run."""
+        every_images = self.config.ema.snapshot_every_images
+        if every_images is not None and (self._passed(every_images) or self.images >= self.end):
+            progress = Progress(self.step, self.images, self.engine.optimizer_step(), self.data_identity)
+            write_snapshot(self.run_dir, progress, self.config, self.engine.fragments, self.ema.power_sets)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress

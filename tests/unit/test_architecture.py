@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "files", "keyed_random"},
     {"config"},
-    {"parallel"},
+    {"parallel", "posthoc"},
     {"model", "diffusion", "data"},
     {"planner", "upgrade", "tracking"},
     {"evaluation"},

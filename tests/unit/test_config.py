@@ -142,7 +142,7 @@ def test_every_setting_is_read_by_some_code() -> None:
     attribute of a function argument annotated with the group's class."""
     read: set[str] = set()
     groups = {"ModelConfig": "model", "DiffusionConfig": "diffusion", "OptimConfig": "optim"}
-    groups |= {"EvaluationConfig": "evaluation"}
+    groups |= {"EmaConfig": "ema", "EvaluationConfig": "evaluation"}
     names = set(setting_names())
     for path in (ROOT / "jitscale").rglob("*.py"):
         tree = ast.parse(path.read_text())

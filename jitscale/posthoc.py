@@ -1,0 +1,114 @@
+"""Power-function averages and their reconstruction after the run (Karras et al. 2024, arXiv 2312.02696, "EDM2").
+
+After N images the average of width sigma_rel weighs the weights of image n in proportion to (n / N)^gamma: its profile
+p(n) = (gamma + 1) / N * (n / N)^gamma integrates to 1 over [0, N]. sigma_rel is the standard deviation of n / N under
+it. Because weights change only between steps, the tracked averages equal the integrals of these profiles exactly, at
+any batch size and when it changes; what follows is therefore free of an error of discretisation.
+
+I snapshots, O wanted averages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jitscale.config import WIDEST_POWER
+
+Array = NDArray[np.float64]
+
+_SMALLEST_SINGULAR = 1e-13  # of normalised inner products; below it the float64 of `_inner_products` is noise
+
+
+def gamma_of_width(width: float) -> float:
+    """The exponent of the profile whose relative standard deviation is `width` (equations 123 and 126, algorithm 2).
+
+    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic equation with one root above -1.
+
+    Raises:
+        ValueError: `width` is not in (0, WIDEST_POWER), where gamma is positive.
+    """
+    if not 0 < width < WIDEST_POWER:
+        raise ValueError(f"a width of {width} is outside (0, {WIDEST_POWER:.4f})")
+    t = width**-2
+    return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())
+
+
+def width_of_gamma(gamma: float) -> float:
+    """The relative standard deviation of the profile with exponent `gamma` (equation 123)."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def power_step(gamma: float, before: int, now: int) -> float:
+    """What the current weights contribute to the average in the step from `before` to `now` images.
+
+    It is 1 - beta with beta = (before / now)^(gamma + 1) (equation 127 at a step of now - before images): 1 in the
+    first step of a run, whatever the average was filled with.
+    """
+    return 1.0 if before <= 0 else -math.expm1((gamma + 1) * math.log(before / now))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to mix stored averages into wanted ones.
+
+    Attributes:
+        coefficients: (I, O); each column sums to 1.
+        errors: (O,) expected relative error: the distance between the mixed and the wanted profile as a fraction of
+            the wanted profile's length, in L2 over the images. It is the relative error of what averaging leaves of
+            weights that are independent from image to image, and an upper estimate where they change slowly.
+        sum_errors: (O,) how far the coefficients were from the sum 1 before they were scaled to it.
+    """
+
+    coefficients: Array
+    errors: Array
+    sum_errors: Array
+
+
+def solve(images: Array, widths: Array, at_images: float, wanted_widths: Array) -> Reconstruction:
+    """The least-squares mixture of stored averages for each wanted one (section 3.2, algorithm 3), in float64.
+
+    Args:
+        images: (I,) images seen when each average was stored.
+        widths: (I,) their widths.
+        at_images: images seen at which the wanted averages end; not before any of `images`.
+        wanted_widths: (O,) their widths.
+    """
+    end = np.full(len(wanted_widths), float(at_images))
+    stored, wanted = (images, _gammas(widths)), (end, _gammas(wanted_widths))
+    # Profiles of length 1: the narrow ones would otherwise outweigh the wide ones in what counts as singular.
+    lengths, wanted_lengths = _lengths(*stored), _lengths(*wanted)
+    a = _inner_products(*stored, *stored) / np.outer(lengths, lengths)
+    b = _inner_products(*stored, *wanted) / np.outer(lengths, wanted_lengths)
+    x = np.linalg.lstsq(a, b, rcond=_SMALLEST_SINGULAR)[0] / lengths[:, None] * wanted_lengths
+    sums = x.sum(axis=0)
+    x /= sums
+    scaled = x * lengths[:, None] / wanted_lengths
+    squares = 1.0 - 2.0 * np.sum(scaled * b, axis=0) + np.sum(scaled * (a @ scaled), axis=0)
+    return Reconstruction(x, np.sqrt(np.maximum(squares, 0.0)), np.abs(sums - 1.0))
+
+
+def _gammas(widths: Array) -> Array:
+    return np.array([gamma_of_width(float(width)) for width in widths])
+
+
+def _lengths(images: Array, gammas: Array) -> Array:
+    """L2 norms of profiles: the diagonal of `_inner_products`, under the root."""
+    return (gammas + 1) / np.sqrt((2 * gammas + 1) * images)
+
+
+def _inner_products(images: Array, gammas: Array, other_images: Array, other_gammas: Array) -> Array:
+    """The integral of p_i(n) q_j(n) over the images for every pair of profiles (equation 151): (I, O).
+
+    With S the smaller and L the larger of the two ends, and s and l their exponents, it is
+    (s + 1) (l + 1) / (s + l + 1) * (S / L)^l / L.
+    """
+    n, m = images[:, None], other_images[None, :]
+    g, h = gammas[:, None], other_gammas[None, :]
+    later = np.maximum(n, m)
+    exponent_of_later = np.where(n < m, h, g)
+    ratio: Array = np.minimum(n, m) / later
+    return (g + 1) * (h + 1) / (g + h + 1) * ratio**exponent_of_later / later

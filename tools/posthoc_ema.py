@@ -1,0 +1,204 @@
+"""Make averages of any length from the snapshots of a finished or running training (EDM2, arXiv 2312.02696).
+
+    python -m jitscale.train --config C.yaml run.dir=R ema.power_widths=[0.05,0.1] ema.snapshot_every_images=4000000
+    python tools/posthoc_ema.py --run R --widths 0.03 0.05:0.25:0.05 --output R/posthoc
+    python -m jitscale.evaluate --checkpoint R/posthoc/power_0.100.safetensors --config C.yaml run.dir=R/posthoc/0.100
+
+A width is the average's standard deviation relative to the length of the run: 0.1 at the end of 600 epochs is one of 60
+epochs. For each width one safetensors file is written, which evaluate and jitscale.load_model read.
+
+Printed for each width:
+  expected error  distance of the reconstructed weighting of the run's history to the wanted one, relative to the
+                  latter; below 1e-2 the reconstruction is good. Snapshots taken more often make it smaller.
+  sum error       by how much the coefficients of the snapshots missed the sum 1 before they were scaled to it
+  amplification   sum of their absolute values, by which the snapshots' float32 rounding grows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from jitscale.config import WIDEST_POWER, power_name
+from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.posthoc import Reconstruction, solve
+from jitscale.training.checkpoint import Checkpoint
+from jitscale.training.snapshots import complete_snapshots
+from jitscale.weights import appearing_safetensors
+
+BLOCK = 2**20  # elements of a parameter taken from all snapshots at once: 8 MiB a width in float64
+GOOD_ERROR, WORST_ERROR = 1e-2, 0.5  # a warning, and a refusal
+MOST_WIDTHS = 200
+
+
+def main() -> int:
+    """Parse the command line and write the averages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run's folder, with snapshots/")
+    parser.add_argument(
+        "--widths", nargs="+", required=True, metavar="WIDTH", help="such as 0.1, or FROM:TO:STEP with both ends"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the .safetensors files go")
+    parser.add_argument(
+        "--at-images",
+        type=int,
+        metavar="N",
+        help="the averages as they were after N images, a snapshot's point; default: the newest snapshot",
+    )
+    options = parser.parse_args()
+
+    widths = parse_widths(options.widths)
+    snapshots = open_snapshots(options.run, options.at_images)
+    files = [options.output / f"{power_name(width)}.safetensors" for width in widths]
+    existing = [file for file in files if file.exists()]
+    if existing:
+        raise UserError(f"{existing[0]}: exists already; remove it or choose another --output")
+
+    inputs = [(snapshot, name) for snapshot in snapshots for name in snapshot.weight_sets]
+    images = np.array([snapshot.progress.images for snapshot, _ in inputs], np.float64)
+    solution = solve(images, np.array([_width(name) for _, name in inputs]), images.max(), np.array(widths))
+    report(
+        widths, solution, f"{options.run}: {len(snapshots)} snapshots of {int(images[0])} to {int(images[-1])} images"
+    )
+    write(files, inputs, widths, solution)
+    print("\n".join(["written:", *(f"  {file}" for file in files)]))
+    return ExitCode.DONE
+
+
+def parse_widths(texts: Sequence[str]) -> list[float]:
+    """The widths that the command line names, each once, in its order.
+
+    Raises:
+        UserError: not numbers, or no widths of a power function.
+    """
+    widths: list[float] = []
+    for text in texts:
+        try:
+            numbers = [float(part) for part in text.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 3 and 0 < numbers[0] <= numbers[1] < math.inf and numbers[2] > 0:
+            low, high, step = numbers
+            count = math.floor((high - low) / step + 1e-6) + 1
+            if count > MOST_WIDTHS:
+                raise UserError(f"--widths {text}: {count} widths, {MOST_WIDTHS} at most; give a larger step")
+            found = [round(low + index * step, 9) for index in range(count)]
+        elif len(numbers) == 1:
+            found = numbers
+        else:
+            raise UserError(f"--widths {text}: must be a number or FROM:TO:STEP; for example 0.1 or 0.05:0.25:0.05")
+        wrong = [width for width in found if not 0 < width < WIDEST_POWER]
+        if wrong:
+            raise UserError(
+                f"--widths {text}: {wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f}) "
+                "(the latter is a plain mean over the run); give such a number, for example 0.1"
+            )
+        widths += found
+    return list(dict.fromkeys(widths))
+
+
+def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
+    """The snapshots up to `at_images`, verified, oldest first.
+
+    Raises:
+        UserError: fewer than two, none at `at_images`, or not of one network.
+    """
+    folders = complete_snapshots(run)
+    if not folders:
+        raise CheckpointError(
+            f"{run}: no snapshots (no {run / 'snapshots'}/images_*); train with ema.power_widths=[0.05,0.1] and "
+            "ema.snapshot_every_images"
+        )
+    if at_images is not None and at_images not in folders:
+        nearest = min(folders, key=lambda images: abs(images - at_images))
+        raise UserError(f"--at-images {at_images}: {run} has no snapshot there; the nearest is {nearest}")
+    chosen = [folder for images, folder in folders.items() if at_images is None or images <= at_images]
+    if len(chosen) < 2:
+        raise CheckpointError(
+            f"{run}: {len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or "
+            "more; train on, or lower ema.snapshot_every_images"
+        )
+    snapshots = [Checkpoint(folder) for folder in chosen]
+    for snapshot in snapshots:
+        snapshot.check_shapes(snapshots[-1].shapes)
+    return snapshots
+
+
+def report(widths: Sequence[float], solution: Reconstruction, source: str) -> None:
+    """Print how good the reconstruction will be.
+
+    Raises:
+        UserError: a width that the snapshots cannot express.
+    """
+    lines = []
+    for width, error, sum_error, column in zip(
+        widths, solution.errors, solution.sum_errors, solution.coefficients.T, strict=True
+    ):
+        line = f"  {power_name(width):<14}{error:>16.1e}{sum_error:>12.1e}{np.abs(column).sum():>16.1f}"
+        if error > WORST_ERROR:
+            raise UserError(
+                f"--widths {width}: {source} cannot express it (expected error {error:.0%}, at most "
+                f"{WORST_ERROR:.0%}); give a width nearer to the tracked ones, or take snapshots more often"
+            )
+        lines.append(line + ("  poor: snapshots are too far apart for this width" if error > GOOD_ERROR else ""))
+    print("\n".join([source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}", *lines]))
+
+
+def write(
+    files: Sequence[Path],
+    inputs: Sequence[tuple[Checkpoint, str]],
+    widths: Sequence[float],
+    solution: Reconstruction,
+) -> None:
+    """Mix the stored sets, block by block of each parameter, into one file for each width.
+
+    No file appears before all are complete.
+
+    Raises:
+        CheckpointError: a snapshot is damaged, or the output cannot be written.
+    """
+    newest = inputs[-1][0]
+    coefficients = torch.from_numpy(solution.coefficients)
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            appends = []
+            for file, width, error in zip(files, widths, solution.errors, strict=True):
+                source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
+                extra = {"posthoc": json.dumps(source)}
+                appends.append(
+                    stack.enter_context(
+                        appearing_safetensors(file, power_name(width), newest.shapes, newest.config, extra)
+                    )
+                )
+            progress = stack.enter_context(
+                tqdm(total=sum(map(prod, newest.shapes.values())), unit="elements", unit_scale=True, desc="mix")
+            )
+            for parameter, shape in newest.shapes.items():
+                for low in range(0, prod(shape), BLOCK):
+                    high = min(low + BLOCK, prod(shape))
+                    mixed = torch.zeros(len(files), high - low, dtype=torch.float64)
+                    for row, (snapshot, name) in zip(coefficients, inputs, strict=True):
+                        mixed.addr_(row, snapshot.read(name, parameter, low, high).double())
+                    for append, values in zip(appends, mixed.float(), strict=True):
+                        append(values)
+                    progress.update(high - low)
+    except OSError as error:
+        raise CheckpointError(f"{files[0].parent}: cannot be written ({error}); choose another --output") from error
+
+
+def _width(name: str) -> float:
+    return float(name.removeprefix("power_"))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
