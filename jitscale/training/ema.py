@@ -18,6 +18,8 @@ from jitscale.posthoc import gamma_of_width, power_step
 class ShardedEma:
     """Averages of one rank's flat master tensors.
 
+    An average that is added in the middle of a run takes all weights before for what they were then.
+
     Attributes:
         sets: for each average (`ema_0.9999`, `power_0.050`, ...) one float32 tensor beside every flat master, of the
             same shape.

@@ -26,6 +26,7 @@ def test_every_stage_is_plain_torch(results: dict[str, Any], stage: int) -> None
     assert max(plain["norms"]) > 1.0, "clipping must have had something to clip"
     assert run["weights_off"] < 1e-5
     assert run["ema_off"] < 1e-5
+    assert run["power_off"] < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml
+from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml, weight_set_names
 from jitscale.evaluation.features import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,10 @@ def test_all_refusals_come_in_one_message() -> None:
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
         ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must lie in (0, 1)"),
         ("ema.decays=[0.9999,0.9999]", "names a decay twice"),
+        ("ema.power_widths=[0.05,0.3]", "ema.power_widths=0.3 must lie in (0, 0.2887)"),
+        ("ema.power_widths=[0.05,0.05]", "names a width twice"),
+        ("ema.snapshot_every_images=1000000", "stores power averages, and ema.power_widths=[] has none"),
+        ("evaluation.weights=power_0.050", "is not a weight set of this run"),
         ("ema.decays=[0.99]", "evaluation.weights=ema_0.9999 is not a weight set of this run (model, ema_0.99)"),
         ("model.num_classes=0", "guides towards a class"),
         ("evaluation.guidance_interval=[0.9,0.1]", "must be two times 0 <= low < high <= 1"),
@@ -97,6 +101,14 @@ def test_refusals(override: str, expected: str) -> None:
         load_config(ROOT / "configs/jit_b_256.yaml", [override])
     assert expected in str(refused.value)
     assert "\n" not in str(refused.value), "one mistake is one line"
+
+
+def test_power_averages_are_weight_sets() -> None:
+    overrides = ["ema.power_widths=[0.05,0.1]", "evaluation.weights=power_0.050", "ema.snapshot_every_images=1000000"]
+    config = load_config(ROOT / "configs/jit_b_256.yaml", overrides)
+    assert weight_set_names(config)[-2:] == ["power_0.050", "power_0.100"]
+    with pytest.raises(ConfigError, match=r"ema.snapshot_every_images=0 must be greater than 0"):
+        load_config(ROOT / "configs/jit_b_256.yaml", [*overrides, "ema.snapshot_every_images=0"])
 
 
 def test_bf16_needs_hardware_that_has_it() -> None:

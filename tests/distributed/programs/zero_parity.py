@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config, DiffusionConfig, EmaConfig, EngineConfig, ModelConfig, OptimConfig, ema_name
+from jitscale.config import (
+    Config,
+    DiffusionConfig,
+    EmaConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    ema_name,
+    power_name,
+)
 from jitscale.diffusion.objective import interpolate, sample_loss
 from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
@@ -20,6 +29,7 @@ from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
 
 STEPS, GLOBAL_BATCH, MICRO_BATCH, DECAY, LR = 20, 8, 2, 0.9, 3e-3
+POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
 MODEL = ModelConfig(
     image_size=16,
     patch_size=4,
@@ -53,7 +63,7 @@ def build(stage: int, precision: str) -> tuple[JiT, Config]:
         model=MODEL,
         optim=OptimConfig(grad_clip=1.0),
         engine=EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO_BATCH),
-        ema=EmaConfig(decays=[DECAY]),
+        ema=EmaConfig(decays=[DECAY], power_widths=[POWER_WIDTH]),
     )
     config.data.batch_size = GLOBAL_BATCH
     return JiT(MODEL), config
@@ -63,6 +73,7 @@ def train_plain() -> dict[str, object]:
     model, config = build(0, "fp32")
     optimizer = build_optimizer(model, config.optim)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    power = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(STEPS):
         loss = loss_of(model, *batch(step))
@@ -74,14 +85,15 @@ def train_plain() -> dict[str, object]:
         optimizer.step()
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), 1 - DECAY)
+            power[name].lerp_(p.detach(), 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters()), "ema": average}
+    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters()), "ema": average, "power": power}
 
 
 def train_engine(stage: int, precision: str, world: parallel.World, poison: bool = False) -> dict[str, object]:
     model, config = build(stage, precision)
     engine = ZeroEngine(model, config, world)
-    ema = ShardedEma(config.ema.decays, engine.masters())
+    ema = ShardedEma(config.ema, engine.masters())
     losses, norms, applied = [], [], []
     for step in range(2 if poison else STEPS):
         total = torch.zeros(())
@@ -96,7 +108,7 @@ def train_engine(stage: int, precision: str, world: parallel.World, poison: bool
             moved = engine.step(LR if last else None)
             total += loss.detach() / engine.micro_batches / world.size
         applied.append(moved)
-        ema.update(engine.masters())
+        ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), moved=moved)
         losses.append(parallel.sum_over_ranks(total).item())
         norms.append(engine.gradient_norm())
     result = {
@@ -105,6 +117,7 @@ def train_engine(stage: int, precision: str, world: parallel.World, poison: bool
         "applied": applied,
         "model": engine.gather(engine.masters()),
         "ema": engine.gather(ema.sets[ema_name(DECAY)]),
+        "power": engine.gather(ema.sets[power_name(POWER_WIDTH)]),
         "owned": sum(f.length for f in engine.fragments),
         "tables": [str(model.pos_embed.dtype), str(model.rope.dtype)],
     }
@@ -129,6 +142,7 @@ def main() -> None:
             "norms": run["norms"],
             "weights_off": largest_difference(run["model"], plain["model"]),  # type: ignore[arg-type]
             "ema_off": largest_difference(run["ema"], plain["ema"]),  # type: ignore[arg-type]
+            "power_off": largest_difference(run["power"], plain["power"]),  # type: ignore[arg-type]
             "owned": parallel.gather_objects(run["owned"]),
             "tables": run["tables"],
         }
