@@ -173,6 +173,7 @@ def test_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]], kills
         ("every_second", ["engine.activation_checkpointing=2"]),
         ("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"]),
         ("offloaded", ["engine.offload_optimizer=true"]),
+        ("near_weights", ["engine.hpz_group_size=2", "engine.zero_stage=3"]),
         ("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"]),
     ],
 )
