@@ -37,7 +37,9 @@ def main() -> int:
         "shards", metavar="DIR_OR_GLOB", help="a folder, or a glob or brace pattern of tars in one folder"
     )
     parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
-    parser.add_argument("--force", action="store_true", help="index again what has a manifest")
+    parser.add_argument(
+        "--force", action="store_true", help="index again what has a manifest; one that came from packing is kept"
+    )
     parser.add_argument(
         "--class-names", type=Path, metavar="FILE", help="names, one a line, in the order of their numbers"
     )
@@ -108,7 +110,7 @@ def _verify(tars: Tars, options: argparse.Namespace) -> int:
     _print(result.defects, options.report, sys.stdout)
     outside = len(tars.not_in_manifest())
     if tars.whole_folder and outside:
-        print(f"{_many(outside, 'tar')} of the folder are not named by {MANIFEST}, and were not looked at")
+        print(f"not looked at, since {MANIFEST} does not name them: {_many(outside, 'tar')} of the folder")
     print(
         f"{tars.folder}: {_many(result.shards, 'shard')}, {_many(result.samples, 'sample')}, {result.bytes:,} bytes, "
         f"{result.samples / max(result.seconds, 1e-9):.0f} images/s, {_many(len(result.defects), 'defect')}"

@@ -221,14 +221,14 @@ def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> 
     elif class_names is not None:
         num_classes = len(class_names)
     else:
-        num_classes = 1 + max(int(scan.index["label"].max(initial=NO_LABEL)) for scan in scans)
+        num_classes = 1 + max((int(scan.index["label"].max(initial=NO_LABEL)) for scan in scans), default=NO_LABEL)
 
     numbers = {name: number for number, name in enumerate(class_names or [])}
     indices, defects = [], []
     for scan, kind in zip(scans, kinds, strict=True):
         index = scan.index.copy()
         for row in np.flatnonzero((kind != usual) & (kind != _Kind.REFUSED)):
-            what = f"has {_label_text(scan, row)}, {_OTHERS[usual]}; make all labels of one kind"
+            what = f"has {_label_text(scan, row)} where {_EXPECTED[usual]} is expected; make all labels of one kind"
             defects.append(_sample_defect(scan, row, what))
         named = kind == _Kind.NAME
         table = np.array([numbers.get(name, _REFUSED) for name in scan.names], np.int64)
@@ -254,10 +254,15 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         workers: processes at most.
 
     Raises:
-        DataError: no sample at all; a process died. What is wrong with tars and labels is among the defects.
+        DataError: no sample at all; class names for a packing; a process died. What is wrong with tars and labels is
+            among the defects.
     """
     packed = tars.manifest if tars.manifest is not None and tars.manifest.codec != FOREIGN else None
     if packed is not None:
+        if class_names is not None:
+            raise DataError(
+                f"{tars.folder / MANIFEST}: came from packing, which named the classes; leave out --class-names"
+            )
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
     scans = scan_shards(tars.paths, workers)
@@ -267,12 +272,12 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     total = sum(record.samples for record in records)
     if packed is not None:
         manifest = packed
-        differing = [name for name, record in enumerate(records) if record != packed.shards[name]]
+        differing = [number for number, record in enumerate(records) if record != packed.shards[number]]
         what = "is not the shard that the manifest names; copy it again"
         defects += [Defect(tars.paths[number], None, what) for number in differing if not scans[number].defects]
     else:
         sizes = set().union(*(scan.image_sizes for scan in scans))
-        (width, height) = sizes.pop() if len(sizes) == 1 else (0, 1)
+        width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
         resolution = width if width == height else None
         manifest = Manifest(FOREIGN, resolution, labels.num_classes, labels.class_names, total, records)
     if not total and not defects:
@@ -286,11 +291,7 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
     return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
 
 
-_OTHERS = {
-    _Kind.NUMBER: "most samples have a number",
-    _Kind.NAME: "most samples have a class name",
-    _Kind.NONE: "most samples have none",
-}
+_EXPECTED = {_Kind.NUMBER: "a number", _Kind.NAME: "a class name", _Kind.NONE: "none"}
 
 
 def _scan_content(path: Path) -> ShardScan:

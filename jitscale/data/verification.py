@@ -177,8 +177,8 @@ def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64
     if len(rows):
         first = rows[0]
         what = (
-            f"{len(rows)} samples differ from {beside.name}, first sample {first}: that lists {_entry(index[first])}, "
-            f"the tar holds {_entry(fresh[first])}; {_REBUILD}"
+            f"{beside.name} differs in {len(rows)} of {len(fresh)} samples: of sample {first} it says "
+            f"{_entry(index[first])}, the tar {_entry(fresh[first])}; {_REBUILD}"
         )
         yield Defect(path, int(fresh["offset"][first]), what)
 

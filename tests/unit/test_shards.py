@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -266,6 +267,7 @@ def test_shards_are_read_in_other_processes(tmp_path: Path, method: str) -> None
 
 def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
     pack(tmp_path, count=60, per_shard=1, codec="raw")
+    gc.collect()  # what failed tests before this one hold
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))

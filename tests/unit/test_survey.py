@@ -1,12 +1,14 @@
-"""The tools for shards that exist: indexing foreign tars, verifying, inspecting."""
+"""Tools about shards that exist: indexing foreign tars, verifying, inspecting."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,202 +18,591 @@ import pytest
 import webdataset
 from PIL import Image
 
-from jitscale.data.manifest import Manifest
+from jitscale.data.images import encode
+from jitscale.data.inspection import (
+    CAPTION,
+    SHEET_TILES,
+    TILE,
+    balance,
+    collect,
+    contact_sheet,
+    drawn,
+    extensions,
+    look,
+    statistics,
+)
+from jitscale.data.manifest import BadInput, Manifest, read_class_names
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
+from jitscale.data.survey import Survey, find_tars, in_processes, survey
+from jitscale.data.tar_index import index_tar, scan_tar, write_index
+from jitscale.data.verification import verify
+from jitscale.errors import DataError
+from tests.unit.test_shards import all_samples, number_of, numbered, png, tar
 
 ROOT = Path(__file__).parents[2]
+NAMES = ["cat", "dog", "bee"]
 
 
-def run(tool: str, *arguments: str | Path, expect: int = 0) -> str:
-    """What the tool prints; stderr too where it is expected to fail."""
-    command = [sys.executable, f"tools/{tool}.py", *map(str, arguments)]
+def theirs(folder: Path, label: Callable[[int], dict[str, Any]], count: int = 10, size: int = 8) -> Path:
+    """Tars of 4 samples that webdataset wrote."""
+    folder.mkdir(exist_ok=True)
+    with webdataset.ShardWriter(str(folder / "theirs-%03d.tar"), maxcount=4, verbose=0) as writer:
+        for number, image in enumerate(numbered(count, size)):
+            writer.write({"__key__": f"n{number:04d}", "png": image, **label(number)})
+    return folder
+
+
+def index(folder: Path | str, class_names: list[str] | None = None, workers: int = 1) -> Survey:
+    found = survey(find_tars(str(folder)), class_names, workers)
+    if not found.defects:
+        found.write()
+    return found
+
+
+def defects(folder: Path | str, workers: int = 1) -> list[str]:
+    return [str(defect) for defect in verify(find_tars(str(folder)), workers).defects]
+
+
+def tool(name: str, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == expect, finished.stdout + finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished.stdout + (finished.stderr if expect else "")
+    return finished
 
 
-def numbered(count: int, size: int = 8) -> npt.NDArray[np.uint8]:
-    numbers = np.arange(count, dtype=np.uint8)
-    return np.tile(numbers[:, None, None, None] * 4, (1, size, size, 3))
+# Indexing
 
 
-def foreign(folder: Path, labels: list[str | None], size: int = 8, per_shard: int = 5) -> None:
-    """Tars as webdataset's own writer leaves them; class names as text."""
-    folder.mkdir()
-    with webdataset.ShardWriter(str(folder / "theirs-%04d.tar"), maxcount=per_shard, verbose=0) as writer:
-        for number, (image, label) in enumerate(zip(numbered(len(labels), size), labels, strict=True)):
-            sample = {"__key__": f"n{number:04d}", "png": image, "json": {"a": 1}}
-            writer.write(sample | ({} if label is None else {"cls": label.encode()}))
+def test_tars_with_numbers_become_shards(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {"cls": number % 3})
+    before = all_samples(ShardSet.open(tmp_path, 3))
+    manifest = index(tmp_path).manifest
+    assert (manifest.codec, manifest.resolution, manifest.num_classes, manifest.class_names) == ("foreign", 8, 3, None)
+    assert [record.samples for record in manifest.shards] == [4, 4, 2]
+    shards = ShardSet.open(tmp_path, 3, 8)
+    assert all_samples(shards) == before == [(number, number % 3) for number in range(10)]
+    for path in tmp_path.glob("*.tar"):
+        np.testing.assert_array_equal(np.load(path.with_suffix(".index.npy")), index_tar(path))
+    assert defects(tmp_path) == []
+    written = (tmp_path / "manifest.json").read_bytes()
+    index(tmp_path, workers=2)
+    assert (tmp_path / "manifest.json").read_bytes() == written
+    assert ShardSet.open(tmp_path, 3).manifest_hash == shards.manifest_hash
 
 
-def samples(shards: ShardSet) -> list[tuple[int, int]]:
-    where = [shards.shard_and_index(sample) for sample in range(shards.num_samples)]
-    return [(int(image[0, 0, 0]) // 4, label) for image, label in (shards.read(*place) for place in where)]
+@pytest.mark.parametrize("given", [None, NAMES])
+def test_names_are_numbered_sorted_or_as_told(tmp_path: Path, given: list[str] | None) -> None:
+    """The second shard holds one class only, and the first meets them in another order than the sorted one."""
+    theirs(tmp_path, lambda number: {"cls": NAMES[number % 3 if number < 4 else 1]})
+    manifest = index(tmp_path, given).manifest
+    expected = given or sorted(NAMES)
+    assert manifest.class_names == expected
+    assert manifest.num_classes == 3
+    samples = [(number, expected.index(NAMES[number % 3 if number < 4 else 1])) for number in range(10)]
+    assert all_samples(ShardSet.open(tmp_path, 3)) == samples
+    assert defects(tmp_path) == []
+
+
+def test_tars_without_labels_become_unlabelled_shards(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {"txt": f"image {number}"})
+    manifest = index(tmp_path).manifest
+    assert (manifest.num_classes, manifest.class_names) == (0, None)
+    assert all_samples(ShardSet.open(tmp_path, 0)) == [(number, 0) for number in range(10)]
+    assert defects(tmp_path) == []
+    with pytest.raises(DataError, match="the manifest says that there are no labels"):
+        ShardSet.open(tmp_path, 3)
+
+
+def test_a_file_of_names_bounds_numbers(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {"cls": number % 4})
+    assert index(tmp_path, ["a", "b", "c", "d", "e"]).manifest.num_classes == 5
+    (tmp_path / "manifest.json").unlink()
+    found = [str(defect) for defect in index(tmp_path, NAMES).defects]
+    assert [re.sub(r"byte \d+", "byte N", line.removeprefix(f"{tmp_path}/")) for line in found] == [
+        f"theirs-00{shard}.tar: byte N: sample 3 has label 3, none of the 3 classes; correct it or their file"
+        for shard in range(2)
+    ]
+
+
+def test_a_glob_may_leave_tars_out(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {"cls": 0})
+    assert [record.name for record in index(tmp_path / "theirs-00[12].tar").manifest.shards] == [
+        "theirs-001.tar",
+        "theirs-002.tar",
+    ]
+    assert ShardSet.open(tmp_path, 1).num_samples == 6
+    assert not (tmp_path / "theirs-000.index.npy").exists()
+
+
+def offset(path: Path, row: int) -> int:
+    return int(index_tar(path, with_labels=False)[row]["offset"])
+
+
+def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
+    """Kinds of labels in a mixture, and damaged tars between sound ones."""
+    image = png()
+    paths = {
+        "a": tar(
+            tmp_path / "a.tar", ("a.png", image), ("a.cls", b"1"), ("b.png", image), ("c.png", image), ("c.cls", b"cat")
+        ),
+        "b": tar(tmp_path / "b.tar", ("a.png", image), ("a.cls", b"-1"), ("b.png", image), ("b.cls", b"")),
+        "c": tar(
+            tmp_path / "c.tar",
+            *[(f"{number}.{part}", data) for number in range(9) for part, data in (("png", image), ("cls", b"2"))],
+        ),
+        "d": tar(
+            tmp_path / "d.tar",
+            ("a.txt", b""),
+            ("b.png", image),
+            ("b.cls", b"\xff"),
+            ("b.png", image),
+            ("b.cls", b"4"),
+            ("c.png", image),
+            ("c.cls", b"3"),
+        ),
+    }
+    (tmp_path / "e.tar").write_bytes(paths["a"].read_bytes()[: offset(paths["a"], 2) + 10])
+    (tmp_path / "f.tar").write_bytes(b"")
+    block = 512 + 512 * -(-len(image) // 512)  # of an image
+    before = sorted(os.listdir(tmp_path))
+    found = index(tmp_path, workers=2)
+    assert sorted(os.listdir(tmp_path)) == before
+    expected = [
+        f"a.tar: byte {offset(paths['a'], 1)}: sample 1 has no label where a number is expected; make",
+        f"a.tar: byte {offset(paths['a'], 2)}: sample 2 has label 'cat' where a number is expected; make",
+        "b.tar: byte 512: sample 0 has label '-1', a number outside 0..2147483647; write",
+        f"b.tar: byte {512 + block + 1024}: sample 1 has label '', nothing; write",
+        "d.tar: byte 0: sample 'a' has 0 images among ['txt'], needs",
+        "d.tar: byte 1024: sample 0 has label '\ufffd', not printable UTF-8",
+        f"d.tar: byte {512 + block + 1024}: key 'b' comes twice",
+        f"e.tar: byte {offset(paths['a'], 1)}: sample 1 has no label where a number is expected; make",
+        f"e.tar: byte {offset(paths['a'], 2) - 512}: is no whole tar (unexpected end of data; it ends at byte",
+        "f.tar: is empty (0 bytes); copy or write it again",
+    ]
+    for line, start in zip(map(str, found.defects), expected, strict=True):
+        assert line.startswith(f"{tmp_path}/{start}"), line
+        assert "\n" not in line
+
+
+def test_names_and_numbers_in_equal_parts_are_still_refused(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {"cls": number if number % 2 else "cat"}, count=4)
+    assert [defect.what.split(";")[0] for defect in index(tmp_path).defects] == [
+        f"sample {row} has label 'cat' where a number is expected" for row in (0, 2)
+    ]
+
+
+def test_the_resolution_is_that_of_all_images(tmp_path: Path) -> None:
+    """Headers alone are read, even when they are far inside a file, and an undecodable image does not decide."""
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG", icc_profile=bytes(200_000))
+    square = [("a.jpg", stream.getvalue()), ("b.npy", encode(noise, "raw")[1]), ("c.webp", encode(noise, "webp")[1])]
+    tar(tmp_path / "a.tar", *square)
+    tar(tmp_path / "b.tar", ("a.png", b"no image"))
+    found = index(tmp_path)
+    assert (found.manifest.resolution, found.undecodable) == (16, 1)
+    for name, image in (("other", png(8)), ("oblong", encode(noise[:8], "png")[1])):
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / "a.tar", *square, ("d.png", image))
+        assert index(tmp_path / name).manifest.resolution is None
+    (tmp_path / "all_oblong").mkdir()
+    tar(tmp_path / "all_oblong" / "a.tar", ("d.png", image))
+    assert index(tmp_path / "all_oblong").manifest.resolution is None
+
+
+def test_indexing_again_keeps_the_manifest_of_a_packing(tmp_path: Path) -> None:
+    labels = [number % 2 for number in range(10)]
+    write_shards(numbered(10), labels, tmp_path, samples_per_shard=4, class_names=["x", "y"])
+    manifest, beside = (tmp_path / "manifest.json").read_bytes(), tmp_path / "shard-000001.index.npy"
+    content = beside.read_bytes()
+    beside.unlink()
+    assert defects(tmp_path) == [
+        f"{tmp_path}/shard-000001.tar: has no index beside it; rebuild it with tools/index_shards.py --force"
+    ]
+    index(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == manifest
+    assert beside.read_bytes() == content
+    with pytest.raises(DataError, match="came from packing, which named the classes; leave out"):
+        index(tmp_path, ["x", "y"])
+    flip(tmp_path / "shard-000001.tar", offset(tmp_path / "shard-000001.tar", 0) + 70)
+    assert [str(defect) for defect in index(tmp_path).defects] == [
+        f"{tmp_path}/shard-000001.tar: is not the shard that the manifest names; copy it again"
+    ]
+
+
+def test_files_of_class_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("tench\r\ngreat white shark\n2\n\n")
+    assert read_class_names(path) == ["tench", "great white shark", "2"]
+    for text, message in [
+        ("a\n\nb", "line 2: is empty"),
+        ("a\nb\na", "line 3: 'a' stands in line 1 too"),
+        ("a\n0", "line 2: calls class 1 '0', the number of another"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_class_names(path)
+    with pytest.raises(DataError, match="cannot be read as class names"):
+        read_class_names(tmp_path / "nowhere")
+
+
+def test_a_dead_process_is_one_line() -> None:
+    with pytest.raises(DataError, match="one of 2 worker processes died"):
+        list(in_processes(os._exit, [3, 4], 2))
+
+
+# Verifying
+
+
+@pytest.mark.parametrize("codec", ["raw", "png", "jpeg"])
+def test_sound_shards_have_no_defects(tmp_path: Path, codec: str) -> None:
+    write_shards(numbered(20), [number % 3 for number in range(20)], tmp_path, codec=codec, samples_per_shard=8)
+    result = verify(find_tars(str(tmp_path)), 2)
+    assert result.defects == []
+    assert (result.shards, result.samples) == (3, 20)
+    assert result.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def change_manifest(folder: Path, **values: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def vouch(folder: Path) -> None:
+    """Make the manifest vouch for the tars as they are, with fresh indices."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    fresh = index(folder).manifest
+    shards = [{"name": s.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256} for s in fresh.shards]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": shards, "total": fresh.total}))
+
+
+def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
+    """One kind a shard, all in one folder: none hides another."""
+    images = np.random.default_rng(0).integers(0, 256, (36, 16, 16, 3), np.uint8)
+    write_shards(images, [number % 3 for number in range(36)], tmp_path, codec="jpeg", samples_per_shard=4)
+    paths = sorted(tmp_path.glob("*.tar"))
+    rows = [index_tar(path) for path in paths]
+    # 0: a broken image and a label out of range, in a shard that the manifest vouches for
+    image_at = int(rows[0]["offset"][2])
+    data = bytearray(paths[0].read_bytes())
+    data[image_at + 200 : image_at + 300] = bytes(100)
+    data[scan_tar(paths[0])[1].label_offset] = ord("7")
+    paths[0].write_bytes(data)
+    vouch(tmp_path)
+    # 1: another byte, but the same pixels; 2: cut inside the third sample; 3: gone
+    flip(paths[1], int(rows[1]["offset"][1]) + 14)  # the density in the JFIF header
+    cut = int(rows[2]["offset"][2]) + 20
+    paths[2].write_bytes(paths[2].read_bytes()[:cut])
+    paths[3].unlink()
+    # 4: an index that lies about a label, 5: about the number of samples, 6: is no index, 7: is not there
+    lying = index_tar(paths[4])
+    lying["label"][3] = (lying["label"][3] + 1) % 3
+    write_index(paths[4], lying)
+    write_index(paths[5], index_tar(paths[5])[:3])
+    paths[6].with_suffix(".index.npy").write_bytes(b"nothing")
+    paths[7].with_suffix(".index.npy").unlink()
+    # 8: a manifest that lies about the number of samples
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][8]["samples"] = 5
+    change_manifest(tmp_path, shards=manifest["shards"], total=37)
+
+    def sample(shard: int, row: int) -> int:
+        return int(rows[shard]["offset"][row])
+
+    size = manifest["shards"][2]["bytes"]
+    lies = r"shard-000004.index.npy differs in 1 of 4 samples: of sample 3 it says .*, the tar .* --force"
+    expected = [
+        (0, sample(0, 1), "has label '7', needs one in 0..2; write the shard again"),
+        (0, sample(0, 2), "sample 2 cannot be decoded as jpg (.*); write the shard again without it, or leave it"),
+        (1, None, "has sha256 .*, the manifest says .*; copy it again"),
+        (2, None, f"has {cut} bytes, the manifest says {size}; copy it again"),
+        (2, sample(2, 2) - 512, rf"is no whole tar \(unexpected end of data; it ends at byte {cut}, .*; copy"),
+        (3, None, "is missing; copy it again"),
+        (4, sample(4, 3), lies),
+        (5, None, "holds 4 samples, shard-000005.index.npy lists 3; rebuild"),
+        (6, None, "has an index that cannot be mapped .*; remove it"),
+        (7, None, "has no index beside it; rebuild"),
+        (8, None, "holds 4 samples, the manifest says 5; write the manifest again"),
+    ]
+    found = verify(find_tars(str(tmp_path)), 2)
+    assert [(defect.path, defect.byte) for defect in found.defects] == [
+        (paths[shard], byte) for shard, byte, _ in expected
+    ]
+    for defect, (_, _, message) in zip(found.defects, expected, strict=True):
+        assert re.search(message, str(defect)), str(defect)
+        assert "\n" not in str(defect)
+    assert defects(paths[8]) == [str(found.defects[-1])]  # the tars that were named, not those that the manifest names
+    assert found.shards == 9
+    assert found.samples == 4 * 7 + 2
+
+    report = tmp_path / "report.jsonl"
+    done = tool("index_shards", tmp_path, "--verify", "--report", report, expect=2)
+    assert [json.loads(line) for line in report.read_text().splitlines()] == [
+        {"shard": str(defect.path), "byte": defect.byte, "what": defect.what} for defect in found.defects
+    ]
+    *lines, closing = done.stdout.splitlines()
+    assert lines == [str(defect) for defect in found.defects]
+    assert re.fullmatch(rf"{tmp_path}: 9 shards, 30 samples, [\d,]+ bytes, \d+ images/s, 11 defects", closing)
+
+
+def test_a_byte_of_raw_pixels_is_seen_by_its_hash(tmp_path: Path) -> None:
+    write_shards(numbered(8), [0] * 8, tmp_path, codec="raw", samples_per_shard=4)
+    path = tmp_path / "shard-000001.tar"
+    flip(path, offset(path, 2) + 200)
+    ShardSet.open(tmp_path, 1)
+    (line,) = defects(tmp_path)
+    assert re.fullmatch(rf"{path}: has sha256 \w+\.\.\., the manifest says \w+\.\.\.; copy it again", line)
+
+
+def test_a_wrong_label_is_not_the_fault_of_the_index(tmp_path: Path) -> None:
+    write_shards(numbered(4), [0] * 4, tmp_path)
+    path = tmp_path / "shard-000000.tar"
+    flip(path, scan_tar(path)[3].label_offset)
+    digest, label = defects(tmp_path)
+    assert "has sha256" in digest
+    assert label.startswith(f"{path}: byte {offset(path, 3)}: sample 3 has label '\ufffd', needs one in 0..0")
+
+
+def test_what_the_manifest_says_of_the_images_is_checked(tmp_path: Path) -> None:
+    write_shards(numbered(3), [0, 1, 1], tmp_path, class_names=["a", "b"])
+    change_manifest(tmp_path, resolution=9, num_classes=1)
+    manifest, *lines = defects(tmp_path)
+    assert manifest == f"{tmp_path}/manifest.json: names 2 classes and counts 1; write it again"
+    assert len(lines) == 5
+    assert sum("is 8 x 8 pixels, the manifest says 9 a side" in line for line in lines) == 3
+    assert sum("has label '1', needs one in 0..0" in line for line in lines) == 2
+    tar(tmp_path / "more.tar", ("a.png", png()))
+    assert f"{tmp_path}/more.tar: is not named by manifest.json; choose another pattern or index the folder again" in (
+        defects(tmp_path / "*.tar")
+    )
+
+
+def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
+    theirs(tmp_path, lambda number: {})
+    with pytest.raises(DataError, match=r"has no manifest.json to compare .*; make one with tools/index_shards.py"):
+        defects(tmp_path)
+
+
+# Inspecting
+
+
+def photographs() -> list[npt.NDArray[np.uint8]]:
+    random = np.random.default_rng(1)
+    shapes = [(300, 400), (200, 600), (512, 512), (100, 90)]
+    images = [
+        random.integers(low, 256, (*shape, 3), np.uint8) for low, shape in zip((0, 50, 100, 0), shapes, strict=True)
+    ]
+    return [*images[:3], np.repeat(images[3][..., :1], 3, axis=-1)]
+
+
+def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
+    images = photographs()
+    tar(tmp_path / "a.tar", *[(f"{number}.npy", encode(image, "raw")[1]) for number, image in enumerate(images)])
+    tar(tmp_path / "b.tar", ("a.png", b"no image"), ("b.png", png(8, 3)))
+    for workers in (1, 2):
+        seen = look(collect(find_tars(str(tmp_path)), 1), 100, 0, workers)
+        assert [str(defect).split("cannot")[0] for defect in seen.undecodable] == [f"{tmp_path}/b.tar: byte 512: "]
+        found = statistics(seen)
+        every = [*images, numbered(4)[3]]
+        assert found["width"] == {"min": 8, "median": 400, "max": 600}
+        assert found["height"] == {"min": 8, "median": 200, "max": 512}
+        assert found["share_of_short_sides_below"] == {"256": 3 / 5, "512": 4 / 5}
+        assert found["share_grey"] == 1 / 5
+        # Enlarging every image to one size by repetition would weigh them equally: so do means of means.
+        pixels = [image.reshape(-1, 3).astype(np.float64) for image in every]
+        mean = np.mean([image.mean(0) for image in pixels], axis=0)
+        deviation = np.sqrt(np.mean([((image - mean) ** 2).mean(0) for image in pixels], axis=0))
+        np.testing.assert_allclose(found["rgb_mean_255"], mean)
+        np.testing.assert_allclose(found["rgb_std_255"], deviation)
+        np.testing.assert_allclose(found["rgb_mean"], mean / 127.5 - 1)
+        np.testing.assert_allclose(found["rgb_std"], deviation / 127.5)
+
+
+def test_counts_and_balance(tmp_path: Path) -> None:
+    labels = [0] * 5 + [1] * 2 + [3] * 4
+    manifest = write_shards(numbered(11), labels, tmp_path, samples_per_shard=4, class_names=["a", "b", "c", "d"])
+    for damage in ("", "index", "manifest"):
+        if damage == "index":
+            (tmp_path / "shard-000001.index.npy").unlink()
+        if damage == "manifest":
+            (tmp_path / "manifest.json").unlink()
+        collection = collect(find_tars(str(tmp_path)), 1)
+        named = damage != "manifest"
+        assert (len(collection.paths), collection.samples) == (3, 11)
+        assert collection.bytes == sum(record.bytes for record in manifest.shards)
+        assert (collection.codec, collection.resolution) == (("png", 8) if named else (None, None))
+        assert collection.manifest_hash == ShardSet.open(tmp_path, 4).manifest_hash
+        assert extensions(collection) == {"png": 11}
+        assert balance(collection) == {
+            "number": 4,
+            "samples_without_label": 0,
+            "smallest": {"class": "2 c" if named else "2", "samples": 0},
+            "median_samples": 3.0,
+            "largest": {"class": "0 a" if named else "0", "samples": 5},
+            "empty": ["2 c" if named else "2"],
+        }
+
+
+def test_the_last_class_may_be_empty(tmp_path: Path) -> None:
+    write_shards(numbered(1), [0], tmp_path, class_names=["a", "b", "c"])
+    found = balance(collect(find_tars(str(tmp_path)), 1))
+    assert (found["median_samples"], found["empty"]) == (0.0, ["1 b", "2 c"])
+
+
+def test_the_random_sample_is_spread_and_seeded() -> None:
+    for total, count in [(10, 3), (1000, 64), (100_000_000, 2000), (7, 7), (5, 9)]:
+        samples = drawn(total, count, seed=1)
+        parts = min(total, count)
+        assert len(samples) == parts
+        assert all(part * total // parts <= sample < (part + 1) * total // parts for part, sample in enumerate(samples))
+    assert drawn(1000, 10, 1).tolist() == drawn(1000, 10, 1).tolist() != drawn(1000, 10, 2).tolist()
+    means = [drawn(1000, 10, seed).mean() for seed in range(200)]
+    assert np.mean(means) == pytest.approx(499.5, abs=5)
+    assert len(drawn(0, 5, 0)) == 0
+
+
+def tiles_of(sheet: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    wide, high = sheet.shape[1] // SHEET_TILES, sheet.shape[0] // SHEET_TILES
+    corners = [(4 + row * high, 4 + column * wide) for row in range(SHEET_TILES) for column in range(SHEET_TILES)]
+    return [sheet[top : top + TILE, left : left + TILE] for top, left in corners]
+
+
+@pytest.mark.parametrize("classes", [3, 200])
+def test_the_contact_sheet_shows_every_kth_class(tmp_path: Path, classes: int) -> None:
+    """The images say their number, from which the class follows."""
+    count = 400
+    write_shards(
+        numbered(count), [number % classes for number in range(count)], tmp_path, codec="raw", samples_per_shard=90
+    )
+    path = tmp_path / "sheets" / "sheet.png"
+    contact_sheet(collect(find_tars(str(tmp_path)), 1), path, seed=0)
+    assert path.stat().st_size < 1_000_000
+    with Image.open(path) as sheet:
+        assert sheet.size == (8 * (TILE + 4) + 4, 8 * (TILE + CAPTION + 4) + 4)
+        tiles = tiles_of(np.asarray(sheet.convert("RGB")))
+    assert all((tile == tile[:1, :1]).all() for tile in tiles)
+    numbers = [number_of(tile) for tile in tiles]
+    assert [number % classes for number in numbers] == [tile * classes // 64 for tile in range(64)]
+    assert len(set(numbers)) == 64
+
+
+def test_a_contact_sheet_of_noise_stays_small(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, TILE, TILE, 3), np.uint8)
+    parts = [(f"{number:02d}.npy", encode(image, "raw")[1]) for number, image in enumerate(noise)]
+    tar(tmp_path / "a.tar", *parts[:-1], ("z.png", b"no image"))
+    contact_sheet(collect(find_tars(str(tmp_path)), 1), tmp_path / "sheet.png", seed=0)
+    assert (tmp_path / "sheet.png").stat().st_size < 1_000_000
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.ptp(tiles_of(np.asarray(sheet.convert("RGB")))[63].reshape(-1, 3), axis=0).max() == 0  # grey
+
+
+def test_damage_is_counted_and_does_not_end_an_inspection(tmp_path: Path) -> None:
+    write_shards(numbered(12), [0] * 12, tmp_path, codec="png", samples_per_shard=4)
+    (tmp_path / "shard-000000.tar").unlink()
+    lying = index_tar(tmp_path / "shard-000001.tar")
+    lying["offset"][0] = -5
+    lying["extension"][1] = b"\xff"
+    write_index(tmp_path / "shard-000001.tar", lying)
+    (tmp_path / "shard-000002.index.npy").write_bytes(b"")
+    change_manifest(tmp_path, bad=[{"source": "x.jpg", "reason": "broken"}])
+    collection = collect(find_tars(str(tmp_path)), 1)
+    assert collection.samples == 8
+    assert len(collection.defects) == 2
+    assert collection.bad == [BadInput("x.jpg", "broken")]
+    seen = look(collection, 100, 0, 1)
+    assert (seen.images, len(seen.undecodable)) == (6, 2)
+    contact_sheet(collection, tmp_path / "sheet.png", 0)
+
+
+# The command line
+
+
+def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
+    """Index, be told that it is done, verify, inspect: with names, in several processes."""
+    theirs(tmp_path, lambda number: {"cls": NAMES[number % 3]})
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    done = tool("index_shards", tmp_path, "--class-names", tmp_path / "names.txt", "--workers", "2")
+    assert done.stdout == f"{tmp_path}: indexed 3 shards with 10 images of 8 x 8 pixels, 3 classes\n"
+    assert "scan: 100%" in done.stderr
+    done = tool("index_shards", tmp_path)
+    assert done.stdout == f"{tmp_path}: is indexed already, 3 shards with 10 images\n"
+    assert tool("index_shards", tmp_path, "--verify").stdout.endswith(" 0 defects\n")
+    tar(tmp_path / "more.tar", ("a.png", png()))
+    refused = tool("index_shards", tmp_path, expect=2)
+    assert re.search(r"manifest.json: is there, but 1 tars .* \(more.tar, ...\); look with --verify", refused.stderr)
+    assert "manifest.json does not name them: 1 tar of the folder" in tool("index_shards", tmp_path, "--verify").stdout
+    refused = tool("index_shards", tmp_path, "--force", expect=2)
+    *_, defect, error = refused.stderr.splitlines()
+    assert defect.startswith(
+        f"{tmp_path}/more.tar: byte 512: sample 0 has no label where a class name is expected; make"
+    )
+    assert error == f"error: {tmp_path}: 1 defect in 1 of 4 tars; nothing was written, mend or leave out these tars"
+
+    sheet = tmp_path / "sheet.png"
+    result = json.loads(tool("inspect_shards", tmp_path, "--json", "--contact-sheet", sheet, "--samples", "7").stdout)
+    assert (result["codec"], result["decoded"], result["classes"]["largest"]) == (
+        "foreign",
+        7,
+        {"class": "0 cat", "samples": 4},
+    )
+    assert Manifest.read(tmp_path / "manifest.json").class_names == NAMES
+    assert sheet.exists()
+    table = tool("inspect_shards", tmp_path / "theirs-00{0..2}.tar").stdout.splitlines()
+    assert table[:2] == ["| | |", "|---|---|"]
+    assert "| largest class | 4 samples, 0 cat |" in table
+    assert "| classes | 3: cat; dog; bee |" in table
+
+
+def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", *[(f"{number:03d}.png", b"") for number in range(60)])
+    tool("index_shards", tmp_path)
+    lines = tool("index_shards", tmp_path, "--verify", expect=2).stdout.splitlines()
+    assert len(lines) == 52
+    assert lines[50] == "... and 10 more (--report FILE writes all)"
+    assert lines[51].endswith(", 60 defects")
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "classes", "expected"),
+    ("pattern", "message"),
     [
-        (["3", "1", "0"] * 4, None, 4, [3, 1, 0] * 4),
-        (["cat", "ant", "dog"] * 4, ["ant", "cat", "dog"], 3, [1, 0, 2] * 4),
-        ([None] * 12, None, 0, [0] * 12),
+        ("nowhere", "nowhere: there is no such file or folder; correct the path"),
+        ("empty", "empty: no tars here; correct the path"),
+        ("*.tar", r"\*.tar: no tars here"),
+        ("{a,b}/x.tar", r"names tars in 2 folders \(.*a, .*b, ...\), and each has a manifest"),
+        ("a/x.{tar", "has unbalanced braces"),
+        ("a/*", "a/other.txt: is not called .tar; unpack or rename it"),
+        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: only local folders are surveyed"),
+        ("s3://bucket/a", "s3://bucket/a: only local folders are surveyed; copy the shards or mount"),
     ],
 )
-def test_foreign_tars_become_shards(
-    tmp_path: Path, labels: list[str | None], names: list[str] | None, classes: int, expected: list[int]
-) -> None:
-    folder = tmp_path / "tars"
-    foreign(folder, labels)
-    said = run("index_shards", folder, "--workers", "2")
-    assert "indexed 3 shards with 12 images of 8 x 8 pixels" in said
-    manifest = Manifest.read(folder / "manifest.json")
-    assert (manifest.codec, manifest.resolution, manifest.num_classes, manifest.class_names, manifest.total) == (
-        "foreign",
-        8,
-        classes,
-        names,
-        12,
-    )
-    shards = ShardSet.open(folder, classes, 8)
-    assert samples(shards) == list(enumerate(expected))
-    assert "is indexed already" in run("index_shards", folder)
-    run("index_shards", folder, "--force")
-    assert ShardSet.open(folder, classes, 8).manifest_hash == shards.manifest_hash
-    assert ", 0 defects" in run("index_shards", folder, "--verify")
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b", "empty"):
+        Path(folder).mkdir()
+        Path(folder, "other.txt").touch()
+    for folder in ("a", "b"):
+        tar(Path(folder, "x.tar"), ("a.png", png()))
+    with pytest.raises(DataError, match=message) as caught:
+        find_tars(pattern)
+    assert "\n" not in str(caught.value)
 
 
-def test_given_names_fix_the_order(tmp_path: Path) -> None:
-    foreign(tmp_path / "tars", ["cat", "ant"] * 3)
-    (tmp_path / "names.txt").write_text("dog\ncat\nant\n")
-    run("index_shards", tmp_path / "tars", "--class-names", tmp_path / "names.txt")
-    assert [label for _, label in samples(ShardSet.open(tmp_path / "tars", 3, 8))] == [1, 2] * 3
-    (tmp_path / "names.txt").write_text("cat\n")
-    said = run("index_shards", tmp_path / "tars", "--force", "--class-names", tmp_path / "names.txt", expect=2)
-    assert said.count("has label 'ant', none of the 1 classes") == 3
+@pytest.mark.parametrize("name", ["index_shards", "inspect_shards"])
+def test_a_mistake_ends_a_tool_with_exit_code_2(tmp_path: Path, name: str) -> None:
+    refused = tool(name, tmp_path / "nowhere", expect=2)
+    assert refused.stderr == f"error: {tmp_path}/nowhere: there is no such file or folder; correct the path\n"
+    refused = tool(name, "pipe:cat x.tar", expect=2)
+    assert refused.stderr.count("\n") == 1
 
 
-def test_originals_of_mixed_sizes_may_be_enlarged(tmp_path: Path) -> None:
-    folder = tmp_path / "tars"
-    foreign(folder, ["0"] * 3, size=8)
-    with webdataset.ShardWriter(str(folder / "more-%04d.tar"), verbose=0) as writer:
-        writer.write({"__key__": "m", "png": numbered(1, 20)[0], "cls": b"0"})
-    assert "of their own sizes" in run("index_shards", folder)
-    assert Manifest.read(folder / "manifest.json").resolution is None
-    assert ShardSet.open(folder, 1, 16).read(1, 0)[0].shape == (16, 16, 3)
-
-
-def test_all_defects_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
-    folder = tmp_path / "tars"
-    foreign(folder, ["1", "2", "cat", "3", None, "-1", "4", "5"], per_shard=4)
-    cut = folder / "theirs-0009.tar"
-    cut.write_bytes((folder / "theirs-0000.tar").read_bytes()[:3000])
-    said = run("index_shards", folder, expect=2)
-    for what in (
-        r"theirs-0000.tar: byte",
-        "sample 2 has label 'cat', most samples have a number",
-        "sample 0 has no label, most samples have a number",
-        "sample 1 has label '-1', a number outside",
-        "theirs-0009.tar:",
-        "4 defects in 3 of 3 tars; nothing was written",
-    ):
-        assert what in said, said
-    assert not list(folder.glob("*.json")) + list(folder.glob("*.npy"))
-
-
-def test_verify_finds_every_defect(tmp_path: Path) -> None:
-    """Several in several shards, each with its shard and byte; the report has all of them."""
-    folder = tmp_path / "shards"
-    write_shards(numbered(40), np.arange(40) % 10, folder, codec="raw", samples_per_shard=5)
-    assert ", 0 defects" in run("index_shards", folder, "--verify", "--workers", "2")
-    tars = sorted(folder.glob("*.tar"))
-    index = [np.load(tar.with_suffix(".index.npy")) for tar in tars]
-
-    def overwrite(shard: int, offset: int, data: bytes) -> None:
-        with tars[shard].open("r+b") as file:
-            file.seek(offset)
-            file.write(data)
-
-    overwrite(0, int(index[0]["offset"][2]) + 150, b"\x07")  # a pixel
-    overwrite(1, int(index[1]["offset"][3]), b"broken")  # an image's header
-    tars[2].write_bytes(tars[2].read_bytes()[:2000])
-    changed = index[3].copy()
-    changed["label"][1] += 1
-    np.save(tars[3].with_suffix(".index.npy"), changed)
-    tars[4].unlink()
-    tars[5].with_suffix(".index.npy").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][6]["samples"] = 4
-    manifest["shards"][7]["samples"] = 6
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    run("index_shards", folder, "--verify", "--report", tmp_path / "report.jsonl", expect=2)
-    report = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
-    found = {(Path(entry["shard"]).name, entry["byte"], entry["what"].split(";")[0]) for entry in report}
-
-    def has(shard: int, byte: int | None, what: str) -> bool:
-        return any(n == tars[shard].name and b == byte and what in w for n, b, w in found)
-
-    assert has(0, None, "has sha256"), found
-    assert has(1, None, "has sha256"), found
-    assert has(1, int(index[1]["offset"][3]), "sample 3 cannot be decoded as npy"), found
-    assert has(2, None, "has 2000 bytes, the manifest says"), found
-    assert has(3, int(index[3]["offset"][1]), "1 samples differ from shard-000003.index.npy"), found
-    assert has(4, None, "is missing"), found
-    assert has(5, None, "has no index beside it"), found
-    assert has(6, None, "holds 5 samples, the manifest says 4"), found
-    assert has(7, None, "holds 5 samples, the manifest says 6"), found
-    assert [entry["shard"] for entry in report] == sorted(entry["shard"] for entry in report)
-
-
-def test_inspection_agrees_with_numpy(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, 12, 12, 3), np.uint8)
-    images[:15] = images[:15, ..., :1]  # a quarter is grey
-    labels = np.array([0] * 30 + [1] * 20 + [3] * 10)
-    folder = tmp_path / "shards"
-    names = ["ant", "bee", "cat", "dog"]
-    write_shards(images, labels, folder, codec="png", samples_per_shard=25, class_names=names)
-    sheet = tmp_path / "sheet.png"
-    said = run("inspect_shards", folder, "--json", "--contact-sheet", sheet, "--workers", "2")
-    result: dict[str, Any] = json.loads(said)
-    assert (result["shards"], result["samples"], result["decoded"]) == (3, 60, 60)
-    assert result["manifest_hash"] == ShardSet.open(folder, 4).manifest_hash
-    assert result["extensions"] == {"png": 60}
-    assert (result["classes"]["number"], result["classes"]["empty"]) == (4, ["2 cat"])
-    assert result["classes"]["largest"]["samples"] == 30
-    assert result["share_grey"] == pytest.approx(0.25)
-    assert result["rgb_mean_255"] == pytest.approx(images.mean(axis=(0, 1, 2)).tolist(), rel=1e-6)
-    assert result["rgb_std_255"] == pytest.approx(images.astype(float).std(axis=(0, 1, 2)).tolist(), rel=1e-6)
-    assert result["rgb_mean"] == pytest.approx((images.mean(axis=(0, 1, 2)) / 127.5 - 1).tolist(), abs=1e-6)
-    with Image.open(sheet) as picture:
-        assert min(picture.size) > 8 * 80
-    assert sheet.stat().st_size < 1_000_000
-    table = run("inspect_shards", folder)
-    assert "| classes without a sample | 1 (2 cat) |" in table
-    assert "| short side below 256 | 100.0% |" in table
-
-
-def test_tars_without_a_manifest_are_inspected_as_they_are(tmp_path: Path) -> None:
-    foreign(tmp_path / "tars", ["cat", "ant", "ant"])
-    with tarfile.open(tmp_path / "tars" / "z.tar", "w") as archive:
-        info = tarfile.TarInfo("k.jpg")
-        info.size = 5
-        archive.addfile(info, io.BytesIO(b"wrong"))
-    result = json.loads(run("inspect_shards", tmp_path / "tars", "--json"))
-    assert (result["samples"], result["codec"], result["decoded"]) == (4, None, 3)
-    assert len(result["undecodable"]) == 1
-
-
-@pytest.mark.parametrize("tool", ["index_shards", "inspect_shards"])
-def test_mistakes_are_one_line(tmp_path: Path, tool: str) -> None:
-    for argument, message in (
-        (tmp_path / "nowhere", "there is no such file or folder"),
-        (tmp_path, "no tars here"),
-        ("pipe:cat x.tar", "only local folders"),
-        ("s3://bucket/folder", "only local folders"),
-    ):
-        said = run(tool, argument, expect=2)
-        assert said.startswith("error: "), said
-        assert message in said
-        assert said.count("\n") == 1
+def test_the_tools_do_not_wait_for_torch() -> None:
+    code = "import sys, tools.index_shards, tools.inspect_shards; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
