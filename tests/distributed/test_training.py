@@ -289,7 +289,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
     }
     started = {
         name: subprocess.Popen(
-            [sys.executable, *job.command("mistakes", *overrides)],
+            [sys.executable, *job.command("mistake_" + name.replace(" ", "_"), *overrides)],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
