@@ -265,6 +265,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
     (job.folder / "a_file").write_text("")
     job.copy("unbroken", "other_shape", steps=4)
     job.copy("unbroken", "other_data", steps=4)
+    job.copy("unbroken", "other_network", steps=4)
     job.copy("unbroken", "damaged", steps=4)
     for file in (job.folder / "damaged" / "checkpoints").glob("step_*/rank_00000.safetensors"):
         file.write_bytes(b"\xff" * file.stat().st_size)
@@ -280,7 +281,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         ),
         "another order": ([f"run.dir={job.folder / 'other_data'}", "run.seed=1"], "seed: 0 -> 1"),
         "another network": (
-            [f"run.dir={job.folder / 'other_data'}", "model.in_context_start=0", "diffusion.prediction=v"],
+            [f"run.dir={job.folder / 'other_network'}", "model.in_context_start=0", "diffusion.prediction=v"],
             "model.in_context_start: 1 -> 0; diffusion.prediction: x -> v",
         ),
         "damaged checkpoint": ([f"run.dir={job.folder / 'damaged'}"], "rank_00000.safetensors: "),
