@@ -52,6 +52,6 @@ def test_shards_fall_as_one_over_ranks(two_ranks: dict[str, Any], tmp_path: Path
         expected = predicted(stage, precision, ranks)
         for rank in found:
             assert rank["state"] == pytest.approx(expected.state, rel=0.02)
-            # All but the weights is sharded.
+            # All but the weights is sharded; gradients by whole parameters, which is coarse in so small a network.
             sharded = rank["state"] - expected.weights
-            assert sharded * ranks == pytest.approx(held[1][0]["state"] - expected.weights, rel=0.02)
+            assert sharded * ranks == pytest.approx(held[1][0]["state"] - expected.weights, rel=0.05)
