@@ -1,6 +1,6 @@
 """Sum the storages of all tensors of a rank in mid-step, in every stage and precision; write bytes of each rank.
 
-Usage: planner_memory.py RESULT.json [STAGE PRECISION]
+Usage: planner_memory.py RESULT.json [STAGE-PRECISION ...]
 """
 
 from __future__ import annotations
@@ -76,8 +76,12 @@ def measure(stage: int, precision: str, world: parallel.World) -> dict[str, int]
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    settings = SETTINGS if len(sys.argv) == 2 else [(int(sys.argv[2]), sys.argv[3])]
-    results = {f"{stage} {p}": parallel.gather_objects(measure(stage, p, world)) for stage, p in settings}
+    chosen = sys.argv[2:]
+    results = {
+        f"{stage}-{precision}": parallel.gather_objects(measure(stage, precision, world))
+        for stage, precision in SETTINGS
+        if not chosen or f"{stage}-{precision}" in chosen
+    }
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))
     parallel.stop()
