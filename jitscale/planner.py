@@ -115,7 +115,9 @@ def parameters_by_kind(model: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. `weights` to `averages` live as long as the run; gradients are at their most.
+    """Bytes on one rank during backward, where they are at their most.
+
+    The copy of the gradients that the update makes is not counted: buckets and activations are free by then.
 
     Attributes:
         weights: those of the forward pass; in stage 3 this rank's part and the small ones that stay whole.

@@ -178,7 +178,7 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None, *, hpz: 
             "larger ones, or fewer ema.decays."
         )
     share = config.data.batch_size // cluster.gpus
-    reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)} of the {room} that may be filled"]
+    reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
     if choice.stage > 1:
         lower = [
             candidate(
