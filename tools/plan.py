@@ -198,7 +198,9 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None, *, hpz: 
             else "lower stages do not fit so"
         )
     whole = (
-        "a GPU's whole share of the batch" if choice.micro_batch == share else f"1/{share // choice.micro_batch} of it"
+        "a GPU's whole share of the batch"
+        if choice.micro_batch == share
+        else f"1/{share // choice.micro_batch} of a GPU's share"
     )
     reasons.append(f"{choice.micro_batch} images at a time are {whole}")
     reasons.append(
