@@ -1,0 +1,70 @@
+"""The planner's memory beside the tensors that ranks hold, in every stage and precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitscale.planner import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
+from tests.distributed.processes import PROGRAMS, run_ranks
+from tests.distributed.programs.planner_memory import DECAYS, MODEL, SETTINGS
+
+ALONE = ("2-autocast", "3-autocast")  # measured at 1 and 3 ranks too
+
+
+def measured(path: Path, ranks: int, *setting: str) -> dict[str, Any]:
+    run_ranks(ranks, str(PROGRAMS / "planner_memory.py"), str(path), *setting)
+    return json.loads(path.read_text())
+
+
+def predicted(stage: int, precision: str, ranks: int) -> Memory:
+    return state_memory(MODEL, stage=stage, precision=precision, ranks=ranks, decays=len(DECAYS))
+
+
+@pytest.fixture(scope="module")
+def one_two_three(two_ranks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("memory")
+    return {2: two_ranks} | {ranks: measured(folder / f"{ranks}.json", ranks, *ALONE) for ranks in (1, 3)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measured(tmp_path_factory.mktemp("memory") / "two.json", 2)
+
+
+@pytest.mark.parametrize(("stage", "precision"), SETTINGS)
+def test_the_state_is_what_ranks_hold(two_ranks: dict[str, Any], stage: int, precision: str) -> None:
+    """Within 2%, on each of two ranks; 10% is asked for."""
+    for rank in two_ranks[f"{stage}-{precision}"]:
+        assert rank["state"] == pytest.approx(predicted(stage, precision, 2).state, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", list(WEIGHT_BYTES))
+def test_the_bucket_of_stage_3_is_always_held(two_ranks: dict[str, Any], precision: str) -> None:
+    for rank in two_ranks[f"3-{precision}"]:
+        assert rank["buckets"] == WEIGHT_BYTES[precision] * BUCKET_ELEMENTS
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_state_of_stage_3_falls_as_one_over_ranks(one_two_three: dict[int, dict[str, Any]], ranks: int) -> None:
+    alone = one_two_three[1]["3-autocast"][0]["state"]
+    for rank in one_two_three[ranks]["3-autocast"]:
+        assert rank["state"] * ranks == pytest.approx(alone, rel=0.01)
+        assert rank["state"] == pytest.approx(predicted(3, "autocast", ranks).state, rel=0.02)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_all_but_the_weights_of_stage_2_falls_as_one_over_ranks(
+    one_two_three: dict[int, dict[str, Any]], ranks: int
+) -> None:
+    """Gradients are kept by whole parameters, so one rank of so small a network has more than its share."""
+    weights = predicted(2, "autocast", ranks).weights
+    alone = one_two_three[1]["2-autocast"][0]["state"] - weights
+    found = [rank["state"] - weights for rank in one_two_three[ranks]["2-autocast"]]
+    assert sum(found) == pytest.approx(alone, rel=0.04)
+    assert max(found) * ranks == pytest.approx(alone, rel=0.07)
+    for rank in found:
+        assert rank + weights == pytest.approx(predicted(2, "autocast", ranks).state, rel=0.05)

@@ -1,0 +1,378 @@
+"""What a run takes on a cluster, before it is started: memory, communication, time, and which settings to choose.
+
+    python tools/plan.py --config configs/jit_g_512.yaml --gpus 64 --gpu-memory 141GB
+    python tools/plan.py --config configs/jit_b_256.yaml --gpus 8 --gpu-memory 80GB data.batch_size=512
+    python tools/plan.py --config configs/jit_h_256.yaml --gpus 16 --gpu-memory 80GB --hpz --json
+
+Everything is counted from shapes; nothing was measured on a GPU, and the utilisation (--mfu) is assumed. GB are 10^9
+bytes, GiB 2^30. Bandwidths are those of one GPU in one direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from typing import Any
+
+from jitscale.config import Config, load_config
+from jitscale.errors import ConfigError, ExitCode, exit_with_message
+from jitscale.planner import (
+    WORTH,
+    Candidate,
+    Cluster,
+    candidate,
+    forward_flops,
+    images_of_run,
+    parameters_by_kind,
+    recommend,
+    stages_of,
+    training_flops,
+)
+
+BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
+SHOWN_CHECKPOINTING = (0, 1)
+CAVEAT = "Counted from shapes; nothing was measured on a GPU."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, plan and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml")
+    parser.add_argument("--gpus", required=True, metavar="N", help="ranks of the run")
+    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of one GPU, such as 80GB or 141GB")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--bandwidth-intra", default="450GB/s", metavar="B", help="of a GPU inside its node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bandwidth-inter", default="50GB/s", metavar="B", help="of a GPU's network card (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peak", default="989", metavar="TFLOPS", help="a GPU's bf16 peak in TFLOP/s (default: %(default)s)"
+    )
+    parser.add_argument("--mfu", default="0.4", metavar="F", help="assumed fraction of the peak (default: %(default)s)")
+    parser.add_argument(
+        "--margin", default="0.1", metavar="F", help="fraction of memory left free (default: %(default)s)"
+    )
+    parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
+    parser.add_argument(
+        "--no-overlap", action="store_true", help="stages 0-2 wait for their reductions (overlap_comm: false)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
+    options = parser.parse_intermixed_args(arguments)
+
+    cluster = _cluster(options)
+    config = load_config(options.config, options.overrides, world_size=cluster.gpus)
+    plan = _plan(config, cluster, hpz=options.hpz, overlap=not options.no_overlap)
+    print(json.dumps(plan) if options.json else _text(plan))
+    return ExitCode.DONE
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    """The cluster of the command line.
+
+    Raises:
+        ConfigError: a number that no cluster has.
+    """
+    gpus, per_node = _count("--gpus", options.gpus), _count("--gpus-per-node", options.gpus_per_node)
+    if gpus > per_node and gpus % per_node:
+        full = -(-gpus // per_node) * per_node
+        raise ConfigError(f"--gpus {gpus}: must fill nodes of --gpus-per-node {per_node}; for example {full}")
+    return Cluster(
+        gpus=gpus,
+        gpu_memory=_bytes("--gpu-memory", options.gpu_memory, ""),
+        gpus_per_node=per_node,
+        intra=_bytes("--bandwidth-intra", options.bandwidth_intra, "/s"),
+        inter=_bytes("--bandwidth-inter", options.bandwidth_inter, "/s"),
+        peak=_number("--peak", options.peak, math.inf) * 1e12,
+        mfu=_number("--mfu", options.mfu, 1.0),
+        margin=_number("--margin", options.margin, 1.0, least=0.0),
+    )
+
+
+def _plan(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> dict[str, Any]:
+    """Everything that is printed, with bytes, seconds and images as units."""
+    share = config.data.batch_size // cluster.gpus
+    micro_batch = config.engine.micro_batch_size or share
+    kinds = parameters_by_kind(config.model)
+    choice = recommend(config, cluster, hpz=hpz, overlap=overlap)
+    stages = [
+        _described(
+            config,
+            cluster,
+            candidate(
+                config,
+                cluster,
+                stage=stage,
+                micro_batch=micro_batch,
+                activation_checkpointing=every,
+                hpz=hpz,
+                overlap=overlap,
+            ),
+        )
+        for stage in stages_of(config.engine.precision)
+        for every in SHOWN_CHECKPOINTING
+    ]
+    return {
+        "caveat": CAVEAT,
+        "cluster": asdict(cluster) | {"hpz": hpz, "overlap": overlap},
+        "precision": config.engine.precision,
+        "batch_size": config.data.batch_size,
+        "images_per_gpu": share,
+        "micro_batch_size": micro_batch,
+        "averages": len(config.ema.decays),
+        "images_of_run": images_of_run(config),
+        "parameters": {"total": sum(kinds.values())} | kinds,
+        "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
+        "stages": stages,
+        "paper_batch": _at_the_papers_batch(config, cluster, hpz=hpz, overlap=overlap),
+        "recommended": None if choice is None else _described(config, cluster, choice),
+        "reason": _reason(config, cluster, choice, hpz=hpz, overlap=overlap),
+    }
+
+
+def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str, Any]:
+    rate = config.data.batch_size / option.step_seconds
+    seconds = images_of_run(config) / rate
+    return {
+        "stage": option.stage,
+        "micro_batch_size": option.micro_batch,
+        "activation_checkpointing": option.activation_checkpointing,
+        "memory": asdict(option.memory) | {"total": option.memory.total},
+        "fits": option.fits,
+        "communication": asdict(option.communication),
+        "compute_seconds": option.compute_seconds,
+        "step_seconds": option.step_seconds,
+        "images_per_second": rate,
+        "images_per_second_per_gpu": rate / cluster.gpus,
+        "days": seconds / 86_400,
+        "gpu_hours": seconds / 3_600 * cluster.gpus,
+        "overrides": option.overrides(),
+    }
+
+
+def _at_the_papers_batch(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> list[dict[str, Any]]:
+    """Communication of one step of each stage with 16 images on each of 64 GPUs of this kind, in one micro-batch."""
+    paper = replace(cluster, gpus=PAPER_GPUS)
+    at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
+    found = []
+    for stage in stages_of(config.engine.precision):
+        option = candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE, hpz=hpz, overlap=overlap)
+        found.append(
+            {"stage": stage, "step_seconds": option.step_seconds, "communication": asdict(option.communication)}
+        )
+    return found
+
+
+def _reason(config: Config, cluster: Cluster, choice: Candidate | None, *, hpz: bool, overlap: bool) -> str:
+    """Why these settings are recommended, or why none are."""
+    room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} of {_size(cluster.gpu_memory)}"
+    if choice is None:
+        return (
+            f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: take more GPUs, "
+            "larger ones, or fewer ema.decays."
+        )
+    share = config.data.batch_size // cluster.gpus
+    reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
+    if choice.stage > 1:
+        lower = [
+            candidate(
+                config,
+                cluster,
+                stage=stage,
+                micro_batch=choice.micro_batch,
+                activation_checkpointing=choice.activation_checkpointing,
+                hpz=hpz,
+                overlap=overlap,
+            )
+            for stage in range(1, choice.stage)
+        ]
+        reasons.append(
+            f"lower stages fit too, but their steps take over {WORTH:.0%} longer"
+            if any(option.fits for option in lower)
+            else "lower stages do not fit so"
+        )
+    whole = (
+        "a GPU's whole share of the batch"
+        if choice.micro_batch == share
+        else f"1/{share // choice.micro_batch} of a GPU's share"
+    )
+    reasons.append(f"{choice.micro_batch} images at a time are {whole}")
+    reasons.append(
+        "no block has to be computed again"
+        if choice.activation_checkpointing == 0
+        else "computing blocks again is what makes it fit"
+    )
+    return "; ".join(reasons) + "."
+
+
+def _text(plan: dict[str, Any]) -> str:
+    cluster, parameters, flops = plan["cluster"], plan["parameters"], plan["flops_per_image"]
+    kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in parameters.items() if kind != "total")
+    hidden = "hidden behind backward where it can be" if cluster["overlap"] else "not overlapped in stages 0-2"
+    head = [
+        plan["caveat"],
+        f"Assumed: matrix products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
+        f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
+        f"{cluster['margin']:.0%} of the memory left free.",
+        "",
+        *_table(
+            ["", ""],
+            [
+                ["parameters", f"{parameters['total']:,} (millions: {kinds})"],
+                [
+                    "TFLOP an image",
+                    f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
+                ],
+                [
+                    "batch",
+                    f"{plan['batch_size']} over {cluster['gpus']} GPUs: {plan['images_per_gpu']} a GPU, "
+                    f"{plan['micro_batch_size']} at a time",
+                ],
+                ["precision", f"{plan['precision']}, {plan['averages']} averages"],
+                ["run", f"{plan['images_of_run']:,} images"],
+            ],
+        ),
+        "",
+        "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
+        "",
+    ]
+    parts = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
+    memory = _table(
+        ["stage", "checkpointing", *parts, "fits"],
+        [
+            [*_settings(s), *(f"{s['memory'][part] / 1e9:.2f}" for part in parts), "yes" if s["fits"] else "NO"]
+            for s in plan["stages"]
+        ],
+    )
+    time = _table(
+        ["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"],
+        [
+            [
+                *_settings(s),
+                f"{s['step_seconds'] * 1e3:.1f}",
+                f"{s['images_per_second']:.0f}",
+                f"{s['images_per_second_per_gpu']:.1f}",
+                f"{s['days']:.2f}",
+                f"{s['gpu_hours']:.0f}",
+            ]
+            for s in plan["stages"]
+        ],
+    )
+    own = [s for s in plan["stages"] if s["activation_checkpointing"] == 0]
+    recommended = plan["recommended"]
+    end = ["", f"Recommended: {plan['reason']}"]
+    if recommended is not None:
+        end += [
+            f"Expected: {recommended['images_per_second']:.0f} images/s "
+            f"({recommended['images_per_second_per_gpu']:.1f} a GPU), {recommended['days']:.2f} days, "
+            f"{recommended['gpu_hours']:.0f} GPU-hours, if the assumptions hold.",
+            "",
+            " ".join(recommended["overrides"]),
+        ]
+    return "\n".join(
+        [
+            *head,
+            *memory,
+            "",
+            f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
+            "",
+            *_communication_table(own),
+            "",
+            f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
+            "",
+            *_communication_table(plan["paper_batch"]),
+            "",
+            "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.",
+            "DeepSpeed overlaps by default in stage 3 only; without overlap_comm stages 0 to 2 wait for all of it "
+            "(--no-overlap).",
+            "",
+            "Time, at the assumed utilisation:",
+            "",
+            *time,
+            *end,
+        ]
+    )
+
+
+def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
+    columns = ["stage", "GB sent a GPU", "ms", "not hidden, ms", "after the update, ms", "share of step"]
+    rows = []
+    for stage in stages:
+        traffic = stage["communication"]
+        rows.append(
+            [
+                str(stage["stage"]),
+                f"{traffic['bytes'] / 1e9:.2f}",
+                f"{traffic['seconds'] * 1e3:.2f}",
+                f"{traffic['exposed'] * 1e3:.2f}",
+                f"{traffic['after_step'] * 1e3:.2f}",
+                f"{traffic['exposed'] / stage['step_seconds']:.1%}",
+                str(traffic["hiding_batch"] or "none"),
+            ]
+        )
+    return _table([*columns, "images/GPU that hide the rest"], rows)
+
+
+def _settings(stage: dict[str, Any]) -> list[str]:
+    return [str(stage["stage"]), "every block" if stage["activation_checkpointing"] else "off"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _count(name: str, text: str) -> int:
+    """A number of things.
+
+    Raises:
+        ConfigError: it is not a whole number of at least 1.
+    """
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise ConfigError(f"{name} {text}: must be a whole number of at least 1; give such a number")
+    return int(text)
+
+
+def _number(name: str, text: str, most: float, *, least: float | None = None) -> float:
+    """A number between 0 (exclusive, unless `least` allows it) and `most`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value <= most or value == least) or math.isinf(value):
+        raise ConfigError(f"{name} {text}: must be a number {limit}; give such a number")
+    return value
+
+
+def _bytes(name: str, text: str, suffix: str) -> float:
+    """Bytes from a number and a unit, with `suffix` behind it.
+
+    Raises:
+        ConfigError: the unit is unknown, or the number not positive.
+    """
+    units = "|".join(BYTES)
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units}){suffix}", text)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(
+            f"{name} {text}: must be a positive number and one of {', '.join(u + suffix for u in BYTES)}; "
+            f"for example 80GB{suffix}"
+        )
+    return float(match[1]) * BYTES[match[2]]
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
