@@ -55,7 +55,7 @@ def measure(stage: int, precision: str, world: parallel.World) -> dict[str, int]
     )
     config.data.batch_size = MICRO_BATCHES * world.size
     engine = ZeroEngine(JiT(MODEL).train(), config, world)
-    ema = ShardedEma(config.ema.decays, engine.masters())
+    ema = ShardedEma(config.ema, engine.masters())
     z, t, y = torch.randn(1, 3, 16, 16), torch.rand(1), torch.zeros(1, dtype=torch.long)
     held: dict[int, int] = {}
     for step in range(2):
@@ -66,7 +66,7 @@ def measure(stage: int, precision: str, world: parallel.World) -> dict[str, int]
                     engine._engine.empty_partition_cache()
                 held = storages()
             engine.step(1e-4 if micro_batch == MICRO_BATCHES - 1 else None)
-        ema.update(engine.masters())
+        ema.update(engine.masters(), step + 1, (step, step + 1))
     engine.destroy()
     own = [size for address, size in held.items() if before.get(address) != size]
     # Stage 3 always holds its bucket for reductions, whose size does not depend on the network.
