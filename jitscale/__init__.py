@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the fir
     import torch
 
     from jitscale.model.jit import JiT
-    from jitscale.weights import ConfigSource
+    from jitscale.weights.opening import ConfigSource
 
 __all__ = ["load_model", "sample"]
 
@@ -33,7 +33,7 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     Raises:
         jitscale.errors.CheckpointError: nothing readable there, no such weight set, or the sizes do not fit.
     """
-    from jitscale.weights import read_weights  # noqa: PLC0415
+    from jitscale.weights.opening import read_weights  # noqa: PLC0415
 
     return read_weights(path, weights, config).build()
 

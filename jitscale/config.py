@@ -167,6 +167,9 @@ class RunConfig:
     max_steps: int | None = None
     seed: int = 0
     device: str = "auto"
+    init_from: str | None = None  # start from these weights: a run, a step folder, .safetensors, the authors' .pth
+    init_weights: str | None = None  # the weight set to start from; null: model, or the only one
+    init_ema: bool = True  # the file's averages go on where ema.* has them too; false: all start from init_weights
     rollback_after: int = 10  # steps in a row without a finite gradient: back to the last checkpoint, on in the data
     max_rollbacks: int = 3  # in one process; the next one ends the run
     hang_timeout: float = 1800.0  # seconds without a finished step after which a rank ends itself; 0: never

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from jitscale.evaluation.distributed import evaluate_model  # noqa: PLC0415
-    from jitscale.weights import read_weights  # noqa: PLC0415
+    from jitscale.weights.opening import read_weights  # noqa: PLC0415
 
     weights = read_weights(
         options.run or options.checkpoint,

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jitscale import parallel
-from jitscale.config import load_config, to_yaml
+from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
+
+if TYPE_CHECKING:
+    from jitscale.weights.stored import StoredWeights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,11 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
     from jitscale.training.trainer import train  # noqa: PLC0415
 
     try:
-        code = train(config, world)
+        code = train(config, world, parallel.together(lambda: _initial_weights(config)))
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
         return code
     finally:
         parallel.stop()
+
+
+def _initial_weights(config: Config) -> StoredWeights | None:
+    """What `run.init_from` names, unless the run has a checkpoint to go on from."""
+    from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
+    from jitscale.weights.opening import open_weights  # noqa: PLC0415
+
+    if config.run.init_from is None or complete_checkpoints(Path(config.run.dir)):
+        return None
+    return open_weights(config.run.init_from, config)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import read_metrics
 from jitscale.training.checkpoint import complete_checkpoints
-from jitscale.weights import read_weights
+from jitscale.weights.opening import read_weights
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 8

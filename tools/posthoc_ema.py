@@ -32,9 +32,10 @@ from tqdm import tqdm
 from jitscale.config import WIDEST_POWER, power_name
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 from jitscale.posthoc import Reconstruction, solve
+from jitscale.streamed_safetensors import appearing_safetensors
 from jitscale.training.checkpoint import Checkpoint
 from jitscale.training.snapshots import complete_snapshots
-from jitscale.weights import appearing_safetensors
+from jitscale.weights.stored import description
 
 BLOCK = 2**20  # elements of a parameter taken from all snapshots at once: 8 MiB a width in float64
 COARSE_ERROR, WORST_ERROR = 5e-2, 0.5  # a warning, and a refusal
@@ -175,12 +176,8 @@ def write(
             appends = []
             for file, width, error in zip(files, widths, solution.errors, strict=True):
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
-                extra = {"posthoc": json.dumps(source)}
-                appends.append(
-                    stack.enter_context(
-                        appearing_safetensors(file, power_name(width), newest.shapes, newest.config, extra)
-                    )
-                )
+                metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
+                appends.append(stack.enter_context(appearing_safetensors(file, newest.shapes, metadata)))
             progress = stack.enter_context(
                 tqdm(total=sum(map(prod, newest.shapes.values())), unit="elements", unit_scale=True, desc="mix")
             )

@@ -19,7 +19,7 @@ from jitscale.config import load_config, to_yaml
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.training.checkpoint import MOMENTS, Progress, complete_checkpoints, whole_fragments, write_checkpoint
 from jitscale.upgrade import RESIZED, upgrade_factor, upgrade_tensor
-from jitscale.weights import open_checkpoint
+from jitscale.weights.opening import open_checkpoint
 
 
 def main() -> int:

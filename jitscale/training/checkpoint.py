@@ -26,7 +26,7 @@ from functools import cached_property
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,12 +36,15 @@ from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import CheckpointError
 from jitscale.files import sha256_of
+from jitscale.streamed_safetensors import appearing_safetensors
 
 T = TypeVar("T")
 
 FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# A rank's file: name, bytes, sha256, and (parameter, shape, offset, length) of each fragment in it.
+_Part = tuple[str, int, str, list[tuple[str, tuple[int, ...], int, int]]]
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -135,7 +138,7 @@ class Save:
         self.progress = progress
         self._config = config
         self._final = final
-        self._aside = self._final.with_name(f"{self._final.name}.partial")
+        self._aside = _aside(final)
         self._file = self._aside / f"rank_{_this_rank():05d}.safetensors"
         self._set_names = list(sets)
         self._owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
@@ -145,15 +148,7 @@ class Save:
 
         def begin() -> None:
             if _this_rank() == 0:
-                shutil.rmtree(self._aside, ignore_errors=True)
-                self._aside.mkdir(parents=True)
-                free = shutil.disk_usage(self._aside).free
-                if needed > free:
-                    self._aside.rmdir()
-                    raise CheckpointError(
-                        f"{self._final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the "
-                        "previous checkpoint stays"
-                    )
+                _make_room(self._aside, self._final, needed)
 
         _saving(self._aside, begin)
         # Copies, because slices of one flat tensor share its memory and training goes on in it.
@@ -202,14 +197,7 @@ class Save:
 
         def complete() -> None:
             if _this_rank() == 0:
-                _write_index(self._aside / "index.json", self.progress, self._set_names, parts)
-                (self._aside / "config.yaml").write_text(to_yaml(self._config))
-                _flush(self._aside / "config.yaml")
-                (self._aside / MARKER).write_text("")
-                _flush(self._aside / MARKER)
-                shutil.rmtree(self._final, ignore_errors=True)  # at most what an interrupted removal left
-                self._aside.rename(self._final)
-                _flush(self._final.parent)
+                _complete(self._aside, self._final, self.progress, self._config, self._set_names, parts)
 
         # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
         try:
@@ -220,6 +208,49 @@ class Save:
                 shutil.rmtree(self._aside, ignore_errors=True)  # a full disk needs its room
             raise
         return self._final
+
+
+def write_streamed(
+    final: Path,
+    progress: Progress,
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    sets: Sequence[str],
+    tensor: Callable[[str, str], torch.Tensor],
+) -> Path:
+    """A checkpoint written by one process, one tensor in memory at a time.
+
+    Args:
+        final: the folder, which appears complete or not at all.
+        progress: of the run.
+        config: of the run.
+        shapes: parameter name -> shape.
+        sets: names of weight sets and moments.
+        tensor: the float32 values of (set, parameter), asked for once each.
+
+    Raises:
+        CheckpointError: there is not enough room, or the folder cannot be written.
+    """
+    aside = _aside(final)
+    file = aside / "rank_00000.safetensors"
+    entries = {f"{name}:{parameter}:0": (prod(shape),) for parameter, shape in shapes.items() for name in sets}
+    whole = [(f.name, f.shape, f.offset, f.length) for f in whole_fragments(shapes)]
+
+    def write() -> Path:
+        _make_room(aside, final, 4 * sum(length for (length,) in entries.values()))
+        with appearing_safetensors(file, entries) as append:
+            for parameter in shapes:
+                for name in sets:
+                    append(tensor(name, parameter))
+        parts = [(file.name, file.stat().st_size, sha256_of(file), whole)]
+        _complete(aside, final, progress, config, list(sets), parts)
+        return final
+
+    try:
+        return _saving(aside, write)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -370,17 +401,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming every parameter that differs.
         """
-        differing = [
-            f"{name}: {self.shapes.get(name, 'absent')} there, {shapes.get(name, 'absent')} in this network"
-            for name in sorted({*shapes, *self.shapes})
-            if self.shapes.get(name) != shapes.get(name)
-        ]
-        if differing:
-            shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint of another network ({shown}); restore the model settings of its "
-                "config.yaml, or choose another run.dir"
-            )
+        check_shapes(self.folder, self.shapes, shapes)
 
     def _open(self, file: int) -> safe_open:
         if file not in self._handles:
@@ -390,6 +411,30 @@ class Checkpoint:
     @cached_property
     def _handles(self) -> dict[int, safe_open]:
         return {}
+
+
+def check_shapes(where: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the parameters stored at `where` with those of a network.
+
+    Raises:
+        CheckpointError: naming parameters that differ.
+    """
+    differing = shape_differences(found, expected)
+    if differing:
+        raise CheckpointError(
+            f"{where}: weights of another network ({differing}); restore the model settings of its config, or choose "
+            "another run.dir"
+        )
+
+
+def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """What differs between the parameters of two networks, in one line; empty where nothing does."""
+    differing = [
+        f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} in this network"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    return "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
 
 
 def _damaged(path: Path, folder: Path, what: object) -> CheckpointError:
@@ -405,21 +450,57 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return Checkpoint(complete[-1]) if complete else None
 
 
+class ReadableSets(Protocol):
+    """Stored sets of tensors, read by slices of flattened parameters."""
+
+    def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32."""
+
+
 @torch.no_grad()
 def load_fragments(
-    checkpoint: Checkpoint, fragments: Sequence[Fragment], sets: Mapping[str, Sequence[torch.Tensor]]
+    source: ReadableSets, fragments: Sequence[Fragment], sets: Mapping[str, Sequence[torch.Tensor]]
 ) -> None:
-    """Fill this rank's slices of all `sets` (set name -> flat tensors) from the checkpoint."""
+    """Fill this rank's slices of all `sets` (set name -> flat tensors) from `source`."""
     for name, flats in sets.items():
         for f in fragments:
-            flats[f.flat][f.start : f.start + f.length].copy_(
-                checkpoint.read(name, f.name, f.offset, f.offset + f.length)
-            )
+            flats[f.flat][f.start : f.start + f.length].copy_(source.read(name, f.name, f.offset, f.offset + f.length))
 
 
 def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
     """Fragments that hold whole parameters, the i-th parameter in the i-th flat tensor."""
     return [Fragment(name, shape, i, 0, prod(shape), 0) for i, (name, shape) in enumerate(shapes.items())]
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f"{final.name}.partial")
+
+
+def _make_room(aside: Path, final: Path, needed: int) -> None:
+    """An empty folder `aside` on a file system with `needed` free bytes."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    free = shutil.disk_usage(aside).free
+    if needed > free:
+        aside.rmdir()
+        raise CheckpointError(
+            f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the previous checkpoint "
+            "stays"
+        )
+
+
+def _complete(
+    aside: Path, final: Path, progress: Progress, config: Config, sets: list[str], parts: list[_Part]
+) -> None:
+    """Turn `aside`, which holds the ranks' files, into the complete checkpoint `final`."""
+    _write_index(aside / "index.json", progress, sets, parts)
+    (aside / "config.yaml").write_text(to_yaml(config))
+    _flush(aside / "config.yaml")
+    (aside / MARKER).write_text("")
+    _flush(aside / MARKER)
+    shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
+    aside.rename(final)
+    _flush(final.parent)
 
 
 def _saving(path: Path, action: Callable[[], T]) -> T:
@@ -446,7 +527,7 @@ def _write_index(
     path: Path,
     progress: Progress,
     sets: list[str],
-    parts: list[tuple[str, int, str, list[tuple[str, tuple[int, ...], int, int]]]],
+    parts: list[_Part],
 ) -> None:
     parameters: dict[str, dict[str, list[object]]] = {}
     for number, (_, _, _, owned) in enumerate(parts):

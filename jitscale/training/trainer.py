@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,9 @@ from jitscale.tracking import Tracker, peak_tflops
 from jitscale.training.checkpoint import (
     Checkpoint,
     Progress,
+    ReadableSets,
     Save,
+    check_shapes,
     latest_checkpoint,
     load_fragments,
     prune,
@@ -53,8 +56,25 @@ MOST_FAILED_SAVES = 3  # in a row
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
-def train(config: Config, world: World) -> ExitCode:
+class InitialWeights(ReadableSets, Protocol):
+    """Weights that a run may begin with, such as weights.stored.StoredWeights."""
+
+    path: Path
+    config: Config
+    weight_sets: list[str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def choose(self, name: str | None) -> str:
+        """The set `name`, or the one meant by None."""
+
+
+def train(config: Config, world: World, initial: InitialWeights | None = None) -> ExitCode:
     """Train until `run.max_images` or `run.max_steps`, from the newest checkpoint of `run.dir` if there is one.
+
+    Args:
+        config: all settings.
+        world: this rank among all.
+        initial: weights to begin with where there is no checkpoint yet; None draws them.
 
     Returns:
         DONE, or REQUEUE after a signal asked to stop and the state was saved.
@@ -69,7 +89,9 @@ def train(config: Config, world: World) -> ExitCode:
         if checkpoint is not None:
             _check_resumable(checkpoint, config, shards)
             parallel.together(lambda: checkpoint.verify(world.rank, world.size))
-        trainer = Trainer(config, world, run_dir, shards, checkpoint)
+        elif initial is not None:
+            _check_network(initial.path, initial.config, config)
+        trainer = Trainer(config, world, run_dir, shards, checkpoint, initial if checkpoint is None else None)
         try:
             with naming_dead_workers():
                 return trainer.run()
@@ -81,14 +103,23 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(
-        self, config: Config, world: World, run_dir: Path, shards: ShardSet, checkpoint: Checkpoint | None
+        self,
+        config: Config,
+        world: World,
+        run_dir: Path,
+        shards: ShardSet,
+        checkpoint: Checkpoint | None,
+        initial: InitialWeights | None = None,
     ) -> None:
-        """Build the network and its engine, and continue from `checkpoint` where there is one."""
+        """Build the network and its engine; continue from `checkpoint`, or begin with `initial`, where there is one."""
         self.config, self.world, self.run_dir, self.shards = config, world, run_dir, shards
         torch.manual_seed(config.run.seed)
         network = JiT(config.model, config.diffusion).train()
+        shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         if checkpoint is not None:
-            checkpoint.check_shapes({name: tuple(p.shape) for name, p in network.named_parameters()})
+            checkpoint.check_shapes(shapes)
+        elif initial is not None:
+            check_shapes(initial.path, initial.shapes, shapes)
         self.engine = ZeroEngine(network, config, world)
         self.ema = ShardedEma(config.ema, self.engine.masters())
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
@@ -99,6 +130,8 @@ class Trainer:
         self.saving: Save | None = None
         if checkpoint is not None:
             self._load(checkpoint)
+        elif initial is not None:
+            self._begin_with(initial)
         self.end = self._images_at_end()
         self.generator = torch.Generator(world.device)
         self.faults = FaultInjection.from_environment(world.rank)
@@ -413,6 +446,27 @@ class Trainer:
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.folder, self.step, self.images)
 
+    def _begin_with(self, initial: InitialWeights) -> None:
+        """Take over weights, and averages where both sides have them; the moments begin at zero."""
+        run, fragments = self.config.run, self.engine.fragments
+        weights = run.init_weights
+        if weights is None and "model" in initial.weight_sets:
+            weights = "model"
+        weights = initial.choose(weights)
+        kept = [name for name in self.ema.sets if run.init_ema and name in initial.weight_sets]
+        sets = self.engine.prepare_to_load(0)
+
+        def fill() -> None:
+            load_fragments(initial, fragments, {weights: sets["model"]})
+            for name, flats in self.ema.sets.items():
+                load_fragments(initial, fragments, {name if name in kept else weights: flats})
+
+        parallel.together(fill)
+        self.engine.finish_loading()
+        if self.world.is_main:
+            averages = ", ".join(kept) or "no average"
+            logger.info("starting from %s of %s; taken over: %s", weights, initial.path, averages)
+
     def _network(self) -> JiT:
         """A plain copy of the network with the weights that `evaluation.weights` names; a collective call."""
         name = self.config.evaluation.weights
@@ -535,15 +589,24 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
                 "data.streams and data.window, start a new run.dir, or begin a new epoch of other shards with "
                 "data.accept_new_shards=true"
             )
-    differing = network_differences(checkpoint.config, config)
+    _check_network(checkpoint.folder, checkpoint.config, config)
+
+
+def _check_network(path: Path, before: Config, config: Config) -> None:
+    """Refuse weights of another network, or for another noise scale.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    differing = network_differences(before, config)
     if differing:
         raise CheckpointError(
-            f"{checkpoint.folder}: a checkpoint of another network ({'; '.join(differing)}); restore these settings, "
-            "or choose another run.dir"
+            f"{path}: weights of another network ({'; '.join(differing)}); restore these settings, or choose another "
+            "run.dir"
         )
-    trained_with, asked = checkpoint.config.diffusion.noise_scale, config.diffusion.noise_scale
+    trained_with, asked = before.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
         raise CheckpointError(
-            f"{checkpoint.folder}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
+            f"{path}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
             f"add diffusion.noise_scale={trained_with}"
         )

@@ -14,7 +14,7 @@ import jitscale
 from jitscale.tracking import read_metrics
 from jitscale.training.checkpoint import MARKER, Checkpoint, complete_checkpoints
 from jitscale.training.snapshots import complete_snapshots
-from jitscale.weights import read_weights
+from jitscale.weights.opening import read_weights
 from tests.distributed.processes import ROOT, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses
 

@@ -277,12 +277,25 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         "unwritable output": ([f"run.dir={job.folder / 'a_file' / 'run'}"], "cannot be written"),
         "checkpoint of another shape": (
             [f"run.dir={job.folder / 'other_shape'}", "model.hidden_size=64"],
-            "a checkpoint of another network",
+            "weights of another network",
         ),
         "another order": ([f"run.dir={job.folder / 'other_data'}", "run.seed=1"], "seed: 0 -> 1"),
         "another network": (
             [f"run.dir={job.folder / 'other_network'}", "model.in_context_start=0", "diffusion.prediction=v"],
             "model.in_context_start: 1 -> 0; diffusion.prediction: x -> v",
+        ),
+        "start from nothing": (["run.init_from=absent"], "absent: no such checkpoint"),
+        "start from another network": (
+            [f"run.init_from={job.folder / 'unbroken'}", "model.depth=3"],
+            "model.depth: 2 -> 3",
+        ),
+        "start for another noise": (
+            [f"run.init_from={job.folder / 'unbroken'}", "diffusion.noise_scale=2"],
+            "made for diffusion.noise_scale=1.0",
+        ),
+        "start from an absent set": (
+            [f"run.init_from={job.folder / 'unbroken'}", "run.init_weights=ema_0.5"],
+            "no weight set 'ema_0.5'",
         ),
         "damaged checkpoint": ([f"run.dir={job.folder / 'damaged'}"], "rank_00000.safetensors: "),
         "infinite rate": (["optim.lr=inf"], "optim.lr=inf must be finite"),
@@ -315,3 +328,34 @@ def test_a_mistake_on_two_ranks_ends_both(job: Job) -> None:
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert outputs[0].count("error: ") == 1
     assert outputs[1].count("error: ") == 0
+
+
+def test_start_from_weights_that_exist(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """`run.init_from` with and without the averages, from a run; a resumed run does not look at it again."""
+    source = Checkpoint(complete_checkpoints(job.folder / "unbroken")[-1])
+    still = ["optim.lr=1e-30", "optim.warmup_images=0", "run.max_steps=1"]  # the weights do not move
+    origin = f"run.init_from={job.folder / 'unbroken'}"
+
+    def begun(run: str, *overrides: str, world_size: int = 1) -> Checkpoint:
+        job.train(run, *still, origin, *overrides, world_size=world_size)
+        return Checkpoint(complete_checkpoints(job.folder / run)[-1])
+
+    for run, overrides, expected in (
+        ("init_all", ["engine.zero_stage=3"], {"ema_0.9": "ema_0.9", "ema_0.99": "ema_0.99"}),
+        (
+            "init_alone",
+            ["run.init_ema=false", "run.init_weights=ema_0.9"],
+            {"model": "ema_0.9", "ema_0.9": "ema_0.9", "ema_0.99": "ema_0.9"},
+        ),
+    ):
+        found = begun(run, *overrides, world_size=2 if run == "init_all" else 1)
+        assert found.progress.images == BATCH
+        began_with = expected.get("model", "model")
+        for name in found.shapes:
+            weights = source.tensor(began_with, name)
+            torch.testing.assert_close(found.tensor("model", name), weights, rtol=0, atol=1e-29)
+            for average, decay in (("ema_0.9", 0.9), ("ema_0.99", 0.99)):
+                average_before = source.tensor(expected[average], name)
+                after = average_before.lerp(weights, 1 - decay)
+                torch.testing.assert_close(found.tensor(average, name), after, rtol=0, atol=1e-7)
+    job.train("init_all", "run.init_from=gone", "run.max_steps=2", world_size=1)

@@ -21,7 +21,7 @@ from jitscale.training.checkpoint import (
     whole_fragments,
     write_checkpoint,
 )
-from jitscale.weights import read_weights
+from jitscale.weights.opening import read_weights
 
 SHAPES = {"first": (3, 4), "second": (5,)}
 

@@ -14,7 +14,8 @@ from jitscale.diffusion.objective import interpolate, sample_loss
 from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 from jitscale.training.optim import build_optimizer
-from jitscale.weights import read_weights, write_safetensors
+from jitscale.weights.opening import open_weights, read_weights
+from jitscale.weights.stored import write_safetensors
 
 DATA = Path(__file__).parents[1] / "data"
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def test_weight_sets_of_the_authors_file(case: Any) -> None:
 def test_safetensors_keep_weights_and_config(case: Any, tmp_path: Path) -> None:
     path, config, reference = case
     weights = read_weights(path, None, config)
-    write_safetensors(tmp_path / "weights.safetensors", weights)
+    write_safetensors(tmp_path / "weights.safetensors", open_weights(path, config), weights.name)
     again = read_weights(tmp_path / "weights.safetensors")
     assert (again.name, again.model, again.diffusion) == (weights.name, weights.model, weights.diffusion)
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in weights.tensors.items())

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import jitscale
-from jitscale.config import Config, ModelConfig
+from jitscale.config import Config
 from jitscale.errors import UserError
-from jitscale.model.jit import JiT
 from jitscale.posthoc import Array, _inner_products, gamma_of_width, power_step, solve, width_of_gamma
 from jitscale.training.checkpoint import MARKER, Progress, whole_fragments
 from jitscale.training.snapshots import complete_snapshots, remove_snapshots_after, snapshot_folder, write_snapshot
-from jitscale.weights import WeightSet, appearing_safetensors, read_weights, write_safetensors
 from tools.posthoc_ema import open_snapshots, parse_widths, report
 
 STEPS = 3000
@@ -161,31 +157,3 @@ def test_only_what_the_run_goes_on_from_stays(tmp_path: Path) -> None:
     assert list(complete_snapshots(tmp_path)) == [100, 200]
     assert sorted(f.name for f in (tmp_path / "snapshots").iterdir()) == ["images_000000000100", "images_000000000200"]
     assert (snapshot_folder(tmp_path, 200) / MARKER).exists()
-
-
-def test_weights_written_in_pieces_are_the_same_file(tmp_path: Path) -> None:
-    """What the model and the metadata readers see, and nothing where the writing fails."""
-    config = Config(
-        model=ModelConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, in_context_start=0)
-    )
-    config.diffusion.noise_scale = 2.0
-    torch.manual_seed(0)
-    tensors = {name: p.detach().clone() for name, p in JiT(config.model).named_parameters()}
-    write_safetensors(tmp_path / "whole.safetensors", WeightSet("power_0.100", tensors, config.model, config.diffusion))
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    with appearing_safetensors(tmp_path / "pieces.safetensors", "power_0.100", shapes, config, {"more": "1"}) as append:
-        for values in torch.cat([t.flatten() for t in tensors.values()]).split(1000):
-            append(values)
-    whole, pieces = read_weights(tmp_path / "whole.safetensors"), read_weights(tmp_path / "pieces.safetensors")
-    assert (whole.name, whole.model, whole.diffusion) == (pieces.name, pieces.model, pieces.diffusion)
-    assert all(torch.equal(whole.tensors[name], pieces.tensors[name]) for name in tensors)
-    assert jitscale.load_model(tmp_path / "pieces.safetensors").diffusion.noise_scale == 2.0
-
-    def fail() -> None:
-        with appearing_safetensors(tmp_path / "failed.safetensors", "power_0.100", shapes, config) as append:
-            append(torch.zeros(10))
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert sorted(os.listdir(tmp_path)) == ["pieces.safetensors", "whole.safetensors"]

@@ -1,0 +1,43 @@
+"""Weights written in pieces."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import jitscale
+from jitscale.config import Config, ModelConfig
+from jitscale.model.jit import JiT
+from jitscale.streamed_safetensors import appearing_safetensors
+from jitscale.weights.stored import description
+
+
+def test_pieces_of_any_size_make_a_file_that_the_readers_take(tmp_path: Path) -> None:
+    """What the model and the metadata readers see, and nothing where the writing fails."""
+    config = Config(
+        model=ModelConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, in_context_start=0)
+    )
+    config.diffusion.noise_scale = 2.0
+    torch.manual_seed(0)
+    tensors = {name: p.detach().clone() for name, p in JiT(config.model).named_parameters()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    metadata = {**description("power_0.100", config), "more": "1"}
+    with appearing_safetensors(tmp_path / "pieces.safetensors", shapes, metadata) as append:
+        for values in torch.cat([t.flatten() for t in tensors.values()]).split(1000):
+            append(values)
+    found = jitscale.load_model(tmp_path / "pieces.safetensors")
+    assert found.config == config.model
+    assert found.diffusion.noise_scale == 2.0
+    assert all(torch.equal(p, tensors[name]) for name, p in found.named_parameters())
+
+    def fail() -> None:
+        with appearing_safetensors(tmp_path / "failed.safetensors", shapes) as append:
+            append(torch.zeros(10))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == ["pieces.safetensors"]

@@ -1,0 +1,152 @@
+"""Turn weights from one form into another, bit by bit the same.
+
+    python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to safetensors --output exported/
+    python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to huggingface --weights ema_0.9999 --output hub/
+    python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to authors --output checkpoint-last.pth
+    python tools/convert_checkpoint.py --checkpoint checkpoint-last.pth --to run --output runs/continued \\
+        --config configs/jit_h_256.yaml
+
+safetensors: a folder with one file a weight set, with the network's config in its metadata. huggingface: a folder
+for `jitscale.weights.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
+optimizer's moments. run: a checkpoint that `jitscale.train` goes on from, with the averages and moments that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jitscale.config import ema_name, load_config, network_differences, to_yaml
+from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.training.checkpoint import Progress, step_folder, write_streamed
+from jitscale.weights.authors import write_authors_file
+from jitscale.weights.opening import open_weights
+from jitscale.weights.stored import StoredWeights, write_safetensors
+
+AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a run or step folder, .safetensors files, a Hugging Face folder, the authors' .pth",
+    )
+    writers: dict[str, Callable[[StoredWeights, argparse.Namespace], list[Path]]] = {
+        "safetensors": to_safetensors,
+        "huggingface": to_huggingface,
+        "authors": to_authors,
+        "run": to_run,
+    }
+    parser.add_argument("--to", required=True, choices=writers)
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        metavar="SET",
+        help="such as model ema_0.9999; default: all, for huggingface the one that the run samples from",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the network where PATH does not say it; for run")
+    for number, decay in enumerate(AUTHORS_DECAYS, 1):
+        parser.add_argument(
+            f"--ema{number}",
+            default=ema_name(decay),
+            metavar="SET",
+            help=f"authors: becomes model_ema{number}; default {ema_name(decay)}",
+        )
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="authors: the last complete epoch; default 0")
+    parser.add_argument(
+        "--images", type=int, default=0, metavar="N", help="run: images that the weights have seen; default 0"
+    )
+    options = parser.parse_args(arguments)
+
+    stored = open_weights(options.checkpoint, options.config)
+    try:
+        written = writers[options.to](stored, options)
+    except OSError as error:
+        raise CheckpointError(f"{options.output}: cannot be written ({error}); choose another --output") from error
+    print("\n".join([f"{stored.path}: read", "written:", *(f"  {path}" for path in written)]))
+    return ExitCode.DONE
+
+
+def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+    """One file a weight set."""
+    names = [stored.choose(name) for name in options.weights or stored.weight_sets]
+    files = [options.output / f"{name}.safetensors" for name in names]
+    _refuse_existing(*files)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, file in zip(tqdm(names, unit="set", desc="write"), files, strict=True):
+        write_safetensors(file, stored, name)
+    return files
+
+
+def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+    """config.json, model.safetensors and a model card."""
+    try:
+        from jitscale.weights.hub import HubJiT  # noqa: PLC0415
+    except ImportError as error:
+        raise UserError(f"--to huggingface needs {error.name}; pip install 'jitscale[hub]'") from error
+    if options.weights is not None and len(options.weights) > 1:
+        raise UserError(f"--weights {' '.join(options.weights)}: a Hugging Face folder holds one weight set; name one")
+    _refuse_existing(options.output / "model.safetensors", options.output / "config.json")
+    weights = stored.weight_set(options.weights[0] if options.weights else None)
+    network = HubJiT(weights.model, weights.diffusion, weights.name)
+    weights.load_into(network)
+    network.save_pretrained(options.output)
+    return [options.output / name for name in ("config.json", "model.safetensors", "README.md")]
+
+
+def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+    """The authors' `checkpoint-last.pth`."""
+    _refuse_existing(options.output)
+    for option in ("ema1", "ema2"):
+        name = getattr(options, option)
+        if not name.startswith("ema_") or name not in stored.weight_sets:
+            averages = [held for held in stored.weight_sets if held.startswith("ema_")]
+            raise UserError(
+                f"--{option} {name}: not among the averages of {stored.path}; choose one of "
+                f"{', '.join(averages) or 'none: the authors format needs an exponential average'}"
+            )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_authors_file(options.output, stored, options.ema1, options.ema2, options.epoch)
+    if stored.optimizer_step == 0:
+        print(f"{stored.path}: has no moments of the optimizer; those in the new file are empty")
+    return [options.output]
+
+
+def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+    """A checkpoint at step 0 of a run."""
+    if options.config is None:
+        raise UserError("--to run needs --config, the YAML file that the run will be started with")
+    config = load_config(options.config, [f"run.dir={options.output}"])
+    differing = network_differences(stored.config, config)
+    if differing:
+        raise UserError(f"{options.config}: another network than {stored.path} ({'; '.join(differing)})")
+    if stored.config.diffusion.noise_scale != config.diffusion.noise_scale:
+        raise UserError(
+            f"{options.config}: diffusion.noise_scale={config.diffusion.noise_scale}, {stored.path} was made for "
+            f"{stored.config.diffusion.noise_scale}; give a config with that"
+        )
+    _refuse_existing(options.output / "checkpoints")
+    sets = [*stored.weight_sets, *stored.moments]
+    progress = Progress(step=0, images=options.images, optimizer_step=stored.optimizer_step, data=None)
+    folder = write_streamed(step_folder(options.output, 0), progress, config, stored.shapes, sets, stored.tensor)
+    (options.output / "config.yaml").write_text(to_yaml(config))
+    return [folder]
+
+
+def _refuse_existing(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another --output")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
