@@ -26,6 +26,7 @@ WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the 
 CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.prediction": ("x", "e", "v"),
     "diffusion.loss": ("x", "e", "v"),
+    "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "engine.precision": ("fp32", "autocast", "bf16"),
     "evaluation.features": ("digits",),
@@ -83,8 +84,10 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: str = "adamw"  # or muon: hidden matrices by Muon, the rest by AdamW, at the same learning rate
+    muon_momentum: float = 0.95
     lr: float = 2e-4
     lr_factor_patch_embedding: float = 1.0  # times lr, for the patch embedding
     lr_factor_embeddings: float = 1.0  # for labels, times and in-context tokens
@@ -406,6 +409,14 @@ def _impossible(
             "set engine.zero_stage=1 or engine.offload_optimizer=false",
             ("engine.zero_stage",),
         )
+    if config.engine.offload_optimizer and config.optim.name == "muon":
+        yield _Problem(
+            "engine.offload_optimizer",
+            True,
+            "does not go with Muon, whose matrices are put together over the GPUs' network",
+            "set engine.offload_optimizer=false or optim.name=adamw",
+            ("optim.name",),
+        )
     if config.engine.precision != "fp32" and not bf16_supported(config.run.device):
         yield _Problem(
             "engine.precision",
@@ -467,7 +478,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "run.max_steps",
         "run.seed",
     )
-    fractions = ("optim.beta1", "optim.beta2", "data.max_bad_fraction")
+    fractions = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "data.max_bad_fraction")
     for key in (*positive, *not_negative, *fractions, "diffusion.label_drop"):
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)

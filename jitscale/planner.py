@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jitscale.config import Config, ModelConfig
-from jitscale.model.jit import JiT
+from jitscale.model.jit import JiT, parameter_kind
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 
 TRAINING_PASSES = 3  # one forward pass and a backward pass of twice its cost
@@ -123,7 +123,7 @@ class Memory:
         weights: those of the forward pass; in stage 3 this rank's part and the small ones that stay whole.
         gradients: what backward accumulates, before the optimizer step.
         masters: float32 weights of the optimizer beside `weights`.
-        moments: AdamW's two.
+        moments: the optimizer's.
         averages: the EMAs.
         buckets: DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too.
         activations: what the forward pass of a micro-batch keeps for backward.
@@ -149,7 +149,15 @@ class Memory:
 
 
 def state_memory(
-    model: ModelConfig, *, stage: int, precision: str, ranks: int, decays: int, hpz: int = 1, overlap: bool = True
+    model: ModelConfig,
+    *,
+    stage: int,
+    precision: str,
+    ranks: int,
+    decays: int,
+    hpz: int = 1,
+    overlap: bool = True,
+    muon: bool = False,
 ) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
@@ -163,17 +171,24 @@ def state_memory(
         decays: number of averages.
         hpz: GPUs that hold a second whole copy of the weights among them (ZeRO++, stage 3); 1 for none.
         overlap: DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
+        muon: hidden matrices have one moment instead of two.
     """
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     whole = sum(sizes)
     shard = whole / ranks
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(model).items()
+        if muon and parameter_kind(name, len(shape)) == "matrices"
+    )
+    moments_whole = 2 * whole - matrices
     width = WEIGHT_BYTES[precision]
     averages = FP32 * shard * decays
     if stage == 0:
         # Masters are the weights themselves; nothing but the averages is sharded.
         buckets = FP32 * min(whole, BUCKET_ELEMENTS) if ranks > 1 else 0.0
-        return Memory(FP32 * whole, FP32 * whole, 0.0, 2 * FP32 * whole, averages, buckets)
-    masters, moments = FP32 * shard, 2 * FP32 * shard
+        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * moments_whole, averages, buckets)
+    masters, moments = FP32 * shard, FP32 * moments_whole / ranks
     if stage == 3:
         kept_whole = sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
         second_copy = width * whole / hpz if hpz > 1 else 0.0
@@ -368,9 +383,10 @@ def candidate(
         stage=stage,
         precision=precision,
         ranks=cluster.gpus,
-        decays=len(config.ema.decays),
+        decays=len(config.ema.decays) + len(config.ema.power_widths),
         hpz=min(cluster.gpus, cluster.gpus_per_node) if hpz else 1,
         overlap=overlap,
+        muon=config.optim.name == "muon",
     )
     activations = activation_bytes(
         model, micro_batch, precision=precision, activation_checkpointing=activation_checkpointing

@@ -16,7 +16,7 @@ from jitscale.benchmarks.conditions import CPU, measured_config
 from jitscale.config import Config
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.training.checkpoint import Checkpoint, Progress, Save, load_fragments, step_folder
+from jitscale.training.checkpoint import Checkpoint, Flats, Progress, Save, load_fragments, step_folder
 from jitscale.training.ema import ShardedEma
 
 IMPORTS = ("import torch", "import jitscale.config", "import jitscale.training.trainer")
@@ -70,7 +70,7 @@ def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tup
     times |= {"verify": [], "load": []}
 
     def begin(step: int) -> Save:
-        sets = {"model": engine.masters(), **ema.sets, **engine.moments()}
+        sets: dict[str, Flats] = {"model": engine.masters(), **ema.sets, **engine.moments()}
         return Save(step_folder(folder, step), Progress(step, step, 1, None), config, engine.fragments, sets)
 
     for repeat in range(repeats):

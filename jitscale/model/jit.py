@@ -152,3 +152,14 @@ class JiT(nn.Module):
         grid = size // patch
         images = patches.view(-1, grid, grid, patch, patch, 3)
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
+
+
+def parameter_kind(name: str, dimensions: int) -> str:
+    """What a parameter of the network is for: the kinds that may have a learning rate of their own."""
+    if name.startswith("x_embedder."):
+        return "patch_embedding"
+    if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):
+        return "embeddings"
+    if name.startswith("final_layer.linear."):
+        return "output"
+    return "matrices" if dimensions >= 2 else "vectors"

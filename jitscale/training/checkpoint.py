@@ -43,6 +43,8 @@ T = TypeVar("T")
 FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# One rank's flat tensors of a set; None where the set has nothing, as Muon has no second moment.
+Flats = Sequence[torch.Tensor | None]
 # A rank's file: name, bytes, sha256, and (parameter, shape, offset, length) of each fragment in it.
 _Part = tuple[str, int, str, list[tuple[str, tuple[int, ...], int, int]]]
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -83,7 +85,7 @@ def write_checkpoint(
     progress: Progress,
     config: Config,
     fragments: Sequence[Fragment],
-    sets: Mapping[str, Sequence[torch.Tensor]],
+    sets: Mapping[str, Flats],
 ) -> Path:
     """Write this rank's fragments of all `sets` (set name -> flat tensors); a collective call.
 
@@ -101,7 +103,7 @@ def write_folder(
     progress: Progress,
     config: Config,
     fragments: Sequence[Fragment],
-    sets: Mapping[str, Sequence[torch.Tensor]],
+    sets: Mapping[str, Flats],
 ) -> Path:
     """`write_checkpoint` into the folder `final`, which appears complete or not at all."""
     save = Save(final, progress, config, fragments, sets)
@@ -122,7 +124,7 @@ class Save:
         progress: Progress,
         config: Config,
         fragments: Sequence[Fragment],
-        sets: Mapping[str, Sequence[torch.Tensor]],
+        sets: Mapping[str, Flats],
     ) -> None:
         """
         Args:
@@ -153,9 +155,10 @@ class Save:
         _saving(self._aside, begin)
         # Copies, because slices of one flat tensor share its memory and training goes on in it.
         self._tensors = {
-            f"{name}:{f.name}:{f.offset}": flats[f.flat].detach()[f.start : f.start + f.length].to("cpu", copy=True)
+            f"{name}:{f.name}:{f.offset}": flat.detach()[f.start : f.start + f.length].to("cpu", copy=True)
             for name, flats in sets.items()
             for f in fragments
+            if (flat := flats[f.flat]) is not None
         }
 
     def write(self) -> None:
@@ -458,13 +461,13 @@ class ReadableSets(Protocol):
 
 
 @torch.no_grad()
-def load_fragments(
-    source: ReadableSets, fragments: Sequence[Fragment], sets: Mapping[str, Sequence[torch.Tensor]]
-) -> None:
+def load_fragments(source: ReadableSets, fragments: Sequence[Fragment], sets: Mapping[str, Flats]) -> None:
     """Fill this rank's slices of all `sets` (set name -> flat tensors) from `source`."""
     for name, flats in sets.items():
         for f in fragments:
-            flats[f.flat][f.start : f.start + f.length].copy_(source.read(name, f.name, f.offset, f.offset + f.length))
+            flat = flats[f.flat]
+            if flat is not None:
+                flat[f.start : f.start + f.length].copy_(source.read(name, f.name, f.offset, f.offset + f.length))
 
 
 def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from jitscale import parallel  # noqa: E402
 from jitscale.config import Config  # noqa: E402
 from jitscale.parallel import World  # noqa: E402
-from jitscale.training.checkpoint import MOMENTS, Fragment  # noqa: E402
+from jitscale.training.checkpoint import MOMENTS, Flats, Fragment  # noqa: E402
+from jitscale.training.muon import Muon, Piece  # noqa: E402
 from jitscale.training.optim import build_optimizer  # noqa: E402
 
 GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
@@ -40,7 +41,7 @@ class ZeroEngine:
     """A network whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over the ranks."""
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
-        """Shard `model`, which every rank has built alike, and its AdamW state."""
+        """Shard `model`, which every rank has built alike, and the state of its optimizer."""
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
         self.stage = config.engine.zero_stage
@@ -62,6 +63,9 @@ class ZeroEngine:
         if self.stage == 0:
             self._skip_what_is_not_finite()
         self.fragments = list(self._fragments())
+        base = getattr(self._optimizer, "optimizer", self._optimizer)
+        if isinstance(base, Muon):
+            self._lay_out(base)
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
@@ -100,13 +104,13 @@ class ZeroEngine:
             return [named[f.name].detach().view(-1)[f.offset : f.offset + f.length] for f in self.fragments]
         return list(self._flats())
 
-    def moments(self) -> dict[str, list[torch.Tensor]]:
-        """The optimizer's moments beside the masters; empty before the first step."""
-        found: dict[str, list[torch.Tensor]] = {}
+    def moments(self) -> dict[str, Flats]:
+        """The optimizer's moments beside the masters, None where Muon has none; empty before the first step."""
+        found: dict[str, Flats] = {}
         for name in MOMENTS:
             flats = [state.get(name) for state in self._optimizer_states()]
-            if all(flat is not None for flat in flats):
-                found[name] = self._sliced([flat.view(-1) for flat in flats if flat is not None])
+            if any(flat is not None for flat in flats):
+                found[name] = self._sliced([flat if flat is None else flat.view(-1) for flat in flats])
         return found
 
     def optimizer_step(self) -> int:
@@ -115,7 +119,7 @@ class ZeroEngine:
         return max(steps, default=0)
 
     @torch.no_grad()
-    def prepare_to_load(self, optimizer_step: int) -> dict[str, list[torch.Tensor]]:
+    def prepare_to_load(self, optimizer_step: int) -> dict[str, Flats]:
         """Make room for a saved state.
 
         Returns:
@@ -128,7 +132,10 @@ class ZeroEngine:
             for state in self._optimizer_states():
                 state.clear()
         else:
-            for flat, state in zip(self._state_keys(), self._optimizer_states(), strict=True):
+            for flat, state, muon in zip(self._state_keys(), self._optimizer_states(), self._by_muon(), strict=True):
+                if muon:
+                    state["exp_avg"] = torch.zeros_like(flat)
+                    continue
                 # One step tensor for each flat: a shared one would be advanced several times a step.
                 state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
                 for name in MOMENTS:
@@ -155,10 +162,11 @@ class ZeroEngine:
             self._spread_stage0()
 
     @torch.no_grad()
-    def gather(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gather(self, flats: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
 
-        A collective call. Each element is owned by one rank, so that summing over ranks is exact.
+        Zeros stand for what is None. A collective call. Each element is owned by one rank, so that summing over ranks
+        is exact.
         """
         own = {f.name: f for f in self.fragments}
         whole: dict[str, torch.Tensor] = {}
@@ -166,9 +174,10 @@ class ZeroEngine:
             lengths = [prod(shape) for _, shape in bucket]
             buffer = torch.zeros(sum(lengths), device=self.world.device)
             for (name, shape), part in zip(bucket, buffer.split(lengths), strict=True):
-                if name in own:
-                    f = own[name]
-                    part[f.offset : f.offset + f.length] = flats[f.flat][f.start : f.start + f.length]
+                f = own.get(name)
+                flat = None if f is None else flats[f.flat]
+                if f is not None and flat is not None:
+                    part[f.offset : f.offset + f.length] = flat[f.start : f.start + f.length]
                 whole[name] = part.view(shape)
             parallel.sum_over_ranks(buffer)
         return whole
@@ -233,12 +242,44 @@ class ZeroEngine:
         base = getattr(self._optimizer, "optimizer", self._optimizer)
         return [base.state[key] for key in self._state_keys()]
 
-    def _sliced(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _sliced(self, flats: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """In stage 0 the slices of whole moments that belong to this rank's fragments."""
         if self.stage > 0:
             return flats
-        order = {name: index for index, (name, _) in enumerate(self._named_parameters())}
-        return [flats[order[f.name]][f.offset : f.offset + f.length] for f in self.fragments]
+        whole = {name: flat for (name, _), flat in zip(self._named_parameters(), flats, strict=True)}
+        return [
+            None if (flat := whole[f.name]) is None else flat[f.offset : f.offset + f.length] for f in self.fragments
+        ]
+
+    def _by_muon(self) -> list[bool]:
+        """For each of `_state_keys` whether Muon updates it."""
+        groups = self._optimizer.param_groups
+        if self.stage == 0:
+            muon = {id(p) for group in groups if group["muon"] for p in group["params"]}
+            return [id(p) in muon for p in self._stage0_masters]
+        of_flat = self._optimizer.sub_group_to_group_id if self.stage == 3 else range(len(groups))
+        return [bool(groups[of_flat[index]]["muon"]) for index in range(len(self._flats()))]
+
+    def _lay_out(self, muon: Muon) -> None:
+        """Tell the optimizer which matrices its flat tensors hold."""
+        own = {f.name: f for f in self.fragments}
+        if self.stage == 0:
+            whole = zip(self._state_keys(), self._by_muon(), strict=True)
+            muon.lay_out({p: [Piece(p.shape, 0, p.numel(), 0)] for p, by_muon in whole if by_muon}, rank=0, ranks=1)
+            return
+        # All ranks must meet the same matrices in the same order, whichever of them they hold.
+        everywhere = {f.name: (f.flat, f.shape) for part in parallel.gather_objects(self.fragments) for f in part}
+        flats = self._flats()
+        pieces: dict[torch.Tensor, list[Piece]] = {}
+        for index, by_muon in enumerate(self._by_muon()):
+            if by_muon:
+                pieces[flats[index]] = [
+                    Piece(shape, f.start, f.length, f.offset) if (f := own.get(name)) else Piece(shape, 0, 0, 0)
+                    for name, _ in self._named_parameters()
+                    for flat, shape in [everywhere[name]]
+                    if flat == index
+                ]
+        muon.lay_out(pieces, self.world.rank, self.world.size)
 
     def _skip_what_is_not_finite(self) -> None:
         """The sharded stages do that by themselves; in stage 0 DeepSpeed would apply the step."""
@@ -257,7 +298,8 @@ class ZeroEngine:
         for moment, flats in moments.items():
             wholes = self.gather(flats).values()
             for state, whole in zip(self._optimizer_states(), wholes, strict=True):
-                state[moment].copy_(whole)
+                if moment in state:
+                    state[moment].copy_(whole)
 
     def _stage0_gradient_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._stage0_masters if p.grad is not None])

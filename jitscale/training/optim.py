@@ -9,24 +9,15 @@ import torch
 from torch import nn
 
 from jitscale.config import OptimConfig
-
-
-def parameter_kind(name: str, dimensions: int) -> str:
-    """What a parameter of the network is for: the kinds that may have a learning rate of their own."""
-    if name.startswith("x_embedder."):
-        return "patch_embedding"
-    if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):
-        return "embeddings"
-    if name.startswith("final_layer.linear."):
-        return "output"
-    return "matrices" if dimensions >= 2 else "vectors"
+from jitscale.model.jit import parameter_kind
+from jitscale.training.muon import Muon
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal weight decay and learning rate.
 
     Matrices and convolution kernels decay, vectors (biases, norm weights) do not. A group's `lr_factor` multiplies the
-    learning rate of the step.
+    learning rate of the step; `muon` says that its matrices are orthogonalised.
     """
     factors = {
         "patch_embedding": config.lr_factor_patch_embedding,
@@ -35,22 +26,31 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "vectors": config.lr_factor_vectors,
         "matrices": 1.0,
     }
-    members: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members.setdefault((p.ndim >= 2, factors[parameter_kind(name, p.ndim)]), []).append(p)
+            kind = parameter_kind(name, p.ndim)
+            muon = config.name == "muon" and kind == "matrices"
+            members.setdefault((p.ndim >= 2, factors[kind], muon), []).append(p)
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_factor": factor}
-        for (decays, factor), parameters in members.items()
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_factor": factor,
+            "muon": muon,
+        }
+        for (decays, factor, muon), parameters in members.items()
         if parameters
     ]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in its fused form: one pass over memory on GPUs and on CPUs."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-    )
+    """AdamW in its fused form, one pass over memory on GPUs and on CPUs; or Muon, which is AdamW for some groups."""
+    groups = parameter_groups(model, config)
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "fused": True}
+    if config.name == "muon":
+        return Muon(groups, momentum=config.muon_momentum, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
 
 
 def learning_rate(config: OptimConfig, images: int, total_images: int) -> float:

@@ -33,6 +33,7 @@ from jitscale.planner import training_flops
 from jitscale.tracking import Tracker, peak_tflops
 from jitscale.training.checkpoint import (
     Checkpoint,
+    Flats,
     Progress,
     ReadableSets,
     Save,
@@ -364,7 +365,7 @@ class Trainer:
             self.skipped_steps,
             self.skipped_images,
         )
-        sets = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
+        sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         return Save(step_folder(self.run_dir, self.step), progress, self.config, self.engine.fragments, sets)
 
     def _finish_save(self) -> None:
@@ -590,6 +591,11 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
                 "data.accept_new_shards=true"
             )
     _check_network(checkpoint.folder, checkpoint.config, config)
+    if checkpoint.config.optim.name != config.optim.name:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its moments are those of optim.name={checkpoint.config.optim.name}, the config says "
+            f"{config.optim.name}; restore it, or start a new run.dir with run.init_from={checkpoint.folder}"
+        )
 
 
 def _check_network(path: Path, before: Config, config: Config) -> None:

@@ -128,7 +128,8 @@ class ShardedWeights(StoredWeights):
         self.path, self.config, self.shapes = checkpoint.folder, checkpoint.config, checkpoint.shapes
         self.weight_sets = checkpoint.weight_sets
         self.default = checkpoint.config.evaluation.weights
-        self.optimizer_step = checkpoint.progress.optimizer_step
+        if checkpoint.config.optim.name == "adamw":  # the form in which moments can go elsewhere
+            self.optimizer_step = checkpoint.progress.optimizer_step
         self._checkpoint = checkpoint
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:

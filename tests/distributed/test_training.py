@@ -266,6 +266,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
     job.copy("unbroken", "other_shape", steps=4)
     job.copy("unbroken", "other_data", steps=4)
     job.copy("unbroken", "other_network", steps=4)
+    job.copy("unbroken", "other_optimizer", steps=4)
     job.copy("unbroken", "damaged", steps=4)
     for file in (job.folder / "damaged" / "checkpoints").glob("step_*/rank_00000.safetensors"):
         file.write_bytes(b"\xff" * file.stat().st_size)
@@ -283,6 +284,10 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         "another network": (
             [f"run.dir={job.folder / 'other_network'}", "model.in_context_start=0", "diffusion.prediction=v"],
             "model.in_context_start: 1 -> 0; diffusion.prediction: x -> v",
+        ),
+        "another optimizer": (
+            [f"run.dir={job.folder / 'other_optimizer'}", "optim.name=muon"],
+            "its moments are those of optim.name=adamw",
         ),
         "start from nothing": (["run.init_from=absent"], "absent: no such checkpoint"),
         "start from another network": (

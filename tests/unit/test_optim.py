@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jitscale.config import ModelConfig, OptimConfig
-from jitscale.model.jit import JiT
-from jitscale.training.optim import learning_rate, parameter_groups, parameter_kind
+from jitscale.model.jit import JiT, parameter_kind
+from jitscale.training.optim import learning_rate, parameter_groups
 
 MODEL = ModelConfig(
     image_size=16,

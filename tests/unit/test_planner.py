@@ -349,3 +349,14 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], said: str) -> None:
     message = plan(*G, *arguments, expect=2)
     assert said in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_muon_has_one_moment_for_hidden_matrices() -> None:
+    settings = {"stage": 1, "precision": "fp32", "ranks": 4, "decays": 1}
+    adamw, muon = (state_memory(TINY, **settings, muon=muon) for muon in (False, True))
+    matrices = sum(
+        p.numel()
+        for name, p in JiT(TINY).named_parameters()
+        if p.ndim == 2 and name.startswith(("blocks", "final_layer.ada"))
+    )
+    assert adamw.moments - muon.moments == pytest.approx(4 * matrices / 4)

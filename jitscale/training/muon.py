@@ -1,0 +1,140 @@
+"""Muon for the hidden matrices under ZeRO, AdamW for the rest.
+
+Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix (Jordan et al. 2024, "Muon: An optimizer
+for hidden layers in neural networks"); scaled by 0.2 sqrt(max(rows, columns)) its root mean square is AdamW's, so that
+both take the same learning rate (Liu et al. 2025, arXiv 2502.16982, equation 4).
+
+The momentum stays in the engine's shards, where clipped gradients arrive. Only in a step are matrices put together:
+each is orthogonalised by one rank. DeepSpeed's own Muon writes its updates over the gradients before they are clipped,
+so that the clipping and the logged norm would be the updates'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any
+
+import torch
+
+from jitscale import parallel
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024)
+ITERATIONS = 5
+SMALLEST_NORM = 1e-7
+BUCKET_ELEMENTS = 2**26  # of matrices put together at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix, and where this rank's slice of it lies in a flat tensor: [start, start + length), from `offset` on."""
+
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    offset: int
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW that treats groups with `muon: True` by Muon; a group's own lr and weight_decay hold for both.
+
+    The momentum is kept as `exp_avg`, beside AdamW's.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, **adamw: Any) -> None:
+        super().__init__(groups, **adamw)
+        self._momentum = momentum
+        self._pieces: Mapping[torch.Tensor, Sequence[Piece]] | None = None
+        self._rank, self._ranks = 0, 1
+
+    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Piece]], rank: int, ranks: int) -> None:
+        """Say what the flat tensors hold, before the first step.
+
+        Args:
+            pieces: flat tensor -> its matrices, those with nothing on this rank included, in the same order on every
+                rank.
+            rank: this rank among those that share the matrices.
+            ranks: how many; 1 where matrices are whole.
+        """
+        self._pieces, self._rank, self._ranks = pieces, rank, ranks
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; a collective call where matrices are shared."""
+        assert closure is None, "the engine has run backward"
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        if self._pieces is None:  # DeepSpeed may step once on zeros, to allocate the state
+            return None
+        for group in groups:
+            for flat in group["params"] if group["muon"] else ():
+                self._step_matrices(flat, group["lr"], group["weight_decay"])
+        return None
+
+    def _step_matrices(self, flat: torch.Tensor, lr: float, weight_decay: float) -> None:
+        assert self._pieces is not None
+        gradient = flat.grad
+        assert gradient is not None
+        state = self.state[flat]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(flat)
+        momentum = state["exp_avg"].lerp_(gradient.to(flat.dtype), 1 - self._momentum)
+        update = torch.lerp(gradient.to(flat.dtype), momentum, self._momentum).view(-1)  # Nesterov
+        weights = flat.view(-1)
+        weights.mul_(1 - lr * weight_decay)
+        # On the wire as in the product: what one rank sends is what it would compute with.
+        dtype = torch.bfloat16 if flat.device.type == "cuda" else torch.float32
+        for bucket in _buckets(self._pieces[flat]):
+            lengths = [prod(piece.shape) for piece in bucket]
+            whole = torch.zeros(sum(lengths), dtype=dtype, device=flat.device)
+            matrices = whole.split(lengths)
+            for piece, matrix in zip(bucket, matrices, strict=True):
+                own = update[piece.start : piece.start + piece.length]
+                matrix[piece.offset : piece.offset + piece.length] = own
+            self._sum(whole)
+            for index, (piece, matrix) in enumerate(zip(bucket, matrices, strict=True)):
+                if index % self._ranks == self._rank:
+                    matrix.copy_(orthogonalize(matrix.view(piece.shape)).flatten())
+                else:
+                    matrix.zero_()
+            self._sum(whole)  # exact: one rank has computed each matrix
+            for piece, matrix in zip(bucket, matrices, strict=True):
+                own = matrix[piece.offset : piece.offset + piece.length]
+                scale = 0.2 * sqrt(max(piece.shape))
+                weights[piece.start : piece.start + piece.length].add_(own, alpha=-lr * scale)
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        if self._ranks > 1:
+            parallel.sum_over_ranks(tensor)
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Near U V^T for the matrix U S V^T: singular values between about 0.7 and 1.2, by Newton-Schulz iterations.
+
+    Args:
+        matrix: (rows, columns), of any norm; the iterations are computed in its precision.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=SMALLEST_NORM)  # no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    bucket: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if bucket and size + prod(piece.shape) > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += prod(piece.shape)
+    if bucket:
+        yield bucket
