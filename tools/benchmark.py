@@ -4,6 +4,7 @@
     python tools/benchmark.py sample --config configs/jit_b_256.yaml --batch 4
     python tools/benchmark.py data
     python tools/benchmark.py checkpoint --config configs/jit_b_256.yaml
+    torchrun --nproc-per-node 4 tools/benchmark.py memory --config configs/jit_b_256.yaml
 
 `step` and `sample` run one process with freshly initialised weights and random images; OMP_NUM_THREADS sets the
 threads.
@@ -18,6 +19,7 @@ from typing import Any
 
 from jitscale.benchmarks import checkpoint as saving
 from jitscale.benchmarks import data as reading
+from jitscale.benchmarks import memory as rank_memory
 from jitscale.benchmarks import sample as sampling
 from jitscale.benchmarks import step as training_step
 from jitscale.benchmarks.conditions import environment
@@ -54,13 +56,17 @@ def main() -> int:
     save.add_argument("--repeats", type=_positive, default=3, metavar="N", help="default: %(default)s")
     save.add_argument("--folder", metavar="DIR", help="on the disk to be measured; default: the temporary folder")
 
-    for command in (step, sample, save):
+    memory = commands.add_parser("memory", help="bytes that ranks hold in each ZeRO stage; start it with torchrun")
+    memory.set_defaults(measure=rank_memory.measure, describe=rank_memory.describe)
+    memory.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="default: all")
+
+    for command in (step, sample, save, memory):
         command.add_argument("--config", default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s")
     for command in (step, sample):
         command.add_argument("--batch", type=_positive, default=4, metavar="B", help="images; default: %(default)s")
-    for command in (step, sample, data, save):
+    for command in (step, sample, data, save, memory):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    for command in (step, sample, save):
+    for command in (step, sample, save, memory):
         command.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
     options = parser.parse_args()
 

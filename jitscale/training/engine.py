@@ -182,6 +182,11 @@ class ZeroEngine:
             parallel.sum_over_ranks(buffer)
         return whole
 
+    def release_gathered(self) -> None:
+        """Drop the whole weights that stage 3 keeps between uses."""
+        if self.stage == 3:
+            self._engine.empty_partition_cache()
+
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
