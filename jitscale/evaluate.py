@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from jitscale import parallel
+from jitscale.completion import mark_complete
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
         result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir))
+        if world.is_main:
+            mark_complete(Path(config.run.dir), "evaluate")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     finally:
         parallel.stop()

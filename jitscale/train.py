@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jitscale import parallel
+from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
 
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         code = train(config, world, parallel.together(lambda: _initial_weights(config)))
+        if code == ExitCode.DONE and world.is_main:
+            mark_complete(Path(config.run.dir), "train")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
         return code
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -53,6 +54,7 @@ from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS, GRID_ROWS = 8, 10
+BATCH_LOG_SECONDS = 10.0  # between two lines of progress where nobody looks at a terminal
 MOST_FAILED_SAVES = 3  # in a row
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
@@ -163,6 +165,7 @@ class Trainer:
             unit="img",
             unit_scale=True,
             desc="train",
+            mininterval=0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS,
             disable=not self.world.is_main,
         ) as progress:
             while self.images < self.end:

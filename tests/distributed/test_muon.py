@@ -16,6 +16,6 @@ def test_muon_in_shards_is_muon(tmp_path: Path, world_size: int) -> None:
     run_ranks(world_size, str(PROGRAMS / "muon.py"), str(tmp_path / "results.json"), str(tmp_path / "run"))
     results = json.loads((tmp_path / "results.json").read_text())
     plain = results.pop("plain")
-    assert plain[-1] < 0.9 * plain[0], "something must have been learnt"
+    assert plain[-2] < 0.95 * plain[0], "the same batch again: something must have been learnt"
     for name, losses in results.items():
         assert losses == pytest.approx(plain, rel=0.03 if name.startswith("bf16") else 1e-5), name

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "keyed_random", "streamed_safetensors"},
+    {"errors", "files", "completion", "keyed_random", "streamed_safetensors"},
     {"config"},
     {"parallel", "posthoc"},
     {"model", "diffusion", "data"},
@@ -16,6 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"weights"},
+    {"launch"},
     {"train", "evaluate", "benchmarks", "__init__"},
 ]
 RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}

@@ -1,6 +1,7 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json
+Usage: zero_parity.py RESULT.json [bf16]: fp32 in all stages for many steps; with the word, other precisions and what
+happens to gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
 
-STEPS, GLOBAL_BATCH, MICRO_BATCH, DECAY, LR = 20, 8, 2, 0.9, 3e-3
+GLOBAL_BATCH, MICRO_BATCH, DECAY, LR = 12, 2, 0.9, 3e-3
+MANY_STEPS, FEW_STEPS = 50, 10
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
 MODEL = ModelConfig(
     image_size=16,
@@ -69,13 +71,11 @@ def build(stage: int, precision: str) -> tuple[JiT, Config]:
     return JiT(MODEL), config
 
 
-def train_plain() -> dict[str, object]:
+def train_plain(steps: int) -> dict[str, object]:
     model, config = build(0, "fp32")
     optimizer = build_optimizer(model, config.optim)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    power = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = loss_of(model, *batch(step))
         optimizer.zero_grad()
         loss.backward()
@@ -83,19 +83,32 @@ def train_plain() -> dict[str, object]:
         for group in optimizer.param_groups:
             group["lr"] = LR
         optimizer.step()
-        for name, p in model.named_parameters():
-            average[name].lerp_(p.detach(), 1 - DECAY)
-            power[name].lerp_(p.detach(), 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters()), "ema": average, "power": power}
+    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters())}
 
 
-def train_engine(stage: int, precision: str, world: parallel.World, poison: bool = False) -> dict[str, object]:
+class PlainAverages:
+    """The averages of whole weights, beside which those in shards are laid."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.ema = {name: w.clone() for name, w in weights.items()}
+        self.power = {name: torch.zeros_like(w) for name, w in weights.items()}
+
+    def update(self, weights: dict[str, torch.Tensor], step: int) -> None:
+        for name, w in weights.items():
+            self.ema[name].lerp_(w, 1 - DECAY)
+            self.power[name].lerp_(w, 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
+
+
+def train_engine(
+    stage: int, precision: str, world: parallel.World, steps: int, poison: bool = False
+) -> dict[str, object]:
     model, config = build(stage, precision)
     engine = ZeroEngine(model, config, world)
     ema = ShardedEma(config.ema, engine.masters())
+    plain = PlainAverages(engine.gather(engine.masters()))
     losses, norms, applied = [], [], []
-    for step in range(2 if poison else STEPS):
+    for step in range(steps):
         total = torch.zeros(())
         whole = [part[world.rank :: world.size] for part in batch(step)]
         for index in range(engine.micro_batches):
@@ -109,6 +122,7 @@ def train_engine(stage: int, precision: str, world: parallel.World, poison: bool
             total += loss.detach() / engine.micro_batches / world.size
         applied.append(moved)
         ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), moved=moved)
+        plain.update(engine.gather(engine.masters()), step)
         losses.append(parallel.sum_over_ranks(total).item())
         norms.append(engine.gradient_norm())
     result = {
@@ -116,8 +130,8 @@ def train_engine(stage: int, precision: str, world: parallel.World, poison: bool
         "norms": norms,
         "applied": applied,
         "model": engine.gather(engine.masters()),
-        "ema": engine.gather(ema.sets[ema_name(DECAY)]),
-        "power": engine.gather(ema.sets[power_name(POWER_WIDTH)]),
+        "ema_off": largest_difference(engine.gather(ema.sets[ema_name(DECAY)]), plain.ema),
+        "power_off": largest_difference(engine.gather(ema.sets[power_name(POWER_WIDTH)]), plain.power),
         "owned": sum(f.length for f in engine.fragments),
         "tables": [str(model.pos_embed.dtype), str(model.rope.dtype)],
     }
@@ -132,22 +146,20 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    plain = train_plain()
+    fp32 = "bf16" not in sys.argv[2:]
+    steps = MANY_STEPS if fp32 else FEW_STEPS
+    plain = train_plain(steps)
     results = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
-    settings = [(s, "fp32") for s in range(4)] + [(s, p) for s in (1, 2, 3) for p in ("autocast", "bf16")]
+    settings = [(s, "fp32") for s in range(4)] if fp32 else [(s, p) for s in (1, 2, 3) for p in ("autocast", "bf16")]
     for stage, precision in settings:
-        run = train_engine(stage, precision, world)
+        run = train_engine(stage, precision, world, steps)
         results[f"{stage} {precision}"] = {
-            "losses": run["losses"],
-            "norms": run["norms"],
+            **{key: run[key] for key in ("losses", "norms", "ema_off", "power_off", "tables")},
             "weights_off": largest_difference(run["model"], plain["model"]),  # type: ignore[arg-type]
-            "ema_off": largest_difference(run["ema"], plain["ema"]),  # type: ignore[arg-type]
-            "power_off": largest_difference(run["power"], plain["power"]),  # type: ignore[arg-type]
             "owned": parallel.gather_objects(run["owned"]),
-            "tables": run["tables"],
         }
-    for stage in range(4):
-        run = train_engine(stage, "fp32", world, poison=True)
+    for stage in () if fp32 else range(4):
+        run = train_engine(stage, "fp32", world, 2, poison=True)
         results[f"{stage} poisoned"] = {
             "applied": run["applied"],
             "finite": all(bool(w.isfinite().all()) for w in run["model"].values()),  # type: ignore[attr-defined]

@@ -1,0 +1,235 @@
+"""Before the first step: is every rank's machine fit for the run?
+
+    srun python -m jitscale.launch.preflight --config configs/jit_h_256.yaml data.shards=/data/imagenet_256
+
+Each rank checks its own machine, then all compare. What is wrong is printed as one line that names the node, and every
+rank ends with exit code 1; a mistake of the configuration is exit code 2. A rank that does not come to the comparison
+is named by the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+import jitscale
+from jitscale import parallel
+from jitscale.config import Config, load_config, to_yaml
+from jitscale.data.shards import open_configured
+from jitscale.errors import ExitCode, UserError, exit_with_message
+
+FAULT = "preflight: node"  # how a line begins that names a node
+WAIT_SECONDS = 120.0  # for the slowest rank
+BANDWIDTH_BYTES = 64 * 2**20
+DISK_BYTES = 2**20
+PRODUCT_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rank has to say: where it is, what is wrong there, and what must be alike everywhere."""
+
+    node: str
+    faults: tuple[str, ...]
+    code: str
+    config: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, compare, print; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jitscale.launch.preflight", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="the run's settings")
+    options = parser.parse_intermixed_args(arguments)
+
+    rank = parallel.adopt_launcher_environment() and int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    config = load_config(options.config, options.overrides, world_size=world_size)
+    node = socket.gethostname()
+    faults = [fault for check in (_gpu, _folders, _shards) if (fault := _fault(check, config))]
+    finding = Finding(node, tuple(faults), _hash_of_code(), hashlib.sha256(to_yaml(config).encode()).hexdigest())
+
+    store = _meet(rank, world_size, node)
+    if store is None:
+        return ExitCode.FAILED
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_timeout())
+    findings = parallel.gather_objects(finding)
+    problems = compare(findings)
+    if rank == 0:
+        for node, what in problems:
+            print(f"{FAULT} {node}: {what}", flush=True)
+    if problems:
+        return ExitCode.FAILED
+    rate = _bandwidth(parallel.choose_device(config.run.device))
+    rates = parallel.gather_objects(rate)
+    if rank == 0:
+        nodes = len({finding.node for finding in findings})
+        print(
+            f"preflight: {world_size} ranks on {nodes} nodes are fit; all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at "
+            f"{min(rates):.2f} GB/s",
+            flush=True,
+        )
+    parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+    parallel.stop()
+    return ExitCode.DONE
+
+
+def compare(findings: list[Finding]) -> list[tuple[str, str]]:
+    """(node, fault) for what is wrong on the ranks' machines, each once, and for what differs from the majority."""
+    problems = [(finding.node, fault) for finding in findings for fault in finding.faults]
+    for what, values in (
+        ("code", [finding.code for finding in findings]),
+        ("configuration", [finding.config for finding in findings]),
+    ):
+        common, _ = Counter(values).most_common(1)[0]
+        problems += [
+            (finding.node, f"another {what} than most ranks have; install and mount the same there")
+            for finding, value in zip(findings, values, strict=True)
+            if value != common
+        ]
+    return list(dict.fromkeys(problems))
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=float(os.environ.get("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS)))
+
+
+def _meet(rank: int, world_size: int, node: str) -> TCPStore | None:
+    """Wait for all ranks; None, and a line about each that is missing, where one does not come."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        wait_for_workers=False,
+        timeout=_timeout(),
+    )
+    store.set(f"here/{rank}", node)
+    deadline = time.monotonic() + _timeout().total_seconds()
+    missing = set(range(world_size))
+    while missing and time.monotonic() < deadline:
+        missing -= {other for other in missing if store.check([f"here/{other}"])}
+        time.sleep(0.05)
+    if not missing:
+        return store
+    if rank == 0:
+        nodes = _nodes_of_ranks(world_size)
+        for other in sorted(missing):
+            where = nodes[other] if nodes else "unknown"
+            print(f"{FAULT} {where}: rank {other} did not come within {_timeout().total_seconds():.0f} s", flush=True)
+    return None
+
+
+def _nodes_of_ranks(world_size: int) -> list[str]:
+    """Where each rank is, if the launcher has said so."""
+    listed = os.environ.get("JITSCALE_NODES", "").split(",")
+    if len(listed) == 0 or world_size % len(listed) or listed == [""]:
+        return []
+    return [node for node in listed for _ in range(world_size // len(listed))]
+
+
+def _fault(check: Callable[[Config], None], config: Config) -> str | None:
+    try:
+        check(config)
+    except (UserError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _gpu(config: Config) -> None:
+    """A product on the rank's GPU is right.
+
+    Raises:
+        RuntimeError: it is not, or the driver fails.
+    """
+    if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
+        if torch.version.cuda is not None:
+            raise RuntimeError("Slurm gave it GPUs and PyTorch sees none; look at nvidia-smi there")
+        return  # a CPU build
+    device = parallel.choose_device(config.run.device)
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
+    error = ((a.to(device) @ b.to(device)).cpu() - a @ b).norm() / (a @ b).norm()
+    if not error < 1e-2:
+        raise RuntimeError(f"GPU {device.index} multiplies wrongly (relative error {float(error):.2g}); drain the node")
+
+
+def _folders(config: Config) -> None:
+    """What the run writes to can be written and read back.
+
+    Raises:
+        RuntimeError: one of the folders cannot.
+    """
+    folders = [Path(config.run.dir), Path(tempfile.gettempdir())]
+    if config.data.cache_dir is not None:
+        folders.append(Path(config.data.cache_dir))
+    content = os.urandom(DISK_BYTES)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                if file.read() != content:
+                    raise RuntimeError(f"{folder}: reads back other bytes than were written")
+        except OSError as error:
+            raise RuntimeError(f"{folder}: cannot be written ({error})") from error
+
+
+def _shards(config: Config) -> None:
+    """The manifests and a first image can be read.
+
+    Raises:
+        DataError: they cannot.
+    """
+    if config.data.shards:
+        open_configured(config)
+
+
+def _hash_of_code() -> str:
+    """Of the package's source files."""
+    digest = hashlib.sha256()
+    root = Path(jitscale.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes of an all-reduce over its time, in GB/s, the best of three."""
+    if device.type == "cuda":
+        dist.destroy_process_group()
+        parallel.start(device)
+    values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    best = float("inf")
+    for _ in range(3):
+        parallel.barrier()
+        started = time.perf_counter()
+        parallel.sum_over_ranks(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return BANDWIDTH_BYTES / best / 1e9
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

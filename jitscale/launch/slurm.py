@@ -1,0 +1,101 @@
+"""What we ask of Slurm's commands. Each call has a time limit: a controller that is busy must not hold a job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jitscale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 60.0  # for one command
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The job that this process runs in.
+
+    Attributes:
+        id: the job's; a task of an array has its own.
+        nodes: their names.
+        tasks: of the whole job.
+        restarts: how often Slurm has started it again.
+    """
+
+    id: str
+    nodes: tuple[str, ...]
+    tasks: int
+    restarts: int
+
+    @classmethod
+    def current(cls) -> SlurmJob:
+        """From the environment of a batch script.
+
+        Raises:
+            UserError: this is not one.
+        """
+        environment = os.environ
+        if "SLURM_JOB_ID" not in environment:
+            raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
+        nodes = _output("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+        tasks = int(environment.get("SLURM_NTASKS", len(nodes)))
+        return cls(environment["SLURM_JOB_ID"], tuple(nodes), tasks, int(environment.get("SLURM_RESTART_COUNT", "0")))
+
+    def state(self) -> str:
+        """As Slurm names it, such as RUNNING."""
+        found = re.search(r"JobState=(\w+)", _output("scontrol", "show", "job", self.id))
+        return found[1] if found else "UNKNOWN"
+
+    def requeue(self) -> None:
+        """Put the job back into the queue; Slurm ends this start of it.
+
+        Raises:
+            UserError: Slurm refuses.
+        """
+        _output("scontrol", "requeue", self.id)
+
+    def exclude(self, nodes: Sequence[str]) -> None:
+        """Keep the waiting job away from `nodes`.
+
+        Raises:
+            UserError: Slurm refuses.
+        """
+        _output("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def usable_nodes(partition: str) -> set[str]:
+    """The nodes of a partition that are, or will again be, there for jobs.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    lines = _output("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t").splitlines()
+    gone = ("down", "drain", "drng", "fail", "maint", "unk", "inval")
+    pairs = [line.split() for line in lines]
+    return {name for name, state in pairs if not state.rstrip("*~#$@+-").startswith(gone) and not state.endswith("*")}
+
+
+def failed_tasks(text: str) -> list[str]:
+    """The nodes that srun's messages name for tasks that ended by themselves, the first one first.
+
+    Tasks that srun ended because of another one are not meant.
+    """
+    found = re.findall(r"^srun: error: ([\w.-]+): tasks? [\d,\-]+: (.+)$", text, re.MULTILINE)
+    return list(dict.fromkeys(node for node, what in found if "Terminated" not in what))
+
+
+def _output(*command: str) -> str:
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]}: not found; is Slurm installed on this machine?") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{' '.join(command)}: no answer in {SECONDS:.0f} s") from error
+    if finished.returncode != 0:
+        raise UserError(f"{' '.join(command)}: {finished.stderr.strip() or finished.returncode}")
+    return finished.stdout

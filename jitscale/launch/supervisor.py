@@ -1,0 +1,246 @@
+"""The batch script's work inside a Slurm job: check the nodes, start the ranks, and decide what their end means.
+
+    python -m jitscale.launch.supervisor train --config configs/jit_h_256.yaml optim.lr=1e-4
+    python -m jitscale.launch.supervisor evaluate --run runs/jit_h_256 evaluation.guidance_scale=2.2
+
+The run itself records that it is complete. Whatever else ends the ranks (the time limit's signal, a dead node, a crash)
+puts the job back into the queue, where it starts with the same command and goes on from its newest checkpoint; a
+mistake of the user's, or several starts that lead nowhere, end it with a message. Nodes that the preflight or a crash
+names are excluded from the next start, as long as the partition has enough others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from jitscale.completion import forget_completion, is_complete
+from jitscale.config import load_config
+from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
+from jitscale.launch.preflight import FAULT
+from jitscale.launch.slurm import SlurmJob, failed_tasks, usable_nodes
+from jitscale.training.checkpoint import complete_checkpoints
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = ("train", "evaluate")
+PREFLIGHT_SECONDS = 600.0  # after which the preflight itself hangs
+
+
+@dataclass
+class Work:
+    """What the ranks shall do.
+
+    Attributes:
+        command: train or evaluate.
+        arguments: of the command.
+        run_dir: where the run is.
+        config: arguments that describe the run to the preflight.
+    """
+
+    command: str
+    arguments: list[str]
+    run_dir: Path
+    config: list[str]
+
+    @property
+    def position(self) -> int:
+        """How far it is: the newest checkpoint's step, or the number of finished blocks of an evaluation."""
+        if self.command == "evaluate":
+            return sum(1 for _ in self.run_dir.glob("evaluation/*/block_*.npz"))
+        newest = complete_checkpoints(self.run_dir)[-1:]
+        return int(newest[0].name.removeprefix("step_")) if newest else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and supervise; returns the batch script's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jitscale.launch.supervisor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m jitscale.COMMAND")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor: %(message)s", stream=sys.stdout)
+    job = SlurmJob.current()
+    return Supervisor(job, work_of(options.command, options.arguments, job.tasks)).run()
+
+
+def work_of(command: str, arguments: list[str], tasks: int) -> Work:
+    """What the arguments mean; a mistake in them is found before the ranks start.
+
+    Raises:
+        ConfigError: the configuration is impossible.
+        CheckpointError: there is no run to evaluate.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m jitscale.{command}", allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--run", type=Path)
+    known, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if not word.startswith("-") and "=" in word]
+    if command == "train" and known.config is None:
+        raise UserError("train needs --config FILE")
+    if known.run is not None:
+        overrides.append(f"run.dir={known.run}")
+        if not (known.run / "config.yaml").exists():
+            raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
+    path = known.config or known.run / "config.yaml"
+    if command == "evaluate":
+        config = load_config(path, overrides)
+    else:
+        config = load_config(path, overrides, world_size=tasks, needs_shards=True)
+    return Work(command, arguments, Path(config.run.dir), ["--config", str(path), *overrides])
+
+
+class Supervisor:
+    """One start of a job."""
+
+    def __init__(self, job: SlurmJob, work: Work) -> None:
+        self.job, self.work = job, work
+        self.attempts = Attempts.read(work.run_dir)
+        self.srun: subprocess.Popen[str] | None = None
+        self.forwards = False  # the preflight is short, and has nothing to save
+        self.asked_to_stop = False  # by the time limit's warning, or by the user
+        self.ended_by_slurm = False  # cancelled or preempted: Slurm decides what comes next
+        signal.signal(signal.SIGUSR1, self._forward)
+        signal.signal(signal.SIGUSR2, self._forward)
+        signal.signal(signal.SIGTERM, self._forward)
+
+    def run(self) -> int:
+        """Check, start, decide; returns the exit code of the batch script.
+
+        Raises:
+            UserError: several starts in a row have led nowhere.
+        """
+        work = self.work
+        if self.job.restarts > 0 and is_complete(work.run_dir, work.command):
+            logger.info("%s is complete; nothing is left to do", work.run_dir)
+            return ExitCode.DONE
+        try:
+            self.attempts.begin(work.position, int(os.environ.get("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
+        finally:
+            self.attempts.write(work.run_dir)
+        logger.info(
+            "job %s, start %d of %s at position %d on %s",
+            self.job.id,
+            self.attempts.starts,
+            work.run_dir,
+            self.attempts.position,
+            ",".join(self.job.nodes),
+        )
+        code, output = self._srun("preflight", "jitscale.launch.preflight", work.config, limit=PREFLIGHT_SECONDS)
+        if code == ExitCode.USER_ERROR:
+            return code
+        if self.asked_to_stop:
+            return self._again("asked to stop before the first step", [])
+        if code != ExitCode.DONE:
+            named = [line.split()[2].rstrip(":") for line in output.splitlines() if line.startswith(FAULT)]
+            return self._again("the preflight failed", named or failed_tasks(output))
+        forget_completion(work.run_dir, work.command)
+        code, output = self._srun(work.command, f"jitscale.{work.command}", work.arguments)
+        if is_complete(work.run_dir, work.command):
+            logger.info("%s is complete", work.run_dir)
+            return ExitCode.DONE
+        if code == ExitCode.USER_ERROR:
+            logger.error("%s: a mistake that a new start would repeat; see the line above", work.run_dir)
+            return code
+        if code == ExitCode.REQUEUE or self.asked_to_stop:
+            return self._again("asked to stop; the state is saved", [])
+        return self._again(f"{work.command} ended with code {code} before its end", failed_tasks(output)[:1])
+
+    def _srun(self, what: str, module: str, arguments: list[str], limit: float | None = None) -> tuple[int, str]:
+        """Start a module on all ranks; returns its exit code and what srun and the ranks printed last."""
+        if self.asked_to_stop:
+            return ExitCode.REQUEUE, ""
+        environment = {**os.environ, "JITSCALE_NODES": ",".join(self.job.nodes)}
+        self.forwards = limit is None
+        # A first rank that ends badly ends all: the others would wait for it in a collective.
+        command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", sys.executable, "-u", "-m", module, *arguments]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as self.srun:
+            assert self.srun.stdout is not None
+            tail = Tail(self.srun.stdout)
+            timer = threading.Timer(limit, self.srun.kill) if limit is not None else None
+            if timer is not None:
+                timer.start()
+            code = self.srun.wait()
+            if timer is not None:
+                timer.cancel()
+            text = tail.finish()
+        self.srun = None
+        logger.info("%s: srun ended with code %d", what, code)
+        return code, text
+
+    def _again(self, reason: str, nodes: list[str]) -> int:
+        """Back into the queue, without the nodes that failed."""
+        self.attempts.last_reason = reason
+        if self.ended_by_slurm and self.job.state() not in ("RUNNING", "COMPLETING"):
+            self.attempts.write(self.work.run_dir)
+            logger.info("%s; Slurm has ended this start", reason)
+            return ExitCode.REQUEUE
+        new = self.attempts.exclude([node for node in nodes if node in self.job.nodes])
+        self._drop_unaffordable()
+        self.attempts.write(self.work.run_dir)
+        named = f"; excluded: {', '.join(new)}" if new else ""
+        logger.info("%s%s; back into the queue", reason, named)
+        # Requeuing sends SIGTERM to all that runs in this script, and scontrol shall still do its work.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.job.requeue()
+        if self.attempts.excluded:
+            self.job.exclude(self.attempts.excluded)
+        return ExitCode.REQUEUE
+
+    def _drop_unaffordable(self) -> None:
+        """Forget exclusions where the partition has no other nodes: a failed node may be better than none."""
+        usable = usable_nodes(os.environ["SLURM_JOB_PARTITION"])
+        if len(usable - set(self.attempts.excluded)) < len(self.job.nodes):
+            logger.warning(
+                "the partition has no %d nodes without %s; they are tried again",
+                len(self.job.nodes),
+                ", ".join(self.attempts.excluded),
+            )
+            self.attempts.excluded = []
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+        self.ended_by_slurm = self.ended_by_slurm or number == signal.SIGTERM
+        if self.srun is not None and self.srun.poll() is None and self.forwards:
+            self.srun.send_signal(number)
+
+
+class Tail:
+    """Passes a stream on to our own output, and keeps its last lines."""
+
+    LINES = 2000
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> str:
+        """The last lines, once the stream has ended."""
+        self._thread.join(timeout=10.0)
+        return "".join(self._lines)
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            self._lines = [*self._lines[-self.LINES :], line]
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)

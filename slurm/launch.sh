@@ -1,0 +1,46 @@
+# Shared by the job scripts in this folder, which source it. Not a script of its own.
+#
+# What a site may set before `sbatch`, or in ~/.bashrc:
+#   JITSCALE_HOME          the checkout; default: the folder in which sbatch was called
+#   JITSCALE_PYTHON        the interpreter; default: .venv/bin/python of the checkout, else python3
+#   JITSCALE_SETUP         a file to source first: modules, a conda environment
+#   JITSCALE_CACHE         compiled kernels, kept over requeues; default: ~/.cache/jitscale
+#   JITSCALE_MOST_RETRIES  starts in a row without progress after which the job gives up; default 5
+# and NCCL's own variables (NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are passed on.
+set -euo pipefail
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: not inside a Slurm job; submit it: sbatch $0" >&2
+    exit 2
+fi
+cd "${JITSCALE_HOME:-$SLURM_SUBMIT_DIR}"
+if [ -n "${JITSCALE_SETUP:-}" ]; then
+    # shellcheck disable=SC1090
+    source "$JITSCALE_SETUP"
+fi
+if [ -z "${JITSCALE_PYTHON:-}" ]; then
+    JITSCALE_PYTHON=python3
+    if [ -x .venv/bin/python ]; then JITSCALE_PYTHON=$PWD/.venv/bin/python; fi
+fi
+
+# The ranks meet on the first node, at a port that belongs to this job and start of it.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# Loader workers and the ranks' own threads share the task's cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} > 4 ? 4 : ${SLURM_CPUS_PER_TASK:-1}))}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a lost peer ends the rank
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job since Slurm 22.05
+cache=${JITSCALE_CACHE:-$HOME/.cache/jitscale}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# In the place of this script, so that Slurm's signals reach the supervisor.
+supervise() {
+    echo "nodes: $SLURM_JOB_NODELIST, tasks: ${SLURM_NTASKS:-1}, restart: ${SLURM_RESTART_COUNT:-0}"
+    env | grep -E '^(MASTER_|OMP_|NCCL_|TORCH_NCCL_|TORCHINDUCTOR_|TRITON_|SRUN_CPUS|CUDA_VISIBLE)' | sort
+    exec "$JITSCALE_PYTHON" -m jitscale.launch.supervisor "$@"
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# JiT-B/16 at 256 px, 600 epochs of ImageNet: sbatch slurm/train_jit_b.sh data.shards=/data/imagenet [group.key=value ...]
+#SBATCH --job-name=jit_b_256
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+source "${JITSCALE_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/launch.sh"
+supervise train --config configs/jit_b_256.yaml "$@"
