@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format install clean
+.PHONY: demo test test-slow test-cluster lint format install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -15,6 +15,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
+
+# As root: installs Debian's Slurm (it says what), makes network namespaces, and removes these again.
+test-cluster: $(INSTALLED)
+	tests/slurm/packages.sh
+	$(RUN) -m pytest -m cluster tests/slurm
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

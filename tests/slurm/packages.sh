@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Debian's packages for the tests on a real Slurm; says what it installs. Their services are not started.
+set -euo pipefail
+
+packages=(slurmctld slurmd slurm-client slurmdbd mariadb-server munge iproute2 util-linux)
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+[ ${#missing[@]} -gt 0 ] || exit 0
+if [ "$(id -u)" != 0 ]; then
+    echo "error: make test-cluster installs ${missing[*]} and makes network namespaces: it needs root" >&2
+    exit 2
+fi
+echo "installing ${missing[*]}"
+policy=/usr/sbin/policy-rc.d # with it, Debian starts no service after installing it
+if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    trap 'rm -f "$policy"' EXIT
+fi
+log=$(mktemp)
+apt-get update >"$log" 2>&1 || true # an old list may do
+if ! DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends \
+    "${missing[@]}" >>"$log" 2>&1; then
+    cat "$log"
+    exit 1
+fi
+rm -f "$log"

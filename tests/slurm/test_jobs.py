@@ -1,0 +1,212 @@
+"""`sbatch slurm/train_jit_h.sh` on a real Slurm: whatever happens to it, it ends with the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import complete_checkpoints
+from tests.distributed.processes import run_ranks
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.conftest import ROOT, SAVE_EVERY, STEPS, Runs
+
+pytestmark = pytest.mark.cluster
+
+RANK = r"jitscale\.train "
+STEADY = f"slow:step=1:times={STEPS}:seconds="  # each step waits: time for something to happen to the run
+STILL = ("model.attn_dropout=0", "model.proj_dropout=0")
+
+
+@pytest.fixture(scope="session")
+def unbroken(runs: Runs) -> list[dict[str, Any]]:
+    """The same run on four ranks without Slurm."""
+    overrides = runs.settings("unbroken", *STILL)
+    run_ranks(4, "-m", "jitscale.train", "--config", str(ROOT / "configs/jit_h_256.yaml"), *overrides)
+    return read_metrics(runs.folder / "unbroken")
+
+
+def check(runs: Runs, run: str, job: str, unbroken: list[dict[str, Any]], restarts: int | None = None) -> None:
+    """It is complete, with the losses of the run that nothing happened to."""
+    cluster = runs.cluster
+    state = cluster.wait(job, seconds=240)
+    log = runs.log(run)
+    assert state == "COMPLETED", log[-4000:]
+    assert json.loads((runs.folder / run / "complete_train.json").read_text())
+    metrics = read_metrics(runs.folder / run)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
+    found, expected = [line["loss"] for line in metrics], [line["loss"] for line in unbroken]
+    assert found == pytest.approx(expected, rel=1e-6)
+    if restarts is not None:
+        assert int(cluster.job(job)["Restarts"]) == restarts, log[-4000:]
+    print(f"\n{run}: {cluster.job(job)['Restarts']} restarts")
+
+
+def started(runs: Runs, run: str, steps: int = 8) -> None:
+    """Wait until the run has trained some steps and saved."""
+
+    def is_there() -> bool:
+        path = runs.folder / run / "metrics.jsonl"
+        return (
+            path.exists()
+            and len(path.read_text().splitlines()) >= steps
+            and bool(complete_checkpoints(runs.folder / run))
+        )
+
+    runs.cluster.wait_for(is_there, 120, f"{run} has not begun: {runs.log(run)[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def time_limited(runs: Runs) -> tuple[str, float]:
+    """A run that needs several time limits of a minute; submitted first, because it takes the longest."""
+    job = runs.submit("limited", *STILL, options=("--time=1",), faults=f"{STEADY}1.2")
+    return job, time.monotonic()
+
+
+def test_a_run_to_its_end(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
+    job = runs.submit("whole", *STILL)
+    check(runs, "whole", job, unbroken, restarts=0)
+    log = runs.log("whole")
+    assert "preflight: 4 ranks on 2 nodes are fit" in log
+    assert "MASTER_PORT=" in log
+    assert "whole is complete" in log
+
+
+def test_a_broken_node_is_named_and_avoided(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    cluster = runs.cluster
+    nodes = ("jsnode5", "jsnode6")
+    with cluster.unwritable_scratch("jsnode6"):
+        job = runs.submit(
+            "broken_node", *STILL, f"data.cache_dir={cluster.scratch}", options=(f"--nodelist={','.join(nodes)}",)
+        )
+        cluster.wait_for(lambda: "excluded: jsnode6" in runs.log("broken_node"), 90, "no node was excluded")
+        # it was asked for by name, so it could not go elsewhere
+        cluster.wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 30, "not back in the queue")
+        assert cluster.job(job)["ExcNodeList"] == "jsnode6"
+        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
+        check(runs, "broken_node", job, unbroken, restarts=1)
+    assert "preflight: node jsnode6:" in runs.log("broken_node")
+    assert "Read-only file system" in runs.log("broken_node")
+
+
+def test_a_rank_that_is_killed(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    job = runs.submit("killed_rank", *STILL, faults=f"{STEADY}0.3")
+    started(runs, "killed_rank")
+    node = runs.cluster.job(job)["BatchHost"]
+    begun = time.monotonic()
+    os.kill(runs.cluster.tasks(node, RANK)[1], signal.SIGKILL)
+    check(runs, "killed_rank", job, unbroken, restarts=1)
+    assert f"excluded: {node}" in runs.log("killed_rank")
+    print(f"killed rank: complete {time.monotonic() - begun:.0f} s later")
+
+
+def test_a_rank_that_hangs(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    job = runs.submit("hanging_rank", *STILL, faults=f"{STEADY}0.3")
+    started(runs, "hanging_rank")
+    node = runs.cluster.job(job)["BatchHost"]
+    begun = time.monotonic()
+    os.kill(runs.cluster.tasks(node, RANK)[1], signal.SIGSTOP)
+    check(runs, "hanging_rank", job, unbroken, restarts=1)
+    print(f"hanging rank: complete {time.monotonic() - begun:.0f} s later")
+
+
+def test_preemption_requeue_and_signals(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    """The user's signal, Slurm's requeue, and a job of a higher partition that takes the nodes, one after another."""
+    cluster = runs.cluster
+    job = runs.submit("asked", *STILL, faults=f"{STEADY}0.5")
+    for number, ask in enumerate(
+        (
+            lambda: cluster.run("scancel", "--batch", "--signal=USR1", job),
+            lambda: cluster.run("scontrol", "requeue", job),
+            lambda: preempt(runs, cluster.job(job)["NodeList"]),
+        )
+    ):
+        started(runs, "asked", steps=8 + 8 * number)
+        ask()
+        cluster.wait_for(
+            lambda expected=number + 1: int(cluster.job(job)["Restarts"]) == expected,  # type: ignore[misc]
+            60,
+            f"restart {number + 1} has not come",
+        )
+    check(runs, "asked", job, unbroken)
+
+
+def preempt(runs: Runs, nodes: str) -> None:
+    urgent = runs.cluster.sbatch(
+        "--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={nodes}", "--time=1", "--wrap=sleep 3",
+        f"--output={runs.folder}/logs/urgent.log",
+    )  # fmt: skip
+    assert runs.cluster.wait(urgent, seconds=90) == "COMPLETED"
+
+
+def test_a_node_that_dies(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    cluster = runs.cluster
+    job = runs.submit("dead_node", *STILL, faults=f"{STEADY}0.3")
+    started(runs, "dead_node")
+    node = cluster.job(job)["BatchHost"]
+    begun = time.monotonic()
+    cluster.kill_node(node)
+    try:
+        check(runs, "dead_node", job, unbroken)
+        print(f"dead node: complete {time.monotonic() - begun:.0f} s later")
+    finally:
+        cluster.start_node(node)
+    cluster.wait_for(lambda: cluster.node_states()[node] == "idle", 60, f"{node} is not back")
+
+
+def test_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    cluster = runs.cluster
+    job = runs.submit("no_cable", *STILL, faults=f"{STEADY}0.3")
+    started(runs, "no_cable")
+    host = cluster.job(job)["BatchHost"]
+    node = next(node for node in cluster.nodes if node != host and cluster.tasks(node, rf"{RANK}.*no_cable"))
+    begun = time.monotonic()
+    with cluster.unplugged(node):
+        check(runs, "no_cable", job, unbroken)
+        print(f"pulled cable: complete {time.monotonic() - begun:.0f} s later")
+    cluster.wait_for(lambda: cluster.node_states()[node] == "idle", 90, f"{node} is not back")
+
+
+def test_time_limits(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
+    """Real limits of a minute, with the signal 20 seconds before."""
+    job, begun = time_limited
+    check(runs, "limited", job, unbroken)
+    print(f"time limits: complete {time.monotonic() - begun:.0f} s after it was submitted")
+    assert int(runs.cluster.job(job)["Restarts"]) >= 2
+    assert runs.log("limited").count("asked to stop; the state is saved") >= 2
+
+
+def test_mistakes_end_the_job_with_one_line(runs: Runs, cluster: SlurmCluster) -> None:
+    """They are not started again."""
+    jobs = {
+        "optim.leraning_rate=1 is not a setting": runs.submit("mistake_1", "optim.leraning_rate=1"),
+        "absent": runs.submit("mistake_2", f"data.shards={runs.folder / 'absent'}"),
+    }
+    for number, (message, job) in enumerate(jobs.items(), 1):
+        assert cluster.wait(job) == "FAILED"
+        log = runs.log(f"mistake_{number}")
+        assert message in log
+        assert "Traceback" not in log
+        assert cluster.job(job)["ExitCode"] == "2:0"
+        assert cluster.job(job)["Restarts"] == "0"
+    refused = cluster.run("sbatch", "--partition=absent", "--parsable", str(ROOT / "slurm/train_jit_h.sh"), check=False)
+    assert "invalid partition" in refused
+
+
+def test_starts_that_lead_nowhere_come_to_an_end(runs: Runs, cluster: SlurmCluster) -> None:
+    job = runs.submit(
+        "nowhere", f"checkpoint.every_images={10**6}", faults=f"kill:step={SAVE_EVERY}:rank=0",
+        options=("--export=ALL,JITSCALE_MOST_RETRIES=1",),
+    )  # fmt: skip
+    assert cluster.wait(job, seconds=150) == "FAILED"
+    assert "1 starts in a row have not brought the run beyond 0 (train ended with code" in runs.log("nowhere")
+
+
+def test_nothing_is_left_behind() -> None:
+    assert not Path("/etc/slurm/slurm.conf").exists()
