@@ -42,13 +42,13 @@ class SlurmJob:
         environment = os.environ
         if "SLURM_JOB_ID" not in environment:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
-        nodes = _output("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+        nodes = ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
         tasks = int(environment.get("SLURM_NTASKS", len(nodes)))
         return cls(environment["SLURM_JOB_ID"], tuple(nodes), tasks, int(environment.get("SLURM_RESTART_COUNT", "0")))
 
     def state(self) -> str:
         """As Slurm names it, such as RUNNING."""
-        found = re.search(r"JobState=(\w+)", _output("scontrol", "show", "job", self.id))
+        found = re.search(r"JobState=(\w+)", ask("scontrol", "show", "job", self.id))
         return found[1] if found else "UNKNOWN"
 
     def requeue(self) -> None:
@@ -57,7 +57,7 @@ class SlurmJob:
         Raises:
             UserError: Slurm refuses.
         """
-        _output("scontrol", "requeue", self.id)
+        ask("scontrol", "requeue", self.id)
 
     def exclude(self, nodes: Sequence[str]) -> None:
         """Keep the waiting job away from `nodes`.
@@ -65,7 +65,7 @@ class SlurmJob:
         Raises:
             UserError: Slurm refuses.
         """
-        _output("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(nodes)}")
+        ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(nodes)}")
 
 
 def usable_nodes(partition: str) -> set[str]:
@@ -74,7 +74,7 @@ def usable_nodes(partition: str) -> set[str]:
     Raises:
         UserError: Slurm does not answer.
     """
-    lines = _output("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t").splitlines()
+    lines = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t").splitlines()
     gone = ("down", "drain", "drng", "fail", "maint", "unk", "inval")
     pairs = [line.split() for line in lines]
     return {name for name, state in pairs if not state.rstrip("*~#$@+-").startswith(gone) and not state.endswith("*")}
@@ -89,7 +89,12 @@ def failed_tasks(text: str) -> list[str]:
     return list(dict.fromkeys(node for node, what in found if "Terminated" not in what))
 
 
-def _output(*command: str) -> str:
+def ask(*command: str) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        UserError: it is not there, fails, or does not answer.
+    """
     try:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except FileNotFoundError as error:

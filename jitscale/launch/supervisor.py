@@ -155,8 +155,10 @@ class Supervisor:
         if code == ExitCode.USER_ERROR:
             logger.error("%s: a mistake that a new start would repeat; see the line above", work.run_dir)
             return code
-        if code == ExitCode.REQUEUE or self.asked_to_stop:
+        if code == ExitCode.REQUEUE:
             return self._again("asked to stop; the state is saved", [])
+        if self.asked_to_stop:
+            return self._again("asked to stop before the ranks could save", [])
         return self._again(f"{work.command} ended with code {code} before its end", failed_tasks(output)[:1])
 
     def _srun(self, what: str, module: str, arguments: list[str], limit: float | None = None) -> tuple[int, str]:

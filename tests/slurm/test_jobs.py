@@ -32,10 +32,17 @@ def unbroken(runs: Runs) -> list[dict[str, Any]]:
     return read_metrics(runs.folder / "unbroken")
 
 
-def check(runs: Runs, run: str, job: str, unbroken: list[dict[str, Any]], restarts: int | None = None) -> None:
+def check(
+    runs: Runs,
+    run: str,
+    job: str,
+    unbroken: list[dict[str, Any]],
+    restarts: int | None = None,
+    seconds: float = 240,
+) -> None:
     """It is complete, with the losses of the run that nothing happened to."""
     cluster = runs.cluster
-    state = cluster.wait(job, seconds=240)
+    state = cluster.wait(job, seconds=seconds)
     log = runs.log(run)
     assert state == "COMPLETED", log[-4000:]
     assert json.loads((runs.folder / run / "complete_train.json").read_text())
@@ -64,8 +71,8 @@ def started(runs: Runs, run: str, steps: int = 8) -> None:
 
 @pytest.fixture(scope="session")
 def time_limited(runs: Runs) -> tuple[str, float]:
-    """A run that needs several time limits of a minute; submitted first, because it takes the longest."""
-    job = runs.submit("limited", *STILL, options=("--time=1",), faults=f"{STEADY}1.2")
+    """A run that needs several time limits of two minutes; submitted first, because it takes the longest."""
+    job = runs.submit("limited", *STILL, options=("--time=2",), faults=f"{STEADY}2.5")
     return job, time.monotonic()
 
 
@@ -174,9 +181,9 @@ def test_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> N
 
 
 def test_time_limits(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
-    """Real limits of a minute, with the signal 20 seconds before."""
+    """Real limits of two minutes, with the signal 20 seconds before."""
     job, begun = time_limited
-    check(runs, "limited", job, unbroken)
+    check(runs, "limited", job, unbroken, seconds=480)
     print(f"time limits: complete {time.monotonic() - begun:.0f} s after it was submitted")
     assert int(runs.cluster.job(job)["Restarts"]) >= 2
     assert runs.log("limited").count("asked to stop; the state is saved") >= 2

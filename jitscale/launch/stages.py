@@ -1,0 +1,195 @@
+"""What a chain of jobs consists of: train at a resolution, upgrade to another, train there, evaluate."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jitscale.completion import forget_completion, is_complete
+from jitscale.config import load_config
+from jitscale.errors import ExitCode, UserError
+from jitscale.launch.attempts import Attempts
+from jitscale.launch.slurm import SlurmJob
+from jitscale.launch.supervisor import Supervisor, work_of
+from jitscale.training.checkpoint import complete_checkpoints
+
+KINDS = ("train", "upgrade", "evaluate")
+SECONDS_UNTIL_SLURM_ENDS_US = 3600.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job. Called, it does the work, inside a job of submitit's.
+
+    Attributes:
+        kind: train, upgrade or evaluate.
+        config: the YAML file of the run at this resolution.
+        run_dir: of the run that is trained, made or evaluated.
+        overrides: dotted settings.
+        source: for upgrade the low-resolution run.
+        home: the checkout.
+        ranks: processes on this machine, where there is no Slurm.
+    """
+
+    kind: str
+    config: Path
+    run_dir: Path
+    overrides: tuple[str, ...] = ()
+    source: Path | None = None
+    home: Path = Path()
+    ranks: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For job names and tables."""
+        return f"{self.kind} {self.run_dir.name}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the command behind it."""
+        settings = [*self.overrides, f"run.dir={self.run_dir}"]
+        if self.kind == "upgrade":
+            low = ["--checkpoint", str(self.source), "--to", str(self.config), "--output", str(self.run_dir)]
+            return [*low, *self.overrides]
+        if self.kind == "evaluate":
+            return ["--run", str(self.run_dir), *self.overrides]
+        return ["--config", str(self.config), *settings]
+
+    def check(self, tasks: int) -> None:
+        """Refuse what can be known to fail before anything is queued.
+
+        Raises:
+            UserError: the configuration is impossible, or its shards are not there.
+        """
+        from jitscale.data.shards import open_configured  # noqa: PLC0415  # torch is not needed before
+
+        trains = self.kind == "train"
+        config = load_config(
+            self.config, [*self.overrides, f"run.dir={self.run_dir}"], world_size=tasks, needs_shards=trains
+        )
+        if trains:
+            open_configured(config)
+
+    def __call__(self) -> str:
+        """Do the work to its end; returns what was done.
+
+        Raises:
+            UserError: it cannot be done.
+        """
+        if self.kind == "upgrade":
+            self._upgrade()
+        elif self.ranks is None:
+            self._supervise()
+        else:
+            self._run_here(self.ranks)
+        return f"{self.name} is complete"
+
+    def _upgrade(self) -> None:
+        if complete_checkpoints(self.run_dir):
+            return  # an earlier start of this job has done it
+        command = [sys.executable, str(self.home / "tools/upgrade_resolution.py"), *self.arguments]
+        code = subprocess.run(command, cwd=self.home, check=False).returncode
+        if code != ExitCode.DONE:
+            raise UserError(f"{self.name}: the upgrade ended with code {code}; see the lines above")
+
+    def _supervise(self) -> None:
+        job = SlurmJob.current()
+        code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
+        if code == ExitCode.REQUEUE:
+            time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # to return would be to say that the job is over
+        if code != ExitCode.DONE:
+            raise UserError(f"{self.name}: ended with code {code}; see the lines above")
+
+    def _run_here(self, ranks: int) -> None:
+        """Without Slurm: start the ranks again as long as that leads somewhere."""
+        work = work_of(self.kind, self.arguments, ranks)
+        forget_completion(work.run_dir, work.command)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        while not is_complete(work.run_dir, work.command):
+            attempts = Attempts.read(work.run_dir)
+            try:
+                attempts.begin(work.position)
+            finally:
+                attempts.write(work.run_dir)
+            subprocess.run([*launcher, "-m", f"jitscale.{self.kind}", *self.arguments], cwd=self.home, check=False)
+
+
+def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:
+    """`train:256,upgrade:512,train:512,evaluate` as stages.
+
+    Args:
+        text: kinds with resolutions; a kind without one takes the resolution before it.
+        stage: the first resolution's config and run folder, whose names carry the resolution.
+        overrides: resolution -> settings that hold there only.
+
+    Raises:
+        UserError: an unknown kind, an upgrade of nothing, or a config that is not there.
+    """
+    stages: list[Stage] = []
+    resolution = ""
+    for word in text.split(","):
+        kind, _, given = word.strip().partition(":")
+        if kind not in KINDS:
+            raise UserError(f"--chain {text}: {kind!r} is no stage; choose of {', '.join(KINDS)}")
+        if given and not given.isdigit():
+            raise UserError(f"--chain {text}: {given!r} is no resolution; write for example train:256")
+        previous, resolution = resolution, given or resolution
+        if not resolution:
+            raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
+        at = replace(
+            stage,
+            kind=kind,
+            config=_at(stage.config, resolution),
+            run_dir=_at(stage.run_dir, resolution),
+            overrides=(*stage.overrides, *overrides.get(resolution, [])),
+        )
+        if kind == "upgrade":
+            if not previous or previous == resolution:
+                raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
+            at = replace(at, source=_at(stage.run_dir, previous))
+        if not at.config.exists():
+            raise UserError(f"--chain {text}: {at.config}: no such config file, for {word}")
+        stages.append(at)
+    return stages
+
+
+def parse_settings(texts: Sequence[str]) -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
+    """--set options as variants of a sweep, and as settings of single resolutions of a chain.
+
+    `optim.lr=1e-4,2e-4` are two variants; every combination of several such options is one. `512/optim.lr=1e-5` holds
+    at 512 px only.
+
+    Raises:
+        UserError: not key=value.
+    """
+    axes: list[list[str]] = []
+    at: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: has no '='; write group.key=value")
+        resolution, slash, rest = key.partition("/")
+        if slash and resolution.isdigit():
+            at.setdefault(resolution, []).append(f"{rest}={values}")
+        else:
+            axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+    return [tuple(variant) for variant in itertools.product(*axes)], at
+
+
+def variant_suffix(variant: Sequence[str], texts: Sequence[str]) -> str:
+    """What tells a variant's run folder from the others: the settings that have several values."""
+    several = {text.partition("=")[0] for text in texts if len(re.split(r",(?![^\[]*\])", text)) > 1}
+    return "".join(f"_{setting}" for setting in variant if setting.partition("=")[0] in several)
+
+
+def _at(path: Path, resolution: str) -> Path:
+    """The path with another resolution in its name: jit_h_256.yaml -> jit_h_512.yaml; added where there is none."""
+    stem, suffix = (path.stem, path.suffix) if path.suffix == ".yaml" else (path.name, "")
+    name = re.sub(r"_\d+$", "", stem)
+    return path.with_name(f"{name}_{resolution}{suffix}")

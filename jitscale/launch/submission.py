@@ -1,0 +1,272 @@
+"""Jobs through submitit: what is submitted, in which folder, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import pickle_load
+from submitit.local.local import LocalExecutor
+from submitit.slurm import slurm as submitit_slurm
+
+from jitscale.completion import is_complete
+from jitscale.errors import UserError
+from jitscale.files import appearing_whole
+from jitscale.launch.slurm import ask
+from jitscale.launch.stages import Stage
+
+SIGNAL_SECONDS = 300  # before the time limit
+# What a stage that takes one process asks for, whatever training takes.
+SINGLE = {"nodes": 1, "ntasks_per_node": 1}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each job asks Slurm for.
+
+    Attributes:
+        nodes: of the job.
+        tasks_per_node: ranks a node, one a GPU.
+        gpus_per_node: 0 for none.
+        cpus_per_task: cores a rank.
+        minutes: the time limit; a job that meets it goes on in its next start.
+        partition: None for Slurm's default.
+        signal_seconds: before the limit, for the last checkpoint.
+        options: more of sbatch's, as {"account": "vision"}.
+    """
+
+    nodes: int = 1
+    tasks_per_node: int = 8
+    gpus_per_node: int = 8
+    cpus_per_task: int = 12
+    minutes: int = 24 * 60
+    partition: str | None = None
+    signal_seconds: int = SIGNAL_SECONDS
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Ranks of a job."""
+        return self.nodes * self.tasks_per_node
+
+
+@dataclass(frozen=True)
+class Record:
+    """A submitted job.
+
+    Attributes:
+        job: its id; `local_` and a process's id without Slurm.
+        stage: its name.
+        kind: train, upgrade or evaluate.
+        run_dir: where its run is.
+        after: the job whose success it waits for.
+        log: what it prints.
+        submitted: when.
+    """
+
+    job: str
+    stage: str
+    kind: str
+    run_dir: str
+    after: str | None
+    log: str
+    submitted: str
+
+
+def check_partition(partition: str | None) -> None:
+    """Refuse a partition that is not there.
+
+    Raises:
+        UserError: it is not, or there is no Slurm.
+    """
+    names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
+    if partition is not None and partition not in names:
+        raise UserError(f"--partition {partition}: not on this cluster; choose one of {', '.join(sorted(names))}")
+
+
+def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> list[Record]:
+    """Submit chains of stages; where each chain is one stage, all of them as one array.
+
+    Args:
+        chains: stages that wait for each other's success.
+        resources: of each job.
+        folder: for logs, submitit's pickles and the records.
+
+    Returns:
+        The record of each job, also written to the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[Record] = []
+    if len(chains) > 1 and all(len(chain) == 1 for chain in chains):
+        executor = _executor(folder, resources, chains[0][0], None)
+        with executor.batch():
+            jobs = [executor.submit(chain[0]) for chain in chains]
+        records = [_record(job.job_id, chain[0], None, folder) for job, chain in zip(jobs, chains, strict=True)]
+    else:
+        for chain in chains:
+            after = None
+            for stage in chain:
+                job = _executor(folder, resources, stage, after).submit(stage)
+                records.append(_record(job.job_id, stage, after, folder))
+                after = job.job_id
+    return records
+
+
+def submit_here(chain: Sequence[Stage], folder: Path) -> list[Record]:
+    """Do a chain on this machine without Slurm, one stage after another, each in a process of submitit's.
+
+    Raises:
+        UserError: a stage has failed; those after it are not begun.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[Record] = []
+    for stage in chain:
+        executor = LocalExecutor(folder)
+        executor.update_parameters(timeout_min=60 * 24 * 365)
+        job = executor.submit(stage)
+        records.append(_record(f"local_{job.job_id}", stage, records[-1].job if records else None, folder))
+        print(f"{stage.name}: process {job.job_id}, log {job.paths.stdout}", flush=True)
+        error = job.exception()
+        if error is not None:
+            last = [line for line in str(error).splitlines() if line.strip()][-1]
+            raise UserError(f"{stage.name}: {last}; its log is {job.paths.stderr}")
+    return records
+
+
+def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | None = None) -> str:
+    """What would be given to sbatch for a stage."""
+    command = f"exec {shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return submitit_slurm._make_sbatch_string(command, folder, **_parameters(resources, stage, after))
+
+
+def records(folder: Path) -> list[Record]:
+    """All jobs that were submitted from the folder, the oldest first."""
+    found = [Record(**json.loads(path.read_text())) for path in (folder / "jobs").glob("*.json")]
+    return sorted(found, key=lambda record: (record.submitted, record.job))
+
+
+def state_of(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
+    """State, number of restarts, last metrics and, where it has failed, the reason."""
+    state, restarts, reason = _state(record)
+    run_dir = Path(record.run_dir)
+    if record.kind != "upgrade" and state in ("UNKNOWN", "RUNNING", "COMPLETED") and is_complete(run_dir, record.kind):
+        state = "COMPLETED"
+    if state == "CANCELLED" and record.after is not None:
+        before = next((other for other in all_records if other.job == record.after), None)
+        if before is not None and _state(before)[0] not in ("COMPLETED", "PENDING", "RUNNING"):
+            reason = f"{before.stage} (job {before.job}) did not succeed"
+    elif state in ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL"):
+        reason = _last_error(Path(record.log)) or reason
+    last = _last_metrics(run_dir) if record.kind == "train" else {}
+    return {"state": state, "restarts": restarts, "reason": reason, **last}
+
+
+def _executor(folder: Path, resources: Resources, stage: Stage, after: str | None) -> submitit_slurm.SlurmExecutor:
+    # In the place of the batch script's shell, so that Slurm's signals reach the supervisor.
+    executor = submitit_slurm.SlurmExecutor(folder, python=f"exec {shlex.quote(sys.executable)}")
+    executor.update_parameters(**_parameters(resources, stage, after))
+    return executor
+
+
+def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[str, Any]:
+    """submitit's names for what sbatch shall be told."""
+    additional: dict[str, Any] = {
+        "requeue": True,
+        "signal": f"B:USR1@{resources.signal_seconds}",
+        **dict(resources.options),
+    }
+    if after is not None:
+        additional["kill-on-invalid-dep"] = "yes"
+    layout = (
+        SINGLE if stage.kind == "upgrade" else {"nodes": resources.nodes, "ntasks_per_node": resources.tasks_per_node}
+    )
+    parameters: dict[str, Any] = {
+        **layout,
+        "job_name": stage.name.replace(" ", "-"),
+        "time": resources.minutes,
+        "cpus_per_task": resources.cpus_per_task,
+        "use_srun": False,  # the supervisor starts the ranks
+        "stderr_to_stdout": True,
+        "setup": [f"cd {shlex.quote(str(stage.home))}", "source slurm/launch.sh"],
+        "additional_parameters": additional,
+    }
+    if resources.gpus_per_node and stage.kind != "upgrade":
+        parameters["gpus_per_node"] = resources.gpus_per_node
+    if resources.partition is not None:
+        parameters["partition"] = resources.partition
+    if after is not None:
+        parameters["dependency"] = f"afterok:{after}"
+    return parameters
+
+
+def _record(job: str, stage: Stage, after: str | None, folder: Path) -> Record:
+    log = folder / f"{job.removeprefix('local_')}_0_log.out"
+    submitted = datetime.now(timezone.utc).isoformat()
+    record = Record(job, stage.name, stage.kind, str(stage.run_dir), after, str(log), submitted)
+    (folder / "jobs").mkdir(exist_ok=True)
+    with appearing_whole(folder / "jobs" / f"{job}.json") as file:
+        file.write(json.dumps(asdict(record)).encode())
+    return record
+
+
+def _state(record: Record) -> tuple[str, int, str]:
+    """State, restarts and reason: from the controller, else from the accounting, else unknown.
+
+    Without Slurm from what submitit's process has left.
+    """
+    job = record.job
+    if job.startswith("local_"):
+        result = Path(record.log.removesuffix("_log.out") + "_result.pkl")
+        if not result.exists():
+            return ("RUNNING" if _is_alive(int(job.removeprefix("local_"))) else "UNKNOWN"), 0, ""
+        return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
+    try:
+        text = ask("scontrol", "show", "job", job)
+    except UserError:
+        try:
+            accounted = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State")
+        except UserError:
+            return "UNKNOWN", 0, ""
+        return (accounted.split() or ["UNKNOWN"])[0], 0, ""
+    fields = dict(re.findall(r"(\S+?)=(\S*)", text))
+    reason = fields.get("Reason", "")
+    return fields["JobState"], int(fields.get("Restarts", 0)), "" if reason == "None" else reason
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _last_metrics(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    lines = subprocess.run(["tail", "-n", "2", str(path)], capture_output=True, text=True, check=False).stdout
+    for line in reversed(lines.splitlines()):
+        try:
+            return dict(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # being written
+    return {}
+
+
+def _last_error(log: Path) -> str:
+    if not log.exists():
+        return ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if re.match(r"(\w+\.)*\w*[eE]rror: ", line)]
+    return lines[-1] if lines else ""

@@ -1,0 +1,132 @@
+"""tools/submit.py: what would be submitted, and what is refused before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jitscale.data.packing import write_shards
+from jitscale.errors import UserError
+from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
+from tools.submit import main
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+model: {image_size: SIZE, patch_size: PATCH, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8,
+  in_context_len: 4, in_context_start: 1, num_classes: 10}
+diffusion: {noise_scale: SCALE}
+data: {batch_size: 12, num_workers: 0, window: 16}
+engine: {precision: fp32}
+ema: {decays: [0.9]}
+evaluation: {weights: ema_0.9, num_images: 10, block_size: 5, steps: 2}
+tracking: {log_every_steps: 1}
+run: {max_steps: 3, device: cpu}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for size, patch in ((16, 4), (32, 8)):
+        text = TINY.replace("SIZE", str(size)).replace("PATCH", str(patch)).replace("SCALE", f"{size / 16}")
+        (tmp_path / f"tiny_{size}.yaml").write_text(text)
+        images = np.random.default_rng(0).integers(0, 256, (30, size, size, 3), np.uint8)
+        write_shards(images, np.arange(30) % 10, tmp_path / f"shards_{size}", samples_per_shard=20)
+    return tmp_path
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [
+        f"--config={folder / 'tiny_16.yaml'}",
+        f"--run-dir={folder / 'runs' / 'tiny_16'}",
+        f"--folder={folder / 'submissions'}",
+        "--tasks-per-node=2",
+        *more,
+    ]
+
+
+CHAIN = "--chain=train:16,upgrade:32,train:32"
+
+
+def shards(folder: Path) -> list[str]:
+    return [word for size in (16, 32) for word in ("--set", f"{size}/data.shards={folder / f'shards_{size}'}")]
+
+
+def test_settings_make_variants() -> None:
+    variants, at = parse_settings(["optim.lr=1e-4,2e-4", "ema.decays=[0.9,0.99]", "512/optim.lr=1e-5"])
+    assert variants == [("optim.lr=1e-4", "ema.decays=[0.9,0.99]"), ("optim.lr=2e-4", "ema.decays=[0.9,0.99]")]
+    assert at == {"512": ["optim.lr=1e-5"]}
+    assert variant_suffix(variants[1], ["optim.lr=1e-4,2e-4", "ema.decays=[0.9,0.99]"]) == "_optim.lr=2e-4"
+
+
+def test_a_chain_goes_through_resolutions() -> None:
+    stage = Stage("train", ROOT / "configs/jit_h_256.yaml", Path("runs/h"), ("optim.lr=1e-4",))
+    stages = parse_chain("train:256,upgrade:512,train:512,evaluate", stage, {"512": ["optim.lr=1e-5"]})
+    assert [s.kind for s in stages] == ["train", "upgrade", "train", "evaluate"]
+    assert [s.run_dir.name for s in stages] == ["h_256", "h_512", "h_512", "h_512"]
+    assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["jit_h_512.yaml"] * 3
+    assert stages[1].source == Path("runs/h_256")
+    assert stages[2].overrides == ("optim.lr=1e-4", "optim.lr=1e-5")
+    for chain, message in (
+        ("train:256,polish", "'polish' is no stage"),
+        ("train", "the first stage needs a resolution"),
+        ("train:x", "'x' is no resolution"),
+        ("upgrade:512", "needs a stage of another resolution before it"),
+        ("train:256,upgrade:300", "no such config file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_chain(chain, stage, {})
+
+
+def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [CHAIN, "--nodes=3", "--gpus-per-node=2", "--minutes=30", "--sbatch=account=vision", *shards(folder)]
+    assert main(words(folder, "--dry-run", *more)) == 0
+    first, upgrade, second = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    for line in (
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --time=30",
+        "#SBATCH --signal=B:USR1@300",
+        "#SBATCH --requeue",
+        "#SBATCH --account=vision",
+        "source slurm/launch.sh",
+    ):
+        assert line in first, line
+    assert "dependency" not in first
+    assert "exec " in first
+    assert "#SBATCH --nodes=1" in upgrade
+    assert "gpus" not in upgrade
+    assert "#SBATCH --dependency=afterok:ID_OF_THE_JOB_BEFORE" in second
+    assert "#SBATCH --kill-on-invalid-dep=yes" in second
+    assert not (folder / "submissions").exists()
+
+
+def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
+    for more, message in (
+        (["optim.leraning_rate=1"], r"optim\.leraning_rate=1 is not a setting"),
+        (["data.shards=absent"], "absent"),
+        ([], r"data\.shards='' is not set"),
+        (["--tasks-per-node=5", f"data.shards={folder / 'shards_16'}"], r"data\.batch_size=12"),
+        (["--set", "optim.lr"], "has no '='"),
+        (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "and there is none"),
+        ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(words(folder, "--dry-run", *more))
+    with pytest.raises(UserError, match="nothing was submitted from here"):
+        main(["status", f"--folder={folder}"])
+
+
+def test_a_chain_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Really trained, upgraded and trained on; then a stage that fails ends the chain with its reason."""
+    assert main(words(folder, "--local", CHAIN, *shards(folder))) == 0
+    assert (folder / "runs/tiny_32/complete_train.json").exists()
+    assert capsys.readouterr().out.count("COMPLETED") == 3
+    assert main(["status", f"--folder={folder / 'submissions'}"]) == 0
+    assert "train tiny_32" in capsys.readouterr().out
+    blocker = folder / "blocked"
+    blocker.write_text("")
+    with pytest.raises(UserError, match=r"train tiny_16: .*its log is"):
+        main([*words(folder, "--local", CHAIN, *shards(folder)), f"--run-dir={blocker / 'tiny_16'}"])

@@ -1,0 +1,193 @@
+"""Submit runs to Slurm from Python, as single jobs, sweeps and chains, and watch them.
+
+    python tools/submit.py --config configs/jit_h_256.yaml --nodes 4 data.shards=/data/imagenet_256
+    python tools/submit.py --config configs/jit_b_256.yaml --set optim.lr=1e-4,2e-4 data.shards=/data/imagenet_256
+    python tools/submit.py --config configs/jit_h_256.yaml --run-dir runs/h --nodes 4 \\
+        --chain train:256,upgrade:512,train:512,evaluate \\
+        --set 256/data.shards=/data/imagenet_256 --set 512/data.shards=/data/imagenet_512
+    python tools/submit.py status --watch
+
+A sweep is an array, one run folder a variant. A chain's stages wait for each other's success; when one fails, those
+after it are cancelled. --dry-run shows the batch scripts, --local does the work on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from jitscale.config import load_config
+from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
+from jitscale.launch.submission import (
+    Resources,
+    batch_script,
+    check_partition,
+    records,
+    state_of,
+    submit,
+    submit_here,
+)
+
+HOME = Path(__file__).parents[1]
+REFRESH_SECONDS = 5.0
+PIPE_COLUMNS = 200  # where there is no terminal that could be too narrow
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line; submit, or show the table."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["status"]:
+        return status(words[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of the (first) run")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the (first) run; default: the config's run.dir")
+    parser.add_argument("--chain", metavar="STAGES", help="such as train:256,upgrade:512,train:512,evaluate")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="several values make a sweep; 512/KEY=VALUE holds at one resolution of a chain",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--tasks-per-node", type=int, default=8, metavar="N", help="ranks; default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: as many as tasks")
+    parser.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="default: %(default)s")
+    parser.add_argument("--minutes", type=int, default=24 * 60, metavar="N", help="time limit; default: %(default)s")
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="N", help="before the time limit; default: %(default)s"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="more for sbatch, such as account=vision"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="show the batch scripts and stop")
+    parser.add_argument("--local", action="store_true", help="on this machine, without Slurm; one rank a task")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings of all stages")
+    options = parser.parse_intermixed_args(words)
+
+    resources = Resources(
+        options.nodes,
+        options.tasks_per_node,
+        options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node,
+        options.cpus_per_task,
+        options.minutes,
+        options.partition,
+        options.signal_seconds,
+        tuple(tuple(option.split("=", 1)) for option in options.sbatch),
+    )
+    chains = plan(options)
+    for chain in chains:
+        for stage in chain:
+            stage.check(resources.tasks)
+    folder = options.folder.resolve()
+    if options.dry_run:
+        for chain in chains:
+            for number, stage in enumerate(chain):
+                print(f"--- {stage.name}: {' '.join(stage.arguments)}")
+                print(batch_script(stage, resources, folder, "ID_OF_THE_JOB_BEFORE" if number else None))
+        return ExitCode.DONE
+    if options.local:
+        for chain in chains:
+            submit_here(chain, folder)
+    else:
+        check_partition(options.partition)
+        submit(chains, resources, folder)
+    show(folder)
+    return ExitCode.DONE
+
+
+def plan(options: argparse.Namespace) -> list[list[Stage]]:
+    """The chains that the command line asks for, one a variant.
+
+    Raises:
+        UserError: settings or stages that make no sense.
+    """
+    if not options.config.exists():
+        raise UserError(f"{options.config}: no such config file; see the folder configs/")
+    variants, at = parse_settings(options.set)
+    # Where the folder is not given, the config says it; impossible settings are refused later, stage by stage.
+    run_dir = options.run_dir or Path(load_config(options.config).run.dir)
+    ranks = options.tasks_per_node if options.local else None
+    chains = []
+    for variant in variants:
+        stage = Stage(
+            kind="train",
+            config=options.config.resolve(),
+            run_dir=Path(f"{run_dir}{variant_suffix(variant, options.set)}").absolute(),
+            overrides=(*options.overrides, *variant),
+            home=HOME.resolve(),
+            ranks=ranks,
+        )
+        chains.append([stage] if options.chain is None else parse_chain(options.chain, stage, at))
+    if at and options.chain is None:
+        raise UserError(f"--set {next(iter(at))}/...: holds at one resolution of a --chain, and there is none")
+    return chains
+
+
+def status(words: list[str]) -> int:
+    """Show the table of all submitted jobs, once or until interrupted."""
+    parser = argparse.ArgumentParser(prog="submit.py status", description="all submitted jobs, with their last metrics")
+    parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
+    options = parser.parse_args(words)
+    if not (options.folder / "jobs").is_dir():
+        raise UserError(f"{options.folder}: nothing was submitted from here; give --folder")
+    if not options.watch:
+        show(options.folder)
+        return ExitCode.DONE
+    with Live(table(options.folder), refresh_per_second=2) as live:
+        try:
+            while True:
+                time.sleep(REFRESH_SECONDS)
+                live.update(table(options.folder))
+        except KeyboardInterrupt:
+            return ExitCode.DONE
+
+
+def show(folder: Path) -> None:
+    """Print the table once."""
+    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table(folder))
+
+
+def table(folder: Path) -> Table:
+    """One line a job."""
+    found = Table()
+    for column in ("job", "stage", "state"):
+        found.add_column(column, no_wrap=True)
+    for column in ("starts", "step", "images", "loss", "images/s"):
+        found.add_column(column, justify="right", no_wrap=True)
+    found.add_column("reason")
+    everything = records(folder)
+    colours = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow"}
+    for record in everything:
+        now = state_of(record, everything)
+        colour = colours.get(now["state"], "red")
+        found.add_row(
+            record.job,
+            record.stage,
+            f"[{colour}]{now['state']}[/]",
+            str(now["restarts"] + 1),
+            _number(now.get("step"), "d"),
+            _number(now.get("images"), ",d"),
+            _number(now.get("loss"), ".4f"),
+            _number(now.get("images_per_second"), ".1f"),
+            now["reason"],
+        )
+    return found
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)
