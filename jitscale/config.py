@@ -144,6 +144,7 @@ class EvaluationConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.1, 1.0])  # in t
     seed: int = 0
     features: str | None = None  # feature network of FID and IS; null: none
+    features_dir: str | None = None  # where published weights of feature networks are; null: torch hub's folder
     reference: str | None = None  # shards whose images are the real ones; null: data.shards
     num_images: int = 50_000
     block_size: int = 64  # images generated together; fixed, so that no result depends on the number of ranks

@@ -58,6 +58,7 @@ class Tracker:
         """Open the run's record, dropping lines after `resumed_step`: those steps will be run again."""
         self._active = active
         self._wandb: Any = None
+        self._offline = False
         if not active:
             return
         self._path = run_dir / "metrics.jsonl"
@@ -99,6 +100,8 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._guarded(self._wandb.finish)
+        if self._offline:
+            logger.info("to send what W&B has recorded offline: wandb sync %s/wandb/offline-run-*", self._path.parent)
 
     def _start_wandb(self, config: Config, run_dir: Path) -> None:
         """Begin or continue the run's W&B record under the same id; offline where the server cannot be reached."""
@@ -123,9 +126,9 @@ class Tracker:
             self._wandb = record
 
         if config.tracking.wandb == "online" and not self._guarded(lambda: start("online")):
-            logger.warning("W&B goes on offline; `wandb sync %s/wandb/offline-run-*` sends it later", run_dir)
-        if self._wandb is None:
-            self._guarded(lambda: start("offline"))
+            logger.warning("W&B goes on offline")
+        if self._wandb is None and self._guarded(lambda: start("offline")):
+            self._offline = True
 
     def _to_wandb(self, values: dict[str, Any]) -> None:
         if self._wandb is not None:

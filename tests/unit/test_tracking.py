@@ -64,6 +64,7 @@ def test_a_wandb_that_cannot_start_falls_back_to_offline(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "")
+    caplog.set_level("INFO")
     record = tracker(tmp_path, wandb="online")
     record.log({"step": 1, "images": 8, "loss": 1.0})
     record.close()

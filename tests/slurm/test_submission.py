@@ -1,0 +1,121 @@
+"""tools/submit.py on a real Slurm: a chain, a sweep, a stage that fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jitscale.data.packing import write_shards
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
+from tests.slurm.conftest import ROOT, Runs
+
+pytestmark = pytest.mark.cluster
+
+TINY = """
+model: {image_size: SIZE, patch_size: PATCH, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8,
+  in_context_len: 4, in_context_start: 1, num_classes: 10}
+diffusion: {noise_scale: SCALE}
+data: {batch_size: 12, num_workers: 0, window: 16}
+engine: {precision: fp32}
+ema: {decays: [0.9]}
+evaluation: {weights: ema_0.9, num_images: 20, block_size: 5, steps: 2, features: digits}
+tracking: {log_every_steps: 1}
+run: {max_steps: 6, device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(runs: Runs) -> Path:
+    folder = runs.folder / "submitted"
+    folder.mkdir()
+    for size, patch in ((16, 4), (32, 8)):
+        text = TINY.replace("SIZE", str(size)).replace("PATCH", str(patch)).replace("SCALE", f"{size / 16}")
+        (folder / f"tiny_{size}.yaml").write_text(text)
+        images = np.random.default_rng(0).integers(0, 256, (30, size, size, 3), np.uint8)
+        write_shards(images, np.arange(30) % 10, folder / f"shards_{size}", samples_per_shard=20)
+    return folder
+
+
+def submit(runs: Runs, folder: Path, run: str, *more: str) -> list[str]:
+    """Submit; returns the jobs' ids in their order."""
+    before = {path.name for path in (folder / "submissions/jobs").glob("*.json")}
+    tool(
+        runs,
+        f"--config={folder / 'tiny_16.yaml'}",
+        f"--run-dir={folder / run}",
+        f"--folder={folder / 'submissions'}",
+        "--nodes=2",
+        "--tasks-per-node=2",
+        "--cpus-per-task=1",
+        "--minutes=10",
+        "--sbatch=mem-per-cpu=800",
+        *more,
+    )
+    new = [path for path in (folder / "submissions/jobs").glob("*.json") if path.name not in before]
+    made = sorted((json.loads(path.read_text()) for path in new), key=lambda record: record["submitted"])
+    return [record["job"] for record in made]
+
+
+def tool(runs: Runs, *arguments: str, expect: int = 0) -> str:
+    environment = {**runs.cluster.environment, **runs.environment()}
+    finished = subprocess.run(
+        [sys.executable, "tools/submit.py", *arguments],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == expect, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def shards(folder: Path) -> list[str]:
+    return [word for size in (16, 32) for word in ("--set", f"{size}/data.shards={folder / f'shards_{size}'}")]
+
+
+def test_a_chain_a_sweep_and_a_failure(runs: Runs, folder: Path) -> None:
+    """All are submitted at once, and looked at when they have ended."""
+    cluster = runs.cluster
+    chain = submit(runs, folder, "chain_16", "--chain=train:16,upgrade:32,train:32,evaluate", *shards(folder))
+    sweep = submit(runs, folder, "sweep", "--set", "optim.lr=1e-3,2e-3", f"data.shards={folder / 'shards_16'}")
+    (folder / "gone_32").write_text("")  # in the way of the upgrade's output
+    failing = submit(runs, folder, "gone_16", "--chain=train:16,upgrade:32,train:32", *shards(folder))
+    assert [len(chain), len(sweep), len(failing)] == [4, 2, 3]
+
+    states = {job: cluster.wait(job, seconds=400) for job in (*chain, *sweep, *failing)}
+    table = tool(runs, "status", f"--folder={folder / 'submissions'}")
+    logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in (folder / "submissions").glob("*_log.out"))
+    assert [states[job] for job in chain] == ["COMPLETED"] * 4, logs
+    assert Checkpoint(complete_checkpoints(folder / "chain_32")[-1]).progress.step == 6
+    assert np.isfinite(json.loads((folder / "chain_32/result.json").read_text())["fid"])
+
+    assert [states[job] for job in sweep] == ["COMPLETED"] * 2, logs
+    rates = [read_metrics(folder / f"sweep_optim.lr={rate}")[-1]["lr"] for rate in ("1e-3", "2e-3")]
+    assert rates == [1e-3, 2e-3]
+
+    assert [states[job] for job in failing] == ["COMPLETED", "FAILED", "CANCELLED"], logs
+    assert f"upgrade gone_32 (job {failing[1]}) did not succeed" in table
+    assert "gone_32" in table
+    print(io.StringIO(table).getvalue())
+
+
+def test_mistakes_are_not_queued(runs: Runs, folder: Path) -> None:
+    common = [f"--config={folder / 'tiny_16.yaml'}", f"--folder={folder / 'none'}", f"--run-dir={folder / 'none'}"]
+    here = f"data.shards={folder / 'shards_16'}"
+    for words, message in (
+        (["--partition=absent", here], "--partition absent: not on this cluster; choose one of batch, urgent"),
+        (["data.shards=absent"], "absent"),
+        (["optim.lr=fast", here], "optim.lr=fast has the wrong type"),
+    ):
+        assert message in tool(runs, *common, "--tasks-per-node=2", *words, expect=2)
+    assert not os.path.exists(folder / "none")

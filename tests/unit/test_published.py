@@ -1,0 +1,61 @@
+"""Published weights come by hash, from a real HTTP server."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from jitscale.config import EvaluationConfig
+from jitscale.errors import DataError
+from jitscale.evaluation.published import PUBLISHED, Published, fetch, published_folder
+from tools.fetch_weights import main
+
+CONTENT = bytes(range(256)) * 400
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/weights.pth").write_bytes(CONTENT)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/weights.pth"
+        server.shutdown()
+        thread.join()
+
+
+def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PUBLISHED, "inception", Published(url, SHA256[:8]))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"run: {{max_steps: 1}}\nevaluation: {{features_dir: {tmp_path / 'weights'}}}\n")
+    assert main(["--config", str(config)]) == 0
+    file = tmp_path / "weights/weights.pth"
+    assert file.read_bytes() == CONTENT
+    (tmp_path / "served/weights.pth").unlink()
+    assert main(["--output", str(tmp_path / "weights"), "inception"]) == 0, "it is there already"
+    file.write_bytes(CONTENT[:-1])
+    with pytest.raises(DataError, match=rf"its sha256 begins with .* expected {SHA256[:8]}; remove it"):
+        main(["--output", str(tmp_path / "weights")])
+
+
+def test_another_content_and_no_network_are_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not the file with sha256 0000"):
+        fetch(Published(url, "0000"), tmp_path / "weights")
+    with pytest.raises(DataError, match="fetch it on a machine with a network"):
+        fetch(Published("http://127.0.0.1:9/weights.pth", SHA256), tmp_path / "weights")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_the_default_is_torch_hubs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert published_folder(EvaluationConfig()) == tmp_path / "hub/checkpoints"
+    assert published_folder(EvaluationConfig(features_dir="weights")) == Path("weights")
