@@ -3,6 +3,7 @@
 # What a site may set before `sbatch`, or in ~/.bashrc:
 #   JITSCALE_HOME          the checkout; default: the folder in which sbatch was called
 #   JITSCALE_PYTHON        the interpreter; default: .venv/bin/python of the checkout, else python3
+#   JITSCALE_RANK_PYTHON   another interpreter for the ranks, such as a script that enters a container
 #   JITSCALE_SETUP         a file to source first: modules, a conda environment
 #   JITSCALE_CACHE         compiled kernels, kept over requeues; default: ~/.cache/jitscale
 #   JITSCALE_MOST_RETRIES  starts in a row without progress after which the job gives up; default 5

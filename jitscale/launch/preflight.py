@@ -3,8 +3,8 @@
     srun python -m jitscale.launch.preflight --config configs/jit_h_256.yaml data.shards=/data/imagenet_256
 
 Each rank checks its own machine, then all compare. What is wrong is printed as one line that names the node, and every
-rank ends with exit code 1; a mistake of the configuration is exit code 2. A rank that does not come to the comparison
-is named by the others.
+rank ends with exit code 1; what is wrong on all of them is a mistake of the configuration, and exit code 2. A rank that
+does not come to the comparison is named by the others.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_timeout())
     findings = parallel.gather_objects(finding)
+    everywhere = set.intersection(*(set(finding.faults) for finding in findings))
+    if everywhere:
+        raise UserError("; ".join(sorted(everywhere)))  # no node's fault
     problems = compare(findings)
     if rank == 0:
         for node, what in problems:

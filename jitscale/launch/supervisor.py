@@ -168,7 +168,8 @@ class Supervisor:
         environment = {**os.environ, "JITSCALE_NODES": ",".join(self.job.nodes)}
         self.forwards = limit is None
         # A first rank that ends badly ends all: the others would wait for it in a collective.
-        command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", sys.executable, "-u", "-m", module, *arguments]
+        python = os.environ.get("JITSCALE_RANK_PYTHON", sys.executable)
+        command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", python, "-u", "-m", module, *arguments]
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as self.srun:

@@ -1,0 +1,88 @@
+"""What a job decides, and what it reads from Slurm's messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jitscale.completion import forget_completion, is_complete, mark_complete
+from jitscale.errors import CheckpointError, ConfigError, UserError
+from jitscale.launch.attempts import Attempts
+from jitscale.launch.preflight import Finding, compare
+from jitscale.launch.slurm import failed_tasks
+from jitscale.launch.supervisor import work_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
+    for position in (0, 10, 10, 20, 20, 20):
+        attempts = Attempts.read(tmp_path)
+        attempts.begin(position, most=3)
+        attempts.last_reason = "a rank died"
+        attempts.write(tmp_path)
+    attempts = Attempts.read(tmp_path)
+    assert (attempts.starts, attempts.without_progress) == (6, 2)
+    with pytest.raises(UserError, match=r"3 starts in a row have not brought the run beyond 20 \(a rank died\)"):
+        attempts.begin(20, most=3)
+    attempts.begin(20, most=3)  # who starts it again by hand begins anew
+    assert attempts.without_progress == 0
+
+
+def test_nodes_are_excluded_once() -> None:
+    attempts = Attempts()
+    assert attempts.exclude(["b", "a", "b"]) == ["b", "a"]
+    assert attempts.exclude(["a", "c"]) == ["c"]
+    assert attempts.excluded == ["b", "a", "c"]
+
+
+def test_the_first_node_that_srun_names_is_the_one_that_failed() -> None:
+    text = (
+        "train: 10%\n"
+        "srun: error: node-2.site: task 3: Killed\n"
+        "srun: launch/slurm: _step_signal: Terminating StepId=7.1\n"
+        "slurmstepd: error: *** STEP 7.1 ON node-1 CANCELLED ***\n"
+        "srun: error: node-1: tasks 0-1: Terminated\n"
+        "srun: error: node-3: tasks 4,6: Exited with exit code 1\n"
+    )
+    assert failed_tasks(text) == ["node-2.site", "node-3"]
+    assert failed_tasks("") == []
+
+
+def test_ranks_are_compared() -> None:
+    sound = Finding("a", (), "code", "config")
+    assert compare([sound, sound]) == []
+    assert compare([sound, Finding("b", ("/scratch: full",), "code", "config")]) == [("b", "/scratch: full")]
+    other = compare([sound, sound, Finding("c", (), "old", "config")])
+    assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another code")]
+
+
+def test_work_is_known_from_the_command_line(tmp_path: Path) -> None:
+    config = ROOT / "configs/jit_b_256.yaml"
+    words = ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
+    work = work_of("train", words, tasks=8)
+    assert (work.run_dir, work.position) == (tmp_path, 0)
+    assert work.config == ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
+    with pytest.raises(ConfigError, match=r"data\.batch_size=1024"):
+        work_of("train", words, tasks=7)
+    with pytest.raises(UserError, match="train needs --config"):
+        work_of("train", [], tasks=8)
+    with pytest.raises(CheckpointError, match="no run there"):
+        work_of("evaluate", ["--run", str(tmp_path)], tasks=8)
+    (tmp_path / "config.yaml").write_text(f"run: {{dir: {tmp_path}, max_steps: 1}}")
+    (tmp_path / "evaluation/samples_1").mkdir(parents=True)
+    (tmp_path / "evaluation/samples_1/block_000000.npz").write_bytes(b"")
+    work = work_of("evaluate", ["--run", str(tmp_path), "--weights", "model", "evaluation.steps=3"], tasks=7)
+    assert (work.run_dir, work.position) == (tmp_path, 1)
+    assert "model" not in work.config
+
+
+def test_the_end_is_recorded(tmp_path: Path) -> None:
+    forget_completion(tmp_path, "train")
+    assert not is_complete(tmp_path, "train")
+    mark_complete(tmp_path / "run", "train")
+    assert is_complete(tmp_path / "run", "train")
+    assert not is_complete(tmp_path / "run", "evaluate")
+    forget_completion(tmp_path / "run", "train")
+    assert not is_complete(tmp_path / "run", "train")
