@@ -17,6 +17,9 @@ class ExitCode(IntEnum):
     REQUEUE = 75  # EX_TEMPFAIL: the state is saved, start the same command again
 
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
 class UserError(ValueError):
     """Something the user can mend. The message says what, where, which limit and the remedy, in one line."""
 
@@ -46,6 +49,9 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         if not same_on_all_ranks or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     # Past the interpreter's teardown: there, threads of communication libraries that are still running can abort a

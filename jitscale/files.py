@@ -27,8 +27,23 @@ def appearing_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+        _flush_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file, if it is there; it does not come back after a power cut."""
+    path.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

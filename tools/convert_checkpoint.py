@@ -149,4 +149,4 @@ def _refuse_existing(*paths: Path) -> None:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

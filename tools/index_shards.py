@@ -152,4 +152,4 @@ def _positive(text: str) -> int:
 WORKERS_HELP = "processes (default: the cores this process may use, %(default)s)"
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

@@ -375,4 +375,4 @@ def _bytes(name: str, text: str, suffix: str) -> float:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

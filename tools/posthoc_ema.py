@@ -199,4 +199,4 @@ def _width(name: str) -> float:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

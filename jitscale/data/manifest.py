@@ -74,12 +74,15 @@ class Manifest:
             shards = [ShardRecord(**record) for record in values.pop("shards")]
             bad = [BadInput(**entry) for entry in values.pop("bad", [])]
             manifest = cls(shards=shards, bad=bad, **values)
-            counted = sum(record.samples for record in shards)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{source}: cannot be read as a manifest ({error}); write the shards again") from error
+        wrong = _wrong_value(manifest)
+        if wrong:
+            raise DataError(f"{source}: {wrong}; write it again")
         outside = [record.name for record in shards if Path(record.name).name != record.name]
         if outside:
             raise DataError(f"{source}: names {outside[0]!r}, which is not a file of its folder; write it again")
+        counted = sum(record.samples for record in shards)
         if counted != manifest.total:
             raise DataError(
                 f"{source}: its shards hold {counted} samples, its total says {manifest.total}; write it again"
@@ -90,6 +93,35 @@ class Manifest:
         """Write it to the file `path`; equal manifests give equal bytes."""
         with appearing_whole(path) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
+
+
+def _wrong_value(manifest: Manifest) -> str:
+    """What has a type or a value that no writer gives it, in words; empty if nothing has."""
+
+    def is_count(value: object, least: int = 0) -> bool:
+        return type(value) is int and value >= least
+
+    numbers = {"num_classes": manifest.num_classes, "total": manifest.total, "enlarged": manifest.enlarged}
+    for name, value in numbers.items():
+        if not is_count(value):
+            return f"{name} is {value!r}, not a number of things"
+    if manifest.resolution is not None and not is_count(manifest.resolution, 1):
+        return f"resolution is {manifest.resolution!r}, neither pixels nor null"
+    if not isinstance(manifest.codec, str):
+        return f"codec is {manifest.codec!r}, not a name"
+    names = manifest.class_names
+    if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
+        return f"class_names is {names!r}, not a list of names"
+    seen: set[str] = set()
+    for record in manifest.shards:
+        if not isinstance(record.name, str) or not isinstance(record.sha256, str):
+            return f"a shard's name is {record.name!r} and its sha256 {record.sha256!r}, not text"
+        if not is_count(record.samples) or not is_count(record.bytes):
+            return f"{record.name} has {record.samples!r} samples in {record.bytes!r} bytes, not numbers of things"
+        if record.name in seen:
+            return f"names {record.name} twice; every sample must come once an epoch"
+        seen.add(record.name)
+    return ""
 
 
 def read_class_names(path: Path) -> list[str]:

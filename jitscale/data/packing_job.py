@@ -43,6 +43,7 @@ PACKING_CODECS = (*CODECS, ORIGINAL)
 
 _FOLDER = ".packing"
 _PLAN, _INPUTS = "plan.json", "inputs.npz"
+_PACKED = "packing.json"  # stays beside the manifest: by which command the shards were made
 _OPTIONS = {
     "input": "--input",
     "codec": "--codec",
@@ -205,6 +206,10 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
+        with appearing_whole(self.folder / _PACKED) as file:
+            paths = [os.path.normpath(os.path.join(self._root, path)) for path in self.options.input]
+            record = {"options": {**asdict(self.options), "input": paths}, "root": "/"}
+            file.write(json.dumps(record, indent=1).encode())
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
@@ -252,8 +257,7 @@ class PackingJob:
         return self._order[shard * size : (shard + 1) * size]
 
     def _is_there(self, record: ShardRecord) -> bool:
-        tar = self.folder / record.name
-        return tar.exists() and tar.stat().st_size == record.bytes and index_path(tar).exists()
+        return _is_there(self.folder, record)
 
     def _check_bad(self, running: list[BadInput], most_bad: int) -> None:
         count = self._num_bad + len(running)
@@ -263,6 +267,11 @@ class PackingJob:
                 f"({_few([*self.bad(), *running])}); what was written stays: mend --input, or go on by the same "
                 f"command with --max-bad {count} or more"
             )
+
+
+def _is_there(folder: Path, record: ShardRecord) -> bool:
+    tar = folder / record.name
+    return tar.exists() and tar.stat().st_size == record.bytes and index_path(tar).exists()
 
 
 def default_most_bad(images: int) -> int:
@@ -291,6 +300,14 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
         raise DataError(
             f"{folder}: holds {shards} finished shards with another {' and '.join(other)} (codec {manifest.codec}, "
             f"resolution {manifest.resolution}, {images} images); remove the folder or choose another --output"
+        )
+    if (folder / _PACKED).exists():
+        _refuse_other_options(folder, options, json.loads((folder / _PACKED).read_bytes()))
+    lost = [record.name for record in manifest.shards if not _is_there(folder, record)]
+    if lost:
+        raise DataError(
+            f"{folder / lost[0]}: missing, without its index, or of another size ({len(lost)} of {shards} finished "
+            "shards are); restore them, or remove the folder and pack again"
         )
     return manifest
 

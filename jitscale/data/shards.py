@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CACHE_BYTES = 100 * 10**9
 
 _FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
+_MOST_MAPPED = 4096  # shards that a process keeps open
 
 
 class ShardSet:
@@ -127,6 +128,8 @@ class ShardSet:
         manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
         _check_manifests(pattern, [manifest], num_classes, image_size)
         records = {record.name: record for record in manifest.shards}
+        if len(set(names or [])) < len(names or []):
+            raise DataError(f"{pattern}: names a shard twice; every sample must come once an epoch")
         unknown = [name for name in names or [] if name not in records]
         if unknown:
             raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
@@ -350,9 +353,12 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _most_open_shards() -> int:
-    """A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else."""
+    """A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else.
+
+    It holds a mapping too, of which Linux gives a process 65,530.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if limit == resource.RLIM_INFINITY else max(16, (limit - 256) // 2)
+    return _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(16, (limit - 256) // 2))
 
 
 def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
@@ -387,6 +393,11 @@ def _check_manifests(pattern: str, manifests: list[Manifest], num_classes: int, 
     if any(manifest.class_names != manifests[0].class_names for manifest in manifests):
         raise DataError(f"{pattern}: its folders name different classes; a label must mean one thing, open one folder")
     for manifest in manifests:
+        if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
+            raise DataError(
+                f"{pattern}: the manifest names {len(manifest.class_names)} classes and says that there are "
+                f"{manifest.num_classes}; write it again"
+            )
         if num_classes and manifest.num_classes > num_classes:
             raise DataError(
                 f"{pattern}: the manifest says {manifest.num_classes} classes, the model has {num_classes}; "

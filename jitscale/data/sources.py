@@ -338,17 +338,26 @@ def _add_folder(found: _Collector, folder: Path) -> None:
         raise DataError(f"{folder}: holds neither images ({', '.join(PICTURES)}) nor tars; {_REMEDY}")
 
 
-def _pictures_below(found: _Collector, folder: str) -> Iterator[tuple[str, str]]:
-    """Paths and extensions of the images in `folder` and the folders in it."""
+def _pictures_below(found: _Collector, folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Paths and extensions of the images in `folder` and the folders in it; `above` are those that led here."""
+    here = os.path.realpath(folder)
     for entry in _entries(folder):
-        if entry.is_dir():
-            if entry.is_symlink() and (os.path.realpath(folder) + "/").startswith(os.path.realpath(entry.path) + "/"):
+        if _is_folder(entry):
+            real = os.path.realpath(entry.path)
+            if entry.is_symlink() and ((here + "/").startswith(real + "/") or real in above):
                 raise DataError(f"{entry.path}: is a link to a folder that holds it, which has no end; remove the link")
-            yield from _pictures_below(found, entry.path)
+            yield from _pictures_below(found, entry.path, (*above, here))
         elif (extension := _extension(entry.name)) in PICTURES:
             yield entry.path, extension  # whether it can be read is seen when it is read, and listed then
         else:
             found.ignored[extension] += 1
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise DataError(f"{entry.path}: cannot be looked at ({error.strerror}); remove it or correct it") from error
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -382,7 +391,7 @@ def _is_tar_of_tars(path: Path) -> bool:
     try:
         with tarfile.open(path, "r:") as tar:
             return next((_extension(member.name) == "tar" for member in tar if member.isreg()), False)
-    except (OSError, tarfile.TarError):
+    except (OSError, tarfile.TarError, ValueError):
         return False
 
 
@@ -425,7 +434,9 @@ def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tar
             broken = wrong_end(path, file, start + tar.offset, start + size)
             if broken is not None:
                 raise DataError(str(broken))
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in pax headers
         raise DataError(
             f"{path}: bytes {start}..{start + size}: no whole tar ({error}); copy it again and compare its checksum"
         ) from error
@@ -491,6 +502,12 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                     f"{path}: line 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
                     "begin the file with the line path,label (or path), separated by commas"
                 )
+            others = [column for column in columns if column != "path"]
+            if others and "label" not in columns:
+                raise DataError(
+                    f"{path}: line 1: no column 'label' among {', '.join(map(repr, columns))}; call the column with "
+                    "the labels so, or leave path alone for images without labels"
+                )
             for row in reader:
                 yield reader.line_num, row["path"], row.get("label") or None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -506,6 +523,12 @@ def _json_rows(path: Path) -> Iterator[_Row]:
                     row = json.loads(text)
                     if not isinstance(row, dict):
                         raise DataError(f'{path}: line {line}: no object; write {{"path": ..., "label": ...}}')
+                    others = [key for key in row if key != "path"]
+                    if others and "label" not in row:
+                        raise DataError(
+                            f'{path}: line {line}: no "label" beside {", ".join(map(repr, others))}; call it so, or '
+                            "leave path alone for images without labels"
+                        )
                     yield line, row.get("path"), row.get("label")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); write it as JSON lines in UTF-8") from error

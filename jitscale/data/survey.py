@@ -34,7 +34,7 @@ from jitscale.data.tar_index import (
     write_index,
 )
 from jitscale.errors import DataError
-from jitscale.files import sha256_of
+from jitscale.files import remove_durably, sha256_of
 
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
@@ -113,10 +113,13 @@ class Survey:
             DataError: the folder cannot be written to.
         """
         assert not self.defects
+        manifest = self.tars.folder / MANIFEST
         try:
+            if self.tars.manifest is not None and self.tars.manifest != self.manifest:
+                remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
             for path, index in zip(self.tars.paths, self.indices, strict=True):
                 write_index(path, index)
-            self.manifest.write(self.tars.folder / MANIFEST)
+            self.manifest.write(manifest)
         except OSError as error:
             raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
 

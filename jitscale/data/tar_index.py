@@ -26,6 +26,7 @@ NO_LABEL = -1
 LARGEST_LABEL = int(np.iinfo(np.int32).max)
 
 _END_OF_ARCHIVE = bytes(1024)  # POSIX.1-2001, pax: two blocks of zeros
+_CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there are less than 10 KiB
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
 
@@ -216,7 +217,7 @@ def _read_members(
                 parts[extension] = member
                 previous = key
             broken = wrong_end(path, file, tar.offset)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in pax headers
         size = path.stat().st_size
         what = (
             f"is no whole tar ({error}; it ends at byte {size}, without an end-of-archive block); copy or write it "
@@ -250,6 +251,15 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
         return Defect(path, None, what)
     if found != _END_OF_ARCHIVE:
         return Defect(path, offset, "neither a tar header nor the end-of-archive block; copy or write it again")
+    at = offset + len(found)
+    while chunk := os.pread(file.fileno(), _CHUNK if end is None else min(_CHUNK, end - at), at):
+        if chunk.count(0) < len(chunk):
+            what = (
+                "data behind the end-of-archive block, as of a second tar appended to the first; nobody would read it: "
+                "write the two as shards of their own"
+            )
+            return Defect(path, at, what)
+        at += len(chunk)
     return None
 
 

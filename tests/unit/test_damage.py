@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from jitscale.data.images import ImageError
+from jitscale.data.images import ImageError, encode
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
@@ -76,6 +76,35 @@ def jpeg_that_claims(height: int, width: int) -> bytes:
     """The frame header of a small JPEG changed."""
     start = LARGE_JPEG.index(b"\xff\xc0") + 5
     return LARGE_JPEG[:start] + struct.pack(">HH", height, width) + LARGE_JPEG[start + 4 :]
+
+
+def damaged_pax(*members: tuple[str, bytes]) -> bytes:
+    """A pax header whose size of the first member is no number."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.pax_headers = {"size": str(len(data))}
+            archive.addfile(info, io.BytesIO(data))
+    size = f"size={len(members[0][1])}"
+    return stream.getvalue().replace(size.encode(), f"{size[:-1]}x".encode())
+
+
+def damaged_palette() -> bytes:
+    """A PNG with a transparent colour, whose palette goes by another name; all checksums are right."""
+    data = stored(PALETTE, "PNG", transparency=0)
+    start = data.index(b"PLTE") - 4
+    (length,) = struct.unpack_from(">I", data, start)
+    body = b"PLTd" + data[start + 8 : start + 8 + length]
+    chunk = struct.pack(">I", length) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:start] + chunk + data[start + 12 + length :]
+
+
+def damaged_npy() -> bytes:
+    """numpy's parser of the header meets a list where it wants a name."""
+    data = encode(picture(), "raw")[1]
+    return data.replace(b"'descr': '|u1'", b"'descr': [|u1'")
 
 
 @dataclass(frozen=True)
@@ -152,6 +181,14 @@ CASES = [
         rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
     ),
     Case("tar without samples", shards(), "holds no samples; remove it"),
+    Case(
+        "two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data behind the end-of-archive block"
+    ),
+    Case(
+        "damaged pax header",
+        rewritten(lambda data: damaged_pax(*PAIR)),
+        r"a.tar: byte 0: is no whole tar \(invalid literal",
+    ),
     # Members
     Case("sample without image", shards(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
     Case("sample with two images", shards(*PAIR, ("k.jpg", PNG)), r"byte 0: sample 'k' has 2 images among"),
@@ -176,6 +213,8 @@ CASES = [
     Case("no image at all", image(b"not a png", "png"), replaced="cannot be decoded as png"),
     Case("JPEG cut", image(LARGE_JPEG[:-40], "jpg"), replaced="cannot be decoded as jpg .*[Pp]remature end"),
     Case("JPEG corrupted in the middle", image(corrupt_middle(LARGE_JPEG), "jpg"), replaced="cannot be decoded as jpg"),
+    Case("PNG with a damaged palette", image(damaged_palette(), "png"), replaced="cannot be decoded as png"),
+    Case("npy with a damaged header", image(damaged_npy(), "npy"), replaced="cannot be decoded as npy"),
     Case("PNG corrupted in the middle", image(corrupt_middle(PNG), "png"), replaced="cannot be decoded as png"),
     Case("PNG that is called JPEG", image(PNG, "jpg"), pixels=picture()),
     Case("grey", image(stored(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
@@ -207,6 +246,19 @@ CASES = [
     Case("manifest that names a lost shard", lying(lambda m: m["shards"][1].update(name="b.tar")), "b.tar: missing"),
     Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),
     Case("manifest that is no JSON", lambda f: (f / "manifest.json").write_text("{"), "cannot be read as a manifest"),
+    Case("manifest with wrong types", lying(lambda m: m.update(num_classes="3")), "num_classes is '3'"),
+    Case("manifest with a shard without name", lying(lambda m: m["shards"][0].update(name=5)), "a shard's name is 5"),
+    Case("manifest with half a sample", lying(lambda m: m["shards"][0].update(samples=4.5)), "4.5 samples"),
+    Case(
+        "manifest with too few class names",
+        lying(lambda m: m.update(class_names=["a"], num_classes=3)),
+        "names 1 classes and says that there are 3",
+    ),
+    Case(
+        "manifest with a shard twice",
+        lying(lambda m: (m["shards"].append(m["shards"][0]), m.update(total=10))),
+        "shard-000000.tar twice; every sample must come once",
+    ),
     Case("manifest with a wrong hash", lying(lambda m: m["shards"][0].update(sha256="0" * 64)), pixels=picture()),
 ]
 

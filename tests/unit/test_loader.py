@@ -216,6 +216,8 @@ def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, w
         assert some.samples_per_shard.tolist() == [9, 9]
         with pytest.raises(DataError, match=r"shard-000009.tar: is not in the manifest"):
             ShardSet.open(f"{address}/shard-000009.tar", CLASSES, 8, cache_dir=tmp_path)
+        with pytest.raises(DataError, match="names a shard twice"):
+            ShardSet.open(f"{address}/shard-{{000001,000001}}.tar", CLASSES, 8, cache_dir=tmp_path)
         with pytest.raises(DataError, match=r"data.cache_gb=.*reads 6 shards side by side.*raise it, or lower"):
             remote.check_cache(loader(remote).shards_side_by_side(1))
         server.shutdown()

@@ -111,8 +111,9 @@ def refused(*arguments: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below `folder`, hidden ones too; without packing.json, which names the input."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "packing.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def samples(folder: Path) -> dict[int, dict[str, bytes]]:
@@ -346,6 +347,12 @@ def test_a_finished_job_is_left_alone(tree: Path, clean: Path) -> None:
     assert "another --codec (codec raw, resolution 16" in refused(*command(tree, clean, codec="png"))
     assert "another --resolution" in refused(*command(tree, clean, "--resolution", "32"))
     assert "another --samples-per-shard" in refused(*command(tree, clean, "--samples-per-shard", "5"))
+    assert "was begun with --seed 0, not with --seed 5" in refused(*command(tree, clean, "--seed", "5"))
+    assert "not with --input" in refused(*command(tree / "ant", clean))
+    lost = clean / "shard-000002.tar"
+    lost.rename(clean / "elsewhere")
+    assert "shard-000002.tar: missing, without its index, or of another size (1 of 11" in refused(*command(tree, clean))
+    (clean / "elsewhere").rename(lost)
 
 
 def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -> None:

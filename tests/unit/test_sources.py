@@ -111,6 +111,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert found(inputs, tmp_path / "near") == [("a/2.png", 0), ("a/gone.png", 0), ("b/1.png", 1)]
     (tmp_path / "near" / "a" / "up").symlink_to(tmp_path / "near")
     refused("up: is a link to a folder that holds it", tmp_path / "near")
+    tree(tmp_path / "round", "a/3.png", "c/4.png")
+    (tmp_path / "round" / "a" / "x").symlink_to("../c")
+    (tmp_path / "round" / "c" / "y").symlink_to("../a")
+    refused("y: is a link to a folder that holds it", tmp_path / "round")
 
 
 def test_a_mixture_is_refused(tmp_path: Path) -> None:
@@ -254,6 +258,7 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         ("path\na.png\n", ["x"], "line 2: has no label, but class names are given"),
         ("path,label\na.gif,2\n", None, "line 2: 'a.gif' is no image by its name; expected npy, png"),
         ("path,label\n,2\n", None, "line 2: has no path"),
+        ("path,class\na.png,2\n", None, "line 1: no column 'label' among 'path', 'class'"),
         ("path,label\n\xff.png,2\n", None, "cannot be read as a table"),
     ],
 )
@@ -270,6 +275,7 @@ def test_tables_that_make_no_sense_are_refused(
         ('{"path": "a.png"}\n{"path": \n', "line 2: no JSON"),
         ('["a.png"]\n', "line 1: no object; write"),
         ('{"label": 1}\n', "line 1: has no path"),
+        ('{"path": "a.png", "class": 1}\n', "line 1: no \"label\" beside 'class'"),
         ('{"path": "a.png", "label": 1.5}\n', "line 1: label 1.5 is neither an integer nor a name"),
         ('{"path": "a.png", "label": true}\n', "line 1: label True is neither"),
         ('{"path": "a.png", "label": ""}\n', "line 1: label '' is neither"),

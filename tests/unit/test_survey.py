@@ -231,6 +231,42 @@ def test_indexing_again_keeps_the_manifest_of_a_packing(tmp_path: Path) -> None:
     ]
 
 
+def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indexes are written first: under the old manifest their labels would mean something else."""
+    index(theirs(tmp_path / "t", lambda number: {"cls": ["cat", "dog"][number % 2]}), ["cat", "dog"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jitscale.data.survey.write_index", killed)
+    with pytest.raises(KeyboardInterrupt):
+        index(tmp_path / "t", ["dog", "cat"])
+    assert not (tmp_path / "t/manifest.json").exists()
+    monkeypatch.undo()
+    index(tmp_path / "t", ["dog", "cat"])
+    assert ShardSet.open(tmp_path / "t", 2, 8).read(0, 0)[1] == 1
+
+
+def test_ctrl_c_and_other_ranks(tmp_path: Path) -> None:
+    """A tool says that it was stopped, and says its mistakes under Slurm too, whichever task it is."""
+    for name in ("index_shards", "inspect_shards"):
+        finished = subprocess.run(
+            [sys.executable, f"tools/{name}.py", "absent"],
+            cwd=ROOT,
+            env={**os.environ, "SLURM_PROCID": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 2
+        assert "absent" in finished.stderr
+    code = "from jitscale.errors import exit_with_message\ndef main(): raise KeyboardInterrupt\nexit_with_message(main)"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (130, "stopped by Ctrl-C\n")
+
+
 def test_files_of_class_names(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("tench\r\ngreat white shark\n2\n\n")
