@@ -79,16 +79,15 @@ def jpeg_that_claims(height: int, width: int) -> bytes:
 
 
 def damaged_pax(*members: tuple[str, bytes]) -> bytes:
-    """A pax header whose size of the first member is no number."""
+    """Pax headers that call the members sparse, with a map that is none."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
-            info.pax_headers = {"size": str(len(data))}
+            info.pax_headers = {"GNU.sparse.map": "none"}
             archive.addfile(info, io.BytesIO(data))
-    size = f"size={len(members[0][1])}"
-    return stream.getvalue().replace(size.encode(), f"{size[:-1]}x".encode())
+    return stream.getvalue()
 
 
 def damaged_palette() -> bytes:
