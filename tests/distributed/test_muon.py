@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.processes import PROGRAMS, run_ranks
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_in_shards_is_muon(tmp_path: Path, world_size: int) -> None:
     """With accumulation and clipping; in bf16 it stays near."""
     run_ranks(world_size, str(PROGRAMS / "muon.py"), str(tmp_path / "results.json"), str(tmp_path / "run"))
