@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jitscale.data.packing import write_shards
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import complete_checkpoints
+from tests.distributed.processes import run_ranks
 from tests.slurm.cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SAVE_EVERY = 60, 12, 5
+STEADY = f"slow:step=1:times={STEPS}:seconds="  # each step waits: time for something to happen to the run
+STILL = ("model.attn_dropout=0", "model.proj_dropout=0")
 SIZES = (
     "model.image_size=16",
     "model.patch_size=4",
@@ -103,3 +111,55 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("slurm"), cluster)
+
+
+@pytest.fixture(scope="session")
+def unbroken(runs: Runs) -> list[dict[str, Any]]:
+    """The same run on four ranks without Slurm."""
+    overrides = runs.settings("unbroken", *STILL)
+    run_ranks(4, "-m", "jitscale.train", "--config", str(ROOT / "configs/jit_h_256.yaml"), *overrides)
+    return read_metrics(runs.folder / "unbroken")
+
+
+@pytest.fixture(scope="session")
+def time_limited(runs: Runs) -> tuple[str, float]:
+    """A run that needs several time limits of two minutes; submitted first, because it takes the longest."""
+    job = runs.submit("limited", *STILL, options=("--time=2",), faults=f"{STEADY}2.5")
+    return job, time.monotonic()
+
+
+def check(
+    runs: Runs,
+    run: str,
+    job: str,
+    unbroken: list[dict[str, Any]],
+    restarts: int | None = None,
+    seconds: float = 240,
+) -> None:
+    """It is complete, with the losses of the run that nothing happened to."""
+    cluster = runs.cluster
+    state = cluster.wait(job, seconds=seconds)
+    log = runs.log(run)
+    assert state == "COMPLETED", log[-4000:]
+    assert json.loads((runs.folder / run / "complete_train.json").read_text())
+    metrics = read_metrics(runs.folder / run)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
+    found, expected = [line["loss"] for line in metrics], [line["loss"] for line in unbroken]
+    assert found == pytest.approx(expected, rel=1e-6)
+    if restarts is not None:
+        assert int(cluster.job(job)["Restarts"]) == restarts, log[-4000:]
+    print(f"\n{run}: {cluster.job(job)['Restarts']} restarts")
+
+
+def started(runs: Runs, run: str, steps: int = 8) -> None:
+    """Wait until the run has trained some steps and saved."""
+
+    def is_there() -> bool:
+        path = runs.folder / run / "metrics.jsonl"
+        return (
+            path.exists()
+            and len(path.read_text().splitlines()) >= steps
+            and bool(complete_checkpoints(runs.folder / run))
+        )
+
+    runs.cluster.wait_for(is_there, 120, f"{run} has not begun: {runs.log(run)[-3000:]}")

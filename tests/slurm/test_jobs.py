@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,69 +10,12 @@ from typing import Any
 
 import pytest
 
-from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import complete_checkpoints
-from tests.distributed.processes import run_ranks
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import ROOT, SAVE_EVERY, STEPS, Runs
+from tests.slurm.conftest import ROOT, SAVE_EVERY, STEADY, STILL, Runs, check, started
 
 pytestmark = pytest.mark.cluster
 
 RANK = r"jitscale\.train "
-STEADY = f"slow:step=1:times={STEPS}:seconds="  # each step waits: time for something to happen to the run
-STILL = ("model.attn_dropout=0", "model.proj_dropout=0")
-
-
-@pytest.fixture(scope="session")
-def unbroken(runs: Runs) -> list[dict[str, Any]]:
-    """The same run on four ranks without Slurm."""
-    overrides = runs.settings("unbroken", *STILL)
-    run_ranks(4, "-m", "jitscale.train", "--config", str(ROOT / "configs/jit_h_256.yaml"), *overrides)
-    return read_metrics(runs.folder / "unbroken")
-
-
-def check(
-    runs: Runs,
-    run: str,
-    job: str,
-    unbroken: list[dict[str, Any]],
-    restarts: int | None = None,
-    seconds: float = 240,
-) -> None:
-    """It is complete, with the losses of the run that nothing happened to."""
-    cluster = runs.cluster
-    state = cluster.wait(job, seconds=seconds)
-    log = runs.log(run)
-    assert state == "COMPLETED", log[-4000:]
-    assert json.loads((runs.folder / run / "complete_train.json").read_text())
-    metrics = read_metrics(runs.folder / run)
-    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
-    found, expected = [line["loss"] for line in metrics], [line["loss"] for line in unbroken]
-    assert found == pytest.approx(expected, rel=1e-6)
-    if restarts is not None:
-        assert int(cluster.job(job)["Restarts"]) == restarts, log[-4000:]
-    print(f"\n{run}: {cluster.job(job)['Restarts']} restarts")
-
-
-def started(runs: Runs, run: str, steps: int = 8) -> None:
-    """Wait until the run has trained some steps and saved."""
-
-    def is_there() -> bool:
-        path = runs.folder / run / "metrics.jsonl"
-        return (
-            path.exists()
-            and len(path.read_text().splitlines()) >= steps
-            and bool(complete_checkpoints(runs.folder / run))
-        )
-
-    runs.cluster.wait_for(is_there, 120, f"{run} has not begun: {runs.log(run)[-3000:]}")
-
-
-@pytest.fixture(scope="session")
-def time_limited(runs: Runs) -> tuple[str, float]:
-    """A run that needs several time limits of two minutes; submitted first, because it takes the longest."""
-    job = runs.submit("limited", *STILL, options=("--time=2",), faults=f"{STEADY}2.5")
-    return job, time.monotonic()
 
 
 def test_a_run_to_its_end(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
@@ -178,15 +120,6 @@ def test_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> N
         check(runs, "no_cable", job, unbroken)
         print(f"pulled cable: complete {time.monotonic() - begun:.0f} s later")
     cluster.wait_for(lambda: cluster.node_states()[node] == "idle", 90, f"{node} is not back")
-
-
-def test_time_limits(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
-    """Real limits of two minutes, with the signal 20 seconds before."""
-    job, begun = time_limited
-    check(runs, "limited", job, unbroken, seconds=480)
-    print(f"time limits: complete {time.monotonic() - begun:.0f} s after it was submitted")
-    assert int(runs.cluster.job(job)["Restarts"]) >= 2
-    assert runs.log("limited").count("asked to stop; the state is saved") >= 2
 
 
 def test_mistakes_end_the_job_with_one_line(runs: Runs, cluster: SlurmCluster) -> None:

@@ -1,0 +1,21 @@
+"""The run that was submitted first, and has been through several time limits meanwhile."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Runs, check
+
+pytestmark = pytest.mark.cluster
+
+
+def test_time_limits(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
+    """Real limits of two minutes, with the signal 20 seconds before."""
+    job, begun = time_limited
+    check(runs, "limited", job, unbroken, seconds=480)
+    print(f"time limits: complete {time.monotonic() - begun:.0f} s after it was submitted")
+    assert int(runs.cluster.job(job)["Restarts"]) >= 2
+    assert runs.log("limited").count("asked to stop; the state is saved") >= 2
