@@ -50,22 +50,13 @@ def test_pack_upgrade_finetune_evaluate(runs: Runs, unbroken: list[dict[str, Any
     assert cluster.wait(f"{array}_1") == "COMPLETED"
 
     (folder / "high.yaml").write_text(HIGH.replace("LOW", str(folder / "unbroken/config")))
-    words = [
-        str(folder / "unbroken"),
-        str(folder / "high.yaml"),
-        str(folder / "high"),
-        f"data.shards={folder / 'packed'}",
-    ]
-    job = submit(runs, *SMALL, "slurm/upgrade_and_finetune.sh", *words)
+    words = [str(folder / name) for name in ("unbroken", "high.yaml", "high")]
+    job = submit(runs, *SMALL, "slurm/upgrade_and_finetune.sh", *words, f"data.shards={folder / 'packed'}")
     assert cluster.wait(job, seconds=120) == "COMPLETED", logs(runs)
     assert Checkpoint(complete_checkpoints(folder / "high")[-1]).progress.step == 4
 
-    settings = [
-        "evaluation.features=digits",
-        "evaluation.num_images=20",
-        "evaluation.block_size=5",
-        "evaluation.steps=2",
-    ]
-    job = submit(runs, *SMALL, "slurm/evaluate.sh", "--run", str(folder / "high"), *settings)
+    settings = ["features=digits", "num_images=20", "block_size=5", "steps=2"]
+    words = ["--run", str(folder / "high"), *(f"evaluation.{setting}" for setting in settings)]
+    job = submit(runs, *SMALL, "slurm/evaluate.sh", *words)
     assert cluster.wait(job, seconds=120) == "COMPLETED", logs(runs)
     assert np.isfinite(json.loads((Path(folder) / "high/result.json").read_text())["fid"])
