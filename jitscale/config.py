@@ -402,6 +402,13 @@ def _impossible(
             "set engine.zero_stage=3 or engine.hpz_group_size=1",
             ("engine.zero_stage",),
         )
+    if world_size > 1 and world_size % config.engine.hpz_group_size:
+        yield _Problem(
+            "engine.hpz_group_size",
+            config.engine.hpz_group_size,
+            f"must divide the {world_size} ranks",
+            "give the number of GPUs of a node",
+        )
     if config.engine.offload_optimizer and config.engine.zero_stage == 0:
         yield _Problem(
             "engine.offload_optimizer",

@@ -59,6 +59,7 @@ class Tracker:
         self._active = active
         self._wandb: Any = None
         self._offline = False
+        self._unwritten = False
         if not active:
             return
         self._path = run_dir / "metrics.jsonl"
@@ -72,9 +73,21 @@ class Tracker:
         if not self._active:
             return
         clean = {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._write(json.dumps(clean) + "\n")
         self._to_wandb({key: value for key, value in clean.items() if value is not None})
+
+    def _write(self, line: str) -> None:
+        """To metrics.jsonl; a full disk costs lines, not the run."""
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._say_unwritten(error)
+
+    def _say_unwritten(self, error: OSError) -> None:
+        if not self._unwritten:
+            logger.error("%s: cannot be written (%s); lines will be missing, training goes on", self._path, error)
+        self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
         """Send a picture (height, width, 3) taken after `images` images seen."""
@@ -97,7 +110,10 @@ class Tracker:
         """End the record."""
         if not self._active:
             return
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._say_unwritten(error)
         if self._wandb is not None:
             self._guarded(self._wandb.finish)
         if self._offline:

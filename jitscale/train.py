@@ -15,6 +15,7 @@ from jitscale import parallel
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.parallel import World
 
 if TYPE_CHECKING:
     from jitscale.weights.stored import StoredWeights
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     from jitscale.training.trainer import train  # noqa: PLC0415
 
     try:
-        code = train(config, world, parallel.together(lambda: _initial_weights(config)))
+        code = train(config, world, parallel.together(lambda: _initial_weights(config, world)))
         if code == ExitCode.DONE and world.is_main:
             mark_complete(Path(config.run.dir), "train")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
@@ -57,14 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
         parallel.stop()
 
 
-def _initial_weights(config: Config) -> StoredWeights | None:
+def _initial_weights(config: Config, world: World) -> StoredWeights | None:
     """What `run.init_from` names, unless the run has a checkpoint to go on from."""
     from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
     from jitscale.weights.opening import open_weights  # noqa: PLC0415
 
     if config.run.init_from is None or complete_checkpoints(Path(config.run.dir)):
         return None
-    return open_weights(config.run.init_from, config)
+    weights = open_weights(config.run.init_from, config)
+    weights.verify(world.rank, world.size)
+    return weights
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--weights",
         nargs="+",
         metavar="SET",
-        help="such as model ema_0.9999; default: all, for huggingface the one that the run samples from",
+        help="such as model ema_0.9999; default: all; for huggingface the one that the run samples from; for run the "
+        "one to go on from, default model",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the network where PATH does not say it; for run")
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     stored = open_weights(options.checkpoint, options.config)
+    stored.verify()
     try:
         written = writers[options.to](stored, options)
     except OSError as error:
@@ -105,6 +107,10 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
 
 def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     """The authors' `checkpoint-last.pth`."""
+    if options.weights is not None:
+        raise UserError(
+            "--weights: the authors' file holds the model and two averages; choose these by --ema1 and --ema2"
+        )
     _refuse_existing(options.output)
     for option in ("ema1", "ema2"):
         name = getattr(options, option)
@@ -135,9 +141,25 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
             f"{stored.config.diffusion.noise_scale}; give a config with that"
         )
     _refuse_existing(options.output / "checkpoints")
-    sets = [*stored.weight_sets, *stored.moments]
-    progress = Progress(step=0, images=options.images, optimizer_step=stored.optimizer_step, data=None)
-    folder = write_streamed(step_folder(options.output, 0), progress, config, stored.shapes, sets, stored.tensor)
+    if options.weights is not None and len(options.weights) > 1:
+        raise UserError(f"--weights {' '.join(options.weights)}: one set becomes the run's model; name one")
+    begin = stored.choose(options.weights[0] if options.weights else "model" if "model" in stored.weight_sets else None)
+    averages = [name for name in stored.weight_sets if name != "model"]
+    moments = stored.moments if config.optim.name == "adamw" and begin == "model" else ()
+    if not moments:
+        print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
+    progress = Progress(
+        step=0, images=options.images, optimizer_step=stored.optimizer_step if moments else 0, data=None
+    )
+    names = {"model": begin, **{name: name for name in (*averages, *moments)}}
+    folder = write_streamed(
+        step_folder(options.output, 0),
+        progress,
+        config,
+        stored.shapes,
+        list(names),
+        lambda name, parameter: stored.tensor(names[name], parameter),
+    )
     (options.output / "config.yaml").write_text(to_yaml(config))
     return [folder]
 

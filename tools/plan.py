@@ -289,8 +289,7 @@ def _text(plan: dict[str, Any]) -> str:
             *_communication_table(plan["paper_batch"]),
             "",
             "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.",
-            "DeepSpeed overlaps by default in stage 3 only; without overlap_comm stages 0 to 2 wait for all of it "
-            "(--no-overlap).",
+            "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
             "",
             "Time, at the assumed utilisation:",
             "",

@@ -130,7 +130,8 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
             "more; train on, or lower ema.snapshot_every_images"
         )
     snapshots = [Checkpoint(folder) for folder in chosen]
-    for snapshot in snapshots:
+    for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):
+        snapshot.verify()
         snapshot.check_shapes(snapshots[-1].shapes)
     return snapshots
 

@@ -114,6 +114,10 @@ def write_folder(
 class Save:
     """One checkpoint on its way to the disk. The state is copied when it is made, so that training may go on.
 
+    Attributes:
+        progress: the run's.
+        file: what this rank writes.
+
     Every rank makes it and calls `finish`, both of which are collective; in between each writes its own file, by
     `write` or in the background.
     """
@@ -141,7 +145,7 @@ class Save:
         self._config = config
         self._final = final
         self._aside = _aside(final)
-        self._file = self._aside / f"rank_{_this_rank():05d}.safetensors"
+        self.file = self._aside / f"rank_{_this_rank():05d}.safetensors"
         self._set_names = list(sets)
         self._owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
         self._thread: threading.Thread | None = None
@@ -164,9 +168,9 @@ class Save:
     def write(self) -> None:
         """Write this rank's file; `finish` says whether that worked."""
         try:
-            save_file(self._tensors, self._file)
-            _flush(self._file)
-            self._result = (self._file.stat().st_size, sha256_of(self._file))
+            save_file(self._tensors, self.file)
+            _flush(self.file)
+            self._result = (self.file.stat().st_size, sha256_of(self.file))
         except (OSError, SafetensorError) as error:
             self._result = _unwritable(self._aside, error)
         self._tensors = {}
@@ -196,7 +200,7 @@ class Save:
             assert self._result is not None
             if isinstance(self._result, CheckpointError):
                 raise self._result
-            return (self._file.name, *self._result)
+            return (self.file.name, *self._result)
 
         def complete() -> None:
             if _this_rank() == 0:
@@ -309,6 +313,9 @@ class Checkpoint:
         if not (folder / MARKER).exists():
             raise CheckpointError(f"{folder}: no complete checkpoint (no file {MARKER}); choose another step")
         try:
+            for name, sha256 in json.loads((folder / MARKER).read_text() or "{}").items():
+                if sha256_of(folder / name) != sha256:
+                    raise _damaged(folder / name, folder, "its content is not what was written")
             index = json.loads((folder / "index.json").read_text())
             self._read_index(index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -499,7 +506,8 @@ def _complete(
     _write_index(aside / "index.json", progress, sets, parts)
     (aside / "config.yaml").write_text(to_yaml(config))
     _flush(aside / "config.yaml")
-    (aside / MARKER).write_text("")
+    hashes = {name: sha256_of(aside / name) for name in ("index.json", "config.yaml")}
+    (aside / MARKER).write_text(json.dumps(hashes))
     _flush(aside / MARKER)
     shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
     aside.rename(final)

@@ -364,6 +364,8 @@ def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, mi
     if config.engine.zero_stage == 1 and device.type == "cpu":
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": CPU_BUCKET_ELEMENTS}
+    if config.engine.zero_stage in (1, 2) and device.type == "cuda":
+        settings["zero_optimization"]["overlap_comm"] = True  # by default in stage 3 only
     if config.engine.hpz_group_size > 1:
         settings["zero_optimization"]["zero_hpz_partition_size"] = config.engine.hpz_group_size
     if config.engine.offload_optimizer:

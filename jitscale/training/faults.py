@@ -3,8 +3,8 @@
     JITSCALE_FAULTS="nan:step=5:rank=1,kill:step=7:rank=0"
 
 Kinds: `nan` makes the rank's loss not finite, `kill` ends the process by SIGKILL, `hang` never returns, `slow` waits
-`seconds`. Each strikes at `step` (counted from 1) on `rank` (every rank without it), and again at the following steps
-until it has struck `times` times (once without it).
+`seconds`, `unwritable` lets the rank's part of that step's checkpoint fail. Each strikes at `step` (counted from 1) on
+`rank` (every rank without it), and again at the following steps until it has struck `times` times (once without it).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ from jitscale.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JITSCALE_FAULTS"
-KINDS = ("nan", "kill", "hang", "slow")
+KINDS = ("nan", "kill", "hang", "slow", "unwritable")
 
 
 @dataclass
@@ -65,11 +66,15 @@ class FaultInjection:
 
     def strike(self) -> None:
         """Once a step, end or delay the process if that is due."""
-        for fault in [fault for fault in self._due if fault.kind != "nan"]:
+        for fault in [fault for fault in self._due if fault.kind in ("kill", "hang", "slow")]:
             self._due.remove(fault)
             if fault.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(fault.seconds if fault.kind == "slow" else 10**9)
+
+    def file(self, file: Path) -> Path:
+        """Where a part of a checkpoint goes: `file`, or into a folder that is not there, where that is due."""
+        return file.parent / "absent" / file.name if any(f.kind == "unwritable" for f in self._due) else file
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, or NaN where that is due."""

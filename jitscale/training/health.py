@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
+import os
 import signal
 import statistics
 import time
@@ -16,7 +18,7 @@ from types import FrameType
 import torch
 
 from jitscale import parallel
-from jitscale.errors import DataError
+from jitscale.errors import DataError, ExitCode
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def exit_at_once(self) -> None:
+        """From now on a signal ends the process with the code that asks for a requeue: everything is saved."""
+        for number in self.SIGNALS:
+            signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""
@@ -53,6 +60,10 @@ class BadSamples:
         self.before = 0  # counted by all ranks until the checkpoint that this process began from
         self._here = 0
         self._reasons: list[str] = []
+
+    def begin_again(self, before: int) -> None:
+        """Count from a checkpoint that has counted `before`."""
+        self.before, self._here = before, 0
 
     def note(self, reasons: list[str]) -> None:
         """Count this rank's bad samples, and say what is wrong with the first ones."""
@@ -96,11 +107,13 @@ class LossSpikes:
         The robust standard deviation is 1.4826 times the median absolute deviation, which spikes themselves do not
         widen.
         """
+        if not math.isfinite(loss):
+            return False  # such steps are skipped and counted by themselves
         spike = False
         if len(self._losses) >= self.LEAST:
             median = statistics.median(self._losses)
             spread = 1.4826 * statistics.median(abs(other - median) for other in self._losses)
-            spike = not loss <= median + self.DEVIATIONS * max(spread, 1e-3 * abs(median))
+            spike = loss > median + self.DEVIATIONS * max(spread, 1e-3 * abs(median))
         self._losses.append(loss)
         return spike
 
@@ -166,7 +179,7 @@ class HangWatch:
         """
         self._seconds = seconds
         self._path = stacks
-        self._file = stacks.open("w") if seconds > 0 else None
+        self._file = stacks.open("a") if seconds > 0 else None  # what an earlier hang has left stays
 
     def alive(self) -> None:
         """Count from here."""
@@ -179,8 +192,9 @@ class HangWatch:
             faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
-        """Stop, and remove the empty file."""
+        """Stop, and remove the file if it is empty."""
         self.pause()
         if self._file is not None:
             self._file.close()
-            self._path.unlink(missing_ok=True)
+            if self._path.exists() and self._path.stat().st_size == 0:
+                self._path.unlink()

@@ -5,6 +5,7 @@ Shapes: B images of a micro-batch.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import sys
@@ -26,7 +27,7 @@ from jitscale.diffusion.objective import interpolate, sample_loss, times_from_no
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import autocast, evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
-from jitscale.files import exclusive
+from jitscale.files import appearing_whole, exclusive
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -39,7 +40,7 @@ from jitscale.training.checkpoint import (
     ReadableSets,
     Save,
     check_shapes,
-    latest_checkpoint,
+    complete_checkpoints,
     load_fragments,
     prune,
     step_folder,
@@ -88,10 +89,9 @@ def train(config: Config, world: World, initial: InitialWeights | None = None) -
     run_dir = Path(config.run.dir)
     with ExitStack() as held:
         shards = _open_inputs(config, world, run_dir, held)
-        checkpoint = latest_checkpoint(run_dir)
+        checkpoint = _newest_sound_checkpoint(run_dir, world)
         if checkpoint is not None:
             _check_resumable(checkpoint, config, shards)
-            parallel.together(lambda: checkpoint.verify(world.rank, world.size))
         elif initial is not None:
             _check_network(initial.path, initial.config, config)
         trainer = Trainer(config, world, run_dir, shards, checkpoint, initial if checkpoint is None else None)
@@ -143,11 +143,24 @@ class Trainer:
         self.rank_times = RankTimes(world.device)
         self.batches = self._batches()
         self.stop_requested = StopSignal()
-        if world.is_main:  # only now: a refused start leaves the run as it was
-            (run_dir / "config.yaml").write_text(to_yaml(config))
-            remove_snapshots_after(run_dir, self.images)
-        self.tracker = Tracker(config, run_dir, world.is_main, self.step)
-        self.watch = HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{world.rank:05d}.txt")
+        self.tracker, self.watch = parallel.together(self._open_records)
+
+    def _open_records(self) -> tuple[Tracker, HangWatch]:
+        """Begin to write into the run's folder: only now, so that a refused start leaves the run as it was.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        config, run_dir, rank = self.config, self.run_dir, self.world.rank
+        try:
+            if self.world.is_main:
+                with appearing_whole(run_dir / "config.yaml") as file:
+                    file.write(to_yaml(config).encode())
+                remove_snapshots_after(run_dir, self.images)
+            tracker = Tracker(config, run_dir, self.world.is_main, self.step)
+            return tracker, HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{rank:05d}.txt")
+        except OSError as error:
+            raise UserError(f"run.dir={run_dir}: cannot be written ({error}); make room or choose another") from error
 
     @property
     def position(self) -> int:
@@ -159,6 +172,7 @@ class Trainer:
         config = self.config
         clock = _Clock(self.images)
         agree_every = 1
+        save_is_due = False
         with tqdm(
             total=self.end,
             initial=self.images,
@@ -174,6 +188,7 @@ class Trainer:
                 progress.update(config.data.batch_size)
                 if self.skipped_in_a_row >= config.run.rollback_after:
                     self._roll_back()
+                    save_is_due = False
                     progress.n = self.images
                     clock.restart(self.images)
                     continue
@@ -186,7 +201,9 @@ class Trainer:
                 if (log_point or self.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
                     self._save(last=True)
                     return ExitCode.REQUEUE
-                if self._passed(config.checkpoint.every_images):
+                save_is_due = save_is_due or self._passed(config.checkpoint.every_images)
+                if save_is_due and self.skipped_in_a_row == 0:  # a rollback shall not end among infinite gradients
+                    save_is_due = False
                     self._save()
                     clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
@@ -195,6 +212,7 @@ class Trainer:
         self._save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
+            self.stop_requested.exit_at_once()  # all is saved, and the evaluation's blocks are files of their own
             self._evaluate()
         return ExitCode.DONE
 
@@ -340,23 +358,20 @@ class Trainer:
         Raises:
             CheckpointError: on every rank: the last save failed, or several in a row.
         """
+        self._finish_save()
+        if self.saved_at == self.step:
+            return
         try:
-            self._finish_save()
-            if self.saved_at == self.step:
-                return
             self.saving = self._begin_save()
             if self.config.checkpoint.asynchronous and not last:
                 self.saving.write_in_background()
-            else:
-                self.saving.write()
-                self._finish_save()
+                return
+            self.saving.write()
         except CheckpointError as error:
             self.saving = None
-            self.failed_saves += 1
-            if last or self.failed_saves >= MOST_FAILED_SAVES:
-                raise
-            if self.world.is_main:
-                logger.error("%s; training goes on, and the next save may work", error)
+            self._tolerate(error, last=last)
+            return
+        self._finish_save(last=last)
 
     def _begin_save(self) -> Save:
         progress = Progress(
@@ -369,23 +384,38 @@ class Trainer:
             self.skipped_images,
         )
         sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
-        return Save(step_folder(self.run_dir, self.step), progress, self.config, self.engine.fragments, sets)
+        save = Save(step_folder(self.run_dir, self.step), progress, self.config, self.engine.fragments, sets)
+        save.file = self.faults.file(save.file)
+        return save
 
-    def _finish_save(self) -> None:
-        """Complete the checkpoint that is being written, if there is one; a collective call."""
+    def _finish_save(self, *, last: bool = False) -> None:
+        """Complete the checkpoint that is being written, if there is one; a collective call.
+
+        Raises:
+            CheckpointError: on every rank: the last save failed, or several in a row.
+        """
         if self.saving is None:
             return
         save, self.saving = self.saving, None
-        save.finish()
+        try:
+            save.finish()
+        except CheckpointError as error:
+            self._tolerate(error, last=last)
+            return
         self.saved_at, self.failed_saves = save.progress.step, 0
-        config = self.config
-        parallel.together(
-            lambda: (
-                prune(self.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every_images)
-                if self.world.is_main
-                else None
-            )
-        )
+        if self.world.is_main:
+            try:
+                prune(self.run_dir, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
+            except (OSError, CheckpointError) as error:
+                logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
+
+    def _tolerate(self, error: CheckpointError, *, last: bool = False) -> None:
+        """Go on after a failed save, unless it was the `last` one or one of several in a row; alike on all ranks."""
+        self.failed_saves += 1
+        if last or self.failed_saves >= MOST_FAILED_SAVES:
+            raise error
+        if self.world.is_main:
+            logger.error("%s; training goes on, and the next save may work", error)
 
     def _roll_back(self) -> None:
         """Go back to the last checkpoint, and on in the data: what made the gradients infinite is not repeated.
@@ -396,7 +426,7 @@ class Trainer:
         self._finish_save()
         self.rollbacks += 1
         skipped, limit = self.skipped_in_a_row, self.config.run.max_rollbacks
-        checkpoint = latest_checkpoint(self.run_dir)
+        checkpoint = _newest_sound_checkpoint(self.run_dir, self.world)
         if checkpoint is None or self.rollbacks > limit:
             raise UserError(
                 f"step {self.step}: no finite gradient in {skipped} steps, and "
@@ -408,6 +438,7 @@ class Trainer:
         self._load(checkpoint)
         self.skipped_images = position - self.images
         self.skipped_in_a_row = 0
+        self.spikes = LossSpikes()
         self.batches = self._batches()
         self.tracker.rewind(self.step)
         if self.world.is_main:
@@ -426,13 +457,16 @@ class Trainer:
         every_images = self.config.ema.snapshot_every_images
         if every_images is not None and (self._passed(every_images) or self.images >= self.end):
             progress = Progress(self.step, self.images, self.engine.optimizer_step(), self.data_identity)
-            write_snapshot(self.run_dir, progress, self.config, self.engine.fragments, self.ema.power_sets)
+            try:
+                write_snapshot(self.run_dir, progress, self.config, self.engine.fragments, self.ema.power_sets)
+            except CheckpointError as error:
+                self._tolerate(error)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress
         sets = self.engine.prepare_to_load(progress.optimizer_step)
         missing = [name for name in self.ema.sets if name not in checkpoint.sets]
-        if missing:
+        if missing and self.world.is_main:
             logger.warning("%s has no %s; starting from its weights", checkpoint.folder, ", ".join(missing))
 
         def fill() -> None:
@@ -444,7 +478,7 @@ class Trainer:
         parallel.together(fill)  # ranks read different files, and any may be damaged
         self.engine.finish_loading()
         self.step, self.images = progress.step, progress.images
-        self.bad_samples.before = progress.bad_samples
+        self.bad_samples.begin_again(progress.bad_samples)
         self.skipped_steps, self.skipped_images = progress.skipped_steps, progress.skipped_images
         self.saved_at = self.logged_step = progress.step
         if self.world.is_main:
@@ -457,7 +491,9 @@ class Trainer:
         if weights is None and "model" in initial.weight_sets:
             weights = "model"
         weights = initial.choose(weights)
-        kept = [name for name in self.ema.sets if run.init_ema and name in initial.weight_sets]
+        # A power-function average weighs the whole run, which begins here: there is nothing of it to take over.
+        own = [name for name in self.ema.sets if name not in self.ema.power_sets]
+        kept = [name for name in own if run.init_ema and name in initial.weight_sets]
         sets = self.engine.prepare_to_load(0)
 
         def fill() -> None:
@@ -539,6 +575,21 @@ def _agree_every(rate: float, config: Config) -> int:
     return max(1, min(config.tracking.log_every_steps, int(AGREE_SECONDS / seconds)))
 
 
+def _newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
+    """The newest complete checkpoint, the same on every rank, with all its files verified; a collective call.
+
+    Raises:
+        CheckpointError: on every rank: it is damaged.
+    """
+    # One rank looks: a shared file system may show the others an older state.
+    folders = parallel.broadcast_object(complete_checkpoints(run_dir)[-1:])
+    if not folders:
+        return None
+    checkpoint = parallel.together(lambda: Checkpoint(folders[0]))
+    parallel.together(lambda: checkpoint.verify(world.rank, world.size))
+    return checkpoint
+
+
 def _open_inputs(config: Config, world: World, run_dir: Path, held: ExitStack) -> ShardSet:
     """Check the output folder and the shards on every rank, before anything is built; `held` locks the folder."""
     parallel.together(lambda: _claim(run_dir, held) if world.is_main else None)
@@ -550,6 +601,9 @@ def _claim(run_dir: Path, held: ExitStack) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
+            return
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -48,6 +49,8 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
         return _open_folder(path, config)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: neither safetensors nor a file of torch.save; give a run, or one of these")
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 

@@ -87,6 +87,13 @@ class StoredWeights(ABC):
         """The optimizer's moments that are stored; `tensor` gives them too."""
         return MOMENTS if self.optimizer_step > 0 else ()
 
+    def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
+        """Compare the content with what was written, as far as the form has hashes; or a share of its files.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """One whole parameter in one set, float32.
@@ -131,6 +138,10 @@ class ShardedWeights(StoredWeights):
         if checkpoint.config.optim.name == "adamw":  # the form in which moments can go elsewhere
             self.optimizer_step = checkpoint.progress.optimizer_step
         self._checkpoint = checkpoint
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """See `StoredWeights`."""
+        self._checkpoint.verify(share, shares)
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""

@@ -182,3 +182,23 @@ def test_ways_to_save_memory_change_no_number(
 ) -> None:
     """Dropout is drawn again as it was."""
     assert losses(job.train(name, *overrides)) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def test_a_background_save_that_fails_costs_that_checkpoint_only(
+    job: Job, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one rank, once in the middle and once just before the last save."""
+    monkeypatch.setenv("JITSCALE_FAULTS", "unwritable:step=8:rank=1,unwritable:step=20:rank=1")
+    metrics = job.train("failed_saves", "checkpoint.asynchronous=true")
+    assert losses(metrics) == losses(unbroken)
+    assert steps_of(job.folder / "failed_saves") == [4, 12, 16, STEPS]
+
+
+def test_a_rollback_verifies_and_counts_bad_images_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint is made among gradients that are not finite."""
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:times=4")
+    metrics = job.train("streak", "run.rollback_after=4", "run.max_steps=12", world_size=1)
+    assert steps_of(job.folder / "streak") == [4, 8, 12], "step 8 is written after the rollback to step 4"
+    assert [line["skipped_images"] for line in metrics][-1] == 5 * BATCH
+    assert all(line["loss"] is not None for line in metrics)
+    assert not any(line["loss_spike"] for line in metrics)

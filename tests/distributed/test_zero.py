@@ -1,4 +1,4 @@
-"""ZeRO stages 0 to 3 on one, two and three ranks against plain torch, on the same global batches."""
+"""ZeRO stages 0 to 3 with one, two and three ranks against plain torch: the same global batches, 50 steps."""
 
 from __future__ import annotations
 
@@ -8,59 +8,67 @@ from typing import Any
 import pytest
 
 from tests.distributed.processes import PROGRAMS, run_ranks
+from tests.distributed.programs.zero_parity import ROUNDED_STEPS, STAGES, STEPS
 
+KINDS = {1: ["fp32"], 2: ["fp32", "autocast", "bf16", "poisoned"], 3: ["fp32"]}  # by number of ranks
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def fp32(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """50 steps in fp32, with gradient accumulation and clipping."""
-    path = tmp_path_factory.mktemp("zero") / "results.json"
-    run_ranks(request.param, str(PROGRAMS / "zero_parity.py"), str(path))
-    return {**json.loads(path.read_text()), "ranks": request.param}
+in_every_stage = pytest.mark.parametrize("stage", STAGES)
+on_every_world = pytest.mark.parametrize("ranks", list(KINDS))
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two ranks in other precisions, and with gradients that are not finite."""
-    path = tmp_path_factory.mktemp("zero") / "results.json"
-    run_ranks(2, str(PROGRAMS / "zero_parity.py"), str(path), "bf16")
-    return json.loads(path.read_text())
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("zero")
+    for ranks, kinds in KINDS.items():
+        run_ranks(ranks, str(PROGRAMS / "zero_parity.py"), str(folder / f"{ranks}.json"), *kinds)
+    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in KINDS}
 
 
-def test_every_stage_is_plain_torch(fp32: dict[str, Any]) -> None:
-    plain = fp32["plain"]
-    assert len(plain["losses"]) == 50
-    assert max(plain["norms"]) > 1.0, "clipping must have had something to clip"
-    for stage in range(4):
-        run = fp32[f"{stage} fp32"]
-        assert run["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
-        assert run["norms"] == pytest.approx(plain["norms"], rel=1e-3), stage
-        assert run["weights_off"] < 1e-3, stage
+@on_every_world
+@in_every_stage
+def test_every_stage_on_every_world_is_plain_torch(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
+    """With gradient accumulation and clipping."""
+    run, plain = results[ranks][f"{stage} fp32"], results[ranks]["plain"]
+    assert len(run["losses"]) == STEPS
+    assert run["losses"] == pytest.approx(plain["losses"], rel=1e-6)  # 1e-5 is asked for
+    assert run["norms"] == pytest.approx(plain["norms"], rel=1e-5)
+    assert min(plain["norms"]) > 1.0, "clipping must have had something to clip"
+    assert run["weights_off"] < 1e-5
 
 
-def test_averages_in_shards_are_plain_averages(fp32: dict[str, Any]) -> None:
-    """Of the weights that the same engine had."""
-    for stage in range(4):
-        assert fp32[f"{stage} fp32"]["ema_off"] < 1e-6, stage
-        assert fp32[f"{stage} fp32"]["power_off"] < 1e-6, stage
-
-
-def test_each_master_element_has_one_owner(fp32: dict[str, Any]) -> None:
-    for stage in range(4):
-        owned = fp32[f"{stage} fp32"]["owned"]
-        assert len(owned) == fp32["ranks"]
-        assert sum(owned) == fp32["parameters"]
-        assert max(owned) - min(owned) <= 0.01 * fp32["parameters"]
+@on_every_world
+@in_every_stage
+def test_averages_in_shards_are_plain_averages(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
+    """Of the engine's own weights; those of plain torch have been rounded otherwise for 50 steps."""
+    run = results[ranks][f"{stage} fp32"]
+    assert run["own_ema_off"] == 0.0
+    assert run["own_power_off"] < 2e-7, "its factor is computed in two ways"
+    assert run["ema_off"] < 1e-5
+    assert run["power_off"] < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_arithmetic_stays_near_fp32(others: dict[str, Any], stage: int, precision: str) -> None:
-    run = others[f"{stage} {precision}"]
-    assert run["losses"] == pytest.approx(others["plain"]["losses"], rel=0.03)
-    assert run["losses"] != pytest.approx(others["plain"]["losses"], rel=1e-6), "bf16 must have been used"
+def test_bf16_arithmetic_stays_near_fp32(results: dict[int, dict[str, Any]], stage: int, precision: str) -> None:
+    run, exact = results[2][f"{stage} {precision}"], results[2]["plain"]["losses"][:ROUNDED_STEPS]
+    assert run["losses"] == pytest.approx(exact, rel=0.03)
+    assert run["losses"] != pytest.approx(exact, rel=1e-6), "bf16 must have been used"
+    assert run["own_ema_off"] == 0.0
     assert run["tables"] == ["torch.float32", "torch.float32"], "position tables stay fp32"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(others: dict[str, Any], stage: int) -> None:
-    assert others[f"{stage} poisoned"] == {"applied": [False, True], "finite": True}
+@on_every_world
+@in_every_stage
+def test_each_master_element_has_one_owner(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
+    owned = results[ranks][f"{stage} fp32"]["owned"]
+    assert sum(owned) == results[ranks]["parameters"]
+    assert max(owned) - min(owned) <= 0.01 * results[ranks]["parameters"]
+
+
+@in_every_stage
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(
+    results: dict[int, dict[str, Any]], stage: int
+) -> None:
+    run = results[2][f"{stage} poisoned"]
+    assert run["applied"] == [False, True]
+    assert run["finite"]

@@ -181,3 +181,29 @@ def test_an_output_that_cannot_be_written_is_said(authors_file: Path, config: Pa
         convert(authors_file, "safetensors", tmp_path / "file" / "out", "--config", config)
     with pytest.raises(CheckpointError, match=r"cannot be written \("):
         convert(authors_file, "run", tmp_path / "file" / "run", "--config", config)
+
+
+def test_an_average_alone_becomes_a_runs_model(authors_file: Path, config: Path, tmp_path: Path) -> None:
+    average = convert(authors_file, "safetensors", tmp_path / "out", "--weights", "ema_0.9999", "--config", config)
+    run = open_weights(convert(average / "ema_0.9999.safetensors", "run", tmp_path / "run", "--config", config))
+    assert run.weight_sets == ["model", "ema_0.9999"]
+    assert run.optimizer_step == 0
+    for name in run.shapes:
+        assert torch.equal(run.tensor("model", name), run.tensor("ema_0.9999", name))
+    chosen = convert(authors_file, "run", tmp_path / "chosen", "--config", config, "--weights", "ema_0.9996")
+    assert open_weights(chosen).optimizer_step == 0, "the moments are the model's"
+    with pytest.raises(UserError, match="--ema1 and --ema2"):
+        convert(run.path, "authors", tmp_path / "out.pth", "--weights", "model")
+
+
+def test_damage_is_met_before_it_is_exported(authors_file: Path, config: Path, tmp_path: Path) -> None:
+    run = convert(authors_file, "run", tmp_path / "run", "--config", config)
+    step = run / "checkpoints/step_00000000"
+    for name in ("rank_00000.safetensors", "config.yaml"):
+        sound = (step / name).read_bytes()
+        (step / name).write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+        with pytest.raises(CheckpointError, match=rf"{name}: its content is not what was written"):
+            convert(run, "safetensors", tmp_path / "out")
+        (step / name).write_bytes(sound)
+    with pytest.raises(CheckpointError, match="neither safetensors nor a file of torch"):
+        convert(config, "safetensors", tmp_path / "out", "--config", config)

@@ -15,6 +15,7 @@ from jitscale.config import load_config
 from jitscale.data.shards import open_configured
 from jitscale.training.checkpoint import latest_checkpoint
 from jitscale.training.trainer import Trainer
+from tests.distributed.processes import leave_after
 
 
 def main() -> None:
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

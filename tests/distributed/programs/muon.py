@@ -18,6 +18,7 @@ from jitscale.training.checkpoint import Checkpoint, Progress, load_fragments, w
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.muon import Muon, Piece
 from jitscale.training.optim import build_optimizer
+from tests.distributed.processes import leave_after
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, MODEL, batch, loss_of
 
 STEPS, SAVED_AT, LR, CLIP = 8, 4, 3e-3, 0.5
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -14,6 +14,7 @@ import torch
 from jitscale import parallel
 from jitscale.benchmarks.memory import MICRO_BATCHES, state_bytes
 from jitscale.config import Config, EmaConfig, EngineConfig, ModelConfig
+from tests.distributed.processes import leave_after
 
 DECAYS = [0.9, 0.99]
 MODEL = ModelConfig(
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

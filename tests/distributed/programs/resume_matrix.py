@@ -1,7 +1,7 @@
-"""Save in every ZeRO stage, or load what any number of ranks in any stage saved; write what came out.
+"""Save in every ZeRO stage and train on, or load what all worlds saved, in every stage, and train on from there.
 
-Usage: resume_matrix.py FOLDER save
-       resume_matrix.py FOLDER load RANKS-STAGE>STAGE ...
+Usage: resume_matrix.py save FOLDER
+       resume_matrix.py load FOLDER RANKS-STAGE ...    the sources
 """
 
 from __future__ import annotations
@@ -9,86 +9,114 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jitscale import parallel
-from jitscale.config import ema_name
 from jitscale.training.checkpoint import Checkpoint, Progress, load_fragments, write_folder
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
-from tests.distributed.programs.zero_parity import DECAY, GLOBAL_BATCH, LR, MICRO_BATCH, batch, build, loss_of
+from tests.distributed.processes import leave_after
+from tests.distributed.programs.zero_parity import GLOBAL_BATCH, STAGES, build, largest_difference, train_step
 
-SAVED_AT, STEPS = 3, 6
+SAVED_AT, END = 4, 7  # in steps; the first one is skipped, so that optimizer steps are fewer
 
-
-def train(engine: ZeroEngine, ema: ShardedEma, world: parallel.World, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        total = torch.zeros(())
-        own = [part[world.rank :: world.size] for part in batch(step)]
-        for index in range(engine.micro_batches):
-            loss = loss_of(engine, *[part[index * MICRO_BATCH : (index + 1) * MICRO_BATCH] for part in own])
-            engine.backward(loss)
-            engine.step(LR if index == engine.micro_batches - 1 else None)
-            total += loss.detach() / engine.micro_batches / world.size
-        ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
-        losses.append(parallel.sum_over_ranks(total).item())
-    return losses
+State = dict[str, dict[str, torch.Tensor]]  # set -> parameter -> whole tensor
 
 
-def save(folder: Path, stage: int, world: parallel.World) -> list[float]:
-    """Losses of the steps after the save, by the engine that saved."""
-    model, config = build(stage, "fp32")
-    config.ema.power_widths = []
-    engine = ZeroEngine(model, config, world)
-    ema = ShardedEma(config.ema, engine.masters())
-    train(engine, ema, world, 0, SAVED_AT)
-    sets = {"model": engine.masters(), **ema.sets, **engine.moments()}
-    progress = Progress(SAVED_AT, SAVED_AT * GLOBAL_BATCH, engine.optimizer_step(), None)
-    write_folder(folder / f"{world.size}-{stage}", progress, config, engine.fragments, sets)
-    losses = train(engine, ema, world, SAVED_AT, STEPS)
-    engine.destroy()
-    return losses
+class Run:
+    """An engine and its averages, saved and loaded as the trainer does."""
+
+    def __init__(self, stage: int, world: parallel.World) -> None:
+        model, self.config = build(stage, "fp32", world.size)
+        self.engine = ZeroEngine(model, self.config, world)
+        self.ema = ShardedEma(self.config.ema, self.engine.masters())
+
+    def train(self, start: int, stop: int) -> list[float]:
+        return [train_step(self.engine, self.ema, step, poison=step == 0)[0] for step in range(start, stop)]
+
+    def save(self, folder: Path, step: int) -> Checkpoint:
+        progress = Progress(step, step * GLOBAL_BATCH, self.engine.optimizer_step(), None, skipped_steps=1)
+        return Checkpoint(write_folder(folder, progress, self.config, self.engine.fragments, self._sets()))
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        sets = self.engine.prepare_to_load(checkpoint.progress.optimizer_step) | self.ema.sets
+        assert sets.keys() == set(checkpoint.sets)
+        for flats in sets.values():
+            for f in self.engine.fragments:
+                flats[f.flat][f.start : f.start + f.length] = float("nan")  # what is not loaded shall be seen
+        load_fragments(checkpoint, self.engine.fragments, sets)
+        self.engine.finish_loading()
+
+    def state(self) -> State:
+        """Everything whole; a collective call."""
+        return {name: self.engine.gather(flats) for name, flats in self._sets().items()}
+
+    def _sets(self) -> dict[str, list[torch.Tensor]]:
+        return {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
 
 
-def load(checkpoint: Checkpoint, stage: int, world: parallel.World) -> dict[str, object]:
-    """Whether the state is what was saved, and the losses of the steps after it."""
-    model, config = build(stage, "fp32")
-    config.ema.power_widths = []
-    engine = ZeroEngine(model, config, world)
-    ema = ShardedEma(config.ema, engine.masters())
-    load_fragments(checkpoint, engine.fragments, engine.prepare_to_load(checkpoint.progress.optimizer_step))
-    load_fragments(checkpoint, engine.fragments, ema.sets)
-    engine.finish_loading()
-    sets = {"model": engine.masters(), ema_name(DECAY): ema.sets[ema_name(DECAY)], **engine.moments()}
-    differing = []
-    for name, flats in sets.items():
-        whole = engine.gather(flats)
-        differing += [f"{name}:{key}" for key, w in whole.items() if not torch.equal(w, checkpoint.tensor(name, key))]
-    found = {
-        "sets": sorted(sets),
-        "differing": differing,
-        "optimizer_step": engine.optimizer_step(),
-        "losses": train(engine, ema, world, SAVED_AT, STEPS),
-    }
-    engine.destroy()
-    return found
+def state_of(checkpoint: Checkpoint) -> State:
+    return {name: {p: checkpoint.tensor(name, p) for p in checkpoint.shapes} for name in checkpoint.sets}
+
+
+def differing(a: State, b: State) -> list[str]:
+    """The sets that are not bit-equal."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not all(torch.equal(a[name][p], b[name][p]) for p in b[name])]
+
+
+def save(folder: Path, world: parallel.World) -> dict[str, Any]:
+    results = {}
+    for stage in STAGES:
+        run, name = Run(stage, world), f"{world.size}-{stage}"
+        run.train(0, SAVED_AT)
+        saved = run.save(folder / name, SAVED_AT)
+        written_otherwise = differing(state_of(saved), run.state())
+        losses = run.train(SAVED_AT, END)
+        end = run.save(folder / f"{name}-end", END)
+        results[name] = {
+            "losses": losses,
+            "differing": written_otherwise,
+            "optimizer_steps": [saved.progress.optimizer_step, end.progress.optimizer_step],
+        }
+        run.engine.destroy()
+    return results
+
+
+def load(folder: Path, world: parallel.World, sources: list[str]) -> dict[str, Any]:
+    """One engine a stage loads all sources in turn: fresh before the first, trained further before each other one."""
+    saved = {source: Checkpoint(folder / source) for source in sources}
+    states = {source: state_of(checkpoint) for source, checkpoint in saved.items()}
+    ends = {source: state_of(Checkpoint(folder / f"{source}-end")) for source in sources}
+    results = {}
+    for stage in STAGES:
+        run = Run(stage, world)
+        for source in sources[stage:] + sources[:stage]:  # each stage begins with another one
+            run.load(saved[source])
+            loaded_otherwise, steps = differing(states[source], run.state()), run.engine.optimizer_step()
+            losses, state = run.train(SAVED_AT, END), run.state()
+            results[f"{source} to {world.size}-{stage}"] = {
+                "losses": losses,
+                "differing": loaded_otherwise,
+                "optimizer_steps": [steps, run.engine.optimizer_step()],
+                "differing_at_end": differing(ends[source], state),
+                "off_at_end": {name: largest_difference(state[name], ends[source][name]) for name in state},
+            }
+        run.engine.destroy()
+    return results
 
 
 def main() -> None:
-    folder, what = Path(sys.argv[1]), sys.argv[2]
     world = parallel.start(torch.device("cpu"))
-    results: dict[str, object] = {}
-    if what == "save":
-        results = {f"{world.size}-{stage}": save(folder, stage, world) for stage in range(4)}
-    for pair in sys.argv[3:]:
-        source, stage = pair.split(">")
-        results[pair] = load(Checkpoint(folder / source), int(stage), world)
+    action, folder = sys.argv[1], Path(sys.argv[2])
+    results = save(folder, world) if action == "save" else load(folder, world, sys.argv[3:])
     if world.is_main:
-        (folder / f"{what}_{world.size}.json").write_text(json.dumps(results))
+        (folder / f"{action}-{world.size}.json").write_text(json.dumps(results))
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

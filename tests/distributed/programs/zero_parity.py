@@ -1,7 +1,6 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json [bf16]: fp32 in all stages for many steps; with the word, other precisions and what
-happens to gradients that are not finite.
+Usage: zero_parity.py RESULT.json KIND ..., where KIND is fp32, autocast, bf16 or poisoned (fp32 with a NaN).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,15 +28,18 @@ from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
+from tests.distributed.processes import leave_after
 
-GLOBAL_BATCH, MICRO_BATCH, DECAY, LR = 12, 2, 0.9, 3e-3
-MANY_STEPS, FEW_STEPS = 50, 10
+STAGES = (0, 1, 2, 3)
+STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 20, 2  # in fp32, in bf16 arithmetic, with a NaN in the first one
+GLOBAL_BATCH, DECAY, LR = 12, 0.9, 1e-3
+MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks: 3, 2 and 2 are accumulated
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
 MODEL = ModelConfig(
     image_size=16,
     patch_size=4,
     hidden_size=64,
-    depth=3,
+    depth=2,
     num_heads=2,
     bottleneck_dim=8,
     in_context_len=4,
@@ -59,23 +62,38 @@ def loss_of(net: object, x: torch.Tensor, e: torch.Tensor, t: torch.Tensor, y: t
     return sample_loss(net(z, t, y), x, e, z, t, DiffusionConfig()).mean()  # type: ignore[operator]
 
 
-def build(stage: int, precision: str) -> tuple[JiT, Config]:
+def build(stage: int, precision: str, ranks: int) -> tuple[JiT, Config]:
     torch.manual_seed(0)
     config = Config(
         model=MODEL,
         optim=OptimConfig(grad_clip=1.0),
-        engine=EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO_BATCH),
+        engine=EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO_BATCH[ranks]),
         ema=EmaConfig(decays=[DECAY], power_widths=[POWER_WIDTH]),
     )
     config.data.batch_size = GLOBAL_BATCH
     return JiT(MODEL), config
 
 
-def train_plain(steps: int) -> dict[str, object]:
-    model, config = build(0, "fp32")
+class Averages:
+    """The two averages of whole weights, by their definition."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.decaying = {name: w.clone() for name, w in weights.items()}
+        self.power = {name: torch.zeros_like(w) for name, w in weights.items()}
+
+    def update(self, weights: dict[str, torch.Tensor], step: int) -> None:
+        for name, w in weights.items():
+            self.decaying[name].lerp_(w, 1 - DECAY)
+            self.power[name].lerp_(w, 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
+
+
+def train_plain() -> dict[str, Any]:
+    model, config = build(0, "fp32", 1)
     optimizer = build_optimizer(model, config.optim)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    averages = Averages(weights)
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(STEPS):
         loss = loss_of(model, *batch(step))
         optimizer.zero_grad()
         loss.backward()
@@ -83,92 +101,81 @@ def train_plain(steps: int) -> dict[str, object]:
         for group in optimizer.param_groups:
             group["lr"] = LR
         optimizer.step()
+        averages.update(weights, step)
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "model": dict(model.named_parameters())}
+    return {"losses": losses, "norms": norms, "weights": weights, "averages": averages}
 
 
-class PlainAverages:
-    """The averages of whole weights, beside which those in shards are laid."""
+def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool = False) -> tuple[float, bool]:
+    """One step on this rank's part of the global batch, with a NaN in the last rank's loss if `poison`.
 
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.ema = {name: w.clone() for name, w in weights.items()}
-        self.power = {name: torch.zeros_like(w) for name, w in weights.items()}
+    Returns:
+        The loss of the global batch, and whether the weights moved.
+    """
+    world, size = engine.world, MICRO_BATCH[engine.world.size]
+    total, moved = torch.zeros(()), False
+    whole = [part[world.rank :: world.size] for part in batch(step)]
+    for index in range(engine.micro_batches):
+        loss = loss_of(engine, *(part[index * size : (index + 1) * size] for part in whole))
+        if poison and world.rank == world.size - 1:
+            loss = loss * float("nan")
+        engine.backward(loss)
+        moved = engine.step(LR if index == engine.micro_batches - 1 else None)
+        total += loss.detach() / engine.micro_batches / world.size
+    ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), moved=moved)
+    return parallel.sum_over_ranks(total).item(), moved
 
-    def update(self, weights: dict[str, torch.Tensor], step: int) -> None:
-        for name, w in weights.items():
-            self.ema[name].lerp_(w, 1 - DECAY)
-            self.power[name].lerp_(w, 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
 
-
-def train_engine(
-    stage: int, precision: str, world: parallel.World, steps: int, poison: bool = False
-) -> dict[str, object]:
-    model, config = build(stage, precision)
+def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, Any]) -> dict[str, Any]:
+    """Train in one stage; the largest differences from plain torch, and from averages of the engine's own weights."""
+    model, config = build(stage, "fp32" if kind == "poisoned" else kind, world.size)
     engine = ZeroEngine(model, config, world)
     ema = ShardedEma(config.ema, engine.masters())
-    plain = PlainAverages(engine.gather(engine.masters()))
+    own = Averages(engine.gather(engine.masters()))
     losses, norms, applied = [], [], []
-    for step in range(steps):
-        total = torch.zeros(())
-        whole = [part[world.rank :: world.size] for part in batch(step)]
-        for index in range(engine.micro_batches):
-            parts = [part[index * MICRO_BATCH : (index + 1) * MICRO_BATCH] for part in whole]
-            loss = loss_of(engine, *parts)
-            if poison and step == 0 and world.rank == world.size - 1:
-                loss = loss * float("nan")
-            engine.backward(loss)
-            last = index == engine.micro_batches - 1
-            moved = engine.step(LR if last else None)
-            total += loss.detach() / engine.micro_batches / world.size
+    for step in range({"fp32": STEPS, "poisoned": POISONED_STEPS}.get(kind, ROUNDED_STEPS)):
+        loss, moved = train_step(engine, ema, step, poison=kind == "poisoned" and step == 0)
+        losses.append(loss)
         applied.append(moved)
-        ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), moved=moved)
-        plain.update(engine.gather(engine.masters()), step)
-        losses.append(parallel.sum_over_ranks(total).item())
         norms.append(engine.gradient_norm())
-    result = {
+        own.update(engine.gather(engine.masters()), step)
+    weights = engine.gather(engine.masters())
+    decaying, power = (engine.gather(ema.sets[name]) for name in (ema_name(DECAY), power_name(POWER_WIDTH)))
+    engine.destroy()
+    return {
         "losses": losses,
         "norms": norms,
         "applied": applied,
-        "model": engine.gather(engine.masters()),
-        "ema_off": largest_difference(engine.gather(ema.sets[ema_name(DECAY)]), plain.ema),
-        "power_off": largest_difference(engine.gather(ema.sets[power_name(POWER_WIDTH)]), plain.power),
-        "owned": sum(f.length for f in engine.fragments),
+        "finite": all(bool(w.isfinite().all()) for w in weights.values()),
+        "weights_off": largest_difference(weights, plain["weights"]),
+        "ema_off": largest_difference(decaying, plain["averages"].decaying),
+        "power_off": largest_difference(power, plain["averages"].power),
+        "own_ema_off": largest_difference(decaying, own.decaying),
+        "own_power_off": largest_difference(power, own.power),
+        "owned": parallel.gather_objects(sum(f.length for f in engine.fragments)),
         "tables": [str(model.pos_embed.dtype), str(model.rope.dtype)],
     }
-    engine.destroy()
-    return result
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a tensor of `a`, in the 2-norm."""
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().norm() / (b[name].detach().norm() + 1e-12)) for name in a)
+    return max(float((a[name] - b[name]).norm() / (b[name].norm() + 1e-12)) for name in a)
 
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    fp32 = "bf16" not in sys.argv[2:]
-    steps = MANY_STEPS if fp32 else FEW_STEPS
-    plain = train_plain(steps)
-    results = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
-    settings = [(s, "fp32") for s in range(4)] if fp32 else [(s, p) for s in (1, 2, 3) for p in ("autocast", "bf16")]
-    for stage, precision in settings:
-        run = train_engine(stage, precision, world, steps)
-        results[f"{stage} {precision}"] = {
-            **{key: run[key] for key in ("losses", "norms", "ema_off", "power_off", "tables")},
-            "weights_off": largest_difference(run["model"], plain["model"]),  # type: ignore[arg-type]
-            "owned": parallel.gather_objects(run["owned"]),
-        }
-    for stage in () if fp32 else range(4):
-        run = train_engine(stage, "fp32", world, 2, poison=True)
-        results[f"{stage} poisoned"] = {
-            "applied": run["applied"],
-            "finite": all(bool(w.isfinite().all()) for w in run["model"].values()),  # type: ignore[attr-defined]
-        }
-    results["parameters"] = sum(p.numel() for p in JiT(MODEL).parameters())  # type: ignore[assignment]
+    plain = train_plain()
+    results: dict[str, Any] = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
+    results["parameters"] = sum(w.numel() for w in plain["weights"].values())
+    for kind in sys.argv[2:]:
+        for stage in STAGES:
+            if stage > 0 or kind in ("fp32", "poisoned"):
+                results[f"{stage} {kind}"] = train_engine(stage, kind, world, plain)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)
