@@ -49,6 +49,7 @@ class ModelConfig:
     in_context_len: int = 32  # class tokens prepended before block `in_context_start`; 0 for none
     in_context_start: int = 4
     num_classes: int = 1000  # 0: unconditional
+    position_grid: int | None = None  # tokens a side over which positions were trained; null: those there are
     attn_dropout: float = 0.0  # in the middle half of the depth
     proj_dropout: float = 0.0  # in the middle half of the depth
 
@@ -540,6 +541,8 @@ def _impossible_model(model: ModelConfig) -> Iterator[_Problem]:
         if getattr(model, name) < 1:
             sizes_are_positive = False
             yield _Problem(f"model.{name}", getattr(model, name), "must be at least 1", "give a positive number")
+    if model.position_grid is not None and model.position_grid < 1:
+        yield _Problem("model.position_grid", model.position_grid, "must be at least 1", "give a number or null")
     for name in ("in_context_len", "num_classes"):
         if getattr(model, name) < 0:
             yield _Problem(f"model.{name}", getattr(model, name), "must not be negative", "give 0 or more")

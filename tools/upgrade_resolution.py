@@ -1,10 +1,11 @@
-"""Turn a low-resolution checkpoint into a high-resolution one that computes the same function through pooling.
+"""Turn a checkpoint of one resolution into one of another that computes the same function through pooling.
 
     python tools/upgrade_resolution.py --checkpoint runs/jit_h_256 --to configs/jit_h_512.yaml --output runs/jit_h_512
     python -m jitscale.train --config configs/jit_h_512.yaml run.dir=runs/jit_h_512
 
-The output is a run folder at step 0. Weights and all averages are resized; the optimizer's moments of resized
-parameters start from zero, all others are kept.
+PATH is a run or step folder, safetensors files, a Hugging Face folder, or the authors' .pth file. The output is a run
+folder at step 0, with all weight sets. The optimizer's moments of resized parameters start from zero, all others are
+kept. docs/upgrade.md derives it.
 """
 
 from __future__ import annotations
@@ -15,49 +16,185 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from jitscale.config import load_config, to_yaml
-from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.training.checkpoint import MOMENTS, Progress, complete_checkpoints, whole_fragments, write_checkpoint
-from jitscale.upgrade import RESIZED, upgrade_factor, upgrade_tensor
-from jitscale.weights.opening import open_checkpoint
+from jitscale.config import Config, load_config, to_yaml
+from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
+from jitscale.model.jit import JiT
+from jitscale.training.checkpoint import MOMENTS, Progress, complete_checkpoints, step_folder, write_streamed
+from jitscale.upgrade import KERNELS, MODES, OUTPUT_BIAS, OUTPUT_WEIGHT, PATCH_EMBEDDING, Upgrade, plan_upgrade
+from jitscale.weights.opening import open_weights
+from jitscale.weights.stored import StoredWeights, elements
+
+LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is also checked as a whole: twice 0.8 GB
+PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the upgraded checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run folder or a step folder")
-    parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the high-resolution YAML file")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what is upgraded")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, where PATH does not say it")
+    parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the YAML file of the new resolution")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
+    parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: what CONFIG means")
+    parser.add_argument("--kernel", choices=KERNELS, default="nearest", help="of patches; default: %(default)s")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over --to")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
 
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
-    checkpoint = open_checkpoint(options.checkpoint)
-    factor = upgrade_factor(checkpoint.config, target)
+    stored = open_weights(options.checkpoint, options.config)
+    upgrade = plan_upgrade(stored.config, target, options.kernel, options.mode)
     if complete_checkpoints(options.output):
         raise UserError(f"{options.output}: holds checkpoints already; choose another --output")
+    stored.verify()
+    check_target(stored, target, upgrade)
 
-    sets: dict[str, list[torch.Tensor]] = {name: [] for name in checkpoint.sets}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in tqdm(checkpoint.shapes, unit="parameter", desc="upgrade"):
-        for name, tensors in sets.items():
-            new = upgrade_tensor(parameter, checkpoint.tensor(name, parameter), factor)
-            if name in MOMENTS and parameter in RESIZED:
-                new = torch.zeros_like(new)
-            shapes[parameter] = tuple(new.shape)
-            tensors.append(new.flatten())
-    progress = Progress(step=0, images=0, optimizer_step=checkpoint.progress.optimizer_step, data=None)
-    folder = write_checkpoint(options.output, progress, target, whole_fragments(shapes), sets)
+    moments = stored.moments if target.optim.name == "adamw" else ()
+    sets = [*stored.weight_sets, *moments]
+    new = shapes_of(target)
+    progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
+    with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:
+
+        def tensor(set_name: str, parameter: str) -> torch.Tensor:
+            bar.update()
+            if set_name in MOMENTS and parameter in upgrade.resized:
+                return torch.zeros(new[parameter])
+            return upgrade.tensor(parameter, stored.tensor(set_name, parameter))
+
+        folder = write_streamed(step_folder(options.output, 0), progress, target, new, sets, tensor)
     (options.output / "config.yaml").write_text(to_yaml(target))
-
-    old, new_model = checkpoint.config.model, target.model
-    print(f"{checkpoint.folder}: {old.image_size} px, patch {old.patch_size}")
-    print(f"{folder}: {new_model.image_size} px, patch {new_model.patch_size}")
-    print(f"  resized by {factor}: {', '.join(RESIZED)}")
-    print(f"  kept: the other {len(shapes) - len(RESIZED)} parameters of each of {', '.join(checkpoint.weight_sets)}")
-    print(f"  noise scale: {checkpoint.config.diffusion.noise_scale} -> {target.diffusion.noise_scale}")
+    report(stored, target, upgrade, folder, sets)
+    for name in stored.weight_sets:
+        print(f"  self-check of {name}: {self_check(stored, name, target, upgrade)}")
+    if options.preview is not None:
+        preview(options.preview, stored, target, upgrade)
+        print(f"  {options.preview}: before and after, pooled and as it is")
     print(f"next: python -m jitscale.train --config {options.to} run.dir={options.output}")
     return ExitCode.DONE
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a network, without its memory."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in JiT(config.model).named_parameters()}
+
+
+def check_target(stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
+    """Every parameter of the target is one of the source's, or a resized one.
+
+    Raises:
+        ConfigError: naming what is not.
+    """
+    new = shapes_of(target)
+    differing = [
+        f"{name}: {stored.shapes.get(name, 'absent')} there, {new.get(name, 'absent')} in the target"
+        for name in sorted({*stored.shapes, *new})
+        if stored.shapes.get(name) != new.get(name) and not (name in upgrade.resized and name in stored.shapes)
+    ]
+    if differing:
+        raise ConfigError(f"the target is another network than {stored.path} ({'; '.join(differing)})")
+
+
+def report(stored: StoredWeights, target: Config, upgrade: Upgrade, folder: Path, sets: list[str]) -> None:
+    """Print what was resized, kept and reset."""
+    old, new = stored.config.model, target.model
+    print(f"{stored.path}: {old.image_size} px, patch {old.patch_size}")
+    print(f"{folder}: {new.image_size} px, patch {new.patch_size}, mode {upgrade.mode}")
+    if upgrade.resized:
+        print(f"  resized by {upgrade.ratio}: {', '.join(upgrade.resized)}")
+    else:
+        print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
+    kept = len(stored.shapes) - len(upgrade.resized)
+    print(f"  kept: the other {kept} parameters of each of {', '.join(stored.weight_sets)}")
+    moments = [name for name in sets if name in MOMENTS]
+    if not moments:
+        print("  moments of the optimizer: none were stored, or they are of another optimizer; they begin at zero")
+    elif upgrade.resized:
+        print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
+    print(f"  noise scale: {stored.config.diffusion.noise_scale:g} -> {target.diffusion.noise_scale:g}")
+    if upgrade.mode == "patch":
+        deviation = upgrade.noise_deviation()
+        print(f"  pooled noise has {deviation:.3f} times the standard deviation that was trained (1: in distribution)")
+    if upgrade.mode == "patch" and upgrade.resized:
+        factor = 1 / float(upgrade.ratio) ** 2
+        print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g}, or a warm-up (docs/upgrade.md)")
+
+
+@torch.no_grad()
+def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrade) -> str:
+    """The measured difference between pooled new and old function on random input, in words.
+
+    Between the two layers that change nothing does, so that these are always checked, and the whole network where two
+    of it fit into little memory.
+    """
+    torch.manual_seed(0)
+    if upgrade.mode == "tokens":
+        return "nothing was resized"
+    enter, leave = upgrade.enter.float(), upgrade.leave.float()
+    old_patch, new_patch = enter.shape
+    embedding = stored.tensor(name, PATCH_EMBEDDING)
+    patches = torch.randn(16, 3, new_patch, new_patch)
+    seen = torch.einsum("bcqr,iq,jr->bcij", patches, enter, enter)
+    ends = [
+        _difference(
+            torch.einsum("bcqr,dcqr->bd", patches, upgrade.tensor(PATCH_EMBEDDING, embedding)),
+            torch.einsum("bcij,dcij->bd", seen, embedding),
+        )
+    ]
+    weight, bias = stored.tensor(name, OUTPUT_WEIGHT), stored.tensor(name, OUTPUT_BIAS)
+    hidden = torch.randn(16, weight.shape[1])
+    before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, 3)
+    after = hidden @ upgrade.tensor(OUTPUT_WEIGHT, weight).T + upgrade.tensor(OUTPUT_BIAS, bias)
+    after = after.view(-1, new_patch, new_patch, 3)
+    if new_patch >= old_patch:  # pooling undoes what the new layer adds
+        ends.append(_difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before))
+    else:
+        ends.append(_difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave)))
+    text = f"patch embedding {ends[0]:.1e}, output layer {ends[1]:.1e}"
+    if elements(stored.shapes) > LARGEST_WHOLE_CHECK or new_patch < old_patch:
+        return text
+    old, new = stored.weight_set(name).build(), upgraded_network(stored, name, target, upgrade)
+    size = target.model.image_size
+    z, t = target.diffusion.noise_scale * torch.randn(2, 3, size, size), torch.tensor([0.2, 0.7])
+    y = torch.tensor([0, old.null_label])
+    return f"{text}, whole network {_difference(upgrade.pool(new(z, t, y)), old(upgrade.pool(z), t, y)):.1e}"
+
+
+def upgraded_network(stored: StoredWeights, name: str, target: Config, upgrade: Upgrade) -> JiT:
+    """The new network with one weight set, in eval mode."""
+    network = JiT(target.model, target.diffusion)
+    network.load_state_dict({key: upgrade.tensor(key, stored.tensor(name, key)) for key in stored.shapes})
+    return network.eval()
+
+
+def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
+    """Samples of the old network, of the new one pooled, and of the new one, from the same noise."""
+    from PIL import Image  # noqa: PLC0415
+
+    import jitscale  # noqa: PLC0415
+
+    name = stored.default
+    new = upgraded_network(stored, name, target, upgrade)
+    size = target.model.image_size
+    noise = torch.randn(PREVIEW_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels = [index % max(1, target.model.num_classes) for index in range(PREVIEW_IMAGES)]
+    after = jitscale.sample(new, labels, noise=noise, steps=PREVIEW_STEPS)
+    rows = [after]
+    if upgrade.mode == "patch":
+        old = stored.weight_set(name).build()
+        seen = upgrade.pool(target.diffusion.noise_scale * noise)
+        before = jitscale.sample(old, labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
+        rows = [before, upgrade.pool(after), after]
+    shown = [torch.nn.functional.interpolate(row, size=(size, size), mode="nearest") for row in rows]
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in shown], dim=1)
+    pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the norm of what is expected."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 if __name__ == "__main__":

@@ -91,8 +91,9 @@ class JiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
-        self.register_buffer("pos_embed", sincos_position_table(config.hidden_size, grid), persistent=False)
-        self.register_buffer("rope", rope_table(head_dim, grid, config.in_context_len), persistent=False)
+        span = config.position_grid
+        self.register_buffer("pos_embed", sincos_position_table(config.hidden_size, grid, span), persistent=False)
+        self.register_buffer("rope", rope_table(head_dim, grid, config.in_context_len, span), persistent=False)
         self.initialize()
 
     @torch.no_grad()

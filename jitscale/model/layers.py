@@ -32,25 +32,33 @@ class RMSNorm(nn.Module):
         return (x32 * self.weight.float()).to(x.dtype)
 
 
-def sincos_position_table(hidden_size: int, grid: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine embedding, the column (w) in the first half: (G * G, C) float32."""
+def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) -> torch.Tensor:
+    """Fixed 2-D sine-cosine embedding, the column (w) in the first half: (G * G, C) float32.
+
+    The positions of the G tokens of an axis span `span`, by default G itself: token i lies at i span / G.
+    """
     quarter = hidden_size // 4
     frequency = 1.0 / ROPE_THETA ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (G, C/4)
+    angle = _positions(grid, span)[:, None] * frequency  # (G, C/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, C/2)
     column = axis[None].expand(grid, grid, -1)
     row = axis[:, None].expand(grid, grid, -1)
     return torch.cat([column, row], dim=2).reshape(grid * grid, hidden_size).float()
 
 
-def rope_table(head_dim: int, grid: int, prefix: int) -> torch.Tensor:
+def _positions(grid: int, span: int | None) -> torch.Tensor:
+    positions = torch.arange(grid, dtype=torch.float64)
+    return positions if span is None else positions * (span / grid)
+
+
+def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -> torch.Tensor:
     """Cosine and sine of the 2-D axial rotation: (2, prefix + G * G, D) float32.
 
     Half of the head dim turns with the row, half with the column; neighbouring channels form a pair. The `prefix`
-    in-context tokens have no place in the image and are not rotated.
+    in-context tokens have no place in the image and are not rotated. `span` is as for `sincos_position_table`.
     """
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
-    axis = (torch.arange(grid, dtype=torch.float32)[:, None] * frequency).repeat_interleave(2, dim=1)  # (G, D/2)
+    axis = (_positions(grid, span).float()[:, None] * frequency).repeat_interleave(2, dim=1)  # (G, D/2)
     row = axis[:, None].expand(grid, grid, -1)
     column = axis[None].expand(grid, grid, -1)
     angle = torch.cat([row, column], dim=2).reshape(grid * grid, head_dim)

@@ -50,7 +50,9 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: neither safetensors nor a file of torch.save; give a run, or one of these")
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint, neither safetensors nor of torch.save; give a run or such a file"
+        )
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -221,6 +222,11 @@ def write_safetensors(path: Path, stored: StoredWeights, set_name: str) -> None:
     with appearing_safetensors(path, stored.shapes, description(set_name, stored.config)) as append:
         for parameter in stored.shapes:
             append(stored.tensor(set_name, parameter))
+
+
+def elements(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Numbers in all tensors."""
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def _open(path: Path) -> safe_open:

@@ -205,5 +205,5 @@ def test_damage_is_met_before_it_is_exported(authors_file: Path, config: Path, t
         with pytest.raises(CheckpointError, match=rf"{name}: its content is not what was written"):
             convert(run, "safetensors", tmp_path / "out")
         (step / name).write_bytes(sound)
-    with pytest.raises(CheckpointError, match="neither safetensors nor a file of torch"):
+    with pytest.raises(CheckpointError, match="neither safetensors nor of torch"):
         convert(config, "safetensors", tmp_path / "out", "--config", config)
