@@ -21,7 +21,7 @@ class SlurmJob:
     """The job that this process runs in.
 
     Attributes:
-        id: the job's; a task of an array has its own.
+        id: the job's; of an array's task with the number of the task, as 17_3.
         nodes: their names.
         tasks: of the whole job.
         restarts: how often Slurm has started it again.
@@ -44,7 +44,11 @@ class SlurmJob:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
         nodes = ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
         tasks = int(environment.get("SLURM_NTASKS", len(nodes)))
-        return cls(environment["SLURM_JOB_ID"], tuple(nodes), tasks, int(environment.get("SLURM_RESTART_COUNT", "0")))
+        job = environment["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_TASK_ID" in environment:
+            # One task of an array has the array's own number, by which Slurm would requeue them all.
+            job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+        return cls(job, tuple(nodes), tasks, int(environment.get("SLURM_RESTART_COUNT", "0")))
 
     def state(self) -> str:
         """As Slurm names it, such as RUNNING."""

@@ -10,7 +10,7 @@ from jitscale.completion import forget_completion, is_complete, mark_complete
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
-from jitscale.launch.slurm import failed_tasks
+from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,16 @@ def test_the_first_node_that_srun_names_is_the_one_that_failed() -> None:
     )
     assert failed_tasks(text) == ["node-2.site", "node-3"]
     assert failed_tasks("") == []
+
+
+def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jitscale.launch.slurm.ask", lambda *command: "a\nb\n")
+    for name, value in {"JOB_ID": "17", "JOB_NODELIST": "[a-b]", "NTASKS": "4", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert SlurmJob.current() == SlurmJob("17", ("a", "b"), 4, 2)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert SlurmJob.current().id == "17_3"
 
 
 def test_ranks_are_compared() -> None:
