@@ -59,11 +59,11 @@ def main() -> int:
     options = parser.parse_args()
 
     widths = parse_widths(options.widths)
-    snapshots = open_snapshots(options.run, options.at_images)
     files = [options.output / f"{power_name(width)}.safetensors" for width in widths]
     existing = [file for file in files if file.exists()]
     if existing:
         raise UserError(f"{existing[0]}: exists already; remove it or choose another --output")
+    snapshots = open_snapshots(options.run, options.at_images)
 
     inputs = [(snapshot, name) for snapshot in snapshots for name in snapshot.weight_sets]
     images = np.array([snapshot.progress.images for snapshot, _ in inputs], np.float64)
