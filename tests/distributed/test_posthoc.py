@@ -174,7 +174,7 @@ def test_the_tool_looks_back_and_refuses_in_one_line(run: Path, tmp_path: Path) 
     for options, expected in (
         (["--widths", "0.1", "--output", str(half)], "power_0.100.safetensors: exists already"),
         (["--widths", "0.5", "--output", str(half)], "0.5 is no width of a power function"),
-        (["--widths", "0.1", "--at-images", "36", "--output", str(half)], "1 snapshot up to 36 images"),
+        (["--widths", "0.1", "--at-images", "36", "--output", str(tmp_path)], "1 snapshot up to 36 images"),
     ):
         said = reconstruct(run, *options, expect=2).splitlines()
         assert [line for line in said if line.startswith("error: ") and expected in line] == said
