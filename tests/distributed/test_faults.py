@@ -19,6 +19,7 @@ from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
 
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0"]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_one_step_that_is_not_finite_is_skipped_everywhere(job: Job, monkeypatch
     assert Checkpoint(complete_checkpoints(job.folder / "one_nan")[-1]).progress.optimizer_step == STEPS - 1
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_many_such_steps_roll_back_and_skip_ahead(job: Job, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     """Steps 6, 7 and 8 are not finite: back to step 4, and on with the data after step 8."""
     monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:rank=0:times=3")
@@ -141,7 +142,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(job: Job) -> None:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=SLOW)])
 def test_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]], kills: int) -> None:
     """Two ranks, saves included, with dropout: nothing is lost, and the end is bit-equal to the unbroken run's."""
     name = f"killed_{kills}"
@@ -169,10 +170,10 @@ def test_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]], kills
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("checkpointed", ["engine.activation_checkpointing=1"]),
+        pytest.param("checkpointed", ["engine.activation_checkpointing=1"], marks=SLOW),
         ("every_second", ["engine.activation_checkpointing=2"]),
-        ("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"]),
-        ("offloaded", ["engine.offload_optimizer=true"]),
+        pytest.param("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"], marks=SLOW),
+        pytest.param("offloaded", ["engine.offload_optimizer=true"], marks=SLOW),
         ("near_weights", ["engine.hpz_group_size=2", "engine.zero_stage=3"]),
         ("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"]),
     ],
