@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "engine.precision": ("fp32", "autocast", "bf16"),
-    "evaluation.features": ("digits",),
+    "evaluation.features": ("digits", "glyphs"),
     "evaluation.method": ("euler", "heun"),
     "tracking.wandb": ("online", "offline", "off"),
     "run.device": ("auto", "cpu", "cuda"),
@@ -71,7 +71,8 @@ class DiffusionConfig:
 class DataConfig:
     """Where the images come from and in which order."""
 
-    shards: str = ""  # a folder, a glob or a brace pattern of tar shards; s3://, gs:// and https:// too
+    # A folder, a glob or a brace pattern of tar shards; s3://, gs:// and https:// too; {resolution} is the image size.
+    shards: str = ""
     batch_size: int = 1024  # global: images of one optimizer step over all ranks
     flip: bool = True  # mirror half of the images
     num_workers: int = 4  # loader processes a rank; 0 reads in the training process
@@ -147,6 +148,7 @@ class EvaluationConfig:
     features: str | None = None  # feature network of FID and IS; null: none
     features_dir: str | None = None  # where published weights of feature networks are; null: torch hub's folder
     reference: str | None = None  # shards whose images are the real ones; null: data.shards
+    reference_size: int | None = None  # pixels a side to which those are brought; null: model.image_size
     num_images: int = 50_000
     block_size: int = 64  # images generated together; fixed, so that no result depends on the number of ranks
     at_end: bool = False  # evaluate when the run is complete
@@ -181,6 +183,14 @@ class RunConfig:
 
 
 @dataclass
+class ProgressiveConfig:
+    """Lower resolutions to train at first, with as many tokens as at the last one (docs/upgrade.md)."""
+
+    resolutions: list[int] = field(default_factory=list)  # pixels a side, rising; model.image_size comes after them
+    images: list[int] = field(default_factory=list)  # seen at each of them; run.max_images counts the last stage
+
+
+@dataclass
 class Config:
     """All settings, one group an attribute."""
 
@@ -194,6 +204,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
 
 
 def ema_name(decay: float) -> str:
@@ -434,6 +445,7 @@ def _impossible(
             "set engine.precision=fp32",
         )
     yield from _impossible_evaluation(config)
+    yield from _impossible_stages(config)
     if config.run.max_images is None and config.run.max_steps is None:
         yield _Problem("run.max_images", None, "neither it nor run.max_steps says where the run ends", "set one")
     if needs_shards and not config.data.shards:
@@ -470,6 +482,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "run.rollback_after",
         "evaluation.steps",
         "evaluation.num_images",
+        "evaluation.reference_size",
         "evaluation.block_size",
         "tracking.log_every_steps",
     )
@@ -645,6 +658,44 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
             "needs a feature network, and evaluation.features is null",
             f"set evaluation.features to one of {', '.join(CHOICES['evaluation.features'])}",
             ("evaluation.features",),
+        )
+
+
+def _impossible_stages(config: Config) -> Iterator[_Problem]:
+    model, progressive = config.model, config.progressive
+    resolutions, images = progressive.resolutions, progressive.images
+    if [*resolutions, model.image_size] != sorted({*resolutions, model.image_size}):
+        yield _Problem(
+            "progressive.resolutions",
+            resolutions,
+            f"must rise, and end below model.image_size={model.image_size}",
+            f"for example [{model.image_size // 4},{model.image_size // 2}]",
+            ("model.image_size",),
+        )
+    for resolution in resolutions:
+        if resolution < 1 or model.patch_size * resolution % max(1, model.image_size):
+            yield _Problem(
+                "progressive.resolutions",
+                resolution,
+                f"would have patches of {model.patch_size * resolution / max(1, model.image_size):g} pixels a side",
+                f"give a multiple of {model.image_size // math.gcd(model.image_size, model.patch_size)}",
+                ("model.image_size", "model.patch_size"),
+            )
+    if len(images) != len(resolutions) or any(count < 1 for count in images):
+        yield _Problem(
+            "progressive.images",
+            images,
+            f"must say for each of the {len(resolutions)} lower resolutions how many images are seen there",
+            "give as many positive numbers",
+            ("progressive.resolutions",),
+        )
+    if resolutions and config.model.position_grid is not None:
+        yield _Problem(
+            "progressive.resolutions",
+            resolutions,
+            "keeps the number of tokens, and model.position_grid is for another number of them",
+            "set model.position_grid=null",
+            ("model.position_grid",),
         )
 
 

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     REFERENCE_HALVES = 9
     REPLACEMENT = 10
     INSPECTED_SAMPLES = 11
+    GLYPH = 12
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,12 @@ from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.parallel import World
+from jitscale.progressive import stages_of
 
 if TYPE_CHECKING:
     from jitscale.weights.stored import StoredWeights
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,17 +50,48 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = parallel.start(parallel.choose_device(config.run.device))
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-    from jitscale.training.trainer import train  # noqa: PLC0415
-
     try:
-        code = train(config, world, parallel.together(lambda: _initial_weights(config, world)))
+        code = _train_through(stages_of(config), world)
         if code == ExitCode.DONE and world.is_main:
             mark_complete(Path(config.run.dir), "train")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
         return code
     finally:
         parallel.stop()
+
+
+def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
+    """Train every stage to its end, from the first one after which nothing has begun yet."""
+    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
+    from jitscale.data.shards import open_configured  # noqa: PLC0415
+    from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
+    from jitscale.training.trainer import train  # noqa: PLC0415
+
+    begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
+    for stage in stages[1:]:  # before time is spent on the first one
+        parallel.together(partial(open_configured, stage))
+    number = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
+    while True:
+        stage = stages[number]
+        code = train(stage, world, parallel.together(partial(_initial_weights, stage, world)))
+        number += 1
+        if code != ExitCode.DONE or number == len(stages):
+            return code
+        if world.is_main:
+            logger.info("from %d to %d px", stage.model.image_size, stages[number].model.image_size)
+        parallel.together(partial(_upgrade, stage, stages[number], world))
+
+
+def _upgrade(low: Config, high: Config, world: World) -> None:
+    """Write the next stage's first checkpoint from the newest one of the stage before, on one rank."""
+    from jitscale.upgrade import plan_upgrade  # noqa: PLC0415
+    from jitscale.weights.opening import open_weights  # noqa: PLC0415
+    from jitscale.weights.upgraded import write_upgraded  # noqa: PLC0415
+
+    if world.is_main:
+        stored = open_weights(low.run.dir)
+        stored.verify()
+        write_upgraded(stored, high, plan_upgrade(stored.config, high))
 
 
 def _initial_weights(config: Config, world: World) -> StoredWeights | None:

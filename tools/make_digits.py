@@ -6,14 +6,12 @@ python tools/make_digits.py --resolution 32 --output runs/digits_32px
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
-from jitscale.data.manifest import MANIFEST, Manifest
-from jitscale.data.packing import write_shards
-from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.data.packing import write_shards_once
+from jitscale.errors import ExitCode, exit_with_message
 
 
 def main() -> int:
@@ -28,29 +26,17 @@ def main() -> int:
     options = parser.parse_args()
     if options.resolution < 1:
         parser.error("--resolution must be at least 1")
-
-    if (options.output / MANIFEST).exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            manifest = _write(options, Path(scratch))
-        if manifest != Manifest.read(options.output / MANIFEST):
-            raise DataError(f"{options.output}: holds other shards; remove the folder or choose another --output")
-        print(f"{options.output}: is there already")
-    else:
-        manifest = _write(options, options.output)
-        print(f"{options.output}: {manifest.total} images in {len(manifest.shards)} shards")
-    return ExitCode.DONE
-
-
-def _write(options: argparse.Namespace, folder: Path) -> Manifest:
     images, labels = digit_images(options.resolution)
-    return write_shards(
+    done = write_shards_once(
         images,
-        labels,
-        folder,
+        options.output,
+        labels=labels,
         codec=options.codec,
         samples_per_shard=options.samples_per_shard,
         class_names=DIGIT_CLASSES,
     )
+    print(done)
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Train the feature network of the digits metrics and print what its distance says about known damage.
+"""Train the feature network of the digits or of the glyphs, and print what its distance says about known damage.
 
-    python tools/train_digits_features.py --output digits_features.safetensors
+    python tools/train_features.py digits --output digits_features.safetensors
+    python tools/train_features.py glyphs --output glyphs_features.safetensors
 
-The file in jitscale/evaluation was made by this command. Train it again only on purpose: distances of different
+The files in jitscale/evaluation were made by these commands. Train one again only on purpose: distances of different
 weights do not compare, and every result names the hash of the file.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,46 +25,133 @@ from torch import nn
 from tqdm import tqdm
 
 from jitscale.data.digits import digit_images
+from jitscale.data.glyphs import Glyphs
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.evaluation.features import DIGITS_HELD_OUT, DigitsFeatures
+from jitscale.evaluation.features import DIGITS_HELD_OUT, DigitsFeatures, FeatureNetwork, GlyphFeatures
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
 
 BATCH = 64
+EMBEDDED_TOGETHER = 600  # images
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-SHIFT = 2  # pixels of 32, a quarter of the original's
+GLYPHS = 6000
+GLYPHS_SEED = 1  # other glyphs than those of tools/make_glyphs.py
 
 UInt8Array = npt.NDArray[np.uint8]
+Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 
-def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> DigitsFeatures:
-    """Train on uint8 `images` (N, 3, 32, 32) with `labels` (N,); the images move by up to `SHIFT` pixels."""
+@dataclass(frozen=True)
+class Lesson:
+    """What a network learns from.
+
+    Attributes:
+        network: makes it, untrained.
+        images: (N, R, R, 3) at the network's input size.
+        labels: (N,) classes.
+        styles: (N,) a second thing to tell, whose answer is not kept; None for none.
+        held_out: (N,) images that do not train.
+        redrawn: N images at another resolution.
+        others: resolutions of the sanity list.
+        epochs: passes over the images.
+        shift: pixels by which they move at most, on black ground; glyphs were drawn off the centre.
+        noise: largest standard deviation, of [-1, 1], of white noise on them: on flat colours the network would
+            otherwise look at little else.
+    """
+
+    network: Callable[[], FeatureNetwork]
+    images: UInt8Array
+    labels: Int64Array
+    styles: Int64Array | None
+    held_out: npt.NDArray[np.bool_]
+    redrawn: Callable[[int], UInt8Array]
+    others: Sequence[int]
+    epochs: int
+    shift: int
+    noise: float
+
+
+def digits() -> Lesson:
+    """The ten digits."""
+    images, labels = digit_images(DigitsFeatures.input_size)
+    held_out = np.zeros(len(images), dtype=bool)
+    held_out[DIGITS_HELD_OUT] = True
+    return Lesson(
+        DigitsFeatures,
+        images,
+        labels,
+        None,
+        held_out,
+        lambda size: digit_images(size)[0],
+        (64,),
+        epochs=30,
+        shift=2,
+        noise=0.0,
+    )
+
+
+def glyphs() -> Lesson:
+    """Ten letters, and the fonts they are drawn in: what tells fonts apart is detail."""
+
+    def drawn(size: int) -> UInt8Array:
+        sequence = Glyphs(GLYPHS, size, GLYPHS_SEED)
+        return np.stack([sequence[index] for index in tqdm(range(GLYPHS), unit="img", desc=f"draw {size} px")])
+
+    sequence = Glyphs(GLYPHS, GlyphFeatures.input_size, GLYPHS_SEED)
+    held_out = np.arange(GLYPHS) >= GLYPHS * 4 // 5
+    images = drawn(GlyphFeatures.input_size)
+    return Lesson(
+        GlyphFeatures, images, sequence.labels, sequence.fonts, held_out, drawn, (64, 32), epochs=18, shift=0, noise=0.3
+    )
+
+
+LESSONS = {"digits": digits, "glyphs": glyphs}
+
+
+def train(lesson: Lesson, epochs: int, seed: int) -> FeatureNetwork:
+    """Train on the images that are not held out."""
     torch.manual_seed(seed)
-    network = DigitsFeatures()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    network = lesson.network()
+    training = torch.from_numpy(~lesson.held_out)
+    images = torch.from_numpy(lesson.images).permute(0, 3, 1, 2)[training]
+    labels = torch.from_numpy(lesson.labels)[training]
+    parameters = list(network.parameters())
+    if lesson.styles is not None:
+        styles = torch.from_numpy(lesson.styles)[training]
+        tell_style = nn.Linear(network.num_features, int(styles.max()) + 1)
+        parameters += tell_style.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch)
-    for _ in (bar := tqdm(range(epochs), unit="epoch")):
-        order = torch.randperm(len(images))
-        for step in range(steps_per_epoch):
-            chosen = order[step * BATCH : (step + 1) * BATCH]
-            down, right = torch.randint(2 * SHIFT + 1, (2,)).tolist()
-            padded = F.pad(images[chosen], (SHIFT, SHIFT, SHIFT, SHIFT))
-            side = images.shape[-1]
-            _, logits = network(padded[:, :, down : down + side, right : right + side])
-            loss = F.cross_entropy(logits, labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+    side, shift = images.shape[-1], lesson.shift
+    with tqdm(total=epochs * steps_per_epoch, unit="step") as progress:
+        for _ in range(epochs):
+            order = torch.randperm(len(images))
+            for step in range(steps_per_epoch):
+                chosen = order[step * BATCH : (step + 1) * BATCH]
+                down, right = torch.randint(2 * shift + 1, (2,)).tolist()
+                padded = F.pad(images[chosen], (shift, shift, shift, shift))
+                shown = padded[:, :, down : down + side, right : right + side]
+                if lesson.noise > 0:
+                    deviations = 127.5 * lesson.noise * torch.rand(len(chosen), 1, 1, 1)
+                    shown = (shown + deviations * torch.randn(shown.shape)).round().clamp(0, 255).to(torch.uint8)
+                features, logits = network(shown)
+                loss = F.cross_entropy(logits, labels[chosen])
+                if lesson.styles is not None:
+                    loss = loss + F.cross_entropy(tell_style(features), styles[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update()
+            progress.set_postfix(loss=f"{loss.item():.3f}")
     measure_scale(network, images)
     return network.eval()
 
 
 @torch.no_grad()
-def measure_scale(network: DigitsFeatures, images: torch.Tensor) -> None:
+def measure_scale(network: FeatureNetwork, images: torch.Tensor) -> None:
     """Replace the running averages by the statistics of all `images`, so that every feature has exactly variance 1."""
     network.train()
     for layer in network.modules():
@@ -71,15 +161,16 @@ def measure_scale(network: DigitsFeatures, images: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def embed(network: DigitsFeatures, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+def embed(network: FeatureNetwork, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
     """Features (N, F) and logits (N, L) of `images` (N, height, width, 3)."""
-    features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return features.numpy(), logits.numpy()
+    parts = [network(part) for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(EMBEDDED_TOGETHER)]
+    features, logits = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return features, logits
 
 
-def sanity_list(network: DigitsFeatures, seed: int) -> dict[str, tuple[float, float]]:
-    """Fréchet distance to all real digits and Inception Score of sets whose order is known, by name."""
-    images, labels = digit_images(network.input_size)
+def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str, tuple[float, float]]:
+    """Fréchet distance to all real images and Inception Score of sets whose order is known, by name."""
+    images, labels, side = lesson.images, lesson.labels, network.input_size
     real, _ = embed(network, images)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(images))
@@ -90,30 +181,28 @@ def sanity_list(network: DigitsFeatures, seed: int) -> dict[str, tuple[float, fl
         return frechet_distance(features, real), inception_score(logits)[0]
 
     def noisy(sigma: float) -> UInt8Array:
-        noise = 127.5 * sigma * generator.standard_normal(images.shape)
-        return _as_pixels(images + noise)
+        noise = generator.standard_normal(images.shape, np.float32)
+        return _as_pixels(images + np.float32(127.5 * sigma) * noise)
 
     def blurred(sigma: float) -> UInt8Array:
-        return _as_pixels(gaussian_filter(images.astype(np.float64), (0, sigma, sigma, 0)))
+        return _as_pixels(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0)))
 
     halves = [embed(network, images[part])[0] for part in (order[:half], order[half:])]
     return {
         "half against half": (frechet_distance(*halves), float("nan")),
         "all real": score(images),
         "half": score(images[order[:half]]),
-        "from 64 px": score(digit_images(64)[0]),
+        **{f"from {size} px": score(lesson.redrawn(size)) for size in lesson.others},
         "noise, sigma 0.1 of [-1, 1]": score(noisy(0.1)),
         "noise, sigma 0.3 of [-1, 1]": score(noisy(0.3)),
-        "blur, sigma 0.5 px of 32": score(blurred(0.5)),
-        "blur, sigma 1 px of 32": score(blurred(1.0)),
-        "blur, sigma 2 px of 32": score(blurred(2.0)),
+        **{f"blur, sigma {sigma} px of {side}": score(blurred(sigma)) for sigma in (0.5, 1.0, 2.0)},
         "without the class 3": score(images[labels != 3]),
-        "ten images repeated": score(np.repeat(images[order[:10]], 180, axis=0)),
+        "ten images repeated": score(np.repeat(images[order[:10]], len(images) // 10, axis=0)),
         "uniform noise": score(generator.integers(0, 256, images.shape, dtype=np.uint8)),
     }
 
 
-def _as_pixels(values: npt.NDArray[np.float64]) -> UInt8Array:
+def _as_pixels(values: Float32Array) -> UInt8Array:
     pixels: UInt8Array = values.round().clip(0, 255).astype(np.uint8)
     return pixels
 
@@ -122,38 +211,33 @@ def command(arguments: argparse.Namespace) -> int:
     """Train, write the file, print accuracy and sanity list."""
     if not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}: no such folder {arguments.output.parent}; create it first")
-    if arguments.epochs < 1:
+    if arguments.epochs is not None and arguments.epochs < 1:
         raise UserError(f"--epochs {arguments.epochs}: at least 1 is needed")
     torch.set_num_threads(1)  # the order of sums, and so the hash of the file, must not depend on the number of cores
     torch.use_deterministic_algorithms(True)
-    images, labels = digit_images(DigitsFeatures.input_size)
-    held_out = np.zeros(len(images), dtype=bool)
-    held_out[DIGITS_HELD_OUT] = True
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)[torch.from_numpy(~held_out)]
-    targets = torch.from_numpy(labels[~held_out].astype(np.int64))
-    network = train(pixels, targets, arguments.epochs, arguments.seed)
+    lesson = LESSONS[arguments.images]()
+    network = train(lesson, arguments.epochs or lesson.epochs, arguments.seed)
 
     content: bytes = safetensors.torch.save(network.state_dict())
     arguments.output.write_bytes(content)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     digest = hashlib.sha256(content).hexdigest()
     print(f"{arguments.output}: {parameters} parameters, {len(content)} bytes, sha256 {digest}")
-    for name, part in (("training", ~held_out), ("held out", held_out)):
-        agreement = label_agreement(embed(network, images[part])[1], labels[part])
+    for name, part in (("training", ~lesson.held_out), ("held out", lesson.held_out)):
+        agreement = label_agreement(embed(network, lesson.images[part])[1], lesson.labels[part])
         print(f"accuracy, {name}: {agreement:.2%} of {part.sum()}")
     print(f"{'':30}{'distance':>10}{'IS':>8}")
-    for name, (distance, score) in sanity_list(network, arguments.seed).items():
+    for name, (distance, score) in sanity_list(network, lesson, arguments.seed).items():
         print(f"{name:30}{distance:10.3f}{score:8.2f}")
     return ExitCode.DONE
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", choices=list(LESSONS), help="what the network looks at")
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument(
-        "--epochs", type=int, default=30, help="passes over the 1,437 training digits (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=int, help="passes over the training images; default: 30 digits, 18 glyphs")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
     return parser.parse_args(argv)
 

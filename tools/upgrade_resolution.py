@@ -14,15 +14,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from jitscale.config import Config, load_config, to_yaml
-from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
+from jitscale.config import Config, load_config
+from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import MOMENTS, Progress, complete_checkpoints, step_folder, write_streamed
+from jitscale.training.checkpoint import MOMENTS, complete_checkpoints
 from jitscale.upgrade import KERNELS, MODES, OUTPUT_BIAS, OUTPUT_WEIGHT, PATCH_EMBEDDING, Upgrade, plan_upgrade
 from jitscale.weights.opening import open_weights
 from jitscale.weights.stored import StoredWeights, elements
+from jitscale.weights.upgraded import check_target, write_upgraded
 
 LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is also checked as a whole: twice 0.8 GB
 PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
     parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: what CONFIG means")
     parser.add_argument("--kernel", choices=KERNELS, default="nearest", help="of patches; default: %(default)s")
+    parser.add_argument("--reset-moments", action="store_true", help="the optimizer's moments all begin at zero")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over --to")
     options = parser.parse_intermixed_args(arguments)
@@ -44,25 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
     stored = open_weights(options.checkpoint, options.config)
     upgrade = plan_upgrade(stored.config, target, options.kernel, options.mode)
+    check_target(stored, target, upgrade)
     if complete_checkpoints(options.output):
         raise UserError(f"{options.output}: holds checkpoints already; choose another --output")
     stored.verify()
-    check_target(stored, target, upgrade)
-
-    moments = stored.moments if target.optim.name == "adamw" else ()
-    sets = [*stored.weight_sets, *moments]
-    new = shapes_of(target)
-    progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
-    with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:
-
-        def tensor(set_name: str, parameter: str) -> torch.Tensor:
-            bar.update()
-            if set_name in MOMENTS and parameter in upgrade.resized:
-                return torch.zeros(new[parameter])
-            return upgrade.tensor(parameter, stored.tensor(set_name, parameter))
-
-        folder = write_streamed(step_folder(options.output, 0), progress, target, new, sets, tensor)
-    (options.output / "config.yaml").write_text(to_yaml(target))
+    folder, sets = write_upgraded(stored, target, upgrade, keep_moments=not options.reset_moments)
     report(stored, target, upgrade, folder, sets)
     for name in stored.weight_sets:
         print(f"  self-check of {name}: {self_check(stored, name, target, upgrade)}")
@@ -71,28 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {options.preview}: before and after, pooled and as it is")
     print(f"next: python -m jitscale.train --config {options.to} run.dir={options.output}")
     return ExitCode.DONE
-
-
-def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape of a network, without its memory."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in JiT(config.model).named_parameters()}
-
-
-def check_target(stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
-    """Every parameter of the target is one of the source's, or a resized one.
-
-    Raises:
-        ConfigError: naming what is not.
-    """
-    new = shapes_of(target)
-    differing = [
-        f"{name}: {stored.shapes.get(name, 'absent')} there, {new.get(name, 'absent')} in the target"
-        for name in sorted({*stored.shapes, *new})
-        if stored.shapes.get(name) != new.get(name) and not (name in upgrade.resized and name in stored.shapes)
-    ]
-    if differing:
-        raise ConfigError(f"the target is another network than {stored.path} ({'; '.join(differing)})")
 
 
 def report(stored: StoredWeights, target: Config, upgrade: Upgrade, folder: Path, sets: list[str]) -> None:
@@ -108,7 +73,7 @@ def report(stored: StoredWeights, target: Config, upgrade: Upgrade, folder: Path
     print(f"  kept: the other {kept} parameters of each of {', '.join(stored.weight_sets)}")
     moments = [name for name in sets if name in MOMENTS]
     if not moments:
-        print("  moments of the optimizer: none were stored, or they are of another optimizer; they begin at zero")
+        print("  moments of the optimizer: begin at zero (none were stored, another optimizer's, or --reset-moments)")
     elif upgrade.resized:
         print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
     print(f"  noise scale: {stored.config.diffusion.noise_scale:g} -> {target.diffusion.noise_scale:g}")

@@ -7,12 +7,15 @@ import io
 import os
 import stat
 import tarfile
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
@@ -51,6 +54,15 @@ class PackedShard:
     record: ShardRecord
     enlarged: int  # images whose short side was smaller than the resolution
     bad: list[BadInput]  # left out
+
+
+class Images(Protocol):
+    """Images by integer index, such as an array of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> UInt8Array:
+        """One image, uint8 (R, R, 3)."""
 
 
 def shard_name(number: int) -> str:
@@ -110,7 +122,7 @@ def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]
 
 
 def write_shards(
-    images: Sequence[UInt8Array] | UInt8Array,
+    images: Images,
     labels: Sequence[int] | Int64Array,
     output: str | Path,
     *,
@@ -122,7 +134,7 @@ def write_shards(
     """Write `images` in a random order as shards, their indices and a manifest. Equal input gives equal bytes.
 
     Args:
-        images: anything with a length that yields uint8 (R, R, 3) by integer index, all of one resolution R.
+        images: all of one resolution.
         labels: one class an image, counted from 0.
         output: a folder; made if it is not there.
         codec: the stored form, one of `CODECS`.
@@ -151,6 +163,7 @@ def write_shards(
     def samples(sources: Int64Array) -> Iterator[Sample]:
         for source in sources:
             image = images[source]
+            progress.update()
             if image.shape[:2] != (resolution, resolution):
                 raise DataError(
                     f"image {source}: has shape {image.shape}, the first one {images[0].shape}; "
@@ -159,14 +172,31 @@ def write_shards(
             extension, data = encode(image, codec)
             yield {"__key__": f"{source:09d}", extension: data, "cls": str(int(labels[source])).encode()}
 
-    records = [
-        write_shard(folder / shard_name(number), samples(order[first : first + samples_per_shard]))
-        for number, first in enumerate(range(0, len(order), samples_per_shard))
-    ]
+    with tqdm(total=len(order), unit="img", desc="write", delay=1) as progress:
+        records = [
+            write_shard(folder / shard_name(number), samples(order[first : first + samples_per_shard]))
+            for number, first in enumerate(range(0, len(order), samples_per_shard))
+        ]
     num_classes = int(np.max(labels)) + 1 if class_names is None else len(class_names)
     manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records)
     manifest.write(folder / MANIFEST)
     return manifest
+
+
+def write_shards_once(images: Images, output: Path, **options: Any) -> str:
+    """`write_shards` with its options, unless `output` holds exactly these shards already; returns what was done.
+
+    Raises:
+        DataError: `output` holds other shards; and as `write_shards`.
+    """
+    if not (output / MANIFEST).exists():
+        manifest = write_shards(images, output=output, **options)
+        return f"{output}: {manifest.total} images in {len(manifest.shards)} shards"
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = write_shards(images, output=scratch, **options)
+    if manifest != Manifest.read(output / MANIFEST):
+        raise DataError(f"{output}: holds other shards; remove the folder or choose another --output")
+    return f"{output}: is there already"
 
 
 class _SourceReader:

@@ -236,19 +236,32 @@ class ShardSet:
         return _CachedShard(shard, self._cache, index)
 
 
-def open_configured(config: Config, reference: str | None = None) -> ShardSet:
-    """The shards of `data.shards`, or those of `reference` without labels, under the configuration's other settings.
+def open_configured(config: Config) -> ShardSet:
+    """The shards of `data.shards` under the configuration's settings; {resolution} there stands for `model.image_size`.
 
     Raises:
         DataError: see `ShardSet.open`.
     """
-    data, model = config.data, config.model
+    return _open_sized(config, config.data.shards, config.model.num_classes, config.model.image_size)
+
+
+def open_reference(config: Config) -> ShardSet:
+    """The real images of an evaluation, without their labels; {resolution} stands for their size.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    size = config.evaluation.reference_size or config.model.image_size
+    return _open_sized(config, config.evaluation.reference or config.data.shards, 0, size)
+
+
+def _open_sized(config: Config, pattern: str, num_classes: int, image_size: int) -> ShardSet:
     return ShardSet.open(
-        reference or data.shards,
-        0 if reference else model.num_classes,
-        model.image_size,
-        cache_dir=data.cache_dir,
-        cache_bytes=int(data.cache_gb * 1e9),
+        pattern.replace("{resolution}", str(image_size)),
+        num_classes,
+        image_size,
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
     )
 
 

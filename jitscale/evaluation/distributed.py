@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_reference
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import FeatureNetwork, load_feature_network, to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, labels_of
@@ -138,7 +138,7 @@ def _real_features(network: FeatureNetwork, config: Config, world: World, folder
     source = config.evaluation.reference or config.data.shards
     if not source:
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
-    shards = parallel.together(lambda: open_configured(config, reference=source))
+    shards = parallel.together(lambda: open_reference(config))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         raise ConfigError(
             f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
@@ -154,7 +154,7 @@ def _real_features(network: FeatureNetwork, config: Config, world: World, folder
 
     identity = {
         "manifest": shards.manifest_hash,
-        "image_size": config.model.image_size,
+        "image_size": shards.image_size,
         "block_size": size,
         "features_sha256": network.weights_sha256,
     }

@@ -20,6 +20,7 @@ from torch import nn
 from jitscale.errors import UserError
 
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
+GLYPHS_WEIGHTS = Path(__file__).with_name("glyphs_features.safetensors")
 DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
 
 
@@ -76,24 +77,21 @@ class FeatureNetwork(nn.Module):
         raise NotImplementedError
 
 
-class DigitsFeatures(FeatureNetwork):
-    """A small convolutional network for scikit-learn's handwritten digits: a Fréchet distance that a CPU can run.
+class _PooledConvolutions(FeatureNetwork):
+    """A small convolutional network whose features are the means of channels over the image: distances for a CPU.
 
-    It looks at 32 x 32 pixels whatever the resolution. Every feature is the mean of a channel over the image, scaled to
-    variance 1 on the digits: none is dead, so that a few hundred images have a covariance of full rank, and the
-    distance has a scale (about 0.8 between the halves of the real digits). Normalising over the batch in training and
-    not over an image keeps the response to contrast, and pooling the response to noise and blur.
+    Every feature is scaled to variance 1 on the real images: none is dead, so that a few hundred images have a
+    covariance of full rank, and the distance has a scale. Normalising over the batch in training and not over an image
+    keeps the response to contrast, and pooling the response to noise and blur.
     """
 
-    name = "digits"
-    num_features = 64
-    num_logits = 10
-    input_size = 32
+    channels: tuple[int, ...]  # of the layers, the image's first
+    strides: tuple[int, ...]
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width_in, width_out, stride in ((3, 16, 1), (16, 32, 2), (32, 56, 2), (56, self.num_features, 2)):
+        for width_in, width_out, stride in zip(self.channels, self.channels[1:], self.strides, strict=False):
             layers += [
                 nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
                 nn.BatchNorm2d(width_out),
@@ -112,24 +110,48 @@ class DigitsFeatures(FeatureNetwork):
         return features, self.classes(features)
 
 
-def pretrained_digits() -> FeatureNetwork:
-    """The digits network with the weights of this repository (written by tools/train_digits_features.py).
+class DigitsFeatures(_PooledConvolutions):
+    """For scikit-learn's handwritten digits, at 32 px whatever the resolution; 0.8 between halves of the real ones."""
+
+    name = "digits"
+    num_features = 64
+    num_logits = 10
+    input_size = 32
+    channels = (3, 16, 32, 56, num_features)
+    strides = (1, 2, 2, 2)
+
+
+class GlyphFeatures(_PooledConvolutions):
+    """For the letters of data/glyphs.py, at 128 px: trained to tell letters and fonts, it sees what blurs an edge."""
+
+    name = "glyphs"
+    num_features = 64
+    num_logits = 10
+    input_size = 128
+    channels = (3, 16, 32, 48, num_features)
+    strides = (2, 2, 2, 2)
+
+
+def _with_stored_weights(network: FeatureNetwork, path: Path) -> FeatureNetwork:
+    """The network with the weights of this repository (written by tools/train_features.py).
 
     Raises:
         UserError: the file is missing or is not this network's.
     """
-    network = DigitsFeatures()
     try:
-        content = DIGITS_WEIGHTS.read_bytes()
+        content = path.read_bytes()
         network.load_state_dict(safetensors.torch.load(content))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load {DIGITS_WEIGHTS}: {reason}; reinstall jitscale or restore the file") from error
+        raise UserError(f"cannot load {path}: {reason}; reinstall jitscale or restore the file") from error
     network.weights_sha256 = hashlib.sha256(content).hexdigest()
     return network
 
 
-FEATURE_NETWORKS: dict[str, Callable[[], FeatureNetwork]] = {DigitsFeatures.name: pretrained_digits}
+FEATURE_NETWORKS: dict[str, Callable[[], FeatureNetwork]] = {
+    "digits": lambda: _with_stored_weights(DigitsFeatures(), DIGITS_WEIGHTS),
+    "glyphs": lambda: _with_stored_weights(GlyphFeatures(), GLYPHS_WEIGHTS),
+}
 
 
 def load_feature_network(name: str, device: torch.device | str) -> FeatureNetwork:

@@ -30,6 +30,7 @@ from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.progressive import stages_of
 
 FAULT = "preflight: node"  # how a line begins that names a node
 WAIT_SECONDS = 120.0  # for the slowest rank
@@ -204,7 +205,8 @@ def _shards(config: Config) -> None:
         DataError: they cannot.
     """
     if config.data.shards:
-        open_configured(config)
+        for stage in stages_of(config):
+            open_configured(stage)
 
 
 def _hash_of_code() -> str:

@@ -29,6 +29,7 @@ from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_mess
 from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
 from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, failed_tasks, usable_nodes
+from jitscale.progressive import run_dirs
 from jitscale.training.checkpoint import complete_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,11 @@ class Work:
 
     @property
     def position(self) -> int:
-        """How far it is: the newest checkpoint's step, or the number of finished blocks of an evaluation."""
+        """How far it is: the newest checkpoints' steps in all stages, or the finished blocks of an evaluation."""
         if self.command == "evaluate":
             return sum(1 for _ in self.run_dir.glob("evaluation/*/block_*.npz"))
-        newest = complete_checkpoints(self.run_dir)[-1:]
-        return int(newest[0].name.removeprefix("step_")) if newest else 0
+        newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
+        return sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,152 @@
+"""Experiments: many small runs through the real trainer and evaluation, side by side on the cores there are.
+
+An experiment is a list of `Run`s and a figure of what was measured. What a run has measured is kept in its folder, so
+that an experiment that was stopped goes on, and a figure is drawn again without training anything.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jitscale import parallel
+from jitscale.config import Config, load_config
+from jitscale.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+OUTCOME = "outcome.json"
+SAMPLING_COST = 10  # images trained in the time in which one is sampled and measured, about
+
+Outcomes = Mapping[str, Any]  # run name -> what execution.execute returns
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and where it is measured.
+
+    Attributes:
+        name: unique in the experiment; its folder's.
+        config: a file of configs/.
+        settings: dotted, beside `run.dir`.
+        upgraded_from: the run whose end it starts from, at this run's resolution.
+        kernel: of the upgrade.
+        keep_moments: over the upgrade.
+        as_initial: take the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
+        measured_every: images; measured where it begins, if upgraded, and at its end too. None: at its end only.
+        evaluation: settings of a measurement that differ from those of the training.
+    """
+
+    name: str
+    config: str
+    settings: tuple[str, ...] = ()
+    upgraded_from: str | None = None
+    kernel: str = "nearest"
+    keep_moments: bool = True
+    as_initial: bool = False
+    measured_every: int | None = None
+    evaluation: tuple[str, ...] = ()
+
+    def load(self, folder: Path, *more: str) -> Config:
+        """Its configuration, in `folder` of the experiment."""
+        return load_config(ROOT / "configs" / self.config, [*self.settings, *more, f"run.dir={folder / self.name}"])
+
+    def cost(self, folder: Path) -> int:
+        """In images trained, about."""
+        config = self.load(folder)
+        images = config.run.max_images or 0
+        times = 1 if self.measured_every is None else 1 + images // self.measured_every
+        return images + SAMPLING_COST * config.evaluation.num_images * times
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `tools/experiments.py NAME` does.
+
+    Attributes:
+        title: one line.
+        tools: commands that write the shards, as the arguments of Python.
+        runs: number of seeds -> all runs.
+        summarise: outcomes -> what docs/experiments/NAME.json holds.
+        draw: that and a path -> a figure.
+        describe: that -> lines to print.
+    """
+
+    title: str
+    tools: Sequence[Sequence[str]]
+    runs: Callable[[int], Sequence[Run]]
+    summarise: Callable[[Outcomes], dict[str, Any]]
+    draw: Callable[[Mapping[str, Any], Path], None]
+    describe: Callable[[Mapping[str, Any]], list[str]]
+
+
+def outcomes_of(runs: Sequence[Run], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
+    """What was measured, by the name of the run, in as many processes as `workers`, each with one thread.
+
+    Args:
+        runs: those that others are upgraded from among them.
+        folder: of the experiment.
+        workers: processes.
+        minutes: after which no further run begins.
+
+    Raises:
+        UserError: the time was not enough; the same call goes on. Or a run failed.
+    """
+    done = {run.name: json.loads(path.read_text()) for run in runs if (path := folder / run.name / OUTCOME).exists()}
+    left = [run for run in runs if run.name not in done]
+    if not left:
+        return done
+    started = time.monotonic()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    active: dict[Future[Any], Run] = {}
+    total = sum(run.cost(folder) for run in left)
+    with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name, disable=False) as progress:
+        try:
+            while left or active:
+                in_time = minutes is None or time.monotonic() - started < 60 * minutes
+                for run in [run for run in left if run.upgraded_from is None or run.upgraded_from in done]:
+                    if in_time and len(active) < workers:
+                        left.remove(run)
+                        active[pool.submit(_execute, run, folder)] = run
+                if not active:
+                    break
+                finished, _ = wait(active, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    run = active.pop(future)
+                    done[run.name] = future.result()
+                    progress.set_postfix_str(run.name, refresh=False)
+                    progress.update(run.cost(folder))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if left:
+        raise UserError(f"{len(left)} of {len(runs)} runs are left after {minutes:g} minutes; the same command goes on")
+    return done
+
+
+def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
+    """The outcomes of `name` over all seeds: runs are named NAME_sSEED."""
+    found: list[Any] = []
+    while f"{name}_s{len(found)}" in outcomes:
+        found.append(outcomes[f"{name}_s{len(found)}"])
+    return found
+
+
+def _begin_worker() -> None:
+    parallel.start(parallel.choose_device("cpu"))
+
+
+def _execute(run: Run, folder: Path) -> dict[str, Any]:
+    # In a worker, after parallel.start: DeepSpeed chooses its accelerator while it is imported.
+    from jitscale.experiments.execution import execute  # noqa: PLC0415
+
+    return execute(run, folder)

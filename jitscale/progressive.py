@@ -1,0 +1,42 @@
+"""Training through rising resolutions: the stages that `progressive.*` adds before the run's own resolution.
+
+All stages have as many tokens, and so the same cost an image; patches and noise scale grow with the resolution
+(jitscale/upgrade.py). Each lower stage is a run of its own in a subfolder, so that it can be looked at, resumed and
+evaluated like any other; the last one is the run itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from jitscale.config import Config, ProgressiveConfig
+
+LOWER_STAGES = "at_*px"
+
+
+def stages_of(config: Config) -> list[Config]:
+    """One configuration a stage, the lowest resolution first and `config` without its `progressive` last."""
+    final = replace(config, progressive=ProgressiveConfig())
+    lower = zip(config.progressive.resolutions, config.progressive.images, strict=True)
+    return [*(_stage(final, resolution, images) for resolution, images in lower), final]
+
+
+def run_dirs(run_dir: Path) -> Iterator[Path]:
+    """The folders of a run and of the lower stages that it has had."""
+    yield run_dir
+    yield from sorted(run_dir.glob(LOWER_STAGES))
+
+
+def _stage(final: Config, resolution: int, images: int) -> Config:
+    model, run = final.model, final.run
+    folder = Path(run.dir) / LOWER_STAGES.replace("*", str(resolution))
+    return replace(
+        final,
+        model=replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size),
+        diffusion=replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size),
+        evaluation=replace(final.evaluation, at_end=False),
+        tracking=replace(final.tracking, name=f"{final.tracking.name or Path(run.dir).name}_{resolution}px"),
+        run=replace(run, dir=str(folder), max_images=images, max_steps=None),
+    )
