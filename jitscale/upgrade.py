@@ -6,10 +6,11 @@ D:
 
     D net'(z', t, y) = net(D z', t, y)
 
-For the kernel `nearest` D is the mean over areas and U its pseudo-inverse, for whole k the repetition of pixels. Noise
-of standard deviation k pools to standard deviation 1 then, which is why the noise scale is multiplied by k. For
-`pi-bilinear` and `pi-bicubic` U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4),
-which does not keep the noise's deviation. For a lower resolution the two change places: W U and D V.
+For the kernels `nearest` and `smooth` D is the mean over areas. Noise of standard deviation k pools to standard
+deviation 1 then, which is why the noise scale is multiplied by k. `nearest` has its pseudo-inverse for U, for whole k
+the repetition of pixels; `smooth` bicubic interpolation, corrected so that D U = 1. For `pi-bilinear` and `pi-bicubic`
+U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not keep the noise's
+deviation. For a lower resolution the two change places: W U and D V.
 
 All functions are pure and linear in the weights: they apply to every average as they do to the weights themselves.
 
@@ -32,7 +33,7 @@ PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_WEIGHT = "final_layer.linear.weight"
 OUTPUT_BIAS = "final_layer.linear.bias"
 RESIZED = (PATCH_EMBEDDING, OUTPUT_WEIGHT, OUTPUT_BIAS)
-KERNELS = ("nearest", "pi-bilinear", "pi-bicubic")
+KERNELS = ("nearest", "smooth", "pi-bilinear", "pi-bicubic")
 MODES = ("patch", "tokens")
 
 
@@ -157,6 +158,10 @@ def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tens
     if kernel == "nearest":
         pool = _area_means(small, large)
         enlarge = torch.linalg.pinv(pool)
+    elif kernel == "smooth":
+        pool = _area_means(small, large)
+        interpolation = _interpolation(small, large, "bicubic")
+        enlarge = interpolation @ torch.linalg.inv(pool @ interpolation)
     elif kernel in KERNELS:
         enlarge = _interpolation(small, large, kernel.removeprefix("pi-"))
         pool = torch.linalg.pinv(enlarge)

@@ -105,11 +105,13 @@ def outcomes_of(runs: Sequence[Run], folder: Path, workers: int, minutes: float 
     if not left:
         return done
     started = time.monotonic()
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
+    folder.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker, initargs=(folder / "log.txt",))
     active: dict[Future[Any], Run] = {}
     total = sum(run.cost(folder) for run in left)
-    with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name, disable=False) as progress:
+    with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name) as progress:
         try:
             while left or active:
                 in_time = minutes is None or time.monotonic() - started < 60 * minutes
@@ -141,7 +143,10 @@ def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
     return found
 
 
-def _begin_worker() -> None:
+def _begin_worker(log: Path) -> None:
+    with log.open("a") as file:  # the terminal is the parent's
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     parallel.start(parallel.choose_device("cpu"))
 
 

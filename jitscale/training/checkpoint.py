@@ -254,7 +254,10 @@ def write_streamed(
         return final
 
     try:
-        return _saving(aside, write)
+        return write()  # by one process alone, whether there are others or not: no collective
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _unwritable(aside, error) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -17,7 +17,7 @@ LAYERS = [
     {"training"},
     {"weights"},
     {"launch"},
-    {"train", "evaluate", "benchmarks", "__init__"},
+    {"train", "evaluate", "benchmarks", "experiments", "__init__"},
 ]
 RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 

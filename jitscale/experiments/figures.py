@@ -1,0 +1,51 @@
+"""One look for all figures: colours that colour-blind readers tell apart (Okabe and Ito 2008), and error bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+STYLE: Any = {
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "jitscale",  # equal data, equal file
+    "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def figure(path: Path, panels: int, width: float = 4.2, height: float = 3.4) -> Iterator[Sequence[Axes]]:
+    """Panels side by side, written to `path` (.svg or .png) at the end."""
+    with mpl.rc_context(STYLE):
+        drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
+        yield list(axes[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+        plt.close(drawn)
+
+
+def curve(axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, **style: Any) -> None:
+    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars."""
+    values = np.asarray(by_seed, float)
+    deviation = values.std(axis=0, ddof=1) if len(values) > 1 else None
+    axis.errorbar(x, values.mean(axis=0), yerr=deviation, label=label, capsize=2, linewidth=1.2, markersize=4, **style)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Over seeds; the deviation of one seed is 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

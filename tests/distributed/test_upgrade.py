@@ -1,0 +1,113 @@
+"""From one resolution to another between jobs of other stages and ranks, and inside one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitscale.completion import is_complete
+from jitscale.config import load_config
+from jitscale.data.packing import write_shards
+from jitscale.tracking import read_metrics
+from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
+from tests.distributed.processes import run_ranks, start_ranks
+from tests.distributed.test_training import BATCH, STEPS, Job, same_state
+
+HALF = STEPS // 2
+STILL = ["model.attn_dropout=0", "model.proj_dropout=0", f"run.max_steps={HALF}"]
+HIGH = ["model.image_size=32", "model.patch_size=8", "diffusion.noise_scale=2.0"]
+PROGRESSIVE = [*STILL, *HIGH, "progressive.resolutions=[16]", f"progressive.images=[{HALF * BATCH}]"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """With shards of 32 px, which a network of 16 px reads at half the size."""
+    found = Job(tmp_path_factory.mktemp("upgrade"))
+    images = np.random.default_rng(0).integers(0, 256, (75, 32, 32, 3), np.uint8)
+    write_shards(images, np.arange(75) % 10, found.folder / "large", samples_per_shard=20)
+    found.folder.joinpath("config.yaml").write_text(
+        found.folder.joinpath("config.yaml").read_text().replace("data: {", f"data: {{shards: {found.folder}/large, ")
+    )
+    return found
+
+
+def train(job: Job, name: str, *overrides: str, world_size: int = 2) -> list[dict[str, Any]]:
+    return job.train(name, f"data.shards={job.folder / 'large'}", *overrides, world_size=world_size)
+
+
+def upgrade(job: Job, source: str, target: str, expect: int = 0) -> str:
+    arguments = ["--checkpoint", str(job.folder / source), "--to", str(job.folder / "config.yaml")]
+    output = ["--output", str(job.folder / target)]
+    return run_ranks(1, "tools/upgrade_resolution.py", *arguments, *output, *STILL, *HIGH, expect=expect)
+
+
+@pytest.fixture(scope="module")
+def low(job: Job) -> list[dict[str, Any]]:
+    return train(job, "low", *STILL)
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    assert [line["step"] for line in metrics] == list(range(1, HALF + 1))
+    return [line["loss"] for line in metrics]
+
+
+def test_stage_3_on_three_ranks_goes_on_in_stage_1_on_two(job: Job, low: list[dict[str, Any]]) -> None:
+    elsewhere = train(job, "low_3", *STILL, "engine.zero_stage=3", world_size=3)
+    assert losses(elsewhere) == pytest.approx(losses(low), rel=1e-5)
+    assert "self-check of ema_0.9" in upgrade(job, "low_3", "high_3")
+    upgrade(job, "low", "high")
+    first = Checkpoint(complete_checkpoints(job.folder / "high_3")[0])
+    assert first.progress.optimizer_step == HALF, "the moments were kept"
+    moved = train(job, "high_3", *STILL, *HIGH, "engine.zero_stage=1")
+    assert losses(moved) == pytest.approx(losses(train(job, "high", *STILL, *HIGH)), rel=1e-5)
+
+
+def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -> None:
+    """And stopped in the second stage it goes on there."""
+    if not (job.folder / "high").exists():
+        upgrade(job, "low", "high")
+        train(job, "high", *STILL, *HIGH)
+    shards = f"data.shards={job.folder / 'large'}"
+    ranks = start_ranks(2, *job.command("both", shards, *PROGRESSIVE))
+    metrics = job.folder / "both/metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < HALF // 3:
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.002)
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    assert "from 16 to 32 px" in outputs[0]
+    assert not is_complete(job.folder / "both", "train")
+    assert losses(train(job, "both", *PROGRESSIVE)) == losses(read_metrics(job.folder / "high"))
+    assert is_complete(job.folder / "both", "train")
+    last = f"checkpoints/step_{HALF:08d}"
+    assert same_state(job.folder / "both" / last, job.folder / "high" / last)
+    assert same_state(job.folder / "both/at_16px" / last, job.folder / "low" / last)
+    assert load_config(job.folder / "both/at_16px/config.yaml").model.patch_size == 4
+
+
+def test_a_later_stage_without_images_is_met_first(job: Job) -> None:
+    said = run_ranks(2, *job.command("small", *PROGRESSIVE), expect=2)
+    assert "the manifest says 16 pixels a side, the model has 32" in said
+    assert not (job.folder / "small/at_16px").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_no_room_for_the_upgrade(job: Job, low: list[dict[str, Any]]) -> None:
+    folder: Path = job.folder / "full"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], check=True)
+    try:
+        said = upgrade(job, "low", "full", expect=2)
+        assert "error: " in said
+        assert "make room" in said
+        assert not list(folder.glob("checkpoints/step_*"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -1,0 +1,97 @@
+"""Glyphs: the same pictures at every resolution, and what their feature network sees in them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jitscale.data.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
+from jitscale.data.shards import ShardSet
+from jitscale.evaluation.features import GLYPHS_WEIGHTS, FeatureNetwork, load_feature_network
+from jitscale.evaluation.metrics import frechet_distance, label_agreement
+
+ROOT = Path(__file__).parents[2]
+# Every result names this hash. Another file makes distances that do not compare with the earlier ones.
+GLYPHS_SHA256 = "599b215cf4302e6cadb0b34084ef521e73a08e035f03b2f72877111a87a3271e"
+COUNT = 500
+
+
+def drawn(resolution: int, seed: int = 3) -> np.ndarray:
+    glyphs = Glyphs(COUNT, resolution, seed)
+    return np.stack([glyphs[index] for index in range(COUNT)])
+
+
+@pytest.fixture(scope="module")
+def network() -> FeatureNetwork:
+    return load_feature_network("glyphs", "cpu")
+
+
+@pytest.fixture(scope="module")
+def large() -> np.ndarray:
+    return drawn(128)
+
+
+def features(network: FeatureNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    parts = [network(part) for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(200)]
+    return tuple(torch.cat(part).numpy() for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_a_glyph_is_the_same_picture_at_every_resolution(large: np.ndarray, resolution: int) -> None:
+    """Up to the rounding of a letter's coverage of a pixel."""
+    ratio = 128 // resolution
+    pooled = large.reshape(COUNT, resolution, ratio, resolution, ratio, 3).mean((2, 4))
+    assert np.abs(pooled - drawn(resolution)).max() <= 4
+
+
+def test_glyphs_differ_as_they_should(large: np.ndarray) -> None:
+    glyphs = Glyphs(COUNT, 128, seed=3)
+    assert np.bincount(glyphs.labels).tolist() == [COUNT // 10] * len(GLYPH_CLASSES)
+    assert np.bincount(glyphs.fonts, minlength=len(GLYPH_FONTS)).min() > 5
+    assert len({image.tobytes() for image in large}) == COUNT
+    assert np.array_equal(glyphs[5], large[5])
+    assert not np.array_equal(Glyphs(COUNT, 128, seed=4)[5], large[5])
+    contrast = large.reshape(COUNT, -1, 3).max(1).astype(int) - large.reshape(COUNT, -1, 3).min(1)
+    assert contrast.min() > 50, "every letter is visible"
+
+
+def test_the_tool_writes_them_once(tmp_path: Path) -> None:
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["--resolution", "32", "--count", "50", "--output", str(tmp_path / "shards"), *more]
+        command = [sys.executable, "tools/make_glyphs.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert run().stdout == f"{tmp_path}/shards: 50 images in 1 shards\n"
+    shards = ShardSet.open(tmp_path / "shards", 10, 32)
+    image, label = shards.read(0, 7)
+    glyphs = Glyphs(50, 32)
+    assert any(np.array_equal(image, glyphs[index]) for index in range(50) if glyphs.labels[index] == label)
+    assert run().stdout == f"{tmp_path}/shards: is there already\n"
+    other = run("--seed", "1")
+    assert other.returncode == 2
+    assert "holds other shards" in other.stderr
+
+
+def test_the_stored_weights_are_the_ones_results_refer_to(network: FeatureNetwork) -> None:
+    assert network.weights_sha256 == hashlib.sha256(GLYPHS_WEIGHTS.read_bytes()).hexdigest() == GLYPHS_SHA256
+    assert GLYPHS_WEIGHTS.stat().st_size < 300_000
+
+
+def test_the_distance_sees_lost_detail_and_knows_letters(network: FeatureNetwork, large: np.ndarray) -> None:
+    """On glyphs that never trained the network."""
+    real, logits = features(network, large)
+    assert label_agreement(logits, Glyphs(COUNT, 128, seed=3).labels) > 0.9
+    order = np.random.default_rng(0).permutation(COUNT)
+    floor = frechet_distance(real[order[::2]], real[order[1::2]])
+    from_64, from_32 = (frechet_distance(features(network, drawn(size))[0], real) for size in (64, 32))
+    assert from_64 < from_32
+    assert from_32 > 2 * floor
+    noise = 0.3 * 127.5 * np.random.default_rng(0).standard_normal(large.shape)
+    noisy = (large + noise).round().clip(0, 255).astype(np.uint8)
+    assert frechet_distance(features(network, noisy)[0], real) > from_64

@@ -1,0 +1,80 @@
+"""Repeat an experiment of docs/: train and measure its runs, write its numbers and its figure.
+
+    python tools/experiments.py upgrade --seeds 3
+
+Started again, it goes on where it was: what has been measured is kept under runs/experiments/. The results are
+docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the former.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.experiments import upgrade
+from jitscale.experiments.running import ROOT, Experiment, outcomes_of
+from jitscale.files import appearing_whole
+
+EXPERIMENTS: dict[str, Experiment] = {"upgrade": upgrade.EXPERIMENT}
+
+
+def main() -> int:
+    """Parse the command line and run what it names."""
+    listed = "\n".join(f"  {name:12}{experiment.title}" for name, experiment in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="one of those above, or all")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="after which no further run is begun")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="side by side; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
+    parser.add_argument("--figure-only", action="store_true", help="draw again from what DIR holds")
+    options = parser.parse_args()
+    if options.seeds < 1 or options.workers < 1:
+        parser.error("--seeds and --workers must be at least 1")
+    os.chdir(ROOT)  # the configurations name their shards from here
+    for name in EXPERIMENTS if options.name == "all" else [options.name]:
+        experiment, results = EXPERIMENTS[name], options.output / f"{name}.json"
+        if not options.figure_only:
+            measure(name, experiment, options, results)
+        elif not results.exists():
+            raise UserError(f"{results}: not there; leave out --figure-only")
+        summary = json.loads(results.read_text())
+        experiment.draw(summary, results.with_suffix(".svg"))
+        print("\n".join(experiment.describe(summary)))
+        print(f"{results}, {results.with_suffix('.svg')}")
+    return ExitCode.DONE
+
+
+def measure(name: str, experiment: Experiment, options: argparse.Namespace, results: Path) -> None:
+    """Do what is left of the runs, and write the numbers."""
+    for tool in experiment.tools:
+        finished = subprocess.run([sys.executable, *tool], check=False)
+        if finished.returncode != 0:
+            raise UserError(f"{' '.join(tool)}: ended with code {finished.returncode}; see above")
+    runs = experiment.runs(options.seeds)
+    outcomes = outcomes_of(runs, Path("runs/experiments") / name, options.workers, options.budget)
+    facts = {
+        "command": f"python tools/experiments.py {name} --seeds {options.seeds}",
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "torch": version("torch"),
+        "seconds_of_workers": round(sum(o["training_seconds"] + o["measuring_seconds"] for o in outcomes.values())),
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with appearing_whole(results) as file:
+        file.write(json.dumps({**facts, **experiment.summarise(outcomes)}, indent=1).encode())
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)
