@@ -1,0 +1,82 @@
+"""Experiments in miniature: runs in workers, upgraded from each other, measured, and gone on with after a stop."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
+from jitscale.data.packing import write_shards
+from jitscale.errors import UserError
+from jitscale.experiments import upgrade
+from jitscale.experiments.running import OUTCOME, Run, outcomes_of
+
+TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
+TINY += ("data.batch_size=16", "evaluation.num_images=32", "evaluation.block_size=16", "evaluation.steps=2")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("glyphs")
+    for size in (32, 64):
+        glyphs = Glyphs(40, size)
+        write_shards(glyphs, glyphs.labels, folder / str(size), class_names=GLYPH_CLASSES)
+    return f"data.shards={folder}/{{resolution}}"
+
+
+def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
+    own = (*TINY, shards)
+    low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",))
+    high = Run("high_s0", "glyphs_64.yaml", own, upgraded_from="low_s0", measured_every=32)
+    fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), "low_s0", kernel="smooth", as_initial=True)
+    with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command goes on"):
+        outcomes_of([fresh, high, low], tmp_path, workers=1, minutes=0)
+    found = outcomes_of([fresh, high, low], tmp_path, workers=2)
+    assert set(found) == {"low_s0", "high_s0", "fresh_s0"}
+    assert [m["images"] for m in found["high_s0"]["measurements"]] == [0, 32, 64]
+    assert [m["images"] for m in found["low_s0"]["measurements"]] == [64]
+    assert all(m["fid"] > 0 and m["num_real_images"] == 40 for o in found.values() for m in o["measurements"])
+    assert found["high_s0"]["flops_an_image"] > found["low_s0"]["flops_an_image"]
+    assert json.loads((tmp_path / "low_s0" / OUTCOME).read_text()) == found["low_s0"]
+    # Nothing is trained twice: what was recorded is what is returned.
+    recorded = {**found["low_s0"], "training_seconds": -1.0}
+    (tmp_path / "low_s0" / OUTCOME).write_text(json.dumps(recorded))
+    assert outcomes_of([high, low], tmp_path, workers=1) == {"low_s0": recorded, "high_s0": found["high_s0"]}
+
+
+def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
+    broken = Run("broken_s0", "glyphs_64.yaml", (*TINY, "data.shards=/nowhere"))
+    with pytest.raises(UserError, match="/nowhere"):
+        outcomes_of([broken], tmp_path, workers=1)
+
+
+def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
+    outcomes: dict[str, Any] = {}
+    random.seed(0)
+    for run in upgrade.runs(seeds=2):
+        images = run.load(tmp_path).run.max_images or 0
+        at = [0] if run.upgraded_from else []
+        at += range(run.measured_every, images + 1, run.measured_every) if run.measured_every else [images]
+        outcomes[run.name] = {
+            "flops_an_image": 1e8,
+            "training_seconds": 1.0,
+            "measurements": [
+                {"images": n, "fid": 10 + 1e5 / (n + 1e3) + random.random(), "fid_floor": 0.5, "label_agreement": 0.5}
+                for n in at
+            ],
+        }
+    summary = json.loads(json.dumps(upgrade.summarise(outcomes)))
+    upgrade.draw(summary, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+    upgrade.draw(summary, tmp_path / "again.svg")
+    assert (tmp_path / "figure.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    described = "\n".join(upgrade.describe(summary))
+    assert "scratch_64" in described
+    assert "pi-bicubic" in described
+    outcomes["tuned_64_s0"]["measurements"][2]["fid"] = 0.0
+    shares = upgrade.summarise(outcomes)["share_of_scratch"]["tuned_64"]
+    assert shares[0] == pytest.approx(2 * upgrade.TUNED / 8 / upgrade.SCRATCH)
