@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Turn a low-resolution run into a high-resolution one, and fine-tune it:
-#     sbatch slurm/upgrade_and_finetune.sh runs/jit_h_256 configs/jit_h_512.yaml runs/jit_h_512 data.shards=/data/imagenet_512
+#     sbatch slurm/upgrade_and_finetune.sh runs/jit_h_256 configs/finetune_h_512.yaml runs/jit_h_512 data.shards=/data/imagenet_512
 #SBATCH --job-name=upgrade-finetune
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

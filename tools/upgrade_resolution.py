@@ -1,7 +1,7 @@
 """Turn a checkpoint of one resolution into one of another that computes the same function through pooling.
 
-    python tools/upgrade_resolution.py --checkpoint runs/jit_h_256 --to configs/jit_h_512.yaml --output runs/jit_h_512
-    python -m jitscale.train --config configs/jit_h_512.yaml run.dir=runs/jit_h_512
+    python tools/upgrade_resolution.py --checkpoint runs/jit_h_256 --to configs/finetune_h_512.yaml --output runs/h_512
+    python -m jitscale.train --config configs/finetune_h_512.yaml run.dir=runs/h_512
 
 PATH is a run or step folder, safetensors files, a Hugging Face folder, or the authors' .pth file. The output is a run
 folder at step 0, with all weight sets. The optimizer's moments of resized parameters start from zero, all others are

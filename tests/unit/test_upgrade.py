@@ -116,7 +116,13 @@ def test_the_map_is_linear() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "kernel", "deviation"),
-    [(16, 32, "nearest", 1.0), (16, 32, "pi-bilinear", 1.91), (16, 32, "pi-bicubic", 1.23), (16, 24, "nearest", 0.833)],
+    [
+        (16, 32, "nearest", 1.0),
+        (16, 32, "smooth", 1.0),
+        (16, 32, "pi-bilinear", 1.91),
+        (16, 32, "pi-bicubic", 1.23),
+        (16, 24, "nearest", 0.833),
+    ],
 )
 def test_the_deviation_of_pooled_noise(old: int, new: int, kernel: str, deviation: float) -> None:
     enter, leave = operators(old, new, kernel)
@@ -210,6 +216,12 @@ def test_the_tool_writes_a_run(low: Path, tmp_path: Path, capsys: pytest.Capture
             assert torch.equal(after.tensor(name, key), expected), (name, key)
     back = upgraded(high, target(tmp_path, settings(4)), tmp_path / "back")
     assert torch.equal(open_weights(back).tensor("model", PATCH_EMBEDDING), before.tensor("model", PATCH_EMBEDDING))
+
+
+def test_moments_can_be_left_out(low: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    high = upgraded(low, target(tmp_path, settings(8)), tmp_path / "high", "--reset-moments")
+    assert "begin at zero" in capsys.readouterr().out
+    assert open_weights(high).optimizer_step == 0
 
 
 def test_the_authors_file_is_upgraded(tmp_path: Path) -> None:
