@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "engine.precision": ("fp32", "autocast", "bf16"),
-    "evaluation.features": ("digits", "glyphs"),
+    "evaluation.features": ("digits", "glyphs", "inception"),
     "evaluation.method": ("euler", "heun"),
     "tracking.wandb": ("online", "offline", "off"),
     "run.device": ("auto", "cpu", "cuda"),

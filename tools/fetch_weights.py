@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jitscale.config import EvaluationConfig, load_config
 from jitscale.errors import ExitCode, exit_with_message
-from jitscale.evaluation.published import PUBLISHED, fetch, published_folder
+from jitscale.evaluation.networks import PUBLISHED
+from jitscale.evaluation.published import fetch, published_folder
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from jitscale.data.digits import digit_images
 from jitscale.data.glyphs import Glyphs
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.evaluation.features import DIGITS_HELD_OUT, DigitsFeatures, FeatureNetwork, GlyphFeatures
+from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures, GlyphFeatures
 
 BATCH = 64
 EMBEDDED_TOGETHER = 600  # images

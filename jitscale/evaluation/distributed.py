@@ -27,9 +27,10 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_reference
 from jitscale.errors import ConfigError
-from jitscale.evaluation.features import FeatureNetwork, load_feature_network, to_uint8
+from jitscale.evaluation.features import FeatureNetwork, to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, labels_of
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jitscale.evaluation.networks import load_feature_network, prepare_weights
 from jitscale.files import appearing_whole
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
@@ -59,9 +60,11 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         DataError: the reference shards are missing or damaged.
     """
     evaluation = config.evaluation
-    if evaluation.features is None:
+    features = evaluation.features
+    if features is None:
         raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
-    network = load_feature_network(evaluation.features, world.device)
+    prepare_weights(evaluation, world)
+    network = parallel.together(lambda: load_feature_network(features, world.device, evaluation))
     folder = run_dir / "evaluation"
     real = _real_features(network, config, world, folder)
     protocol = _protocol(model, weights, network, config)

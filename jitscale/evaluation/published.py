@@ -31,15 +31,6 @@ class Published:
         return self.url.rsplit("/", maxsplit=1)[-1]
 
 
-# The port of TensorFlow's Inception-2015-12-05 with which published FIDs are computed (toshas/torch-fidelity).
-PUBLISHED = {
-    "inception": Published(
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        "6726825d",
-    ),
-}
-
-
 def published_folder(evaluation: EvaluationConfig) -> Path:
     """`evaluation.features_dir`, or torch hub's folder ($TORCH_HOME/hub/checkpoints)."""
     folder = evaluation.features_dir

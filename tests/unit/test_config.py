@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml, weight_set_names
-from jitscale.evaluation.features import FEATURE_NETWORKS
+from jitscale.evaluation.networks import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -12,14 +12,10 @@ from scipy.ndimage import gaussian_filter
 
 from jitscale.data.digits import digit_images
 from jitscale.errors import UserError
-from jitscale.evaluation.features import (
-    DIGITS_HELD_OUT,
-    DIGITS_WEIGHTS,
-    FeatureNetwork,
-    load_feature_network,
-    to_uint8,
-)
+from jitscale.evaluation.features import FeatureNetwork, to_uint8
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jitscale.evaluation.networks import load_feature_network
+from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
 
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
 DIGITS_SHA256 = "5f12f99d2677e7f00703410b24d12586470479353fd6595ebb7853d962ca0e22"
@@ -56,9 +52,9 @@ def as_pixels(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_stored_weights_are_the_ones_results_refer_to(network: FeatureNetwork) -> None:
-    assert hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest() == DIGITS_SHA256
+    assert hashlib.sha256(DigitsFeatures.weights.read_bytes()).hexdigest() == DIGITS_SHA256
     assert network.weights_sha256 == DIGITS_SHA256
-    assert DIGITS_WEIGHTS.stat().st_size < 300_000
+    assert DigitsFeatures.weights.stat().st_size < 300_000
 
 
 def test_network_has_the_shapes_it_announces_and_trains_no_more(network: FeatureNetwork) -> None:
@@ -160,12 +156,12 @@ def test_unknown_network_is_refused_with_the_names_that_exist() -> None:
 
 
 def test_damaged_or_missing_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content in (DIGITS_WEIGHTS.read_bytes()[:-1], None):
+    for content in (DigitsFeatures.weights.read_bytes()[:-1], None):
         path = tmp_path / "weights.safetensors"
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        monkeypatch.setattr("jitscale.evaluation.features.DIGITS_WEIGHTS", path)
+        monkeypatch.setattr(DigitsFeatures, "weights", path)
         with pytest.raises(UserError, match="cannot load"):
             load_feature_network("digits", "cpu")
 

@@ -13,8 +13,10 @@ import torch
 
 from jitscale.data.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from jitscale.data.shards import ShardSet
-from jitscale.evaluation.features import GLYPHS_WEIGHTS, FeatureNetwork, load_feature_network
+from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, label_agreement
+from jitscale.evaluation.networks import load_feature_network
+from jitscale.evaluation.small_networks import GlyphFeatures
 
 ROOT = Path(__file__).parents[2]
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
@@ -79,19 +81,16 @@ def test_the_tool_writes_them_once(tmp_path: Path) -> None:
 
 
 def test_the_stored_weights_are_the_ones_results_refer_to(network: FeatureNetwork) -> None:
-    assert network.weights_sha256 == hashlib.sha256(GLYPHS_WEIGHTS.read_bytes()).hexdigest() == GLYPHS_SHA256
-    assert GLYPHS_WEIGHTS.stat().st_size < 300_000
+    assert network.weights_sha256 == hashlib.sha256(GlyphFeatures.weights.read_bytes()).hexdigest() == GLYPHS_SHA256
+    assert GlyphFeatures.weights.stat().st_size < 300_000
 
 
 def test_the_distance_sees_lost_detail_and_knows_letters(network: FeatureNetwork, large: np.ndarray) -> None:
     """On glyphs that never trained the network."""
     real, logits = features(network, large)
     assert label_agreement(logits, Glyphs(COUNT, 128, seed=3).labels) > 0.9
-    order = np.random.default_rng(0).permutation(COUNT)
-    floor = frechet_distance(real[order[::2]], real[order[1::2]])
     from_64, from_32 = (frechet_distance(features(network, drawn(size))[0], real) for size in (64, 32))
-    assert from_64 < from_32
-    assert from_32 > 2 * floor
+    assert from_32 > 4 * from_64 > 0
     noise = 0.3 * 127.5 * np.random.default_rng(0).standard_normal(large.shape)
     noisy = (large + noise).round().clip(0, 255).astype(np.uint8)
     assert frechet_distance(features(network, noisy)[0], real) > from_64

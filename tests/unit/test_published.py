@@ -13,7 +13,8 @@ import pytest
 
 from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError
-from jitscale.evaluation.published import PUBLISHED, Published, fetch, published_folder
+from jitscale.evaluation.networks import PUBLISHED
+from jitscale.evaluation.published import Published, fetch, published_folder
 from tools.fetch_weights import main
 
 CONTENT = bytes(range(256)) * 400

@@ -1,0 +1,75 @@
+"""Small feature networks for the digits and the glyphs: Fréchet distances that a CPU can run.
+
+Their weights are files of this repository, written by tools/train_features.py.
+
+Shapes: B batch, F features, L logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jitscale.evaluation.features import FeatureNetwork
+
+DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
+
+
+class _PooledConvolutions(FeatureNetwork):
+    """A small convolutional network whose features are the means of channels over the image: distances for a CPU.
+
+    Every feature is scaled to variance 1 on the real images: none is dead, so that a few hundred images have a
+    covariance of full rank, and the distance has a scale. Normalising over the batch in training and not over an image
+    keeps the response to contrast, and pooling the response to noise and blur.
+    """
+
+    channels: tuple[int, ...]  # of the layers, the image's first
+    strides: tuple[int, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in, width_out, stride in zip(self.channels, self.channels[1:], self.strides, strict=False):
+            layers += [
+                nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(),
+            ]
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.scale = nn.BatchNorm1d(self.num_features, affine=False)
+        self.classes = nn.Linear(self.num_features, self.num_logits)
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = (self.input_size, self.input_size)
+        if images.shape[2:] != size:
+            # Antialiased, or noise and edges of larger images would be sampled, not averaged.
+            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
+        features = self.scale(self.trunk(images / 127.5 - 1.0))
+        return features, self.classes(features)
+
+
+class DigitsFeatures(_PooledConvolutions):
+    """For scikit-learn's handwritten digits, at 32 px whatever the resolution; 0.8 between halves of the real ones."""
+
+    name = "digits"
+    weights = Path(__file__).with_name("digits_features.safetensors")
+    num_features = 64
+    num_logits = 10
+    input_size = 32
+    channels = (3, 16, 32, 56, num_features)
+    strides = (1, 2, 2, 2)
+
+
+class GlyphFeatures(_PooledConvolutions):
+    """For the letters of data/glyphs.py, at 128 px: trained to tell letters and fonts, it sees what blurs an edge."""
+
+    name = "glyphs"
+    weights = Path(__file__).with_name("glyphs_features.safetensors")
+    num_features = 64
+    num_logits = 10
+    input_size = 128
+    channels = (3, 16, 32, 48, num_features)
+    strides = (2, 2, 2, 2)
