@@ -29,20 +29,27 @@ from jitscale.data.shards import open_reference
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import FeatureNetwork, to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, labels_of
-from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jitscale.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    label_agreement,
+    precision_recall,
+)
 from jitscale.evaluation.networks import load_feature_network, prepare_weights
 from jitscale.files import appearing_whole
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
+MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
 
 Block = dict[str, npt.NDArray[Any]]
 
 
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
-    """FID, IS and their floor for samples of `model`; a collective call.
+    """FID, IS, KID, precision and recall for samples of `model`; a collective call.
 
     Args:
         model: on this rank's device, in eval mode; the same weights on every rank.
@@ -52,8 +59,9 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         run_dir: where `evaluation/` and `result.json` go.
 
     Returns:
-        What `result.json` holds, on every rank: `fid`, `inception_score`, `num_images`, `fid_floor` (one half of the
-        real images against the other), `label_agreement` where the feature network knows the classes, `protocol`.
+        What `result.json` holds, on every rank: `fid`, `inception_score`, `kid`, `precision`, `recall`, `num_images`,
+        `fid_floor` (one half of the real images against the other), `label_agreement` where the feature network knows
+        the classes, `protocol`.
 
     Raises:
         ConfigError: no feature network is configured, or there is no reference.
@@ -79,6 +87,7 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
             "inception_score": score,
             "inception_score_std": deviation,
             "fid_floor": frechet_distance(real[half], real[other]),
+            **_of_neighbours(real, samples["features"]),
             "num_images": len(samples["features"]),
             "num_real_images": len(real),
             "protocol": protocol,
@@ -88,6 +97,12 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         with appearing_whole(run_dir / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
     return parallel.broadcast_object(result)
+
+
+def _of_neighbours(real: npt.NDArray[Any], generated: npt.NDArray[Any]) -> dict[str, float]:
+    kernel, deviation = kernel_distance(real, generated)
+    precision, recall = precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
+    return {"kid": kernel, "kid_std": deviation, "precision": precision, "recall": recall}
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
+KERNEL_SUBSETS_SEED = 2020
+DISTANCE_ROWS = 1000  # of a matrix of distances at once
 INCEPTION_SCORE_SEED = 2020  # the published protocol shuffles with numpy.random.RandomState(2020)
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,61 @@ def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def kernel_distance(
+    features_a: Array, features_b: Array, subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
+
+    The unbiased estimate, for random subsets of both sets of features (N, F), drawn with a fixed seed; unlike the
+    Fréchet distance it does not depend on N in the mean.
+
+    Args:
+        features_a: (N, F).
+        features_b: (M, F).
+        subsets: how many pairs of subsets.
+        subset_size: of each; all images where there are fewer.
+
+    Returns:
+        Mean and population standard deviation over the subsets; multiply by 1000 for what some papers print.
+
+    Raises:
+        ValueError: different F, fewer than two images in a set, or values that are not finite.
+    """
+    for features in (features_a, features_b):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
+            raise ValueError(f"expected features (N, F), got shapes {features_a.shape} and {features_b.shape}")
+        _refuse_non_finite(features, "features")
+    size = min(subset_size, len(features_a), len(features_b))
+    random = np.random.RandomState(KERNEL_SUBSETS_SEED)
+    found = []
+    for _ in range(subsets):
+        a = features_a[random.choice(len(features_a), size, replace=False)].astype(np.float64)
+        b = features_b[random.choice(len(features_b), size, replace=False)].astype(np.float64)
+        within_a, within_b, across = ((x @ y.T / a.shape[1] + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+        within = within_a.sum() - np.trace(within_a) + within_b.sum() - np.trace(within_b)
+        found.append(within / (size * (size - 1)) - 2.0 * across.mean())
+    return float(np.mean(found)), float(np.std(found))
+
+
+def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple[float, float]:
+    """Improved precision and recall of `generated` (N, F) against `real` (M, F) (Kynkäänniemi et al. 2019, section 2).
+
+    A set covers a point that lies nearer to one of its members than that member's `neighbour`-th nearest neighbour in
+    the set. Precision is the share of generated images that the real ones cover, recall the reverse. Both depend on N
+    and M.
+
+    Raises:
+        ValueError: different F, no more than `neighbour` images in a set, or values that are not finite.
+    """
+    for features in (real, generated):
+        if features.ndim != 2 or len(features) <= neighbour or features.shape[1] != real.shape[1]:
+            raise ValueError(
+                f"expected features of more than {neighbour} images, got shapes {real.shape} and {generated.shape}"
+            )
+        _refuse_non_finite(features, "features")
+    return _covered(generated, real, neighbour), _covered(real, generated, neighbour)
+
+
 def label_agreement(logits: Array, labels: Array) -> float:
     """Share of images, in [0, 1], whose largest of `logits` (N, L) is the class they were asked to show, `labels` (N,).
 
@@ -130,6 +187,25 @@ def label_agreement(logits: Array, labels: Array) -> float:
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
     return float((logits.argmax(axis=1) == labels).mean())
+
+
+def _covered(points: Array, members: Array, neighbour: int) -> float:
+    """Share of `points` that the set of `members` covers."""
+    radii = np.concatenate(
+        [
+            np.partition(_squared_distances(part, members), neighbour, axis=1)[:, neighbour]  # the 0th is itself
+            for part in np.array_split(members, -(-len(members) // DISTANCE_ROWS))
+        ]
+    )
+    parts = np.array_split(points, -(-len(points) // DISTANCE_ROWS))
+    return float(np.concatenate([(_squared_distances(part, members) <= radii).any(axis=1) for part in parts]).mean())
+
+
+def _squared_distances(a: Array, b: Array) -> Float64Array:
+    """(N, M) float64 between the rows of `a` and of `b`."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    squares: Float64Array = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2.0 * x @ y.T
+    return squares
 
 
 def _refuse_non_finite(values: Array, what: str) -> None:

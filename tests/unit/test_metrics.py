@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import scipy.linalg
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 from jitscale.evaluation.metrics import (
     FeatureStatistics,
@@ -18,7 +20,9 @@ from jitscale.evaluation.metrics import (
     frechet_distance,
     frechet_distance_from_statistics,
     inception_score,
+    kernel_distance,
     label_agreement,
+    precision_recall,
 )
 
 
@@ -150,3 +154,54 @@ def test_label_agreement_is_the_share_classified_as_asked() -> None:
         label_agreement(logits, np.array([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="shapes"):
         label_agreement(logits, np.array([0, 1, 2]))
+
+
+def test_kernel_distance_is_the_unbiased_discrepancy() -> None:
+    """Of all images in one subset: the sums of the definition, and torchmetrics."""
+    a, b = correlated_features(40, 6, 0), correlated_features(40, 6, 1, shift=0.5)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x.astype(np.float64) @ y.astype(np.float64) / 6 + 1) ** 3)
+
+    within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(40) for j in range(40) if i != j) / (40 * 39)
+    across = sum(kernel(x, y) for x in a for y in b) / 40**2
+    mean, deviation = kernel_distance(a, b, subsets=2, subset_size=40)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-9)
+    assert deviation == pytest.approx(0.0, abs=1e-9)
+    theirs = poly_mmd(torch.from_numpy(a).double(), torch.from_numpy(b).double())
+    assert mean == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_kernel_distance_of_halves_is_zero_in_the_mean() -> None:
+    features = correlated_features(4000, 8, 0)
+    same, spread = kernel_distance(features[::2], features[1::2], subset_size=500)
+    other, _ = kernel_distance(features[::2], correlated_features(2000, 8, 0, shift=0.5), subset_size=500)
+    assert abs(same) < spread
+    assert other > 3 * abs(same)
+    assert kernel_distance(features[::2], features[1::2], subset_size=500) == (same, spread), "seeded"
+
+
+def test_precision_and_recall_are_those_of_plain_loops() -> None:
+    generator = np.random.default_rng(0)
+    real = generator.standard_normal((60, 3))
+    generated = 0.5 * generator.standard_normal((50, 3)) + 0.5
+
+    def covered(points: np.ndarray, members: np.ndarray) -> float:
+        radii = [sorted(np.linalg.norm(m - other) for other in members)[3] for m in members]
+        inside = [any(np.linalg.norm(p - m) <= r for m, r in zip(members, radii, strict=True)) for p in points]
+        return float(np.mean(inside))
+
+    precision, recall = precision_recall(real, generated)
+    assert precision == pytest.approx(covered(generated, real))
+    assert recall == pytest.approx(covered(real, generated))
+    assert precision > recall, "narrower than the real ones"
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, generated + 100.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("metric", [kernel_distance, precision_recall])
+def test_metrics_of_two_sets_refuse_what_does_not_fit(metric: Callable[..., object]) -> None:
+    good = correlated_features(20, 4, 0)
+    for bad in (correlated_features(20, 5, 0), good[:1], good[0], np.full_like(good, np.nan)):
+        with pytest.raises(ValueError, match=r"expected features|not finite"):
+            metric(good, bad)

@@ -1,0 +1,111 @@
+"""Draw images of a checkpoint: one PNG each, and a grid with a row for each class.
+
+    python tools/sample.py --checkpoint runs/b --classes 207 360 --per-class 8 --guidance 3.0 --output samples/
+
+The image with an id is the same whenever and with whatever others it is drawn: its noise is a function of (seed, id),
+its class is id mod the number of classes. An evaluation with the same settings measures the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from jitscale.config import CHOICES, EvaluationConfig
+from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.generate import configured_sampler, generate, tile
+from jitscale.parallel import choose_device
+from jitscale.weights.opening import open_weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, draw and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="any form of stored weights")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, where PATH does not say it")
+    parser.add_argument("--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: the run's")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: the first 10")
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with the N-th image of each class")
+    parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
+    parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: the run's")
+    parser.add_argument("--guidance", type=float, metavar="W", help="scale, 1 for none; default: the run's")
+    parser.add_argument("--interval", type=float, nargs=2, metavar="T", help="of guidance; default: the run's")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images together; default: %(default)s")
+    parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if it is not there")
+    options = parser.parse_args(arguments)
+    for name in ("per_class", "batch", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+
+    stored = open_weights(options.checkpoint, options.config)
+    stored.verify()
+    model = stored.weight_set(options.weights).build().to(choose_device(options.device))
+    ids = ids_of(options.classes, options.per_class, options.first, model.config.num_classes)
+    evaluation = evaluation_of(options, stored.config.evaluation)
+    sampler = configured_sampler(evaluation, model.diffusion)
+    if options.output.exists() and any(options.output.iterdir()):
+        raise UserError(f"{options.output}: holds files already; choose another --output")
+    options.output.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with tqdm(total=len(ids), unit="img", desc="sample") as progress:
+        for start in range(0, len(ids), options.batch):
+            part = ids[start : start + options.batch]
+            images = to_uint8(generate(model, sampler, part, evaluation.seed)).cpu()
+            for image, number in zip(images, part, strict=True):
+                label = number % max(1, model.config.num_classes)
+                pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+                Image.fromarray(pixels).save(options.output / f"class_{label:04d}_id_{number:08d}.png")
+            drawn.append(images)
+            progress.update(len(part))
+    grid = options.output / "grid.png"
+    Image.fromarray(tile(torch.cat(drawn), options.per_class)).save(grid)
+    print(f"{grid}: {len(ids)} images, {stored.path}, {sampler}, seed {evaluation.seed}")
+    return ExitCode.DONE
+
+
+def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: int) -> list[int]:
+    """Ids of images of these classes, class by class.
+
+    Raises:
+        UserError: a class that the network does not have.
+    """
+    wanted = list(range(min(10, max(1, num_classes)))) if classes is None else classes
+    wrong = [label for label in wanted if not 0 <= label < max(1, num_classes)]
+    if wrong:
+        raise UserError(f"--classes {wrong[0]}: the network has classes 0 to {max(1, num_classes) - 1}")
+    return [label + (first + n) * max(1, num_classes) for label in wanted for n in range(per_class)]
+
+
+def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
+    """The run's way of sampling with what the command line changes.
+
+    Raises:
+        UserError: an impossible interval.
+    """
+    asked = {
+        "method": options.method,
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+        "guidance_interval": options.interval,
+        "seed": options.seed,
+    }
+    chosen = replace(evaluation, **{key: value for key, value in asked.items() if value is not None})
+    low, high = chosen.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--interval {low} {high}: must be two times 0 <= low < high <= 1")
+    return chosen
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)
