@@ -1,4 +1,4 @@
-"""safetensors files written in pieces, for weights that do not fit into memory."""
+"""safetensors files written and read in pieces, for weights that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from jitscale.files import appearing_whole
+
+MOST_MAPPED = 2**30  # bytes
+
+
+class MappedSafetensors:
+    """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
+
+    The pages that were read of a mapped file count as the process's memory for as long as it is mapped, so it is mapped
+    anew now and then.
+
+    Raises:
+        OSError, SafetensorError: here and in its methods: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mapped = 0
+        self._file = safe_open(path, framework="pt")
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One whole tensor, a copy, in its own precision."""
+        found: torch.Tensor = self._file.get_tensor(name).clone()
+        self._count(found)
+        return found
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one tensor, a copy."""
+        found: torch.Tensor = self._file.get_slice(name)[start:stop].clone()
+        self._count(found)
+        return found
+
+    def _count(self, read: torch.Tensor) -> None:
+        self._mapped += read.numel() * read.element_size()
+        if self._mapped > MOST_MAPPED:
+            self._file = safe_open(self._path, framework="pt")
+            self._mapped = 0
 
 
 @contextmanager

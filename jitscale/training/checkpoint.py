@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import CheckpointError
 from jitscale.files import sha256_of
-from jitscale.streamed_safetensors import appearing_safetensors
+from jitscale.streamed_safetensors import MappedSafetensors, appearing_safetensors
 
 T = TypeVar("T")
 
@@ -382,8 +382,8 @@ class Checkpoint:
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:
                 try:
-                    piece = self._open(number).get_slice(f"{set_name}:{parameter}:{offset}")
-                    out[low - start : high - start] = piece[low - offset : high - offset]
+                    name = f"{set_name}:{parameter}:{offset}"
+                    out[low - start : high - start] = self._open(number).rows(name, low - offset, high - offset)
                 except (OSError, SafetensorError) as error:
                     raise _damaged(self.folder / self._files[number], self.folder, error) from error
                 filled += high - low
@@ -416,13 +416,13 @@ class Checkpoint:
         """
         check_shapes(self.folder, self.shapes, shapes)
 
-    def _open(self, file: int) -> safe_open:
+    def _open(self, file: int) -> MappedSafetensors:
         if file not in self._handles:
-            self._handles[file] = safe_open(self.folder / self._files[file], framework="pt")
+            self._handles[file] = MappedSafetensors(self.folder / self._files[file])
         return self._handles[file]
 
     @cached_property
-    def _handles(self) -> dict[int, safe_open]:
+    def _handles(self) -> dict[int, MappedSafetensors]:
         return {}
 
 

@@ -14,12 +14,12 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from jitscale.config import Config, DiffusionConfig, ModelConfig, from_dict, to_dict
 from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
-from jitscale.streamed_safetensors import appearing_safetensors
+from jitscale.streamed_safetensors import MappedSafetensors, appearing_safetensors
 from jitscale.training.checkpoint import MOMENTS, Checkpoint, shape_differences
 
 
@@ -170,10 +170,7 @@ class SafetensorsWeights(StoredWeights):
         self.weight_sets = list(files)
         self.default = self.weight_sets[0]
         self._files = {name: _open(file) for name, file in files.items()}
-        shapes = {
-            name: {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            for name, file in self._files.items()
-        }
+        shapes = {name: file.shapes() for name, file in self._files.items()}
         self.shapes = shapes[self.default]
         for name, found in shapes.items():
             differing = shape_differences(found, self.shapes)
@@ -186,7 +183,7 @@ class SafetensorsWeights(StoredWeights):
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
         try:
-            return self._files[set_name].get_tensor(parameter).float()
+            return self._files[set_name].tensor(parameter).float()
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {parameter} cannot be read ({error}); the file is damaged") from error
 
@@ -197,7 +194,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    return _open(path).metadata() or {}
+    return _open(path).metadata
 
 
 def described_config(metadata: Mapping[str, str]) -> Config | None:
@@ -229,8 +226,8 @@ def elements(shapes: Mapping[str, Sequence[int]]) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> MappedSafetensors:
     try:
-        return safe_open(path, framework="pt")
+        return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error

@@ -93,6 +93,39 @@ def test_any_number_of_ranks_gives_the_same_features(
     assert_same_features(evaluation, "alone", f"world_{world_size}")
 
 
+def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """Made by two ranks, used by one; also a file with mu and sigma only; of another network they are refused."""
+    path = evaluation.folder / "real.npz"
+    shards = f"evaluation.reference={evaluation.folder / 'shards'}"
+    command = ["tools/make_reference.py", "--config", str(evaluation.folder / "config.yaml"), "--output", str(path)]
+    said = run_ranks(2, *command, shards)
+    assert '"images": 200' in said
+    assert not path.with_suffix(".blocks").exists()
+    result = evaluation.run("statistics", f"evaluation.reference={path}")
+    assert result["fid"] == pytest.approx(alone["fid"], rel=1e-9)
+    assert result["reference"]["features_sha256"] == alone["protocol"]["features_sha256"]
+    assert "kid" not in result
+    assert "kid" in alone
+    with np.load(path) as content:
+        np.savez(evaluation.folder / "plain.npz", mu=content["mu"], sigma=content["sigma"])
+        np.savez(evaluation.folder / "small.npz", mu=content["mu"][:5], sigma=content["sigma"][:5, :5])
+    plain = evaluation.run("statistics", f"evaluation.reference={evaluation.folder / 'plain.npz'}")
+    assert plain["fid"] == result["fid"]
+    for name, message in (
+        ("small.npz", "the network digits has 64 features"),
+        ("config.yaml.npz", "no statistics with mu and sigma"),
+    ):
+        said = run_ranks(
+            1, *evaluation.command("refused", f"evaluation.reference={evaluation.folder / name}"), expect=2
+        )
+        assert message in said
+    other = run_ranks(
+        1, *evaluation.command("refused", f"evaluation.reference={path}", "evaluation.features=glyphs"), expect=2
+    )
+    assert "evaluation.features=glyphs has" in other
+    assert "exists already" in run_ranks(1, *command, shards, expect=2)
+
+
 def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     shutil.copytree(evaluation.folder / "alone", evaluation.folder / "interrupted")
     (evaluation.folder / "interrupted" / "result.json").unlink()
