@@ -99,6 +99,12 @@ class Tracker:
         numbers = {f"evaluation/{k}": v for k, v in result.items() if isinstance(v, float | int)}
         self._to_wandb({**numbers, "images": images})
 
+    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Send a table; every row has the same columns."""
+        if self._wandb is not None and rows:
+            table = wandb.Table(columns=[*rows[0]], data=[[row[column] for column in rows[0]] for row in rows])
+            self._guarded(lambda: self._wandb.log({name: table}))
+
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: those steps will be run again."""
         if self._active:

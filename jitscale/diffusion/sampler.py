@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 
@@ -42,8 +43,14 @@ class Sampler:
 
     def guides_at(self, t: float) -> bool:
         """Whether the unconditional prediction is needed at time `t`."""
-        low, high = self.guidance_interval
-        return self.guidance_scale != 1.0 and (t > low or low == 0.0) and t < high
+        return self.guidance_scale != 1.0 and self._in_interval(t)
+
+    def steps_before_guidance(self) -> int:
+        """Steps from t = 0 on that are the same whatever the guidance scale."""
+        for index, (t, t_next) in enumerate(pairwise(self._grid())):
+            if self._in_interval(t) or (self._corrects(index) and self._in_interval(t_next)):
+                return index
+        return self.steps
 
     @torch.no_grad()
     def sample(self, network: Network, noise: torch.Tensor, labels: torch.Tensor, null_label: int) -> torch.Tensor:
@@ -55,17 +62,35 @@ class Sampler:
         Returns:
             (B, 3, height, width) float32, nominally in [-1, 1]; not clamped.
         """
-        z = noise.float()
-        # The grid is float32 as the authors' is: whether a step lies inside the interval depends on its rounding.
-        grid = torch.linspace(0.0, 1.0, self.steps + 1).tolist()
-        for index, (t, t_next) in enumerate(pairwise(grid)):
+        return self.carry(network, noise.float(), labels, null_label, range(self.steps))
+
+    @torch.no_grad()
+    def carry(
+        self, network: Network, z: torch.Tensor, labels: torch.Tensor, null_label: int, steps: range
+    ) -> torch.Tensor:
+        """Do some of the steps, as `sample` does all: from the state `z` (B, 3, height, width) before the first one."""
+        grid = self._grid()
+        for index in steps:
+            t, t_next = grid[index], grid[index + 1]
             v = self._velocity(network, z, t, labels, null_label)
             z_next = z + (t_next - t) * v
-            if self.method == "heun" and index < self.steps - 1:
+            if self._corrects(index):
                 v_next = self._velocity(network, z_next, t_next, labels, null_label)
                 z_next = z + (t_next - t) * 0.5 * (v + v_next)
             z = z_next
         return z
+
+    def _grid(self) -> list[float]:
+        # float32 as the authors' is: whether a step lies inside the interval depends on its rounding.
+        return cast(list[float], torch.linspace(0.0, 1.0, self.steps + 1).tolist())
+
+    def _in_interval(self, t: float) -> bool:
+        low, high = self.guidance_interval
+        return (t > low or low == 0.0) and t < high
+
+    def _corrects(self, index: int) -> bool:
+        """Whether a step looks at its end too."""
+        return self.method == "heun" and index < self.steps - 1
 
     def _velocity(
         self, network: Network, z: torch.Tensor, t: float, labels: torch.Tensor, null_label: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +29,61 @@ def digest_of(identity: dict[str, Any]) -> str:
 
 
 def compute_blocks(
-    folder: Path, count: int, size: int, compute: Callable[[int], Block], world: World, description: str
-) -> Block:
+    folders: Sequence[Path],
+    count: int,
+    size: int,
+    compute: Callable[[int, Sequence[int]], Iterable[Block]],
+    world: World,
+    description: str,
+) -> list[Block]:
     """Compute the blocks that are not on disk yet, by turns; a collective call.
 
     Args:
-        folder: of the files.
+        folders: of the files: several for blocks of the same images under several settings, which are made together.
         count: how many blocks.
         size: images of a block, for the progress bar.
-        compute: the content of a block, by its number.
+        compute: from a block's number and indices into `folders`, the contents of the block there.
         world: this rank.
         description: of the progress bar.
 
     Returns:
-        On rank 0 all blocks, concatenated; on the others empty features.
+        On rank 0 for each folder all blocks, concatenated; on the others empty features.
     """
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
     # Listed by one rank: what the others see may have changed before they look.
-    missing = parallel.broadcast_object([number for number in range(count) if not _block_path(folder, number).exists()])
+    missing = parallel.broadcast_object(_missing(folders, count))
+    images = size * sum(len(settings) for _, settings in missing)
 
     def share() -> None:
         for turn in range(world.rank, len(missing), world.size):
-            content = compute(missing[turn])
-            with appearing_whole(_block_path(folder, missing[turn])) as file:
-                np.savez(file, **content)  # type: ignore[arg-type]
-            progress.update(min(world.size, len(missing) - turn) * size)  # the other ranks are as far
+            number, settings = missing[turn]
+            for setting, content in zip(settings, compute(number, settings), strict=True):
+                with appearing_whole(_block_path(folders[setting], number)) as file:
+                    np.savez(file, **content)  # type: ignore[arg-type]
+            others = missing[turn : turn + world.size]  # the other ranks are as far
+            progress.update(size * sum(len(settings) for _, settings in others))
 
-    with tqdm(
-        total=count * size,
-        initial=(count - len(missing)) * size,
-        unit="img",
-        desc=description,
-        disable=not world.is_main,
-    ) as progress:
+    total = count * size * len(folders)
+    with tqdm(total=total, initial=total - images, unit="img", desc=description, disable=not world.is_main) as progress:
         parallel.together(share)
     if not world.is_main:
-        return {"features": np.empty((0, 0))}
+        return [{"features": np.empty((0, 0))} for _ in folders]
+    return [_read(folder, count) for folder in folders]
+
+
+def _missing(folders: Sequence[Path], count: int) -> list[tuple[int, list[int]]]:
+    """Block numbers, and where each is missing."""
+    found = []
+    for number in range(count):
+        settings = [index for index, folder in enumerate(folders) if not _block_path(folder, number).exists()]
+        if settings:
+            found.append((number, settings))
+    return found
+
+
+def _read(folder: Path, count: int) -> Block:
     parts = [dict(np.load(_block_path(folder, number))) for number in range(count)]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ import numpy.typing as npt
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
 from jitscale.evaluation.features import FeatureNetwork, to_uint8
-from jitscale.evaluation.generate import configured_sampler, generate, labels_of
+from jitscale.evaluation.generate import configured_sampler, generate_by_scale, labels_of
 from jitscale.evaluation.metrics import (
     feature_statistics,
     frechet_distance,
@@ -33,7 +34,7 @@ from jitscale.evaluation.metrics import (
     precision_recall,
 )
 from jitscale.evaluation.networks import load_feature_network, prepare_weights
-from jitscale.evaluation.reference import reference_of
+from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.files import appearing_whole
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
@@ -43,7 +44,7 @@ MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the pr
 
 
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
-    """FID, IS, KID, precision and recall for samples of `model`; a collective call.
+    """Measure samples of `model` and write `run_dir`/result.json; a collective call.
 
     Args:
         model: on this rank's device, in eval mode; the same weights on every rank.
@@ -53,26 +54,92 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         run_dir: where `evaluation/` and `result.json` go.
 
     Returns:
-        What `result.json` holds, on every rank: `fid`, `inception_score`, `num_images`, `protocol`, `reference`;
-        `kid`, `precision`, `recall`, `fid_floor` (one half of the real images against the other) where their features
-        are at hand and not only statistics; `label_agreement` where the feature network knows the classes.
+        See `Evaluator.measure`.
 
     Raises:
         ConfigError: no feature network is configured, or there is no reference.
         DataError: the reference is missing or damaged.
     """
-    evaluation = config.evaluation
-    features = evaluation.features
-    if features is None:
-        raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
-    prepare_weights(evaluation, world)
-    network = parallel.together(lambda: load_feature_network(features, world.device, evaluation))
-    folder = run_dir / "evaluation"
-    reference = reference_of(network, config, world, folder)
-    protocol = _protocol(model, weights, network, config)
-    samples = _sample_features(model, network, config, world, folder / f"samples_{digest_of(protocol)}")
-    result: dict[str, Any] = {}
-    if reference is not None:
+    (result,) = Evaluator(config, world, run_dir / "evaluation").measure(model, weights, [config.evaluation])
+    if world.is_main:
+        with appearing_whole(run_dir / "result.json") as file:
+            file.write(json.dumps(result, indent=2).encode())
+    return result
+
+
+class Evaluator:
+    """A feature network and real images, with which samples are measured."""
+
+    def __init__(self, config: Config, world: World, folder: Path) -> None:
+        """Load the network, and compute the features of the real images; a collective call.
+
+        Args:
+            config: feature network, reference, precision.
+            world: this rank.
+            folder: for the blocks.
+
+        Raises:
+            ConfigError: no feature network is configured, or there is no reference.
+            DataError: the reference is missing or damaged.
+        """
+        evaluation = config.evaluation
+        features = evaluation.features
+        if features is None:
+            raise ConfigError(
+                "evaluation.features is null, so there is nothing to measure with; set it, such as digits"
+            )
+        self.config, self.world, self.folder = config, world, folder
+        prepare_weights(evaluation, world)
+        self.network = parallel.together(lambda: load_feature_network(features, world.device, evaluation))
+        self.reference = reference_of(self.network, config, world, folder)
+
+    def measure(
+        self, model: JiT, weights: str, settings: Sequence[EvaluationConfig], *, neighbours: bool = True
+    ) -> list[dict[str, Any]]:
+        """The metrics of samples of `model`, for settings that differ in the guidance scale alone; a collective call.
+
+        Args:
+            model: on this rank's device, in eval mode; the same weights on every rank.
+            weights: name of the weight set, for the record.
+            settings: how to sample, and how many images.
+            neighbours: whether to compute what compares pairs of images, and takes the longest.
+
+        Returns:
+            On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `kid`,
+            `precision`, `recall`, `fid_floor` (one half of the real images against the other) with `neighbours` and
+            where the features of real images are at hand, not only statistics; `label_agreement` where the feature
+            network knows the classes.
+        """
+        named = {"weights": weights, "weights_sha256": weights_digest(model)}
+        protocols = [{**named, **_protocol(model, self.network, self.config, setting)} for setting in settings]
+        samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
+        evaluation = settings[0]
+        size = evaluation.block_size
+
+        def block(number: int, wanted: Sequence[int]) -> Iterator[Block]:
+            # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
+            ids = range(number * size, (number + 1) * size)
+            labels = labels_of(ids, model.config.num_classes)
+            with autocast(self.config, self.world.device):
+                for images in generate_by_scale(model, [samplers[index] for index in wanted], ids, evaluation.seed):
+                    features, logits = self.network(to_uint8(images))
+                    yield {
+                        "features": features.cpu().numpy(),
+                        "logits": logits.cpu().numpy(),
+                        "labels": labels.numpy(),
+                    }
+
+        folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
+        count = -(-evaluation.num_images // size)
+        found = compute_blocks(folders, count, size, block, self.world, "generate")
+        results: list[dict[str, Any]] = []
+        if self.reference is not None:
+            for samples, protocol in zip(found, protocols, strict=True):
+                first = {key: values[: evaluation.num_images] for key, values in samples.items()}
+                results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
+        return parallel.broadcast_object(results)
+
+    def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
         generated = samples["features"]
         score, deviation = inception_score(samples["logits"])
         result = {
@@ -80,16 +147,13 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
             "inception_score": score,
             "inception_score_std": deviation,
             "num_images": len(generated),
-            "protocol": protocol,
             "reference": reference.facts,
         }
-        if reference.features is not None:
+        if neighbours and reference.features is not None:
             result |= _against_images(reference.features, generated)
-        if network.num_logits == model.config.num_classes:
+        if self.network.num_logits == model.config.num_classes:
             result["label_agreement"] = label_agreement(samples["logits"], samples["labels"])
-        with appearing_whole(run_dir / "result.json") as file:
-            file.write(json.dumps(result, indent=2).encode())
-    return parallel.broadcast_object(result)
+        return result
 
 
 def _against_images(real: npt.NDArray[Any], generated: npt.NDArray[Any]) -> dict[str, float]:
@@ -122,34 +186,15 @@ def weights_digest(model: JiT) -> str:
     return digest.hexdigest()
 
 
-def _protocol(model: JiT, weights: str, network: FeatureNetwork, config: Config) -> dict[str, Any]:
-    """All that determines the generated images and their features."""
+def _protocol(model: JiT, network: FeatureNetwork, config: Config, setting: EvaluationConfig) -> dict[str, Any]:
+    """All that determines the generated images and their features, beside the weights."""
     return {
-        "weights": weights,
-        "weights_sha256": weights_digest(model),
         "model": asdict(model.config),
         "noise_scale": model.diffusion.noise_scale,
-        "sampler": asdict(configured_sampler(config.evaluation, model.diffusion)),
-        "seed": config.evaluation.seed,
-        "block_size": config.evaluation.block_size,
+        "sampler": asdict(configured_sampler(setting, model.diffusion)),
+        "seed": setting.seed,
+        "block_size": setting.block_size,
         "precision": config.engine.precision,
         "features": network.name,
         "features_sha256": network.weights_sha256,
     }
-
-
-def _sample_features(model: JiT, network: FeatureNetwork, config: Config, world: World, folder: Path) -> Block:
-    evaluation, num_classes = config.evaluation, model.config.num_classes
-    sampler, size = configured_sampler(evaluation, model.diffusion), evaluation.block_size
-
-    def block(number: int) -> Block:
-        # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
-        ids = range(number * size, (number + 1) * size)
-        with autocast(config, world.device):
-            images = generate(model, sampler, ids, evaluation.seed)
-        features, logits = network(to_uint8(images))
-        labels = labels_of(ids, num_classes)
-        return {"features": features.cpu().numpy(), "logits": logits.cpu().numpy(), "labels": labels.numpy()}
-
-    samples = compute_blocks(folder, -(-evaluation.num_images // size), size, block, world, "generate")
-    return {key: values[: evaluation.num_images] for key, values in samples.items()}

@@ -8,7 +8,8 @@ Shapes: B images, S image size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,21 @@ def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int) -> tor
     """The images of `ids`, (B, 3, S, S) float32, on the model's device, not clamped."""
     noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
     return sample_images(model, sampler, noise, labels_of(ids, model.config.num_classes))
+
+
+def generate_by_scale(model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], seed: int) -> Iterator[torch.Tensor]:
+    """The images of `ids` by each sampler, which differ in their guidance scale alone: steps before it are shared.
+
+    Each is bitwise what `generate` gives.
+    """
+    first = samplers[0]
+    assert all(replace(sampler, guidance_scale=first.guidance_scale) == first for sampler in samplers)
+    noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
+    labels = labels_of(ids, model.config.num_classes).to(model.pos_embed.device)
+    shared = first.steps_before_guidance()
+    before = first.carry(model, noise.to(labels.device), labels, model.null_label, range(shared))
+    for sampler in samplers:
+        yield sampler.carry(model, before, labels, model.null_label, range(shared, sampler.steps))
 
 
 def sample_images(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def reference_of(network: FeatureNetwork, config: Config, world: World, folder: 
         )
     size = config.evaluation.block_size
 
-    def block(number: int) -> Block:
+    def block(number: int, _: Sequence[int]) -> list[Block]:
         positions = range(number * size, min((number + 1) * size, shards.num_samples))
         images = np.stack([shards.read(*shards.shard_and_index(p))[0] for p in positions])
         features, _ = network(torch.from_numpy(images).permute(0, 3, 1, 2).to(world.device))
-        return {"features": features.cpu().numpy()}
+        return [{"features": features.cpu().numpy()}]
 
     identity = {
         "manifest": shards.manifest_hash,
@@ -84,7 +85,8 @@ def reference_of(network: FeatureNetwork, config: Config, world: World, folder: 
         "features_sha256": network.weights_sha256,
     }
     count = -(-shards.num_samples // size)
-    features = compute_blocks(folder / f"reference_{digest_of(identity)}", count, size, block, world, "reference")
+    blocks = folder / f"reference_{digest_of(identity)}"
+    (features,) = compute_blocks([blocks], count, size, block, world, "reference")
     if not world.is_main:
         return None
     real = features["features"]

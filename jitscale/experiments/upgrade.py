@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jitscale.experiments.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
 from jitscale.experiments.running import Experiment, Outcomes, Run, by_seed
+from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
 
 LOW, LONG, SCRATCH, TUNED, SHORT = 64_000, 128_000, 128_000, 32_000, 8_000  # images seen
 BASE = ("optim.lr_factor_patch_embedding=0.25", "optim.warmup_images=0")  # of fine-tuning, if nothing else is said

@@ -126,6 +126,31 @@ def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone
     assert "exists already" in run_ranks(1, *command, shards, expect=2)
 
 
+def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """On two ranks; what was generated before is not made again, and the best setting is measured on more images."""
+    shutil.copytree(evaluation.folder / "alone", evaluation.folder / "sweep")
+    before = {name: path.stat().st_mtime_ns for name, path in evaluation.blocks("sweep").items()}
+    tool = ["tools/evaluate_fid.py", *evaluation.command("sweep")[2:]]
+    sweep = ["--sweep", "guidance=1,2", "ema=all", "interval=0.1:1.0,0.5:0.9"]
+    said = run_ranks(2, *tool, *sweep, "--coarse", "16", "--fine", "70", "--keep", "2")
+    table = said[said.index("weights ") :].splitlines()
+    found = json.loads((evaluation.folder / "sweep/sweep.json").read_text())
+    sets = {result["weights"] for result in found["coarse"]}
+    assert len(found["coarse"]) == 3 * len(sets) == 3 * 3, "model and two averages; without guidance one interval"
+    assert len(table) == 1 + 9 + 2 + 1
+    assert [r["fid"] for r in found["fine"]] == sorted(r["fid"] for r in found["fine"])
+    assert all(r["num_images"] == 70 and "kid" in r for r in found["fine"])
+    assert json.loads((evaluation.folder / "sweep/result.json").read_text()) == found["fine"][0]
+    assert (evaluation.folder / "sweep/sweep.svg").stat().st_size > 1000
+    after = evaluation.blocks("sweep")
+    assert all(after[name].stat().st_mtime_ns == time for name, time in before.items())
+    # The same settings as those of an evaluation: its blocks are among the sweep's, and no others of them were made.
+    own = [r for r in found["coarse"] if (r["weights"], r["scale"], r["interval"]) == ("ema_0.9999", 2.0, [0.1, 1.0])]
+    assert own[0]["protocol"] == alone["protocol"]
+    again = run_ranks(1, *tool, *sweep, "--coarse", "16", "--fine", "70", "--keep", "2")
+    assert again[again.index("weights ") :].splitlines() == table
+
+
 def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     shutil.copytree(evaluation.folder / "alone", evaluation.folder / "interrupted")
     (evaluation.folder / "interrupted" / "result.json").unlink()

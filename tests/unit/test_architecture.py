@@ -12,7 +12,7 @@ LAYERS = [
     {"config"},
     {"parallel", "posthoc"},
     {"model", "diffusion", "data"},
-    {"planner", "progressive", "upgrade", "tracking"},
+    {"figures", "planner", "progressive", "upgrade", "tracking"},
     {"evaluation"},
     {"training"},
     {"weights"},
