@@ -48,6 +48,7 @@ def sample(
     steps: int = 50,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.1, 1.0),
+    guide: JiT | None = None,
 ) -> torch.Tensor:
     """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
@@ -61,6 +62,7 @@ def sample(
         steps: intervals of the time grid.
         guidance_scale: 1 for none.
         guidance_interval: times between which guidance acts.
+        guide: a smaller or less trained network, for autoguidance; None guides by leaving the label out.
 
     Raises:
         ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
@@ -77,4 +79,4 @@ def sample(
     if noise is None:
         noise = noise_of(seed, range(len(labels)), model.config.image_size)
     scale = trained.noise_scale if noise_scale is None else noise_scale
-    return sample_images(model, sampler, scale * noise, labels)
+    return sample_images(model, sampler, scale * noise, labels, guide)

@@ -144,6 +144,8 @@ class EvaluationConfig:
     steps: int = 50  # heun: steps - 1 Heun steps, then one Euler step
     guidance_scale: float = 1.0  # 1: no guidance
     guidance_interval: list[float] = field(default_factory=lambda: [0.1, 1.0])  # in t
+    guide: str | None = None  # autoguidance: a smaller or less trained network, any stored weights; null: no label
+    guide_weights: str | None = None  # its weight set; null: its default
     seed: int = 0
     features: str | None = None  # feature network of FID and IS; null: none
     features_dir: str | None = None  # where published weights of feature networks are; null: torch hub's folder
@@ -635,15 +637,16 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
         yield _Problem(
             "evaluation.guidance_interval", interval, "must be two times 0 <= low < high <= 1", "for example [0.1,1.0]"
         )
-    if evaluation.guidance_scale != 1.0 and config.model.num_classes == 0:
+    if evaluation.guidance_scale != 1.0 and evaluation.guide is None and config.model.num_classes == 0:
         yield _Problem(
             "evaluation.guidance_scale",
             evaluation.guidance_scale,
             "guides towards a class, and model.num_classes=0 has none",
-            "set evaluation.guidance_scale=1.0",
+            "set evaluation.guidance_scale=1.0, or evaluation.guide",
             ("model.num_classes",),
         )
-    if evaluation.guidance_scale != 1.0 and config.model.num_classes > 0 and config.diffusion.label_drop == 0:
+    unlabelled = config.model.num_classes > 0 and config.diffusion.label_drop == 0
+    if evaluation.guidance_scale != 1.0 and evaluation.guide is None and unlabelled:
         yield _Problem(
             "evaluation.guidance_scale",
             evaluation.guidance_scale,

@@ -47,17 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from jitscale.evaluation.distributed import evaluate_model  # noqa: PLC0415
-    from jitscale.weights.opening import read_weights  # noqa: PLC0415
+    from jitscale.weights.opening import read_guide, read_weights  # noqa: PLC0415
 
     weights = read_weights(
         options.run or options.checkpoint,
         options.weights or (config.evaluation.weights if options.run is not None else None),
         config if options.checkpoint is not None else None,
     )
-    model = weights.build()
+    model, guide = weights.build(), read_guide(config)
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir))
+        result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir), guide)
         if world.is_main:
             mark_complete(Path(config.run.dir), "evaluate")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first

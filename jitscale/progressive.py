@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from jitscale.config import Config, ProgressiveConfig
+from jitscale.config import Config, EvaluationConfig, ProgressiveConfig
 
 LOWER_STAGES = "at_*px"
 
@@ -29,6 +29,14 @@ def run_dirs(run_dir: Path) -> Iterator[Path]:
     yield from sorted(run_dir.glob(LOWER_STAGES))
 
 
+def _evaluated(final: Config) -> EvaluationConfig:
+    """Not at the end of a lower stage; and a guide sees images of the last one."""
+    evaluation = final.evaluation
+    if evaluation.guide is not None:
+        evaluation = replace(evaluation, guide=None, guidance_scale=1.0)
+    return replace(evaluation, at_end=False)
+
+
 def _stage(final: Config, resolution: int, images: int) -> Config:
     model, run = final.model, final.run
     folder = Path(run.dir) / LOWER_STAGES.replace("*", str(resolution))
@@ -36,7 +44,7 @@ def _stage(final: Config, resolution: int, images: int) -> Config:
         final,
         model=replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size),
         diffusion=replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size),
-        evaluation=replace(final.evaluation, at_end=False),
+        evaluation=_evaluated(final),
         tracking=replace(final.tracking, name=f"{final.tracking.name or Path(run.dir).name}_{resolution}px"),
         run=replace(run, dir=str(folder), max_images=images, max_steps=None),
     )

@@ -66,6 +66,7 @@ def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
     from jitscale.data.shards import open_configured  # noqa: PLC0415
     from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
     from jitscale.training.trainer import train  # noqa: PLC0415
+    from jitscale.weights.opening import read_guide  # noqa: PLC0415
 
     begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
     for stage in stages[1:]:  # before time is spent on the first one
@@ -73,7 +74,9 @@ def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
     number = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
     while True:
         stage = stages[number]
-        code = train(stage, world, parallel.together(partial(_initial_weights, stage, world)))
+        initial = parallel.together(partial(_initial_weights, stage, world))
+        guide = parallel.together(partial(read_guide, stage))
+        code = train(stage, world, initial, guide)
         number += 1
         if code != ExitCode.DONE or number == len(stages):
             return code

@@ -23,7 +23,7 @@ from jitscale.evaluation.sweep import AXES, Setting, measure_settings, settings_
 from jitscale.files import appearing_whole
 from jitscale.model.jit import JiT
 from jitscale.tracking import Tracker
-from jitscale.weights.opening import open_weights
+from jitscale.weights.opening import open_weights, read_guide
 
 COLUMNS = ("weights", "interval", "scale", "num_images", "fid", "inception_score")
 ALL_STEPS = 2**62  # of a run: its record is kept
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     if min(options.coarse, fine) < FEWEST_SAMPLES or options.keep < 1:
         raise ConfigError(f"--coarse and --fine must be at least {FEWEST_SAMPLES}, --keep at least 1")
     stored = open_weights(options.checkpoint, config if options.config is not None else None)
-    settings = settings_of(axes, config, stored.weight_sets)
+    settings, guide = settings_of(axes, config, stored.weight_sets), read_guide(config)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = parallel.start(parallel.choose_device(config.run.device))
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         def network(name: str) -> JiT:
             return stored.weight_set(name).build().to(world.device)
 
-        evaluator = Evaluator(config, world, run_dir / "evaluation")
+        evaluator = Evaluator(config, world, run_dir / "evaluation", guide)
         if world.is_main:
             logging.info("%d settings, %d images each", len(settings), options.coarse)
         coarse = list(measure_settings(settings, network, evaluator, options.coarse))

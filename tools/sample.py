@@ -22,7 +22,7 @@ from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, tile
 from jitscale.parallel import choose_device
-from jitscale.weights.opening import open_weights
+from jitscale.weights.opening import open_weights, read_guide
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: the run's")
     parser.add_argument("--guidance", type=float, metavar="W", help="scale, 1 for none; default: the run's")
     parser.add_argument("--interval", type=float, nargs=2, metavar="T", help="of guidance; default: the run's")
+    parser.add_argument("--guide", metavar="PATH", help="autoguidance by these weights; default: the run's")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images together; default: %(default)s")
     parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if it is not there")
@@ -50,10 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
-    model = stored.weight_set(options.weights).build().to(choose_device(options.device))
+    device = choose_device(options.device)
+    model = stored.weight_set(options.weights).build().to(device)
     ids = ids_of(options.classes, options.per_class, options.first, model.config.num_classes)
     evaluation = evaluation_of(options, stored.config.evaluation)
     sampler = configured_sampler(evaluation, model.diffusion)
+    guide = read_guide(replace(stored.config, evaluation=evaluation))
+    if guide is not None:
+        guide = guide.to(device)
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output}: holds files already; choose another --output")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=len(ids), unit="img", desc="sample") as progress:
         for start in range(0, len(ids), options.batch):
             part = ids[start : start + options.batch]
-            images = to_uint8(generate(model, sampler, part, evaluation.seed)).cpu()
+            images = to_uint8(generate(model, sampler, part, evaluation.seed, guide)).cpu()
             for image, number in zip(images, part, strict=True):
                 label = number % max(1, model.config.num_classes)
                 pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
@@ -99,6 +104,7 @@ def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> 
         "guidance_scale": options.guidance,
         "guidance_interval": options.interval,
         "seed": options.seed,
+        "guide": options.guide,
     }
     chosen = replace(evaluation, **{key: value for key, value in asked.items() if value is not None})
     low, high = chosen.guidance_interval

@@ -24,7 +24,8 @@ class Sampler:
     Attributes:
         method: "euler", or "heun": `steps` - 1 Heun steps and one Euler step to t = 1.
         steps: intervals of the uniform time grid on [0, 1].
-        guidance_scale: w in v = v_u + w (v_c - v_u) (Ho and Salimans 2022); 1 means none.
+        guidance_scale: w in v = v_u + w (v_c - v_u) (Ho and Salimans 2022); 1 means none. With a guide, v_u is that
+            network's velocity with the label (autoguidance, Karras et al. 2024, arXiv 2406.02507).
         guidance_interval: guidance acts for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
         prediction: what the network predicts, x, e or v.
         t_eps: smallest denominator, as in training.
@@ -53,29 +54,43 @@ class Sampler:
         return self.steps
 
     @torch.no_grad()
-    def sample(self, network: Network, noise: torch.Tensor, labels: torch.Tensor, null_label: int) -> torch.Tensor:
+    def sample(
+        self,
+        network: Network,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        null_label: int,
+        guide: Network | None = None,
+    ) -> torch.Tensor:
         """Carry `noise` (already times the noise scale) from t = 0 to t = 1.
 
         The state stays in float32 whatever the network computes in. `network(z, t, y)` sees conditional and
-        unconditional images in one batch of 2 B where guidance acts, and B images where it does not.
+        unconditional images in one batch of 2 B where guidance acts, and B images where it does not. With a `guide`,
+        a smaller or less trained network, `network` sees B images, and so does the guide where guidance acts.
 
         Returns:
             (B, 3, height, width) float32, nominally in [-1, 1]; not clamped.
         """
-        return self.carry(network, noise.float(), labels, null_label, range(self.steps))
+        return self.carry(network, noise.float(), labels, null_label, range(self.steps), guide)
 
     @torch.no_grad()
     def carry(
-        self, network: Network, z: torch.Tensor, labels: torch.Tensor, null_label: int, steps: range
+        self,
+        network: Network,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        null_label: int,
+        steps: range,
+        guide: Network | None = None,
     ) -> torch.Tensor:
         """Do some of the steps, as `sample` does all: from the state `z` (B, 3, height, width) before the first one."""
         grid = self._grid()
         for index in steps:
             t, t_next = grid[index], grid[index + 1]
-            v = self._velocity(network, z, t, labels, null_label)
+            v = self._velocity(network, z, t, labels, null_label, guide)
             z_next = z + (t_next - t) * v
             if self._corrects(index):
-                v_next = self._velocity(network, z_next, t_next, labels, null_label)
+                v_next = self._velocity(network, z_next, t_next, labels, null_label, guide)
                 z_next = z + (t_next - t) * 0.5 * (v + v_next)
             z = z_next
         return z
@@ -93,15 +108,24 @@ class Sampler:
         return self.method == "heun" and index < self.steps - 1
 
     def _velocity(
-        self, network: Network, z: torch.Tensor, t: float, labels: torch.Tensor, null_label: int
+        self,
+        network: Network,
+        z: torch.Tensor,
+        t: float,
+        labels: torch.Tensor,
+        null_label: int,
+        guide: Network | None,
     ) -> torch.Tensor:
-        batch = z.shape[0]
-        guided = self.guides_at(t)
-        z_in = torch.cat([z, z]) if guided else z
-        y_in = torch.cat([labels, torch.full_like(labels, null_label)]) if guided else labels
-        t_in = torch.full((z_in.shape[0],), t, device=z.device)
-        v = to_spaces(network(z_in, t_in, y_in).float(), z_in, t_in, self.prediction, self.t_eps).v
-        if not guided:
-            return v
-        conditional, unconditional = v[:batch], v[batch:]
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        if not self.guides_at(t):
+            return self._of(network, z, t, labels)
+        if guide is not None:
+            weak, strong = self._of(guide, z, t, labels), self._of(network, z, t, labels)
+        else:
+            both = torch.cat([labels, torch.full_like(labels, null_label)])
+            strong, weak = self._of(network, torch.cat([z, z]), t, both).chunk(2)
+        return weak + self.guidance_scale * (strong - weak)
+
+    def _of(self, network: Network, z: torch.Tensor, t: float, labels: torch.Tensor) -> torch.Tensor:
+        """The velocity that a network predicts."""
+        times = torch.full((len(z),), t, device=z.device)
+        return to_spaces(network(z, times, labels).float(), z, times, self.prediction, self.t_eps).v

@@ -43,7 +43,9 @@ from jitscale.parallel import World
 MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
 
 
-def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
+def evaluate_model(
+    model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
+) -> dict[str, Any]:
     """Measure samples of `model` and write `run_dir`/result.json; a collective call.
 
     Args:
@@ -52,6 +54,7 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         config: sampler, feature network, reference and number of images.
         world: this rank.
         run_dir: where `evaluation/` and `result.json` go.
+        guide: for autoguidance, see `Evaluator`.
 
     Returns:
         See `Evaluator.measure`.
@@ -60,7 +63,8 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
         ConfigError: no feature network is configured, or there is no reference.
         DataError: the reference is missing or damaged.
     """
-    (result,) = Evaluator(config, world, run_dir / "evaluation").measure(model, weights, [config.evaluation])
+    evaluator = Evaluator(config, world, run_dir / "evaluation", guide)
+    (result,) = evaluator.measure(model, weights, [config.evaluation])
     if world.is_main:
         with appearing_whole(run_dir / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
@@ -70,13 +74,14 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
 class Evaluator:
     """A feature network and real images, with which samples are measured."""
 
-    def __init__(self, config: Config, world: World, folder: Path) -> None:
+    def __init__(self, config: Config, world: World, folder: Path, guide: JiT | None = None) -> None:
         """Load the network, and compute the features of the real images; a collective call.
 
         Args:
             config: feature network, reference, precision.
             world: this rank.
             folder: for the blocks.
+            guide: the network of `evaluation.guide`, in eval mode, the same on every rank; moved to the device.
 
         Raises:
             ConfigError: no feature network is configured, or there is no reference.
@@ -89,6 +94,7 @@ class Evaluator:
                 "evaluation.features is null, so there is nothing to measure with; set it, such as digits"
             )
         self.config, self.world, self.folder = config, world, folder
+        self.guide = None if guide is None else guide.to(world.device)
         prepare_weights(evaluation, world)
         self.network = parallel.together(lambda: load_feature_network(features, world.device, evaluation))
         self.reference = reference_of(self.network, config, world, folder)
@@ -111,6 +117,8 @@ class Evaluator:
             network knows the classes.
         """
         named = {"weights": weights, "weights_sha256": weights_digest(model)}
+        if self.guide is not None:
+            named["guide_sha256"] = weights_digest(self.guide)
         protocols = [{**named, **_protocol(model, self.network, self.config, setting)} for setting in settings]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
         evaluation = settings[0]
@@ -121,7 +129,8 @@ class Evaluator:
             ids = range(number * size, (number + 1) * size)
             labels = labels_of(ids, model.config.num_classes)
             with autocast(self.config, self.world.device):
-                for images in generate_by_scale(model, [samplers[index] for index in wanted], ids, evaluation.seed):
+                chosen = [samplers[index] for index in wanted]
+                for images in generate_by_scale(model, chosen, ids, evaluation.seed, self.guide):
                     features, logits = self.network(to_uint8(images))
                     yield {
                         "features": features.cpu().numpy(),

@@ -51,13 +51,15 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
     )
 
 
-def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int) -> torch.Tensor:
+def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide: JiT | None = None) -> torch.Tensor:
     """The images of `ids`, (B, 3, S, S) float32, on the model's device, not clamped."""
     noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
-    return sample_images(model, sampler, noise, labels_of(ids, model.config.num_classes))
+    return sample_images(model, sampler, noise, labels_of(ids, model.config.num_classes), guide)
 
 
-def generate_by_scale(model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], seed: int) -> Iterator[torch.Tensor]:
+def generate_by_scale(
+    model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], seed: int, guide: JiT | None = None
+) -> Iterator[torch.Tensor]:
     """The images of `ids` by each sampler, which differ in their guidance scale alone: steps before it are shared.
 
     Each is bitwise what `generate` gives.
@@ -69,10 +71,12 @@ def generate_by_scale(model: JiT, samplers: Sequence[Sampler], ids: Sequence[int
     shared = first.steps_before_guidance()
     before = first.carry(model, noise.to(labels.device), labels, model.null_label, range(shared))
     for sampler in samplers:
-        yield sampler.carry(model, before, labels, model.null_label, range(shared, sampler.steps))
+        yield sampler.carry(model, before, labels, model.null_label, range(shared, sampler.steps), guide)
 
 
-def sample_images(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sample_images(
+    model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, guide: JiT | None = None
+) -> torch.Tensor:
     """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
 
     Raises:
@@ -83,14 +87,16 @@ def sample_images(model: JiT, sampler: Sampler, noise: torch.Tensor, labels: tor
         raise ValueError(f"labels: need a list of integers in [0, {model.null_label}], got {labels.tolist()}")
     if noise.shape != (len(labels), 3, size, size):
         raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")
-    return sampler.sample(model, noise.to(device), labels.to(device), model.null_label)
+    return sampler.sample(model, noise.to(device), labels.to(device), model.null_label, guide)
 
 
-def sample_grid(model: JiT, sampler: Sampler, seed: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+def sample_grid(
+    model: JiT, sampler: Sampler, seed: int, rows: int, columns: int, guide: JiT | None = None
+) -> npt.NDArray[np.uint8]:
     """A picture of samples, uint8 (height, width, 3): one row a class, the first `rows` classes."""
     classes = max(1, model.config.num_classes)
     ids = [row + column * classes for row in range(min(rows, classes)) for column in range(columns)]
-    return tile(to_uint8(generate(model, sampler, ids, seed)), columns)
+    return tile(to_uint8(generate(model, sampler, ids, seed, guide)), columns)
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:

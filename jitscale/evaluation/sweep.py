@@ -70,7 +70,8 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
         raise UserError(
             f"--sweep ema={','.join(names)}: no weight set {unknown[0]}; there are {', '.join(weight_sets)}"
         )
-    if any(scale != 1.0 for scale in scales) and (config.model.num_classes == 0 or config.diffusion.label_drop == 0):
+    unguided = evaluation.guide is None and (config.model.num_classes == 0 or config.diffusion.label_drop == 0)
+    if unguided and any(scale != 1.0 for scale in scales):
         raise UserError("--sweep guidance: the network was trained with labels only, or with none; nothing guides it")
     return [
         Setting(name, interval, scale)

@@ -5,6 +5,7 @@ Shapes: B images of a micro-batch.
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import math
@@ -72,13 +73,14 @@ class InitialWeights(ReadableSets, Protocol):
         """The set `name`, or the one meant by None."""
 
 
-def train(config: Config, world: World, initial: InitialWeights | None = None) -> ExitCode:
+def train(config: Config, world: World, initial: InitialWeights | None = None, guide: JiT | None = None) -> ExitCode:
     """Train until `run.max_images` or `run.max_steps`, from the newest checkpoint of `run.dir` if there is one.
 
     Args:
         config: all settings.
         world: this rank among all.
         initial: weights to begin with where there is no checkpoint yet; None draws them.
+        guide: the network of `evaluation.guide`, in eval mode.
 
     Returns:
         DONE, or REQUEUE after a signal asked to stop and the state was saved.
@@ -94,7 +96,7 @@ def train(config: Config, world: World, initial: InitialWeights | None = None) -
             _check_resumable(checkpoint, config, shards)
         elif initial is not None:
             _check_network(initial.path, initial.config, config)
-        trainer = Trainer(config, world, run_dir, shards, checkpoint, initial if checkpoint is None else None)
+        trainer = Trainer(config, world, run_dir, shards, checkpoint, initial if checkpoint is None else None, guide)
         try:
             with naming_dead_workers():
                 return trainer.run()
@@ -113,9 +115,11 @@ class Trainer:
         shards: ShardSet,
         checkpoint: Checkpoint | None,
         initial: InitialWeights | None = None,
+        guide: JiT | None = None,
     ) -> None:
         """Build the network and its engine; continue from `checkpoint`, or begin with `initial`, where there is one."""
         self.config, self.world, self.run_dir, self.shards = config, world, run_dir, shards
+        self.guide = guide
         torch.manual_seed(config.run.seed)
         network = JiT(config.model, config.diffusion).train()
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
@@ -515,17 +519,22 @@ class Trainer:
         network.load_state_dict(self.engine.gather(flats))
         return network.to(self.world.device).eval()
 
+    def _guide(self) -> JiT | None:
+        """On the device only while it is needed."""
+        return None if self.guide is None else copy.deepcopy(self.guide).to(self.world.device)
+
     def _log_grid(self) -> None:
         network, evaluation = self._network(), self.config.evaluation
         if self.world.is_main:
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
-                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS)
+                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, self._guide())
             self.tracker.log_image("samples", grid, self.images)
         parallel.barrier()
 
     def _evaluate(self) -> None:
-        result = evaluate_model(self._network(), self.config.evaluation.weights, self.config, self.world, self.run_dir)
+        name = self.config.evaluation.weights
+        result = evaluate_model(self._network(), name, self.config, self.world, self.run_dir, self._guide())
         if self.world.is_main:
             self.tracker.log_result(result, self.images)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jitscale.config import Config, DiffusionConfig, ModelConfig, check_model_config, from_dict, load_config
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, ConfigError
+from jitscale.model.jit import JiT
 from jitscale.training.checkpoint import Checkpoint, latest_checkpoint
 from jitscale.weights.authors import AuthorsWeights
 from jitscale.weights.stored import (
@@ -69,6 +70,32 @@ def read_weights(path: str | Path, name: str | None = None, config: ConfigSource
         CheckpointError: nothing readable there, no such set, or a config is needed.
     """
     return open_weights(path, config).weight_set(name)
+
+
+def read_guide(config: Config) -> JiT | None:
+    """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it sees other images, classes or noise than the network that it shall guide.
+    """
+    evaluation = config.evaluation
+    if evaluation.guide is None:
+        return None
+    guide = read_weights(evaluation.guide, evaluation.guide_weights).build()
+    own, its = (
+        {
+            "model.image_size": model.image_size,
+            "model.num_classes": model.num_classes,
+            "diffusion.prediction": diffusion.prediction,
+            "diffusion.noise_scale": diffusion.noise_scale,
+        }
+        for model, diffusion in ((config.model, config.diffusion), (guide.config, guide.diffusion))
+    )
+    differing = [f"{key}: {its[key]} there, {own[key]} here" for key in own if its[key] != own[key]]
+    if differing:
+        raise ConfigError(f"evaluation.guide={evaluation.guide}: cannot guide this network ({'; '.join(differing)})")
+    return guide
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

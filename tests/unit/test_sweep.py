@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import jitscale
 from jitscale.config import Config, DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.sampler import Sampler
-from jitscale.errors import UserError
+from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale
 from jitscale.evaluation.sweep import Setting, settings_of
 from jitscale.model.jit import JiT
+from jitscale.training.checkpoint import Progress, step_folder, write_streamed
+from jitscale.weights.opening import read_guide
 
 SETS = ["model", "ema_0.9"]
 
@@ -66,11 +69,7 @@ def test_nothing_guides_a_network_without_labels(config: Config) -> None:
     [("heun", (0.35, 0.8), 3), ("euler", (0.35, 0.8), 4), ("heun", (0.0, 1.0), 0), ("heun", (0.95, 1.0), 10)],
 )
 def test_shared_steps_change_no_image(method: str, interval: tuple[float, float], before: int) -> None:
-    torch.manual_seed(0)
-    model = JiT(ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10), DiffusionConfig()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    model = network(0)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     first = Sampler(method, 10, 1.5, interval)
@@ -83,3 +82,57 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
     assert separately - sum(seen) == 2 * 4 * shared, "the steps before, of two of three scales"
+
+
+def network(seed: int) -> JiT:
+    torch.manual_seed(seed)
+    model = JiT(ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10), DiffusionConfig()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_autoguidance_goes_away_from_the_guide() -> None:
+    """v = v_guide + w (v_network - v_guide), both with the label; in one Euler step from t = 0 to 1, z + v."""
+    strong, weak = network(0), network(1)
+    noise, labels = torch.randn(3, 3, 16, 16), [1, 2, 3]
+
+    def sampled(model: JiT, scale: float, guide: JiT | None) -> torch.Tensor:
+        return jitscale.sample(
+            model,
+            labels,
+            noise=noise,
+            method="euler",
+            steps=1,
+            guidance_scale=scale,
+            guidance_interval=(0.0, 1.0),
+            guide=guide,
+        )
+
+    alone, other = sampled(strong, 1.0, None), sampled(weak, 1.0, None)
+    assert torch.equal(sampled(strong, 1.0, weak), alone), "scale 1 is no guidance"
+    torch.testing.assert_close(sampled(strong, 2.5, weak), other + 2.5 * (alone - other), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled(strong, 2.5, strong), alone, rtol=1e-4, atol=1e-4)
+    labels_seen: list[int] = []
+    weak.register_forward_pre_hook(lambda _, inputs: labels_seen.extend(inputs[2].tolist()))
+    jitscale.sample(
+        strong, labels, noise=noise, steps=10, guidance_scale=2.0, guidance_interval=(0.35, 1.0), guide=weak
+    )
+    assert labels_seen == labels * (2 * 10 - 1 - 7), "with the label, inside the interval only"
+
+
+def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
+    state = network(1).state_dict()
+    its = Config(model=ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10))
+    its.evaluation.weights, its.ema.decays, its.run.max_steps = "model", [], 1
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    folder = step_folder(tmp_path, 1)
+    write_streamed(folder, Progress(1, 8, 0, None), its, shapes, ["model"], lambda _, name: state[name])
+    assert read_guide(config) is None
+    config.evaluation.guide = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.image_size: 16 there, 256 here; model\.num_classes: 10 there"):
+        read_guide(config)
+    found = read_guide(replace(config, model=its.model))
+    assert found is not None
+    assert torch.equal(found.state_dict()["x_embedder.proj1.weight"], state["x_embedder.proj1.weight"])
