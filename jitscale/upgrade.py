@@ -33,7 +33,7 @@ PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_WEIGHT = "final_layer.linear.weight"
 OUTPUT_BIAS = "final_layer.linear.bias"
 RESIZED = (PATCH_EMBEDDING, OUTPUT_WEIGHT, OUTPUT_BIAS)
-KERNELS = ("nearest", "smooth", "pi-bilinear", "pi-bicubic")
+KERNELS = ("smooth", "nearest", "pi-bilinear", "pi-bicubic")  # the first is the default
 MODES = ("patch", "tokens")
 
 
@@ -98,7 +98,7 @@ class Upgrade:
         return float(self.ratio) * float(self.enter.square().sum(dim=1).mean())
 
 
-def plan_upgrade(old: Config, new: Config, kernel: str = "nearest", mode: str | None = None) -> Upgrade:
+def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str | None = None) -> Upgrade:
     """What turns the network of `old` into that of `new`.
 
     Args:

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the YAML file of the new resolution")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
     parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: what CONFIG means")
-    parser.add_argument("--kernel", choices=KERNELS, default="nearest", help="of patches; default: %(default)s")
+    parser.add_argument("--kernel", choices=KERNELS, default=KERNELS[0], help="of patches; default: %(default)s")
     parser.add_argument("--reset-moments", action="store_true", help="the optimizer's moments all begin at zero")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over --to")
