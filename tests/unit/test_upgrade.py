@@ -75,7 +75,7 @@ def test_the_function_is_preserved(patch: int, kernel: str) -> None:
 
 
 def test_a_lower_resolution_is_seen_enlarged() -> None:
-    old, new, upgrade = both(settings(2))
+    old, new, upgrade = both(settings(2), "nearest")
     z, t, y = torch.randn(3, 3, 8, 8), torch.rand(3), torch.tensor([0, 5, 10])
     with torch.no_grad():
         expected = F.avg_pool2d(old(F.interpolate(z, scale_factor=2, mode="nearest"), t, y), 2)
@@ -159,7 +159,7 @@ def test_other_targets_are_refused() -> None:
         plan_upgrade(old, wrong)
     with pytest.raises(ConfigError, match="mean mode patch"):
         plan_upgrade(old, settings(8), mode="tokens")
-    with pytest.raises(ConfigError, match="choose one of nearest"):
+    with pytest.raises(ConfigError, match="choose one of smooth, nearest"):
         operators(4, 8, "cubic")
 
 
