@@ -1,8 +1,9 @@
 """Training through rising resolutions: the stages that `progressive.*` adds before the run's own resolution.
 
 All stages have as many tokens, and so the same cost an image; patches and noise scale grow with the resolution
-(jitscale/upgrade.py). Each lower stage is a run of its own in a subfolder, so that it can be looked at, resumed and
-evaluated like any other; the last one is the run itself.
+(jitscale/upgrade.py), and the learning rate of the patch embedding falls with its square (docs/upgrade.md). Each lower
+stage is a run of its own in a subfolder, so that it can be looked at, resumed and evaluated like any other; the last
+one is the run itself.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from jitscale.config import Config, EvaluationConfig, ProgressiveConfig
+from jitscale.config import Config, EvaluationConfig, OptimConfig, ProgressiveConfig
 
 LOWER_STAGES = "at_*px"
 
 
 def stages_of(config: Config) -> list[Config]:
-    """One configuration a stage, the lowest resolution first and `config` without its `progressive` last."""
-    final = replace(config, progressive=ProgressiveConfig())
-    lower = zip(config.progressive.resolutions, config.progressive.images, strict=True)
-    return [*(_stage(final, resolution, images) for resolution, images in lower), final]
+    """One configuration a stage, the lowest resolution first and the run's own last."""
+    resolutions, final = config.progressive.resolutions, replace(config, progressive=ProgressiveConfig())
+    stages = [_stage(final, *lower) for lower in zip(resolutions, config.progressive.images, strict=True)]
+    stages.append(final)
+    return [replace(stage, optim=_optim(stage, stages[0].model.image_size)) for stage in stages]
 
 
 def run_dirs(run_dir: Path) -> Iterator[Path]:
     """The folders of a run and of the lower stages that it has had."""
     yield run_dir
     yield from sorted(run_dir.glob(LOWER_STAGES))
+
+
+def _optim(stage: Config, lowest: int) -> OptimConfig:
+    factor = stage.optim.lr_factor_patch_embedding * (lowest / stage.model.image_size) ** 2
+    return replace(stage.optim, lr_factor_patch_embedding=factor)
 
 
 def _evaluated(final: Config) -> EvaluationConfig:

@@ -22,8 +22,9 @@ from tests.distributed.test_training import BATCH, STEPS, Job, same_state
 
 HALF = STEPS // 2
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0", f"run.max_steps={HALF}"]
-HIGH = ["model.image_size=32", "model.patch_size=8", "diffusion.noise_scale=2.0"]
-PROGRESSIVE = [*STILL, *HIGH, "progressive.resolutions=[16]", f"progressive.images=[{HALF * BATCH}]"]
+RESIZED = ["model.image_size=32", "model.patch_size=8", "diffusion.noise_scale=2.0"]
+HIGH = [*RESIZED, "optim.lr_factor_patch_embedding=0.25"]
+PROGRESSIVE = [*STILL, *RESIZED, "progressive.resolutions=[16]", f"progressive.images=[{HALF * BATCH}]"]
 
 
 @pytest.fixture(scope="module")

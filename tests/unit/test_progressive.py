@@ -32,7 +32,8 @@ def test_stages_differ_by_what_an_upgrade_changes() -> None:
         ("runs/p", 3000),
     ]
     assert plan_upgrade(low, middle).ratio == plan_upgrade(middle, high).ratio == 2
-    assert high.optim == low.optim == config.optim
+    assert [s.optim.lr_factor_patch_embedding for s in (low, middle, high)] == [1.0, 1 / 4, 1 / 16]
+    assert low.optim == config.optim
     assert stages_of(configured()) == [configured()]
 
 
