@@ -154,6 +154,8 @@ class EvaluationConfig:
     num_images: int = 50_000
     block_size: int = 64  # images generated together; fixed, so that no result depends on the number of ranks
     at_end: bool = False  # evaluate when the run is complete
+    every_images: int = 0  # measure on few images while training, after each multiple of this; 0: never
+    few_images: int = 1000  # generated then
     grid_every_images: int = 0  # log a grid of samples; 0: never
 
 
@@ -483,7 +485,6 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "engine.hpz_group_size",
         "run.rollback_after",
         "evaluation.steps",
-        "evaluation.num_images",
         "evaluation.reference_size",
         "evaluation.block_size",
         "tracking.log_every_steps",
@@ -497,6 +498,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "optim.warmup_images",
         "optim.grad_clip",
         "evaluation.grid_every_images",
+        "evaluation.every_images",
         "evaluation.seed",
         "run.max_images",
         "run.max_steps",
@@ -616,13 +618,14 @@ def _impossible_batch(config: Config, world_size: int) -> Iterator[_Problem]:
 
 def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
     evaluation = config.evaluation
-    if 0 < evaluation.num_images < FEWEST_SAMPLES:
-        yield _Problem(
-            "evaluation.num_images",
-            evaluation.num_images,
-            f"is too few for the {FEWEST_SAMPLES} splits of the inception score",
-            f"give at least {FEWEST_SAMPLES}",
-        )
+    for name in ("num_images", "few_images"):
+        if getattr(evaluation, name) < FEWEST_SAMPLES:
+            yield _Problem(
+                f"evaluation.{name}",
+                getattr(evaluation, name),
+                f"is too few for the {FEWEST_SAMPLES} splits of the inception score",
+                f"give at least {FEWEST_SAMPLES}",
+            )
     names = weight_set_names(config)
     if evaluation.weights not in names:
         yield _Problem(
@@ -654,10 +657,10 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
             "set diffusion.label_drop=0.1 or evaluation.guidance_scale=1.0",
             ("diffusion.label_drop", "model.num_classes"),
         )
-    if evaluation.at_end and evaluation.features is None:
+    if (evaluation.at_end or evaluation.every_images) and evaluation.features is None:
         yield _Problem(
-            "evaluation.at_end",
-            True,
+            "evaluation.at_end" if evaluation.at_end else "evaluation.every_images",
+            evaluation.at_end or evaluation.every_images,
             "needs a feature network, and evaluation.features is null",
             f"set evaluation.features to one of {', '.join(CHOICES['evaluation.features'])}",
             ("evaluation.features",),

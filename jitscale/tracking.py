@@ -62,8 +62,9 @@ class Tracker:
         self._unwritten = False
         if not active:
             return
-        self._path = run_dir / "metrics.jsonl"
+        self._path, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
         _drop_lines_after(self._path, resumed_step)
+        _drop_lines_after(self._evaluations, resumed_step)
         self._file = self._path.open("a")
         if config.tracking.wandb != "off":
             self._start_wandb(config, run_dir)
@@ -94,10 +95,18 @@ class Tracker:
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log({name: wandb.Image(image), "images": images}))
 
-    def log_result(self, result: dict[str, Any], images: int) -> None:
-        """Send the numbers of an evaluation, taken after `images` images seen."""
-        numbers = {f"evaluation/{k}": v for k, v in result.items() if isinstance(v, float | int)}
-        self._to_wandb({**numbers, "images": images})
+    def log_result(self, result: dict[str, Any], step: int, images: int) -> None:
+        """Record the numbers of an evaluation after `step` steps, `images` images seen, in evaluations.jsonl."""
+        if not self._active:
+            return
+        numbers = {key: value for key, value in result.items() if isinstance(value, float | int)}
+        line = {"step": step, "images": images, "weights": result["protocol"]["weights"], **numbers}
+        try:
+            with self._evaluations.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self._say_unwritten(error)
+        self._to_wandb({**{f"evaluation/{key}": value for key, value in numbers.items()}, "images": images})
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Send a table; every row has the same columns."""
@@ -110,6 +119,7 @@ class Tracker:
         if self._active:
             self._file.close()
             _drop_lines_after(self._path, step)
+            _drop_lines_after(self._evaluations, step)
             self._file = self._path.open("a")
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -100,7 +101,13 @@ class Evaluator:
         self.reference = reference_of(self.network, config, world, folder)
 
     def measure(
-        self, model: JiT, weights: str, settings: Sequence[EvaluationConfig], *, neighbours: bool = True
+        self,
+        model: JiT,
+        weights: str,
+        settings: Sequence[EvaluationConfig],
+        *,
+        neighbours: bool = True,
+        keep_blocks: bool = True,
     ) -> list[dict[str, Any]]:
         """The metrics of samples of `model`, for settings that differ in the guidance scale alone; a collective call.
 
@@ -109,6 +116,7 @@ class Evaluator:
             weights: name of the weight set, for the record.
             settings: how to sample, and how many images.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
+            keep_blocks: False removes the files of this call again.
 
         Returns:
             On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `kid`,
@@ -139,6 +147,7 @@ class Evaluator:
                     }
 
         folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
+        passing = [] if keep_blocks else [folder for folder in folders if not folder.exists()]
         count = -(-evaluation.num_images // size)
         found = compute_blocks(folders, count, size, block, self.world, "generate")
         results: list[dict[str, Any]] = []
@@ -146,6 +155,8 @@ class Evaluator:
             for samples, protocol in zip(found, protocols, strict=True):
                 first = {key: values[: evaluation.num_images] for key, values in samples.items()}
                 results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
+            for folder in passing:
+                shutil.rmtree(folder)
         return parallel.broadcast_object(results)
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:

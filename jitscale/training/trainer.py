@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +28,7 @@ from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
-from jitscale.evaluation.distributed import autocast, evaluate_model
+from jitscale.evaluation.distributed import Evaluator, autocast, evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.files import appearing_whole, exclusive
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
@@ -209,6 +211,9 @@ class Trainer:
                 if save_is_due and self.skipped_in_a_row == 0:  # a rollback shall not end among infinite gradients
                     save_is_due = False
                     self._save()
+                    clock.restart(self.images)
+                if config.evaluation.every_images and self._passed(config.evaluation.every_images):
+                    self._evaluate_few()
                     clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
                     self._log_grid()
@@ -532,11 +537,28 @@ class Trainer:
             self.tracker.log_image("samples", grid, self.images)
         parallel.barrier()
 
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        """With the features of the real images, which are computed once."""
+        return Evaluator(self.config, self.world, self.run_dir / "evaluation", self._guide())
+
+    def _evaluate_few(self) -> None:
+        """Measure the configured weights on few images, for the record of the training only."""
+        self.watch.pause()
+        evaluation = self.config.evaluation
+        few = replace(evaluation, num_images=evaluation.few_images)
+        measure = self._evaluator.measure
+        (result,) = measure(self._network(), evaluation.weights, [few], neighbours=False, keep_blocks=False)
+        if self.world.is_main:
+            self.tracker.log_result(result, self.step, self.images)
+            logger.info("%d images: FID %.4g on %d samples", self.images, result["fid"], result["num_images"])
+        parallel.barrier()
+
     def _evaluate(self) -> None:
         name = self.config.evaluation.weights
         result = evaluate_model(self._network(), name, self.config, self.world, self.run_dir, self._guide())
         if self.world.is_main:
-            self.tracker.log_result(result, self.images)
+            self.tracker.log_result(result, self.step, self.images)
 
 
 class LossByTime:

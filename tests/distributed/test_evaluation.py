@@ -151,6 +151,36 @@ def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alon
     assert again[again.index("weights ") :].splitlines() == table
 
 
+def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
+    """On few images, without leaving their blocks; and a resumed run does not measure twice."""
+    shards = f"data.shards={evaluation.folder / 'shards'}"
+    on_the_way = ["evaluation.every_images=24", "evaluation.few_images=16", "tracking.log_every_steps=1"]
+    sizes = [
+        "run.max_steps=null",
+        "data.batch_size=8",
+        "data.num_workers=0",
+        "checkpoint.every_images=24",
+        "engine.zero_stage=2",
+    ]
+    command = ["-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", shards, *on_the_way, *sizes]
+    folder = evaluation.folder / "measured"
+    command.append(f"run.dir={folder}")
+    said = run_ranks(2, *command, "run.max_images=48")
+    assert "24 images: FID " in said
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+    assert [(line["step"], line["images"], line["num_images"]) for line in lines()] == [(3, 24, 16), (6, 48, 16)]
+    assert all(line["fid"] > 0 for line in lines())
+    assert not list(folder.glob("evaluation/samples_*"))
+    assert list(folder.glob("evaluation/reference_*/*.npz"))
+    first = lines()[0]
+    run_ranks(2, *command, "run.max_images=72")
+    assert [line["images"] for line in lines()] == [24, 48, 72]
+    assert lines()[0] == first
+
+
 def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     shutil.copytree(evaluation.folder / "alone", evaluation.folder / "interrupted")
     (evaluation.folder / "interrupted" / "result.json").unlink()
