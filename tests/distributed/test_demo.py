@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from jitscale.config import load_config
@@ -28,27 +29,37 @@ def run(output: Path) -> str:
     return finished.stdout + finished.stderr
 
 
-def test_the_whole_path(tmp_path: Path) -> None:
-    said = run(tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run(folder)
+
+
+def test_the_whole_path(demo: tuple[Path, str]) -> None:
+    output, said = demo
     assert "img/s" in said
     for name, size in (("32px", 32), ("64px", 64)):
-        folder = tmp_path / name
+        folder = output / name
         assert load_config(folder / "config.yaml").model.image_size == size
         assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
         assert complete_checkpoints(folder)
         assert all(line["loss"] > 0 for line in read_metrics(folder))
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((output / "result.json").read_text())
     assert all(result[name]["fid"] > result[name]["fid_floor"] > 0 for name in ("untrained", "32px", "64px"))
     assert 0 <= result["64px"]["label_agreement"] <= 1
-    assert Image.open(tmp_path / "samples.png").width > 800
-    assert Image.open(tmp_path / "loss.png").width > 400
+    assert Image.open(output / "samples.png").width > 800
+    assert Image.open(output / "loss.png").width > 400
 
     # The upgraded run began with the moments of all but the resized parameters.
-    high = Checkpoint(complete_checkpoints(tmp_path / "64px")[-1])
+    high = Checkpoint(complete_checkpoints(output / "64px")[-1])
     assert high.progress.optimizer_step == 10 + 2
     assert high.progress.images == 256
 
-    # The same command again finds everything done.
-    again = run(tmp_path)
-    assert "upgrade to 64 px" not in again
-    assert json.loads((tmp_path / "result.json").read_text())["64px"] == result["64px"]
+
+@pytest.mark.slow
+def test_the_same_command_again_finds_everything_done(demo: tuple[Path, str]) -> None:
+    output, _ = demo
+    result = json.loads((output / "result.json").read_text())
+    assert "upgrade to 64 px" not in run(output)
+    assert json.loads((output / "result.json").read_text())["64px"] == result["64px"]

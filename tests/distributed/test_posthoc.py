@@ -103,6 +103,7 @@ def test_snapshots_are_the_averages_of_their_moment(run: Path) -> None:
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters()), "evaluation.weights"
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_goes_on_elsewhere_has_the_same_snapshots(job: Job, run: Path) -> None:
     """Killed on two ranks anywhere after the first snapshots, some of them after the last checkpoint; three go on."""
     name = "killed"

@@ -119,6 +119,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         main(["status", f"--folder={folder}"])
 
 
+@pytest.mark.slow
 def test_a_chain_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Really trained, upgraded and trained on; then a stage that fails ends the chain with its reason."""
     assert main(words(folder, "--local", CHAIN, *shards(folder))) == 0
