@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ STYLE: Any = {
 
 
 @contextmanager
-def figure(path: Path, panels: int, width: float = 4.2, height: float = 3.4) -> Iterator[Sequence[Axes]]:
-    """Panels side by side, written to `path` (.svg or .png) at the end."""
+def figure(target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4) -> Iterator[Sequence[Axes]]:
+    """Panels side by side, written at the end to a .svg or .png file, or as SVG into a buffer."""
     with mpl.rc_context(STYLE):
         drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
         yield list(axes[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        svg = not isinstance(target, Path) or target.suffix == ".svg"
+        drawn.savefig(target, format="svg" if svg else "png", metadata={"Date": None} if svg else None, dpi=110)
         plt.close(drawn)
 
 

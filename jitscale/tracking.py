@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import wandb
+from PIL import Image
 
 from jitscale.config import Config, to_dict
 from jitscale.files import appearing_whole
@@ -46,6 +47,9 @@ def peak_tflops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     matches = [known for known in PEAK_BF16_TFLOPS if re.search(rf"\b{known}\b", name)]
     return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
+
+
+SAMPLES = "samples"  # pictures of a run's samples, and their folder
 
 
 class Tracker:
@@ -91,7 +95,15 @@ class Tracker:
         self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
-        """Send a picture (height, width, 3) taken after `images` images seen."""
+        """Record a picture (height, width, 3) taken after `images` images seen, as a PNG in the run's folder too."""
+        if not self._active:
+            return
+        path = self._path.parent / name / f"images_{images:012d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        except OSError as error:
+            self._say_unwritten(error)
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log({name: wandb.Image(image), "images": images}))
 

@@ -35,7 +35,7 @@ from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import training_flops
-from jitscale.tracking import Tracker, peak_tflops
+from jitscale.tracking import SAMPLES, Tracker, peak_tflops
 from jitscale.training.checkpoint import (
     Checkpoint,
     Flats,
@@ -534,7 +534,7 @@ class Trainer:
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
                 grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, self._guide())
-            self.tracker.log_image("samples", grid, self.images)
+            self.tracker.log_image(SAMPLES, grid, self.images)
         parallel.barrier()
 
     @cached_property

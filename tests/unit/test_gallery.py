@@ -1,0 +1,75 @@
+"""The page about a run: complete in one file, whatever the run has so far."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jitscale.config import Config, to_yaml
+from jitscale.errors import CheckpointError
+from jitscale.tracking import SAMPLES, Tracker
+from tools.gallery import main
+
+
+class Page(HTMLParser):
+    """Counts elements, and remembers what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+
+
+def run(folder: Path) -> Path:
+    config = Config()
+    config.run.dir, config.tracking.name = str(folder), "a<b"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    tracker = Tracker(config, folder, True, 0)
+    for step in range(1, 30):
+        tracker.log({"step": step, "images": 8 * step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0})
+        if step % 2 == 0:
+            tracker.log_image(SAMPLES, np.full((16, 16, 3), step, np.uint8), 8 * step)
+        if step % 10 == 0:
+            result = {"fid": 100 / step, "inception_score": 2.0, "protocol": {"weights": "model"}}
+            tracker.log_result(result, step, 8 * step)
+    tracker.close()
+    return folder
+
+
+def test_the_page_of_a_run(tmp_path: Path) -> None:
+    folder = run(tmp_path / "first")
+    result = {"fid": 3.25, "inception_score": 9.0, "num_images": 50_000, "protocol": {"weights": "ema_0.9999"}}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert main([str(folder)]) == 0
+    text = (folder / "gallery.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 5, "loss, gradient norm, learning rate, FID, IS"
+    assert page.tags.count("img") == 7, "14 pictures, every second one"
+    assert "232 images" not in text
+    assert "224 images" in text, "the newest"
+    assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
+    assert {"3.25", "50,000", "ema_0.9999"} <= set(re.findall(r"<td>([^<]*)</td>", text))
+    assert "a&lt;b" in text
+    assert "a<b" not in text
+
+
+def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
+    folder, empty = run(tmp_path / "first"), tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("run: {}\n")
+    assert main([str(folder), str(empty), "--output", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").read_text().count("<h2>Samples: ") == 2
+    assert main([str(empty)]) == 0
+    with pytest.raises(CheckpointError, match="no run there"):
+        main([str(tmp_path / "absent")])

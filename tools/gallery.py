@@ -1,0 +1,160 @@
+"""One page to look at a run: curves, samples by step, sweep and settings, in a single HTML file without links.
+
+    python tools/gallery.py runs/h                 # writes runs/h/gallery.html
+    python tools/gallery.py runs/a runs/b --output compare.html
+
+It may be called while the run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jitscale.errors import CheckpointError, ExitCode, exit_with_message
+from jitscale.files import appearing_whole
+from jitscale.tracking import SAMPLES, read_metrics
+
+MOST_GRIDS = 12  # of a run, evenly over its steps
+CURVES = {
+    "loss": "training loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_second": "images/s",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
+h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
+figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
+figcaption { color: #666; font-size: 13px; }
+img, svg { max-width: 100%; height: auto; } img.grid { image-rendering: pixelated; width: 20rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
+td:first-child, th:first-child { text-align: left; } pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="default: gallery.html in the first run's folder")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        if not (run / "config.yaml").exists():
+            raise CheckpointError(f"{run}: no run there (no config.yaml); give a run's folder")
+    output = options.output or options.runs[0] / "gallery.html"
+    page = page_of(options.runs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with appearing_whole(output) as file:
+        file.write(page.encode())
+    print(f"{output}: {len(page) / 1e6:.1f} MB")
+    return ExitCode.DONE
+
+
+def page_of(runs: Sequence[Path]) -> str:
+    """The whole page."""
+    title = html.escape(", ".join(run.resolve().name for run in runs))
+    parts = [f"<h1>{title}</h1>", "<h2>Results</h2>", results(runs), "<h2>Curves</h2>", curves(runs)]
+    for run in runs:
+        name = html.escape(run.resolve().name)
+        parts += [f"<h2>Samples: {name}</h2>", grids(run)]
+        if (run / "sweep.svg").exists():
+            parts += [f"<h2>Sweep: {name}</h2>", f"<figure>{_inline(run / 'sweep.svg')}</figure>"]
+        settings = html.escape((run / "config.yaml").read_text())
+        parts.append(f"<details><summary>Settings: {name}</summary><pre>{settings}</pre></details>")
+    body = "\n".join(parts)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def results(runs: Sequence[Path]) -> str:
+    """A table of the final evaluations."""
+    keys = ("fid", "inception_score", "kid", "precision", "recall", "label_agreement", "num_images")
+    found = {run: json.loads((run / "result.json").read_text()) for run in runs if (run / "result.json").exists()}
+    if not found:
+        return "<p>no result.json yet</p>"
+    shown = [key for key in keys if any(key in result for result in found.values())]
+    head = "".join(f"<th>{key}</th>" for key in ("run", "weights", *shown))
+    rows = []
+    for run, result in found.items():
+        cells = [run.resolve().name, result["protocol"]["weights"], *(_number(result.get(key)) for key in shown)]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def curves(runs: Sequence[Path]) -> str:
+    """What metrics.jsonl and evaluations.jsonl hold, over images seen."""
+    lines = {run: read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
+    measured = {run: _lines(run / "evaluations.jsonl") for run in runs}
+    drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
+    drawn += [_curve(measured, key, key.replace("_", " ")) for key in ("fid", "inception_score")]
+    return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
+
+
+def grids(run: Path) -> str:
+    """Pictures of samples, by images seen."""
+    files = sorted((run / SAMPLES).glob("*.png"))
+    if not files:
+        return "<p>none; evaluation.grid_every_images asks for them</p>"
+    step = max(1, math.ceil(len(files) / MOST_GRIDS))
+    chosen = files[::-1][::step][::-1]  # the newest is among them
+    return "\n".join(
+        f'<figure><img class="grid" alt="samples" src="data:image/png;base64,{_base64(file)}">'
+        f"<figcaption>{int(file.stem.rpartition('_')[2]):,} images</figcaption></figure>"
+        for file in chosen
+    )
+
+
+def _curve(lines: dict[Path, list[dict[str, Any]]], key: str, name: str) -> str | None:
+    from jitscale.figures import figure  # noqa: PLC0415  # matplotlib belongs to an extra
+
+    found = {
+        run: [(line["images"], line[key]) for line in own if line.get(key) is not None] for run, own in lines.items()
+    }
+    if not any(found.values()):
+        return None
+    buffer = io.StringIO()
+    with figure(buffer, panels=1) as (axis,):
+        for run, points in found.items():
+            if points:
+                axis.plot(*zip(*points, strict=True), label=run.resolve().name, linewidth=1)
+        positive = all(value > 0 for points in found.values() for _, value in points)
+        axis.set(xlabel="images seen", ylabel=name, yscale="log" if positive and key in ("loss", "fid") else "linear")
+        if len(found) > 1:
+            axis.legend(fontsize=7)
+    return _without_prolog(buffer.getvalue())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _inline(path: Path) -> str:
+    return _without_prolog(path.read_text())
+
+
+def _without_prolog(svg: str) -> str:
+    return svg[svg.index("<svg") :]
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+if __name__ == "__main__":
+    exit_with_message(main, same_on_all_ranks=False)
