@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
@@ -73,3 +76,16 @@ def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
     assert main([str(empty)]) == 0
     with pytest.raises(CheckpointError, match="no run there"):
         main([str(tmp_path / "absent")])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    folder = run(tmp_path / "first")
+    assert main([str(folder)]) == 0
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400"]
+    shot = [f"--screenshot={tmp_path / 'page.png'}", f"file://{folder / 'gallery.html'}"]
+    subprocess.run([*command, *shot], check=True, capture_output=True, timeout=60)
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    blue = (np.abs(pixels.astype(int) - (0x00, 0x72, 0xB2)) < 30).all(axis=2)
+    assert blue.sum() > 200, "the curves' colour"
+    assert (pixels < 250).any(axis=2).any(axis=1).mean() > 0.5, "drawn from top to bottom"
