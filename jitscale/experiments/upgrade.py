@@ -111,7 +111,7 @@ def _curve(outcomes: Sequence[Any]) -> dict[str, Any]:
 def _share(tuned: Mapping[str, Any], scratch: Mapping[str, Any]) -> list[float | None]:
     """Compute of fine-tuning over that of scratch with which each seed reaches scratch's final distance, or None."""
     shares: list[float | None] = []
-    for own, reference in zip(tuned["fid"], scratch["fid"], strict=True):
+    for own, reference in zip(tuned["fid"], scratch["fid"], strict=False):  # seeds that both have
         reached = [images for images, fid in zip(tuned["images"], own, strict=True) if fid <= reference[-1]]
         cost = tuned["flops_an_image"] / (scratch["flops_an_image"] * scratch["images"][-1])
         shares.append(reached[0] * cost if reached else None)
@@ -149,7 +149,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         names = list(VARIANTS)[::-1]
         ends = [[seed[-1] for seed in summary["variants"][name]["fid"]] for name in names]
         base = np.array(ends[names.index("nearest")])
-        differences = [mean_and_deviation(np.array(end) - base) for end in ends]
+        differences = [mean_and_deviation(np.array(end) - base[: len(end)]) for end in ends]
         variants.errorbar(
             [mean for mean, _ in differences],
             range(len(names)),
@@ -160,9 +160,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         )
         variants.axvline(0, color="black", linewidth=0.8)
         variants.set_yticks(range(len(names)), names)
-        variants.set(
-            xlabel=f"glyphs-FID after {SHORT // 1000}k images, minus that as recommended", title="Variants, 64 x 64"
-        )
+        variants.set(xlabel=f"FID after {SHORT // 1000}k images, minus nearest's", title="Variants, 64 x 64")
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
