@@ -29,7 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "engine.precision": ("fp32", "autocast", "bf16"),
-    "evaluation.features": ("digits", "glyphs", "inception"),
+    "evaluation.features": ("digits", "glyphs", "inception"),  # with logits, for the Inception Score
+    "evaluation.more_features": ("digits", "dinov2", "glyphs", "inception"),
     "evaluation.method": ("euler", "heun"),
     "tracking.wandb": ("online", "offline", "off"),
     "run.device": ("auto", "cpu", "cuda"),
@@ -148,6 +149,7 @@ class EvaluationConfig:
     guide_weights: str | None = None  # its weight set; null: its default
     seed: int = 0
     features: str | None = None  # feature network of FID and IS; null: none
+    more_features: list[str] = field(default_factory=list)  # networks of which only the Fréchet distance is taken
     features_dir: str | None = None  # where published weights of feature networks are; null: torch hub's folder
     reference: str | None = None  # shards whose images are the real ones; null: data.shards
     reference_size: int | None = None  # pixels a side to which those are brought; null: model.image_size
@@ -460,8 +462,9 @@ def _wrong_choices(config: Config) -> Iterator[_Problem]:
     for key, choices in CHOICES.items():
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)
-        if value is not None and value not in choices:
-            yield _Problem(key, value, f"must be one of {', '.join(choices)}", "choose one of them")
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one not in choices:
+                yield _Problem(key, one, f"must be one of {', '.join(choices)}", "choose one of them")
 
 
 def _out_of_range(config: Config) -> Iterator[_Problem]:

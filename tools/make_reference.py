@@ -19,7 +19,7 @@ from pathlib import Path
 from jitscale import parallel
 from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
-from jitscale.evaluation.networks import load_feature_network, prepare_weights
+from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import reference_of, write_statistics
 
 
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parallel.adopt_launcher_environment()
     config = load_config(options.config, options.overrides)
     evaluation = config.evaluation
-    name, source = evaluation.features, evaluation.reference or config.data.shards
-    if name is None:
+    source = evaluation.reference or config.data.shards
+    if evaluation.features is None:
         raise ConfigError("evaluation.features is null; name the network, such as inception")
     if options.output.suffix != ".npz" or source.endswith(".npz"):
         raise UserError(f"--output {options.output}: must end in .npz, and be made from shards (data.shards={source})")
@@ -44,10 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        prepare_weights(evaluation, world)
-        network = parallel.together(lambda: load_feature_network(name, world.device, evaluation))
         blocks = options.output.with_suffix(".blocks")
-        reference = reference_of(network, config, world, blocks)
+        reference = reference_of(Embedder(evaluation, world), config, world, blocks)
         if reference is not None:
             write_statistics(options.output, reference)
             shutil.rmtree(blocks)

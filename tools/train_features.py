@@ -137,10 +137,10 @@ def train(lesson: Lesson, epochs: int, seed: int) -> FeatureNetwork:
                 if lesson.noise > 0:
                     deviations = 127.5 * lesson.noise * torch.rand(len(chosen), 1, 1, 1)
                     shown = (shown + deviations * torch.randn(shown.shape)).round().clamp(0, 255).to(torch.uint8)
-                features, logits = network(shown)
-                loss = F.cross_entropy(logits, labels[chosen])
+                embedded = network(shown)
+                loss = F.cross_entropy(embedded.logits, labels[chosen])
                 if lesson.styles is not None:
-                    loss = loss + F.cross_entropy(tell_style(features), styles[chosen])
+                    loss = loss + F.cross_entropy(tell_style(embedded.features), styles[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -165,7 +165,7 @@ def measure_scale(network: FeatureNetwork, images: torch.Tensor) -> None:
 def embed(network: FeatureNetwork, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
     """Features (N, F) and logits (N, L) of `images` (N, height, width, 3)."""
     parts = [network(part) for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(EMBEDDED_TOGETHER)]
-    features, logits = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    features, logits, _ = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return features, logits
 
 

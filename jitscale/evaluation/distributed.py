@@ -1,7 +1,7 @@
 """Evaluation over all ranks: features of generated and of real images, in block files, then the metrics.
 
-RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L), labels (B,)
-RUN/evaluation/reference_<hash>/block_000000.npz  features (B, F) of real images
+RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L), spatial (B, R), labels (B,)
+RUN/evaluation/reference_<hash>/block_000000.npz  features (B, F) and spatial (B, R) of real images
 RUN/result.json
 """
 
@@ -21,9 +21,8 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
-from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
-from jitscale.evaluation.features import FeatureNetwork, to_uint8
+from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate_by_scale, labels_of
 from jitscale.evaluation.metrics import (
     feature_statistics,
@@ -34,13 +33,14 @@ from jitscale.evaluation.metrics import (
     label_agreement,
     precision_recall,
 )
-from jitscale.evaluation.networks import load_feature_network, prepare_weights
+from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.files import appearing_whole
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
+DISTANCES = {"features": "fid", "spatial": "sfid"}  # names of the Fréchet distances; fd_<name> of further networks
 MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
 
 
@@ -88,17 +88,10 @@ class Evaluator:
             ConfigError: no feature network is configured, or there is no reference.
             DataError: the reference is missing or damaged.
         """
-        evaluation = config.evaluation
-        features = evaluation.features
-        if features is None:
-            raise ConfigError(
-                "evaluation.features is null, so there is nothing to measure with; set it, such as digits"
-            )
         self.config, self.world, self.folder = config, world, folder
         self.guide = None if guide is None else guide.to(world.device)
-        prepare_weights(evaluation, world)
-        self.network = parallel.together(lambda: load_feature_network(features, world.device, evaluation))
-        self.reference = reference_of(self.network, config, world, folder)
+        self.embedder = Embedder(config.evaluation, world)
+        self.reference = reference_of(self.embedder, config, world, folder)
 
     def measure(
         self,
@@ -119,15 +112,19 @@ class Evaluator:
             keep_blocks: False removes the files of this call again.
 
         Returns:
-            On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `kid`,
-            `precision`, `recall`, `fid_floor` (one half of the real images against the other) with `neighbours` and
-            where the features of real images are at hand, not only statistics; `label_agreement` where the feature
-            network knows the classes.
+            On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
+            where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision`,
+            `recall`, `fid_floor` (one half of the real images against the other) with `neighbours` and where the
+            features of real images are at hand, not only statistics; `label_agreement` where the feature network knows
+            the classes.
+
+        Raises:
+            UserError: an image with values that are not finite.
         """
         named = {"weights": weights, "weights_sha256": weights_digest(model)}
         if self.guide is not None:
             named["guide_sha256"] = weights_digest(self.guide)
-        protocols = [{**named, **_protocol(model, self.network, self.config, setting)} for setting in settings]
+        protocols = [{**named, **_protocol(model, self.embedder, self.config, setting)} for setting in settings]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
         evaluation = settings[0]
         size = evaluation.block_size
@@ -139,12 +136,7 @@ class Evaluator:
             with autocast(self.config, self.world.device):
                 chosen = [samplers[index] for index in wanted]
                 for images in generate_by_scale(model, chosen, ids, evaluation.seed, self.guide):
-                    features, logits = self.network(to_uint8(images))
-                    yield {
-                        "features": features.cpu().numpy(),
-                        "logits": logits.cpu().numpy(),
-                        "labels": labels.numpy(),
-                    }
+                    yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
         folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
         passing = [] if keep_blocks else [folder for folder in folders if not folder.exists()]
@@ -161,17 +153,14 @@ class Evaluator:
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
         generated = samples["features"]
-        score, deviation = inception_score(samples["logits"])
-        result = {
-            "fid": frechet_distance_from_statistics(feature_statistics(generated), reference.statistics),
-            "inception_score": score,
-            "inception_score_std": deviation,
-            "num_images": len(generated),
-            "reference": reference.facts,
-        }
+        result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
+        for part, real in reference.statistics.items():
+            name = DISTANCES.get(part, part.replace("features", "fd"))
+            result[name] = frechet_distance_from_statistics(feature_statistics(samples[part]), real)
+        result["inception_score"], result["inception_score_std"] = inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            result |= _against_images(reference.features, generated)
-        if self.network.num_logits == model.config.num_classes:
+            result |= _against_images(reference.features["features"], generated)
+        if self.embedder.main.num_logits == model.config.num_classes:
             result["label_agreement"] = label_agreement(samples["logits"], samples["labels"])
         return result
 
@@ -206,7 +195,7 @@ def weights_digest(model: JiT) -> str:
     return digest.hexdigest()
 
 
-def _protocol(model: JiT, network: FeatureNetwork, config: Config, setting: EvaluationConfig) -> dict[str, Any]:
+def _protocol(model: JiT, embedder: Embedder, config: Config, setting: EvaluationConfig) -> dict[str, Any]:
     """All that determines the generated images and their features, beside the weights."""
     return {
         "model": asdict(model.config),
@@ -215,6 +204,5 @@ def _protocol(model: JiT, network: FeatureNetwork, config: Config, setting: Eval
         "seed": setting.seed,
         "block_size": setting.block_size,
         "precision": config.engine.precision,
-        "features": network.name,
-        "features_sha256": network.weights_sha256,
+        **embedder.identity,
     }

@@ -1,38 +1,61 @@
 """Networks that turn images into the features and class logits every metric is computed from.
 
-Shapes: B batch, F features, L logits; images are (B, 3, height, width).
+Shapes: B batch, F features, L logits, R spatial features; images are (B, 3, height, width).
 A network brings its own resize and takes uint8 only, so that two evaluations of the same images cannot differ by their
 preprocessing. The hash of its weights belongs into every result: distances of different networks do not compare.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from jitscale.errors import UserError
 from jitscale.evaluation.published import Published
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Tensor:
     """Images as they are written to files: rounded to the nearest of 256 levels, as the authors do, not truncated.
 
     Args:
         images: (B, 3, height, width) floating point, nominally in [-1, 1]; what lies outside is clamped.
+        ids: what the images are called in a message; None: their batch indices.
 
     Returns:
         (B, 3, height, width) uint8.
 
     Raises:
-        ValueError: another shape or dtype, or values that are not finite; the message has their batch indices.
+        ValueError: another shape or dtype.
+        UserError: values that are not finite; the message has the ids.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"expected (B, 3, height, width) floating point, got {tuple(images.shape)} {images.dtype}")
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
-        raise ValueError(f"images with values that are not finite, at batch indices {broken}")
+        named = ", ".join(str(index if ids is None else ids[index]) for index in broken)
+        raise UserError(
+            f"generated images with values that are not finite, ids {named}; are these weights of a training that went "
+            "astray, or is the guidance scale too large?"
+        )
     return (images.float().clamp(-1.0, 1.0) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+class Embedding(NamedTuple):
+    """What a network says about images, float32; of width 0 what it does not give.
+
+    Attributes:
+        features: (B, F).
+        logits: (B, L).
+        spatial: (B, R), of a layer that knows where things are.
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    spatial: torch.Tensor
 
 
 class FeatureNetwork(nn.Module):
@@ -43,6 +66,7 @@ class FeatureNetwork(nn.Module):
         weights: the file of this repository, or the published one.
         num_features: F.
         num_logits: L.
+        num_spatial: R.
         input_size: side in pixels to which every image is resized.
         weights_sha256: hex digest of the weights file; empty while the weights are random.
     """
@@ -50,12 +74,13 @@ class FeatureNetwork(nn.Module):
     name: str
     weights: Path | Published
     num_features: int
-    num_logits: int
+    num_logits: int = 0
+    num_spatial: int = 0
     input_size: int
     weights_sha256: str = ""
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, F) and logits (B, L), float32, of uint8 `images` (B, 3, height, width) of any size.
+    def forward(self, images: torch.Tensor) -> Embedding:
+        """Embed uint8 `images` (B, 3, height, width) of any size.
 
         Raises:
             ValueError: images of another shape or dtype.
@@ -65,6 +90,6 @@ class FeatureNetwork(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # the caller's precision is no part of a protocol
             return self.embed(images.float())
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(self, images: torch.Tensor) -> Embedding:
         """Resize and scale float32 images in [0, 255], then apply the network."""
         raise NotImplementedError

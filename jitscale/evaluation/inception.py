@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jitscale.evaluation.features import FeatureNetwork
+from jitscale.evaluation.features import Embedding, FeatureNetwork
 from jitscale.evaluation.published import Published
+
+SPATIAL_CHANNELS = 7
 
 
 class BasicConv(nn.Module):
@@ -147,7 +149,11 @@ class BlockE(nn.Module):
 
 
 class Inception(FeatureNetwork):
-    """Pool features (B, 2048), and the logits (B, 1008) without their bias, as the Inception Score takes them."""
+    """Pool features (B, 2048), logits (B, 1008) without bias, as the Inception Score takes them, and spatial features.
+
+    Those of sFID (Nash et al. 2021, arXiv 2103.03841, as the ADM evaluations compute it): the first 7 channels of the
+    1 x 1 branch of the block that TensorFlow's graph calls mixed_6, 17 x 17 x 7 in the order row, column, channel.
+    """
 
     name = "inception"
     # With which published FIDs are computed (toshas/torch-fidelity).
@@ -157,6 +163,7 @@ class Inception(FeatureNetwork):
     )
     num_features = 2048
     num_logits = 1008
+    num_spatial = 17 * 17 * SPATIAL_CHANNELS
     input_size = 299
 
     def __init__(self) -> None:
@@ -179,17 +186,18 @@ class Inception(FeatureNetwork):
         self.Mixed_7c = BlockE(2048, pools_by_maximum=True)
         self.fc = nn.Linear(2048, 1008)
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(self, images: torch.Tensor) -> Embedding:
         """Resize as TensorFlow 1 did, scale by (x - 128) / 128, and apply the network."""
         x = (resize_as_tensorflow_1(images, self.input_size) - 128.0) / 128.0
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        features = x.mean((2, 3))
-        return features, features @ self.fc.weight.T
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        x = self.Mixed_6e(self.Mixed_6d(x))
+        features = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
+        return Embedding(features, features @ self.fc.weight.T, spatial)
 
 
 def resize_as_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:

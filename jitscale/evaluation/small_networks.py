@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jitscale.evaluation.features import FeatureNetwork
+from jitscale.evaluation.features import Embedding, FeatureNetwork
 
 DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
 
@@ -42,13 +42,13 @@ class _PooledConvolutions(FeatureNetwork):
         self.scale = nn.BatchNorm1d(self.num_features, affine=False)
         self.classes = nn.Linear(self.num_features, self.num_logits)
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(self, images: torch.Tensor) -> Embedding:
         size = (self.input_size, self.input_size)
         if images.shape[2:] != size:
             # Antialiased, or noise and edges of larger images would be sampled, not averaged.
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
         features = self.scale(self.trunk(images / 127.5 - 1.0))
-        return features, self.classes(features)
+        return Embedding(features, self.classes(features), features.new_empty(len(features), 0))
 
 
 class DigitsFeatures(_PooledConvolutions):

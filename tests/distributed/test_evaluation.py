@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.packing import write_shards
@@ -124,6 +125,38 @@ def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone
     )
     assert "evaluation.features=glyphs has" in other
     assert "exists already" in run_ranks(1, *command, shards, expect=2)
+
+
+def test_further_networks_see_the_same_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """Beside the main one, whose numbers do not change; against images and against their statistics."""
+    more = "evaluation.more_features=[glyphs]"
+    result = evaluation.run("further", more, world_size=2)
+    assert {key: result[key] for key in ("fid", "kid", "inception_score")} == {
+        key: alone[key] for key in ("fid", "kid", "inception_score")
+    }
+    assert set(result) - set(alone) == {"fd_glyphs"}
+    path = evaluation.folder / "further.npz"
+    command = ["tools/make_reference.py", "--config", str(evaluation.folder / "config.yaml"), "--output", str(path)]
+    run_ranks(1, *command, f"evaluation.reference={evaluation.folder / 'shards'}", more)
+    again = evaluation.run("further", more, f"evaluation.reference={path}")
+    assert again["fd_glyphs"] == pytest.approx(result["fd_glyphs"], rel=1e-9)
+    assert "mu_glyphs" in np.load(path)
+    with np.load(path) as content:
+        np.savez(evaluation.folder / "lacking.npz", mu=content["mu"], sigma=content["sigma"])
+    without = evaluation.command("refused", more, f"evaluation.reference={evaluation.folder / 'lacking.npz'}")
+    assert "mu_glyphs is not a file in the archive" in run_ranks(1, *without, expect=2)
+
+
+def test_images_that_are_not_finite_are_named(evaluation: Evaluation) -> None:
+    weights = torch.load(CHECKPOINT, weights_only=False)
+    for key in ("model", "model_ema1", "model_ema2"):
+        weights[key]["net.y_embedder.embedding_table.weight"][4] = float("nan")  # class 4 alone
+    torch.save(weights, evaluation.folder / "nan.pth")
+    command = [part.replace(str(CHECKPOINT), str(evaluation.folder / "nan.pth")) for part in evaluation.command("nan")]
+    said = run_ranks(2, *command, expect=2)
+    assert "error: generated images with values that are not finite, ids " in said
+    assert any(f"ids {ids};" in said for ids in ("4", "14", "12, 14"))
+    assert not (evaluation.folder / "nan/result.json").exists()
 
 
 def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alone: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ def floor(real: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def embed(network: FeatureNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return features.numpy(), logits.numpy()
+    embedded = network(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return embedded.features.numpy(), embedded.logits.numpy()
 
 
 def as_pixels(values: np.ndarray) -> np.ndarray:
@@ -58,9 +58,10 @@ def test_the_stored_weights_are_the_ones_results_refer_to(network: FeatureNetwor
 
 
 def test_network_has_the_shapes_it_announces_and_trains_no_more(network: FeatureNetwork) -> None:
-    features, logits = network(torch.randint(0, 256, (3, 3, 20, 40), dtype=torch.uint8))
+    features, logits, spatial = network(torch.randint(0, 256, (3, 3, 20, 40), dtype=torch.uint8))
     assert features.shape == (3, network.num_features)
     assert logits.shape == (3, network.num_logits)
+    assert spatial.shape == (3, 0)
     assert features.dtype == logits.dtype == torch.float32
     assert not network.training
     assert not features.requires_grad
@@ -69,7 +70,7 @@ def test_network_has_the_shapes_it_announces_and_trains_no_more(network: Feature
 def test_callers_autocast_does_not_change_the_features(network: FeatureNetwork) -> None:
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features, _ = network(images)
+        features = network(images).features
     assert torch.equal(features, network(images)[0])
 
 
@@ -137,9 +138,9 @@ def test_resolution_hardly_matters(network: FeatureNetwork, real: tuple[np.ndarr
 
 def test_larger_images_are_averaged_and_not_sampled(network: FeatureNetwork) -> None:
     columns = torch.tensor([0, 0, 255], dtype=torch.uint8).repeat(32)
-    stripes, _ = network(columns.expand(1, 3, 96, 96))
-    grey, _ = network(torch.full((1, 3, 96, 96), 85, dtype=torch.uint8))
-    black, _ = network(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    stripes = network(columns.expand(1, 3, 96, 96)).features
+    grey = network(torch.full((1, 3, 96, 96), 85, dtype=torch.uint8)).features
+    black = network(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).features
     assert (stripes - grey).norm() < 0.1 * (black - grey).norm()
 
 
@@ -191,5 +192,7 @@ def test_to_uint8_clamps_what_lies_outside() -> None:
 def test_to_uint8_refuses_values_that_are_not_finite(value: float) -> None:
     images = torch.zeros(4, 3, 8, 8)
     images[1, 2, 3, 4] = images[3, 0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"batch indices \[1, 3\]"):
+    with pytest.raises(UserError, match=r"not finite, ids 1, 3;"):
         to_uint8(images)
+    with pytest.raises(UserError, match=r"not finite, ids 65, 67;"):
+        to_uint8(images, range(64, 68))

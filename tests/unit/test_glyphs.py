@@ -41,7 +41,8 @@ def large() -> np.ndarray:
 
 def features(network: FeatureNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [network(part) for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(200)]
-    return tuple(torch.cat(part).numpy() for part in zip(*parts, strict=True))  # type: ignore[return-value]
+    embedded = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+    return embedded[0], embedded[1]
 
 
 @pytest.mark.parametrize("resolution", [32, 64])

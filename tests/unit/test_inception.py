@@ -61,13 +61,26 @@ def test_names_and_shapes_are_the_published_ones(network: Inception) -> None:
 def test_features_and_logits_are_the_ports(network: Inception, size: int) -> None:
     """Enlarged, as it is, and made smaller."""
     with torch.no_grad():
-        features, logits = network(picture(size))
+        features, logits, spatial = network(picture(size))
     expected, norm, expected_logits = PORT[size]
     assert features.shape == (1, 2048)
     assert logits.shape == (1, 1008)
+    assert spatial.shape == (1, 2023)
     assert features[0, [0, 500, 1000, 1500, 2047]].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert float(features.norm()) == pytest.approx(norm, rel=1e-5)
     assert logits[0, [0, 500, 1007]].tolist() == pytest.approx(expected_logits, rel=1e-3, abs=1e-3)
+
+
+def test_spatial_features_are_rows_columns_channels(network: Inception) -> None:
+    """Of the branch that ADM's evaluations take; in the order of their files, so that their mu_s fits."""
+    seen = []
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        spatial = network(picture(64)).spatial
+    hook.remove()
+    assert seen[0].shape == (1, 192, 17, 17)
+    assert spatial.unflatten(1, (17, 17, 7))[0, 3, 5].tolist() == seen[0][0, :7, 3, 5].tolist()
+    assert float(spatial.std()) > 0
 
 
 def test_the_resize_starts_at_the_corner() -> None:
