@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.loss": ("x", "e", "v"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
+    "engine.attention": ("auto", "flash-attn-4", "flash-attn", "sdpa", "reference"),
     "engine.precision": ("fp32", "autocast", "bf16"),
     "evaluation.features": ("digits", "glyphs", "inception"),  # with logits, for the Inception Score
     "evaluation.more_features": ("digits", "dinov2", "glyphs", "inception"),
@@ -111,6 +112,9 @@ class EngineConfig:
     zero_stage: int = 1  # 0 replicates everything (fp32 only, for comparison), 3 shards weights too
     precision: str = "autocast"  # fp32; autocast (bf16 arithmetic, fp32 weights); bf16 (bf16 weights, fp32 masters)
     micro_batch_size: int | None = None  # images a rank and forward pass; null: the rank's whole share
+    attention: str = "auto"  # kernel: flash-attn-4, flash-attn, sdpa, reference; auto: the fastest that works
+    align: bool | None = None  # pad feed-forward products with zeros to multiples of 64; null: on GPUs
+    compile: bool | None = None  # torch.compile, block by block; null: on GPUs
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0: keep all activations
     offload_optimizer: bool = False  # optimizer state and masters in the CPU's memory
     hpz_group_size: int = 1  # stage 3: ranks of a group that keeps a second copy of the weights (ZeRO++ hpZ); 1: none

@@ -137,7 +137,7 @@ class JiT(nn.Module):
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
         x = self.x_embedder(z.to(self.x_embedder.proj1.weight.dtype))
-        x = x + self.pos_embed.to(x.dtype)
+        x = (x + self.pos_embed.to(x.dtype)).contiguous()  # as it is after every block: one graph for all of them
         rope = self.rope[:, prefix:]
         for index, block in enumerate(self.blocks):
             if prefix > 0 and index == self.config.in_context_start:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jitscale.model.attention import attention
+from jitscale.model.attention import Kernel, sdpa
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIMESTEP_FREQUENCIES = 256
+ALIGNMENT = 64  # of the inner width of feed-forward layers
 
 
 class RMSNorm(nn.Module):
@@ -130,6 +131,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.attn_dropout = attn_dropout
+        self.kernel: Kernel = sdpa  # model/execution.py chooses
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -137,12 +139,18 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
-        out = attention(q, k, v, self.attn_dropout if self.training else 0.0)
+        out = self.kernel(q, k, v, self.attn_dropout if self.training else 0.0)
         return self.proj_drop(self.proj(out.flatten(2)))
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020) of inner width int(4 C * 2/3), gate and value fused."""
+    """Gated feed-forward layer (Shazeer 2020) of inner width int(4 C * 2/3), gate and value fused.
+
+    The inner width of most sizes is no multiple of 8, and bf16 matrix products of such widths are slow on GPUs. With
+    `aligned` the products see weights padded with zeros to a multiple of ALIGNMENT: exact, since silu(0) * 0 = 0 and
+    the padding's gradients are dropped. It is done in every pass and not once, so that parameters, and with them
+    checkpoints, averages, moments and Muon's shapes, stay what they are; with bf16 arithmetic it is part of the cast.
+    """
 
     def __init__(self, hidden_size: int, dropout: float) -> None:
         super().__init__()
@@ -150,11 +158,28 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(hidden_size, 2 * inner)
         self.w3 = nn.Linear(inner, hidden_size)
         self.drop = nn.Dropout(dropout)
+        self.padding = -inner % ALIGNMENT
+        self.aligned = False  # model/execution.py chooses
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, C)"""
+        if self.aligned and self.padding:
+            return self._padded(x)
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(self.drop(F.silu(gate) * value))
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        w12, b12, w3 = (in_arithmetic_of(x, p) for p in (self.w12.weight, self.w12.bias, self.w3.weight))
+        w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # gate and value each
+        b12 = F.pad(b12.unflatten(0, (2, -1)), (0, self.padding)).flatten()
+        gate, value = F.linear(x, w12, b12).chunk(2, dim=-1)
+        return F.linear(self.drop(F.silu(gate) * value), F.pad(w3, (0, self.padding)), self.w3.bias)
+
+
+def in_arithmetic_of(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`parameter` in the dtype in which autocast would use it, so that the cast is not repeated on the padded one."""
+    device = x.device.type
+    return parameter.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else parameter
 
 
 def swiglu_width(hidden_size: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,11 +19,12 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.dis
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from jitscale import parallel  # noqa: E402
 from jitscale.config import Config  # noqa: E402
+from jitscale.errors import ConfigError  # noqa: E402
+from jitscale.model.execution import Execution, prepare  # noqa: E402
+from jitscale.model.jit import Block, JiT  # noqa: E402
 from jitscale.parallel import World  # noqa: E402
 from jitscale.training.checkpoint import MOMENTS, Flats, Fragment  # noqa: E402
 from jitscale.training.muon import Muon, Piece  # noqa: E402
@@ -40,12 +40,12 @@ deepspeed.utils.logger.setLevel(logging.WARNING)
 class ZeroEngine:
     """A network whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over the ranks."""
 
-    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, model: JiT, config: Config, world: World) -> None:
         """Shard `model`, which every rank has built alike, and the state of its optimizer."""
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
         self.stage = config.engine.zero_stage
-        _checkpoint_activations(model, config.engine.activation_checkpointing)
+        self.execution = _prepare(model, config, world)
         self.world = world
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
@@ -323,11 +323,16 @@ class ZeroEngine:
             yield bucket
 
 
-def _checkpoint_activations(model: nn.Module, every: int) -> None:
-    """Recompute every k-th block in the backward pass, with the dropout of the forward pass; from outside the model."""
-    if every > 0:
-        for block in list(model.get_submodule("blocks").children())[::every]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def _prepare(model: JiT, config: Config, world: World) -> Execution:
+    """Choose how the network computes; what a user can mend is said."""
+    try:
+        execution = prepare(model, config.engine, world.device, training=True)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+    if execution.compiled and config.engine.zero_stage == 3:
+        # Weights are gathered for a whole block: by hooks of the block, which are not part of its graph.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    return execution
 
 
 def _gradient_norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:

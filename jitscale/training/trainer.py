@@ -130,6 +130,8 @@ class Trainer:
         elif initial is not None:
             check_shapes(initial.path, initial.shapes, shapes)
         self.engine = ZeroEngine(network, config, world)
+        if world.is_main:
+            logger.info("%s", self.engine.execution)
         self.ema = ShardedEma(config.ema, self.engine.masters())
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
         self.logged_step = self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0

@@ -1,0 +1,103 @@
+"""How the network computes on a device: attention's kernel, aligned widths, compilation. What it computes stays.
+
+Nothing here is part of a checkpoint: parameters keep their names and shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from jitscale.config import EngineConfig
+from jitscale.model.attention import ChosenKernel, choose_kernel
+from jitscale.model.jit import Block, JiT
+
+logger = logging.getLogger(__name__)
+
+
+GRAPHS = 32  # of one code object: two lengths, with and without dropout and gradients, batches of one and of more
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was resolved, for the record.
+
+    Attributes:
+        attention: the kernel.
+        aligned: whether feed-forward products are padded to multiples of ALIGNMENT.
+        compiled: whether blocks are compiled.
+    """
+
+    attention: ChosenKernel
+    aligned: bool
+    compiled: bool
+
+    def __str__(self) -> str:
+        chosen = self.attention
+        parts = [f"attention {chosen.name} ({chosen.version}; {chosen.reason})"]
+        parts += ["feed-forward widths padded"] if self.aligned else []
+        parts += ["blocks compiled"] if self.compiled else []
+        return ", ".join(parts)
+
+
+def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
+    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs.
+
+    Args:
+        model: changed in place: the way its blocks compute.
+        engine: attention, align, compile, activation_checkpointing, precision.
+        device: where it will compute.
+        training: False for sampling: nothing is dropped or recomputed.
+
+    Raises:
+        RuntimeError: an attention kernel that was asked for does not work.
+    """
+    on_gpu = device.type == "cuda"
+    config = model.config
+    image_tokens = (config.image_size // config.patch_size) ** 2
+    blocks = cast(list[Block], list(model.blocks))
+    attention = choose_kernel(
+        engine.attention,
+        tokens=[image_tokens, image_tokens + config.in_context_len],
+        heads=config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        dropouts=sorted({block.attn.attn_dropout if training else 0.0 for block in blocks}),
+        dtype=torch.float32 if engine.precision == "fp32" else torch.bfloat16,
+        device=device,
+    )
+    aligned = on_gpu if engine.align is None else engine.align
+    compiled = on_gpu if engine.compile is None else engine.compile
+    for index, block in enumerate(blocks):
+        block.attn.kernel = attention.kernel
+        block.mlp.aligned = aligned
+        every = engine.activation_checkpointing if training else 0
+        if every > 0 and index % every == 0:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if compiled:
+            block.forward = _compiled(block.forward)  # type: ignore[method-assign, assignment]
+    return Execution(attention, aligned, compiled)
+
+
+def _compiled(forward: Forward) -> Forward:
+    """One graph without breaks, whatever the batch; blocks of the same shape share theirs.
+
+    The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside of it.
+    """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    compiled = torch.compile(forward, fullgraph=True)
+
+    def call(x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:  # a batch of one is a graph of its own to torch
+            for tensor in (x, condition):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(x, condition, rope)
+
+    return call

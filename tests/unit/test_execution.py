@@ -1,0 +1,219 @@
+"""How the network computes does not change what it computes: kernels, padding, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from jitscale.config import EngineConfig, ModelConfig
+from jitscale.model import attention
+from jitscale.model.attention import KERNELS, choose_kernel
+from jitscale.model.execution import prepare
+from jitscale.model.jit import JiT
+from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    image_size=16,
+    patch_size=4,
+    hidden_size=40,
+    depth=8,
+    num_heads=2,
+    bottleneck_dim=8,
+    in_context_len=4,
+    in_context_start=2,
+    num_classes=10,
+)
+ENGINE = EngineConfig(precision="fp32", attention="sdpa", align=False, compile=False)
+Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def network(engine: EngineConfig, model: ModelConfig = MODEL, dtype: torch.dtype = torch.float32) -> JiT:
+    torch.manual_seed(0)
+    net = JiT(model).to(dtype)
+    for parameter in net.parameters():  # zeroed layers would hide what lies below them
+        torch.nn.init.normal_(parameter, std=0.1)
+    prepare(net, engine, CPU, training=True)
+    return net.train()
+
+
+def passes(net: JiT, batch: int = 3, dtype: torch.dtype = torch.float32) -> Result:
+    torch.manual_seed(batch)
+    t = torch.rand(batch).to(dtype)
+    out = net(torch.randn(batch, 3, 16, 16, dtype=dtype), t, torch.arange(batch) % 10)
+    net.zero_grad()
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: Result, b: Result, tolerance: float) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        scale = float(a[1][name].abs().max())
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+def present(name: str) -> bool:
+    """Whether a kernel runs on the CPU in float32: FlashAttention does not."""
+    return name in ("sdpa", "reference")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 104])
+@pytest.mark.parametrize("name", [name for name in KERNELS if present(name)])
+def test_kernels_agree_forward_and_backward(name: str, head_dim: int) -> None:
+    """With float64 arithmetic written out, at the lengths and head dims of JiT; q, k and v are strided views."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 288, 3, 2, head_dim, requires_grad=True)
+    out = KERNELS[name](*qkv.unbind(2), 0.0)
+    weight = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, qkv, weight)
+    exact = qkv.detach().double().requires_grad_()
+    q, k, v = (x.transpose(1, 2) for x in exact.unbind(2))
+    expected = ((q @ k.transpose(2, 3)) / head_dim**0.5).softmax(-1) @ v
+    (gradient,) = torch.autograd.grad(expected.transpose(1, 2), exact, weight.double())
+    torch.testing.assert_close(out.double(), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if present(name)])
+def test_kernels_drop_weights(name: str) -> None:
+    """With values of one, the mean is one and single outputs are not."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, 64, 2, 16).unbind(0)
+    out = KERNELS[name](q, k, torch.ones(8, 64, 2, 16), 0.5)
+    assert float(out.mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(out.std()) > 0.05
+
+
+def chosen(asked: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> attention.ChosenKernel:
+    return choose_kernel(asked, tokens=[16, 20], heads=2, head_dim=8, dropouts=[dropout], dtype=dtype, device=CPU)
+
+
+def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("auto").name == "sdpa"
+    assert chosen("reference", dropout=0.2).reason == "asked for"
+    for name in ("flash-attn", "flash-attn-4"):
+        with pytest.raises(RuntimeError, match=rf"engine.attention={name} does not work here \(No module named"):
+            chosen(name)
+    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, dropout: attention.reference(q, k, 1.1 * v, dropout))
+    with pytest.raises(RuntimeError, match=r"output is off by 0\.1 of the largest element"):
+        chosen("sdpa")
+
+
+def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order and the reasons, with probes that fail as they would on one."""
+    tried = []
+
+    def probe(kernel: attention.Kernel, shape: object, dropout: float, dtype: torch.dtype, device: object) -> None:
+        tried.append((kernel.__name__, dropout))
+        if kernel is attention.flash_attn:
+            raise ImportError("No module named 'flash_attn'")
+        kernel(*torch.randn(3, 1, 4, 2, 8).unbind(0), dropout)
+
+    monkeypatch.setattr(attention, "_probe", probe)
+    monkeypatch.setattr(attention, "_flash_4_op", lambda: lambda q, k, v, scale: (v, None))
+    monkeypatch.setattr(attention, "_version", lambda name: "1.0")
+
+    def on_gpu(dropouts: list[float]) -> attention.ChosenKernel:
+        bf16, gpu = torch.bfloat16, torch.device("cuda")
+        return choose_kernel("auto", tokens=[8], heads=2, head_dim=8, dropouts=dropouts, dtype=bf16, device=gpu)
+
+    assert on_gpu([0.0]).name == "flash-attn-4"
+    found = on_gpu([0.0, 0.2])
+    assert found.name == "sdpa"
+    assert found.reason == "flash-attn-4: has no dropout; flash-attn: No module named 'flash_attn'"
+    assert ("sdpa", 0.2) in tried
+
+
+def test_head_dims_are_padded_exactly_for_flash_attn_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+        seen.append(q.shape[-1])
+        weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * scale).softmax(-1)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, v), None
+
+    monkeypatch.setattr(attention, "_flash_4_op", lambda: op)
+    torch.manual_seed(0)
+    for head_dim in (80, 104):
+        q, k, v = torch.randn(3, 1, 16, 2, head_dim).unbind(0)
+        torch.testing.assert_close(attention.flash_attn_4(q, k, v, 0.0), attention.reference(q, k, v, 0.0))
+    assert seen == [80, 128]
+
+
+@pytest.mark.parametrize("hidden", [1280, 1024, 1664])
+def test_padding_a_feed_forward_layer_is_exact(hidden: int) -> None:
+    """JiT-H, L and G, one token, in float64: output and all gradients."""
+    torch.manual_seed(0)
+    layer = SwiGLU(hidden, 0.0).double()
+    assert layer.padding == -swiglu_width(hidden) % ALIGNMENT > 0
+    x = torch.randn(1, 2, hidden, dtype=torch.float64, requires_grad=True)
+    results = []
+    for aligned in (False, True):
+        layer.aligned = aligned
+        out = layer(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_padded_products_are_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the matrix products of a feed-forward layer see; under autocast in its dtype."""
+    layer = SwiGLU(1280, 0.0)
+    layer.aligned = True
+    product = torch.nn.functional.linear
+    seen = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        seen.append((*weight.shape, weight.dtype))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(1, 1, 1280))
+    assert seen == [(2 * 3456, 1280, torch.bfloat16), (1280, 3456, torch.bfloat16)]
+
+
+def test_a_padded_network_computes_and_stores_the_same() -> None:
+    """In float64, so that only rounding remains; names and shapes are those of a checkpoint."""
+    plain = network(ENGINE, dtype=torch.float64)
+    padded = network(replace(ENGINE, align=True), dtype=torch.float64)
+    assert padded.blocks[0].mlp.padding > 0  # type: ignore[union-attr, operator]
+    assert {k: v.shape for k, v in padded.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert_same(passes(plain, dtype=torch.float64), passes(padded, dtype=torch.float64), 1e-12)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.usefixtures("dynamo")
+def test_blocks_compile_without_breaks_and_once(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Three graphs serve every batch: image tokens alone, with the in-context ones, with dropout. A break raises."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **rest: compiler(function, backend="aot_eager", **rest))
+    model = replace(MODEL, attn_dropout=0.2, proj_dropout=0.2)
+    engine = replace(ENGINE, activation_checkpointing=every, align=True)
+    compiled, eager = network(replace(engine, compile=True), model), network(engine, model)
+    for batch in (3, 5, 2, 8, 3):
+        assert_same(passes(eager, batch), passes(compiled, batch), 1e-5)
+        assert counters["stats"]["unique_graphs"] == 3
+        assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_code_computes_the_same() -> None:
+    """With the compiler that runs use, and the norms, rotation, modulation and gates fused."""
+    compiled, eager = network(replace(ENGINE, compile=True)), network(ENGINE)
+    assert_same(passes(eager), passes(compiled), 1e-4)
