@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from jitscale.evaluation.distributed import evaluate_model  # noqa: PLC0415
+    from jitscale.evaluation.generate import ready_to_sample  # noqa: PLC0415
     from jitscale.weights.opening import read_guide, read_weights  # noqa: PLC0415
 
     weights = read_weights(
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     model, guide = weights.build(), read_guide(config)
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        result = evaluate_model(model.to(world.device), weights.name, config, world, Path(config.run.dir), guide)
+        model = ready_to_sample(model, config, world.device)
+        result = evaluate_model(model, weights.name, config, world, Path(config.run.dir), guide)
         if world.is_main:
             mark_complete(Path(config.run.dir), "evaluate")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first

@@ -19,6 +19,7 @@ from jitscale import parallel
 from jitscale.config import FEWEST_SAMPLES, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.distributed import Evaluator
+from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.sweep import AXES, Setting, measure_settings, settings_of
 from jitscale.files import appearing_whole
 from jitscale.model.jit import JiT
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         parallel.together(lambda: stored.verify(world.rank, world.size))
 
         def network(name: str) -> JiT:
-            return stored.weight_set(name).build().to(world.device)
+            return ready_to_sample(stored.weight_set(name).build(), config, world.device)
 
         evaluator = Evaluator(config, world, run_dir / "evaluation", guide)
         if world.is_main:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jitscale.config import CHOICES, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import configured_sampler, generate, tile
+from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.parallel import choose_device
 from jitscale.weights.opening import open_weights, read_guide
 
@@ -52,13 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
     device = choose_device(options.device)
-    model = stored.weight_set(options.weights).build().to(device)
+    model = ready_to_sample(stored.weight_set(options.weights).build(), stored.config, device)
     ids = ids_of(options.classes, options.per_class, options.first, model.config.num_classes)
     evaluation = evaluation_of(options, stored.config.evaluation)
     sampler = configured_sampler(evaluation, model.diffusion)
     guide = read_guide(replace(stored.config, evaluation=evaluation))
     if guide is not None:
-        guide = guide.to(device)
+        guide = ready_to_sample(guide, stored.config, device)
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output}: holds files already; choose another --output")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=len(ids), unit="img", desc="sample") as progress:
         for start in range(0, len(ids), options.batch):
             part = ids[start : start + options.batch]
-            images = to_uint8(generate(model, sampler, part, evaluation.seed, guide)).cpu()
+            with autocast(stored.config, device):
+                images = to_uint8(generate(model, sampler, part, evaluation.seed, guide), part).cpu()
             for image, number in zip(images, part, strict=True):
                 label = number % max(1, model.config.num_classes)
                 pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())

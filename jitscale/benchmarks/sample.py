@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from jitscale.benchmarks.conditions import CPU, measured_config, peak_memory_mib
-from jitscale.evaluation.distributed import autocast
-from jitscale.evaluation.generate import configured_sampler, generate
+from jitscale.evaluation.generate import autocast, configured_sampler, generate
 from jitscale.model.jit import JiT
 from jitscale.planner import forward_flops
 

@@ -20,7 +20,7 @@ from jitscale.benchmarks.conditions import CPU, measured_config, peak_memory_mib
 from jitscale.config import Config
 from jitscale.data.loader import to_model_input
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
-from jitscale.evaluation.distributed import autocast
+from jitscale.evaluation.generate import autocast
 from jitscale.model.jit import JiT
 from jitscale.planner import training_flops
 from jitscale.tracking import Tracker

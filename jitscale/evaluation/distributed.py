@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
 from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import configured_sampler, generate_by_scale, labels_of
+from jitscale.evaluation.generate import autocast, configured_sampler, generate_by_scale, labels_of, ready_to_sample
 from jitscale.evaluation.metrics import (
     feature_statistics,
     frechet_distance,
@@ -50,7 +49,7 @@ def evaluate_model(
     """Measure samples of `model` and write `run_dir`/result.json; a collective call.
 
     Args:
-        model: on this rank's device, in eval mode; the same weights on every rank.
+        model: made by `ready_to_sample`; the same weights on every rank.
         weights: name of the weight set, for the record.
         config: sampler, feature network, reference and number of images.
         world: this rank.
@@ -82,14 +81,14 @@ class Evaluator:
             config: feature network, reference, precision.
             world: this rank.
             folder: for the blocks.
-            guide: the network of `evaluation.guide`, in eval mode, the same on every rank; moved to the device.
+            guide: the network of `evaluation.guide`, the same on every rank; made ready to sample.
 
         Raises:
             ConfigError: no feature network is configured, or there is no reference.
             DataError: the reference is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, folder
-        self.guide = None if guide is None else guide.to(world.device)
+        self.guide = None if guide is None else ready_to_sample(guide, config, world.device)
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, folder)
 
@@ -105,7 +104,7 @@ class Evaluator:
         """The metrics of samples of `model`, for settings that differ in the guidance scale alone; a collective call.
 
         Args:
-            model: on this rank's device, in eval mode; the same weights on every rank.
+            model: made by `ready_to_sample`; the same weights on every rank.
             weights: name of the weight set, for the record.
             settings: how to sample, and how many images.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
@@ -179,11 +178,6 @@ def _against_images(real: npt.NDArray[Any], generated: npt.NDArray[Any]) -> dict
         "precision": precision,
         "recall": recall,
     }
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The arithmetic that the network was trained in, for sampling from it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
 
 
 def weights_digest(model: JiT) -> str:

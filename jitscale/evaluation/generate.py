@@ -8,18 +8,24 @@ Shapes: B images, S image size.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from jitscale.config import DiffusionConfig, EvaluationConfig
+from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
 from jitscale.evaluation.features import to_uint8
+from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
+
+logger = logging.getLogger(__name__)
 
 
 def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
@@ -49,6 +55,28 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
         prediction=diffusion.prediction,
         t_eps=diffusion.t_eps,
     )
+
+
+def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
+    """`model` on `device`, in eval mode, computing as `config.engine` says; changed in place, once for each network.
+
+    Raises:
+        ConfigError: an attention kernel that was asked for does not work there.
+    """
+    model = model.to(device).eval()
+    _say_once(f"sampling: {prepare(model, config.engine, device, training=False)}")
+    return model
+
+
+@cache
+def _say_once(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("%s", text)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The arithmetic that the network was trained in, for sampling from it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
 
 
 def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide: JiT | None = None) -> torch.Tensor:

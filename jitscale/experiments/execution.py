@@ -12,6 +12,7 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.distributed import evaluate_model
+from jitscale.evaluation.generate import ready_to_sample
 from jitscale.experiments.running import OUTCOME, Run
 from jitscale.files import appearing_whole
 from jitscale.planner import training_flops
@@ -76,6 +77,7 @@ def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
     world = parallel.start(parallel.choose_device("cpu"))
     config = run.load(folder, *run.evaluation)
     weights = read_weights(path, config.evaluation.weights)
-    result = evaluate_model(weights.build(), weights.name, config, world, folder / "measured")
+    model = ready_to_sample(weights.build(), config, world.device)
+    result = evaluate_model(model, weights.name, config, world, folder / "measured")
     numbers = {key: value for key, value in result.items() if key != "protocol"}
     return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}

@@ -17,6 +17,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from jitscale.errors import ConfigError
+
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 FLASH_4_PADDED = {104: 128}  # head dims whose backward pass does not compile, and the next that does
@@ -157,7 +159,7 @@ def choose_kernel(
     with `reference` where nothing is dropped.
 
     Raises:
-        RuntimeError: the kernel that was asked for does not pass; the message says why.
+        ConfigError: the kernel that was asked for does not pass; the message says why.
     """
 
     def failure(name: str) -> str | None:
@@ -173,7 +175,7 @@ def choose_kernel(
     if asked != "auto":
         reason = failure(asked)
         if reason is not None:
-            raise RuntimeError(
+            raise ConfigError(
                 f"engine.attention={asked} does not work here ({reason}); head dim {head_dim}, {dtype}, dropout "
                 f"{max(dropouts)}, {device}; choose auto"
             )
@@ -186,7 +188,7 @@ def choose_kernel(
         if reason is None:
             return ChosenKernel(name, _version(name), "; ".join(failures) or "the first that was tried")
         failures.append(f"{name}: {reason}")
-    raise RuntimeError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+    raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
 
 
 def _probe(

@@ -58,7 +58,7 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         training: False for sampling: nothing is dropped or recomputed.
 
     Raises:
-        RuntimeError: an attention kernel that was asked for does not work.
+        ConfigError: an attention kernel that was asked for does not work.
     """
     on_gpu = device.type == "cuda"
     config = model.config

@@ -22,7 +22,6 @@ from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
 
 from jitscale import parallel  # noqa: E402
 from jitscale.config import Config  # noqa: E402
-from jitscale.errors import ConfigError  # noqa: E402
 from jitscale.model.execution import Execution, prepare  # noqa: E402
 from jitscale.model.jit import Block, JiT  # noqa: E402
 from jitscale.parallel import World  # noqa: E402
@@ -324,11 +323,8 @@ class ZeroEngine:
 
 
 def _prepare(model: JiT, config: Config, world: World) -> Execution:
-    """Choose how the network computes; what a user can mend is said."""
-    try:
-        execution = prepare(model, config.engine, world.device, training=True)
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
+    """Choose how the network computes."""
+    execution = prepare(model, config.engine, world.device, training=True)
     if execution.compiled and config.engine.zero_stage == 3:
         # Weights are gathered for a whole block: by hooks of the block, which are not part of its graph.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

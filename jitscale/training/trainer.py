@@ -28,8 +28,8 @@ from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
-from jitscale.evaluation.distributed import Evaluator, autocast, evaluate_model
-from jitscale.evaluation.generate import configured_sampler, sample_grid
+from jitscale.evaluation.distributed import Evaluator, evaluate_model
+from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
 from jitscale.files import appearing_whole, exclusive
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
@@ -524,18 +524,21 @@ class Trainer:
         flats = self.engine.masters() if name == "model" else self.ema.sets[name]
         network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self.engine.gather(flats))
-        return network.to(self.world.device).eval()
+        return ready_to_sample(network, self.config, self.world.device)
 
     def _guide(self) -> JiT | None:
         """On the device only while it is needed."""
-        return None if self.guide is None else copy.deepcopy(self.guide).to(self.world.device)
+        return None if self.guide is None else copy.deepcopy(self.guide)
 
     def _log_grid(self) -> None:
         network, evaluation = self._network(), self.config.evaluation
         if self.world.is_main:
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
-                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, self._guide())
+                guide = self._guide()
+                if guide is not None:
+                    ready_to_sample(guide, self.config, self.world.device)
+                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, guide)
             self.tracker.log_image(SAMPLES, grid, self.images)
         parallel.barrier()
 

@@ -48,7 +48,7 @@ def test_imports_go_down_only() -> None:
 
 def test_packages_see_only_what_they_need() -> None:
     allowed = {
-        "model": {"config", "model"},
+        "model": {"config", "errors", "model"},
         "diffusion": {"config", "diffusion"},
         "data": {"config", "data", "errors", "files", "keyed_random"},
     }

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from jitscale.config import EngineConfig, ModelConfig
+from jitscale.errors import ConfigError
 from jitscale.model import attention
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.model.execution import prepare
@@ -98,10 +99,10 @@ def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert chosen("auto").name == "sdpa"
     assert chosen("reference", dropout=0.2).reason == "asked for"
     for name in ("flash-attn", "flash-attn-4"):
-        with pytest.raises(RuntimeError, match=rf"engine.attention={name} does not work here \(No module named"):
+        with pytest.raises(ConfigError, match=rf"engine.attention={name} does not work here \(No module named"):
             chosen(name)
     monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, dropout: attention.reference(q, k, 1.1 * v, dropout))
-    with pytest.raises(RuntimeError, match=r"output is off by 0\.1 of the largest element"):
+    with pytest.raises(ConfigError, match=r"output is off by 0\.1 of the largest element"):
         chosen("sdpa")
 
 
