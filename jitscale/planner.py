@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -28,6 +29,20 @@ PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
 BUSY_TOKENS = 2048  # a micro-batch that keeps a GPU's matrix units busy: an assumption
 WORTH = 0.1  # a higher stage must shorten the step by so much: an assumption
 CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
+
+# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
+PEAK_BF16_TFLOPS = {
+    "A100": 312.0,
+    "A40": 149.7,
+    "L40S": 362.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+}
 
 
 def forward_flops(model: ModelConfig) -> int:
@@ -53,6 +68,15 @@ def forward_flops(model: ModelConfig) -> int:
 def training_flops(model: ModelConfig) -> int:
     """Floating-point operations of one training step of one image."""
     return TRAINING_PASSES * forward_flops(model)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The data-sheet bf16 peak of a GPU, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [known for known in PEAK_BF16_TFLOPS if re.search(rf"\b{known}\b", name)]
+    return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import wandb
 from PIL import Image
 
@@ -24,31 +22,6 @@ from jitscale.files import appearing_whole
 logger = logging.getLogger(__name__)
 
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
-
-# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
-PEAK_BF16_TFLOPS = {
-    "A100": 312.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-}
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """The data-sheet bf16 peak of a GPU, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    matches = [known for known in PEAK_BF16_TFLOPS if re.search(rf"\b{known}\b", name)]
-    return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
-
-
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
 
 

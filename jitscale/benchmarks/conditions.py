@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import platform
 import resource
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jitscale.benchmarks.stopwatch import wait_for
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
+from jitscale.parallel import choose_device
 
 CPU = torch.device("cpu")
-DEFAULTS = ["engine.precision=fp32", "run.device=cpu", "run.max_steps=1"]  # the overrides win over these
+DEFAULTS = ["run.max_steps=1"]  # the overrides win over these
+ON_CPU = ["engine.precision=fp32", "run.device=cpu"]
+MATMUL_SIZES = {"cpu": 1536, "cuda": 8192}
+MATMUL_SECONDS = 1.0
 
 
-def measured_config(options: argparse.Namespace, settings: list[str]) -> Config:
+def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False) -> Config:
     """The configuration to measure; `settings` and --batch win over everything.
+
+    Args:
+        options: of the command line.
+        settings: dotted.
+        on_gpu: whether this measurement can run on a GPU; it does where there is one.
 
     Raises:
         ConfigError: it is impossible, or asks for what is not measured here.
     """
-    config = load_config(options.config, [*DEFAULTS, *options.overrides, *settings, f"data.batch_size={options.batch}"])
-    if config.run.device != "cpu":
+    defaults = DEFAULTS if on_gpu and torch.cuda.is_available() else [*DEFAULTS, *ON_CPU]
+    config = load_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
+    device = choose_device(config.run.device)
+    if device.type != "cpu" and not on_gpu:
         raise ConfigError(f"run.device={config.run.device}: only the CPU is measured; remove it")
-    if config.engine.precision == "bf16":
-        raise ConfigError("engine.precision=bf16: is not measured; set fp32 or autocast")
+    if device.type == "cpu" and config.engine.precision == "bf16":
+        raise ConfigError("engine.precision=bf16: is not measured on CPUs; set fp32 or autocast")
     return config
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device = CPU) -> dict[str, Any]:
     """Device, versions, load and date, to be kept with every number."""
-    return {
-        "device": _processor(),
+    known: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+    if device.type == "cuda":
+        known |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        for package in ("deepspeed", "flash-attn", "flash-attn-4", "torchao"):
+            try:
+                known[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return known
 
 
 def _processor() -> str:
@@ -55,7 +77,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_mib() -> float:
-    """The most memory that this process has held at once (ru_maxrss is in KiB, in bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_memory_mib(device: torch.device = CPU) -> float:
+    """The most memory that tensors on a GPU, or on CPUs this process (ru_maxrss), have held at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, in bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def matmul_tflops(device: torch.device, precision: str) -> float:
+    """TFLOP/s of one large matrix product in the arithmetic of `precision`: the fastest in a second or more."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    size = MATMUL_SIZES[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < MATMUL_SECONDS:
+        wait_for(device)
+        started = time.perf_counter()
+        a @ b
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12

@@ -1,30 +1,33 @@
-"""Training steps through the ZeRO engine, and where their time goes."""
+"""Training steps, and where their time goes; on demand beside the authors' way, in turns."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
 from jitscale import parallel
-from jitscale.benchmarks.conditions import CPU, measured_config, peak_memory_mib
+from jitscale.benchmarks.conditions import environment, matmul_tflops, measured_config, peak_memory_mib
+from jitscale.benchmarks.plain import PlainEngine
+from jitscale.benchmarks.reference import ReferenceTraining
+from jitscale.benchmarks.stopwatch import Stopwatch, wait_for
 from jitscale.config import Config
-from jitscale.data.loader import to_model_input
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.evaluation.generate import autocast
+from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
-from jitscale.planner import training_flops
-from jitscale.tracking import Tracker
+from jitscale.planner import peak_tflops, training_flops
 from jitscale.training.ema import ShardedEma
+from jitscale.training.inputs import to_model_input
 
 PARTS = {
     "forward": "network forward",
@@ -35,122 +38,213 @@ PARTS = {
     "tracking": "tracking, logged every step",
     "rest": "rest: inputs, noise, loss, engine around forward",
 }
+STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
+READS = {"_local_scalar_dense", "nonzero", "equal"}  # operators for which the host waits
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Training steps through the engine, alternating with the plain network's forward and backward pass."""
-    config = measured_config(options, ["engine.micro_batch_size=null", "tracking.wandb=off"])
-    world = parallel.start(CPU)
+    """Training steps, in turns with the plain network's forward and backward pass, and with the authors' steps."""
+    config = measured_config(options, ["engine.micro_batch_size=null", "tracking.wandb=off"], on_gpu=True)
+    device = parallel.choose_device(config.run.device)
+    present = importlib.util.find_spec("deepspeed") is not None
+    sharded = present if options.engine == "auto" else options.engine == "zero"
+    torch.manual_seed(config.run.seed)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            times, peak = _time_steps(config, world, Path(scratch), options.warmup, options.steps)
+            ours = Ours(config, device, Path(scratch), sharded=sharded)
+            for _ in range(options.warmup):
+                ours.step(Stopwatch(device, enabled=False))
+            wait_for(device)
+            peak = peak_memory_mib(device)  # of training alone: what follows is built beside it
+            result = _take_turns(ours, options, config, device)
+            ours.close()
     finally:
         parallel.stop()
-
-    seconds = {name: statistics.median(measured) for name, measured in times.items()}
-    step, forward, backward = seconds["step"], seconds["forward"], seconds["backward"]
-    parts = {**seconds, "zero_backward": seconds["engine_backward"] - backward}
-    parts["rest"] = step - sum(parts[name] for name in PARTS if name != "rest")
+    tflops = result["images_per_second"] * training_flops(config.model) / 1e12
+    datasheet, product = peak_tflops(device), matmul_tflops(device, config.engine.precision)
     return {
         "config": options.config,
         "overrides": options.overrides,
         "batch": options.batch,
         "steps": options.steps,
-        "images_per_second": options.batch / step,
-        "ms_per_step": 1e3 * step,
-        "ms_per_step_range": [1e3 * min(times["step"]), 1e3 * max(times["step"])],
-        "tflops_per_second": options.batch * training_flops(config.model) / step / 1e12,
+        "engine": f"ZeRO stage {config.engine.zero_stage}" if sharded else "plain torch",
+        "execution": str(ours.engine.execution),
+        **result,
+        "tflops_per_second": tflops,
+        "matmul_tflops_per_second": product,
+        "mfu": None if datasheet is None else tflops / datasheet,
+        "mfu_of_matmul": tflops / product,
         "peak_memory_mib": peak,
-        "ms": {name: 1e3 * parts[name] for name in PARTS},
-        "share": {name: parts[name] / step for name in PARTS},
-        "around_network": (step - forward - backward) / step,
+        **environment(device),
     }
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table of `measure`."""
     low, high = result["ms_per_step_range"]
-    return [
-        ("images/s", f"{result['images_per_second']:.3f}"),
+    lines = [
+        ("images/s", f"{result['images_per_second']:.4g}"),
         ("step", f"{result['ms_per_step']:.1f} ms, the median of {result['steps']} ({low:.1f} to {high:.1f})"),
-        ("TFLOP/s", f"{result['tflops_per_second']:.4f}"),
-        ("peak memory of the process", f"{result['peak_memory_mib']:.0f} MiB"),
+        ("TFLOP/s", f"{result['tflops_per_second']:.4g}"),
+        ("of one large matrix product", f"{result['mfu_of_matmul']:.1%} of {result['matmul_tflops_per_second']:.4g}"),
+        ("of the data sheet's peak", "not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
+        ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"),
+        ("engine", result["engine"]),
+        ("execution", result["execution"]),
+        ("times that the host waits in a step", f"{sum(result['host_reads'].values())}"),
         *((label, f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}") for name, label in PARTS.items()),
         ("the engine's cost around the network", f"{result['around_network']:.1%}"),
     ]
+    theirs = result.get("reference")
+    if theirs is not None:
+        low, high = theirs["ms_per_step_range"]
+        lines += [
+            ("the authors' way: images/s", f"{theirs['images_per_second']:.4g}"),
+            ("the authors' way: step", f"{theirs['ms_per_step']:.1f} ms ({low:.1f} to {high:.1f})"),
+            *((f"the authors' way: {name}", f"{ms:.1f} ms") for name, ms in theirs["ms"].items()),
+            ("ours / the authors' way", f"{result['ratio']:.2f}"),
+            ("forward and backward alone", f"{result['network_ratio']:.2f}"),
+        ]
+    return lines
 
 
-class Stopwatch:
-    """Durations in seconds by name, one for each time that a part ran."""
+class Ours:
+    """A training of this project on random images."""
 
-    def __init__(self) -> None:
-        self.times: dict[str, list[float]] = defaultdict(list)
+    def __init__(self, config: Config, device: torch.device, run_dir: Path, *, sharded: bool) -> None:
+        self.config, self.device = config, device
+        network = JiT(config.model, config.diffusion).train()
+        self.engine: Any
+        self.tracker: Any = None
+        if sharded:
+            world = parallel.start(device)
+            # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
+            from jitscale.tracking import Tracker  # noqa: PLC0415
+            from jitscale.training.engine import ZeroEngine  # noqa: PLC0415
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time the body of the `with` statement."""
+            self.engine = ZeroEngine(network, config, world)
+            self.tracker = Tracker(config, run_dir, world.is_main, 0)
+        else:
+            self.engine = PlainEngine(network, config, device)
+        self.ema = ShardedEma(config.ema, self.engine.masters())
+        batch, size = config.data.batch_size, config.model.image_size
+        self.images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+        self.labels = torch.randint(max(1, config.model.num_classes), (batch,), device=device)
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Clean images, noise and times."""
+        batch = len(self.images)
+        x = to_model_input(self.images, torch.rand(batch, device=self.device) < 0.5)
+        e = self.config.diffusion.noise_scale * torch.randn_like(x)
+        return x, e, times_from_normal(torch.randn(batch, device=self.device), self.config.diffusion)
+
+    def step(self, watch: Stopwatch) -> None:
+        """One optimizer step."""
         started = time.perf_counter()
-        yield
-        self.times[name].append(time.perf_counter() - started)
-
-
-def _time_steps(
-    config: Config, world: parallel.World, run_dir: Path, warmup: int, steps: int
-) -> tuple[dict[str, list[float]], float]:
-    """Durations of the parts of `steps` steps, and the peak memory in MiB of training alone."""
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-    from jitscale.training.engine import ZeroEngine  # noqa: PLC0415
-
-    torch.manual_seed(config.run.seed)
-    engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
-    ema = ShardedEma(config.ema, engine.masters())
-    tracker = Tracker(config, run_dir, world.is_main, 0)
-    batch, size = config.data.batch_size, config.model.image_size
-    images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
-    labels = torch.randint(max(1, config.model.num_classes), (batch,))
-
-    def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Clean images, noise, noisy images and times."""
-        x = to_model_input(images, torch.rand(batch) < 0.5)
-        e = config.diffusion.noise_scale * torch.randn_like(x)
-        t = times_from_normal(torch.randn(batch), config.diffusion)
-        return x, e, interpolate(x, e, t), t
-
-    def engine_step(watch: Stopwatch) -> None:
-        started = time.perf_counter()
+        batch = len(self.images)
         with watch.part("step"):
-            x, e, z, t = draw()
-            loss = sample_loss(engine(z, t, labels), x, e, z, t, config.diffusion).mean()
+            x, e, t = self.draw()
+            z = interpolate(x, e, t)
+            loss = sample_loss(self.engine(z, t, self.labels), x, e, z, t, self.config.diffusion).mean()
             with watch.part("engine_backward"):
-                engine.backward(loss)
+                self.engine.backward(loss)
             with watch.part("optimizer"):
-                engine.step(config.optim.lr)
+                self.engine.step(self.config.optim.lr)
             with watch.part("ema"):
-                ema.update(engine.masters(), 1, (batch, 2 * batch))
+                self.ema.update(self.engine.masters(), 1, (batch, 2 * batch))
             with watch.part("tracking"):
-                seconds = time.perf_counter() - started
-                values = {"step": 0, "images": batch, "loss": loss.item(), "lr": config.optim.lr}
-                values |= {"grad_norm": engine.gradient_norm(), "images_per_second": batch / seconds}
-                tracker.log({**values, "skipped_steps": 0})
+                if self.tracker is not None and self.device.type == "cpu":  # where reading the loss costs nothing
+                    seconds = time.perf_counter() - started
+                    values = {"step": 0, "images": batch, "loss": loss.item(), "lr": self.config.optim.lr}
+                    values |= {"grad_norm": self.engine.gradient_norm(), "images_per_second": batch / seconds}
+                    self.tracker.log({**values, "skipped_steps": 0})
 
-    def plain_passes(network: JiT, watch: Stopwatch) -> None:
-        x, e, z, t = draw()
-        with watch.part("forward"), autocast(config, CPU):
-            prediction = network(z, t, labels)
+    def close(self) -> None:
+        """Release what is held."""
+        if self.tracker is not None:
+            self.tracker.close()
+        self.engine.destroy()
+
+
+def _take_turns(ours: Ours, options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
+    network = JiT(config.model, config.diffusion).to(device).train()
+    prepare(network, config.engine, device, training=True)
+    theirs = ReferenceTraining(config, device) if options.compare == "reference" else None
+    at_once = STEPS_AT_ONCE[device.type]
+    watch, their_watch, silent = Stopwatch(device), Stopwatch(device), Stopwatch(device, enabled=False)
+    whole: list[float] = []
+    their_whole: list[float] = []
+
+    def plain_passes(watch: Stopwatch) -> None:
+        x, e, t = ours.draw()
+        z = interpolate(x, e, t)
+        with watch.part("forward"), autocast(config, device):
+            prediction = network(z, t, ours.labels)
         loss = sample_loss(prediction, x, e, z, t, config.diffusion).mean()
         with watch.part("backward"):
             loss.backward()
         network.zero_grad()
 
-    for _ in range(warmup):
-        engine_step(Stopwatch())
-    peak = peak_memory_mib()
-    network = JiT(config.model, config.diffusion).train()
-    plain_passes(network, Stopwatch())
-    watch = Stopwatch()
-    for _ in trange(steps, unit="step", desc="measure", disable=None):
-        engine_step(watch)
-        plain_passes(network, watch)
-    tracker.close()
-    engine.destroy()
-    return watch.times, peak
+    def their_step(watch: Stopwatch) -> None:
+        if theirs is not None:
+            theirs.step(*ours.draw(), ours.labels, watch)
+
+    def timed(step: Any, into: list[float]) -> None:
+        wait_for(device)
+        started = time.perf_counter()
+        for _ in range(at_once):
+            step(silent)
+        wait_for(device)
+        into.append((time.perf_counter() - started) / at_once)
+
+    plain_passes(silent)
+    their_step(silent)
+    with HostReads() as reads:
+        ours.step(silent)
+    for _ in trange(options.steps, unit="step", desc="measure", disable=None):
+        timed(ours.step, whole)
+        if theirs is not None:
+            timed(their_step, their_whole)
+            their_step(their_watch)
+        ours.step(watch)
+        plain_passes(watch)
+    seconds = {name: statistics.median(measured) for name, measured in watch.times.items()}
+    step, detailed = statistics.median(whole), seconds["step"]
+    parts = {**seconds, "zero_backward": seconds["engine_backward"] - seconds["backward"]}
+    parts["rest"] = detailed - sum(parts[name] for name in PARTS if name != "rest")
+    result = {
+        "images_per_second": options.batch / step,
+        "ms_per_step": 1e3 * step,
+        "ms_per_step_range": [1e3 * min(whole), 1e3 * max(whole)],
+        "host_reads": dict(reads.found),
+        "ms": {name: 1e3 * parts[name] for name in PARTS},
+        "share": {name: parts[name] / detailed for name in PARTS},
+        "around_network": (detailed - seconds["forward"] - seconds["backward"]) / detailed,
+    }
+    if theirs is not None:
+        their_seconds = {name: statistics.median(measured) for name, measured in their_watch.times.items()}
+        their_step_seconds = statistics.median(their_whole)
+        result["reference"] = {
+            "images_per_second": options.batch / their_step_seconds,
+            "ms_per_step": 1e3 * their_step_seconds,
+            "ms_per_step_range": [1e3 * min(their_whole), 1e3 * max(their_whole)],
+            "ms": {name: 1e3 * value for name, value in their_seconds.items()},
+        }
+        result["ratio"] = their_step_seconds / step
+        their_network = their_seconds["forward"] + their_seconds["backward"]
+        result["network_ratio"] = their_network / (seconds["forward"] + seconds["backward"])
+    return result
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators whose result the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in READS:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))

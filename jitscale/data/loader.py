@@ -173,17 +173,6 @@ def naming_dead_workers() -> Iterator[None]:
         raise _dead_worker(str(error)) from error
 
 
-def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3, H, W) in [-1, 1] from uint8 `images` (B, H, W, 3), mirrored where `flip` (B,) is true.
-
-    In float32 whatever precision follows, since bf16 arithmetic gives other pixels; and contiguous, since
-    noise that is drawn like it must not depend on a memory layout.
-    """
-    flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
-    channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return channels_first / 127.5 - 1
-
-
 class _FetchAhead:
     """Fetches the remote shards that one rank needs next, about one window of every stream ahead."""
 

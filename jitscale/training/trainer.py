@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config, network_differences, to_yaml
-from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
+from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
@@ -34,8 +34,8 @@ from jitscale.files import appearing_whole, exclusive
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.planner import training_flops
-from jitscale.tracking import SAMPLES, Tracker, peak_tflops
+from jitscale.planner import peak_tflops, training_flops
+from jitscale.tracking import SAMPLES, Tracker
 from jitscale.training.checkpoint import (
     Checkpoint,
     Flats,
@@ -52,6 +52,7 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal
+from jitscale.training.inputs import copied_ahead, to_model_input
 from jitscale.training.optim import learning_rate
 from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 
@@ -150,6 +151,7 @@ class Trainer:
         self.spikes = LossSpikes()
         self.rank_times = RankTimes(world.device)
         self.batches = self._batches()
+        self.on_device = copied_ahead(self.batches, world.device)
         self.stop_requested = StopSignal()
         self.tracker, self.watch = parallel.together(self._open_records)
 
@@ -247,7 +249,7 @@ class Trainer:
         for micro_batch in range(self.engine.micro_batches):
             with self.rank_times.part():
                 self.faults.strike()
-                batch = next(self.batches)
+                batch = next(self.on_device)
                 self.bad_samples.note(batch.bad_samples)
                 loss = self.faults.loss(self._loss(batch))
             self.engine.backward(loss)
@@ -451,6 +453,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.spikes = LossSpikes()
         self.batches = self._batches()
+        self.on_device = copied_ahead(self.batches, self.world.device)
         self.tracker.rewind(self.step)
         if self.world.is_main:
             remove_snapshots_after(self.run_dir, self.images)

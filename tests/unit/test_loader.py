@@ -19,11 +19,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers, to_model_input
+from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
+from jitscale.training.inputs import to_model_input
 
 COUNT = 50
 CLASSES = 10

@@ -11,7 +11,8 @@ import torch
 import wandb
 
 from jitscale.config import Config, TrackingConfig
-from jitscale.tracking import Tracker, peak_tflops, read_metrics
+from jitscale.planner import peak_tflops
+from jitscale.tracking import Tracker, read_metrics
 
 
 def tracker(run_dir: Path, resumed_step: int = 0, wandb: str = "off") -> Tracker:
