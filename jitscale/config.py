@@ -115,6 +115,7 @@ class EngineConfig:
     attention: str = "auto"  # kernel: flash-attn-4, flash-attn, sdpa, reference; auto: the fastest that works
     align: bool | None = None  # pad feed-forward products with zeros to multiples of 64; null: on GPUs
     compile: bool | None = None  # torch.compile, block by block; null: on GPUs
+    float8: bool = False  # products of the blocks in float8, by torchao: GPUs from Hopper on
     activation_checkpointing: int = 0  # recompute every k-th block in the backward pass; 0: keep all activations
     offload_optimizer: bool = False  # optimizer state and masters in the CPU's memory
     hpz_group_size: int = 1  # stage 3: ranks of a group that keeps a second copy of the weights (ZeRO++ hpZ); 1: none
@@ -189,6 +190,7 @@ class RunConfig:
     init_ema: bool = True  # the file's averages go on where ema.* has them too; false: all start from init_weights
     rollback_after: int = 10  # steps in a row without a finite gradient: back to the last checkpoint, on in the data
     max_rollbacks: int = 3  # in one process; the next one ends the run
+    profile: bool = False  # steps 20 to 25 of the first rank: RUN/profile/trace.json.gz and kernels.txt
     hang_timeout: float = 1800.0  # seconds without a finished step after which a rank ends itself; 0: never
 
 

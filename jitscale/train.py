@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jitscale.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win over the file, such as optim.lr=1e-4"
     )
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     world_size = parallel.adopt_launcher_environment()
     config = load_config(
         options.config,
-        options.overrides,
+        [*options.overrides, *(["run.profile=true"] if options.profile else [])],
         world_size=world_size,
         bf16_supported=parallel.bf16_supported,
         needs_shards=not options.print_config,

@@ -100,6 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         result["ratio"] = their_median / median
         result["largest_difference"] = float((images["ours"] - images["theirs"]).abs().max())
+        result["largest_value"] = float(images["theirs"].abs().max())
     return result
 
 
@@ -124,6 +125,6 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [(f"the authors' way: {name}", value) for name, value in of(result["reference"])]
         lines += [
             ("ours / the authors' way", f"{result['ratio']:.2f}"),
-            ("largest difference of a pixel, of [-1, 1]", f"{result['largest_difference']:.1e}"),
+            ("largest difference of a pixel", f"{result['largest_difference']:.1e} of {result['largest_value']:.2g}"),
         ]
     return lines

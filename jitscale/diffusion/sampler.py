@@ -96,11 +96,11 @@ class Sampler:
         return z
 
     def _grid(self) -> list[float]:
-        # float32 as the authors' is: whether a step lies inside the interval depends on its rounding.
         return cast(list[float], torch.linspace(0.0, 1.0, self.steps + 1).tolist())
 
     def _in_interval(self, t: float) -> bool:
-        low, high = self.guidance_interval
+        # float32 on both sides, as in the authors' code: of ten steps the one at 0.1 does not lie above 0.1.
+        low, high = cast(list[float], torch.tensor(self.guidance_interval, dtype=torch.float32).tolist())
         return (t > low or low == 0.0) and t < high
 
     def _corrects(self, index: int) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig
 from jitscale.model.attention import ChosenKernel, choose_kernel
+from jitscale.model.float8 import float8_product
 from jitscale.model.jit import Block, JiT
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,24 @@ class Execution:
         attention: the kernel.
         aligned: whether feed-forward products are padded to multiples of ALIGNMENT.
         compiled: whether blocks are compiled.
+        float8: whether products are in float8.
     """
 
     attention: ChosenKernel
     aligned: bool
     compiled: bool
+    float8: bool
+
+    @property
+    def by_block(self) -> bool:
+        """Whether a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
+        return self.aligned or self.compiled or self.float8
 
     def __str__(self) -> str:
         chosen = self.attention
         parts = [f"attention {chosen.name} ({chosen.version}; {chosen.reason})"]
         parts += ["feed-forward widths padded"] if self.aligned else []
+        parts += ["float8"] if self.float8 else []
         parts += ["blocks compiled"] if self.compiled else []
         return ", ".join(parts)
 
@@ -53,12 +62,12 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
 
     Args:
         model: changed in place: the way its blocks compute.
-        engine: attention, align, compile, activation_checkpointing, precision.
+        engine: attention, align, compile, float8, activation_checkpointing, precision.
         device: where it will compute.
         training: False for sampling: nothing is dropped or recomputed.
 
     Raises:
-        ConfigError: an attention kernel that was asked for does not work.
+        ConfigError: an attention kernel that was asked for does not work, or there is no float8.
     """
     on_gpu = device.type == "cuda"
     config = model.config
@@ -75,15 +84,17 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     )
     aligned = on_gpu if engine.align is None else engine.align
     compiled = on_gpu if engine.compile is None else engine.compile
+    product = float8_product(device) if engine.float8 else None
     for index, block in enumerate(blocks):
         block.attn.kernel = attention.kernel
         block.mlp.aligned = aligned
+        block.attn.product = block.mlp.product = product
         every = engine.activation_checkpointing if training else 0
         if every > 0 and index % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compiled:
             block.forward = _compiled(block.forward)  # type: ignore[method-assign, assignment]
-    return Execution(attention, aligned, compiled)
+    return Execution(attention, aligned, compiled, engine.float8)
 
 
 def _compiled(forward: Forward) -> Forward:

@@ -7,6 +7,7 @@ Parameter names are those of the authors' checkpoints, so that their files load 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from jitscale.model.attention import Kernel, sdpa
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIMESTEP_FREQUENCIES = 256
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as torch.nn.functional.linear
 ALIGNMENT = 64  # of the inner width of feed-forward layers
 
 
@@ -132,15 +134,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.attn_dropout = attn_dropout
         self.kernel: Kernel = sdpa  # model/execution.py chooses
+        self.product: Product | None = None
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """(B, N, C), (2, N, D) -> (B, N, C)"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
+        q, k, v = (
+            multiply(self.product, x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        )  # (B, N, H, D) each
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         out = self.kernel(q, k, v, self.attn_dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(out.flatten(2)))
+        return self.proj_drop(multiply(self.product, out.flatten(2), self.proj))
 
 
 class SwiGLU(nn.Module):
@@ -160,20 +165,27 @@ class SwiGLU(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.padding = -inner % ALIGNMENT
         self.aligned = False  # model/execution.py chooses
+        self.product: Product | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, C)"""
         if self.aligned and self.padding:
             return self._padded(x)
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.drop(F.silu(gate) * value))
+        gate, value = multiply(self.product, x, self.w12).chunk(2, dim=-1)
+        return multiply(self.product, self.drop(F.silu(gate) * value), self.w3)
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         w12, b12, w3 = (in_arithmetic_of(x, p) for p in (self.w12.weight, self.w12.bias, self.w3.weight))
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # gate and value each
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, self.padding)).flatten()
-        gate, value = F.linear(x, w12, b12).chunk(2, dim=-1)
-        return F.linear(self.drop(F.silu(gate) * value), F.pad(w3, (0, self.padding)), self.w3.bias)
+        product = self.product or F.linear
+        gate, value = product(x, w12, b12).chunk(2, dim=-1)
+        return product(self.drop(F.silu(gate) * value), F.pad(w3, (0, self.padding)), self.w3.bias)
+
+
+def multiply(product: Product | None, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`layer` of `x` by another product than torch's, where one was chosen."""
+    return layer(x) if product is None else product(x, layer.weight, layer.bias)
 
 
 def in_arithmetic_of(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

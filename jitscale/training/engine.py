@@ -325,8 +325,8 @@ class ZeroEngine:
 def _prepare(model: JiT, config: Config, world: World) -> Execution:
     """Choose how the network computes."""
     execution = prepare(model, config.engine, world.device, training=True)
-    if execution.compiled and config.engine.zero_stage == 3:
-        # Weights are gathered for a whole block: by hooks of the block, which are not part of its graph.
+    if execution.by_block and config.engine.zero_stage == 3:
+        # Weights are gathered for a whole block, by hooks of the block, which are not part of its graph.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     return execution
 

@@ -54,6 +54,7 @@ from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal
 from jitscale.training.inputs import copied_ahead, to_model_input
 from jitscale.training.optim import learning_rate
+from jitscale.training.profiling import StepProfile
 from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class Trainer:
         self.loss_by_time = LossByTime(world.device)
         self.spikes = LossSpikes()
         self.rank_times = RankTimes(world.device)
+        self.profile = StepProfile(run_dir / "profile", world.device, active=config.run.profile and world.is_main)
         self.batches = self._batches()
         self.on_device = copied_ahead(self.batches, world.device)
         self.stop_requested = StopSignal()
@@ -194,7 +196,9 @@ class Trainer:
         ) as progress:
             while self.images < self.end:
                 self.watch.alive()
+                self.profile.step_begins()
                 loss = self._train_step()
+                self.profile.step_ended()
                 progress.update(config.data.batch_size)
                 if self.skipped_in_a_row >= config.run.rollback_after:
                     self._roll_back()
@@ -232,6 +236,7 @@ class Trainer:
     def close(self) -> None:
         """Release what the run holds."""
         self.watch.close()
+        self.profile.close()
         self.batches.close()
         self.tracker.close()
         self.stop_requested.restore()

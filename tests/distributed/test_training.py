@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 import signal
 import socket
@@ -68,8 +70,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def unbroken(job: Job) -> list[dict[str, Any]]:
-    """The metrics of an uninterrupted run of two ranks in stage 1."""
-    return job.train("unbroken")
+    """The metrics of an uninterrupted run of two ranks in stage 1, profiled on the way."""
+    return job.train("unbroken", "--profile")
 
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
@@ -91,6 +93,17 @@ def test_metrics_of_a_step(unbroken: list[dict[str, Any]]) -> None:
     assert (line["step"], line["images"]) == (STEPS, STEPS * BATCH)
     assert [entry["lr"] for entry in unbroken[:4]] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert line["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_profile_of_its_last_steps(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """From step 20 on; that it changes nothing is what every comparison with this run says."""
+    folder = job.folder / "unbroken/profile"
+    table = (folder / "kernels.txt").read_text()
+    assert "Self CPU time total" in table
+    assert "aten::addmm" in table
+    with gzip.open(folder / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::scaled_dot_product_attention", "aten::lerp"} & names
 
 
 def test_config_is_dumped_into_the_run(job: Job, unbroken: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +73,16 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(
     run = results[2][f"{stage} poisoned"]
     assert run["applied"] == [False, True]
     assert run["finite"]
+
+
+def test_ways_to_compute_change_no_loss(tmp_path: Path) -> None:
+    """Two ranks; padded, compiled and recomputed blocks in stages 2 and 3: whole graphs, the same losses."""
+    run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"))
+    results = json.loads((tmp_path / "result.json").read_text())
+    exact = results["2 plain"]["losses"]
+    assert len(set(exact)) == len(exact) == 4
+    for name, found in results.items():
+        assert found["losses"] == pytest.approx(exact, rel=1e-6), name
+        assert found["breaks"] == 0
+        # Two lengths of the sequence; a recomputed block is compiled beside one that is not.
+        assert found["graphs"] == {"plain": 0, "padded": 0, "compiled": 2, "all": 4}[name.split()[1]], name

@@ -24,37 +24,74 @@ TINY = (
 )
 ENVIRONMENT = {"device", "torch", "threads", "load", "date"}
 COMMON = {"config", "overrides", "batch", "images_per_second", "tflops_per_second", "peak_memory_mib"} | ENVIRONMENT
+FOREIGN = ("deepspeed", "PIL", "wandb", "webdataset", "simplejpeg", "safetensors", "fsspec", "submitit", "rich")
 
 
-def benchmark(*arguments: str, expect: int = 0) -> str:
-    command = [sys.executable, "tools/benchmark.py", *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -> str:
+    """Run the tool, on a machine that lacks the packages `without`."""
+    hide = f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", hide + "runpy.run_path(sys.argv[0], run_name='__main__')", "tools/benchmark.py"]
+    finished = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == expect, finished.stderr
     return finished.stdout if expect == 0 else finished.stderr
 
 
 def test_step() -> None:
-    result: dict[str, Any] = json.loads(benchmark("step", "--steps", "3", "--warmup", "1", "--json", *TINY))
-    own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network"}
+    arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", "--json", *TINY]
+    result: dict[str, Any] = json.loads(benchmark(*arguments))
+    own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network", "engine", "execution"}
+    own |= {"mfu", "mfu_of_matmul", "matmul_tflops_per_second", "host_reads", "reference", "ratio", "network_ratio"}
     assert set(result) == COMMON | own
     parts = {"forward", "backward", "zero_backward", "optimizer", "ema", "tracking", "rest"}
     assert set(result["ms"]) == set(result["share"]) == parts
     assert sum(result["share"].values()) == pytest.approx(1.0)
-    assert sum(result["ms"].values()) == pytest.approx(result["ms_per_step"])
     around = sum(share for name, share in result["share"].items() if name not in ("forward", "backward"))
     assert result["around_network"] == pytest.approx(around)
     assert result["images_per_second"] == pytest.approx(4 / result["ms_per_step"] * 1e3)
     low, high = result["ms_per_step_range"]
     assert 0 < low <= result["ms_per_step"] <= high
     assert result["peak_memory_mib"] > 0
+    assert result["engine"] == "ZeRO stage 1"
+    assert result["execution"].startswith("attention sdpa (torch ")
+    # DeepSpeed asks whether the gradient was finite; loss and norm are read for the metrics, here in every step.
+    assert result["host_reads"] == {"_local_scalar_dense": 3}
+    theirs = result["reference"]
+    assert set(theirs["ms"]) == {"forward", "backward", "optimizer", "ema"}
+    assert result["ratio"] == pytest.approx(theirs["ms_per_step"] / result["ms_per_step"])
+
+
+def test_step_and_sample_need_torch_and_little_more() -> None:
+    result = json.loads(benchmark("step", "--steps", "1", "--warmup", "1", "--json", *TINY, without=FOREIGN))
+    assert result["engine"] == "plain torch"
+    assert result["host_reads"] == {}
+    assert "| images/s |" in benchmark("sample", "--batch", "1", "--sampler-steps", "2", *TINY, without=FOREIGN)
 
 
 def test_sample() -> None:
-    result: dict[str, Any] = json.loads(benchmark("sample", "--batch", "2", "--sampler-steps", "4", "--json", *TINY))
-    assert set(result) == COMMON | {"sampler_steps", "guidance", "seconds", "evaluations_per_image"}
-    # 3 Heun steps and 1 Euler step: 7 velocities. All but the first lie inside the guidance interval and count twice.
-    assert result["evaluations_per_image"] == 13
+    arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "reference", "--json", *TINY]
+    result: dict[str, Any] = json.loads(benchmark(*arguments))
+    own = {"sampler_steps", "guidance", "seconds", "seconds_range", "evaluations_per_image", "network_calls"}
+    assert set(result) == COMMON | own | {"reference", "ratio", "largest_difference", "largest_value"}
+    # 49 Heun steps and one of Euler: 99 velocities. Times 0, 0.02, ... 0.1 lie before the guidance interval: the first
+    # counts once, the others twice, as the end of a step and as the beginning of the next.
+    assert result["evaluations_per_image"] == 99 + (99 - 11)
+    assert result["network_calls"] == 99, "with and without the class in one batch"
+    assert result["reference"]["evaluations_per_image"] == result["reference"]["network_calls"] == 2 * 99
+    assert result["largest_difference"] < 1e-4
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"])
+
+
+def test_attention() -> None:
+    result = json.loads(benchmark("attention", "--repeats", "2", "--json", *TINY))
+    assert result["shape"] == [4, 20, 2, 16]
+    assert set(result["kernels"]) == {"sdpa", "reference"}
+    assert set(result["missing"]) == {"flash-attn", "flash-attn-4"}
+    assert all(found["ms"]["both"] > found["ms"]["forward"] > 0 for found in result["kernels"].values())
+
+
+def test_metrics() -> None:
+    result = json.loads(benchmark("metrics", "--images", "40", "--json"))
+    assert set(result["seconds"]) == {"fid", "sfid", "inception_score", "kid", "precision and recall"}
 
 
 def test_the_table_and_a_refusal() -> None:

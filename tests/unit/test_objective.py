@@ -105,6 +105,16 @@ def test_heun_is_second_order() -> None:
     assert error("heun", 20) / error("heun", 40) == pytest.approx(4, rel=0.1)
 
 
+def test_the_interval_is_compared_in_float32() -> None:
+    """As the authors' code does: 0.1 of ten steps is not above 0.1, though it is as a double."""
+    sampler = Sampler("heun", 10, 3.0, (0.1, 0.7))
+    grid = torch.linspace(0.0, 1.0, 11)
+    assert [t.item() for t in grid if sampler.guides_at(t.item())] == grid[(grid > 0.1) & (grid < 0.7)].tolist()
+    assert sampler.guides_at(grid[2].item())
+    assert not sampler.guides_at(grid[1].item())
+    assert sampler.steps_before_guidance() == 1, "the second step ends inside"
+
+
 @pytest.mark.parametrize(("interval", "guided"), [((0.1, 1.0), [0.2, 0.4, 0.6, 0.8]), ((0.0, 0.5), [0.0, 0.2, 0.4])])
 def test_guidance_only_inside_its_interval(interval: tuple[float, float], guided: list[float]) -> None:
     """The network sees two batches where guidance acts, one elsewhere, and no unconditional image without guidance."""

@@ -1,0 +1,59 @@
+"""Where the time of a few steps goes: a trace for a browser and a table of the slowest kernels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+FIRST, LAST = 20, 25  # steps of this process: after compilation and the allocator's first steps
+KERNELS = 20  # in the table
+
+logger = logging.getLogger(__name__)
+
+
+class StepProfile:
+    """Profiles steps 20 to 25 of this process into `folder`.
+
+    trace.json.gz    to be opened in chrome://tracing or ui.perfetto.dev
+    kernels.txt      the twenty that took the longest
+    """
+
+    def __init__(self, folder: Path, device: torch.device, *, active: bool) -> None:
+        """`active`: whether this rank is the one that is profiled."""
+        self._folder, self._device, self._active = folder, device, active
+        self._step = 0
+        self._profiler: profile | None = None
+
+    def step_begins(self) -> None:
+        """To be called before every step."""
+        self._step += 1
+        if self._active and self._step == FIRST:
+            activities = [ProfilerActivity.CPU]
+            activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+            self._profiler = profile(activities=activities)
+            self._profiler.start()
+
+    def step_ended(self) -> None:
+        """To be called after every step."""
+        if self._step == LAST:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was profiled; a run that is too short is said."""
+        if self._profiler is None:
+            if self._active and 0 < self._step < FIRST:
+                logger.warning("run.profile: %d steps only, profiling begins at step %d", self._step, FIRST)
+            self._active = False
+            return
+        profiler, self._profiler = self._profiler, None
+        self._active = False
+        profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        order = f"self_{self._device.type}_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=80)
+        (self._folder / "kernels.txt").write_text(table + "\n")
+        logger.info("steps %d to %d profiled into %s", FIRST, self._step, self._folder)

@@ -1,0 +1,76 @@
+"""The same few steps in each way to compute, through the engine; write the losses and what the compiler counted.
+
+Usage: executions.py RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from jitscale import parallel
+from jitscale.config import Config, EngineConfig, ModelConfig
+from jitscale.model.jit import JiT
+from jitscale.training.engine import ZeroEngine
+from tests.distributed.processes import leave_after
+
+STAGES, STEPS, BATCH = (2, 3), 4, 3
+# Padded, compiled, every k-th block recomputed.
+WAYS = {"plain": (False, False, 0), "padded": (True, False, 0), "compiled": (True, True, 0), "all": (True, True, 2)}
+MODEL = ModelConfig(
+    image_size=16,
+    patch_size=4,
+    hidden_size=40,
+    depth=4,
+    num_heads=2,
+    bottleneck_dim=8,
+    in_context_len=4,
+    in_context_start=2,
+    num_classes=10,
+)
+
+
+def run(engine_config: EngineConfig, world: parallel.World) -> dict[str, Any]:
+    torch._dynamo.reset()
+    counters.clear()
+    config = Config(model=MODEL, engine=engine_config)
+    config.data.batch_size = BATCH * world.size
+    torch.manual_seed(0)
+    network = JiT(MODEL).train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    engine = ZeroEngine(network, config, world)
+    losses = []
+    for step in range(STEPS):
+        torch.manual_seed(100 * step + world.rank)
+        loss = engine(torch.randn(BATCH, 3, 16, 16), torch.rand(BATCH), torch.arange(BATCH)).square().mean()
+        engine.backward(loss)
+        engine.step(1e-3)
+        losses.append(float(parallel.sum_over_ranks(loss.detach())))
+    engine.destroy()
+    return {"losses": losses, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
+
+
+def main() -> None:
+    world = parallel.start(torch.device("cpu"))
+    compiler = torch.compile
+    # Graphs and their derivatives as for a GPU, without a C++ compiler at their end.
+    torch.compile = lambda function, **rest: compiler(function, backend="aot_eager", **rest)
+    results = {}
+    for stage, (name, (align, compiled, every)) in product(STAGES, WAYS.items()):
+        engine = EngineConfig(
+            zero_stage=stage, precision="fp32", align=align, compile=compiled, activation_checkpointing=every
+        )
+        results[f"{stage} {name}"] = run(engine, world)
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    parallel.stop()
+
+
+leave_after(main)
