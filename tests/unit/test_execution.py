@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -187,6 +188,28 @@ def test_a_padded_network_computes_and_stores_the_same() -> None:
     assert padded.blocks[0].mlp.padding > 0  # type: ignore[union-attr, operator]
     assert {k: v.shape for k, v in padded.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     assert_same(passes(plain, dtype=torch.float64), passes(padded, dtype=torch.float64), 1e-12)
+
+
+def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated; with padding, since its products need multiples of 16. Names and shapes are those of a checkpoint."""
+    model = replace(MODEL, hidden_size=64, depth=4)
+    bf16 = replace(ENGINE, precision="autocast")
+    results = {}
+    for name, engine in (("bf16", bf16), ("float8", replace(bf16, float8=True, align=True))):
+        net = network(engine, model)
+        assert net.state_dict().keys() == JiT(model).state_dict().keys()
+        with torch.autocast("cpu", torch.bfloat16):
+            results[name] = passes(net)
+    exact, rough = results["bf16"], results["float8"]
+    difference = float((rough[0] - exact[0]).norm() / exact[0].norm())
+    assert 0.002 < difference < 0.1, "rounded, and not much"
+    for name in ("blocks.0.attn.qkv.weight", "blocks.2.mlp.w12.weight", "blocks.3.mlp.w3.bias"):
+        cosine = torch.nn.functional.cosine_similarity(exact[1][name].flatten(), rough[1][name].flatten(), 0)
+        assert float(cosine) > 0.97, name
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.delitem(sys.modules, "torchao.float8.config")
+    with pytest.raises(ConfigError, match=r"engine.float8=true: torchao cannot be imported"):
+        network(replace(bf16, float8=True))
 
 
 @pytest.fixture
