@@ -206,8 +206,7 @@ def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("blocks.0.attn.qkv.weight", "blocks.2.mlp.w12.weight", "blocks.3.mlp.w3.bias"):
         cosine = torch.nn.functional.cosine_similarity(exact[1][name].flatten(), rough[1][name].flatten(), 0)
         assert float(cosine) > 0.97, name
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    monkeypatch.delitem(sys.modules, "torchao.float8.config")
+    monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
     with pytest.raises(ConfigError, match=r"engine.float8=true: torchao cannot be imported"):
         network(replace(bf16, float8=True))
 
