@@ -38,7 +38,7 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(
-        self, masters: Sequence[torch.Tensor], step: int, images: tuple[int, int], *, moved: bool = True
+        self, masters: Sequence[torch.Tensor], step: int, images: tuple[int, int], *, moved: torch.Tensor | bool = True
     ) -> None:
         """average <- decay * average + (1 - decay) * masters
 
@@ -46,13 +46,15 @@ class ShardedEma:
             masters: this rank's flat masters after the step.
             step: optimizer steps of the run, this one included.
             images: images that the run had seen before this step, and has seen after it.
-            moved: False for a step that was skipped. Decays count steps that moved the weights; power functions weigh
-                every image, with the weights as they were at it.
+            moved: False for a step that was skipped, which a GPU may know before the host does: a boolean (). Decays
+                count steps that moved the weights; power functions weigh every image, with the weights as they were at
+                it.
         """
         live = list(masters)
-        if moved:
-            for name, decay in self._decays.items():
-                torch._foreach_lerp_(self.sets[name], live, 1.0 - self._decay_at(decay, step))
+        for name, decay in self._decays.items():
+            # A weight on the device: the host does not wait to know whether the step was skipped.
+            weight = torch.as_tensor(moved).float() * (1.0 - self._decay_at(decay, step))
+            torch._foreach_lerp_(self.sets[name], live, [weight] * len(live))
         for name, gamma in self._gammas.items():
             torch._foreach_lerp_(self.sets[name], live, power_step(gamma, *images))
 

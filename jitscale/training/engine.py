@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -19,6 +20,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.dis
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
+from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
 from jitscale import parallel  # noqa: E402
 from jitscale.config import Config  # noqa: E402
@@ -59,12 +61,16 @@ class ZeroEngine:
             self._optimizer.get_grad_norm_direct = _gradient_norm
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
         self._stage0_norm = torch.zeros(())
-        if self.stage == 0:
-            self._skip_what_is_not_finite()
         self.fragments = list(self._fragments())
-        base = getattr(self._optimizer, "optimizer", self._optimizer)
-        if isinstance(base, Muon):
-            self._lay_out(base)
+        self._base = getattr(self._optimizer, "optimizer", self._optimizer)
+        if isinstance(self._base, Muon):
+            self._lay_out(self._base)
+        # AdamW skips a step by itself where a tensor on the device says so; the host need not wait to know.
+        on_device = not isinstance(self._base, Muon) and config.engine.precision != "bf16"
+        self._skips_on_device = on_device and not config.engine.offload_optimizer
+        self._moved = torch.ones((), dtype=torch.bool)
+        if self.stage == 0 and not self._skips_on_device:
+            self._skip_what_is_not_finite()
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
@@ -74,27 +80,54 @@ class ZeroEngine:
         """Add the gradient of one micro-batch's mean loss; it is divided by the number of micro-batches here."""
         self._engine.backward(loss)
 
-    def step(self, lr: float | None = None) -> bool:
+    def step(self, lr: float | None = None) -> torch.Tensor:
         """End a micro-batch; after the last one of a step, update the weights with learning rate `lr`.
 
         Returns:
-            Whether the weights moved: False between micro-batches, and where a gradient was not finite.
+            A boolean () on the device: whether the weights moved in the last step, where no gradient may be infinite or
+            NaN. To read it waits for the device.
         """
         if lr is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             if self.stage == 0:
                 self._stage0_norm = self._stage0_gradient_norm()
-        self._engine.step()
-        if self.stage == 0 and lr is not None and not self._stage0_norm.isfinite():
-            return False
-        return bool(self._engine.was_step_applied())
+                self._judge(self._stage0_norm)
+        with self._judged_on_device():
+            self._engine.step()
+        if lr is not None and not self._skips_on_device and self.stage > 0:
+            self._moved = torch.tensor(self._engine.was_step_applied())
+        return self._moved
+
+    def _judge(self, norm: torch.Tensor) -> bool:
+        """Let the optimizer skip a step whose gradient `norm` is not finite, or negative as a sign of that.
+
+        Stands in for DeepSpeed's question to the device, which the host would wait for; the answer is always that the
+        norm is valid.
+        """
+        self._moved = norm.isfinite() & (norm >= 0)
+        if self._skips_on_device:
+            self._base.found_inf = (~self._moved).float()
+        return False
+
+    @contextmanager
+    def _judged_on_device(self) -> Iterator[None]:
+        if not self._skips_on_device:
+            yield
+            return
+        asked = [(module, module.is_invalid_grad_norm) for module in (stage_1_and_2, stage3)]
+        for module, _ in asked:
+            module.is_invalid_grad_norm = self._judge
+        try:
+            yield
+        finally:
+            for module, question in asked:
+                module.is_invalid_grad_norm = question
 
     def gradient_norm(self) -> float:
         """The global 2-norm of the last step's gradients before clipping."""
-        if self.stage == 0:
-            return float(self._stage0_norm)
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._stage0_norm if self.stage == 0 else self._engine.get_global_grad_norm())
+        return norm if norm >= 0 else float("inf")  # -1 and NaN stand for what is not finite
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's flat float32 master tensors, in the order that fragments count them."""
@@ -243,8 +276,7 @@ class ZeroEngine:
         return self._flats()
 
     def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:
-        base = getattr(self._optimizer, "optimizer", self._optimizer)
-        return [base.state[key] for key in self._state_keys()]
+        return [self._base.state[key] for key in self._state_keys()]
 
     def _sliced(self, flats: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """In stage 0 the slices of whole moments that belong to this rank's fragments."""

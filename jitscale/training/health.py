@@ -49,6 +49,39 @@ class StopSignal:
         self.received = True
 
 
+class Verdicts:
+    """Whether steps moved the weights, read some steps later on GPUs, where the host would wait for the newest one."""
+
+    LATE = 2  # steps
+
+    def __init__(self, device: torch.device) -> None:
+        self._late = self.LATE if device.type == "cuda" else 0
+        self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, moved: torch.Tensor) -> list[bool]:
+        """Note the last step's boolean (); returns the verdicts that are old enough to be read, oldest first."""
+        copied = None
+        if moved.device.type == "cuda":
+            moved = moved.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((moved, copied))
+        return self._read(self._late)
+
+    def settle(self) -> list[bool]:
+        """All that were not read yet; may wait for the device."""
+        return self._read(0)
+
+    def _read(self, leave: int) -> list[bool]:
+        found = []
+        while len(self._unread) > leave:
+            moved, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            found.append(bool(moved))
+        return found
+
+
 class BadSamples:
     """Counts the images that could not be decoded, and ends the run on all ranks together when they are too many."""
 

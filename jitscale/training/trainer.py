@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -51,7 +51,7 @@ from jitscale.training.checkpoint import (
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
-from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal
+from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal, Verdicts
 from jitscale.training.inputs import copied_ahead, to_model_input
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
@@ -150,6 +150,7 @@ class Trainer:
         self.faults = FaultInjection.from_environment(world.rank)
         self.loss_by_time = LossByTime(world.device)
         self.spikes = LossSpikes()
+        self.verdicts = Verdicts(world.device)
         self.rank_times = RankTimes(world.device)
         self.profile = StepProfile(run_dir / "profile", world.device, active=config.run.profile and world.is_main)
         self.batches = self._batches()
@@ -208,14 +209,17 @@ class Trainer:
                     continue
                 self._snapshot()  # before anything may save this step: a resumed run goes on after it
                 log_point = self.step % config.tracking.log_every_steps == 0 or self.images >= self.end
+                save_is_due = save_is_due or self._passed(config.checkpoint.every_images)
+                if log_point or save_is_due:
+                    self._note(self.verdicts.settle())
                 if log_point:
                     rate = clock.rate(self.images)
                     agree_every = _agree_every(rate, config)
                     progress.set_postfix_str(f"loss {self._log(loss, rate):.4f}")
                 if (log_point or self.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
+                    self._note(self.verdicts.settle())
                     self._save(last=True)
                     return ExitCode.REQUEUE
-                save_is_due = save_is_due or self._passed(config.checkpoint.every_images)
                 if save_is_due and self.skipped_in_a_row == 0:  # a rollback shall not end among infinite gradients
                     save_is_due = False
                     self._save()
@@ -226,6 +230,7 @@ class Trainer:
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
                     self._log_grid()
                     clock.restart(self.images)
+        self._note(self.verdicts.settle())
         self._save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
@@ -263,12 +268,14 @@ class Trainer:
             total += loss.detach() / (self.engine.micro_batches * self.world.size)
         self.step, self.images = self.step + 1, images
         self.ema.update(self.engine.masters(), self.step, (images - config.data.batch_size, images), moved=moved)
-        if moved:
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
+        self._note(self.verdicts.add(moved))
         return total
+
+    def _note(self, moved: Sequence[bool]) -> None:
+        """Count skipped steps."""
+        for one in moved:
+            self.skipped_in_a_row = 0 if one else self.skipped_in_a_row + 1
+            self.skipped_steps += not one
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss of one micro-batch. Every draw is keyed by the sample's position in the global sequence."""
@@ -455,6 +462,7 @@ class Trainer:
         self.batches.close()
         self._load(checkpoint)
         self.skipped_images = position - self.images
+        self.verdicts.settle()  # of steps that are taken back
         self.skipped_in_a_row = 0
         self.spikes = LossSpikes()
         self.batches = self._batches()

@@ -84,5 +84,6 @@ def test_ways_to_compute_change_no_loss(tmp_path: Path) -> None:
     for name, found in results.items():
         assert found["losses"] == pytest.approx(exact, rel=1e-6), name
         assert found["breaks"] == 0
+        assert not found["waits"], "the host waits for nothing between two log points"
         # Two lengths of the sequence; a recomputed block is compiled beside one that is not.
         assert found["graphs"] == {"plain": 0, "padded": 0, "compiled": 2, "all": 4}[name.split()[1]], name

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from jitscale.errors import DataError, ExitCode
-from jitscale.training.health import BadSamples, HangWatch, LossSpikes
+from jitscale.training.health import BadSamples, HangWatch, LossSpikes, Verdicts
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +29,17 @@ def test_a_rollback_counts_bad_samples_once() -> None:
     assert bad.check(100) == 14
     with pytest.raises(DataError):
         bad.check(20)
+
+
+def test_verdicts_are_read_in_order_and_late_where_reading_waits() -> None:
+    moved = [True, False, False, True, False]
+    at_once = Verdicts(torch.device("cpu"))
+    assert [at_once.add(torch.tensor(one)) for one in moved] == [[one] for one in moved]
+    assert at_once.settle() == []
+    late = Verdicts(torch.device("cuda"))
+    assert [late.add(torch.tensor(one)) for one in moved] == [[], [], [True], [False], [False]]
+    assert late.settle() == [True, False]
+    assert late.settle() == []
 
 
 def test_a_spike_stands_far_above_and_a_nan_is_none() -> None:

@@ -113,7 +113,7 @@ def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool =
         The loss of the global batch, and whether the weights moved.
     """
     world, size = engine.world, MICRO_BATCH[engine.world.size]
-    total, moved = torch.zeros(()), False
+    total, moved = torch.zeros(()), torch.tensor(False)
     whole = [part[world.rank :: world.size] for part in batch(step)]
     for index in range(engine.micro_batches):
         loss = loss_of(engine, *(part[index * size : (index + 1) * size] for part in whole))
@@ -123,7 +123,7 @@ def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool =
         moved = engine.step(LR if index == engine.micro_batches - 1 else None)
         total += loss.detach() / engine.micro_batches / world.size
     ema.update(engine.masters(), step + 1, (step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH), moved=moved)
-    return parallel.sum_over_ranks(total).item(), moved
+    return parallel.sum_over_ranks(total).item(), bool(moved)
 
 
 def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, Any]) -> dict[str, Any]:
