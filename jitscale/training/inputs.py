@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitscale.diffusion.objective import interpolate
+
 if TYPE_CHECKING:
     from jitscale.data.loader import Batch
 
@@ -24,6 +26,26 @@ def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
     channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first / 127.5 - 1
+
+
+def noised(
+    images: torch.Tensor, flip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, noise_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What one forward pass starts from; compiled, one kernel.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        flip: (B,), whether to mirror.
+        noise: standard normal, (B, 3, H, W).
+        t: (B,) in [0, 1].
+        noise_scale: of the noise.
+
+    Returns:
+        Clean images x, noise e and noisy images z, float32 (B, 3, H, W) each.
+    """
+    x = to_model_input(images, flip)
+    e = noise_scale * noise
+    return x, e, interpolate(x, e, t)
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

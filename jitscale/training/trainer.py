@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from jitscale.config import Config, network_differences, to_yaml
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
-from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
+from jitscale.diffusion.objective import sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import Evaluator, evaluate_model
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
@@ -52,7 +54,7 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal, Verdicts
-from jitscale.training.inputs import copied_ahead, to_model_input
+from jitscale.training.inputs import copied_ahead, noised
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
 from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
@@ -134,6 +136,9 @@ class Trainer:
         self.engine = ZeroEngine(network, config, world)
         if world.is_main:
             logger.info("%s", self.engine.execution)
+        compiled = self.engine.execution.compiled
+        self.noised = torch.compile(noised) if compiled else noised
+        self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
         self.ema = ShardedEma(config.ema, self.engine.masters())
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
         self.logged_step = self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
@@ -290,17 +295,17 @@ class Trainer:
         dropped = on_device(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop, torch.bool)
         labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, config.model.num_classes)
 
-        x = to_model_input(batch.images.to(device, non_blocking=True), flip)
-        e = config.diffusion.noise_scale * self._noise(positions, x)
-        z = interpolate(x, e, t)
-        losses = sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion)
+        images = batch.images.to(device, non_blocking=True)
+        x, e, z = self.noised(images, flip, self._noise(positions), t, config.diffusion.noise_scale)
+        losses = self.sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion)
         self.loss_by_time.add(t, losses)
         return losses.mean()
 
-    def _noise(self, positions: object, like: torch.Tensor) -> torch.Tensor:
+    def _noise(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
         """Standard normal noise on the device, one seeded stream a sample: (B, 3, S, S)."""
-        noise = torch.empty_like(like)
-        for row, seed in zip(noise, generator_seeds(self.config.run.seed, Purpose.NOISE, positions), strict=True):  # type: ignore[arg-type]
+        size = self.config.model.image_size
+        noise = torch.empty(len(positions), 3, size, size, device=self.world.device)
+        for row, seed in zip(noise, generator_seeds(self.config.run.seed, Purpose.NOISE, positions), strict=True):
             row.normal_(generator=self.generator.manual_seed(int(seed)))
         return noise
 
