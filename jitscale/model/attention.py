@@ -12,7 +12,6 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -60,18 +59,24 @@ def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: flo
     padding = FLASH_4_PADDED.get(head_dim, head_dim) - head_dim
     if padding:  # exact: zeros add nothing to a product, and the scale stays that of D
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    out, _ = _flash_4_op()(q, k, v, scale)
+    out, _ = (_operators.get("forward") or _register())(q, k, v, scale)
     return out[..., :head_dim] if padding else out
 
 
-@cache
-def _flash_4_op() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """As an operator of torch, so that torch.compile does not look inside. Private functions of flash-attn-4 4.0.0."""
+_operators: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+
+
+def _register() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Make an operator of torch, inside which torch.compile does not look, of private functions of flash-attn-4.
+
+    Before anything is compiled: `choose_kernel` calls the kernel.
+    """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: PLC0415
 
     @torch.library.custom_op("jitscale::flash_attn_4", mutates_args=())
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
+        return out, lse
 
     @forward.register_fake
     def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +93,8 @@ def _flash_4_op() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         lse: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _flash_attn_bwd(q, k, v, out, gradient, lse, scale)
+        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, gradient, lse, scale)
+        return dq, dk, dv
 
     @backward.register_fake
     def _(
@@ -111,6 +117,7 @@ def _flash_4_op() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         return *backward(q, k, v, out, gradient.contiguous(), lse, ctx.scale), None
 
     forward.register_autograd(differentiate, setup_context=keep)
+    _operators["forward"] = forward
     return forward
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def assert_same(a: Result, b: Result, tolerance: float) -> None:
     for name in a[1]:
         scale = float(a[1][name].abs().max())
         torch.testing.assert_close(a[1][name], b[1][name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def present(name: str) -> bool:
@@ -118,7 +127,7 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
         kernel(*torch.randn(3, 1, 4, 2, 8).unbind(0), dropout)
 
     monkeypatch.setattr(attention, "_probe", probe)
-    monkeypatch.setattr(attention, "_flash_4_op", lambda: lambda q, k, v, scale: (v, None))
+    monkeypatch.setitem(attention._operators, "forward", lambda q, k, v, scale: (v, None))
     monkeypatch.setattr(attention, "_version", lambda name: "1.0")
 
     def on_gpu(dropouts: list[float]) -> attention.ChosenKernel:
@@ -140,12 +149,61 @@ def test_head_dims_are_padded_exactly_for_flash_attn_4(monkeypatch: pytest.Monke
         weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * scale).softmax(-1)
         return torch.einsum("bhnm,bmhd->bnhd", weights, v), None
 
-    monkeypatch.setattr(attention, "_flash_4_op", lambda: op)
+    monkeypatch.setitem(attention._operators, "forward", op)
     torch.manual_seed(0)
     for head_dim in (80, 104):
         q, k, v = torch.randn(3, 1, 16, 2, head_dim).unbind(0)
         torch.testing.assert_close(attention.flash_attn_4(q, k, v, 0.0), attention.reference(q, k, v, 0.0))
     assert seen == [80, 128]
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_flash_attn_4_is_an_operator_with_a_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around its two functions, which need a GPU and are written out here: plain and inside of a compiled graph."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, return_lse: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        logits = softmax_scale * torch.einsum("bnhd,bmhd->bhnm", q, k)
+        out = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
+        return out.contiguous(), logits.logsumexp(-1), None, None, None
+
+    def backward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        gradient: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, ...]:
+        weights = (scale * torch.einsum("bnhd,bmhd->bhnm", q, k) - lse[..., None]).exp()
+        of_weights = torch.einsum("bnhd,bmhd->bhnm", gradient, v)
+        row = (gradient * out).sum(-1).transpose(1, 2)[..., None]
+        of_logits = scale * weights * (of_weights - row)
+        gradients = (
+            torch.einsum("bhnm,bmhd->bnhd", of_logits, k),
+            torch.einsum("bhnm,bnhd->bmhd", of_logits, q),
+            torch.einsum("bhnm,bnhd->bmhd", weights, gradient),
+        )
+        return tuple(g.contiguous() for g in gradients)
+
+    package = ModuleType("flash_attn.cute.interface")
+    package._flash_attn_fwd, package._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    torch.manual_seed(0)
+    q, k, v, gradient = (torch.randn(2, 16, 2, 104, requires_grad=True) for _ in range(4))
+    results = []
+    compiled = torch.compile(lambda *x: attention.flash_attn_4(*x, 0.0), fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(attention, "_operators", {})
+    for kernel in (attention.reference, attention.flash_attn_4, lambda *x: compiled(*x[:3])):
+        out = kernel(q, k, v, 0.0)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), gradient)))
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [1280, 1024, 1664])
@@ -209,14 +267,6 @@ def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
     with pytest.raises(ConfigError, match=r"engine.float8=true: torchao cannot be imported"):
         network(replace(bf16, float8=True))
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("every", [0, 1])
