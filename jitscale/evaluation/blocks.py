@@ -32,7 +32,7 @@ def compute_blocks(
     folders: Sequence[Path],
     count: int,
     size: int,
-    compute: Callable[[int, Sequence[int]], Iterable[Block]],
+    compute: Callable[[int, Sequence[int], int | None], Iterable[Block]],
     world: World,
     description: str,
 ) -> list[Block]:
@@ -42,7 +42,8 @@ def compute_blocks(
         folders: of the files: several for blocks of the same images under several settings, which are made together.
         count: how many blocks.
         size: images of a block, for the progress bar.
-        compute: from a block's number and indices into `folders`, the contents of the block there.
+        compute: from a block's number and indices into `folders`, the contents of the block there; the third argument
+            is the number of the block that follows on this rank, None after the last one.
         world: this rank.
         description: of the progress bar.
 
@@ -59,7 +60,8 @@ def compute_blocks(
     def share() -> None:
         for turn in range(world.rank, len(missing), world.size):
             number, settings = missing[turn]
-            for setting, content in zip(settings, compute(number, settings), strict=True):
+            following = missing[turn + world.size][0] if turn + world.size < len(missing) else None
+            for setting, content in zip(settings, compute(number, settings, following), strict=True):
                 with appearing_whole(_block_path(folders[setting], number)) as file:
                     np.savez(file, **content)  # type: ignore[arg-type]
             others = missing[turn : turn + world.size]  # the other ranks are as far

@@ -22,7 +22,14 @@ from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
 from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import autocast, configured_sampler, generate_by_scale, labels_of, ready_to_sample
+from jitscale.evaluation.generate import (
+    NoiseAhead,
+    autocast,
+    configured_sampler,
+    generate_by_scale,
+    labels_of,
+    ready_to_sample,
+)
 from jitscale.evaluation.metrics import (
     feature_statistics,
     frechet_distance,
@@ -128,13 +135,16 @@ class Evaluator:
         evaluation = settings[0]
         size = evaluation.block_size
 
-        def block(number: int, wanted: Sequence[int]) -> Iterator[Block]:
+        noise = NoiseAhead(evaluation.seed, model.config.image_size)
+
+        def block(number: int, wanted: Sequence[int], following: int | None) -> Iterator[Block]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids = range(number * size, (number + 1) * size)
+            ahead = None if following is None else range(following * size, (following + 1) * size)
             labels = labels_of(ids, model.config.num_classes)
             with autocast(self.config, self.world.device):
                 chosen = [samplers[index] for index in wanted]
-                for images in generate_by_scale(model, chosen, ids, evaluation.seed, self.guide):
+                for images in generate_by_scale(model, chosen, ids, noise.of(ids, ahead), self.guide):
                     yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
         folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,23 @@ def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
     shape = (3, image_size, image_size)
     draws = [np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape, np.float32) for i in ids]
     return torch.from_numpy(np.stack(draws))
+
+
+class NoiseAhead:
+    """Noise of blocks of images, drawn by a thread while the device is busy with the block before."""
+
+    def __init__(self, seed: int, image_size: int) -> None:
+        self._draw = partial(noise_of, seed, image_size=image_size)
+        self._thread = ThreadPoolExecutor(1)
+        self._drawn: dict[Sequence[int], Future[torch.Tensor]] = {}
+
+    def of(self, ids: range, following: range | None) -> torch.Tensor:
+        """What `noise_of` gives for `ids`; that for `following` is begun."""
+        ahead = self._drawn.pop(ids, None)
+        noise = self._draw(ids) if ahead is None else ahead.result()
+        if following is not None:
+            self._drawn[following] = self._thread.submit(self._draw, following)
+        return noise
 
 
 def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
@@ -86,15 +104,15 @@ def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide:
 
 
 def generate_by_scale(
-    model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], seed: int, guide: JiT | None = None
+    model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], noise: torch.Tensor, guide: JiT | None = None
 ) -> Iterator[torch.Tensor]:
     """The images of `ids` by each sampler, which differ in their guidance scale alone: steps before it are shared.
 
-    Each is bitwise what `generate` gives.
+    Each is bitwise what `generate` gives, with `noise` = noise_of(seed, ids, size).
     """
     first = samplers[0]
     assert all(replace(sampler, guidance_scale=first.guidance_scale) == first for sampler in samplers)
-    noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
+    noise = model.diffusion.noise_scale * noise
     labels = labels_of(ids, model.config.num_classes).to(model.pos_embed.device)
     shared = first.steps_before_guidance()
     before = first.carry(model, noise.to(labels.device), labels, model.null_label, range(shared))

@@ -72,7 +72,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, folder: Path)
         )
     size = config.evaluation.block_size
 
-    def block(number: int, _: Sequence[int]) -> list[Block]:
+    def block(number: int, _: Sequence[int], following: int | None) -> list[Block]:
         positions = range(number * size, min((number + 1) * size, shards.num_samples))
         images = np.stack([shards.read(*shards.shard_and_index(p))[0] for p in positions])
         embedded = embedder(torch.from_numpy(images).permute(0, 3, 1, 2))

@@ -12,7 +12,7 @@ import jitscale
 from jitscale.config import Config, DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
-from jitscale.evaluation.generate import generate, generate_by_scale
+from jitscale.evaluation.generate import NoiseAhead, generate, generate_by_scale, noise_of
 from jitscale.evaluation.sweep import Setting, settings_of
 from jitscale.model.jit import JiT
 from jitscale.training.checkpoint import Progress, step_folder, write_streamed
@@ -78,7 +78,7 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     alone = [generate(model, sampler, range(4), seed=7) for sampler in samplers]
     separately = sum(seen)
     seen.clear()
-    together = list(generate_by_scale(model, samplers, range(4), seed=7))
+    together = list(generate_by_scale(model, samplers, range(4), noise_of(7, range(4), model.config.image_size)))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
     assert separately - sum(seen) == 2 * 4 * shared, "the steps before, of two of three scales"
@@ -136,3 +136,10 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
     found = read_guide(replace(config, model=its.model))
     assert found is not None
     assert torch.equal(found.state_dict()["x_embedder.proj1.weight"], state["x_embedder.proj1.weight"])
+
+
+def test_noise_drawn_ahead_is_the_noise() -> None:
+    """Of the blocks of one rank of three, of one that was not announced, and of the last one."""
+    noise = NoiseAhead(seed=3, image_size=8)
+    for ids, following in ((range(0, 4), range(12, 16)), (range(12, 16), range(24, 28)), (range(36, 40), None)):
+        assert torch.equal(noise.of(ids, following), noise_of(3, ids, 8))
