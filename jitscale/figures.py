@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ STYLE: Any = {
 
 
 @contextmanager
-def figure(target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4) -> Iterator[Sequence[Axes]]:
-    """Panels side by side, written at the end to a .svg or .png file, or as SVG into a buffer."""
+def figure(
+    target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4, rows: int = 1
+) -> Iterator[Sequence[Axes]]:
+    """Panels side by side in `rows`, written at the end to a .svg or .png file, or as SVG into a buffer."""
     with mpl.rc_context(STYLE):
-        drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
-        yield list(axes[0])
+        size = (width * panels, height * rows)
+        drawn, axes = plt.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
+        yield list(axes.flat)
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
         svg = not isinstance(target, Path) or target.suffix == ".svg"
@@ -52,3 +56,13 @@ def curve(axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], la
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Over seeds; the deviation of one seed is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str]) -> None:
+    """Pictures (PNG in base64) below each other, with a label before each."""
+    drawn = [plt.imread(BytesIO(base64.b64decode(picture)), format="png") for picture in pictures]
+    heights = [picture.shape[0] for picture in drawn]
+    axis.imshow(np.concatenate(drawn), interpolation="nearest")
+    axis.set_yticks(np.cumsum(heights) - np.array(heights) / 2, labels)
+    axis.set_xticks([])
+    axis.grid(visible=False)

@@ -19,11 +19,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.experiments import upgrade
+from jitscale.experiments import bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
 from jitscale.experiments.running import ROOT, Experiment, outcomes_of
 from jitscale.files import appearing_whole
 
-EXPERIMENTS: dict[str, Experiment] = {"upgrade": upgrade.EXPERIMENT}
+EXPERIMENTS: dict[str, Experiment] = {
+    "manifold": manifold.EXPERIMENT,
+    "pairs": pairs.EXPERIMENT,
+    "bottleneck": bottleneck.EXPERIMENT,
+    "resolution": resolution.EXPERIMENT,
+    "upgrade": upgrade.EXPERIMENT,
+    "upsampling": upsampling.EXPERIMENT,
+    "failing": failing.EXPERIMENT,
+    "guidance": guidance.EXPERIMENT,
+}
 
 
 def main() -> int:
@@ -57,13 +66,14 @@ def main() -> int:
 
 
 def measure(name: str, experiment: Experiment, options: argparse.Namespace, results: Path) -> None:
-    """Do what is left of the runs, and write the numbers."""
+    """Do what is left, and write the numbers."""
     for tool in experiment.tools:
         finished = subprocess.run([sys.executable, *tool], check=False)
         if finished.returncode != 0:
             raise UserError(f"{' '.join(tool)}: ended with code {finished.returncode}; see above")
-    runs = experiment.runs(options.seeds)
-    outcomes = outcomes_of(runs, Path("runs/experiments") / name, options.workers, options.budget)
+    outcomes = outcomes_of(
+        experiment.tasks(options.seeds), Path("runs/experiments") / name, options.workers, options.budget
+    )
     facts = {
         "command": f"python tools/experiments.py {name} --seeds {options.seeds}",
         "date": date.today().isoformat(),

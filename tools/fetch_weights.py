@@ -1,6 +1,6 @@
 """Download published weights on a machine with a network, for compute nodes without one.
 
-    python tools/fetch_weights.py --config configs/jit_h_256.yaml     # into its evaluation.features_dir
+    python tools/fetch_weights.py --config RUN/config.yaml     # what it needs, into its evaluation.features_dir
     python tools/fetch_weights.py --output /shared/weights inception
 
 Files are compared with their sha256, also those that are there already.
@@ -23,14 +23,17 @@ def main(arguments: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, metavar="FILE", help="a run's; its evaluation.features_dir is the folder")
     where.add_argument("--output", type=Path, metavar="DIR", help="the folder; default: torch hub's")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)}; default: those of --config, or all"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PUBLISHED)
     if unknown:
         parser.error(f"no weights called {', '.join(sorted(unknown))}; there are {', '.join(PUBLISHED)}")
     evaluation = load_config(options.config).evaluation if options.config else EvaluationConfig()
     folder = options.output or published_folder(evaluation)
-    for name in options.names or PUBLISHED:
+    needed = [name for name in (evaluation.features, *evaluation.more_features) if name in PUBLISHED]
+    for name in options.names or needed or PUBLISHED:
         print(fetch(PUBLISHED[name], folder))
     return ExitCode.DONE
 

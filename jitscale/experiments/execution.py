@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import base64
 import time
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from jitscale import parallel
 from jitscale.config import Config
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.distributed import evaluate_model
-from jitscale.evaluation.generate import ready_to_sample
-from jitscale.experiments.running import OUTCOME, Run
-from jitscale.files import appearing_whole
+from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
+from jitscale.experiments.running import Run
+from jitscale.model.jit import JiT
 from jitscale.planner import training_flops
 from jitscale.training.checkpoint import Checkpoint, complete_checkpoints, prune
 from jitscale.training.trainer import train
@@ -31,7 +35,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
 
     Returns:
         `flops_an_image` of training, `training_seconds`, `measuring_seconds` and `measurements`, a list of what
-        evaluate_model returns, each with the `images` seen.
+        evaluate_model returns, each with the `images` seen and the `strip`, a PNG in base64, if there is one.
 
     Raises:
         UserError: it cannot be trained, or was asked to stop.
@@ -54,8 +58,6 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "measurements": [_measure(checkpoint, run, folder) for checkpoint in measured],
         "measuring_seconds": time.perf_counter() - trained,
     }
-    with appearing_whole(run_dir / OUTCOME) as file:
-        file.write(json.dumps(outcome, indent=2).encode())
     prune(run_dir, keep_last=1)
     return outcome
 
@@ -80,4 +82,14 @@ def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
     model = ready_to_sample(weights.build(), config, world.device)
     result = evaluate_model(model, weights.name, config, world, folder / "measured")
     numbers = {key: value for key, value in result.items() if key != "protocol"}
+    if run.strip:
+        numbers["strip"] = _strip(model, config, run.strip)
     return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
+
+
+def _strip(model: JiT, config: Config, images: int) -> str:
+    sampler = configured_sampler(config.evaluation, model.diffusion)
+    drawn = to_uint8(generate(model, sampler, range(images), config.evaluation.seed))
+    png = BytesIO()
+    Image.fromarray(tile(drawn, images)).save(png, format="png")
+    return base64.b64encode(png.getvalue()).decode()

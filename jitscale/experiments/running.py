@@ -1,6 +1,6 @@
-"""Experiments: many small runs through the real trainer and evaluation, side by side on the cores there are.
+"""Experiments: many small tasks, most of them runs of the real trainer and evaluation, side by side on the cores.
 
-An experiment is a list of `Run`s and a figure of what was measured. What a run has measured is kept in its folder, so
+An experiment is a list of tasks and a figure of what was measured. What a task has measured is kept in its folder, so
 that an experiment that was stopped goes on, and a figure is drawn again without training anything.
 """
 
@@ -14,19 +14,38 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config, load_config
 from jitscale.errors import UserError
+from jitscale.files import appearing_whole
 
 ROOT = Path(__file__).parents[2]
 OUTCOME = "outcome.json"
 SAMPLING_COST = 10  # images trained in the time in which one is sampled and measured, about
 
-Outcomes = Mapping[str, Any]  # run name -> what execution.execute returns
+Outcomes = Mapping[str, Any]  # name of a task -> what its execution returns
+
+
+class Task(Protocol):
+    """What a worker does in one go. Its outcome has `training_seconds` and `measuring_seconds`, and can be JSON."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the experiment; its folder's."""
+
+    @property
+    def after(self) -> str | None:
+        """The name of the task that must have been done before."""
+
+    def cost(self, folder: Path) -> int:
+        """In images trained, about."""
+
+    def execute(self, folder: Path) -> dict[str, Any]:
+        """Do it in `folder` of the experiment, from where it was left; returns the outcome."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Run:
         as_initial: take the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
         measured_every: images; measured where it begins, if upgraded, and at its end too. None: at its end only.
         evaluation: settings of a measurement that differ from those of the training.
+        strip: images of ids 0, 1, ... that a measurement also keeps as a picture, side by side.
     """
 
     name: str
@@ -54,6 +74,12 @@ class Run:
     as_initial: bool = False
     measured_every: int | None = None
     evaluation: tuple[str, ...] = ()
+    strip: int = 0
+
+    @property
+    def after(self) -> str | None:
+        """The run whose end it starts from."""
+        return self.upgraded_from
 
     def load(self, folder: Path, *more: str) -> Config:
         """Its configuration, in `folder` of the experiment."""
@@ -66,6 +92,13 @@ class Run:
         times = 1 if self.measured_every is None else 1 + images // self.measured_every
         return images + SAMPLING_COST * config.evaluation.num_images * times
 
+    def execute(self, folder: Path) -> dict[str, Any]:
+        """Train it and measure its checkpoints."""
+        # In a worker, after parallel.start: DeepSpeed chooses its accelerator while it is imported.
+        from jitscale.experiments.execution import execute  # noqa: PLC0415
+
+        return execute(self, folder)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -74,7 +107,7 @@ class Experiment:
     Attributes:
         title: one line.
         tools: commands that write the shards, as the arguments of Python.
-        runs: number of seeds -> all runs.
+        tasks: number of seeds -> all of them.
         summarise: outcomes -> what docs/experiments/NAME.json holds.
         draw: that and a path -> a figure.
         describe: that -> lines to print.
@@ -82,26 +115,28 @@ class Experiment:
 
     title: str
     tools: Sequence[Sequence[str]]
-    runs: Callable[[int], Sequence[Run]]
+    tasks: Callable[[int], Sequence[Task]]
     summarise: Callable[[Outcomes], dict[str, Any]]
     draw: Callable[[Mapping[str, Any], Path], None]
     describe: Callable[[Mapping[str, Any]], list[str]]
 
 
-def outcomes_of(runs: Sequence[Run], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
-    """What was measured, by the name of the run, in as many processes as `workers`, each with one thread.
+def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
+    """What was measured, by the name of the task, in as many processes as `workers`, each with one thread.
 
     Args:
-        runs: those that others are upgraded from among them.
+        tasks: those that others come after among them.
         folder: of the experiment.
         workers: processes.
-        minutes: after which no further run begins.
+        minutes: after which no further task begins.
 
     Raises:
-        UserError: the time was not enough; the same call goes on. Or a run failed.
+        UserError: the time was not enough; the same call goes on. Or a task failed.
     """
-    done = {run.name: json.loads(path.read_text()) for run in runs if (path := folder / run.name / OUTCOME).exists()}
-    left = [run for run in runs if run.name not in done]
+    done = {
+        task.name: json.loads(path.read_text()) for task in tasks if (path := folder / task.name / OUTCOME).exists()
+    }
+    left = [task for task in tasks if task.name not in done]
     if not left:
         return done
     started = time.monotonic()
@@ -109,34 +144,36 @@ def outcomes_of(runs: Sequence[Run], folder: Path, workers: int, minutes: float 
     folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker, initargs=(folder / "log.txt",))
-    active: dict[Future[Any], Run] = {}
-    total = sum(run.cost(folder) for run in left)
+    active: dict[Future[Any], Task] = {}
+    total = sum(task.cost(folder) for task in left)
     with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name) as progress:
         try:
             while left or active:
                 in_time = minutes is None or time.monotonic() - started < 60 * minutes
-                for run in [run for run in left if run.upgraded_from is None or run.upgraded_from in done]:
+                for task in [task for task in left if task.after is None or task.after in done]:
                     if in_time and len(active) < workers:
-                        left.remove(run)
-                        active[pool.submit(_execute, run, folder)] = run
+                        left.remove(task)
+                        active[pool.submit(_execute, task, folder)] = task
                 if not active:
                     break
                 finished, _ = wait(active, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    run = active.pop(future)
-                    done[run.name] = future.result()
-                    progress.set_postfix_str(run.name, refresh=False)
-                    progress.update(run.cost(folder))
+                    task = active.pop(future)
+                    done[task.name] = future.result()
+                    progress.set_postfix_str(task.name, refresh=False)
+                    progress.update(task.cost(folder))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if left:
-        raise UserError(f"{len(left)} of {len(runs)} runs are left after {minutes:g} minutes; the same command goes on")
+        raise UserError(
+            f"{len(left)} of {len(tasks)} runs are left after {minutes:g} minutes; the same command goes on"
+        )
     return done
 
 
 def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
-    """The outcomes of `name` over all seeds: runs are named NAME_sSEED."""
+    """The outcomes of `name` over all seeds: tasks are named NAME_sSEED."""
     found: list[Any] = []
     while f"{name}_s{len(found)}" in outcomes:
         found.append(outcomes[f"{name}_s{len(found)}"])
@@ -150,8 +187,9 @@ def _begin_worker(log: Path) -> None:
     parallel.start(parallel.choose_device("cpu"))
 
 
-def _execute(run: Run, folder: Path) -> dict[str, Any]:
-    # In a worker, after parallel.start: DeepSpeed chooses its accelerator while it is imported.
-    from jitscale.experiments.execution import execute  # noqa: PLC0415
-
-    return execute(run, folder)
+def _execute(task: Task, folder: Path) -> dict[str, Any]:
+    outcome = task.execute(folder)
+    (folder / task.name).mkdir(parents=True, exist_ok=True)
+    with appearing_whole(folder / task.name / OUTCOME) as file:
+        file.write(json.dumps(outcome, indent=2).encode())
+    return outcome

@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-def runs(seeds: int) -> Sequence[Run]:
+def tasks(seeds: int) -> Sequence[Run]:
     """All runs, those of a seed together."""
     found = []
     for seed in range(seeds):
@@ -185,7 +185,7 @@ EXPERIMENT = Experiment(
         ["tools/make_glyphs.py", "--resolution", str(size), "--output", f"runs/glyphs/{size}px"]
         for size in (32, 64, 128)
     ],
-    runs=runs,
+    tasks=tasks,
     summarise=summarise,
     draw=draw,
     describe=describe,

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+from dataclasses import replace
+from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from jitscale.config import ema_name
+from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.packing import write_shards
 from jitscale.errors import UserError
-from jitscale.experiments import upgrade
-from jitscale.experiments.running import OUTCOME, Run, outcomes_of
+from jitscale.experiments import guidance, manifold, pairs, upgrade, upsampling
+from jitscale.experiments.running import OUTCOME, Run, Task, outcomes_of
+from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
 TINY += ("data.batch_size=16", "evaluation.num_images=32", "evaluation.block_size=16", "evaluation.steps=2")
@@ -57,7 +66,7 @@ def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
 def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
     outcomes: dict[str, Any] = {}
     random.seed(0)
-    for run in upgrade.runs(seeds=2):
+    for run in upgrade.tasks(seeds=2):
         images = run.load(tmp_path).run.max_images or 0
         at = [0] if run.upgraded_from else []
         at += range(run.measured_every, images + 1, run.measured_every) if run.measured_every else [images]
@@ -80,3 +89,69 @@ def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
     outcomes["tuned_64_s0"]["measurements"][2]["fid"] = 0.0
     shares = upgrade.summarise(outcomes)["share_of_scratch"]["tuned_64"]
     assert shares[0] == pytest.approx(2 * upgrade.TUNED / 8 / upgrade.SCRATCH)
+
+
+def tiny_png() -> str:
+    png = BytesIO()
+    Image.fromarray(np.zeros((6, 20, 3), np.uint8)).save(png, format="png")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def invented(task: Task, folder: Path) -> dict[str, Any]:
+    """An outcome as the task's execution returns it; in earnest, but small, where nothing is trained by the trainer."""
+    if isinstance(task, manifold.Toy):
+        return replace(task, steps=3, samples=50).execute(folder)
+    if isinstance(task, upsampling.Resampling):
+        return replace(task, images=160).execute(folder)
+    seconds = {"training_seconds": 1.0, "measuring_seconds": 1.0}
+    if isinstance(task, guidance.Sweep):
+        settings = product(guidance.DECAYS, guidance.INTERVALS, guidance.SCALES)
+        names = {guidance._key(ema_name(d), [float(x) for x in i.split(":")], s) for d, i, s in settings}
+        return {"fid": {name: 1 + random.random() for name in sorted(names)}, **seconds}
+    assert isinstance(task, Run)
+    config = task.load(folder)
+    end = config.run.max_images or 0
+    at = range(task.measured_every, end + 1, task.measured_every) if task.measured_every else [end]
+    found = {"fid_floor": 0.5, "label_agreement": 0.5, "strip": tiny_png() if task.strip else None}
+    measurements = [{"images": n, "fid": 10 + random.random(), **found} for n in at]
+    return {"flops_an_image": 1e8, "measurements": measurements, **seconds}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "upgrade"])
+def test_every_experiment_has_tasks_a_figure_and_a_table(name: str, tmp_path: Path) -> None:
+    experiment = EXPERIMENTS[name]
+    random.seed(0)
+    tasks = experiment.tasks(2)
+    names = [task.name for task in tasks]
+    assert len(set(names)) == len(names)
+    assert all(task.after is None or task.after in names for task in tasks)
+    assert all(task.cost(tmp_path) > 0 for task in tasks)
+    outcomes = {task.name: invented(task, tmp_path) for task in tasks}
+    summary = json.loads(json.dumps(experiment.summarise(outcomes)))
+    experiment.draw(summary, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+    assert len(experiment.describe(summary)) > 2
+
+
+def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
+    """The paper's claim in small, for every seed: x-prediction is far better than e-prediction, v lies between."""
+    digits, labels = digit_images(32)
+    write_shards(digits, labels, tmp_path / "digits", class_names=DIGIT_CLASSES)
+    own = (f"data.shards={tmp_path / 'digits'}", "run.max_images=14400", "evaluation.num_images=128", "optim.lr=2e-3")
+    runs = [
+        Run(f"large_{space}_v_s0", "digits_32.yaml", (*own, f"diffusion.prediction={space}", "diffusion.loss=v"))
+        for space in pairs.SPACES
+    ]
+    found = outcomes_of(runs, tmp_path / "runs", workers=2)
+    fid = {space: found[f"large_{space}_v_s0"]["measurements"][-1]["fid"] for space in pairs.SPACES}
+    assert 10 * fid["x"] < fid["e"]
+    assert fid["x"] < fid["v"] < fid["e"]
+
+
+def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> None:
+    run = Run("trained_s0", "glyphs_32.yaml", (*TINY, shards, "ema.decays=[0.9,0.99,0.995,0.999]"))
+    sweep = guidance.Sweep(run, samples=16)
+    found = outcomes_of([sweep, run], tmp_path, workers=1)
+    fid = found["swept_s0"]["fid"]
+    assert len(fid) == len(guidance.DECAYS) * (1 + (len(guidance.SCALES) - 1) * len(guidance.INTERVALS))
+    assert all(value > 0 for value in fid.values())

@@ -142,11 +142,11 @@ def test_a_full_disk_keeps_the_old_checkpoint(job: Job) -> None:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=SLOW)])
-def test_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]], kills: int) -> None:
+@SLOW
+def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]) -> None:
     """Two ranks, saves included, with dropout: nothing is lost, and the end is bit-equal to the unbroken run's."""
-    name = f"killed_{kills}"
-    for number in range(kills):
+    name = "killed"
+    for number in range(20):
         ranks = start_ranks(2, *job.command(name, "checkpoint.asynchronous=" + ("true" if number % 2 else "false")))
         metrics = job.folder / name / "metrics.jsonl"
         begun = time.monotonic()

@@ -269,7 +269,7 @@ def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         network(replace(bf16, float8=True))
 
 
-@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("dynamo")
 def test_blocks_compile_without_breaks_and_once(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """Three graphs serve every batch: image tokens alone, with the in-context ones, with dropout. A break raises."""

@@ -37,7 +37,9 @@ def url(tmp_path: Path) -> Iterator[str]:
 def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PUBLISHED, "inception", Published(url, SHA256[:8]))
     config = tmp_path / "run.yaml"
-    config.write_text(f"run: {{max_steps: 1}}\nevaluation: {{features_dir: {tmp_path / 'weights'}}}\n")
+    config.write_text(
+        f"run: {{max_steps: 1}}\nevaluation: {{features: inception, features_dir: {tmp_path / 'weights'}}}\n"
+    )
     assert main(["--config", str(config)]) == 0
     file = tmp_path / "weights/weights.pth"
     assert file.read_bytes() == CONTENT
@@ -45,7 +47,7 @@ def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatc
     assert main(["--output", str(tmp_path / "weights"), "inception"]) == 0, "it is there already"
     file.write_bytes(CONTENT[:-1])
     with pytest.raises(DataError, match=rf"its sha256 begins with .* expected {SHA256[:8]}; remove it"):
-        main(["--output", str(tmp_path / "weights")])
+        main(["--output", str(tmp_path / "weights"), "inception"])
 
 
 def test_another_content_and_no_network_are_refused(url: str, tmp_path: Path) -> None:
