@@ -22,7 +22,7 @@ WIDE: dict[str, tuple[str, ...]] = {
     # Wide enough for the whole patch, in the embedding too.
     "small": ("model.image_size=16", "model.patch_size=4", "model.bottleneck_dim=48"),
 }
-IMAGES = 128_000
+IMAGES = 64_000
 PAPER = {  # FID on ImageNet, by loss and prediction
     "large": {"x": (10.14, 379.21, 107.55), "e": (10.45, 394.58, 126.88), "v": (8.62, 372.38, 96.53)},
     "small": {"x": (5.76, 6.20, 6.12), "e": (3.56, 4.02, 3.76), "v": (3.55, 3.63, 3.46)},

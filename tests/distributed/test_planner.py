@@ -48,6 +48,7 @@ def test_the_bucket_of_stage_3_is_always_held(two_ranks: dict[str, Any], precisi
         assert rank["buckets"] == WEIGHT_BYTES[precision] * BUCKET_ELEMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_state_of_stage_3_falls_as_one_over_ranks(one_two_three: dict[int, dict[str, Any]], ranks: int) -> None:
     alone = one_two_three[1]["3-autocast"][0]["state"]
@@ -56,6 +57,7 @@ def test_the_state_of_stage_3_falls_as_one_over_ranks(one_two_three: dict[int, d
         assert rank["state"] == pytest.approx(predicted(3, "autocast", ranks).state, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_all_but_the_weights_of_stage_2_falls_as_one_over_ranks(
     one_two_three: dict[int, dict[str, Any]], ranks: int
