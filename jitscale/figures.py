@@ -58,9 +58,10 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str]) -> None:
-    """Pictures (PNG in base64) below each other, with a label before each."""
+def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str], part: float = 1.0) -> None:
+    """Pictures (PNG in base64) below each other, with a label before each; of their width only the first `part`."""
     drawn = [plt.imread(BytesIO(base64.b64decode(picture)), format="png") for picture in pictures]
+    drawn = [picture[:, : round(part * picture.shape[1])] for picture in drawn]
     heights = [picture.shape[0] for picture in drawn]
     axis.imshow(np.concatenate(drawn), interpolation="nearest")
     axis.set_yticks(np.cumsum(heights) - np.array(heights) / 2, labels)

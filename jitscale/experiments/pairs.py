@@ -17,11 +17,13 @@ from jitscale.figures import COLOURS, MARKERS, figure, mean_and_deviation, show_
 
 SPACES = ("x", "e", "v")
 STRIP = 10  # one sample of each digit
+SHOWN = 0.5  # of them; noise makes large files
 WIDE: dict[str, tuple[str, ...]] = {
     "large": (),
     # Wide enough for the whole patch, in the embedding too.
     "small": ("model.image_size=16", "model.patch_size=4", "model.bottleneck_dim=48"),
 }
+TITLES = ("large patches: 768 numbers, width 64", "small patches: 48 numbers, width 64")
 IMAGES = 64_000
 PAPER = {  # FID on ImageNet, by loss and prediction
     "large": {"x": (10.14, 379.21, 107.55), "e": (10.45, 394.58, 126.88), "v": (8.62, 372.38, 96.53)},
@@ -77,12 +79,9 @@ def _ends(outcomes: Outcomes, name: str) -> list[dict[str, Any]]:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Distances of the pairs on both sides, and samples at large patches with the loss in v."""
-    with figure(path, panels=3) as (large, small, samples):
-        for axis, patches, title in (
-            (large, "large", "large patches: 768 numbers, width 64"),
-            (small, "small", "small patches: 48 numbers, width 64"),
-        ):
+    """Distances of the pairs on both sides; below, samples of the same noise and labels."""
+    with figure(path, panels=2, rows=2) as axes:
+        for axis, below, patches, title in zip(axes[:2], axes[2:], WIDE, TITLES, strict=True):
             for number, prediction in enumerate(SPACES):
                 found = [mean_and_deviation(summary["cells"][patches][loss][prediction]["fid"]) for loss in SPACES]
                 axis.errorbar(
@@ -98,9 +97,9 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             axis.set_xticks(range(len(SPACES)), [f"{loss}-loss" for loss in SPACES])
             axis.set(ylabel="digits-FID", yscale="log", title=title)
             axis.legend(fontsize=7)
-        strips = [summary["cells"]["large"]["v"][prediction]["strip"] for prediction in SPACES]
-        show_png(samples, strips, [f"{prediction}" for prediction in SPACES])
-        samples.set_title("samples, large patches, v-loss")
+            pairs = list(product(SPACES, SPACES))
+            strips = [summary["cells"][patches][loss][prediction]["strip"] for prediction, loss in pairs]
+            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs], SHOWN)
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
