@@ -29,7 +29,7 @@ from jitscale.figures import COLOURS, figure, mean_and_deviation
 DIMENSIONS = (2, 8, 16, 512)
 SPACES = ("x", "e", "v")
 WIDTH, LAYERS = 256, 5
-BATCH, STEPS, LR = 512, 10_000, 1e-3
+BATCH, STEPS, LR = 512, 5000, 1e-3
 SAMPLES, DRAWN = 4000, 400
 NOISE = 0.02  # standard deviation of the data around the spiral
 DIRECTIONS = 200
