@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config, load_config
-from jitscale.errors import UserError
+from jitscale.errors import ExitCode, UserError
 from jitscale.files import appearing_whole
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +185,16 @@ def _begin_worker(log: Path) -> None:
     with log.open("a") as file:  # the terminal is the parent's
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     parallel.start(parallel.choose_device("cpu"))
+
+
+def _end_with_parent() -> None:
+    """A worker would otherwise train on to the end of its task when the parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(ExitCode.FAILED)
 
 
 def _execute(task: Task, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from io import BytesIO
 from itertools import product
@@ -22,6 +25,7 @@ from jitscale.data.packing import write_shards
 from jitscale.errors import UserError
 from jitscale.experiments import guidance, manifold, pairs, upgrade, upsampling
 from jitscale.experiments.running import OUTCOME, Run, Task, outcomes_of
+from tests.distributed.processes import ROOT, group_ended
 from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
@@ -61,6 +65,24 @@ def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
     broken = Run("broken_s0", "glyphs_64.yaml", (*TINY, "data.shards=/nowhere"))
     with pytest.raises(UserError, match="/nowhere"):
         outcomes_of([broken], tmp_path, workers=1)
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from jitscale.experiments.manifold import Toy\n"
+        "from jitscale.experiments.running import outcomes_of\n"
+        "if __name__ == '__main__':\n"
+        f"    outcomes_of([Toy(2, 'x', seed, steps=10**6) for seed in range(2)], Path({str(tmp_path)!r}), workers=2)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], start_new_session=True, cwd=ROOT)
+    while not (tmp_path / "log.txt").exists():  # the first worker writes to it
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert group_ended(process.pid)
 
 
 def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:

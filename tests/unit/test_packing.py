@@ -33,6 +33,7 @@ from jitscale.data.sources import Inputs, find_inputs
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
 from jitscale.keyed_random import Purpose, permutation
+from tests.distributed.processes import group_ended
 
 ROOT = Path(__file__).parents[2]
 RESOLUTION = 16
@@ -426,17 +427,6 @@ def test_a_task_that_comes_too_late_finds_the_job_done(
     assert contents(tmp_path / "out") == contents(clean)
 
 
-def group_ended(process: subprocess.Popen[str], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def committed(output: Path) -> dict[str, int]:
     """Finished shards, and when they were written."""
     records = output.glob(".packing/shard-*.json")
@@ -524,7 +514,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert errors.startswith(f"error: worker process {victim}: was killed by SIGKILL (often: too little memory)")
     assert "give the same command again to go on, maybe with fewer --workers than 2" in errors
     assert "\n" not in errors
-    assert group_ended(process)
+    assert group_ended(process.pid)
     before = committed(tmp_path / "out")
     assert len(before) >= 2
     packed(tree, tmp_path / "out", *SLOW)
@@ -541,7 +531,7 @@ def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number:
     code, _, errors = finish(process)
     assert code == 75, errors
     assert errors == f"{tmp_path}/out: stopped by {number.name}; give the same command again to go on"
-    assert group_ended(process)
+    assert group_ended(process.pid)
     assert not list((tmp_path / "out").glob(".shard-*.partial"))
     packed(tree, tmp_path / "out", *SLOW)
     assert contents(tmp_path / "out") == contents(clean)
@@ -552,7 +542,7 @@ def test_workers_end_when_the_main_process_is_killed(slow: tuple[Path, Path], tm
     begun(process, tmp_path / "out", 1)
     process.kill()
     finish(process)
-    assert group_ended(process)
+    assert group_ended(process.pid)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
