@@ -160,7 +160,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             cell = summary["cells"][f"{d} {space}"]
             for points, colour in ((summary["truth"], "#bbbbbb"), (cell["points"], COLOURS[SPACES.index(space)])):
                 across, up = np.array(points).T
-                axis.plot(across, up, ".", markersize=2, color=colour)
+                axis.plot(across, up, ".", markersize=2, color=colour, rasterized=True)  # thousands of shapes
             axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[])
             axis.set_title(f"{space}-prediction, D = {d}", fontsize=8)
 
