@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(RUN) tools/demo.py
 
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --durations=20 --durations-min=8
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow

@@ -58,6 +58,16 @@ def test_loss_weights_of_the_nine_pairs(draw: tuple[torch.Tensor, ...], predicti
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # the prediction is float32 there
 
 
+@pytest.mark.parametrize("loss", "xev")
+def test_x_prediction_is_v_prediction_with_a_skip_connection(draw: tuple[torch.Tensor, ...], loss: str) -> None:
+    x, e, t, z = draw
+    output = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with_skip = (output - z) / (1 - t.view(-1, 1, 1, 1))
+    as_x = sample_loss(output, x, e, z, t, DiffusionConfig(prediction="x", loss=loss))
+    as_v = sample_loss(with_skip, x, e, z, t, DiffusionConfig(prediction="v", loss=loss))
+    torch.testing.assert_close(as_v, as_x, rtol=1e-5, atol=0)
+
+
 def test_denominators_are_clamped() -> None:
     z, prediction = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     v = to_spaces(prediction, z, torch.tensor([0.999]), "x", 0.05).v
