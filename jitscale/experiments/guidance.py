@@ -24,8 +24,8 @@ from jitscale.weights.opening import open_weights
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 INTERVALS = ("0:1", "0.1:1", "0.3:0.9")
 DECAYS = (0.9, 0.99, 0.995, 0.999)
-CHOSEN = (ema_name(0.995), "0.1:1")
-IMAGES, SAMPLES = 64_000, 500
+CHOSEN = (ema_name(0.99), "0.1:1")
+IMAGES, SAMPLES = 128_000, 500
 
 
 @dataclass(frozen=True)
