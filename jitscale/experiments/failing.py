@@ -16,7 +16,7 @@ from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
 IMAGES, POINTS = 128_000, 8
 WAYS = {"x": "x-prediction: v = (net - z) / (1 - t)", "v": "v-prediction: v = net"}
 STRIP = 10
-SHOWN = 0.8  # of a strip; noise makes large files
+SHOWN = 0.6  # of a strip; noise makes large files
 
 
 def tasks(seeds: int) -> Sequence[Run]:
