@@ -174,7 +174,7 @@ def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]
         ("every_second", ["engine.activation_checkpointing=2"]),
         pytest.param("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"], marks=SLOW),
         pytest.param("offloaded", ["engine.offload_optimizer=true"], marks=SLOW),
-        ("near_weights", ["engine.hpz_group_size=2", "engine.zero_stage=3"]),
+        pytest.param("near_weights", ["engine.hpz_group_size=2", "engine.zero_stage=3"], marks=SLOW),
         ("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"]),
     ],
 )

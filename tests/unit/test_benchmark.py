@@ -118,4 +118,9 @@ def test_data() -> None:
         assert forms["raw"]["bytes_per_image"] == 3 * int(resolution) ** 2 + 128
         assert all(form["range"][0] <= form["images_per_second"] <= form["range"][1] for form in forms.values())
     assert (result["resume"]["shards"], result["resume"]["samples"]) == (3, 3000)
-    assert "hand-off of raw at 16 px, 2 workers" in benchmark("data", *arguments[:-1])
+
+
+@pytest.mark.slow
+def test_the_table_of_data() -> None:
+    arguments = ["--resolutions", "16", "--images", "4", "--seconds", "0.1", "--resume-samples", "3000"]
+    assert "hand-off of raw at 16 px, 2 workers" in benchmark("data", *arguments)
