@@ -168,7 +168,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
             raise
     if left:
         raise UserError(
-            f"{len(left)} of {len(tasks)} runs are left after {minutes:g} minutes; the same command goes on"
+            f"{len(left)} of {len(tasks)} runs are left after {minutes:.3g} minutes; the same command goes on"
         )
     return done
 

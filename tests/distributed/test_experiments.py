@@ -177,7 +177,8 @@ def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
     """The paper's claim in small: x-prediction is far better than e-prediction."""
     digits, labels = digit_images(32)
     write_shards(digits, labels, tmp_path / "digits", class_names=DIGIT_CLASSES)
-    own = (f"data.shards={tmp_path / 'digits'}", "run.max_images=14400", "evaluation.num_images=128", "optim.lr=2e-3")
+    own = (f"data.shards={tmp_path / 'digits'}", "run.max_images=14400", "evaluation.num_images=128")
+    own += ("evaluation.steps=10", "optim.lr=2e-3")
     runs = [
         Run(f"large_{space}_v_s0", "digits_32.yaml", (*own, f"diffusion.prediction={space}", "diffusion.loss=v"))
         for space in "xe"
