@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
     parser.add_argument(
-        "--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: evaluation.weights"
+        "--weights",
+        metavar="NAME",
+        help="model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win, such as evaluation.num_images=5000"
@@ -50,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     from jitscale.evaluation.generate import ready_to_sample  # noqa: PLC0415
     from jitscale.weights.opening import read_guide, read_weights  # noqa: PLC0415
 
+    asked = options.run is not None or any(text.startswith("evaluation.weights=") for text in overrides)
     weights = read_weights(
         options.run or options.checkpoint,
-        options.weights or (config.evaluation.weights if options.run is not None else None),
+        options.weights or (config.evaluation.weights if asked else None),
         config if options.checkpoint is not None else None,
     )
     model, guide = weights.build(), read_guide(config)

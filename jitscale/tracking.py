@@ -31,8 +31,16 @@ class Tracker:
     Losing the connection to W&B, or W&B itself, never stops training: the numbers are in metrics.jsonl first.
     """
 
-    def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int) -> None:
-        """Open the run's record, dropping lines after `resumed_step`: those steps will be run again."""
+    def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int | None) -> None:
+        """Open the run's record.
+
+        Args:
+            config: of the run.
+            run_dir: its folder.
+            active: whether this is rank 0.
+            resumed_step: lines after it are dropped, for those steps will be run again. None: the files are left as
+                they are, another process may be writing them.
+        """
         self._active = active
         self._wandb: Any = None
         self._offline = False
@@ -40,8 +48,9 @@ class Tracker:
         if not active:
             return
         self._path, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
-        _drop_lines_after(self._path, resumed_step)
-        _drop_lines_after(self._evaluations, resumed_step)
+        if resumed_step is not None:
+            _drop_lines_after(self._path, resumed_step)
+            _drop_lines_after(self._evaluations, resumed_step)
         self._file = self._path.open("a")
         if config.tracking.wandb != "off":
             self._start_wandb(config, run_dir)
@@ -164,8 +173,24 @@ class Tracker:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """What was measured while the run trained; nothing if there is no file."""
+    path = run_dir / "evaluations.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, without those that a kill or a full disk cut short, or that are being written."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: a line that was cut short is left out", path)
+    return found
 
 
 def _finite(value: float | int | None) -> float | int | None:
@@ -176,12 +201,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`, and a last line that a kill cut short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that was cut short", path)
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
     with appearing_whole(path) as file:
         file.write("".join(kept).encode())

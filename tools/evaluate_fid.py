@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from jitscale.tracking import Tracker
 from jitscale.weights.opening import open_weights, read_guide
 
 COLUMNS = ("weights", "interval", "scale", "num_images", "fid", "inception_score")
-ALL_STEPS = 2**62  # of a run: its record is kept
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     fine = options.fine or config.evaluation.num_images
     if min(options.coarse, fine) < FEWEST_SAMPLES or options.keep < 1:
         raise ConfigError(f"--coarse and --fine must be at least {FEWEST_SAMPLES}, --keep at least 1")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("sweep.svg is drawn by matplotlib, which is not installed: pip install 'jitscale[demo]'")
     stored = open_weights(options.checkpoint, config if options.config is not None else None)
     settings, guide = settings_of(axes, config, stored.weight_sets), read_guide(config)
 
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         precise.sort(key=lambda result: result["fid"])
         if world.is_main:
             report(coarse, precise, run_dir)
-            tracker = Tracker(config, run_dir, True, ALL_STEPS)
+            tracker = Tracker(config, run_dir, True, None)  # the run may be training
             tracker.log_table("sweep", [row(result) for result in [*coarse, *precise]])
             tracker.close()
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
@@ -98,7 +100,6 @@ def report(coarse: list[dict[str, Any]], fine: list[dict[str, Any]], run_dir: Pa
         file.write(json.dumps({"coarse": coarse, "fine": fine}, indent=1).encode())
     with appearing_whole(run_dir / "result.json") as file:
         file.write(json.dumps(fine[0], indent=2).encode())
-    draw(coarse, fine, run_dir / "sweep.svg")
     print(f"{'weights':16}{'interval':>14}{'guidance':>10}{'images':>9}{'FID':>12}{'IS':>10}")
     for result in [*sorted(coarse, key=lambda r: -r["fid"]), *reversed(fine)]:
         interval = ":".join(f"{t:g}" for t in result["interval"])
@@ -106,6 +107,7 @@ def report(coarse: list[dict[str, Any]], fine: list[dict[str, Any]], run_dir: Pa
             f"{result['weights']:16}{interval:>14}{result['scale']:10g}{result['num_images']:9}{result['fid']:12.3f}"
             f"{result['inception_score']:10.2f}"
         )
+    draw(coarse, fine, run_dir / "sweep.svg")
     print(f"best: the last line; {run_dir / 'sweep.json'}, {run_dir / 'sweep.svg'}, {run_dir / 'result.json'}")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 from jitscale.files import appearing_whole
-from jitscale.tracking import SAMPLES, read_metrics
+from jitscale.tracking import SAMPLES, read_evaluations, read_metrics
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
 CURVES = {
@@ -94,7 +94,7 @@ def results(runs: Sequence[Path]) -> str:
 def curves(runs: Sequence[Path]) -> str:
     """What metrics.jsonl and evaluations.jsonl hold, over images seen."""
     lines = {run: read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
-    measured = {run: _lines(run / "evaluations.jsonl") for run in runs}
+    measured = {run: read_evaluations(run) for run in runs}
     drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
     drawn += [_curve(measured, key, key.replace("_", " ")) for key in ("fid", "inception_score")]
     return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
@@ -132,10 +132,6 @@ def _curve(lines: dict[Path, list[dict[str, Any]]], key: str, name: str) -> str 
         if len(found) > 1:
             axis.legend(fontsize=7)
     return _without_prolog(buffer.getvalue())
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _number(value: float | int | None) -> str:

@@ -2,8 +2,9 @@
 
     python tools/sample.py --checkpoint runs/b --classes 207 360 --per-class 8 --guidance 3.0 --output samples/
 
-The image with an id is the same whenever and with whatever others it is drawn: its noise is a function of (seed, id),
-its class is id mod the number of classes. An evaluation with the same settings measures the same images.
+The image with an id is the same whenever and with whatever others it is drawn, up to the rounding of another batch: its
+noise is a function of (seed, id), its class is id mod the number of classes. An evaluation with the same settings
+measures the same images.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale import parallel
+from jitscale.errors import UserError
 from jitscale.files import appearing_whole
 from jitscale.parallel import World
+
+logger = logging.getLogger(__name__)
 
 Block = dict[str, npt.NDArray[Any]]
 
@@ -58,6 +62,13 @@ def compute_blocks(
     images = size * sum(len(settings) for _, settings in missing)
 
     def share() -> None:
+        try:
+            own_blocks()
+        except UserError as error:
+            logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
+            raise
+
+    def own_blocks() -> None:
         for turn in range(world.rank, len(missing), world.size):
             number, settings = missing[turn]
             following = missing[turn + world.size][0] if turn + world.size < len(missing) else None

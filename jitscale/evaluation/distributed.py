@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
@@ -115,14 +116,14 @@ class Evaluator:
             weights: name of the weight set, for the record.
             settings: how to sample, and how many images.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
-            keep_blocks: False removes the files of this call again.
+            keep_blocks: False removes the files of this call again, and those of one that was cut short.
 
         Returns:
             On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
             where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision`,
             `recall`, `fid_floor` (one half of the real images against the other) with `neighbours` and where the
-            features of real images are at hand, not only statistics; `label_agreement` where the feature network knows
-            the classes.
+            features of real images are at hand, not only statistics; `label_agreement` where the feature network has
+            as many classes as the model.
 
         Raises:
             UserError: an image with values that are not finite.
@@ -130,7 +131,10 @@ class Evaluator:
         named = {"weights": weights, "weights_sha256": weights_digest(model)}
         if self.guide is not None:
             named["guide_sha256"] = weights_digest(self.guide)
-        protocols = [{**named, **_protocol(model, self.embedder, self.config, setting)} for setting in settings]
+        protocols = [
+            {**named, **_protocol(model, self.embedder, self.config, setting, self.world.device)}
+            for setting in settings
+        ]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
         evaluation = settings[0]
         size = evaluation.block_size
@@ -147,8 +151,8 @@ class Evaluator:
                 for images in generate_by_scale(model, chosen, ids, noise.of(ids, ahead), self.guide):
                     yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
-        folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
-        passing = [] if keep_blocks else [folder for folder in folders if not folder.exists()]
+        parent = self.folder if keep_blocks else self.folder / "passing"
+        folders = [parent / f"samples_{digest_of(protocol)}" for protocol in protocols]
         count = -(-evaluation.num_images // size)
         found = compute_blocks(folders, count, size, block, self.world, "generate")
         results: list[dict[str, Any]] = []
@@ -156,8 +160,8 @@ class Evaluator:
             for samples, protocol in zip(found, protocols, strict=True):
                 first = {key: values[: evaluation.num_images] for key, values in samples.items()}
                 results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
-            for folder in passing:
-                shutil.rmtree(folder)
+            if not keep_blocks:
+                shutil.rmtree(parent)
         return parallel.broadcast_object(results)
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
@@ -199,8 +203,13 @@ def weights_digest(model: JiT) -> str:
     return digest.hexdigest()
 
 
-def _protocol(model: JiT, embedder: Embedder, config: Config, setting: EvaluationConfig) -> dict[str, Any]:
-    """All that determines the generated images and their features, beside the weights."""
+def _protocol(
+    model: JiT, embedder: Embedder, config: Config, setting: EvaluationConfig, device: torch.device
+) -> dict[str, Any]:
+    """All that determines the generated images and their features, beside the weights.
+
+    Not what only changes the order of sums (attention kernels, compilation, padding).
+    """
     return {
         "model": asdict(model.config),
         "noise_scale": model.diffusion.noise_scale,
@@ -208,5 +217,7 @@ def _protocol(model: JiT, embedder: Embedder, config: Config, setting: Evaluatio
         "seed": setting.seed,
         "block_size": setting.block_size,
         "precision": config.engine.precision,
+        "float8": config.engine.float8,
+        "device": device.type,
         **embedder.identity,
     }

@@ -7,7 +7,8 @@ preprocessing. The hash of its weights belongs into every result: distances of d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,17 @@ from torch import nn
 
 from jitscale.errors import UserError
 from jitscale.evaluation.published import Published
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Matrix products and convolutions in full float32."""
+    products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
 
 
 def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Tensor:
@@ -87,7 +99,8 @@ class FeatureNetwork(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"expected (B, 3, height, width) uint8, got {tuple(images.shape)} {images.dtype}")
-        with torch.autocast(images.device.type, enabled=False):  # the caller's precision is no part of a protocol
+        # The caller's precision is no part of a protocol, and TF32 would move every distance on newer GPUs.
+        with torch.autocast(images.device.type, enabled=False), without_tf32():
             return self.embed(images.float())
 
     def embed(self, images: torch.Tensor) -> Embedding:

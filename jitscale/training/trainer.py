@@ -37,7 +37,7 @@ from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import peak_tflops, training_flops
-from jitscale.tracking import SAMPLES, Tracker
+from jitscale.tracking import SAMPLES, Tracker, read_evaluations
 from jitscale.training.checkpoint import (
     Checkpoint,
     Flats,
@@ -200,6 +200,9 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS,
             disable=not self.world.is_main,
         ) as progress:
+            if self._evaluation_was_cut_short():
+                self._evaluate_few()
+                clock.restart(self.images)
             while self.images < self.end:
                 self.watch.alive()
                 self.profile.step_begins()
@@ -567,6 +570,14 @@ class Trainer:
     def _evaluator(self) -> Evaluator:
         """With the features of the real images, which are computed once."""
         return Evaluator(self.config, self.world, self.run_dir / "evaluation", self._guide())
+
+    def _evaluation_was_cut_short(self) -> bool:
+        """Whether the run was killed between the save of this step and the end of its measurement."""
+        every_images = self.config.evaluation.every_images
+        if not every_images or self.images == 0 or not self._passed(every_images):
+            return False
+        measured = self.world.is_main and any(line["step"] == self.step for line in read_evaluations(self.run_dir))
+        return not parallel.broadcast_object(measured)
 
     def _evaluate_few(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""

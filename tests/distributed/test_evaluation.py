@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.packing import write_shards
-from tests.distributed.processes import ROOT, run_ranks
+from tests.distributed.processes import ROOT, run_ranks, start_ranks
 
 CHECKPOINT = ROOT / "tests/data/jit_tiny_heun.checkpoint-last.pth"
 CONFIG = """
@@ -81,6 +82,7 @@ def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
     protocol = alone["protocol"]
     assert (protocol["weights"], protocol["noise_scale"]) == ("ema_0.9999", 1.0)
     assert protocol["sampler"]["guidance_scale"] == 2.0
+    assert (protocol["precision"], protocol["float8"], protocol["device"]) == ("fp32", False, "cpu")
     assert len(protocol["features_sha256"]) == len(protocol["weights_sha256"]) == 64
 
 
@@ -208,10 +210,13 @@ def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
     assert all(line["fid"] > 0 for line in lines())
     assert not list(folder.glob("evaluation/samples_*"))
     assert list(folder.glob("evaluation/reference_*/*.npz"))
-    first = lines()[0]
+    assert not list(folder.glob("evaluation/passing"))
+    first, second = lines()
+    # As if it had been killed between the save of step 6 and the end of its measurement.
+    (folder / "evaluations.jsonl").write_text(json.dumps(first) + "\n")
     run_ranks(2, *command, "run.max_images=72")
     assert [line["images"] for line in lines()] == [24, 48, 72]
-    assert lines()[0] == first
+    assert lines()[:2] == [first, second]
 
 
 def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
@@ -223,6 +228,14 @@ def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluati
             path.unlink()
         else:
             kept[name] = path.stat().st_mtime_ns
+    ranks = start_ranks(2, *evaluation.command("interrupted"))
+    while len(evaluation.blocks("interrupted")) == len(kept):
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.002)
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+    assert not (evaluation.folder / "interrupted" / "result.json").exists()
     assert evaluation.run("interrupted", world_size=2) == alone
     assert_same_features(evaluation, "alone", "interrupted")
     now = evaluation.blocks("interrupted")

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from jitscale.data.digits import digit_images
 from jitscale.errors import UserError
-from jitscale.evaluation.features import FeatureNetwork, to_uint8
+from jitscale.evaluation.features import Embedding, FeatureNetwork, to_uint8
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
 from jitscale.evaluation.networks import load_feature_network
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
@@ -196,3 +196,15 @@ def test_to_uint8_refuses_values_that_are_not_finite(value: float) -> None:
         to_uint8(images)
     with pytest.raises(UserError, match=r"not finite, ids 65, 67;"):
         to_uint8(images, range(64, 68))
+
+
+def test_networks_see_no_tf32() -> None:
+    class Network(FeatureNetwork):
+        def embed(self, images: torch.Tensor) -> Embedding:
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            return Embedding(images.flatten(1), images.flatten(1), images.flatten(1))
+
+    before = torch.backends.cudnn.allow_tf32
+    Network()(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -15,7 +15,7 @@ from jitscale.planner import peak_tflops
 from jitscale.tracking import Tracker, read_metrics
 
 
-def tracker(run_dir: Path, resumed_step: int = 0, wandb: str = "off") -> Tracker:
+def tracker(run_dir: Path, resumed_step: int | None = 0, wandb: str = "off") -> Tracker:
     run_dir.mkdir(exist_ok=True)
     return Tracker(Config(tracking=TrackingConfig(wandb=wandb)), run_dir, True, resumed_step)
 
@@ -59,6 +59,17 @@ def test_wandb_continues_under_one_id(tmp_path: Path) -> None:
     assert len(runs) == 2
     assert {path.stem for path in runs} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
     assert all(path.stat().st_size > 0 for path in runs)
+
+
+def test_a_second_record_leaves_the_first_ones_file(tmp_path: Path) -> None:
+    """A sweep beside the training: what the training writes on is what is read; a line half written is left out."""
+    training = tracker(tmp_path)
+    training.log({"step": 1})
+    tracker(tmp_path, resumed_step=None).close()
+    training.log({"step": 2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_a_wandb_that_cannot_start_falls_back_to_offline(
