@@ -87,7 +87,19 @@ def main() -> int:
     return ExitCode.DONE
 
 
-CONDITIONS = ("device", "cuda", "cudnn", "torch", "deepspeed", "flash-attn", "threads", "load", "date")
+CONDITIONS = (
+    "device",
+    "cuda",
+    "cudnn",
+    "torch",
+    "deepspeed",
+    "flash-attn",
+    "flash-attn-4",
+    "torchao",
+    "threads",
+    "load",
+    "date",
+)
 
 
 def _table(lines: list[tuple[str, str]], result: dict[str, Any]) -> str:

@@ -59,11 +59,11 @@ def environment(device: torch.device = CPU) -> dict[str, Any]:
     }
     if device.type == "cuda":
         known |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        for package in ("deepspeed", "flash-attn", "flash-attn-4", "torchao"):
-            try:
-                known[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+    for package in ("deepspeed", "flash-attn", "flash-attn-4", "torchao"):
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return known
 
 

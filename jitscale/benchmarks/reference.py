@@ -1,6 +1,6 @@
 """The authors' way of training and sampling, to compare with: what LTH14/JiT does on one GPU, on our network.
 
-Attention with float32 logits in memory, no padding, no compilation, AdamW as torch makes it by default, two averages
+Attention with float32 logits in memory, no padding, blocks compiled if ours are, AdamW as torch makes it by default, two averages
 kept whole and updated tensor by tensor, the loss read on the host in every step; guidance evaluated twice, one network
 call after the other, also where it does not act.
 """
@@ -28,7 +28,7 @@ BETAS = (0.9, 0.95)
 def reference_network(config: Config, device: torch.device, *, training: bool) -> JiT:
     """The network that computes as the authors' does."""
     network = JiT(config.model, config.diffusion).to(device)
-    plain = replace(config.engine, attention="reference", align=False, compile=False, activation_checkpointing=0)
+    plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
     prepare(network, plain, device, training=training)
     return network.train(training)
 

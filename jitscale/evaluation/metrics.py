@@ -124,7 +124,8 @@ def kernel_distance(
     """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
 
     The unbiased estimate, for random subsets of both sets of features (N, F), drawn with a fixed seed; unlike the
-    Fréchet distance it does not depend on N in the mean.
+    Fréchet distance it does not depend on N in the mean. torchmetrics has the same estimate (they agree in the
+    tests) but draws its subsets from torch's global generator.
 
     Args:
         features_a: (N, F).

@@ -174,7 +174,7 @@ def choose_kernel(
             for length in sorted(set(tokens)):
                 for dropout in sorted(set(dropouts)):
                     _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
-        except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        except Exception as error:  # compilers of kernels raise what they like; it is said
             text = str(error).strip()
             return text.splitlines()[0] if text else type(error).__name__
         return None

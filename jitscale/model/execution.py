@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig
+from jitscale.errors import ConfigError
 from jitscale.model.attention import ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
 from jitscale.model.jit import Block, JiT
@@ -58,7 +59,8 @@ class Execution:
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
-    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs.
+    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs, and
+    alignment also for float8.
 
     Args:
         model: changed in place: the way its blocks compute.
@@ -67,7 +69,8 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         training: False for sampling: nothing is dropped or recomputed.
 
     Raises:
-        ConfigError: an attention kernel that was asked for does not work, or there is no float8.
+        ConfigError: an attention kernel that was asked for does not work, there is no float8, or it is asked for
+            without alignment.
     """
     on_gpu = device.type == "cuda"
     config = model.config
@@ -82,9 +85,11 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         dtype=torch.float32 if engine.precision == "fp32" else torch.bfloat16,
         device=device,
     )
-    aligned = on_gpu if engine.align is None else engine.align
+    aligned = on_gpu or engine.float8 if engine.align is None else engine.align
     compiled = on_gpu if engine.compile is None else engine.compile
     product = float8_product(device) if engine.float8 else None
+    if engine.float8 and not aligned:
+        raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
     for index, block in enumerate(blocks):
         block.attn.kernel = attention.kernel
         block.mlp.aligned = aligned

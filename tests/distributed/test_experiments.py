@@ -156,13 +156,12 @@ def test_every_experiment_has_tasks_a_figure_and_a_table(name: str, tmp_path: Pa
 
 
 def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:
-    """The toy's claim in small: in two dimensions e-prediction learns, in 512 only x-prediction does."""
+    """The toy's claim in small: in 512 dimensions x-prediction learns, e-prediction does not."""
     error = {}
-    for dimensions, space in ((2, "e"), (512, "x"), (512, "e")):
-        found = manifold.Toy(dimensions, space, seed=0, steps=300, samples=400).execute(tmp_path)
-        error[dimensions, space] = found["distance"] + found["outside"]
-    assert error[2, "e"] < 0.5
-    assert 3 * error[512, "x"] < error[512, "e"]
+    for space in "xe":
+        found = manifold.Toy(512, space, seed=0, steps=250, samples=400).execute(tmp_path)
+        error[space] = found["distance"] + found["outside"]
+    assert 10 * error["x"] < error["e"]
 
 
 def test_upsampled_images_are_far_from_real_ones(tmp_path: Path) -> None:

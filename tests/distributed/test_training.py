@@ -154,9 +154,9 @@ def test_another_batch_size_reads_the_same_sequence(job: Job, unbroken: list[dic
     assert metrics[-1]["images"] == images
 
 
-def test_loading_is_exact_in_every_stage(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Load at the end of a run and save again: bit-equal, for each stage and number of ranks."""
-    for world_size, stage in ((1, 1), (2, 2), (3, 3), (2, 0)):
+def test_loading_is_exact(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Load at the end of a run and save again: bit-equal (all stages and numbers of ranks: test_resume.py)."""
+    for world_size, stage in ((2, 2), (3, 3)):
         name = f"loaded_{world_size}_{stage}"
         job.copy("unbroken", name, steps=STEPS - 4)
         before = Checkpoint(job.folder / name / f"checkpoints/step_{STEPS - 4:08d}")

@@ -75,15 +75,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(
     assert run["finite"]
 
 
-def test_ways_to_compute_change_no_loss(tmp_path: Path) -> None:
-    """Two ranks; padded, compiled and recomputed blocks in stages 2 and 3: whole graphs, the same losses."""
-    run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"))
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_ways_to_compute_change_no_loss(tmp_path: Path, stage: int) -> None:
+    """Two ranks; padded, compiled and recomputed blocks: whole graphs, the same losses."""
+    run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"), str(stage))
     results = json.loads((tmp_path / "result.json").read_text())
-    exact = results["2 plain"]["losses"]
+    exact = results["plain"]["losses"]
     assert len(set(exact)) == len(exact) == 4
     for name, found in results.items():
         assert found["losses"] == pytest.approx(exact, rel=1e-6), name
         assert found["breaks"] == 0
-        assert not found["waits"], "the host waits for nothing between two log points"
+        if name in ("plain", "padded"):  # operators inside of graphs cannot be counted
+            assert found["waits"] == {}, "the host waits for nothing between two log points"
         # Two lengths of the sequence; a recomputed block is compiled beside one that is not.
-        assert found["graphs"] == {"plain": 0, "padded": 0, "compiled": 2, "all": 4}[name.split()[1]], name
+        assert found["graphs"] == {"plain": 0, "padded": 0, "compiled": 2, "all": 4}[name], name

@@ -100,6 +100,7 @@ def test_the_table_and_a_refusal() -> None:
     assert "run.device=cuda" in benchmark("step", "run.device=cuda", *TINY, expect=2)
 
 
+@pytest.mark.slow
 def test_checkpoint() -> None:
     result: dict[str, Any] = json.loads(benchmark("checkpoint", "--repeats", "1", "--json", *TINY))
     assert set(result) == {"config", "repeats", "bytes", "seconds", "range", "imports"} | ENVIRONMENT

@@ -16,6 +16,7 @@ from PIL import Image
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
 from jitscale.tracking import SAMPLES, Tracker
+from tools.evaluate_fid import draw
 from tools.gallery import main
 
 
@@ -54,10 +55,15 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     folder = run(tmp_path / "first")
     result = {"fid": 3.25, "inception_score": 9.0, "num_images": 50_000, "protocol": {"weights": "ema_0.9999"}}
     (folder / "result.json").write_text(json.dumps(result))
+    sweep = [
+        {"weights": "model", "interval": [0, 1], "scale": w, "fid": w, "inception_score": w, "num_images": 200}
+        for w in (1.0, 2.0)
+    ]
+    draw(sweep, [{**sweep[0], "num_images": 500}], folder / "sweep.svg")
     assert main([str(folder)]) == 0
     text = (folder / "gallery.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 5, "loss, gradient norm, learning rate, FID, IS"
+    assert page.tags.count("svg") == 6, "loss, gradient norm, learning rate, FID, IS, sweep"
     assert page.tags.count("img") == 7, "14 pictures, every second one"
     assert "232 images" not in text
     assert "224 images" in text, "the newest"
