@@ -1,8 +1,8 @@
 """The authors' way of training and sampling, to compare with: what LTH14/JiT does on one GPU, on our network.
 
-Attention with float32 logits in memory, no padding, blocks compiled if ours are, AdamW as torch makes it by default, two averages
-kept whole and updated tensor by tensor, the loss read on the host in every step; guidance evaluated twice, one network
-call after the other, also where it does not act.
+Attention with float32 logits in memory, no padding, blocks compiled if ours are, AdamW as torch makes it by default,
+two averages kept whole and updated tensor by tensor, the loss read on the host in every step; guidance evaluated twice,
+one network call after the other, also where it does not act.
 """
 
 from __future__ import annotations
