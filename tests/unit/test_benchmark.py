@@ -22,7 +22,7 @@ TINY = (
     "model.in_context_start=1",
     "model.num_classes=10",
 )
-ENVIRONMENT = {"device", "torch", "threads", "load", "date"}
+ENVIRONMENT = {"device", "torch", "deepspeed", "torchao", "threads", "load", "date"}
 COMMON = {"config", "overrides", "batch", "images_per_second", "tflops_per_second", "peak_memory_mib"} | ENVIRONMENT
 FOREIGN = ("deepspeed", "PIL", "wandb", "webdataset", "simplejpeg", "safetensors", "fsspec", "submitit", "rich")
 
