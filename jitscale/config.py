@@ -160,6 +160,7 @@ class EvaluationConfig:
     reference_size: int | None = None  # pixels a side to which those are brought; null: model.image_size
     num_images: int = 50_000
     block_size: int = 64  # images generated together; fixed, so that no result depends on the number of ranks
+    cuda_graphs: bool = False  # the network as one CUDA graph for each size of a batch: GPUs only
     at_end: bool = False  # evaluate when the run is complete
     every_images: int = 0  # measure on few images while training, after each multiple of this; 0: never
     few_images: int = 1000  # generated then

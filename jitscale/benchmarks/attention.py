@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from jitscale.benchmarks.conditions import environment, measured_config
+from jitscale.benchmarks.conditions import arithmetic, environment, measured_config, peak_memory_mib
 from jitscale.benchmarks.stopwatch import wait_for
+from jitscale.benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.parallel import choose_device
@@ -23,11 +24,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device, model = choose_device(config.run.device), config.model
     tokens = (model.image_size // model.patch_size) ** 2 + model.in_context_len
     head_dim = model.hidden_size // model.num_heads
-    dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    dtype = arithmetic(config)
     dropout = model.attn_dropout if options.dropout is None else options.dropout
     shape = (options.batch, tokens, model.num_heads, head_dim)
     missing: dict[str, str] = {}
     times: dict[str, dict[str, list[float]]] = {}
+    peaks: dict[str, float] = {}
     for name in KERNELS:
         try:
             choose_kernel(
@@ -39,7 +41,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 dtype=dtype,
                 device=device,
             )
-            times[name] = {"forward": [], "both": []}
+            times[name] = {"forward": [], "backward": []}
         except ConfigError as error:
             missing[name] = str(error)
     qkv = torch.randn(*shape[:2], 3, *shape[2:], device=device, dtype=dtype, requires_grad=True)
@@ -47,6 +49,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for turn in tqdm(range(options.repeats + 1), unit="turn", desc="measure", disable=None):
         for name, found in times.items():
             wait_for(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             started = time.perf_counter()
             q, k, v = qkv.unbind(2)
             out = KERNELS[name](q, k, v, dropout)
@@ -56,8 +60,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             wait_for(device)
             if turn > 0:  # the first is the warm-up
                 found["forward"].append(halfway - started)
-                found["both"].append(time.perf_counter() - started)
-    flops = 4 * options.batch * model.num_heads * tokens**2 * head_dim
+                found["backward"].append(time.perf_counter() - halfway)
+            if device.type == "cuda":  # of the CPU's memory only the whole process's peak is known
+                peaks[name] = peak_memory_mib(device)
+    # Two products forward and four backward; that a kernel computes some of them again counts for nothing.
+    flops = {"forward": 4 * options.batch * model.num_heads * tokens**2 * head_dim}
+    flops["backward"] = 2 * flops["forward"]
+    product = matmul_tflops(device, dtype)
+    milliseconds = {
+        name: {part: 1e3 * statistics.median(values) for part, values in found.items()} for name, found in times.items()
+    }
     return {
         "config": options.config,
         "overrides": options.overrides,
@@ -66,12 +78,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dropout": dropout,
         "kernels": {
             name: {
-                "ms": {part: 1e3 * statistics.median(values) for part, values in found.items()},
-                "forward_tflops_per_second": flops / statistics.median(found["forward"]) / 1e12,
+                "ms": ms,
+                "images_per_second": 1e3 * options.batch / sum(ms.values()),
+                "peak_memory_mib": peaks.get(name),
+                **{part: utilisation(flops[part] / ms[part] / 1e9, device, product) for part in ms},
             }
-            for name, found in times.items()
+            for name, ms in milliseconds.items()
         },
         "missing": missing,
+        "matmul_tflops_per_second": product,
+        "peak_memory_mib": peak_memory_mib(device),
         **environment(device),
     }
 
@@ -81,7 +97,12 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     batch, tokens, heads, head_dim = result["shape"]
     lines = [("shape", f"{batch} x {tokens} x {heads} x {head_dim}, {result['dtype']}, dropout {result['dropout']}")]
     for name, found in result["kernels"].items():
-        forward, both = found["ms"]["forward"], found["ms"]["both"]
-        rate = found["forward_tflops_per_second"]
-        lines.append((name, f"{forward:.3f} ms forward ({rate:.3g} TFLOP/s), {both:.3f} ms with backward"))
+        lines.append((f"{name}: images/s of one layer", f"{found['images_per_second']:.4g}"))
+        for part, ms in found["ms"].items():
+            lines.append((f"{name}: {part}", f"{ms:.3f} ms"))
+            used = describe_utilisation(found[part], result["matmul_tflops_per_second"])
+            lines += [(f"{name}: {part}, {label}", value) for label, value in used]
+        if found["peak_memory_mib"] is not None:
+            lines.append((f"{name}: peak memory", f"{found['peak_memory_mib']:.0f} MiB"))
+    lines.append(("peak memory", f"{result['peak_memory_mib']:.0f} MiB"))
     return [*lines, *((name, reason) for name, reason in result["missing"].items())]

@@ -8,14 +8,12 @@ import os
 import platform
 import resource
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jitscale.benchmarks.stopwatch import wait_for
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
 from jitscale.parallel import choose_device
@@ -23,8 +21,6 @@ from jitscale.parallel import choose_device
 CPU = torch.device("cpu")
 DEFAULTS = ["run.max_steps=1"]  # the overrides win over these
 ON_CPU = ["engine.precision=fp32", "run.device=cpu"]
-MATMUL_SIZES = {"cpu": 1536, "cuda": 8192}
-MATMUL_SECONDS = 1.0
 
 
 def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False) -> Config:
@@ -85,16 +81,6 @@ def peak_memory_mib(device: torch.device = CPU) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def matmul_tflops(device: torch.device, precision: str) -> float:
-    """TFLOP/s of one large matrix product in the arithmetic of `precision`: the fastest in a second or more."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    size = MATMUL_SIZES[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < MATMUL_SECONDS:
-        wait_for(device)
-        started = time.perf_counter()
-        a @ b
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e12
+def arithmetic(config: Config) -> torch.dtype:
+    """What the matrix products of a configuration are computed in."""
+    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16

@@ -14,20 +14,21 @@ import torch
 
 from jitscale.benchmarks.stopwatch import Stopwatch
 from jitscale.config import Config
-from jitscale.diffusion.objective import interpolate, sample_loss, to_spaces
+from jitscale.diffusion.objective import sample_loss, to_spaces
 from jitscale.diffusion.sampler import Sampler
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
+from jitscale.training.inputs import noised
 from jitscale.training.optim import parameter_groups
 
 EMA_DECAYS = (0.9999, 0.9996)
 BETAS = (0.9, 0.95)
 
 
-def reference_network(config: Config, device: torch.device, *, training: bool) -> JiT:
-    """The network that computes as the authors' does."""
-    network = JiT(config.model, config.diffusion).to(device)
+def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
+    """`network` on `device`, computing as the authors' does; changed in place."""
+    network = network.to(device)
     plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
     prepare(network, plain, device, training=training)
     return network.train(training)
@@ -38,7 +39,7 @@ class ReferenceTraining:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.network = reference_network(config, device, training=True)
+        self.network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
         groups = [
             {"params": group["params"], "weight_decay": group["weight_decay"]}
             for group in parameter_groups(self.network, config.optim)
@@ -46,10 +47,22 @@ class ReferenceTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=BETAS)
         self.averages = [[p.detach().clone() for p in self.network.parameters()] for _ in EMA_DECAYS]
 
-    def step(self, x: torch.Tensor, e: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, watch: Stopwatch) -> float:
-        """One step on clean images and noise (B, 3, S, S), times and labels (B,); returns the loss."""
+    def step(
+        self,
+        images: torch.Tensor,
+        flip: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        watch: Stopwatch,
+    ) -> float:
+        """One step on uint8 images (B, S, S, 3), standard normal noise (B, 3, S, S), flips, times and labels (B,).
+
+        Returns:
+            The loss.
+        """
+        x, e, z = noised(images, flip, noise, t, self.config.diffusion.noise_scale)
         with watch.part("forward"), autocast(self.config, self.device):
-            z = interpolate(x, e, t)
             loss = sample_loss(self.network(z, t, labels), x, e, z, t, self.config.diffusion).mean()
         value = loss.item()
         with watch.part("backward"):

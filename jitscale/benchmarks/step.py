@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,65 +18,83 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
 from jitscale import parallel
-from jitscale.benchmarks.conditions import environment, matmul_tflops, measured_config, peak_memory_mib
-from jitscale.benchmarks.plain import PlainEngine
+from jitscale.benchmarks.conditions import arithmetic, environment, measured_config, peak_memory_mib
+from jitscale.benchmarks.plain import PlainTraining, RandomBatch
 from jitscale.benchmarks.reference import ReferenceTraining
 from jitscale.benchmarks.stopwatch import Stopwatch, wait_for
+from jitscale.benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale.config import Config
-from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
+from jitscale.diffusion.objective import sample_loss
 from jitscale.evaluation.generate import autocast
-from jitscale.model.execution import prepare
+from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
-from jitscale.planner import peak_tflops, training_flops
-from jitscale.training.ema import ShardedEma
-from jitscale.training.inputs import to_model_input
+from jitscale.planner import training_flops
+from jitscale.training.inputs import noised
 
 PARTS = {
+    "data": "waiting for data",
     "forward": "network forward",
     "backward": "network backward",
     "zero_backward": "ZeRO's part of backward: gradient copies and reduction",
     "optimizer": "optimizer step: gradient norm, AdamW, weights from masters",
     "ema": "averages",
     "tracking": "tracking, logged every step",
-    "rest": "rest: inputs, noise, loss, engine around forward",
+    "rest": "rest: draws, noise, loss, engine around forward",
 }
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
+class Training(Protocol):
+    """What is measured: training steps whose parts are timed by a stopwatch that was given to it."""
+
+    execution: Execution
+
+    def step(self) -> None:
+        """One optimizer step."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with the plain network's forward and backward pass, and with the authors' steps."""
-    config = measured_config(options, ["engine.micro_batch_size=null", "tracking.wandb=off"], on_gpu=True)
-    device = parallel.choose_device(config.run.device)
     present = importlib.util.find_spec("deepspeed") is not None
-    sharded = present if options.engine == "auto" else options.engine == "zero"
-    torch.manual_seed(config.run.seed)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            ours = Ours(config, device, Path(scratch), sharded=sharded)
+    whole = present if options.engine == "auto" else options.engine == "zero"
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = ["engine.micro_batch_size=null", "tracking.wandb=off"]
+        if whole:
+            # The trainer needs packages that a machine may lack, where everything else can be measured.
+            from jitscale.benchmarks.whole import WholeTraining, settings_in  # noqa: PLC0415
+
+            settings += settings_in(Path(scratch))
+        config = measured_config(options, settings, on_gpu=True)
+        device = parallel.choose_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        watch = Stopwatch(device, enabled=False)
+        try:
+            ours: Training = (WholeTraining if whole else PlainTraining)(config, device, watch)
             for _ in range(options.warmup):
-                ours.step(Stopwatch(device, enabled=False))
+                ours.step()
             wait_for(device)
             peak = peak_memory_mib(device)  # of training alone: what follows is built beside it
-            result = _take_turns(ours, options, config, device)
+            result = _take_turns(ours, watch, options, config, device)
             ours.close()
-    finally:
-        parallel.stop()
+        finally:
+            parallel.stop()
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
-    datasheet, product = peak_tflops(device), matmul_tflops(device, config.engine.precision)
+    product = matmul_tflops(device, arithmetic(config))
     return {
         "config": options.config,
         "overrides": options.overrides,
         "batch": options.batch,
         "steps": options.steps,
-        "engine": f"ZeRO stage {config.engine.zero_stage}" if sharded else "plain torch",
-        "execution": str(ours.engine.execution),
+        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else "plain torch",
+        "execution": str(ours.execution),
         **result,
-        "tflops_per_second": tflops,
+        **utilisation(tflops, device, product),
         "matmul_tflops_per_second": product,
-        "mfu": None if datasheet is None else tflops / datasheet,
-        "mfu_of_matmul": tflops / product,
         "peak_memory_mib": peak,
         **environment(device),
     }
@@ -89,14 +107,18 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("images/s", f"{result['images_per_second']:.4g}"),
         ("step", f"{result['ms_per_step']:.1f} ms, the median of {result['steps']} ({low:.1f} to {high:.1f})"),
-        ("TFLOP/s", f"{result['tflops_per_second']:.4g}"),
-        ("of one large matrix product", f"{result['mfu_of_matmul']:.1%} of {result['matmul_tflops_per_second']:.4g}"),
-        ("of the data sheet's peak", "not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
+        *describe_utilisation(result, result["matmul_tflops_per_second"]),
         ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"),
         ("engine", result["engine"]),
         ("execution", result["execution"]),
         ("times that the host waits in a step", "not counted" if waits is None else f"{sum(waits.values())}"),
-        *((label, f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}") for name, label in PARTS.items()),
+        *(
+            (
+                label,
+                f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}" if name in result["ms"] else "not there",
+            )
+            for name, label in PARTS.items()
+        ),
         ("the engine's cost around the network", f"{result['around_network']:.1%}"),
     ]
     theirs = result.get("reference")
@@ -112,116 +134,66 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-class Ours:
-    """A training of this project on random images."""
-
-    def __init__(self, config: Config, device: torch.device, run_dir: Path, *, sharded: bool) -> None:
-        self.config, self.device = config, device
-        network = JiT(config.model, config.diffusion).train()
-        self.engine: Any
-        self.tracker: Any = None
-        if sharded:
-            world = parallel.start(device)
-            # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-            from jitscale.tracking import Tracker  # noqa: PLC0415
-            from jitscale.training.engine import ZeroEngine  # noqa: PLC0415
-
-            self.engine = ZeroEngine(network, config, world)
-            self.tracker = Tracker(config, run_dir, world.is_main, 0)
-        else:
-            self.engine = PlainEngine(network, config, device)
-        self.ema = ShardedEma(config.ema, self.engine.masters())
-        batch, size = config.data.batch_size, config.model.image_size
-        self.images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
-        self.labels = torch.randint(max(1, config.model.num_classes), (batch,), device=device)
-
-    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Clean images, noise and times."""
-        batch = len(self.images)
-        x = to_model_input(self.images, torch.rand(batch, device=self.device) < 0.5)
-        e = self.config.diffusion.noise_scale * torch.randn_like(x)
-        return x, e, times_from_normal(torch.randn(batch, device=self.device), self.config.diffusion)
-
-    def step(self, watch: Stopwatch) -> None:
-        """One optimizer step."""
-        started = time.perf_counter()
-        batch = len(self.images)
-        with watch.part("step"):
-            x, e, t = self.draw()
-            z = interpolate(x, e, t)
-            loss = sample_loss(self.engine(z, t, self.labels), x, e, z, t, self.config.diffusion).mean()
-            with watch.part("engine_backward"):
-                self.engine.backward(loss)
-            with watch.part("optimizer"):
-                self.engine.step(self.config.optim.lr)
-            with watch.part("ema"):
-                self.ema.update(self.engine.masters(), 1, (batch, 2 * batch))
-            with watch.part("tracking"):
-                if self.tracker is not None and self.device.type == "cpu":  # where reading the loss costs nothing
-                    seconds = time.perf_counter() - started
-                    values = {"step": 0, "images": batch, "loss": loss.item(), "lr": self.config.optim.lr}
-                    values |= {"grad_norm": self.engine.gradient_norm(), "images_per_second": batch / seconds}
-                    self.tracker.log({**values, "skipped_steps": 0})
-
-    def close(self) -> None:
-        """Release what is held."""
-        if self.tracker is not None:
-            self.tracker.close()
-        self.engine.destroy()
-
-
-def _take_turns(ours: Ours, options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
+def _take_turns(
+    ours: Training, watch: Stopwatch, options: argparse.Namespace, config: Config, device: torch.device
+) -> dict[str, Any]:
     network = JiT(config.model, config.diffusion).to(device).train()
     prepare(network, config.engine, device, training=True)
     theirs = ReferenceTraining(config, device) if options.compare == "reference" else None
+    random = RandomBatch(config, device)
     at_once = STEPS_AT_ONCE[device.type]
-    watch, their_watch, silent = Stopwatch(device), Stopwatch(device), Stopwatch(device, enabled=False)
+    their_watch = Stopwatch(device, enabled=False)
     whole: list[float] = []
     their_whole: list[float] = []
 
-    def plain_passes(watch: Stopwatch) -> None:
-        x, e, t = ours.draw()
-        z = interpolate(x, e, t)
+    def plain_passes() -> None:
+        flip, noise, t = random.draw()
+        x, e, z = noised(random.images, flip, noise, t, config.diffusion.noise_scale)
         with watch.part("forward"), autocast(config, device):
-            prediction = network(z, t, ours.labels)
+            prediction = network(z, t, random.labels)
         loss = sample_loss(prediction, x, e, z, t, config.diffusion).mean()
         with watch.part("backward"):
             loss.backward()
         network.zero_grad()
 
-    def their_step(watch: Stopwatch) -> None:
+    def their_step() -> None:
         if theirs is not None:
-            theirs.step(*ours.draw(), ours.labels, watch)
+            flip, noise, t = random.draw()
+            theirs.step(random.images, flip, noise, t, random.labels, their_watch)
 
-    def timed(step: Any, into: list[float]) -> None:
+    def timed(step: Callable[[], None], into: list[float]) -> None:
         wait_for(device)
         started = time.perf_counter()
         for _ in range(at_once):
-            step(silent)
+            step()
         wait_for(device)
         into.append((time.perf_counter() - started) / at_once)
 
-    plain_passes(silent)
-    their_step(silent)
-    waits = host_waits(lambda: ours.step(silent), device, compiled=ours.engine.execution.compiled)
+    plain_passes()
+    their_step()
+    waits = host_waits(ours.step, device, compiled=ours.execution.compiled)
     for _ in trange(options.steps, unit="step", desc="measure", disable=None):
         timed(ours.step, whole)
         if theirs is not None:
             timed(their_step, their_whole)
-            their_step(their_watch)
-        ours.step(watch)
-        plain_passes(watch)
+        watch.enabled = their_watch.enabled = True
+        their_step()
+        with watch.part("step"):
+            ours.step()
+        plain_passes()
+        watch.enabled = their_watch.enabled = False
     seconds = {name: statistics.median(measured) for name, measured in watch.times.items()}
-    step, detailed = statistics.median(whole), seconds["step"]
-    parts = {**seconds, "zero_backward": seconds["engine_backward"] - seconds["backward"]}
-    parts["rest"] = detailed - sum(parts[name] for name in PARTS if name != "rest")
+    step, detailed = statistics.median(whole), seconds.pop("step")
+    parts = {name: value for name, value in seconds.items() if name != "engine_backward"}
+    parts["zero_backward"] = seconds["engine_backward"] - seconds["backward"]
+    parts["rest"] = detailed - sum(parts.values())
     result = {
         "images_per_second": options.batch / step,
         "ms_per_step": 1e3 * step,
         "ms_per_step_range": [1e3 * min(whole), 1e3 * max(whole)],
         "host_waits": waits,
-        "ms": {name: 1e3 * parts[name] for name in PARTS},
-        "share": {name: parts[name] / detailed for name in PARTS},
+        "ms": {name: 1e3 * parts[name] for name in PARTS if name in parts},
+        "share": {name: parts[name] / detailed for name in PARTS if name in parts},
         "around_network": (detailed - seconds["forward"] - seconds["backward"]) / detailed,
     }
     if theirs is not None:

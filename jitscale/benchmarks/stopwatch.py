@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -19,12 +23,13 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
         self.times: dict[str, list[float]] = defaultdict(list)
-        self._device, self._enabled = device, enabled
+        self.enabled = enabled
+        self._device = device
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time the body of the `with` statement."""
-        if not self._enabled:
+        if not self.enabled:
             yield
             return
         wait_for(self._device)
@@ -32,6 +37,22 @@ class Stopwatch:
         yield
         wait_for(self._device)
         self.times[name].append(time.perf_counter() - started)
+
+    def timed(self, call: Callable[P, T], name: str) -> Callable[P, T]:
+        """`call`, timed as the part `name`."""
+
+        def timed(*arguments: P.args, **named: P.kwargs) -> T:
+            with self.part(name):
+                return call(*arguments, **named)
+
+        return timed
+
+    def timed_each(self, items: Iterator[T], name: str) -> Iterator[T]:
+        """The same items; waiting for one is the part `name`."""
+        while True:
+            with self.part(name):
+                item = next(items)
+            yield item
 
 
 def wait_for(device: torch.device) -> None:

@@ -33,6 +33,7 @@ from jitscale.keyed_random import Int64Array, Purpose, hash64
 SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave their batches
 
 _BATCHES_AHEAD = 2  # of each worker: DataLoader's prefetch_factor
+_SECONDS_TO_END = 5.0  # that a worker has between SIGTERM and SIGKILL
 _MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are broken rather than dirty
 
 
@@ -125,6 +126,7 @@ class ShardLoader:
         finally:
             closing.set()
             del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
+            _end(workers)
             if ahead is not None:
                 ahead.close()
 
@@ -220,6 +222,18 @@ def _next_or_error(batches: Iterator[Batch | DataError], workers: list[BaseProce
             if worker.exitcode is not None:
                 return _dead_worker(f"DataLoader worker (pid {worker.pid}) ended with exit code {worker.exitcode}")
         raise
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """End those that PyTorch left: it does its part when the last reference to its iterator goes, and a traceback that
+    somebody keeps may hold one."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+            worker.join(_SECONDS_TO_END)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _dead_worker(what: str) -> DataError:

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
+from jitscale.errors import ConfigError
 from jitscale.evaluation.features import to_uint8
+from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 
@@ -79,10 +81,16 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
     """`model` on `device`, in eval mode, computing as `config.engine` says; changed in place, once for each network.
 
     Raises:
-        ConfigError: an attention kernel that was asked for does not work there.
+        ConfigError: an attention kernel that was asked for does not work there, or there are no CUDA graphs.
     """
     model = model.to(device).eval()
-    _say_once(f"sampling: {prepare(model, config.engine, device, training=False)}")
+    text = f"sampling: {prepare(model, config.engine, device, training=False)}"
+    if config.evaluation.cuda_graphs:
+        if device.type != "cuda":
+            raise ConfigError(f"evaluation.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
+        model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign]
+        text += ", CUDA graphs"
+    _say_once(text)
     return model
 
 

@@ -1,4 +1,4 @@
-"""From batches in the CPU's memory to what the network sees.
+"""From batches in the CPU's memory to what the network sees, with everything that is drawn for them.
 
 Shapes: B images of a micro-batch, H x W pixels.
 """
@@ -6,15 +6,48 @@ Shapes: B images of a micro-batch, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from jitscale.config import Config
 from jitscale.diffusion.objective import interpolate
+from jitscale.keyed_random import Purpose, normal, uniform
 
 if TYPE_CHECKING:
     from jitscale.data.loader import Batch
+
+
+@dataclass
+class Inputs:
+    """A micro-batch and what was drawn for it; the noise is drawn on the device, from the positions."""
+
+    images: torch.Tensor  # uint8 (B, H, W, 3)
+    labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
+    flip: torch.Tensor  # bool (B,)
+    normal: torch.Tensor  # float32 (B,), what times are made of
+    positions: npt.NDArray[np.int64]  # (B,), in the global sequence
+    bad_samples: list[str]  # what was wrong with those that others stand in for
+
+
+TRAVELLING = ("images", "labels", "flip", "normal")  # of the inputs: what goes to the device
+
+
+def drawn(batch: Batch, config: Config) -> Inputs:
+    """What `batch` becomes. Every draw is keyed by the sample's position in the global sequence."""
+    seed, positions = config.run.seed, batch.positions.numpy()
+    dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
+    return Inputs(
+        images=batch.images,
+        labels=batch.labels.masked_fill(dropped, config.model.num_classes),
+        flip=torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5)),
+        normal=torch.from_numpy(normal(seed, Purpose.TIME, positions)).float(),
+        positions=positions,
+        bad_samples=batch.bad_samples,
+    )
 
 
 def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
@@ -48,32 +81,31 @@ def noised(
     return x, e, interpolate(x, e, t)
 
 
-def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches with images and labels on `device`; on GPUs the next one is copied while this one is used.
+def copied_ahead(inputs: Iterator[Inputs], device: torch.device) -> Iterator[Inputs]:
+    """The same inputs on `device`; on GPUs the next ones are drawn and copied while these are used.
 
-    The images must lie in pinned memory, or the copies wait for the GPU.
+    From page-locked memory, or the copies would wait for the GPU; images that lie there already are not moved.
     """
     if device.type != "cuda":
-        yield from batches
+        yield from inputs
         return
     stream = torch.cuda.Stream(device)
 
-    def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+    def copy(one: Inputs) -> tuple[Inputs, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            images = batch.images.to(device, non_blocking=True)
-            copied = replace(batch, images=images, labels=batch.labels.to(device, non_blocking=True))
-            return copied, stream.record_event()
+            copies = {name: getattr(one, name).pin_memory().to(device, non_blocking=True) for name in TRAVELLING}
+            return replace(one, **copies), stream.record_event()
 
-    def ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    def ready(one: Inputs, copied: torch.cuda.Event) -> Inputs:
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for tensor in (batch.images, batch.labels):
-            tensor.record_stream(current)  # its memory is not given away while the step uses it
-        return batch
+        for name in TRAVELLING:
+            getattr(one, name).record_stream(current)  # its memory is not given away while the step uses it
+        return one
 
     ahead = None
-    for batch in batches:
-        following = copy(batch)
+    for one in inputs:
+        following = copy(one)
         if ahead is not None:
             yield ready(*ahead)
         ahead = following

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
 from jitscale.evaluation.distributed import Evaluator, evaluate_model
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
 from jitscale.files import appearing_whole, exclusive
-from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
+from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import peak_tflops, training_flops
@@ -54,7 +54,7 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal, Verdicts
-from jitscale.training.inputs import copied_ahead, noised
+from jitscale.training.inputs import Inputs, copied_ahead, drawn, noised
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
 from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
@@ -159,7 +159,7 @@ class Trainer:
         self.rank_times = RankTimes(world.device)
         self.profile = StepProfile(run_dir / "profile", world.device, active=config.run.profile and world.is_main)
         self.batches = self._batches()
-        self.on_device = copied_ahead(self.batches, world.device)
+        self.inputs = self._inputs()
         self.stop_requested = StopSignal()
         self.tracker, self.watch = parallel.together(self._open_records)
 
@@ -206,7 +206,7 @@ class Trainer:
             while self.images < self.end:
                 self.watch.alive()
                 self.profile.step_begins()
-                loss = self._train_step()
+                loss = self.train_step()
                 self.profile.step_ended()
                 progress.update(config.data.batch_size)
                 if self.skipped_in_a_row >= config.run.rollback_after:
@@ -223,7 +223,7 @@ class Trainer:
                 if log_point:
                     rate = clock.rate(self.images)
                     agree_every = _agree_every(rate, config)
-                    progress.set_postfix_str(f"loss {self._log(loss, rate):.4f}")
+                    progress.set_postfix_str(f"loss {self.log(loss, rate):.4f}")
                 if (log_point or self.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
                     self._note(self.verdicts.settle())
                     self._save(last=True)
@@ -255,7 +255,7 @@ class Trainer:
         self.stop_requested.restore()
         self.engine.destroy()
 
-    def _train_step(self) -> torch.Tensor:
+    def train_step(self) -> torch.Tensor:
         """One optimizer step on the next global batch; returns this rank's part of its mean loss."""
         config = self.config
         images = self.images + config.data.batch_size
@@ -267,9 +267,9 @@ class Trainer:
         for micro_batch in range(self.engine.micro_batches):
             with self.rank_times.part():
                 self.faults.strike()
-                batch = next(self.on_device)
-                self.bad_samples.note(batch.bad_samples)
-                loss = self.faults.loss(self._loss(batch))
+                inputs = next(self.inputs)
+                self.bad_samples.note(inputs.bad_samples)
+                loss = self.faults.loss(self._loss(inputs))
             self.engine.backward(loss)
             last = micro_batch == self.engine.micro_batches - 1
             moved = self.engine.step(lr if last else None)
@@ -285,22 +285,12 @@ class Trainer:
             self.skipped_in_a_row = 0 if one else self.skipped_in_a_row + 1
             self.skipped_steps += not one
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss of one micro-batch. Every draw is keyed by the sample's position in the global sequence."""
-        config, device, seed = self.config, self.world.device, self.config.run.seed
-        positions = batch.positions.numpy()
-
-        def on_device(values: object, dtype: torch.dtype) -> torch.Tensor:
-            return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        flip = on_device(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5), torch.bool)
-        t = times_from_normal(on_device(normal(seed, Purpose.TIME, positions), torch.float32), config.diffusion)
-        dropped = on_device(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop, torch.bool)
-        labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, config.model.num_classes)
-
-        images = batch.images.to(device, non_blocking=True)
-        x, e, z = self.noised(images, flip, self._noise(positions), t, config.diffusion.noise_scale)
-        losses = self.sample_loss(self.engine(z, t, labels), x, e, z, t, config.diffusion)
+    def _loss(self, inputs: Inputs) -> torch.Tensor:
+        """Mean loss of one micro-batch."""
+        diffusion = self.config.diffusion
+        t = times_from_normal(inputs.normal, diffusion)
+        x, e, z = self.noised(inputs.images, inputs.flip, self._noise(inputs.positions), t, diffusion.noise_scale)
+        losses = self.sample_loss(self.engine(z, t, inputs.labels), x, e, z, t, diffusion)
         self.loss_by_time.add(t, losses)
         return losses.mean()
 
@@ -336,6 +326,10 @@ class Trainer:
         parallel.together(lambda: self.shards.check_cache(loader.shards_side_by_side(world.local_size)))
         return iter(loader)
 
+    def _inputs(self) -> Iterator[Inputs]:
+        """What the batches become, on the device."""
+        return copied_ahead((drawn(batch, self.config) for batch in self.batches), self.world.device)
+
     def _images_at_end(self) -> int:
         """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""
         run, batch = self.config.run, self.config.data.batch_size
@@ -350,7 +344,7 @@ class Trainer:
         """Whether the last step crossed a multiple of `every_images`."""
         return self.images // every_images > (self.images - self.config.data.batch_size) // every_images
 
-    def _log(self, loss: torch.Tensor, rate: float) -> float:
+    def log(self, loss: torch.Tensor, rate: float) -> float:
         """Record the last step, taken at `rate` images a second; returns its loss."""
         if self.saving is not None and self.saving.is_written():
             self._finish_save()
@@ -474,7 +468,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.spikes = LossSpikes()
         self.batches = self._batches()
-        self.on_device = copied_ahead(self.batches, self.world.device)
+        self.inputs = self._inputs()
         self.tracker.rewind(self.step)
         if self.world.is_main:
             remove_snapshots_after(self.run_dir, self.images)

@@ -23,7 +23,8 @@ TINY = (
     "model.num_classes=10",
 )
 ENVIRONMENT = {"device", "torch", "deepspeed", "torchao", "threads", "load", "date"}
-COMMON = {"config", "overrides", "batch", "images_per_second", "tflops_per_second", "peak_memory_mib"} | ENVIRONMENT
+USED = {"tflops_per_second", "mfu", "mfu_of_matmul"}
+COMMON = {"config", "overrides", "batch", "images_per_second", "matmul_tflops_per_second", "peak_memory_mib"} | USED
 FOREIGN = ("deepspeed", "PIL", "wandb", "webdataset", "simplejpeg", "safetensors", "fsspec", "submitit", "rich")
 
 
@@ -40,9 +41,9 @@ def test_step() -> None:
     arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", "--json", *TINY]
     result: dict[str, Any] = json.loads(benchmark(*arguments))
     own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network", "engine", "execution"}
-    own |= {"mfu", "mfu_of_matmul", "matmul_tflops_per_second", "host_waits", "reference", "ratio", "network_ratio"}
-    assert set(result) == COMMON | own
-    parts = {"forward", "backward", "zero_backward", "optimizer", "ema", "tracking", "rest"}
+    own |= {"host_waits", "reference", "ratio", "network_ratio"}
+    assert set(result) == COMMON | ENVIRONMENT | own
+    parts = {"data", "forward", "backward", "zero_backward", "optimizer", "ema", "tracking", "rest"}
     assert set(result["ms"]) == set(result["share"]) == parts
     assert sum(result["share"].values()) == pytest.approx(1.0)
     around = sum(share for name, share in result["share"].items() if name not in ("forward", "backward"))
@@ -53,8 +54,9 @@ def test_step() -> None:
     assert result["peak_memory_mib"] > 0
     assert result["engine"] == "ZeRO stage 1"
     assert result["execution"].startswith("attention sdpa (torch ")
-    # Loss and gradient norm, for the metrics: here in every step.
-    assert result["host_waits"] == {"_local_scalar_dense": 2}
+    assert result["mfu_of_matmul"] * result["matmul_tflops_per_second"] == pytest.approx(result["tflops_per_second"])
+    # Whether the weights moved: on GPUs that is read two steps later, when nobody waits for it.
+    assert result["host_waits"] == {"_local_scalar_dense": 1}
     theirs = result["reference"]
     assert set(theirs["ms"]) == {"forward", "backward", "optimizer", "ema"}
     assert result["ratio"] == pytest.approx(theirs["ms_per_step"] / result["ms_per_step"])
@@ -64,6 +66,7 @@ def test_step_and_sample_need_torch_and_little_more() -> None:
     result = json.loads(benchmark("step", "--steps", "1", "--warmup", "1", "--json", *TINY, without=FOREIGN))
     assert result["engine"] == "plain torch"
     assert result["host_waits"] == {}
+    assert "data" not in result["ms"]
     assert "| images/s |" in benchmark("sample", "--batch", "1", "--sampler-steps", "2", *TINY, without=FOREIGN)
 
 
@@ -71,7 +74,9 @@ def test_sample() -> None:
     arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "reference", "--json", *TINY]
     result: dict[str, Any] = json.loads(benchmark(*arguments))
     own = {"sampler_steps", "guidance", "seconds", "seconds_range", "evaluations_per_image", "network_calls"}
-    assert set(result) == COMMON | own | {"reference", "ratio", "largest_difference", "largest_value"}
+    own |= {"network_share", "reference", "ratio", "largest_difference", "largest_value"}
+    assert set(result) == COMMON | ENVIRONMENT | own
+    assert 0 < result["network_share"] < 1
     # 49 Heun steps and one of Euler: 99 velocities. Times 0, 0.02, ... 0.1 lie before the guidance interval: the first
     # counts once, the others twice, as the end of a step and as the beginning of the next.
     assert result["evaluations_per_image"] == 99 + (99 - 11)
@@ -86,7 +91,13 @@ def test_attention() -> None:
     assert result["shape"] == [4, 20, 2, 16]
     assert set(result["kernels"]) == {"sdpa", "reference"}
     assert set(result["missing"]) == {"flash-attn", "flash-attn-4"}
-    assert all(found["ms"]["both"] > found["ms"]["forward"] > 0 for found in result["kernels"].values())
+    for found in result["kernels"].values():
+        for part, products in (("forward", 2), ("backward", 4)):
+            assert set(found[part]) == USED
+            flops = products * 2 * 4 * 2 * 20**2 * 16
+            assert found[part]["tflops_per_second"] == pytest.approx(flops / found["ms"][part] / 1e9)
+        assert found["images_per_second"] == pytest.approx(4e3 / (found["ms"]["forward"] + found["ms"]["backward"]))
+    assert "| sdpa: backward, of one large matrix product |" in benchmark("attention", "--repeats", "1", *TINY)
 
 
 def test_metrics() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jitscale.config import EngineConfig, ModelConfig
+from jitscale.config import EngineConfig, ModelConfig, load_config
 from jitscale.errors import ConfigError
 from jitscale.model import attention
 from jitscale.model.attention import KERNELS, choose_kernel
+from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
@@ -89,6 +94,51 @@ def test_kernels_agree_forward_and_backward(name: str, head_dim: int) -> None:
     (gradient,) = torch.autograd.grad(expected.transpose(1, 2), exact, weight.double())
     torch.testing.assert_close(out.double(), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 104])
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_kernels_agree_on_a_gpu(name: str, head_dim: int) -> None:
+    """In bf16 with float64, forward and backward: no further off than twice the authors' way is."""
+    torch.manual_seed(0)
+    gpu = torch.device("cuda")
+    shape = {"tokens": [256, 288], "heads": 2, "head_dim": head_dim, "dropouts": [0.0]}
+    try:
+        choose_kernel(name, **shape, dtype=torch.bfloat16, device=gpu)  # type: ignore[arg-type]
+    except ConfigError as error:
+        pytest.skip(str(error))
+    qkv = torch.randn(2, 288, 3, 2, head_dim, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(2, 288, 2, head_dim, device=gpu, dtype=torch.bfloat16)
+
+    def passes(kernel: attention.Kernel, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = kernel(*inputs.unbind(2), 0.0)
+        (gradient,) = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+        return out, gradient
+
+    def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: float) -> torch.Tensor:
+        weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / head_dim**0.5).softmax(-1)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+
+    exact = passes(written_out, qkv.detach().double().requires_grad_())
+    for found, theirs, right in zip(passes(KERNELS[name], qkv), passes(attention.reference, qkv), exact, strict=True):
+        assert float((found - right).norm()) <= 2 * float((theirs - right).norm())
+
+
+@on_a_gpu
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+def test_cuda_graphs_change_nothing(precision: str) -> None:
+    """Two sizes of a batch, replayed with other inputs, under autocast's regions too."""
+    gpu = torch.device("cuda")
+    net = network(replace(ENGINE, precision=precision)).to(gpu).eval()
+    graphed = CudaGraphs(net.forward)
+    for size in (2, 4, 2, 4):
+        z, t, y = torch.randn(size, 3, 16, 16, device=gpu), torch.rand(size, device=gpu), torch.arange(size, device=gpu)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
+            assert torch.equal(graphed(z, t, y), net(z, t, y))
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if present(name)])
@@ -295,3 +345,59 @@ def test_compiled_code_computes_the_same() -> None:
     """With the compiler that runs use, and the norms, rotation, modulation and gates fused."""
     compiled, eager = network(replace(ENGINE, compile=True)), network(ENGINE)
     assert_same(passes(eager), passes(compiled), 1e-4)
+
+
+VIEWS = {"_unsafe_view", "alias", "detach", "expand", "permute", "select", "slice", "split", "t", "transpose"}
+VIEWS |= {"unbind", "unsqueeze", "view"}  # of operators: they run nothing
+PRODUCTS = {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts those that run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def kernels(run: Callable[[], object]) -> tuple[int, int, int]:
+    """The fused kernels, matrix products and attentions of compiled code."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    fused = sum(n for key, n in counts.items() if "cpp_fused" in key)
+    attentions = sum(n for key, n in counts.items() if key.startswith("aten::_scaled_dot_product_flash_attention"))
+    return fused, sum(counts.get(key, 0) for key in PRODUCTS), attentions
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_how_few_kernels_a_block_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of JiT-H in bf16 arithmetic, as this version of torch compiles it: the numbers of docs/performance.md."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "enable_kernel_profile", True)
+    file = Path(__file__).parents[2] / "configs" / "jit_h_256.yaml"
+    model = load_config(file, ["run.max_steps=1", "model.depth=1", "model.in_context_start=0"]).model
+    counts = []
+    for compiled in (False, True):
+        net = network(replace(ENGINE, precision="autocast", align=True, compile=compiled), model)
+        x, condition = torch.randn(2, 288, 1280, requires_grad=True), torch.randn(2, 1280, requires_grad=True)
+
+        def forward(net: JiT = net, x: torch.Tensor = x, condition: torch.Tensor = condition) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return net.blocks[0](x, condition, net.rope).float().sum()
+
+        forward().backward()  # what is compiled at first use
+        if compiled:
+            forward().backward()
+            counts += [kernels(forward), kernels(forward().backward)]
+        else:
+            with Operators() as ahead:
+                loss = forward()
+            with Operators() as back:
+                loss.backward()
+            counts += [ahead.count, back.count]
+    assert counts == [77, 134, (7, 5, 1), (10, 10, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
@@ -195,6 +197,17 @@ def test_workers_leave_signals_to_the_trainer(shards: ShardSet, method: str) -> 
     found += islice(batches, 30)
     assert sequence(found) == sequence(list(islice(loader(shards), 36)))
     assert all(worker.is_alive() for worker in workers)
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_end_though_somebody_holds_their_iterator(shards: ShardSet) -> None:
+    """As a traceback does that is kept for a report."""
+    batches = iter(loader(shards, workers=2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    held = [found for found in gc.get_objects() if type(found) is _MultiProcessingDataLoaderIter]
+    assert held
     batches.close()
     assert not any(worker.is_alive() for worker in workers)
 

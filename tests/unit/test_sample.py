@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig, ModelConfig
-from jitscale.errors import UserError
+from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import configured_sampler, generate
+from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample
 from jitscale.model.jit import JiT
 from jitscale.training.checkpoint import Progress, step_folder, write_streamed
 from tools.sample import main
@@ -69,3 +69,9 @@ def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds files already"):
         drawn(run[0], tmp_path, "--classes", "1")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_cuda_graphs_are_refused_where_there_are_none() -> None:
+    config = Config(model=SMALL, evaluation=EvaluationConfig(cuda_graphs=True))
+    with pytest.raises(ConfigError, match=r"evaluation\.cuda_graphs=true: cpu has none"):
+        ready_to_sample(JiT(SMALL), config, torch.device("cpu"))

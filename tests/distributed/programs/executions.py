@@ -14,10 +14,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from jitscale import parallel
-from jitscale.benchmarks.step import host_waits
 from jitscale.config import Config, EngineConfig, ModelConfig
 from jitscale.model.jit import JiT
-from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from tests.distributed.processes import leave_after
 
@@ -47,7 +45,6 @@ def run(engine_config: EngineConfig, world: parallel.World) -> dict[str, Any]:
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     engine = ZeroEngine(network, config, world)
-    average = ShardedEma(config.ema, engine.masters())
     losses = []
     for step in range(STEPS):
         torch.manual_seed(100 * step + world.rank)
@@ -55,16 +52,9 @@ def run(engine_config: EngineConfig, world: parallel.World) -> dict[str, Any]:
         engine.backward(loss)
         engine.step(1e-3)
         losses.append(float(parallel.sum_over_ranks(loss.detach())))
-
-    def step() -> None:
-        loss = engine(torch.randn(BATCH, 3, 16, 16), torch.rand(BATCH), torch.arange(BATCH)).square().mean()
-        engine.backward(loss)
-        average.update(engine.masters(), STEPS, (0, BATCH), moved=engine.step(1e-3))
-
-    waits = host_waits(step, world.device, compiled=engine.execution.compiled)
     engine.destroy()
     counted = {"graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
-    return {"losses": losses, "waits": waits, **counted}
+    return {"losses": losses, **counted}
 
 
 def main() -> None:
