@@ -10,8 +10,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(RUN) tools/demo.py
 
+# Tests in one process run two at a time; those with processes of their own have the machine for themselves.
 test: $(INSTALLED)
-	$(RUN) -m pytest --durations=20 --durations-min=8
+	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/distributed
+	$(RUN) -m pytest --durations=20 --durations-min=8 tests/distributed
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
