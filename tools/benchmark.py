@@ -9,8 +9,9 @@
     torchrun --nproc-per-node 4 tools/benchmark.py memory --config configs/jit_b_256.yaml
 
 `step`, `sample` and `attention` run one process on the GPU if there is one, with freshly initialised weights and random
-images; they need torch, numpy, omegaconf and tqdm only: without deepspeed `step` measures the same network, optimizer
-and averages in plain torch. `--compare reference` measures the authors' way in the same process, in turns.
+images. `step` is the trainer's own step, from shards in a temporary folder. All three need torch, numpy, omegaconf and
+tqdm only: without deepspeed `step` measures the same network, optimizer and averages in plain torch, on a batch that is
+there already. `--compare reference` measures the authors' way in the same process, in turns.
 `data` reads shards of synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
 """
 
@@ -34,7 +35,7 @@ def main() -> int:
     step.add_argument("--steps", type=_positive, default=10, metavar="N", help="measured steps (default: %(default)s)")
     step.add_argument("--warmup", type=_positive, default=2, metavar="N", help="steps before (default: %(default)s)")
     step.add_argument(
-        "--engine", choices=("auto", "zero", "plain"), default="auto", help="default: zero where deepspeed is"
+        "--engine", choices=("auto", "zero", "plain"), default="auto", help="auto: zero where deepspeed is, else plain"
     )
 
     sample = commands.add_parser("sample", help="guided sampling")

@@ -25,6 +25,7 @@ from jitscale.benchmarks.stopwatch import Stopwatch, wait_for
 from jitscale.benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale.config import Config
 from jitscale.diffusion.objective import sample_loss
+from jitscale.errors import UserError
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
@@ -41,6 +42,7 @@ PARTS = {
     "tracking": "tracking, logged every step",
     "rest": "rest: draws, noise, loss, engine around forward",
 }
+TRAINER_NEEDS = ("deepspeed", "fsspec", "PIL", "safetensors", "simplejpeg", "wandb")  # beside what all measurements do
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
@@ -60,8 +62,13 @@ class Training(Protocol):
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with the plain network's forward and backward pass, and with the authors' steps."""
-    present = importlib.util.find_spec("deepspeed") is not None
-    whole = present if options.engine == "auto" else options.engine == "zero"
+    missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
+    if options.engine == "zero" and missing:
+        raise UserError(
+            f"--engine zero: the trainer needs {', '.join(missing)}, which this machine lacks; install jitscale with "
+            "its packages, or choose --engine plain"
+        )
+    whole = options.engine == "zero" or (options.engine == "auto" and not missing)
     with tempfile.TemporaryDirectory() as scratch:
         settings = ["engine.micro_batch_size=null", "tracking.wandb=off"]
         if whole:
@@ -90,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "overrides": options.overrides,
         "batch": options.batch,
         "steps": options.steps,
-        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else "plain torch",
+        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else _plain(missing),
         "execution": str(ours.execution),
         **result,
         **utilisation(tflops, device, product),
@@ -98,6 +105,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_mib": peak,
         **environment(device),
     }
+
+
+def _plain(missing: list[str]) -> str:
+    return "plain torch" + (f", since this machine lacks {', '.join(missing)}" if missing else "")
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -64,7 +64,10 @@ def test_step() -> None:
 
 def test_step_and_sample_need_torch_and_little_more() -> None:
     result = json.loads(benchmark("step", "--steps", "1", "--warmup", "1", "--json", *TINY, without=FOREIGN))
-    assert result["engine"] == "plain torch"
+    assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
+    assert "--engine zero: the trainer needs wandb," in benchmark(
+        "step", "--engine", "zero", without=("wandb",), expect=2
+    )
     assert result["host_waits"] == {}
     assert "data" not in result["ms"]
     assert "| images/s |" in benchmark("sample", "--batch", "1", "--sampler-steps", "2", *TINY, without=FOREIGN)
