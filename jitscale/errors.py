@@ -24,6 +24,14 @@ class UserError(ValueError):
     """Something the user can mend. The message says what, where, which limit and the remedy, in one line."""
 
 
+class LauncherError(UserError):
+    """The launcher's variables do not say which rank this process is; so each process says it."""
+
+
+class MeetingError(RuntimeError):
+    """Ranks that did not come, in one line. No mistake of the user's in general: a new start may succeed."""
+
+
 class ConfigError(UserError):
     """The configuration asks for something unknown or impossible."""
 
@@ -39,16 +47,22 @@ class CheckpointError(UserError):
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code; a `UserError` becomes one message and exit code 2.
 
+    A `MeetingError` becomes one message too, and exit code 1.
+
     Args:
         command: returns an exit code.
-        same_on_all_ranks: every rank of a job meets the same mistakes, and only global rank 0 prints.
+        same_on_all_ranks: every rank of a job meets the same mistakes, and only global rank 0 prints. For commands that
+            `adopt_launcher_environment` only: before it RANK may be left over from anything.
     """
     try:
         code = command()
     except UserError as error:
-        if not same_on_all_ranks or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if not same_on_all_ranks or isinstance(error, LauncherError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.USER_ERROR
+    except MeetingError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = ExitCode.FAILED
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED

@@ -16,6 +16,7 @@ from jitscale import parallel
 from jitscale.completion import mark_complete
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
+from jitscale.launcher_environment import adopt_launcher_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.checkpoint is not None and options.config is None:
         parser.error("--checkpoint needs --config")
 
-    parallel.adopt_launcher_environment()
+    adopt_launcher_environment()
     overrides = list(options.overrides)
     if options.run is not None:
         overrides.append(f"run.dir={options.run}")

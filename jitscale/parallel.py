@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import socket
-import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, UserError
+from jitscale.errors import ConfigError, MeetingError, UserError
+from jitscale.launcher_environment import adopt_launcher_environment
 
 T = TypeVar("T")
 
+MEETING_SECONDS = 600.0  # for the slowest rank to come; JITSCALE_MEETING_SECONDS wins
+COLLECTIVE_LIMIT = timedelta(minutes=30)
+FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds of waiting for ranks after which rank 0 says so, and says so again
+OTHERS_WORD = 60.0  # the same for other ranks: hundreds of them would hide the rest of the log
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of malloc.h
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,25 +47,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0
-
-
-def adopt_launcher_environment() -> int:
-    """Give torchrun's variables to a process started by srun or by plain `python`; returns the world size.
-
-    srun is recognised by its step: a batch script carries Slurm variables too, but runs no tasks.
-    """
-    environment = os.environ
-    if "RANK" not in environment and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in environment:
-            environment["MASTER_ADDR"] = _first_slurm_host(environment["SLURM_STEP_NODELIST"])
-        environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
-    elif "RANK" not in environment:
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        environment["MASTER_PORT"] = str(_free_port())
-    return int(environment["WORLD_SIZE"])
 
 
 def choose_device(setting: str) -> torch.device:
@@ -78,7 +70,12 @@ def bf16_supported(setting: str) -> bool:
 
 
 def start(device: torch.device) -> World:
-    """Join the job's process group: gloo on CPU, NCCL beside gloo on GPUs."""
+    """Join the job's process group: gloo on CPU, NCCL next to gloo on GPUs.
+
+    Raises:
+        LauncherError: the launcher's variables do not fit together.
+        MeetingError: the ranks did not meet within `MEETING_SECONDS`.
+    """
     adopt_launcher_environment()
     # DeepSpeed chooses its accelerator when it is imported, and would take a GPU that this run shall not use.
     os.environ["DS_ACCELERATOR"] = device.type
@@ -88,10 +85,38 @@ def start(device: torch.device) -> World:
         _keep_freed_memory()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_meet(), rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
     hosts = gather_objects(socket.gethostname())
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), hosts.count(socket.gethostname())
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, local_size)
+
+
+@contextmanager
+def waiting_for_ranks() -> Iterator[None]:
+    """Say in intervals that ranks are awaited, and where, for as long as the block takes."""
+    environment = os.environ
+    if environment["RANK"] == "0":
+        words = f"waiting for {environment['WORLD_SIZE']} ranks at {meeting_place()}"
+        first, again = FIRST_WORD, NEXT_WORD
+    else:
+        words = f"rank {environment['RANK']} is waiting for {environment['WORLD_SIZE']} ranks at {meeting_place()}"
+        first, again = OTHERS_WORD, OTHERS_WORD
+    met = threading.Event()
+
+    def speak() -> None:
+        seconds = first
+        while not met.wait(seconds):
+            logger.warning(words)
+            seconds = again
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        met.set()
+        speaker.join()
 
 
 def stop() -> None:
@@ -157,6 +182,36 @@ def together(call: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def _meet() -> Store:
+    """The store that all ranks share, once all have come.
+
+    Raises:
+        MeetingError: they have not within the limit, or cannot.
+    """
+    seconds = float(os.environ.get("JITSCALE_MEETING_SECONDS", MEETING_SECONDS))
+    try:
+        with waiting_for_ranks():
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except dist.DistError as error:
+        raise MeetingError(
+            f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s "
+            f"({first_line(error)}); start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
+        ) from error
+    store.set_timeout(COLLECTIVE_LIMIT)
+    return store
+
+
+def meeting_place() -> str:
+    """Where ranks meet, as HOST:PORT."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch writes below it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse what a step frees, where it would give it back to the kernel and fault every page in again.
 
@@ -167,14 +222,3 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def _first_slurm_host(nodelist: str) -> str:
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True)
-    return hosts.stdout.split()[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

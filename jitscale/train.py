@@ -17,6 +17,7 @@ from jitscale import parallel
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
 
-    world_size = parallel.adopt_launcher_environment()
+    world_size = adopt_launcher_environment()
     config = load_config(
         options.config,
         [*options.overrides, *(["run.profile=true"] if options.profile else [])],

@@ -14,7 +14,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: not inside a Slurm job; submit it: sbatch $0" >&2
     exit 2
 fi
-cd "${JITSCALE_HOME:-$SLURM_SUBMIT_DIR}"
+cd "${JITSCALE_HOME:-${SLURM_SUBMIT_DIR:-.}}"
 if [ -n "${JITSCALE_SETUP:-}" ]; then
     # shellcheck disable=SC1090
     source "$JITSCALE_SETUP"
@@ -24,10 +24,8 @@ if [ -z "${JITSCALE_PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then JITSCALE_PYTHON=$PWD/.venv/bin/python; fi
 fi
 
-# The ranks meet on the first node, at a port that belongs to this job and start of it.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
-export MASTER_ADDR MASTER_PORT
+# The ranks meet on the first node of their step, at a port that belongs to this job and start of it.
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 # Loader workers and the ranks' own threads share the task's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} > 4 ? 4 : ${SLURM_CPUS_PER_TASK:-1}))}
@@ -41,7 +39,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # In the place of this script, so that Slurm's signals reach the supervisor.
 supervise() {
-    echo "nodes: $SLURM_JOB_NODELIST, tasks: ${SLURM_NTASKS:-1}, restart: ${SLURM_RESTART_COUNT:-0}"
+    echo "nodes: ${SLURM_JOB_NODELIST:-unknown}, tasks: ${SLURM_NTASKS:-1}, restart: ${SLURM_RESTART_COUNT:-0}"
     env | grep -E '^(MASTER_|OMP_|NCCL_|TORCH_NCCL_|TORCHINDUCTOR_|TRITON_|SRUN_CPUS|CUDA_VISIBLE)' | sort
     exec "$JITSCALE_PYTHON" -m jitscale.launch.supervisor "$@"
 }

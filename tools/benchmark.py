@@ -116,4 +116,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

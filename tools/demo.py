@@ -163,4 +163,4 @@ def _print_summary(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

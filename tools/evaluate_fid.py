@@ -23,6 +23,7 @@ from jitscale.evaluation.distributed import Evaluator
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.sweep import AXES, Setting, measure_settings, settings_of
 from jitscale.files import appearing_whole
+from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.tracking import Tracker
 from jitscale.weights.opening import open_weights, read_guide
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [*options.overrides, *(text for text in options.sweep if "." in text.partition("=")[0])]
     axes = [text for text in options.sweep if "." not in text.partition("=")[0]]
 
-    parallel.adopt_launcher_environment()
+    adopt_launcher_environment()
     path = options.config or options.checkpoint / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{path}: not there; give --config FILE")

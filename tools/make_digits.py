@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, same_on_all_ranks=False)

@@ -21,6 +21,7 @@ from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
 from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import reference_of, write_statistics
+from jitscale.launcher_environment import adopt_launcher_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
     options = parser.parse_intermixed_args(arguments)
 
-    parallel.adopt_launcher_environment()
+    adopt_launcher_environment()
     config = load_config(options.config, options.overrides)
     evaluation = config.evaluation
     source = evaluation.reference or config.data.shards

@@ -244,4 +244,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    exit_with_message(lambda: command(parse_arguments()))
+    exit_with_message(lambda: command(parse_arguments()), same_on_all_ranks=False)

@@ -13,6 +13,7 @@ from jitscale import parallel
 from jitscale.benchmarks.conditions import CPU, measured_config
 from jitscale.config import Config
 from jitscale.errors import UserError
+from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.planner import BUCKET_ELEMENTS, state_memory
 from jitscale.training.ema import ShardedEma
@@ -22,7 +23,7 @@ MICRO_BATCHES = 2
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Bytes of every rank in each of `options.stages`, beside what the planner says."""
-    world_size = parallel.adopt_launcher_environment()
+    world_size = adopt_launcher_environment()
     world = parallel.start(CPU)
     # Between two micro-batches of a step, gradients are there and activations are not.
     options.batch = MICRO_BATCHES * world_size

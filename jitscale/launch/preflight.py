@@ -30,6 +30,7 @@ from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.progressive import stages_of
 
 FAULT = "preflight: node"  # how a line begins that names a node
@@ -47,6 +48,7 @@ class Finding:
     faults: tuple[str, ...]
     code: str
     config: str
+    device: str
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="the run's settings")
     options = parser.parse_intermixed_args(arguments)
 
-    rank = parallel.adopt_launcher_environment() and int(os.environ["RANK"])
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = adopt_launcher_environment()
+    rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
     node = socket.gethostname()
     faults = [fault for check in (_gpu, _folders, _shards) if (fault := _fault(check, config))]
-    finding = Finding(node, tuple(faults), _hash_of_code(), hashlib.sha256(to_yaml(config).encode()).hexdigest())
+    hash_of_config = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    device_type = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
+    finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type)
 
     store = _meet(rank, world_size, node)
     if store is None:
@@ -97,6 +101,7 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     for what, values in (
         ("code", [finding.code for finding in findings]),
         ("configuration", [finding.config for finding in findings]),
+        ("kind of device (cuda or cpu)", [finding.device for finding in findings]),
     ):
         common, _ = Counter(values).most_common(1)[0]
         problems += [
@@ -113,28 +118,43 @@ def _timeout() -> timedelta:
 
 def _meet(rank: int, world_size: int, node: str) -> TCPStore | None:
     """Wait for all ranks; None, and a line about each that is missing, where one does not come."""
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0,
-        wait_for_workers=False,
-        timeout=_timeout(),
-    )
+    nodes = _nodes_of_ranks(world_size) or ["unknown"] * world_size
+    with parallel.waiting_for_ranks():
+        try:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                world_size,
+                is_master=rank == 0,
+                wait_for_workers=False,
+                timeout=_timeout(),
+            )
+        except dist.DistError as error:  # rank 0 did not come, or its port is taken
+            what = f"rank 0 does not serve {parallel.meeting_place()} ({parallel.first_line(error)})"
+            print(f"{FAULT} {nodes[0]}: {what}", flush=True)
+            return None
+        try:
+            missing = _missing(store, rank, world_size, node)
+        except dist.DistError:  # rank 0 has left: its time was over first, and it has said who is missing
+            return None
+    if not missing:
+        return store
+    if rank == 0:
+        for other in sorted(missing):
+            seconds = _timeout().total_seconds()
+            print(f"{FAULT} {nodes[other]}: rank {other} did not come within {seconds:.0f} s", flush=True)
+    return None
+
+
+def _missing(store: TCPStore, rank: int, world_size: int, node: str) -> set[int]:
+    """The ranks that have not come when all have, or when the time is over."""
     store.set(f"here/{rank}", node)
     deadline = time.monotonic() + _timeout().total_seconds()
     missing = set(range(world_size))
     while missing and time.monotonic() < deadline:
         missing -= {other for other in missing if store.check([f"here/{other}"])}
         time.sleep(0.05)
-    if not missing:
-        return store
-    if rank == 0:
-        nodes = _nodes_of_ranks(world_size)
-        for other in sorted(missing):
-            where = nodes[other] if nodes else "unknown"
-            print(f"{FAULT} {where}: rank {other} did not come within {_timeout().total_seconds():.0f} s", flush=True)
-    return None
+    return missing
 
 
 def _nodes_of_ranks(world_size: int) -> list[str]:
@@ -221,15 +241,14 @@ def _hash_of_code() -> str:
 
 def _bandwidth(device: torch.device) -> float:
     """Bytes of an all-reduce over its time, in GB/s, the best of three."""
-    if device.type == "cuda":
-        dist.destroy_process_group()
-        parallel.start(device)
+    # Next to the group that is there: to meet again would need the port that its store still holds.
+    group = dist.new_group(backend="nccl", timeout=_timeout()) if device.type == "cuda" else None
     values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(3):
         parallel.barrier()
         started = time.perf_counter()
-        parallel.sum_over_ranks(values)
+        dist.all_reduce(values, group=group)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)

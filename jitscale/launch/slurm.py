@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jitscale.errors import UserError
+from jitscale.launcher_environment import hosts_of, integer, required
 
 logger = logging.getLogger(__name__)
 
 SECONDS = 60.0  # for one command
+COMMANDS = ("srun", "scontrol", "sinfo")  # what a job of several starts needs
 
 
 @dataclass(frozen=True)
@@ -25,30 +28,35 @@ class SlurmJob:
         nodes: their names.
         tasks: of the whole job.
         restarts: how often Slurm has started it again.
+        partition: where it runs.
     """
 
     id: str
     nodes: tuple[str, ...]
     tasks: int
     restarts: int
+    partition: str
 
     @classmethod
     def current(cls) -> SlurmJob:
         """From the environment of a batch script.
 
         Raises:
-            UserError: this is not one.
+            UserError: this is not one, or only a part of its environment is here.
         """
         environment = os.environ
         if "SLURM_JOB_ID" not in environment:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
-        nodes = ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
-        tasks = int(environment.get("SLURM_NTASKS", len(nodes)))
-        job = environment["SLURM_JOB_ID"]
+        names = ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION"]
         if "SLURM_ARRAY_TASK_ID" in environment:
             # One task of an array has the array's own number, by which Slurm would requeue them all.
-            job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-        return cls(job, tuple(nodes), tasks, int(environment.get("SLURM_RESTART_COUNT", "0")))
+            names += ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"]
+        because = f"SLURM_JOB_ID={environment['SLURM_JOB_ID']} is set, as in a batch script"
+        job, nodelist, partition, *array = required(environment, names, because, "submit the script with sbatch")
+        nodes = hosts_of(nodelist)
+        tasks = integer("SLURM_NTASKS", environment.get("SLURM_NTASKS", str(len(nodes))), 1)
+        restarts = integer("SLURM_RESTART_COUNT", environment.get("SLURM_RESTART_COUNT", "0"))
+        return cls("_".join(array) or job, tuple(nodes), tasks, restarts, partition)
 
     def state(self) -> str:
         """As Slurm names it, such as RUNNING."""
@@ -70,6 +78,20 @@ class SlurmJob:
             UserError: Slurm refuses.
         """
         ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def check_commands() -> None:
+    """Slurm's commands are on PATH.
+
+    Raises:
+        UserError: some are not; the message names them all.
+    """
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: not on PATH; the batch script needs Slurm's commands, so start it outside of a "
+            "container, and name what starts a rank inside by JITSCALE_RANK_PYTHON (docs/cluster.md)"
+        )
 
 
 def usable_nodes(partition: str) -> set[str]:

@@ -28,13 +28,15 @@ from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
 from jitscale.launch.preflight import FAULT
-from jitscale.launch.slurm import SlurmJob, failed_tasks, usable_nodes
+from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable_nodes
+from jitscale.launcher_environment import TORCHRUN
 from jitscale.progressive import run_dirs
 from jitscale.training.checkpoint import complete_checkpoints
 
 logger = logging.getLogger(__name__)
 
 COMMANDS = ("train", "evaluate")
+LEFT_OVER = set(TORCHRUN) - {"MASTER_PORT"}  # slurm/launch.sh sets the port
 PREFLIGHT_SECONDS = 600.0  # after which the preflight itself hangs
 
 
@@ -122,8 +124,9 @@ class Supervisor:
         """Check, start, decide; returns the exit code of the batch script.
 
         Raises:
-            UserError: several starts in a row have led nowhere.
+            UserError: several starts in a row have led nowhere, or Slurm's commands are not here.
         """
+        check_commands()
         work = self.work
         if self.job.restarts > 0 and is_complete(work.run_dir, work.command):
             logger.info("%s is complete; nothing is left to do", work.run_dir)
@@ -166,7 +169,9 @@ class Supervisor:
         """Start a module on all ranks; returns its exit code and what srun and the ranks printed last."""
         if self.asked_to_stop:
             return ExitCode.REQUEUE, ""
-        environment = {**os.environ, "JITSCALE_NODES": ",".join(self.job.nodes)}
+        # The ranks are srun's tasks. What the shell that submitted the job had of another launcher came along.
+        environment = {name: value for name, value in os.environ.items() if name not in LEFT_OVER}
+        environment["JITSCALE_NODES"] = ",".join(self.job.nodes)
         self.forwards = limit is None
         # A first rank that ends badly ends all: the others would wait for it in a collective.
         python = os.environ.get("JITSCALE_RANK_PYTHON", sys.executable)
@@ -208,7 +213,7 @@ class Supervisor:
 
     def _drop_unaffordable(self) -> None:
         """Forget exclusions where the partition has no other nodes: a failed node may be better than none."""
-        usable = usable_nodes(os.environ["SLURM_JOB_PARTITION"])
+        usable = usable_nodes(self.job.partition)
         if len(usable - set(self.attempts.excluded)) < len(self.job.nodes):
             logger.warning(
                 "the partition has no %d nodes without %s; they are tried again",

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "completion", "keyed_random", "streamed_safetensors"},
+    {"errors", "files", "completion", "keyed_random", "launcher_environment", "streamed_safetensors"},
     {"config"},
     {"parallel", "posthoc"},
     {"model", "diffusion", "data"},

@@ -51,21 +51,23 @@ def test_the_first_node_that_srun_names_is_the_one_that_failed() -> None:
 
 
 def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jitscale.launch.slurm.ask", lambda *command: "a\nb\n")
-    for name, value in {"JOB_ID": "17", "JOB_NODELIST": "[a-b]", "NTASKS": "4", "RESTART_COUNT": "2"}.items():
+    script = {"JOB_ID": "17", "JOB_NODELIST": "n[1-2]", "JOB_PARTITION": "gpu", "NTASKS": "4", "RESTART_COUNT": "2"}
+    for name, value in script.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert SlurmJob.current() == SlurmJob("17", ("a", "b"), 4, 2)
+    assert SlurmJob.current() == SlurmJob("17", ("n1", "n2"), 4, 2, "gpu")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert SlurmJob.current().id == "17_3"
 
 
 def test_ranks_are_compared() -> None:
-    sound = Finding("a", (), "code", "config")
+    sound = Finding("a", (), "code", "config", "cuda")
     assert compare([sound, sound]) == []
-    assert compare([sound, Finding("b", ("/scratch: full",), "code", "config")]) == [("b", "/scratch: full")]
-    other = compare([sound, sound, Finding("c", (), "old", "config")])
+    assert compare([sound, Finding("b", ("/scratch: full",), "code", "config", "cuda")]) == [("b", "/scratch: full")]
+    other = compare([sound, sound, Finding("c", (), "old", "config", "cuda")])
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another code")]
+    other = compare([sound, sound, Finding("c", (), "code", "config", "cpu")])
+    assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another kind of device (cuda or cpu)")]
 
 
 def test_work_is_known_from_the_command_line(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""The preflight in real processes: fit ranks, and ranks that do not come."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jitscale.errors import ExitCode
+from tests.distributed.processes import ROOT, rank_environments, run_ranks
+
+
+def command(tmp_path: Path) -> list[str]:
+    settings = [f"run.dir={tmp_path / 'run'}", "run.device=cpu"]
+    return ["-m", "jitscale.launch.preflight", "--config", str(ROOT / "configs/jit_b_256.yaml"), *settings]
+
+
+def test_fit_ranks_say_their_bandwidth(tmp_path: Path) -> None:
+    assert "preflight: 2 ranks on 1 nodes are fit; all-reduce of 64 MiB at " in run_ranks(2, *command(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("present", "line"),
+    [
+        (0, "preflight: node b: rank 1 did not come within 3 s"),
+        (1, "preflight: node a: rank 0 does not serve 127.0.0.1:"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named_with_its_node(tmp_path: Path, present: int, line: str) -> None:
+    environment = {**rank_environments(2)[present], "JITSCALE_NODES": "a,b", "JITSCALE_PREFLIGHT_SECONDS": "3"}
+    finished = subprocess.run(
+        [sys.executable, *command(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert finished.returncode == ExitCode.FAILED
+    assert [text.startswith(line) for text in finished.stdout.splitlines()] == [True]
+    assert "Traceback" not in finished.stderr

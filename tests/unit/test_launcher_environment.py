@@ -1,0 +1,203 @@
+"""Which rank this process is: torchrun, srun, plain python, and what only looks like one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
+from jitscale.launch.slurm import SlurmJob, check_commands
+from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of
+
+ROOT = Path(__file__).parents[2]
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_NODELIST": "node[07-10]",
+    "SLURM_JOB_NODELIST": "node[01-10]",
+    "SLURM_NTASKS": "16",
+}
+RANK = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "7"}
+PORT = str(20_000 + 123_456 % 20_000)
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name in TORCHRUN or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in TORCHRUN:  # so that what the code sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def adopted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[str, ...]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT afterwards."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert adopt_launcher_environment() == int(os.environ["WORLD_SIZE"])
+    return tuple(os.environ[name] for name in TORCHRUN)
+
+
+def without(variables: dict[str, str], *names: str, **others: str) -> dict[str, str]:
+    return {**{name: value for name, value in variables.items() if name not in names}, **others}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (RANK, ("3", "8", "1", "n1", "7")),
+        (TASK, ("5", "8", "1", "node07", PORT)),
+        (without(TASK, MASTER_ADDR="head", MASTER_PORT="29500"), ("5", "8", "1", "head", "29500")),
+        (without(TASK, WORLD_SIZE="8"), ("5", "8", "1", "node07", PORT)),  # exported by a batch script, and true
+        ({**TASK, **RANK}, ("3", "8", "1", "n1", "7")),  # torchrun started by srun
+    ],
+    ids=["torchrun", "srun", "srun with an address", "srun with its world size", "torchrun in srun"],
+)
+def test_ranks_are_who_their_launcher_says(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[str, ...]
+) -> None:
+    assert adopted(monkeypatch, variables) == expected
+    assert adopted(monkeypatch, {}) == expected, "asked again"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "8"},
+        without(TASK, "SLURM_STEP_ID"),
+        {"SLURM_PROCID": "3"},
+        {**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"},
+        {**TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"},
+    ],
+    ids=["plain", "salloc", "batch script", "left over", "srun --pty", "address only", "a task that is alone"],
+)
+def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    monkeypatch.setenv("PATH", "")  # no scontrol
+    *identity, address, port = adopted(monkeypatch, variables)
+    assert (*identity, address) == ("0", "1", "0", "127.0.0.1")
+    assert 1023 < int(port) != 29500
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (without(RANK, "LOCAL_RANK"), "no value of LOCAL_RANK; start with torchrun, or set all of"),
+        (without(RANK, "MASTER_PORT"), "no value of MASTER_PORT;"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "no value of WORLD_SIZE, MASTER_ADDR, MASTER_PORT;"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set, but there is no value of RANK, LOCAL_RANK,"),
+        ({"LOCAL_RANK": "0"}, "for one process unset RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "no value of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (without(RANK, RANK="8"), "RANK=8 is not below WORLD_SIZE=8"),
+        (without(RANK, LOCAL_RANK="9"), "LOCAL_RANK=9 is not below WORLD_SIZE=8"),
+        (without(RANK, RANK="first"), "RANK=first: must be a whole number, at least 0"),
+        (without(RANK, WORLD_SIZE="0"), "WORLD_SIZE=0: must be a whole number, at least 1"),
+        (without(RANK, MASTER_PORT="65536"), "MASTER_PORT=65536: must be a whole number, from 1 to 65535"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "no value of SLURM_STEP_NUM_TASKS, SLURM_LOCALID; pass all"),
+        (without(TASK, "SLURM_PROCID"), "no value of SLURM_PROCID;"),
+        (without(TASK, "SLURM_STEP_NODELIST"), "no value of SLURM_STEP_NODELIST;"),
+        (without(TASK, "SLURM_JOB_ID"), "no value of SLURM_JOB_ID;"),
+        (without(TASK, SLURM_JOB_ID="12_3"), "SLURM_JOB_ID=12_3: must be a whole number"),
+        (without(TASK, SLURM_PROCID="8"), "SLURM_PROCID=8 is not below SLURM_STEP_NUM_TASKS=8"),
+        (without(TASK, SLURM_STEP_NODELIST="node[1-"), "'node[1-': no list of nodes as Slurm writes it"),
+        (without(TASK, MASTER_ADDR=""), "MASTER_ADDR is empty"),
+        (without(TASK, WORLD_SIZE="4"), "WORLD_SIZE=4, but SLURM_STEP_NUM_TASKS=8 in this task; unset WORLD_SIZE"),
+    ],
+)
+def test_a_part_of_a_set_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    with pytest.raises(LauncherError) as caught:
+        adopted(monkeypatch, variables)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "hosts"),
+    [
+        ("localhost", ["localhost"]),
+        ("n[1-3,5]", ["n1", "n2", "n3", "n5"]),
+        ("gpu[098-101],login-2.site", ["gpu098", "gpu099", "gpu100", "gpu101", "login-2.site"]),
+        ("rack[1-2]-n[08,10]", ["rack1-n08", "rack1-n10", "rack2-n08", "rack2-n10"]),
+    ],
+)
+def test_lists_of_nodes_are_read_as_scontrol_reads_them(nodelist: str, hosts: list[str]) -> None:
+    assert hosts_of(nodelist) == hosts
+
+
+def test_a_job_needs_the_whole_environment_of_its_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_PARTITION": "gpu"}
+    for name, value in script.items():
+        monkeypatch.setenv(name, value)
+    assert SlurmJob.current() == SlurmJob("17", ("n1", "n2"), 2, 0, "gpu")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(LauncherError, match="no value of SLURM_ARRAY_JOB_ID"):
+        SlurmJob.current()
+    monkeypatch.delenv("SLURM_JOB_NODELIST")
+    with pytest.raises(LauncherError, match="no value of SLURM_JOB_NODELIST, SLURM_ARRAY_JOB_ID"):
+        SlurmJob.current()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Exception, match=r"^srun, scontrol, sinfo: not on PATH; .*JITSCALE_RANK_PYTHON"):
+        check_commands()
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "printed"),
+    [
+        ({"SLURM_PROCID": "3"}, ConfigError("wrong"), True),
+        ({"RANK": "0"}, ConfigError("wrong"), True),
+        ({"RANK": "3"}, ConfigError("wrong"), False),  # rank 0 says it
+        ({"RANK": "3"}, LauncherError("wrong"), True),  # there may be no rank 0
+    ],
+)
+def test_who_says_a_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    error: Exception,
+    printed: bool,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def command() -> int:
+        raise error
+
+    exit_with_message(command)
+    assert codes == [ExitCode.USER_ERROR]
+    assert capsys.readouterr().err == ("error: wrong\n" if printed else "")
+
+
+MEET = """
+import torch
+from jitscale import parallel
+from jitscale.errors import exit_with_message
+parallel.FIRST_WORD, parallel.NEXT_WORD, parallel.OTHERS_WORD = 0.5, 0.5, 0.5
+exit_with_message(lambda: parallel.start(torch.device("cpu")).size)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever(rank: int) -> None:
+    """One of four, as in `srun -n4 --pty bash`."""
+    own = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587"}
+    environment = {**os.environ, **own, "JITSCALE_MEETING_SECONDS": "3", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [sys.executable, "-c", MEET], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert finished.returncode == ExitCode.FAILED
+    assert finished.stderr.count("waiting for 4 ranks at 127.0.0.1:29587\n") >= 2
+    assert "Traceback" not in finished.stderr
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith("error: 4 ranks did not meet at 127.0.0.1:29587 within 3 s (")
