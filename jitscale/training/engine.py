@@ -8,6 +8,7 @@ is read from private attributes of DeepSpeed 0.19.8, which is why pyproject.toml
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class ZeroEngine:
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
         self.micro_batches = share // micro_batch
+        _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
@@ -352,6 +354,17 @@ class ZeroEngine:
             size += prod(shape)
         if bucket:
             yield bucket
+
+
+def _name_device_as_deepspeed_does(device: torch.device) -> None:
+    """Let DeepSpeed find this rank's GPU: it takes LOCAL_RANK for its index, now and in the steps of stage 3.
+
+    A task that sees its own GPU only has index 0, whatever its local rank. `World` keeps the local rank.
+    """
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    # DeepSpeed insists that mpirun's variable is the same, which may be that of the process that started the ranks.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
 
 def _prepare(model: JiT, config: Config, world: World) -> Execution:
