@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the fir
     from jitscale.model.jit import JiT
     from jitscale.weights.opening import ConfigSource
 
-__all__ = ["load_model", "sample"]
+__all__ = ["__version__", "load_model", "sample"]
+__version__ = "0.1.0"
 
 
 def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:

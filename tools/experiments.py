@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.experiments import bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
@@ -89,7 +90,7 @@ def measure(
         "command": f"python tools/experiments.py {name} --seeds {options.seeds}",
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "torch": version("torch"),
+        "torch": torch.__version__,
         "seconds_of_workers": round(sum(o["training_seconds"] + o["measuring_seconds"] for o in outcomes.values())),
     }
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import resource
@@ -17,6 +16,7 @@ import torch
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
 from jitscale.parallel import choose_device
+from jitscale.versions import version_of
 
 CPU = torch.device("cpu")
 DEFAULTS = ["run.max_steps=1"]  # the overrides win over these
@@ -56,10 +56,8 @@ def environment(device: torch.device = CPU) -> dict[str, Any]:
     if device.type == "cuda":
         known |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     for package in ("deepspeed", "flash-attn", "flash-attn-4", "torchao"):
-        try:
-            known[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        if (version := version_of(package)) is not None:
+            known[package] = version
     return known
 
 

@@ -8,7 +8,6 @@ Shapes: B batch, N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.errors import ConfigError
+from jitscale.versions import version_of
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -221,6 +221,6 @@ def _probe(
 
 def _version(name: str) -> str:
     if name.startswith("flash-attn"):
-        return f"{name} {importlib.metadata.version(name)}"
+        return f"{name} {version_of(name) or 'of unknown version'}"
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else "")

@@ -23,7 +23,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,11 +31,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from jitscale import parallel
+from jitscale import __version__, parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import CheckpointError
 from jitscale.files import sha256_of
 from jitscale.streamed_safetensors import MappedSafetensors, appearing_safetensors
+from jitscale.versions import version_of
 
 T = TypeVar("T")
 
@@ -563,8 +563,9 @@ def _write_index(
 
 def _versions() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
-    for package in ("jitscale", "torch", "deepspeed"):
-        yield package, version(package)
+    yield "jitscale", __version__
+    yield "torch", torch.__version__
+    yield "deepspeed", version_of("deepspeed") or "unknown"
 
 
 def _flush(path: Path) -> None:

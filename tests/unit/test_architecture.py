@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "completion", "keyed_random", "launcher_environment", "streamed_safetensors"},
+    {"errors", "files", "completion", "keyed_random", "launcher_environment", "streamed_safetensors", "versions"},
     {"config"},
     {"parallel", "posthoc"},
     {"model", "diffusion", "data"},
@@ -48,7 +48,7 @@ def test_imports_go_down_only() -> None:
 
 def test_packages_see_only_what_they_need() -> None:
     allowed = {
-        "model": {"config", "errors", "model"},
+        "model": {"config", "errors", "model", "versions"},
         "diffusion": {"config", "diffusion"},
         "data": {"config", "data", "errors", "files", "keyed_random"},
     }

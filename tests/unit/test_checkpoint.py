@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import jitscale
 from jitscale.config import Config, RunConfig
 from jitscale.errors import CheckpointError
 from jitscale.training.checkpoint import (
@@ -122,6 +125,19 @@ def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path, "exp_avg")
     with pytest.raises(CheckpointError, match="no complete checkpoint there"):
         read_weights(tmp_path / "checkpoints")
+
+
+def test_a_checkout_that_is_not_installed_writes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no package metadata to ask for its version; nor has a DeepSpeed on PYTHONPATH."""
+
+    def absent(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    versions = json.loads((write(tmp_path, 1) / "index.json").read_text())["versions"]
+    assert versions["jitscale"] == jitscale.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["deepspeed"] == "unknown"
 
 
 def test_an_unwritable_folder_keeps_the_previous_checkpoint(tmp_path: Path) -> None:

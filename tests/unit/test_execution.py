@@ -192,6 +192,13 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
     assert ("sdpa", 0.2) in tried
 
 
+def test_a_kernel_without_package_metadata_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that was built in place and put on PYTHONPATH has no version that can be asked for."""
+    monkeypatch.setitem(KERNELS, "flash-attn", attention.reference)
+    found = chosen("flash-attn")
+    assert (found.name, found.version) == ("flash-attn", "flash-attn of unknown version")
+
+
 def test_head_dims_are_padded_exactly_for_flash_attn_4(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

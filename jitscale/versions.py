@@ -1,0 +1,13 @@
+"""Which versions of packages a run or a measurement has used, for the record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None if it has no metadata: not installed, or taken from PYTHONPATH."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
