@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Before torch is imported: sums must not depend on how many threads shared them.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+ON_A_GPU = Path(__file__).parent / "unit/test_execution.py"  # has tests that need one, where there is one
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, unless the command names the file with the tests that need one and nothing else."""
+    named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
+    if named != {ON_A_GPU}:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

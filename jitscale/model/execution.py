@@ -23,7 +23,9 @@ from jitscale.model.jit import Block, JiT
 logger = logging.getLogger(__name__)
 
 
-GRAPHS = 32  # of one code object: two lengths, with and without dropout and gradients, batches of one and of more
+# Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
+# each size of a batch.
+GRAPHS = 32
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -98,16 +100,26 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         if every > 0 and index % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compiled:
-            block.forward = _compiled(block.forward)  # type: ignore[method-assign, assignment]
+            compile_forward = _compiled_for_its_batch if training else _compiled_for_any_batch
+            block.forward = compile_forward(block.forward)  # type: ignore[method-assign, assignment]
     return Execution(attention, aligned, compiled, engine.float8)
 
 
-def _compiled(forward: Forward) -> Forward:
-    """One graph without breaks, whatever the batch; blocks of the same shape share theirs.
+def _compiled_for_its_batch(forward: Forward) -> Forward:
+    """One graph without breaks for each shape; blocks of the same shape share theirs.
+
+    Training has one size of a batch. Where it is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
+    dropout into forward and backward pass ("Node was invalid, but is output").
 
     The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside of it.
     """
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    _allow_graphs()
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def _compiled_for_any_batch(forward: Forward) -> Forward:
+    """The same, one graph for whatever batch: sampling ends with what is left over."""
+    _allow_graphs()
     compiled = torch.compile(forward, fullgraph=True)
 
     def call(x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -117,3 +129,9 @@ def _compiled(forward: Forward) -> Forward:
         return compiled(x, condition, rope)
 
     return call
+
+
+def _allow_graphs() -> None:
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
+    setattr(config, name, max(GRAPHS, getattr(config, name)))

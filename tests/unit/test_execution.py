@@ -332,18 +332,43 @@ def test_float8_needs_aligned_widths() -> None:
         network(EngineConfig(precision="autocast", float8=True, align=False))
 
 
-@pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("dynamo")
-def test_blocks_compile_without_breaks_and_once(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    """Three graphs serve every batch: image tokens alone, with the in-context ones, with dropout. A break raises."""
+@pytest.fixture
+def half_compiled(monkeypatch: pytest.MonkeyPatch, dynamo: None) -> None:
+    """Graphs and their derivatives without Inductor, which takes minutes; tests/versions trains with it."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **rest: compiler(function, backend="aot_eager", **rest))
+
+
+@pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("half_compiled")
+def test_blocks_compile_without_breaks_and_once(every: int) -> None:
+    """Three graphs serve all blocks: image tokens alone, with the in-context ones, with dropout. A break raises.
+
+    Their shapes are those of the batch, of which training has one.
+    """
     model = replace(MODEL, attn_dropout=0.2, proj_dropout=0.2)
     engine = replace(ENGINE, activation_checkpointing=every, align=True)
     compiled, eager = network(replace(engine, compile=True), model), network(engine, model)
-    for batch in (3, 5, 2, 8, 3):
+    for batch, graphs in ((3, 3), (3, 3), (5, 6), (3, 6)):
         assert_same(passes(eager, batch), passes(compiled, batch), 1e-5)
-        assert counters["stats"]["unique_graphs"] == 3
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("half_compiled")
+def test_sampling_has_the_same_graphs_for_every_batch() -> None:
+    """Two, because nothing is dropped."""
+    networks = []
+    for compiled in (True, False):
+        net = network(ENGINE)
+        prepare(net, replace(ENGINE, compile=compiled), CPU, training=False)
+        networks.append(net.eval())
+    for batch in (3, 5, 2, 8, 3):
+        z, t, y = torch.randn(batch, 3, 16, 16), torch.rand(batch), torch.arange(batch)
+        with torch.no_grad():
+            found, expected = (net(z, t, y) for net in networks)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2
         assert not counters["graph_break"]
 
 

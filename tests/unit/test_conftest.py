@@ -1,0 +1,37 @@
+"""GPUs are hidden from all tests but those that a user runs on one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import conftest
+
+ROOT = Path(__file__).parents[2]
+FILE = "tests/unit/test_execution.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible"),
+    [
+        ([FILE], True),
+        ([str(ROOT / FILE)], True),
+        ([f"{FILE}::test_kernels_agree_on_a_gpu", f"{FILE}::test_cuda_graphs_change_nothing"], True),
+        (["tests"], False),
+        (["tests/unit"], False),
+        ([FILE, "tests/unit/test_ema.py"], False),
+        ([], False),
+    ],
+)
+def test_gpus_are_seen_by_the_tests_that_need_one(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], visible: bool
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config: Any = SimpleNamespace(args=arguments)
+    conftest.pytest_configure(config)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if visible else "")
