@@ -34,6 +34,7 @@ SHORT += ["evaluation.steps=2"]
 # As JiT-H and JiT-G train when memory is short: what is compiled, and what is computed again in the backward pass.
 COMPILED = ["engine.compile=true", "engine.align=true", "engine.precision=autocast", "model.depth=2"]
 COMPILED += ["engine.activation_checkpointing=1", "model.attn_dropout=0.2", "model.proj_dropout=0.2"]
+COMPILED += ["evaluation.grid_every_images=0"]  # sampling has graphs of its own, which take minutes more
 # Name -> launcher and settings. `resumed` goes on in the folder of `plain`.
 WAYS: dict[str, tuple[list[str], list[str]]] = {
     "plain": ([], []),
