@@ -81,6 +81,8 @@ class DataConfig:
     streams: int = 512  # contiguous streams read side by side; part of the order, see data/order.py
     window: int = 512  # samples shuffled together inside a stream
     accept_new_shards: bool = False  # resume with other shards than before: a new epoch of them begins
+    # Never trained on: shards, named as in `shards`, or a fraction in (0, 1) chosen by the keys; null: train on all.
+    held_out: str | None = None
     max_bad_fraction: float = 1e-4  # of the images may be undecodable, 10 in any case; others stand in for them
     cache_dir: str | None = None  # node-local folder for remote shards; null: a folder of the user in $TMPDIR
     cache_gb: float = 100.0  # 10^9 bytes of it at most
@@ -165,6 +167,7 @@ class EvaluationConfig:
     every_images: int = 0  # measure on few images while training, after each multiple of this; 0: never
     few_images: int = 1000  # generated then
     grid_every_images: int = 0  # log a grid of samples; 0: never
+    held_out_every_images: int = 0  # measure the loss of data.held_out after each multiple of this; 0: never
 
 
 @dataclass
@@ -234,6 +237,14 @@ def weight_set_names(config: Config) -> list[str]:
     """The weight sets that a run of `config` writes."""
     ema = config.ema
     return ["model", *(ema_name(decay) for decay in ema.decays), *(power_name(width) for width in ema.power_widths)]
+
+
+def held_out_fraction(data: DataConfig) -> float | None:
+    """The fraction of the samples that `data.held_out` asks for; None where it names shards, or nothing."""
+    try:
+        return None if data.held_out is None else float(data.held_out)
+    except ValueError:
+        return None
 
 
 def load_config(
@@ -458,6 +469,7 @@ def _impossible(
             "set engine.precision=fp32",
         )
     yield from _impossible_evaluation(config)
+    yield from _impossible_held_out(config)
     yield from _impossible_stages(config)
     if config.run.max_images is None and config.run.max_steps is None:
         yield _Problem("run.max_images", None, "neither it nor run.max_steps says where the run ends", "set one")
@@ -508,6 +520,7 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "optim.warmup_images",
         "optim.grad_clip",
         "evaluation.grid_every_images",
+        "evaluation.held_out_every_images",
         "evaluation.every_images",
         "evaluation.seed",
         "run.max_images",
@@ -674,6 +687,25 @@ def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
             "needs a feature network, and evaluation.features is null",
             f"set evaluation.features to one of {', '.join(CHOICES['evaluation.features'])}",
             ("evaluation.features",),
+        )
+
+
+def _impossible_held_out(config: Config) -> Iterator[_Problem]:
+    held_out, fraction = config.data.held_out, held_out_fraction(config.data)
+    if held_out == "" or (fraction is not None and not 0 < fraction < 1):
+        yield _Problem(
+            "data.held_out",
+            held_out or "''",
+            "must be a fraction in (0, 1), or name shards",
+            "for example 0.01, a folder of shards, or null to train on all",
+        )
+    if config.evaluation.held_out_every_images > 0 and held_out is None:
+        yield _Problem(
+            "evaluation.held_out_every_images",
+            config.evaluation.held_out_every_images,
+            "measures held-out samples, and data.held_out=null has none",
+            "set data.held_out, for example to 0.01, or evaluation.held_out_every_images=0",
+            ("data.held_out",),
         )
 
 

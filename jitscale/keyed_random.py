@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     REPLACEMENT = 10
     INSPECTED_SAMPLES = 11
     GLYPH = 12
+    HELD_OUT = 15
+    HELD_OUT_NOISE = 16
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

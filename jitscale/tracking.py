@@ -22,6 +22,7 @@ from jitscale.files import appearing_whole
 logger = logging.getLogger(__name__)
 
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
+HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
 
 
@@ -56,7 +57,7 @@ class Tracker:
             self._start_wandb(config, run_dir)
 
     def log(self, values: dict[str, float | int | None]) -> None:
-        """Record one step's numbers; what is not finite becomes null."""
+        """Record the numbers of a step, or of held-out samples after it; what is not finite becomes null."""
         if not self._active:
             return
         clean = {key: _finite(value) for key, value in values.items()}
@@ -172,8 +173,19 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl."""
-    return read_lines(run_dir / "metrics.jsonl")
+    """The lines of a run's metrics.jsonl that are about steps."""
+    return [line for line in read_lines(run_dir / "metrics.jsonl") if not _is_held_out(line)]
+
+
+def read_held_out(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that are about held-out samples; nothing if there is no file."""
+    path = run_dir / "metrics.jsonl"
+    return [line for line in read_lines(path) if _is_held_out(line)] if path.exists() else []
+
+
+def _is_held_out(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is about held-out samples, and not about a step."""
+    return any(key.startswith(HELD_OUT) for key in line)
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:

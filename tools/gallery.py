@@ -20,7 +20,7 @@ from typing import Any
 
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 from jitscale.files import appearing_whole
-from jitscale.tracking import SAMPLES, read_evaluations, read_metrics
+from jitscale.tracking import HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
 CURVES = {
@@ -97,6 +97,7 @@ def curves(runs: Sequence[Path]) -> str:
     measured = {run: read_evaluations(run) for run in runs}
     drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
     drawn += [_curve(measured, key, key.replace("_", " ")) for key in ("fid", "inception_score")]
+    drawn.append(_held_out(runs))
     return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
 
 
@@ -115,20 +116,39 @@ def grids(run: Path) -> str:
 
 
 def _curve(lines: dict[Path, list[dict[str, Any]]], key: str, name: str) -> str | None:
+    """One value of several runs."""
+    return _figure({run.resolve().name: _points(own, key) for run, own in lines.items()}, name, key in ("loss", "fid"))
+
+
+def _held_out(runs: Sequence[Path]) -> str | None:
+    """The held-out losses of every weight set of several runs: their means over times."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        lines = read_held_out(run)
+        for key in dict.fromkeys(key for line in lines for key in line if key.startswith(HELD_OUT)):
+            name = key.removeprefix(HELD_OUT)
+            if "/" not in name:  # otherwise the loss at one of the times
+                found[name if len(runs) == 1 else f"{run.resolve().name}: {name}"] = _points(lines, key)
+    return _figure(found, "held-out loss", log=False)
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["images"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def _figure(found: dict[str, list[tuple[int, float]]], name: str, log: bool) -> str | None:
+    """Curves of (images, value) by their labels; None if there is no point. `log`: where all are positive."""
     from jitscale.figures import figure  # noqa: PLC0415  # matplotlib belongs to an extra
 
-    found = {
-        run: [(line["images"], line[key]) for line in own if line.get(key) is not None] for run, own in lines.items()
-    }
     if not any(found.values()):
         return None
     buffer = io.StringIO()
     with figure(buffer, panels=1) as (axis,):
-        for run, points in found.items():
+        for label, points in found.items():
             if points:
-                axis.plot(*zip(*points, strict=True), label=run.resolve().name, linewidth=1)
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
         positive = all(value > 0 for points in found.values() for _, value in points)
-        axis.set(xlabel="images seen", ylabel=name, yscale="log" if positive and key in ("loss", "fid") else "linear")
+        axis.set(xlabel="images seen", ylabel=name, yscale="log" if positive and log else "linear")
         if len(found) > 1:
             axis.legend(fontsize=7)
     return _without_prolog(buffer.getvalue())

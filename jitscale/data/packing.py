@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
-from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, index_tar, write_index
+from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, index_of, key_hashes, scan_tar, write_index, write_keys
 from jitscale.errors import DataError
 from jitscale.files import appearing_whole, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -71,15 +71,19 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
-    """Write one shard and its index; equal samples give equal bytes. A shard without samples is a whole tar too."""
+    """Write one shard with its index and keys; equal samples give equal bytes.
+
+    A shard without samples is a whole tar too.
+    """
     with appearing_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = str(sample["__key__"])
             for extension in sorted(sample.keys() - {"__key__"}):
                 _add_member(tar, f"{key}.{extension}", sample[extension])
-    index = index_tar(path)
-    write_index(path, index)
-    return ShardRecord(path.name, len(index), path.stat().st_size, sha256_of(path))
+    found = scan_tar(path)
+    write_keys(path, key_hashes(found))
+    write_index(path, index_of(path, found))
+    return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 
 def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]) -> PackedShard:

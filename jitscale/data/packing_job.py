@@ -1,6 +1,6 @@
 """A packing job: any number of processes write the shards of one input, and any of them may die at any time.
 
-    DIR/shard-000000.tar, .index.npy     as `packing` writes them
+    DIR/shard-000000.tar, .index.npy, .keys.npy   as `packing` writes them
     DIR/manifest.json                    written last
     DIR/.packing/plan.json, inputs.npz   what is to be written; the first task makes it, all others read it
     DIR/.packing/shard-000000.json       commit record: this shard is whole, and what was left out of it

@@ -2,6 +2,7 @@
 
     shard-000000.tar         members KEY.png (or .webp, .npy, .jpg) and KEY.cls (the label in decimal)
     shard-000000.index.npy   where the images lie in it, one `INDEX` record a sample, to be memory-mapped
+    shard-000000.keys.npy    hashes of the keys, read only where a fraction of the samples is held out
     ...
     manifest.json            what belongs together
 
@@ -11,6 +12,7 @@ by index and the order are our own: webdataset's pipeline can neither resume exa
 
 from __future__ import annotations
 
+import copy
 import getpass
 import glob
 import logging
@@ -19,21 +21,33 @@ import re
 import resource
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from braceexpand import braceexpand
 
-from jitscale.config import Config
+from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import remembered
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord, content_hash
 from jitscale.data.remote import is_remote, read_remote
-from jitscale.data.tar_index import NO_LABEL, IndexArray, index_path, index_tar, map_index
+from jitscale.data.tar_index import (
+    NO_LABEL,
+    IndexArray,
+    index_path,
+    index_tar,
+    key_hashes,
+    keys_path,
+    map_index,
+    parse_keys,
+    scan_tar,
+)
 from jitscale.errors import DataError
-from jitscale.keyed_random import Int64Array
+from jitscale.keyed_random import Int64Array, Purpose, UInt64Array, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +55,8 @@ DEFAULT_CACHE_BYTES = 100 * 10**9
 
 _FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
 _MOST_MAPPED = 4096  # shards that a process keeps open
+_MOST_HELD_OUT_MAPPED = 2  # of held-out samples, which are read in sequence
+_KEY_THREADS = 16  # that read the keys of remote shards
 
 
 class ShardSet:
@@ -52,6 +68,7 @@ class ShardSet:
         image_size: pixels a side of the images that `read` returns.
         class_names: from the manifest, or None.
         manifest_hash: `content_hash` of the shards.
+        held_out: samples that are never trained on, as `data.held_out` says; None where all are.
     """
 
     def __init__(
@@ -69,9 +86,10 @@ class ShardSet:
         self._num_classes = num_classes
         self._enlarge = enlarge
         self._opened: OrderedDict[int, _LocalShard | _CachedShard] = OrderedDict()
-        self.samples_per_shard: Int64Array = np.array([shard.samples for shard in shards], np.int64)
-        self._starts = np.cumsum(self.samples_per_shard) - self.samples_per_shard
-        self.num_samples = int(self.samples_per_shard.sum())
+        self._most_open: int | None = None  # None: what the process allows
+        self._selection: _Selection | None = None
+        self.held_out: ShardSet | None = None
+        self._count(np.array([shard.samples for shard in shards], np.int64))
         self.class_names = class_names
         self.manifest_hash = content_hash([(s.name, s.samples, s.bytes, s.sha256) for s in shards])
         self.image_size = self._first_image_size(image_size)  # a size that does not fit is met now
@@ -147,6 +165,58 @@ class ShardSet:
         """Whether shards are fetched before they are read."""
         return self._cache is not None
 
+    def without_fraction(self, fraction: float) -> ShardSet:
+        """These samples without about `fraction` of them, which become `held_out`.
+
+        The key of a sample and the fraction alone decide. So the same pictures are held out however they are packed, at
+        every resolution and under every seed, and a larger fraction holds out all that a smaller one does.
+
+        Args:
+            fraction: in (0, 1).
+
+        Raises:
+            DataError: none or all of the samples are chosen, the keys cannot be read, or none of the first held-out
+                images can be decoded.
+        """
+        rows = [np.flatnonzero(uniform(0, Purpose.HELD_OUT, keys) < fraction) for keys in self._keys()]
+        chosen, total = sum(map(len, rows)), self.num_samples
+        if chosen == 0:
+            raise DataError(f"data.held_out={fraction:g}: chooses none of {total} samples; raise it, or name shards")
+        if chosen == total:
+            raise DataError(f"data.held_out={fraction:g}: leaves none of {total} samples to train on; lower it")
+        return self._select(_Selection(rows, others=True)).holding_out(self._select(_Selection(rows, others=False)))
+
+    def holding_out(self, held_out: ShardSet) -> ShardSet:
+        """This set, with `held_out` as those that are never trained on.
+
+        Raises:
+            DataError: none of the first held-out images can be decoded.
+        """
+        held_out._first_image_size(self.image_size)
+        held_out._most_open = _MOST_HELD_OUT_MAPPED
+        self.held_out = held_out
+        return self
+
+    def check_apart(self, held_out: ShardSet) -> None:
+        """Refuse `held_out` where a shard of it is one of these too, or where its labels mean other classes.
+
+        Raises:
+            DataError: naming the shard.
+        """
+        own = {mark: shard for shard in self._shards if shard.samples for mark in shard.marks()}
+        for shard in held_out._shards:
+            for mark in shard.marks() if shard.samples else ():
+                if mark in own:
+                    raise DataError(
+                        f"data.held_out: {shard.location} is trained on as {own[mark].location} of data.shards; name "
+                        "shards that data.shards leaves out, or hold out a fraction, for example data.held_out=0.01"
+                    )
+        if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
+            raise DataError(
+                "data.held_out: its manifest names other classes than that of data.shards, and a label must mean one "
+                "thing; write its shards with the same class names"
+            )
+
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there.
 
@@ -183,13 +253,49 @@ class ShardSet:
         """
         return self._read(shard, index, self.image_size)
 
+    def stored_index(self, shard: int, index: int) -> int:
+        """Which sample of the tar `index` is, where this set has only some of them."""
+        return index if self._selection is None else self._selection.stored_index(shard, index)
+
     def shard_and_index(self, sample: int) -> tuple[int, int]:
         """Where `sample`, counted over all shards in turn, lies."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_opened": OrderedDict()}  # neither descriptors nor maps travel to another process
+        # Neither descriptors nor maps travel to another process; workers read what is trained on.
+        return {**self.__dict__, "_opened": OrderedDict(), "held_out": None}
+
+    def _count(self, samples_per_shard: Int64Array) -> None:
+        self.samples_per_shard = samples_per_shard
+        self._starts = np.cumsum(samples_per_shard) - samples_per_shard
+        self.num_samples = int(samples_per_shard.sum())
+
+    def _select(self, selection: _Selection) -> ShardSet:
+        part = copy.copy(self)
+        part._selection, part._opened = selection, OrderedDict()
+        part._count(selection.counts(self.samples_per_shard))
+        return part
+
+    def _keys(self) -> list[UInt64Array]:
+        """The hashes of the keys of every shard.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        if self._cache is not None:
+            with ThreadPoolExecutor(_KEY_THREADS) as threads:
+                return list(threads.map(_remote_keys, self._shards))
+        bare = [shard for shard in self._shards if not shard.has_keys()]
+        if bare:
+            logger.info(
+                "data.held_out: %d of %d shards, such as %s, have no keys beside them; scanning their headers at every "
+                "start (tools/index_shards.py --force writes the keys)",
+                len(bare),
+                len(self._shards),
+                bare[0].location,
+            )
+        return [_local_keys(shard) for shard in self._shards]
 
     def _first_image_size(self, image_size: int | None) -> int:
         """The size of the first image that can be decoded.
@@ -207,7 +313,10 @@ class ShardSet:
         raise met
 
     def _read(self, shard: int, index: int, image_size: int | None) -> tuple[UInt8Array, int]:
-        opened = remembered(self._opened, shard, lambda: self._open_shard(shard), _most_open_shards())
+        opened = remembered(
+            self._opened, shard, lambda: self._open_shard(shard), self._most_open or _most_open_shards()
+        )
+        index = self.stored_index(shard, index)
         offset, size, label, extension = opened.index[index].item()
         try:
             data = opened.read(offset, size)
@@ -237,12 +346,26 @@ class ShardSet:
 
 
 def open_configured(config: Config) -> ShardSet:
-    """The shards of `data.shards` under the configuration's settings; {resolution} there stands for `model.image_size`.
+    """What `data.shards` and `data.held_out` leave to train on, under the configuration's settings.
+
+    In both, {resolution} stands for `model.image_size`.
 
     Raises:
-        DataError: see `ShardSet.open`.
+        DataError: see `ShardSet.open`; or nothing is held out, nothing is left, or held-out shards are trained on too.
     """
-    return _open_sized(config, config.data.shards, config.model.num_classes, config.model.image_size)
+    data, model = config.data, config.model
+    shards = _open_sized(config, data.shards, model.num_classes, model.image_size)
+    fraction = held_out_fraction(data)
+    if data.held_out is None:
+        return shards
+    if fraction is not None:
+        return shards.without_fraction(fraction)
+    try:
+        held_out = _open_sized(config, data.held_out, model.num_classes, model.image_size)
+    except DataError as error:
+        raise DataError(f"data.held_out: {error}") from error
+    shards.check_apart(held_out)
+    return shards.holding_out(held_out)
 
 
 def open_reference(config: Config) -> ShardSet:
@@ -278,6 +401,44 @@ class _Shard:
         """As the manifest has it; only for shards that one names."""
         assert self.sha256 is not None
         return ShardRecord(self.name, self.samples, self.bytes, self.sha256)
+
+    def marks(self) -> Iterator[object]:
+        """What two names of the same shard have in common: the file, and the hash in a manifest."""
+        if is_remote(self.location):
+            yield self.location
+        else:
+            status = os.stat(self.location)
+            yield status.st_dev, status.st_ino
+        if self.sha256 is not None:
+            yield self.sha256
+
+    def has_keys(self) -> bool:
+        """Whether a file beside the tar holds them; where no manifest names the tar, it may be of another tar."""
+        return self.index is None and keys_path(Path(self.location)).exists()
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Some samples of every shard: those in `rows`, or all others.
+
+    Only `rows` are stored, so that holding out a hundredth of 10^8 samples takes 8 MB.
+    """
+
+    rows: list[Int64Array]  # of each shard, rising
+    others: bool
+
+    def counts(self, samples_per_shard: Int64Array) -> Int64Array:
+        """Samples of each shard, (shards,)."""
+        chosen = np.array([len(rows) for rows in self.rows], np.int64)
+        return samples_per_shard - chosen if self.others else chosen
+
+    def stored_index(self, shard: int, index: int) -> int:
+        """Where sample `index` of the selection lies in the shard."""
+        rows = self.rows[shard]
+        if not self.others:
+            return int(rows[index])
+        # Before row k of `rows` lie rows[k] - k others: those rows up to which at most `index` others lie come first.
+        return index + int(np.searchsorted(rows - np.arange(len(rows)), index, side="right"))
 
 
 class _CachedShard:
@@ -323,6 +484,29 @@ class _LocalShard:
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+
+
+def _local_keys(shard: _Shard) -> UInt64Array:
+    path = Path(shard.location)
+    if not shard.has_keys():
+        return key_hashes(scan_tar(path))
+    beside = keys_path(path)
+    try:
+        content = beside.read_bytes()
+    except OSError as error:
+        raise DataError(f"{beside}: cannot be read ({error}); start again when the storage works") from error
+    return parse_keys(content, str(beside), shard.samples)
+
+
+def _remote_keys(shard: _Shard) -> UInt64Array:
+    url = f"{shard.location.removesuffix('.tar')}.keys.npy"
+    try:
+        return parse_keys(read_remote(url), url, shard.samples)
+    except DataError as error:
+        raise DataError(
+            f"data.held_out: a fraction is chosen by the samples' keys, and {error} (tools/index_shards.py writes it); "
+            "or name shards to hold out"
+        ) from error
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:

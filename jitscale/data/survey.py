@@ -30,11 +30,14 @@ from jitscale.data.tar_index import (
     IndexArray,
     TarSample,
     class_number,
+    key_hashes,
     survey_tar,
     write_index,
+    write_keys,
 )
 from jitscale.errors import DataError
 from jitscale.files import remove_durably, sha256_of
+from jitscale.keyed_random import UInt64Array
 
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
@@ -81,6 +84,7 @@ class ShardScan:
     sha256: str | None  # None: not asked for, or the tar is damaged
     index: IndexArray  # where a label is text, its number is below NO_LABEL and means one of `names`
     names: list[str]
+    keys: UInt64Array  # hashes of the samples' keys
     image_sizes: set[tuple[int, int]]  # width and height: the one that all images have, or two of several
     undecodable: int  # images without a readable header
     defects: list[Defect]
@@ -103,11 +107,12 @@ class Survey:
     tars: Tars
     manifest: Manifest
     indices: list[IndexArray]  # one a tar
+    keys: list[UInt64Array]  # one a tar
     undecodable: int
     defects: list[Defect]  # sorted; with any, the rest does not describe the tars
 
     def write(self) -> None:
-        """Write the index of every tar, and the manifest last.
+        """Write the index and the keys of every tar, and the manifest last.
 
         Raises:
             DataError: the folder cannot be written to.
@@ -117,7 +122,8 @@ class Survey:
         try:
             if self.tars.manifest is not None and self.tars.manifest != self.manifest:
                 remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
-            for path, index in zip(self.tars.paths, self.indices, strict=True):
+            for path, index, keys in zip(self.tars.paths, self.indices, self.keys, strict=True):
+                write_keys(path, keys)
                 write_index(path, index)
             self.manifest.write(manifest)
         except OSError as error:
@@ -286,7 +292,8 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
     undecodable = sum(scan.undecodable for scan in scans)
-    return Survey(tars, manifest, labels.indices, undecodable, by_place(defects))
+    keys = [scan.keys for scan in scans]
+    return Survey(tars, manifest, labels.indices, keys, undecodable, by_place(defects))
 
 
 def by_place(defects: Iterable[Defect]) -> list[Defect]:
@@ -330,7 +337,8 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     except OSError as error:
         if tar.complete:  # otherwise the scan has said it
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    return ShardScan(path, size, sha256, index, list(names), image_sizes, undecodable, defects)
+    keys = key_hashes(tar.samples)
+    return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
 
 
 def _no_name(text: str) -> str:

@@ -1,12 +1,16 @@
 """The index of one tar: where its images lie, and the labels, from a scan of the headers.
 
-The index of `shard.tar` is the file `shard.index.npy` beside it, to be memory-mapped.
+The index of `shard.tar` is the file `shard.index.npy` beside it, to be memory-mapped. `shard.keys.npy` holds a hash of
+each sample's key, in the same order: only a run that holds out a fraction of the samples reads it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -17,6 +21,7 @@ import numpy.typing as npt
 from jitscale.data.images import EXTENSIONS
 from jitscale.errors import DataError
 from jitscale.files import appearing_whole
+from jitscale.keyed_random import UInt64Array
 
 IndexArray = npt.NDArray[np.void]
 
@@ -176,6 +181,40 @@ def map_index(tar: Path) -> IndexArray:
     if index.dtype != INDEX or index.ndim != 1:
         raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; remove it, the tar is then scanned")
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
+
+
+def key_hashes(samples: Sequence[TarSample]) -> UInt64Array:
+    """The first 8 bytes of the BLAKE2b hash of each sample's key, (samples,): the same in whatever tar it lies."""
+    names = (sample.key.encode(errors="surrogateescape") for sample in samples)
+    digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def keys_path(tar: Path) -> Path:
+    """Where the hashes of the keys of `tar` lie."""
+    return tar.with_suffix(".keys.npy")
+
+
+def write_keys(tar: Path, keys: UInt64Array) -> None:
+    """Put the hashes of the keys beside their tar."""
+    with appearing_whole(keys_path(tar)) as file:
+        np.save(file, keys, allow_pickle=False)
+
+
+def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
+    """The hashes of `samples` keys in a file that `write_keys` made; `source` is its name for messages.
+
+    Raises:
+        DataError: it is damaged, or is of another number of samples.
+    """
+    remedy = "write it again with tools/index_shards.py --force"
+    try:
+        keys = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{source}: cannot be read ({error}); {remedy}") from error
+    if keys.dtype != np.uint64 or keys.shape != (samples,):
+        raise DataError(f"{source}: holds {keys.dtype} {keys.shape}, not the keys of {samples} samples; {remedy}")
+    return keys
 
 
 def _without_labels(samples: list[TarSample]) -> list[TarSample]:

@@ -22,7 +22,10 @@ from jitscale.data.tar_index import (
     TarSample,
     class_number,
     index_path,
+    key_hashes,
+    keys_path,
     map_index,
+    parse_keys,
     survey_tar,
 )
 from jitscale.errors import DataError
@@ -130,6 +133,7 @@ def _check(task: _Task) -> _Checked:
         defects += wrong_labels.values()
         if scan.complete:
             defects += _count_and_index_defects(task, index, np.array(list(wrong_labels), np.int64))
+            defects += _key_defects(path, scan.samples)
         remedy = (
             "write the shard again without it, or leave it: training replaces it" if intact else "copy the shard again"
         )
@@ -181,6 +185,23 @@ def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64
             f"{_entry(index[first])}, the tar {_entry(fresh[first])}; {_REBUILD}"
         )
         yield Defect(path, int(fresh["offset"][first]), what)
+
+
+def _key_defects(path: Path, samples: list[TarSample]) -> Iterator[Defect]:
+    """Whether the keys beside the tar are those in its headers; a shard may do without them."""
+    beside = keys_path(path)
+    if not beside.exists():
+        return
+    try:
+        keys = parse_keys(beside.read_bytes(), str(beside), len(samples))
+    except DataError as error:
+        yield Defect(path, None, f"has keys beside it: {str(error).removeprefix(f'{beside}: ')}")
+        return
+    differing = np.flatnonzero(keys != key_hashes(samples))
+    if len(differing):
+        first = differing[0]
+        what = f"{beside.name} differs in {len(differing)} of {len(samples)} samples, first in {first}; {_REBUILD}"
+        yield Defect(path, samples[first].offset, what)
 
 
 def _entry(record: np.void) -> str:

@@ -256,12 +256,14 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return {}
-    lines = subprocess.run(["tail", "-n", "2", str(path)], capture_output=True, text=True, check=False).stdout
+    lines = subprocess.run(["tail", "-n", "3", str(path)], capture_output=True, text=True, check=False).stdout
     for line in reversed(lines.splitlines()):
         try:
-            return dict(json.loads(line))
+            values = dict(json.loads(line))
         except json.JSONDecodeError:
             continue  # being written
+        if "loss" in values:  # other lines are about held-out samples
+            return values
     return {}
 
 

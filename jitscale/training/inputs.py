@@ -15,7 +15,7 @@ import torch
 
 from jitscale.config import Config
 from jitscale.diffusion.objective import interpolate
-from jitscale.keyed_random import Purpose, normal, uniform
+from jitscale.keyed_random import Int64Array, Purpose, normal, uniform
 
 if TYPE_CHECKING:
     from jitscale.data.loader import Batch
@@ -59,6 +59,14 @@ def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
     channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first / 127.5 - 1
+
+
+def seeded_noise(seeds: Int64Array, image_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise on the device of `generator`, one stream a seed: float32 (B, 3, S, S)."""
+    noise = torch.empty(len(seeds), 3, image_size, image_size, device=generator.device)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(int(seed)))
+    return noise
 
 
 def noised(

@@ -11,12 +11,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.config import Config, network_differences, to_yaml
+from jitscale.config import Config, held_out_fraction, network_differences, to_yaml
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
@@ -37,7 +37,7 @@ from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import peak_tflops, training_flops
-from jitscale.tracking import SAMPLES, Tracker, read_evaluations
+from jitscale.tracking import SAMPLES, Tracker, read_evaluations, read_held_out
 from jitscale.training.checkpoint import (
     Checkpoint,
     Flats,
@@ -54,7 +54,8 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.health import BadSamples, HangWatch, LossSpikes, RankTimes, StopSignal, Verdicts
-from jitscale.training.inputs import Inputs, copied_ahead, drawn, noised
+from jitscale.training.held_out import HeldOutLoss
+from jitscale.training.inputs import Inputs, copied_ahead, drawn, noised, seeded_noise
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
 from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
@@ -200,8 +201,11 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS,
             disable=not self.world.is_main,
         ) as progress:
-            if self._evaluation_was_cut_short():
+            if self._was_cut_short(config.evaluation.every_images, read_evaluations):
                 self._evaluate_few()
+                clock.restart(self.images)
+            if self._was_cut_short(config.evaluation.held_out_every_images, read_held_out):
+                self._measure_held_out()
                 clock.restart(self.images)
             while self.images < self.end:
                 self.watch.alive()
@@ -234,6 +238,9 @@ class Trainer:
                     clock.restart(self.images)
                 if config.evaluation.every_images and self._passed(config.evaluation.every_images):
                     self._evaluate_few()
+                    clock.restart(self.images)
+                if config.evaluation.held_out_every_images and self._passed(config.evaluation.held_out_every_images):
+                    self._measure_held_out()
                     clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
                     self._log_grid()
@@ -296,11 +303,8 @@ class Trainer:
 
     def _noise(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
         """Standard normal noise on the device, one seeded stream a sample: (B, 3, S, S)."""
-        size = self.config.model.image_size
-        noise = torch.empty(len(positions), 3, size, size, device=self.world.device)
-        for row, seed in zip(noise, generator_seeds(self.config.run.seed, Purpose.NOISE, positions), strict=True):
-            row.normal_(generator=self.generator.manual_seed(int(seed)))
-        return noise
+        seeds = generator_seeds(self.config.run.seed, Purpose.NOISE, positions)
+        return seeded_noise(seeds, self.config.model.image_size, self.generator)
 
     def _batches(self) -> Generator[Batch, None, None]:
         data, world = self.config.data, self.world
@@ -536,9 +540,8 @@ class Trainer:
             averages = ", ".join(kept) or "no average"
             logger.info("starting from %s of %s; taken over: %s", weights, initial.path, averages)
 
-    def _network(self) -> JiT:
-        """A plain copy of the network with the weights that `evaluation.weights` names; a collective call."""
-        name = self.config.evaluation.weights
+    def _network(self, name: str) -> JiT:
+        """A plain copy of the network with the weight set `name`; a collective call."""
         flats = self.engine.masters() if name == "model" else self.ema.sets[name]
         network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self.engine.gather(flats))
@@ -549,7 +552,8 @@ class Trainer:
         return None if self.guide is None else copy.deepcopy(self.guide)
 
     def _log_grid(self) -> None:
-        network, evaluation = self._network(), self.config.evaluation
+        evaluation = self.config.evaluation
+        network = self._network(evaluation.weights)
         if self.world.is_main:
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
@@ -565,12 +569,16 @@ class Trainer:
         """With the features of the real images, which are computed once."""
         return Evaluator(self.config, self.world, self.run_dir / "evaluation", self._guide())
 
-    def _evaluation_was_cut_short(self) -> bool:
-        """Whether the run was killed between the save of this step and the end of its measurement."""
-        every_images = self.config.evaluation.every_images
+    def _was_cut_short(self, every_images: int, read: Callable[[Path], list[dict[str, Any]]]) -> bool:
+        """Whether the run was killed between the save of this step and the end of a measurement.
+
+        Args:
+            every_images: it follows each multiple of this; 0: never.
+            read: the lines that it has written, from the run's folder.
+        """
         if not every_images or self.images == 0 or not self._passed(every_images):
             return False
-        measured = self.world.is_main and any(line["step"] == self.step for line in read_evaluations(self.run_dir))
+        measured = self.world.is_main and any(line["step"] == self.step for line in read(self.run_dir))
         return not parallel.broadcast_object(measured)
 
     def _evaluate_few(self) -> None:
@@ -578,16 +586,27 @@ class Trainer:
         self.watch.pause()
         evaluation = self.config.evaluation
         few = replace(evaluation, num_images=evaluation.few_images)
-        measure = self._evaluator.measure
-        (result,) = measure(self._network(), evaluation.weights, [few], neighbours=False, keep_blocks=False)
+        network, name = self._network(evaluation.weights), evaluation.weights
+        (result,) = self._evaluator.measure(network, name, [few], neighbours=False, keep_blocks=False)
         if self.world.is_main:
             self.tracker.log_result(result, self.step, self.images)
             logger.info("%d images: FID %.4g on %d samples", self.images, result["fid"], result["num_images"])
         parallel.barrier()
 
+    @cached_property
+    def _held_out(self) -> HeldOutLoss:
+        assert self.shards.held_out is not None
+        return HeldOutLoss(self.config, self.world, self.shards.held_out)
+
+    def _measure_held_out(self) -> None:
+        """Record the loss of the weights and of every average on the held-out samples."""
+        self.watch.pause()
+        measured = self._held_out.measure(self._network, ["model", *self.ema.sets])
+        self.tracker.log({"step": self.step, "images": self.images, **measured})
+
     def _evaluate(self) -> None:
         name = self.config.evaluation.weights
-        result = evaluate_model(self._network(), name, self.config, self.world, self.run_dir, self._guide())
+        result = evaluate_model(self._network(name), name, self.config, self.world, self.run_dir, self._guide())
         if self.world.is_main:
             self.tracker.log_result(result, self.step, self.images)
 
@@ -677,16 +696,23 @@ def _data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | No
         "window": config.data.window,
         "manifest": shards.manifest_hash,
     }
+    if shards.held_out is not None:
+        now["held_out"] = str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
     if checkpoint is None or checkpoint.progress.data is None:
         return {**now, "origin": 0}
     before = checkpoint.progress.data
-    changed = any(before.get(key) != now[key] for key in now)
+    changed = bool(_differing(before, now))
     return {
         **now,
         "origin": checkpoint.progress.images + checkpoint.progress.skipped_images
         if changed
         else before.get("origin", 0),
     }
+
+
+def _differing(before: dict[str, int | str], now: dict[str, int | str]) -> list[str]:
+    """The keys of what fixes the sample sequence that are not alike, or that only one of them has."""
+    return [key for key in {**now, **before} if key != "origin" and before.get(key) != now.get(key)]
 
 
 def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:
@@ -699,15 +725,15 @@ def _check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -
     before = checkpoint.progress.data
     now = _data_identity(config, shards)
     if before is not None:
-        differing = [key for key in now if key != "origin" and before.get(key) != now[key]]
-        changes = "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in differing)
+        differing = _differing(before, now)
+        changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
         if differing == ["manifest"] and config.data.accept_new_shards:
             logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.folder, changes)
         elif differing:
             raise DataError(
-                f"{checkpoint.folder}: the data or its order changed ({changes}); restore data.shards, run.seed, "
-                "data.streams and data.window, start a new run.dir, or begin a new epoch of other shards with "
-                "data.accept_new_shards=true"
+                f"{checkpoint.folder}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
+                "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
+                "with data.accept_new_shards=true"
             )
     _check_network(checkpoint.folder, checkpoint.config, config)
     if checkpoint.config.optim.name != config.optim.name:

@@ -162,7 +162,8 @@ def test_folders_become_shards(tree: Path, clean: Path) -> None:
         file = tree / CLASSES[number // PER_CLASS] / f"{number % PER_CLASS:02d}.png"
         np.testing.assert_array_equal(decode(sample["npy"], "npy"), center_crop(np.array(Image.open(file)), RESOLUTION))
         assert sample["cls"] == str(number // PER_CLASS).encode()
-    expected = {f"shard-{shard:06d}{end}" for shard in range(-(-total // PER_SHARD)) for end in (".tar", ".index.npy")}
+    ends = (".tar", ".index.npy", ".keys.npy")
+    expected = {f"shard-{shard:06d}{end}" for shard in range(-(-total // PER_SHARD)) for end in ends}
     assert set(contents(clean)) == expected | {"manifest.json"}
     assert ShardSet.open(clean, 3).num_samples == manifest.total
 

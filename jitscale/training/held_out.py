@@ -1,0 +1,166 @@
+"""The loss on samples that are never trained on, at fixed times and with fixed noise.
+
+The loss of training changes with the times and the noise of every batch, and falls on images that the network has seen.
+Here the samples, their times and their noise are the same at every measurement and for every weight set, so that the
+numbers of a run, and of several runs, can be compared. They tell whether the network generalises, and which average is
+the best one.
+
+Shapes: B samples of a block, K times, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jitscale import parallel
+from jitscale.config import Config
+from jitscale.data.images import ImageError, UInt8Array
+from jitscale.data.shards import ShardSet
+from jitscale.diffusion.objective import sample_loss
+from jitscale.errors import DataError
+from jitscale.evaluation.generate import autocast
+from jitscale.keyed_random import Float64Array, Int64Array, Purpose, generator_seeds
+from jitscale.model.jit import JiT
+from jitscale.parallel import World
+from jitscale.tracking import HELD_OUT
+from jitscale.training.inputs import noised, seeded_noise
+
+logger = logging.getLogger(__name__)
+
+TIMES = tuple((k + 0.5) / 8 for k in range(8))  # t = 1 is clean: the middles of eight equal intervals
+
+_MOST_REASONS = 10  # of bad images that a rank names
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Samples that go through the network together."""
+
+    ids: Int64Array  # (B,), of the held-out samples in their order; beyond the last one the block is filled up
+    images: UInt8Array  # (B, H, W, 3)
+    labels: Int64Array  # (B,)
+    sound: Int64Array  # the rows that hold a sample whose image could be decoded
+    bad: list[str]  # what is wrong with the others
+
+
+class HeldOutLoss:
+    """Measures weight sets on held-out samples.
+
+    Samples form blocks of `evaluation.block_size`, which ranks take by turns. A block always has the same shape, and
+    the noise of a sample is a function of (`evaluation.seed`, its number, the number of the time), so that no loss
+    depends on the number of ranks. Nothing here draws from a generator that training uses.
+    """
+
+    def __init__(self, config: Config, world: World, samples: ShardSet) -> None:
+        """
+        Args:
+            config: loss, noise scale, precision, block size and seed.
+            world: this rank.
+            samples: the held-out ones.
+        """
+        self._config, self._world, self._samples = config, world, samples
+        self._generator = torch.Generator(world.device)
+        self._reasons: set[str] = set()
+
+    def measure(self, network: Callable[[str], JiT], names: Sequence[str]) -> dict[str, float | int | None]:
+        """The losses of weight sets; a collective call.
+
+        Args:
+            network: a network made by `ready_to_sample` with the weights of a set; called on every rank.
+            names: of the sets.
+
+        Returns:
+            On every rank: for each set `held_out/<set>`, the mean loss over samples and times, and
+            `held_out/<set>/t0.0625`, ..., the means over samples at each of `TIMES`; `held_out_samples` that were
+            measured and `held_out_bad_samples` that could not be decoded. The loss is that of training, in the space
+            `diffusion.loss`, without flips, dropped labels and dropout.
+
+        Raises:
+            DataError: on every rank: a shard cannot be read, or no image can be decoded.
+        """
+        started = time.perf_counter()
+        found: dict[str, float | int | None] = {}
+        for name in names:
+            losses, bad = self._losses(network(name))
+            found["held_out_samples"], found["held_out_bad_samples"] = len(losses), bad
+            found[f"{HELD_OUT}{name}"] = float(losses.mean())
+            for t, loss in zip(TIMES, losses.mean(axis=0), strict=True):
+                found[f"{HELD_OUT}{name}/t{t}"] = float(loss)
+        if self._world.is_main:
+            means = ", ".join(f"{name} {found[HELD_OUT + name]:.4g}" for name in names)
+            seconds = time.perf_counter() - started
+            logger.info("held-out loss of %d samples: %s (%.1f s)", found["held_out_samples"], means, seconds)
+        return found
+
+    def _losses(self, network: JiT) -> tuple[Float64Array, int]:
+        """The loss of every sound sample at every time, (samples, K), in their order, and how many are not sound."""
+        size, world = self._config.evaluation.block_size, self._world
+        count = -(-self._samples.num_samples // size)
+
+        def own() -> list[tuple[Float64Array, int]]:
+            numbers = range(world.rank, count, world.size)
+            return [(self._block_losses(network, block), len(block.bad)) for block in self._blocks(numbers)]
+
+        by_rank = parallel.gather_objects(parallel.together(own))
+        in_order = [by_rank[number % world.size][number // world.size] for number in range(count)]
+        losses, bad = np.concatenate([part for part, _ in in_order]), sum(bad for _, bad in in_order)
+        if not len(losses):
+            raise DataError(
+                f"data.held_out={self._config.data.held_out}: none of {bad} images can be decoded; check the shards "
+                "with tools/index_shards.py --verify"
+            )
+        return losses, bad
+
+    def _blocks(self, numbers: Sequence[int]) -> Iterator[_Block]:
+        """The blocks of `numbers`; a thread reads the next one while the device is busy with this one."""
+        with ThreadPoolExecutor(1) as thread:
+            reading = [thread.submit(self._read, number) for number in numbers[:1]]
+            for following in [*numbers[1:], None]:
+                if not reading:
+                    return
+                block = reading.pop().result()
+                if following is not None:
+                    reading.append(thread.submit(self._read, following))
+                yield block
+
+    def _read(self, number: int) -> _Block:
+        samples, size = self._samples, self._config.evaluation.block_size
+        ids = np.arange(number * size, (number + 1) * size)
+        images = np.zeros((size, samples.image_size, samples.image_size, 3), np.uint8)
+        labels, sound, bad = np.zeros(size, np.int64), [], []
+        for row, sample in enumerate(ids[ids < samples.num_samples].tolist()):
+            try:
+                images[row], labels[row] = samples.read(*samples.shard_and_index(sample))
+            except ImageError as error:
+                bad.append(str(error))
+            else:
+                sound.append(row)
+        for reason in bad:
+            if reason not in self._reasons and len(self._reasons) < _MOST_REASONS:
+                self._reasons.add(reason)
+                logger.warning("%s; the held-out loss is measured without it", reason)
+        return _Block(ids, images, labels, np.array(sound, np.int64), bad)
+
+    @torch.no_grad()
+    def _block_losses(self, network: JiT, block: _Block) -> Float64Array:
+        """(sound, K)"""
+        config, device = self._config, self._world.device
+        images, labels = torch.from_numpy(block.images).to(device), torch.from_numpy(block.labels).to(device)
+        unflipped = torch.zeros(len(images), dtype=torch.bool, device=device)
+        losses = []
+        for number, time_of_all in enumerate(TIMES):
+            t = torch.full((len(images),), time_of_all, device=device)
+            seeds = generator_seeds(config.evaluation.seed, Purpose.HELD_OUT_NOISE, block.ids, number)
+            noise = seeded_noise(seeds, config.model.image_size, self._generator)
+            x, e, z = noised(images, unflipped, noise, t, config.diffusion.noise_scale)
+            with autocast(config, device):
+                prediction = network(z, t, labels)
+            losses.append(sample_loss(prediction, x, e, z, t, config.diffusion))
+        return torch.stack(losses, dim=1).double().cpu().numpy()[block.sound]

@@ -1,0 +1,126 @@
+"""The held-out loss of real runs: the same on any number of ranks, once for each moment, and without effect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitscale.data.packing import write_shards
+from jitscale.tracking import read_held_out, read_metrics
+from jitscale.training.checkpoint import complete_checkpoints
+from tests.distributed.processes import ROOT, run_ranks
+from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
+
+EVERY = 4 * BATCH  # as often as a checkpoint
+# 20 samples are four blocks, which three ranks share unevenly, and the last one is not full.
+SETTINGS = ["data.held_out=0.2", f"evaluation.held_out_every_images={EVERY}", "evaluation.block_size=6"]
+SETS = ("model", "ema_0.9", "ema_0.99")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("held_out"))
+
+
+@pytest.fixture(scope="module")
+def measured(job: Job) -> list[dict[str, Any]]:
+    """What an uninterrupted run of two ranks has measured."""
+    job.train("measured", *SETTINGS)
+    return read_held_out(job.folder / "measured")
+
+
+def without_held_out(run: Path, step: int) -> None:
+    """The run as if it had been killed between the save of `step` and the end of its measurement."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
+    assert len(kept) < len(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: list[dict[str, Any]]) -> None:
+    """With dropout; the same samples are held out where nothing is measured."""
+    assert [(line["step"], line["images"]) for line in measured] == [(s, s * BATCH) for s in range(4, STEPS + 1, 4)]
+    for line in measured:
+        assert {f"held_out/{name}" for name in SETS} <= set(line)
+        assert sum(key.count("/") == 2 for key in line) == 8 * len(SETS)
+        assert 8 < line["held_out_samples"] < 75 - 40
+        assert line["held_out_samples"] % 6, "the last block is not full"
+        assert line["held_out_bad_samples"] == 0
+    assert len({line["held_out/ema_0.9"] for line in measured}) == len(measured), "the weights move"
+    assert len({measured[-1][f"held_out/{name}"] for name in SETS}) == len(SETS)
+    unmeasured = job.train("unmeasured", *SETTINGS[:1])
+    assert losses(unmeasured) == losses(read_metrics(job.folder / "measured"))
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert same_state(job.folder / "unmeasured" / last, job.folder / "measured" / last)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 1), (3, 3)])
+def test_any_number_of_ranks_measures_the_same(
+    job: Job, measured: list[dict[str, Any]], world_size: int, stage: int
+) -> None:
+    """Bitwise; and what a kill has prevented is made up for, once."""
+    name = f"again_{world_size}"
+    job.copy("measured", name, steps=STEPS)
+    without_held_out(job.folder / name, STEPS)
+    assert read_held_out(job.folder / name) == measured[:-1]
+    job.train(name, *SETTINGS, f"engine.zero_stage={stage}", world_size=world_size)
+    assert read_held_out(job.folder / name) == measured
+    assert losses(read_metrics(job.folder / name)) == losses(read_metrics(job.folder / "measured"))
+
+
+def test_a_resumed_run_measures_once_what_it_runs_again(job: Job, measured: list[dict[str, Any]]) -> None:
+    """From a checkpoint whose measurement is there, with lines of later steps that are taken back."""
+    job.copy("measured", "resumed", steps=8)
+    job.train("resumed", *SETTINGS)
+    assert read_held_out(job.folder / "resumed") == measured
+
+
+def test_shards_may_be_held_out(job: Job) -> None:
+    """With a bad image among them, on two ranks; their number does not matter to the order of training."""
+    images = np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    write_shards(images, np.arange(9), job.folder / "held_16", samples_per_shard=5)
+    tar = job.folder / "held_16/shard-000001.tar"
+    entry = np.load(tar.with_suffix(".index.npy"))[1]
+    with tar.open("r+b") as file:
+        file.seek(int(entry["offset"]))
+        file.write(bytes(int(entry["size"])))
+    pattern = f"data.held_out={job.folder}/held_{{resolution}}"
+    said = run_ranks(2, *job.command("shards", pattern, *SETTINGS[1:], "run.max_steps=4"))
+    (line,) = read_held_out(job.folder / "shards")
+    assert (line["held_out_samples"], line["held_out_bad_samples"]) == (8, 1)
+    assert "48 images" in said or "held-out loss of 8 samples: model " in said
+    whole = job.train("whole", "run.max_steps=4")
+    assert [one["loss"] for one in read_metrics(job.folder / "shards")] == [one["loss"] for one in whole]
+    job.copy("whole", "whole_and_more", steps=4)
+    refused = run_ranks(1, *job.command("whole_and_more", pattern), expect=2)
+    assert "the data or its order changed (held_out: None -> " in refused
+
+
+def test_another_held_out_set_is_refused(job: Job, measured: list[dict[str, Any]]) -> None:
+    """Samples that were held out would be trained on, or the other way round. Each in its own process, all at once."""
+    changes = {
+        "fraction": ("data.held_out=0.3", "held_out: 0.2 -> 0.3"),
+        "none": ("data.held_out=null", "held_out: 0.2 -> None"),
+        "shards as new ones": ("data.accept_new_shards=true", "held_out: 0.2 -> 0.3"),
+    }
+    started = {}
+    for name, (override, _) in changes.items():
+        job.copy("measured", name, steps=8)
+        settings = [f"evaluation.held_out_every_images={0 if name == 'none' else EVERY}", override]
+        settings += ["data.held_out=0.3"] if name == "shards as new ones" else []
+        command = [sys.executable, *job.command(name, *settings)]
+        started[name] = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for name, process in started.items():
+        _, errors = process.communicate(timeout=120)
+        said = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2, errors
+        assert len(said) == 1, errors
+        assert f"the data or its order changed ({changes[name][1]}); restore data.shards, data.held_out" in said[0]
+        assert len(complete_checkpoints(job.folder / name)) == 2
