@@ -4,10 +4,11 @@
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
     python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
 
-Indexing reads all tars of one folder, and writes an index beside each and a manifest.json. Labels are the `cls`
-members: numbers, or names, which are numbered in sorted order or in that of --class-names; or there are none. With any
-defect nothing is written. Verifying compares with the manifest (size, sha256, samples, index, labels) and decodes every
-image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2: defects.
+Indexing reads all tars of one folder, and writes an index and the keys beside each and a manifest.json. Labels are the
+`cls` members: numbers, or names, which are numbered in sorted order or in that of --class-names; or there are none.
+With any defect nothing is written. Verifying compares with the manifest (size, sha256, samples, index, keys, labels)
+and decodes every image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2:
+defects.
 """
 
 from __future__ import annotations

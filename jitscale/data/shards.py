@@ -363,7 +363,8 @@ def open_configured(config: Config) -> ShardSet:
     try:
         held_out = _open_sized(config, data.held_out, model.num_classes, model.image_size)
     except DataError as error:
-        raise DataError(f"data.held_out: {error}") from error
+        # What there is to correct is this setting, where the message names the usual one.
+        raise DataError(f"data.held_out: {str(error).replace('data.shards', 'data.held_out')}") from error
     shards.check_apart(held_out)
     return shards.holding_out(held_out)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,35 +69,35 @@ class HeldOutLoss:
         self._generator = torch.Generator(world.device)
         self._reasons: set[str] = set()
 
-    def measure(self, network: Callable[[str], JiT], names: Sequence[str]) -> dict[str, float | int | None]:
-        """The losses of weight sets; a collective call.
+    def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
+        """The losses of one weight set; a collective call.
 
         Args:
-            network: a network made by `ready_to_sample` with the weights of a set; called on every rank.
-            names: of the sets.
+            network: made by `ready_to_sample`; the same weights on every rank.
+            name: of the weight set.
 
         Returns:
-            On every rank: for each set `held_out/<set>`, the mean loss over samples and times, and
-            `held_out/<set>/t0.0625`, ..., the means over samples at each of `TIMES`; `held_out_samples` that were
-            measured and `held_out_bad_samples` that could not be decoded. The loss is that of training, in the space
-            `diffusion.loss`, without flips, dropped labels and dropout.
+            On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
+            means over samples at each of `TIMES`; `held_out_samples` that were measured and `held_out_bad_samples` that
+            could not be decoded. The loss is that of training, in the space `diffusion.loss`, without flips, dropped
+            labels and dropout.
 
         Raises:
             DataError: on every rank: a shard cannot be read, or no image can be decoded.
         """
         started = time.perf_counter()
-        found: dict[str, float | int | None] = {}
-        for name in names:
-            losses, bad = self._losses(network(name))
-            found["held_out_samples"], found["held_out_bad_samples"] = len(losses), bad
-            found[f"{HELD_OUT}{name}"] = float(losses.mean())
-            for t, loss in zip(TIMES, losses.mean(axis=0), strict=True):
-                found[f"{HELD_OUT}{name}/t{t}"] = float(loss)
+        losses, bad = self._losses(network)
+        mean = float(losses.mean())
         if self._world.is_main:
-            means = ", ".join(f"{name} {found[HELD_OUT + name]:.4g}" for name in names)
             seconds = time.perf_counter() - started
-            logger.info("held-out loss of %d samples: %s (%.1f s)", found["held_out_samples"], means, seconds)
-        return found
+            logger.info("held-out loss of %s: %.4g on %d samples (%.1f s)", name, mean, len(losses), seconds)
+        by_time = zip(TIMES, losses.mean(axis=0).tolist(), strict=True)
+        return {
+            "held_out_samples": len(losses),
+            "held_out_bad_samples": bad,
+            f"{HELD_OUT}{name}": mean,
+            **{f"{HELD_OUT}{name}/t{t}": loss for t, loss in by_time},
+        }
 
     def _losses(self, network: JiT) -> tuple[Float64Array, int]:
         """The loss of every sound sample at every time, (samples, K), in their order, and how many are not sound."""

@@ -540,11 +540,14 @@ class Trainer:
             averages = ", ".join(kept) or "no average"
             logger.info("starting from %s of %s; taken over: %s", weights, initial.path, averages)
 
+    def _weights(self, name: str) -> dict[str, torch.Tensor]:
+        """The whole parameters of the weight set `name`; a collective call."""
+        return self.engine.gather(self.engine.masters() if name == "model" else self.ema.sets[name])
+
     def _network(self, name: str) -> JiT:
         """A plain copy of the network with the weight set `name`; a collective call."""
-        flats = self.engine.masters() if name == "model" else self.ema.sets[name]
         network = JiT(self.config.model, self.config.diffusion)
-        network.load_state_dict(self.engine.gather(flats))
+        network.load_state_dict(self._weights(name))
         return ready_to_sample(network, self.config, self.world.device)
 
     def _guide(self) -> JiT | None:
@@ -601,7 +604,12 @@ class Trainer:
     def _measure_held_out(self) -> None:
         """Record the loss of the weights and of every average on the held-out samples."""
         self.watch.pause()
-        measured = self._held_out.measure(self._network, ["model", *self.ema.sets])
+        measured: dict[str, float | int | None] = {}
+        network = self._network("model")
+        for name in ("model", *self.ema.sets):
+            if name != "model":
+                network.load_state_dict(self._weights(name))  # building a large network takes longer
+            measured |= self._held_out.measure(network, name)
         self.tracker.log({"step": self.step, "images": self.images, **measured})
 
     def _evaluate(self) -> None:

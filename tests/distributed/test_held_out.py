@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,21 +66,15 @@ def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: 
 def test_any_number_of_ranks_measures_the_same(
     job: Job, measured: list[dict[str, Any]], world_size: int, stage: int
 ) -> None:
-    """Bitwise; and what a kill has prevented is made up for, once."""
+    """Bitwise; and a measurement that a kill has prevented is made up for, once."""
     name = f"again_{world_size}"
-    job.copy("measured", name, steps=STEPS)
-    without_held_out(job.folder / name, STEPS)
-    assert read_held_out(job.folder / name) == measured[:-1]
+    saved = STEPS - 4 if world_size == 2 else STEPS  # two ranks train on as the unbroken run did
+    job.copy("measured", name, steps=saved)
+    without_held_out(job.folder / name, saved)
+    assert read_held_out(job.folder / name) == measured[: saved // 4 - 1]
     job.train(name, *SETTINGS, f"engine.zero_stage={stage}", world_size=world_size)
     assert read_held_out(job.folder / name) == measured
     assert losses(read_metrics(job.folder / name)) == losses(read_metrics(job.folder / "measured"))
-
-
-def test_a_resumed_run_measures_once_what_it_runs_again(job: Job, measured: list[dict[str, Any]]) -> None:
-    """From a checkpoint whose measurement is there, with lines of later steps that are taken back."""
-    job.copy("measured", "resumed", steps=8)
-    job.train("resumed", *SETTINGS)
-    assert read_held_out(job.folder / "resumed") == measured
 
 
 def test_shards_may_be_held_out(job: Job) -> None:
@@ -95,7 +90,8 @@ def test_shards_may_be_held_out(job: Job) -> None:
     said = run_ranks(2, *job.command("shards", pattern, *SETTINGS[1:], "run.max_steps=4"))
     (line,) = read_held_out(job.folder / "shards")
     assert (line["held_out_samples"], line["held_out_bad_samples"]) == (8, 1)
-    assert "48 images" in said or "held-out loss of 8 samples: model " in said
+    assert re.search(r"held-out loss of ema_0.99: \d\S* on 8 samples", said)
+    assert said.count("the held-out loss is measured without it") == 0, "rank 1 has the bad image, and says so"
     whole = job.train("whole", "run.max_steps=4")
     assert [one["loss"] for one in read_metrics(job.folder / "shards")] == [one["loss"] for one in whole]
     job.copy("whole", "whole_and_more", steps=4)

@@ -84,6 +84,27 @@ def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
         main([str(tmp_path / "absent")])
 
 
+def test_held_out_losses_are_one_figure_with_a_curve_for_each_set(tmp_path: Path) -> None:
+    folder, other = run(tmp_path / "first"), run(tmp_path / "other")
+    assert main([str(folder)]) == 0
+    before = (folder / "gallery.html").read_text()
+    assert "held-out" not in before
+    tracker = Tracker(Config(), folder, True, None)
+    for images in (80, 160, 240):
+        values = {"held_out/model": 1 / images, "held_out/model/t0.0625": 3.0, "held_out/ema_0.9": None}
+        tracker.log({"step": images // 8, "images": images, "held_out_samples": 5, **values})
+    tracker.log({"step": 31, "images": 248, "held_out/model": 0.1, "held_out/ema_0.9": 0.2})
+    tracker.close()
+    assert main([str(folder)]) == 0
+    text = (folder / "gallery.html").read_text()
+    assert text.count("<svg") == before.count("<svg") + 1
+    for label in ("held-out loss", "model", "ema_0.9"):
+        assert f"<!-- {label} -->" in text
+    assert "t0.0625" not in text
+    assert main([str(folder), str(other)]) == 0
+    assert "<!-- first: ema_0.9 -->" in (folder / "gallery.html").read_text()
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
 def test_a_browser_shows_it(tmp_path: Path) -> None:
     folder = run(tmp_path / "first")

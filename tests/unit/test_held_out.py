@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.config import Config, ConfigError, DataConfig, load_config, to_yaml
+from jitscale.config import Config, ConfigError, DataConfig, _impossible_held_out, load_config, to_yaml
 from jitscale.data.images import encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest
@@ -231,7 +231,7 @@ def test_workers_get_no_held_out_samples(folder: Path) -> None:
     [
         ("0.00001", r"data.held_out=1e-05: chooses none of 120 samples; raise it"),
         ("0.99999", r"data.held_out=0.99999: leaves none of 120 samples to train on; lower it"),
-        ("absent", r"data.held_out: absent: missing"),
+        ("absent", r"data.held_out: absent: missing .* copy it again or correct data.held_out$"),
         ("SHARDS", r"data.held_out: .*shard-000000.tar is trained on as .*shard-000000.tar of data.shards; name"),
         ("SHARDS/shard-000003.tar", r"data.held_out: .*shard-000003.tar is trained on as "),
         ("LINK/shard-000001.tar", r"data.held_out: .*shard-000001.tar is trained on as .*shards/shard-000001.tar"),
@@ -270,21 +270,19 @@ def test_held_out_images_that_cannot_be_decoded_are_refused_at_the_start(fewer: 
 
 def test_the_setting_is_a_number_or_a_text(tmp_path: Path) -> None:
     """From YAML and from the command line; it survives being written."""
-    for text, expected in (("0.01", "0.01"), ("1e-3", "0.001"), ("'0.25'", "0.25"), ("/data/val", "/data/val")):
+    (tmp_path / "bare.yaml").write_text("run: {max_steps: 1}")
+    for text, expected in (("0.01", "0.01"), ("1e-3", "0.001"), ("/data/val", "/data/val")):
         (tmp_path / "file.yaml").write_text(f"data: {{held_out: {text}}}\nrun: {{max_steps: 1}}")
         config = load_config(tmp_path / "file.yaml")
         assert config.data.held_out == expected
-        (tmp_path / "again.yaml").write_text(to_yaml(config))
-        assert load_config(tmp_path / "again.yaml") == config
-        (tmp_path / "bare.yaml").write_text("run: {max_steps: 1}")
         assert load_config(tmp_path / "bare.yaml", [f"data.held_out={text}"]) == config
-    assert load_config(tmp_path / "bare.yaml", ["data.held_out=null"]).data.held_out is None
+    (tmp_path / "again.yaml").write_text(to_yaml(config_of("", "0.25")).replace("max_steps: null", "max_steps: 1"))
+    assert load_config(tmp_path / "again.yaml").data.held_out == "0.25"
+    for held_out, shown in (("0", "0"), ("1.0", "1.0"), ("-0.1", "-0.1"), ("nan", "nan"), ("", "''")):
+        (problem,) = _impossible_held_out(config_of("", held_out))
+        assert (problem.key, problem.value) == ("data.held_out", shown)
     for override, message in (
-        ("data.held_out=0", "data.held_out=0 must be a fraction in (0, 1), or name shards"),
-        ("data.held_out=1.0", "data.held_out=1.0 must be a fraction in (0, 1)"),
-        ("data.held_out=-0.1", "data.held_out=-0.1 must be a fraction in (0, 1)"),
-        ("data.held_out=nan", "data.held_out=nan must be a fraction in (0, 1)"),
-        ("data.held_out=''", "data.held_out='' must be a fraction in (0, 1)"),
+        ("data.held_out=1.0", "data.held_out=1.0 must be a fraction in (0, 1), or name shards; for example 0.01"),
         ("evaluation.held_out_every_images=8", "evaluation.held_out_every_images=8 measures held-out samples, and"),
         ("evaluation.held_out_every_images=-1", "evaluation.held_out_every_images=-1 must not be negative"),
     ):
@@ -319,14 +317,15 @@ def small(shards: Path, held_out: str) -> Config:
 @pytest.mark.parametrize("space", ["v", "x"])
 def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
     """Sample by sample: z = t x + (1 - t) e, x-prediction, squared error in the space of the loss."""
-    config = small(folder, "0.2")
+    config = small(folder, "0.1")
     config.diffusion.loss = space
     shards = open_configured(config)
     assert shards.held_out is not None
     networks = {name: network_of(config, seed) for seed, name in enumerate(("model", "ema_0.9"))}
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    found = HeldOutLoss(config, CPU, shards.held_out).measure(networks.__getitem__, list(networks))
+    held_out = HeldOutLoss(config, CPU, shards.held_out)
+    found = {key: value for name in networks for key, value in held_out.measure(networks[name], name).items()}
     assert torch.equal(torch.random.get_rng_state(), before), "training draws what it would have drawn"
     numbers = members(shards.held_out)
     assert len(numbers) % config.evaluation.block_size, "the last block is not full"
@@ -370,10 +369,10 @@ def test_bad_held_out_images_are_left_out_counted_and_said_once(
         damage(png / shard_name(0), sample)
     measured, rest = losses()
     np.testing.assert_array_equal(rest, np.delete(sound, (3, 9, 19), axis=0))
-    found = measured.measure(lambda name: network, ["model"])
+    found = measured.measure(network, "model")
     assert (found["held_out_samples"], found["held_out_bad_samples"]) == (17, 3)
     assert caplog.text.count("the held-out loss is measured without it") == 3
     for sample in range(20):
         damage(png / shard_name(0), sample)
     with pytest.raises(DataError, match=r"data.held_out=.*: none of 20 images can be decoded; check the shards"):
-        measured.measure(lambda name: network, ["model"])
+        measured.measure(network, "model")

@@ -12,7 +12,7 @@ import wandb
 
 from jitscale.config import Config, TrackingConfig
 from jitscale.planner import peak_tflops
-from jitscale.tracking import Tracker, read_metrics
+from jitscale.tracking import Tracker, read_held_out, read_metrics
 
 
 def tracker(run_dir: Path, resumed_step: int | None = 0, wandb: str = "off") -> Tracker:
@@ -33,6 +33,28 @@ def test_lines_of_a_repeated_stretch_appear_once(tmp_path: Path) -> None:
     second.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0] * 5 + [2.0] * 3
+
+
+def test_lines_of_held_out_samples_stand_aside(tmp_path: Path) -> None:
+    """Readers of steps do not meet them; a resume and a rollback take them back as other lines."""
+    assert read_held_out(tmp_path) == []
+    record = tracker(tmp_path)
+    for step in range(1, 7):
+        record.log({"step": step, "loss": 1.0})
+        if step % 2 == 0:
+            record.log({"step": step, "held_out_samples": 3, "held_out/model": float(step), "held_out/ema_0.9": None})
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0] * 6
+    assert [(line["step"], line["held_out/model"]) for line in read_held_out(tmp_path)] == [
+        (2, 2.0),
+        (4, 4.0),
+        (6, 6.0),
+    ]
+    record.rewind(5)
+    assert [line["step"] for line in read_held_out(tmp_path)] == [2, 4]
+    record.close()
+    tracker(tmp_path, resumed_step=2).close()
+    assert [line["step"] for line in read_held_out(tmp_path)] == [2]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
