@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -422,7 +423,7 @@ class _Shard:
 class _Selection:
     """Some samples of every shard: those in `rows`, or all others.
 
-    Only `rows` are stored, so that holding out a hundredth of 10^8 samples takes 8 MB.
+    Nothing is stored for the others, so that holding out a hundredth of 10^8 samples takes 16 MB at most.
     """
 
     rows: list[Int64Array]  # of each shard, rising
@@ -435,11 +436,14 @@ class _Selection:
 
     def stored_index(self, shard: int, index: int) -> int:
         """Where sample `index` of the selection lies in the shard."""
-        rows = self.rows[shard]
         if not self.others:
-            return int(rows[index])
-        # Before row k of `rows` lie rows[k] - k others: those rows up to which at most `index` others lie come first.
-        return index + int(np.searchsorted(rows - np.arange(len(rows)), index, side="right"))
+            return int(self.rows[shard][index])
+        return index + int(np.searchsorted(self._others_before[shard], index, side="right"))
+
+    @cached_property
+    def _others_before(self) -> list[Int64Array]:
+        """How many samples that are not in `rows` lie before each one that is: (rows,) of each shard."""
+        return [rows - np.arange(len(rows)) for rows in self.rows]
 
 
 class _CachedShard:
