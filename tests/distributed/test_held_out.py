@@ -66,14 +66,15 @@ def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: 
 def test_any_number_of_ranks_measures_the_same(
     job: Job, measured: list[dict[str, Any]], world_size: int, stage: int
 ) -> None:
-    """Bitwise; and a measurement that a kill has prevented is made up for, once."""
+    """Bitwise; and a measurement that a kill has prevented is made up for, but none is taken twice."""
     name = f"again_{world_size}"
     saved = STEPS - 4 if world_size == 2 else STEPS  # two ranks train on as the unbroken run did
     job.copy("measured", name, steps=saved)
     without_held_out(job.folder / name, saved)
     assert read_held_out(job.folder / name) == measured[: saved // 4 - 1]
-    job.train(name, *SETTINGS, f"engine.zero_stage={stage}", world_size=world_size)
-    assert read_held_out(job.folder / name) == measured
+    for _ in range(2 if world_size == 1 else 1):  # the second start finds all measured
+        job.train(name, *SETTINGS, f"engine.zero_stage={stage}", world_size=world_size)
+        assert read_held_out(job.folder / name) == measured
     assert losses(read_metrics(job.folder / name)) == losses(read_metrics(job.folder / "measured"))
 
 

@@ -359,6 +359,36 @@ def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
     assert found["held_out/model"] != found["held_out/ema_0.9"]
 
 
+class Gathered(Exception):  # noqa: N818  # no error: it carries what one rank has
+    """Raised in the place of the collective call."""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_put_their_blocks_together_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Real ranks are in tests/distributed: a mean alone would hardly tell another order."""
+    config = small(folder, "0.2")
+    held_out = open_configured(config).held_out
+    assert held_out is not None
+    network = network_of(config, 0)
+    alone, _ = HeldOutLoss(config, CPU, held_out)._losses(network)
+
+    def leave(value: object) -> list[object]:
+        if isinstance(value, list):
+            raise Gathered(value)
+        return [value]
+
+    monkeypatch.setattr("jitscale.parallel.gather_objects", leave)
+    parts = []
+    for rank in range(ranks):
+        with pytest.raises(Gathered) as gathered:
+            HeldOutLoss(config, World(rank, ranks, rank, CPU.device), held_out)._losses(network)
+        parts += gathered.value.args
+    assert [len(part) for part in parts] == [2, 1] if ranks == 2 else [1, 1, 1]
+    monkeypatch.setattr("jitscale.parallel.gather_objects", lambda value: parts if isinstance(value, list) else [value])
+    together, _ = HeldOutLoss(config, World(0, ranks, 0, CPU.device), held_out)._losses(network)
+    np.testing.assert_array_equal(together, alone)
+
+
 def test_bad_held_out_images_are_left_out_counted_and_said_once(
     fewer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
