@@ -7,9 +7,9 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,46 @@ import wandb
 from PIL import Image
 
 from jitscale.config import Config, to_dict
+from jitscale.errors import ConfigError
 from jitscale.files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
+# Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end before Slurm ends it.
+WANDB_FINISH_TIMEOUT = 30.0
+SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
+
+
+def check_wandb(config: Config) -> None:
+    """Refuse `tracking.wandb=online` where W&B finds no key: a run would otherwise record offline without being asked to.
+
+    W&B looks where it always does (environment, netrc, its settings files). It asks no server, so a key that the server
+    rejects is only noticed when the run begins.
+
+    Raises:
+        ConfigError: there is no key, or W&B cannot use what it finds.
+    """
+    if config.tracking.wandb != "online":
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return
+        settings = wandb.setup().settings
+        mode, server = settings.mode, settings.base_url
+        wandb.teardown()  # ends the service process that setup starts
+    except (wandb.errors.Error, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tracking.wandb=online: {reason} {_KEY_REMEDY}") from error
+    # WANDB_MODE=offline or disabled is the user's decision for this machine, and needs no key.
+    if mode in ("online", "run", "shared"):
+        raise ConfigError(f"tracking.wandb=online: no API key for {server}. {_KEY_REMEDY}")
+
+
+_KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
 
 
 class Tracker:
@@ -62,7 +95,7 @@ class Tracker:
             return
         clean = {key: _finite(value) for key, value in values.items()}
         self._write(json.dumps(clean) + "\n")
-        self._to_wandb({key: value for key, value in clean.items() if value is not None})
+        self._to_wandb(_known(clean))
 
     def _write(self, line: str) -> None:
         """To metrics.jsonl; a full disk costs lines, not the run."""
@@ -94,20 +127,42 @@ class Tracker:
         """Record the numbers of an evaluation after `step` steps, `images` images seen, in evaluations.jsonl."""
         if not self._active:
             return
-        numbers = {key: value for key, value in result.items() if isinstance(value, float | int)}
+        numbers = _numbers(result)
         line = {"step": step, "images": images, "weights": result["protocol"]["weights"], **numbers}
         try:
             with self._evaluations.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             self._say_unwritten(error)
-        self._to_wandb({**{f"evaluation/{key}": value for key, value in numbers.items()}, "images": images})
+        self._to_wandb({**{f"evaluation/{key}": value for key, value in _known(numbers).items()}, "images": images})
 
-    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Send a table; every row has the same columns."""
-        if self._wandb is not None and rows:
-            table = wandb.Table(columns=[*rows[0]], data=[[row[column] for column in rows[0]] for row in rows])
-            self._guarded(lambda: self._wandb.log({name: table}))
+    def log_final(self, result: dict[str, Any]) -> None:
+        """Send the run's final evaluation to W&B: metrics and best setting into its summary, the sweep as table and curve.
+
+        Args:
+            result: the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval); `table`,
+                a row for each measured setting with the columns SWEEP_COLUMNS, of which numbers may be missing.
+        """
+        if self._wandb is not None:
+            self._guarded(lambda: self._send_final(result))
+
+    def _send_final(self, result: dict[str, Any]) -> None:
+        rows = result["table"]
+        if len(rows) > 1:
+            data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
+            self._wandb.log({"sweep": wandb.Table(columns=[*SWEEP_COLUMNS], data=data)})
+            lines = _fid_by_guidance(rows)
+            if lines:
+                curve = wandb.plot.line_series(
+                    xs=[[scale for scale, _ in points] for points in lines.values()],
+                    ys=[[fid for _, fid in points] for points in lines.values()],
+                    keys=list(lines),
+                    title="FID over guidance scale",
+                    xname="guidance_scale",
+                )
+                self._wandb.log({"fid_over_guidance": curve})
+        best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
+        self._wandb.summary.update(_known({**_numbers(result), **best}))
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: those steps will be run again."""
@@ -126,36 +181,48 @@ class Tracker:
         except OSError as error:
             self._say_unwritten(error)
         if self._wandb is not None:
-            self._guarded(self._wandb.finish)
-        if self._offline:
-            logger.info("to send what W&B has recorded offline: wandb sync %s/wandb/offline-run-*", self._path.parent)
+            folder = Path(self._wandb.dir).parent
+            sent = self._guarded(self._wandb.finish)
+            if self._offline:
+                logger.info("to send what W&B has recorded offline: wandb sync %s/offline-run-*", folder.parent)
+            elif not sent:
+                logger.warning("to send what W&B has not sent: wandb sync --include-online %s", folder)
 
     def _start_wandb(self, config: Config, run_dir: Path) -> None:
         """Begin or continue the run's W&B record under the same id; offline where the server cannot be reached."""
-        identity = run_dir / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
         os.environ.setdefault("WANDB_SILENT", "true")
 
-        def start(mode: Literal["online", "offline"]) -> None:
+        def start(offline: bool) -> None:
+            identity = run_dir / "wandb_id"
+            if not identity.exists():
+                with appearing_whole(identity) as file:
+                    file.write(secrets.token_hex(4).encode())
+            if not offline:
+                check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
             record = wandb.init(
                 project=config.tracking.project,
                 name=config.tracking.name or run_dir.name,
-                id=identity.read_text(),
+                id=identity.read_text().strip(),
                 resume="allow",
                 dir=run_dir,
-                mode=mode,
+                mode="offline" if offline else None,  # None: online, unless WANDB_MODE says otherwise
                 config=to_dict(config),
-                settings=wandb.Settings(init_timeout=WANDB_TIMEOUT),
+                settings=wandb.Settings(
+                    init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
+                ),
             )
             # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
             record.define_metric("*", step_metric="images")
             self._wandb = record
+            self._offline = record.offline
 
-        if config.tracking.wandb == "online" and not self._guarded(lambda: start("online")):
-            logger.warning("W&B goes on offline")
-        if self._wandb is None and self._guarded(lambda: start("offline")):
-            self._offline = True
+        if config.tracking.wandb == "online":
+            if not self._guarded(lambda: start(offline=False)):
+                logger.warning("W&B goes on offline")
+            elif self._offline or self._wandb.disabled:
+                logger.warning("W&B records nothing online, because its own settings (WANDB_MODE) say so")
+        if self._wandb is None:
+            self._guarded(lambda: start(offline=True))
 
     def _to_wandb(self, values: dict[str, Any]) -> None:
         if self._wandb is not None:
@@ -203,6 +270,34 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             logger.warning("%s: a line that was cut short is left out", path)
     return found
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:
+    """The metrics of an evaluation; what is not finite becomes null."""
+    return {name: _finite(value) for name, value in result.items() if isinstance(value, float | int)}
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls, which W&B would show as text."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _cell(value: Any) -> Any:
+    """What a table shows: an interval as `low:high`, because W&B neither filters nor sorts by lists."""
+    return ":".join(f"{end:g}" for end in value) if isinstance(value, list | tuple) else value
+
+
+def _fid_by_guidance(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(guidance scale, FID) of the coarse part of a sweep, a line for each average and, if they differ, interval."""
+    measured = [row for row in rows if row.get("fid") is not None]
+    fewest = min((row["num_images"] for row in measured), default=0)
+    coarse = [row for row in measured if row["num_images"] == fewest]
+    several = len({_cell(row["guidance_interval"]) for row in coarse}) > 1
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in coarse:
+        name = f"{row['weights']}, {_cell(row['guidance_interval'])}" if several else row["weights"]
+        lines.setdefault(name, []).append((row["guidance_scale"], row["fid"]))
+    return {name: sorted(points) for name, points in lines.items()}
 
 
 def _finite(value: float | int | None) -> float | int | None:

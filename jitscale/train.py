@@ -20,6 +20,7 @@ from jitscale.errors import ExitCode, exit_with_message
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
+from jitscale.tracking import check_wandb
 
 if TYPE_CHECKING:
     from jitscale.weights.stored import StoredWeights
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
+        # Only this rank records, and only its node may have the key.
+        parallel.together(lambda: check_wandb(config) if world.is_main else None)
         code = _train_through(stages_of(config), world)
         if code == ExitCode.DONE and world.is_main:
             mark_complete(Path(config.run.dir), "train")

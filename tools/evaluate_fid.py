@@ -25,10 +25,8 @@ from jitscale.evaluation.sweep import AXES, Setting, measure_settings, settings_
 from jitscale.files import appearing_whole
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
-from jitscale.tracking import Tracker
+from jitscale.tracking import Tracker, check_wandb
 from jitscale.weights.opening import open_weights, read_guide
-
-COLUMNS = ("weights", "interval", "scale", "num_images", "fid", "inception_score")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = Path(config.run.dir)
     try:
         parallel.together(lambda: stored.verify(world.rank, world.size))
+        parallel.together(lambda: check_wandb(config) if world.is_main else None)
 
         def network(name: str) -> JiT:
             return ready_to_sample(stored.weight_set(name).build(), config, world.device)
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         if world.is_main:
             report(coarse, precise, run_dir)
             tracker = Tracker(config, run_dir, True, None)  # the run may be training
-            tracker.log_table("sweep", [row(result) for result in [*coarse, *precise]])
+            tracker.log_final(final(coarse, precise))
             tracker.close()
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     finally:
@@ -89,9 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     return ExitCode.DONE
 
 
-def row(result: dict[str, Any]) -> dict[str, Any]:
-    """What a table shows of a result."""
-    return {column: str(result[column]) if column == "interval" else result[column] for column in COLUMNS}
+def final(coarse: list[dict[str, Any]], fine: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of the best setting, and the sweep's table."""
+    table = [
+        {**result, "guidance_scale": result["scale"], "guidance_interval": result["interval"]}
+        for result in [*coarse, *fine]
+    ]
+    best = {name: table[len(coarse)][name] for name in ("weights", "guidance_scale", "guidance_interval")}
+    return {**fine[0], "best": best, "table": table}
 
 
 def report(coarse: list[dict[str, Any]], fine: list[dict[str, Any]], run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jitscale.errors import ExitCode, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
+from jitscale.tracking import check_wandb
 from jitscale.training.checkpoint import complete_checkpoints
 
 KINDS = ("train", "upgrade", "evaluate")
@@ -65,7 +67,7 @@ class Stage:
         """Refuse what can be known to fail before anything is queued.
 
         Raises:
-            UserError: the configuration is impossible, or its shards are not there.
+            UserError: the configuration is impossible, its shards are not there, or W&B has no key.
         """
         from jitscale.data.shards import open_configured  # noqa: PLC0415  # torch is not needed before
 
@@ -75,6 +77,8 @@ class Stage:
         )
         if trains:
             open_configured(config)
+            if not {"JITSCALE_SETUP", "JITSCALE_RANK_PYTHON"} & os.environ.keys():  # either may set the job's key
+                check_wandb(config)
 
     def __call__(self) -> str:
         """Do the work to its end; returns what was done.

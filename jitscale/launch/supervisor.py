@@ -31,6 +31,7 @@ from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN
 from jitscale.progressive import run_dirs
+from jitscale.tracking import check_wandb
 from jitscale.training.checkpoint import complete_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -86,23 +87,34 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
     Raises:
         ConfigError: the configuration is impossible.
         CheckpointError: there is no run to evaluate.
+        UserError: nothing says what to train or evaluate, or W&B has no key.
     """
     parser = argparse.ArgumentParser(prog=f"python -m jitscale.{command}", allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--run", type=Path)
+    if command == "evaluate":  # options with a value, which is no setting
+        parser.add_argument("--run", "--run-dir", type=Path)
+        parser.add_argument("--checkpoint")
+        parser.add_argument("--weights")
     known, rest = parser.parse_known_args(arguments)
-    overrides = [word for word in rest if not word.startswith("-") and "=" in word]
-    if command == "train" and known.config is None:
-        raise UserError("train needs --config FILE")
-    if known.run is not None:
-        overrides.append(f"run.dir={known.run}")
-        if not (known.run / "config.yaml").exists():
-            raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
-    path = known.config or known.run / "config.yaml"
-    if command == "evaluate":
-        config = load_config(path, overrides)
-    else:
+    overrides = [word for word in rest if not word.startswith("-")]
+    if command == "train":
+        if known.config is None:
+            raise UserError("train needs --config FILE")
+        path = known.config
         config = load_config(path, overrides, world_size=tasks, needs_shards=True)
+        if "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks will look
+            check_wandb(config)
+    else:
+        if known.run is None and (known.checkpoint is None or known.config is None):
+            folders = [word for word in overrides if "=" not in word]
+            meant = f"; write --run {folders[0]}" if folders else ""
+            raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
+        if known.run is not None:
+            overrides.append(f"run.dir={known.run}")
+            if not (known.run / "config.yaml").exists():
+                raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
+        path = known.config or known.run / "config.yaml"
+        config = load_config(path, overrides)
     return Work(command, arguments, Path(config.run.dir), ["--config", str(path), *overrides])
 
 
