@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster lint format install clean
+.PHONY: demo test test-slow test-cluster test-wandb lint format install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +22,13 @@ test-slow: $(INSTALLED)
 test-cluster: $(INSTALLED)
 	tests/slurm/packages.sh
 	$(RUN) -m pytest -m cluster tests/slurm
+
+# The server has an environment of its own, because its licence (CC BY-NC 4.0) forbids commercial use: installing it is
+# your decision, and nothing else needs it.
+test-wandb: $(INSTALLED)
+	test -x .venv-wandb-server/bin/openwandb || $(PYTHON) -m venv .venv-wandb-server
+	.venv-wandb-server/bin/python -m pip install --quiet openwandb==0.5.25
+	$(RUN) -m pytest -m wandb tests/unit/test_tracking_online.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

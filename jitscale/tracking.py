@@ -219,6 +219,7 @@ class Tracker:
         if config.tracking.wandb == "online":
             if not self._guarded(lambda: start(offline=False)):
                 logger.warning("W&B goes on offline")
+                self._guarded(wandb.teardown)  # its service still holds the run's id, which may not be used twice
             elif self._offline or self._wandb.disabled:
                 logger.warning("W&B records nothing online, because its own settings (WANDB_MODE) say so")
         if self._wandb is None:
