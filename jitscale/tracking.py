@@ -25,13 +25,14 @@ logger = logging.getLogger(__name__)
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
 # Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end before Slurm ends it.
+# Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end by itself.
 WANDB_FINISH_TIMEOUT = 30.0
 SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
 
 
 def check_wandb(config: Config) -> None:
-    """Refuse `tracking.wandb=online` where W&B finds no key: a run would otherwise record offline without being asked to.
+    """Refuse `tracking.wandb=online` where W&B finds no key: the run would record offline, which nobody asked for.
 
     W&B looks where it always does (environment, netrc, its settings files). It asks no server, so a key that the server
     rejects is only noticed when the run begins.
@@ -137,11 +138,12 @@ class Tracker:
         self._to_wandb({**{f"evaluation/{key}": value for key, value in _known(numbers).items()}, "images": images})
 
     def log_final(self, result: dict[str, Any]) -> None:
-        """Send the run's final evaluation to W&B: metrics and best setting into its summary, the sweep as table and curve.
+        """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
 
         Args:
-            result: the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval); `table`,
-                a row for each measured setting with the columns SWEEP_COLUMNS, of which numbers may be missing.
+            result: the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval);
+                `table`, a row for each measured setting with the columns SWEEP_COLUMNS; FID and Inception Score of a
+                row may be None.
         """
         if self._wandb is not None:
             self._guarded(lambda: self._send_final(result))

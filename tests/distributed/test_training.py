@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import socket
@@ -349,6 +350,22 @@ def test_a_mistake_on_two_ranks_ends_both(job: Job) -> None:
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert outputs[0].count("error: ") == 1
     assert outputs[1].count("error: ") == 0
+
+
+def test_a_missing_key_of_wandb_ends_all_ranks_before_the_first_step(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    ranks = start_ranks(2, *job.command("without_a_key", "tracking.wandb=online"))
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    (said,) = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: tracking.wandb=online: no API key for https://")
+    assert "Traceback" not in outputs[0] + outputs[1]
+    assert not (job.folder / "without_a_key/config.yaml").exists(), "nothing has begun"
 
 
 def test_start_from_weights_that_exist(job: Job, unbroken: list[dict[str, Any]]) -> None:

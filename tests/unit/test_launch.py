@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import wandb
 
 from jitscale.completion import forget_completion, is_complete, mark_complete
 from jitscale.errors import CheckpointError, ConfigError, UserError
@@ -70,8 +72,9 @@ def test_ranks_are_compared() -> None:
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another kind of device (cuda or cpu)")]
 
 
-def test_work_is_known_from_the_command_line(tmp_path: Path) -> None:
+def test_work_is_known_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ROOT / "configs/jit_b_256.yaml"
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the recipe says online
     words = ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
     work = work_of("train", words, tasks=8)
     assert (work.run_dir, work.position) == (tmp_path, 0)
@@ -88,6 +91,40 @@ def test_work_is_known_from_the_command_line(tmp_path: Path) -> None:
     work = work_of("evaluate", ["--run", str(tmp_path), "--weights", "model", "evaluation.steps=3"], tasks=7)
     assert (work.run_dir, work.position) == (tmp_path, 1)
     assert "model" not in work.config
+    work = work_of("evaluate", ["--checkpoint", "theirs.pth", "--config", str(config), f"run.dir={tmp_path}"], tasks=7)
+    assert work.run_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("evaluate", [], "evaluate needs --run RUN, or --checkpoint FILE with --config FILE$"),
+        ("evaluate", ["runs/h"], "evaluate needs .*; write --run runs/h$"),
+        ("evaluate", ["--config", "configs/jit_b_256.yaml"], "evaluate needs --run"),
+        ("evaluate", ["--checkpoint", "theirs.pth", "evaluation.steps=3"], "evaluate needs --run"),
+        ("evaluate", ["--run-dir", "runs/absent"], "runs/absent: no run there"),
+        ("train", ["--config", "configs/jit_b_256.yaml", "runs/h", "data.shards=/data"], "runs/h has no '='"),
+    ],
+)
+def test_arguments_without_a_meaning_are_refused(command: str, arguments: list[str], said: str) -> None:
+    """As in `sbatch slurm/evaluate.sh runs/h`."""
+    with pytest.raises(UserError, match=said) as refused:
+        work_of(command, arguments, tasks=8)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    wandb.teardown()  # it keeps what an earlier test made it read
+    words = ["--config", str(ROOT / "configs/jit_b_256.yaml"), f"run.dir={tmp_path}", "data.shards=/data"]
+    with pytest.raises(UserError, match=r"tracking\.wandb=online: no API key"):
+        work_of("train", words, tasks=8)
+    work_of("train", [*words, "tracking.wandb=offline"], tasks=8)
+    monkeypatch.setenv("JITSCALE_RANK_PYTHON", "in_a_container.sh")
+    work_of("train", words, tasks=8)
 
 
 def test_the_end_is_recorded(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """What W&B has written offline: after 7 bytes LevelDB's log of blocks of 32 KiB; a last record cut short is left out.
+    """What W&B has written offline: after 7 bytes LevelDB's log, blocks of 32 KiB; a record cut short is left out.
 
     In a block: crc32 (4 bytes), size (2), kind (1: whole, 2: first, 3: middle, 4: last part), part of a record.
     """
@@ -371,7 +371,7 @@ def test_the_peak_is_that_of_the_board(monkeypatch: pytest.MonkeyPatch, name: st
 class Refusing(BaseHTTPRequestHandler):
     """A server that knows no key."""
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = b'{"errors": [{"message": "user is not logged in"}]}'
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(401)
