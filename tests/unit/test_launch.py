@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,18 @@ from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
+from tools.make_shards import _parser as packing_parser
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The recipes record online, for which this machine has no key."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it keeps what an earlier test made it read
+    yield
+    wandb.teardown()
 
 
 def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
@@ -72,9 +84,8 @@ def test_ranks_are_compared() -> None:
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another kind of device (cuda or cpu)")]
 
 
-def test_work_is_known_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_known_from_the_command_line(tmp_path: Path, wandb_offline: None) -> None:
     config = ROOT / "configs/jit_b_256.yaml"
-    monkeypatch.setenv("WANDB_MODE", "offline")  # the recipe says online
     words = ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
     work = work_of("train", words, tasks=8)
     assert (work.run_dir, work.position) == (tmp_path, 0)
@@ -113,12 +124,52 @@ def test_arguments_without_a_meaning_are_refused(command: str, arguments: list[s
     assert "\n" not in str(refused.value)
 
 
+EXAMPLES = [
+    (path.name, line)
+    for path in [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for line in re.findall(
+        r"^(?:#.*?)?sbatch (?:--\S+ )*slurm/(\S+\.sh .*?)(?: +#.*| \[.*)?$", path.read_text(), re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize(("where", "line"), EXAMPLES)
+def test_the_examples_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_offline: None, where: str, line: str
+) -> None:
+    """In the scripts' headers, README and docs: with the nodes that the script asks for."""
+    monkeypatch.chdir(tmp_path)  # the examples name runs of this folder
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    name, *words = line.split()
+    script = (ROOT / "slurm" / name).read_text()
+    if name == "pack_shards.sh":
+        packing_parser().parse_args(words)
+        return
+    command, given = re.findall(r'^supervise (train|evaluate) (.*)"\$@"$', script, re.MULTILINE)[0]
+    tasks = int(re.findall(r"--nodes=(\d+)", script)[0]) * int(re.findall(r"--ntasks-per-node=(\d+)", script)[0])
+    if name == "upgrade_and_finetune.sh":
+        low, config, new, *words = words
+        given = given.replace('"$config"', config).replace('"run.dir=$new"', f"run.dir={new}")
+        assert '--checkpoint "$low" --to "$config" --output "$new"' in script
+        assert low != new
+    if command == "evaluate":
+        run = tmp_path / words[words.index("--run") + 1]
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"run: {{dir: {run}, max_steps: 1}}")
+    work_of(command, [*given.split(), *words], tasks)
+
+
+def test_every_script_has_an_example() -> None:
+    scripts = {path.name for path in (ROOT / "slurm").glob("*.sh")} - {"launch.sh"}
+    assert {line.split()[0] for where, line in EXAMPLES if where in scripts} == scripts
+
+
 def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
-    wandb.teardown()  # it keeps what an earlier test made it read
+    wandb.teardown()
     words = ["--config", str(ROOT / "configs/jit_b_256.yaml"), f"run.dir={tmp_path}", "data.shards=/data"]
     with pytest.raises(UserError, match=r"tracking\.wandb=online: no API key"):
         work_of("train", words, tasks=8)
