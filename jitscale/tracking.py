@@ -40,7 +40,7 @@ def check_wandb(config: Config) -> None:
     Raises:
         ConfigError: there is no key, or W&B cannot use what it finds.
     """
-    if config.tracking.wandb != "online":
+    if config.tracking.wandb != "online" or wandb.run is not None:  # a run that is open has its key
         return
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -77,7 +77,8 @@ class Tracker:
                 they are, another process may be writing them.
         """
         self._active = active
-        self._wandb: Any = None
+        self._record: Any = None  # W&B's, to the end
+        self._wandb: Any = None  # the same until W&B fails
         self._offline = False
         self._unwritten = False
         if not active:
@@ -182,9 +183,11 @@ class Tracker:
             self._file.close()
         except OSError as error:
             self._say_unwritten(error)
-        if self._wandb is not None:
-            folder = Path(self._wandb.dir).parent
-            sent = self._guarded(self._wandb.finish)
+        if self._record is not None:
+            folder = Path(self._record.dir).parent
+            sent = self._guarded(self._record.finish)
+            # Slurm kills what a rank leaves behind, such as W&B's service while it still writes.
+            self._guarded(wandb.teardown)
             if self._offline:
                 logger.info("to send what W&B has recorded offline: wandb sync %s/offline-run-*", folder.parent)
             elif not sent:
@@ -215,7 +218,7 @@ class Tracker:
             )
             # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
             record.define_metric("*", step_metric="images")
-            self._wandb = record
+            self._record = self._wandb = record
             self._offline = record.offline
 
         if config.tracking.wandb == "online":
