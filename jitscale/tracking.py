@@ -28,6 +28,7 @@ HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
 # Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end by itself.
 WANDB_FINISH_TIMEOUT = 30.0
 SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
+_KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
 
 
@@ -55,9 +56,6 @@ def check_wandb(config: Config) -> None:
     # WANDB_MODE=offline or disabled is the user's decision for this machine, and needs no key.
     if mode in ("online", "run", "shared"):
         raise ConfigError(f"tracking.wandb=online: no API key for {server}. {_KEY_REMEDY}")
-
-
-_KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
 
 
 class Tracker:
