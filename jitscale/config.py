@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluation.features": ("digits", "glyphs", "inception"),  # with logits, for the Inception Score
     "evaluation.more_features": ("digits", "dinov2", "glyphs", "inception"),
     "evaluation.method": ("euler", "heun"),
+    "evaluation.labels": ("balanced", "random", "data"),
     "tracking.wandb": ("online", "offline", "off"),
     "run.device": ("auto", "cpu", "cuda"),
 }
@@ -154,16 +155,26 @@ class EvaluationConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.1, 1.0])  # in t
     guide: str | None = None  # autoguidance: a smaller or less trained network, any stored weights; null: no label
     guide_weights: str | None = None  # its weight set; null: its default
+    t_eps: float | None = None  # smallest denominator in 1 / (1 - t) and 1 / t while sampling; null: training's
+    labels: str = "balanced"  # classes asked for: balanced; random; data, which are as frequent as in data.shards
     seed: int = 0
     features: str | None = None  # feature network of FID and IS; null: none
+    features_file: str | None = None  # its weights, if not the published ones; of the same shape
     more_features: list[str] = field(default_factory=list)  # networks of which only the Fréchet distance is taken
     features_dir: str | None = None  # where published weights of feature networks are; null: torch hub's folder
+    cache_dir: str | None = None  # where statistics of real images are kept; null: beside their shards
     reference: str | None = None  # shards whose images are the real ones; null: data.shards
     reference_size: int | None = None  # pixels a side to which those are brought; null: model.image_size
     num_images: int = 50_000
     block_size: int = 64  # images generated together; fixed, so that no result depends on the number of ranks
     cuda_graphs: bool = False  # the network as one CUDA graph for each size of a batch: GPUs only
     at_end: bool = False  # evaluate when the run is complete
+    # What the final evaluation tries, as [guidance=1.8:2.6:0.2,ema=averages]: the axes of tools/evaluate_fid.py. The
+    # best setting is then measured on num_images. null: the configured setting alone.
+    sweep: list[str] | None = None
+    sweep_images: int = 5000  # generated for each setting of the sweep; num_images at most
+    sweep_keep: int = 1  # best settings that are measured on num_images
+    sweep_max_share: float | None = None  # of the run's compute that the sweep may take; more is refused; null: any
     every_images: int = 0  # measure on few images while training, after each multiple of this; 0: never
     few_images: int = 1000  # generated then
     grid_every_images: int = 0  # log a grid of samples; 0: never
@@ -509,6 +520,9 @@ def _out_of_range(config: Config) -> Iterator[_Problem]:
         "evaluation.steps",
         "evaluation.reference_size",
         "evaluation.block_size",
+        "evaluation.sweep_keep",
+        "evaluation.t_eps",
+        "evaluation.sweep_max_share",
         "tracking.log_every_steps",
     )
     not_negative = (
@@ -641,7 +655,7 @@ def _impossible_batch(config: Config, world_size: int) -> Iterator[_Problem]:
 
 def _impossible_evaluation(config: Config) -> Iterator[_Problem]:
     evaluation = config.evaluation
-    for name in ("num_images", "few_images"):
+    for name in ("num_images", "few_images", "sweep_images"):
         if getattr(evaluation, name) < FEWEST_SAMPLES:
             yield _Problem(
                 f"evaluation.{name}",

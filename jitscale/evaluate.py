@@ -1,22 +1,43 @@
 """Measure samples of a checkpoint: `python -m jitscale.evaluate --run DIR` or `--checkpoint FILE --config FILE`.
 
-All ranks share the work, under torchrun, under srun, or in one process; started again, it goes on where it was. It
-ends with result.json in the run's folder, or in `run.dir` for a bare checkpoint file. torchrun takes `--run` for an
-option of its own: with it, write `--run-dir`.
+It does the final evaluation that the configuration describes, with the sweep of `evaluation.sweep` if there is one. A
+weight set or guidance that the command names is measured alone.
+
+All ranks share the work, under torchrun, under srun, or in one process; started again, it goes on where it was. Every
+result is kept in RUN/results. RUN/result.json is the evaluation that the run's own config.yaml asks for; for a bare
+checkpoint file it is the last one. torchrun takes `--run` for an option of its own: with it, write `--run-dir`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jitscale import parallel
+from jitscale.cautions import start_caution
 from jitscale.completion import mark_complete
-from jitscale.config import load_config
-from jitscale.errors import CheckpointError, ExitCode, exit_with_message
+from jitscale.config import Config, load_config
+from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
+from jitscale.evaluation.evaluator import Evaluator
+from jitscale.evaluation.final import is_configured, measure_finally
+from jitscale.evaluation.generate import ready_to_sample
+from jitscale.evaluation.report import table_of
+from jitscale.evaluation.requirements import check_measurable, images_of
+from jitscale.evaluation.settings import Setting, final_settings
 from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.model.jit import JiT
+from jitscale.tracking import Tracker, check_wandb
+from jitscale.training.checkpoint import Checkpoint, latest_checkpoint
+from jitscale.weights.opening import open_weights, read_guide
+from jitscale.weights.stored import StoredWeights
+
+logger = logging.getLogger(__name__)
+
+# Settings that a sweep would change: where the command names one, no sweep is meant.
+SWEPT = ("evaluation.weights=", "evaluation.guidance_scale=", "evaluation.guidance_interval=")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     adopt_launcher_environment()
     overrides = list(options.overrides)
+    # A file of somebody else's is measured under one setting, unless a sweep is asked for.
+    alone = options.weights is not None or options.checkpoint is not None
+    overrides += without_sweep(overrides, alone=alone)
     if options.run is not None:
         overrides.append(f"run.dir={options.run}")
         if not (options.run / "config.yaml").exists():
@@ -47,31 +71,100 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.config or options.run / "config.yaml"
     # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
     config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from jitscale.evaluation.distributed import evaluate_model  # noqa: PLC0415
-    from jitscale.evaluation.generate import ready_to_sample  # noqa: PLC0415
-    from jitscale.weights.opening import read_guide, read_weights  # noqa: PLC0415
-
     asked = options.run is not None or any(text.startswith("evaluation.weights=") for text in overrides)
-    weights = read_weights(
-        options.run or options.checkpoint,
-        options.weights or (config.evaluation.weights if asked else None),
-        config if options.checkpoint is not None else None,
-    )
-    model, guide = weights.build(), read_guide(config)
+    weights = options.weights or (config.evaluation.weights if asked else None)
+    evaluate(options.run or options.checkpoint, config, weights, described=options.run is not None)
+    return ExitCode.DONE
+
+
+def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]:
+    """The setting that switches the configured sweep off, where the command names what the sweep would choose.
+
+    Args:
+        overrides: the command's settings.
+        alone: whether one setting is meant for another reason.
+    """
+    named = alone or any(text.startswith(SWEPT) for text in overrides)
+    asked = any(text.startswith("evaluation.sweep=") for text in overrides)
+    return ["evaluation.sweep=null"] if named and not asked else []
+
+
+def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described: bool) -> None:
+    """Do the final evaluation of stored weights and print it; starts and leaves the process group.
+
+    Args:
+        checkpoint: any stored weights.
+        config: of the evaluation; the results go to its `run.dir`.
+        weights: the set that is measured where no sweep names others; None: the stored weights' default.
+        described: whether the stored weights say what network they are of; else `config` does.
+
+    Raises:
+        UserError: see `measure_finally`, `open_weights` and `check_measurable`.
+    """
+    stored = open_weights(checkpoint, None if described else config)
+    config.evaluation.weights = stored.choose(weights)
+    settings, guide = final_settings(config, stored.weight_sets), read_guide(config)
+    run_dir = Path(config.run.dir)
+    newest = latest_checkpoint(run_dir)
+    is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest))
+    tracked = described and is_end and config.tracking.wandb != "off" and is_configured(run_dir, config)
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        model = ready_to_sample(model, config, world.device)
-        result = evaluate_model(model, weights.name, config, world, Path(config.run.dir), guide)
+        parallel.together(lambda: stored.verify(world.rank, world.size))
+        check_measurable(config, world, stored.weight_sets)
         if world.is_main:
-            mark_complete(Path(config.run.dir), "evaluate")
+            _say_what_is_the_start(stored, settings)
+            logger.info("%d settings, %d images in all", len(settings), images_of(config, stored.weight_sets))
+
+        def network(name: str) -> JiT:
+            return ready_to_sample(stored.weight_set(name).build(), config, world.device)
+
+        evaluator = Evaluator(config, world, run_dir, guide)
+        result = measure_finally(network, stored.weight_sets, evaluator, run_dir, is_end=is_end)
+        if world.is_main:
+            mark_complete(run_dir, "evaluate")
+            if tracked:
+                _track(config, run_dir, result)
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     finally:
         parallel.stop()
     if world.is_main:
-        print(json.dumps({key: value for key, value in result.items() if key != "protocol"}, indent=2))
-    return ExitCode.DONE
+        print(table_of(result))
+
+
+def _is_end(stored: StoredWeights, newest: Checkpoint) -> bool:
+    """Whether the stored weights are a run's newest checkpoint, and the run has come to its end with it."""
+    run, progress = newest.config.run, newest.progress
+    ends = (run.max_images is not None and progress.images >= run.max_images) or (
+        run.max_steps is not None and progress.step >= run.max_steps
+    )
+    return ends and stored.path.resolve() == newest.folder.resolve()
+
+
+def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[Setting]) -> None:
+    """Warn about averages that are mostly the start of the run, where a checkpoint tells how long that was."""
+    if not (stored.path / "index.json").exists():
+        return
+    progress = Checkpoint(stored.path).progress
+    if progress.optimizer_step > progress.step:
+        return  # upgraded: the averages had a start of their own
+    for name in dict.fromkeys(setting.weights for setting in settings):
+        caution = start_caution(stored.config, name, progress.step)
+        if caution is not None:
+            logger.warning("%s", caution)
+
+
+def _track(config: Config, run_dir: Path, result: dict[str, Any]) -> None:
+    """Put the run's final evaluation into its W&B record; a machine without a key keeps it in the files."""
+    try:
+        check_wandb(config)
+    except ConfigError as error:
+        logger.warning("the result is not sent to W&B: %s", error)
+        return
+    tracker = Tracker(config, run_dir, True, None)
+    tracker.log_final(result)
+    tracker.close()
 
 
 if __name__ == "__main__":

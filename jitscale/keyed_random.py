@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     REPLACEMENT = 10
     INSPECTED_SAMPLES = 11
     GLYPH = 12
+    REFERENCE_FEATURES = 13
+    SAMPLED_LABELS = 14
     HELD_OUT = 15
     HELD_OUT_NOISE = 16
 

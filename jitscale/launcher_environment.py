@@ -6,6 +6,7 @@ into a container; to guess the rest would give a run that waits for ranks that n
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,24 @@ def integer(name: str, value: str, least: int = 0, most: int | None = None) -> i
             f"{name}={value}: must be a whole number, {limit}; start with srun or torchrun, or unset it"
         )
     return number
+
+
+def positive_setting(name: str, default: float) -> float:
+    """The positive number in one of the project's own variables, JITSCALE_...; `default` where it is not set.
+
+    Raises:
+        LauncherError: it is no such number.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise LauncherError(f"{name}={text}: must be a number above 0, such as {default:g}; correct it, or unset it")
+    return value
 
 
 def _of_torchrun(environment: Mapping[str, str]) -> dict[str, str]:

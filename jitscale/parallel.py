@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from jitscale.errors import ConfigError, MeetingError, UserError
-from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
 
@@ -53,13 +53,19 @@ def choose_device(setting: str) -> torch.device:
     """`run.device` as this rank's device.
 
     Raises:
-        ConfigError: cuda was asked for and is not there.
+        ConfigError: cuda was asked for and is not there, or a node has more ranks than GPUs.
     """
     if setting == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 1 < seen <= local_rank:  # where a task sees one GPU, that is its own
+        raise ConfigError(
+            f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; start {seen} tasks a node "
+            "(--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
+        )
+    return torch.device("cuda", local_rank % seen)
 
 
 def bf16_supported(setting: str) -> bool:
@@ -182,13 +188,23 @@ def together(call: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_main(call: Callable[[], T]) -> T:
+    """What `call` returns on rank 0, where alone it is called, on every rank; a collective call.
+
+    Raises:
+        UserError: on every rank: what rank 0 met.
+    """
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    return cast(T, broadcast_object(together(lambda: call() if main else None)))
+
+
 def _meet() -> Store:
     """The store that all ranks share, once all have come.
 
     Raises:
         MeetingError: they have not within the limit, or cannot.
     """
-    seconds = float(os.environ.get("JITSCALE_MEETING_SECONDS", MEETING_SECONDS))
+    seconds = positive_setting("JITSCALE_MEETING_SECONDS", MEETING_SECONDS)
     try:
         with waiting_for_ranks():
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))

@@ -22,14 +22,15 @@ from jitscale.files import appearing_whole
 
 logger = logging.getLogger(__name__)
 
+NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # of a result, what is no metric
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
-HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
-# Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end before Slurm ends it.
 # Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end by itself.
 WANDB_FINISH_TIMEOUT = 30.0
 SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
+HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
 _KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
 SAMPLES = "samples"  # pictures of a run's samples, and their folder
+BEST_SAMPLES = "best_samples"  # those of the final evaluation's best setting
 
 
 def check_wandb(config: Config) -> None:
@@ -135,6 +136,13 @@ class Tracker:
         except OSError as error:
             self._say_unwritten(error)
         self._to_wandb({**{f"evaluation/{key}": value for key, value in _known(numbers).items()}, "images": images})
+
+    def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
+        """Record a measurement on few images while training, by names that say on how many: `fid_5k`."""
+        count = _short(result["num_images"])
+        of_samples = {key: key not in NOT_MEASURED and not key.endswith("_floor") for key in result}
+        named = {f"{key}_{count}" if of_samples[key] else key: value for key, value in result.items()}
+        self.log_result(named, step, images)
 
     def log_final(self, result: dict[str, Any]) -> None:
         """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
@@ -274,6 +282,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             logger.warning("%s: a line that was cut short is left out", path)
     return found
+
+
+def _short(count: int) -> str:
+    """A number of images in a name: 5000 as 5k."""
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:

@@ -17,6 +17,7 @@ from jitscale import parallel
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.evaluation.requirements import check_training_measures
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
@@ -56,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # Only this rank records, and only its node may have the key.
         parallel.together(lambda: check_wandb(config) if world.is_main else None)
-        code = _train_through(stages_of(config), world)
+        measured = check_training_measures(config, world)
+        code = _train_through(stages_of(measured), world)
         if code == ExitCode.DONE and world.is_main:
-            mark_complete(Path(config.run.dir), "train")
+            mark_complete(Path(config.run.dir), "train", config)
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
         return code
     finally:

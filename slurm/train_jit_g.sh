@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JiT-G/16 at 256 px, 600 epochs of ImageNet: sbatch slurm/train_jit_g.sh data.shards=/data/imagenet [group.key=value ...]
+# JiT-G/16 at 256 px, 600 epochs of ImageNet, then its FID: sbatch slurm/train_jit_g.sh data.shards=/data/imagenet [group.key=value ...]
 #SBATCH --job-name=jit_g_256
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

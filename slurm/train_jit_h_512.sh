@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JiT-H/32 at 512 px, 600 epochs of ImageNet: sbatch slurm/train_jit_h_512.sh data.shards=/data/imagenet [group.key=value ...]
+# JiT-H/32 at 512 px, 600 epochs of ImageNet, then its FID: sbatch slurm/train_jit_h_512.sh data.shards=/data/imagenet [group.key=value ...]
 #SBATCH --job-name=jit_h_512
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

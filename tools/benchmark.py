@@ -7,6 +7,7 @@
     python tools/benchmark.py metrics --images 50000
     python tools/benchmark.py checkpoint --config configs/jit_b_256.yaml
     torchrun --nproc-per-node 4 tools/benchmark.py memory --config configs/jit_b_256.yaml
+    python tools/benchmark.py rehearsal --config configs/jit_b_256.yaml
 
 `step`, `sample` and `attention` run one process on the GPU if there is one, with freshly initialised weights and random
 images. `step` is the trainer's own step, from shards in a temporary folder. All three need torch, numpy, omegaconf and
@@ -68,15 +69,21 @@ def main() -> int:
     memory = commands.add_parser("memory", help="bytes that ranks hold in each ZeRO stage; start it with torchrun")
     memory.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="default: all")
 
-    for command in (step, sample, attention, save, memory):
+    rehearsal = commands.add_parser("rehearsal", help="the whole path at full shape with small counts")
+    rehearsal.add_argument("--images", type=_positive, default=1000, metavar="N", help="crops; default: %(default)s")
+    rehearsal.add_argument("--ranks", type=_positive, default=2, metavar="R", help="default: %(default)s")
+    rehearsal.add_argument("--batch", type=_positive, default=8, metavar="B", help="images; default: %(default)s")
+    rehearsal.add_argument("--folder", metavar="DIR", help="for all files; default: the temporary folder")
+
+    for command in (step, sample, attention, save, memory, rehearsal):
         command.add_argument("--config", default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s")
     for command in (step, sample, attention):
         command.add_argument("--batch", type=_positive, default=4, metavar="B", help="images; default: %(default)s")
     for command in (step, sample):
         command.add_argument("--compare", choices=("reference",), help="the authors' way beside ours")
-    for command in (step, sample, attention, data, metrics, save, memory):
+    for command in (step, sample, attention, data, metrics, save, memory, rehearsal):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    for command in (step, sample, attention, save, memory):
+    for command in (step, sample, attention, save, memory, rehearsal):
         command.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
     options = parser.parse_args()
 

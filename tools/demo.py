@@ -25,7 +25,7 @@ import torch
 from jitscale.config import Config, load_config
 from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.evaluation.distributed import evaluate_model
+from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.model.jit import JiT
 from jitscale.parallel import World

@@ -32,8 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no weights called {', '.join(sorted(unknown))}; there are {', '.join(PUBLISHED)}")
     evaluation = load_config(options.config).evaluation if options.config else EvaluationConfig()
     folder = options.output or published_folder(evaluation)
-    needed = [name for name in (evaluation.features, *evaluation.more_features) if name in PUBLISHED]
-    for name in options.names or needed or PUBLISHED:
+    main_network = [] if evaluation.features_file is not None else [evaluation.features]
+    needed = [name for name in (*main_network, *evaluation.more_features) if name in PUBLISHED]
+    if options.config and not options.names and not needed:
+        print(f"{options.config}: needs no published weights")
+    for name in options.names or (needed if options.config else PUBLISHED):
         print(fetch(PUBLISHED[name], folder))
     return ExitCode.DONE
 

@@ -14,13 +14,14 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 from jitscale.files import appearing_whole
-from jitscale.tracking import HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
+from jitscale.tracking import BEST_SAMPLES, HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
 CURVES = {
@@ -29,6 +30,7 @@ CURVES = {
     "lr": "learning rate",
     "images_per_second": "images/s",
 }
+MEASURED = re.compile(r"(fid|inception_score)(_\d+k?)?")  # on few images by names that say on how many
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
@@ -64,7 +66,9 @@ def page_of(runs: Sequence[Path]) -> str:
     parts = [f"<h1>{title}</h1>", "<h2>Results</h2>", results(runs), "<h2>Curves</h2>", curves(runs)]
     for run in runs:
         name = html.escape(run.resolve().name)
-        parts += [f"<h2>Samples: {name}</h2>", grids(run)]
+        if (run / BEST_SAMPLES).exists():
+            parts += [f"<h2>Samples of the best setting: {name}</h2>", grids(run / BEST_SAMPLES, most=1)]
+        parts += [f"<h2>Samples: {name}</h2>", grids(run / SAMPLES, most=MOST_GRIDS)]
         if (run / "sweep.svg").exists():
             parts += [f"<h2>Sweep: {name}</h2>", f"<figure>{_inline(run / 'sweep.svg')}</figure>"]
         settings = html.escape((run / "config.yaml").read_text())
@@ -78,15 +82,17 @@ def page_of(runs: Sequence[Path]) -> str:
 
 def results(runs: Sequence[Path]) -> str:
     """A table of the final evaluations."""
-    keys = ("fid", "inception_score", "kid", "precision", "recall", "label_agreement", "num_images")
+    keys = ("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "label_agreement", "num_images")
     found = {run: json.loads((run / "result.json").read_text()) for run in runs if (run / "result.json").exists()}
     if not found:
         return "<p>no result.json yet</p>"
     shown = [key for key in keys if any(key in result for result in found.values())]
-    head = "".join(f"<th>{key}</th>" for key in ("run", "weights", *shown))
+    head = "".join(f"<th>{key}</th>" for key in ("run", "weights", "guidance", *shown))
     rows = []
     for run, result in found.items():
-        cells = [run.resolve().name, result["protocol"]["weights"], *(_number(result.get(key)) for key in shown)]
+        best = result["best"]
+        cells = [run.resolve().name, best["weights"], _number(best["guidance_scale"])]
+        cells += [_number(result.get(key)) for key in shown]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
@@ -96,18 +102,19 @@ def curves(runs: Sequence[Path]) -> str:
     lines = {run: read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
     measured = {run: read_evaluations(run) for run in runs}
     drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
-    drawn += [_curve(measured, key, key.replace("_", " ")) for key in ("fid", "inception_score")]
+    keys = {key for own in measured.values() for line in own for key in line}
+    drawn += [_curve(measured, key, key.replace("_", " ")) for key in sorted(filter(MEASURED.fullmatch, keys))]
     drawn.append(_held_out(runs))
     return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
 
 
-def grids(run: Path) -> str:
-    """Pictures of samples, by images seen."""
-    files = sorted((run / SAMPLES).glob("*.png"))
+def grids(folder: Path, most: int) -> str:
+    """Pictures of samples, by images seen: at most `most`, the newest among them."""
+    files = sorted(folder.glob("*.png"))
     if not files:
         return "<p>none; evaluation.grid_every_images asks for them</p>"
-    step = max(1, math.ceil(len(files) / MOST_GRIDS))
-    chosen = files[::-1][::step][::-1]  # the newest is among them
+    step = max(1, math.ceil(len(files) / most))
+    chosen = files[::-1][::step][::-1]
     return "\n".join(
         f'<figure><img class="grid" alt="samples" src="data:image/png;base64,{_base64(file)}">'
         f"<figcaption>{int(file.stem.rpartition('_')[2]):,} images</figcaption></figure>"
@@ -117,7 +124,9 @@ def grids(run: Path) -> str:
 
 def _curve(lines: dict[Path, list[dict[str, Any]]], key: str, name: str) -> str | None:
     """One value of several runs."""
-    return _figure({run.resolve().name: _points(own, key) for run, own in lines.items()}, name, key in ("loss", "fid"))
+    return _figure(
+        {run.resolve().name: _points(own, key) for run, own in lines.items()}, name, key.startswith(("loss", "fid"))
+    )
 
 
 def _held_out(runs: Sequence[Path]) -> str | None:

@@ -4,7 +4,8 @@
         evaluation.features=inception data.shards=/data/imagenet_256
     python -m jitscale.evaluate --run runs/h evaluation.reference=imagenet_256.npz
 
-All ranks share the work, and started again it goes on where it was. The file says from how many images, by which
+All ranks share the work, and started again it goes on where it was; what a run has kept beside the shards is used, and
+what is computed here is kept there. The file says from how many images, by which
 network (with the hash of its weights) and of which size it was made; an evaluation with another network refuses it.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 from pathlib import Path
 
 from jitscale import parallel
@@ -45,11 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        blocks = options.output.with_suffix(".blocks")
-        reference = reference_of(Embedder(evaluation, world), config, world, blocks)
+        reference = reference_of(Embedder(evaluation, world), config, world, Path(config.run.dir))
         if reference is not None:
             write_statistics(options.output, reference)
-            shutil.rmtree(blocks)
             print(f"{options.output}: {json.dumps(reference.facts)}")
         parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     finally:

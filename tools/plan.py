@@ -17,8 +17,9 @@ import re
 from dataclasses import asdict, replace
 from typing import Any
 
-from jitscale.config import Config, load_config
+from jitscale.config import Config, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
+from jitscale.evaluation.cost import measuring_cost
 from jitscale.planner import (
     WORTH,
     Candidate,
@@ -118,6 +119,7 @@ def _plan(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> dict
         for stage in stages_of(config.engine.precision)
         for every in SHOWN_CHECKPOINTING
     ]
+    cost = measuring_cost(config, weight_set_names(config))
     return {
         "caveat": CAVEAT,
         "cluster": asdict(cluster) | {"hpz": hpz, "overlap": overlap},
@@ -127,6 +129,7 @@ def _plan(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> dict
         "micro_batch_size": micro_batch,
         "averages": len(config.ema.decays),
         "images_of_run": images_of_run(config),
+        "measuring": {"what": str(cost), "share": cost.share},
         "parameters": {"total": sum(kinds.values())} | kinds,
         "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
         "stages": stages,
@@ -236,6 +239,7 @@ def _text(plan: dict[str, Any]) -> str:
                 ],
                 ["precision", f"{plan['precision']}, {plan['averages']} averages"],
                 ["run", f"{plan['images_of_run']:,} images"],
+                ["measuring", plan["measuring"]["what"]],
             ],
         ),
         "",

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jitscale.benchmarks.conditions import peak_memory_mib
-from jitscale.evaluation.distributed import MOST_NEIGHBOURS
+from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.metrics import (
     feature_statistics,

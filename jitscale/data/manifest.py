@@ -48,6 +48,7 @@ class Manifest:
     crop: str | None = None  # adm: the crop of arXiv 2105.05233 (`images.center_crop`) was applied; None: none
     enlarged: int = 0  # images whose short side was smaller than `resolution`
     bad: list[BadInput] = field(default_factory=list)
+    class_counts: list[int] | None = field(default=None, compare=False)  # samples of each class; None: not counted
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -112,6 +113,9 @@ def _wrong_value(manifest: Manifest) -> str:
     names = manifest.class_names
     if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
         return f"class_names is {names!r}, not a list of names"
+    counts = manifest.class_counts
+    if counts is not None and (not isinstance(counts, list) or not all(is_count(count) for count in counts)):
+        return f"class_counts is {counts!r}, not a list of numbers of things"
     seen: set[str] = set()
     for record in manifest.shards:
         if not isinstance(record.name, str) or not isinstance(record.sha256, str):

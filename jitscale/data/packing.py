@@ -182,7 +182,8 @@ def write_shards(
             for number, first in enumerate(range(0, len(order), samples_per_shard))
         ]
     num_classes = int(np.max(labels)) + 1 if class_names is None else len(class_names)
-    manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records)
+    counts = np.bincount(np.asarray(labels), minlength=num_classes).tolist() if num_classes else None
+    manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records, class_counts=counts)
     manifest.write(folder / MANIFEST)
     return manifest
 

@@ -34,7 +34,7 @@ from jitscale.data.images import CODECS, MOST_PIXELS
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, pack_shard, shard_name
 from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
-from jitscale.data.tar_index import index_path
+from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
 from jitscale.files import appearing_whole, aside_pattern, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -203,6 +203,9 @@ class PackingJob:
             crop=None if original else "adm",
             enlarged=sum(one.enlarged for one in packed),
             bad=bad,
+            class_counts=count_classes(
+                (map_index(self.folder / one.record.name) for one in packed), self.inputs.num_classes
+            ),
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")

@@ -21,11 +21,12 @@ import re
 import resource
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from braceexpand import braceexpand
@@ -39,6 +40,7 @@ from jitscale.data.remote import is_remote, read_remote
 from jitscale.data.tar_index import (
     NO_LABEL,
     IndexArray,
+    count_classes,
     index_path,
     index_tar,
     key_hashes,
@@ -67,7 +69,10 @@ class ShardSet:
         num_samples: over all shards.
         samples_per_shard: (shards,).
         image_size: pixels a side of the images that `read` returns.
+        folder: of the first shard; None for remote ones.
         class_names: from the manifest, or None.
+        is_hashed: whether manifests vouch for the content of all shards.
+        stored: codec, resolution and crop as the first manifest has them; empty without one.
         manifest_hash: `content_hash` of the shards.
         held_out: samples that are never trained on, as `data.held_out` says; None where all are.
     """
@@ -81,17 +86,26 @@ class ShardSet:
         *,
         enlarge: bool,
         cache: ShardCache | None = None,
+        manifests: Sequence[Manifest] = (),
     ) -> None:
         self._shards = shards
+        self._manifests = list(manifests)
         self._cache = cache
         self._num_classes = num_classes
         self._enlarge = enlarge
         self._opened: OrderedDict[int, _LocalShard | _CachedShard] = OrderedDict()
+        self.folder = Path(shards[0].location).parent if cache is None else None
         self._most_open: int | None = None  # None: what the process allows
         self._selection: _Selection | None = None
         self.held_out: ShardSet | None = None
         self._count(np.array([shard.samples for shard in shards], np.int64))
         self.class_names = class_names
+        self.stored: dict[str, str | int | None] = {
+            name: getattr(manifest, name)
+            for manifest in self._manifests[:1]
+            for name in ("codec", "resolution", "crop")
+        }
+        self.is_hashed = all(shard.sha256 is not None for shard in shards)
         self.manifest_hash = content_hash([(s.name, s.samples, s.bytes, s.sha256) for s in shards])
         self.image_size = self._first_image_size(image_size)  # a size that does not fit is met now
 
@@ -139,7 +153,8 @@ class ShardSet:
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
         all_described = all(path in records for path in paths)
         original_sizes = all_described and all(manifest.resolution is None for manifest in manifests.values())
-        return cls(shards, num_classes, image_size, names, enlarge=original_sizes)
+        described = list(manifests.values())
+        return cls(shards, num_classes, image_size, names, enlarge=original_sizes, manifests=described)
 
     @classmethod
     def _open_remote(cls, pattern: str, num_classes: int, image_size: int | None, cache: ShardCache) -> ShardSet:
@@ -159,7 +174,15 @@ class ShardSet:
         if not any(shard.samples for shard in shards):
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
         original_sizes = manifest.resolution is None
-        return cls(shards, num_classes, image_size, manifest.class_names, enlarge=original_sizes, cache=cache)
+        return cls(
+            shards,
+            num_classes,
+            image_size,
+            manifest.class_names,
+            enlarge=original_sizes,
+            cache=cache,
+            manifests=[manifest],
+        )
 
     @property
     def is_remote(self) -> bool:
@@ -226,6 +249,26 @@ class ShardSet:
         """
         if self._cache is not None:
             self._cache.fetch(self._shards[shard].location, self._shards[shard].record())
+
+    def class_counts(self) -> list[int]:
+        """Samples of each class: by the manifest where it counts just these shards, else by their indexes.
+
+        Raises:
+            DataError: there are no classes, or remote shards whose manifest does not count them.
+        """
+        if not self._num_classes:
+            raise DataError("data.shards: model.num_classes=0, so that no class has a frequency")
+        counted = [manifest.class_counts or [] for manifest in self._manifests]
+        if counted and sum(map(sum, counted)) == self.num_samples and max(map(len, counted)) <= self._num_classes:
+            padded = [np.pad(counts, (0, self._num_classes - len(counts))) for counts in counted]
+            return cast(list[int], np.sum(padded, axis=0).tolist())
+        if self._cache is not None:
+            raise DataError(
+                f"{self._shards[0].location}: the manifest does not count the samples of each class; write it again "
+                "with tools/index_shards.py"
+            )
+        indices = (map_index(Path(s.location)) if s.index is None else s.index for s in self._shards)
+        return count_classes(indices, self._num_classes) or []
 
     def check_cache(self, side_by_side: int) -> None:
         """Refuse a cache in which shards would make room for each other before they are used up.
@@ -378,6 +421,16 @@ def open_reference(config: Config) -> ShardSet:
     """
     size = config.evaluation.reference_size or config.model.image_size
     return _open_sized(config, config.evaluation.reference or config.data.shards, 0, size)
+
+
+def open_labelled(config: Config) -> ShardSet:
+    """The shards whose class frequencies `evaluation.labels=data` means: `data.shards`, or else the reference.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    pattern = config.data.shards or config.evaluation.reference or ""
+    return _open_sized(config, pattern, config.model.num_classes, config.model.image_size)
 
 
 def _open_sized(config: Config, pattern: str, num_classes: int, image_size: int) -> ShardSet:

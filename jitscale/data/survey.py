@@ -30,6 +30,7 @@ from jitscale.data.tar_index import (
     IndexArray,
     TarSample,
     class_number,
+    count_classes,
     key_hashes,
     survey_tar,
     write_index,
@@ -288,7 +289,10 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         sizes = set().union(*(scan.image_sizes for scan in scans))
         width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
         resolution = width if width == height else None
-        manifest = Manifest(FOREIGN, resolution, labels.num_classes, labels.class_names, total, records)
+        counts = count_classes(labels.indices, labels.num_classes)
+        manifest = Manifest(
+            FOREIGN, resolution, labels.num_classes, labels.class_names, total, records, class_counts=counts
+        )
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
     undecodable = sum(scan.undecodable for scan in scans)

@@ -10,10 +10,10 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -165,6 +165,17 @@ def write_index(tar: Path, index: IndexArray) -> None:
     """Put `index` beside its tar."""
     with appearing_whole(index_path(tar)) as file:
         np.save(file, index, allow_pickle=False)
+
+
+def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] | None:
+    """Samples of each class, by the labels of all `indices`; None where there are no classes."""
+    if num_classes == 0:
+        return None
+    counts = np.zeros(num_classes, np.int64)
+    for index in indices:
+        labels = index["label"]
+        counts += np.bincount(labels[(labels >= 0) & (labels < num_classes)], minlength=num_classes)
+    return cast(list[int], counts.tolist())
 
 
 def map_index(tar: Path) -> IndexArray:

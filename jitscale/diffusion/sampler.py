@@ -53,6 +53,20 @@ class Sampler:
                 return index
         return self.steps
 
+    def evaluations(self, steps: range | None = None) -> tuple[int, int]:
+        """How often an image goes through the network with its label, and without it or through the guide.
+
+        Args:
+            steps: those counted; None for all.
+        """
+        grid = self._grid()
+        strong = weak = 0
+        for index in range(self.steps) if steps is None else steps:
+            times = grid[index : index + 2] if self._corrects(index) else grid[index : index + 1]
+            strong += len(times)
+            weak += sum(self.guides_at(t) for t in times)
+        return strong, weak
+
     @torch.no_grad()
     def sample(
         self,

@@ -87,7 +87,7 @@ class DinoV2(FeatureNetwork):
 
     name = "dinov2"
     # No hash of it is published: results carry that of the file that was used.
-    weights = Published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", "")
+    weights = Published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", "", "dinov2")
     num_features = 1024
     input_size = 224
 

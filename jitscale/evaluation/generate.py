@@ -24,6 +24,7 @@ from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import to_uint8
+from jitscale.keyed_random import Purpose, uniform
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
@@ -64,6 +65,29 @@ def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
     return torch.tensor([i % num_classes if num_classes else 0 for i in ids])
 
 
+class RandomLabels:
+    """Classes drawn at random, that of an image as a function of (seed, id) alone."""
+
+    def __init__(self, seed: int, counts: Sequence[int]) -> None:
+        """
+        Args:
+            seed: of the draws.
+            counts: what the probability of each class is proportional to.
+
+        Raises:
+            ValueError: all are zero.
+        """
+        total = sum(counts)
+        if total < 1:
+            raise ValueError(f"counts: need a class with samples, got {list(counts)}")
+        self._seed, self._ends = seed, np.cumsum(counts) / total
+
+    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
+        """The classes of `ids`, (B,) int64."""
+        draws = uniform(self._seed, Purpose.SAMPLED_LABELS, np.asarray(ids))
+        return torch.from_numpy(np.searchsorted(self._ends, draws, side="right"))
+
+
 def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
     """The configured way of sampling from a network that was trained as `diffusion` says."""
     low, high = evaluation.guidance_interval
@@ -73,7 +97,7 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
         guidance_scale=evaluation.guidance_scale,
         guidance_interval=(low, high),
         prediction=diffusion.prediction,
-        t_eps=diffusion.t_eps,
+        t_eps=diffusion.t_eps if evaluation.t_eps is None else evaluation.t_eps,
     )
 
 
@@ -112,16 +136,16 @@ def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide:
 
 
 def generate_by_scale(
-    model: JiT, samplers: Sequence[Sampler], ids: Sequence[int], noise: torch.Tensor, guide: JiT | None = None
+    model: JiT, samplers: Sequence[Sampler], labels: torch.Tensor, noise: torch.Tensor, guide: JiT | None = None
 ) -> Iterator[torch.Tensor]:
-    """The images of `ids` by each sampler, which differ in their guidance scale alone: steps before it are shared.
+    """The images of `labels` by each sampler, which differ in their guidance scale alone: steps before it are shared.
 
-    Each is bitwise what `generate` gives, with `noise` = noise_of(seed, ids, size).
+    Each is bitwise what `generate` gives, with labels_of(ids, classes) and noise_of(seed, ids, size).
     """
     first = samplers[0]
     assert all(replace(sampler, guidance_scale=first.guidance_scale) == first for sampler in samplers)
     noise = model.diffusion.noise_scale * noise
-    labels = labels_of(ids, model.config.num_classes).to(model.pos_embed.device)
+    labels = labels.to(model.pos_embed.device)
     shared = first.steps_before_guidance()
     before = first.carry(model, noise.to(labels.device), labels, model.null_label, range(shared))
     for sampler in samplers:

@@ -160,6 +160,7 @@ class Inception(FeatureNetwork):
     weights = Published(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "6726825d",
+        "inception",
     )
     num_features = 2048
     num_logits = 1008

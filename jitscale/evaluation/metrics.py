@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,69 @@ class FeatureStatistics:
 
     mean: Float64Array
     covariance: Float64Array
+
+    @cached_property
+    def root(self) -> Float64Array:
+        """The symmetric square root of the covariance, (F, F): kept, since many distances are to one set of images."""
+        values, vectors = np.linalg.eigh(self.covariance.astype(np.float64))
+        # A covariance has negative eigenvalues by round-off only.
+        root: Float64Array = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+        return root
+
+
+class RunningStatistics:
+    """Mean and covariance of features that come in parts, so that no more than a part is ever in memory.
+
+    Parts are merged by their means and centred sums of products (Chan, Golub and LeVeque 1983, equation 2.1), which
+    loses no digits where the mean is large. The order of the calls decides the last bits.
+
+    Attributes:
+        count: images so far.
+        mean: (F,) float64.
+        scatter: (F, F) float64, the sum of products of centred features.
+    """
+
+    def __init__(self, count: int, mean: Float64Array, scatter: Float64Array) -> None:
+        self.count, self.mean, self.scatter = count, mean, scatter
+
+    @classmethod
+    def empty(cls, dimensions: int) -> RunningStatistics:
+        """Of no images."""
+        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+
+    def update(self, features: Array) -> None:
+        """Add `features` (N, F).
+
+        Raises:
+            ValueError: values that are not finite.
+        """
+        if len(features) == 0:
+            return
+        _refuse_non_finite(features, "features")
+        mean = features.mean(axis=0, dtype=np.float64)
+        centred = features.astype(np.float64) - mean
+        self.merge(RunningStatistics(len(features), mean, centred.T @ centred))
+
+    def merge(self, other: RunningStatistics) -> None:
+        """Add the images that `other` has seen."""
+        count = self.count + other.count
+        if other.count == 0:
+            return
+        difference = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter += np.outer(difference, difference) * (self.count * other.count / count)
+        self.mean = self.mean + difference * (other.count / count)
+        self.count = count
+
+    def statistics(self) -> FeatureStatistics:
+        """The Gaussian of all images so far.
+
+        Raises:
+            ValueError: fewer than two images.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least two images, got {self.count}")
+        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
 
 
 def feature_statistics(features: Array) -> FeatureStatistics:
@@ -60,8 +124,9 @@ def frechet_distance(features_a: Array, features_b: Array) -> float:
 def frechet_distance_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R B R, R^2 = A.
-    Two symmetric eigendecompositions need no general matrix root and cannot leave the real numbers.
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R A R, R^2 = B.
+    R is kept with `b`, so let that be what many sets are compared with. Two symmetric eigendecompositions need no
+    general matrix root and cannot leave the real numbers.
     torchmetrics offers the same number but takes features only; its precomputed statistics would have to be written
     into the attributes of the metric.
 
@@ -80,13 +145,10 @@ def frechet_distance_from_statistics(a: FeatureStatistics, b: FeatureStatistics)
             )
         _refuse_non_finite(statistics.mean, "means")
         _refuse_non_finite(statistics.covariance, "covariances")
-    mean_a, covariance_a = a.mean.astype(np.float64), a.covariance.astype(np.float64)
-    mean_b, covariance_b = b.mean.astype(np.float64), b.covariance.astype(np.float64)
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T  # a covariance has negative eigenvalues by round-off
-    product = root @ covariance_b @ root
+    covariance_a, covariance_b = a.covariance.astype(np.float64), b.covariance.astype(np.float64)
+    product = b.root @ covariance_a @ b.root
     cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
-    difference = mean_a - mean_b
+    difference = a.mean.astype(np.float64) - b.mean.astype(np.float64)
     return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross)
 
 

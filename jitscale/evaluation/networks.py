@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,106 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import EvaluationConfig
-from jitscale.errors import ConfigError, UserError
+from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.blocks import Block
 from jitscale.evaluation.dinov2 import DinoV2
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.published import Published, fetch, published_folder, verify
 from jitscale.evaluation.small_networks import DigitsFeatures, GlyphFeatures
+from jitscale.files import sha256_of
 from jitscale.parallel import World
 
 FEATURE_NETWORKS: dict[str, type[FeatureNetwork]] = {
     network.name: network for network in (DigitsFeatures, GlyphFeatures, Inception, DinoV2)
 }
+NOT_A_STATE = (RuntimeError, TypeError, KeyError, AttributeError, ValueError)  # what load_state_dict raises of others
 PUBLISHED = {name: n.weights for name, n in FEATURE_NETWORKS.items() if isinstance(n.weights, Published)}
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A feature network as an evaluation names it, before its weights are in memory.
+
+    Attributes:
+        name: in `FEATURE_NETWORKS`.
+        path: of its weights.
+        sha256: of that file.
+        suffix: of its parts in a block: empty for the network of `evaluation.features`.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    suffix: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Widths of the parts of a block that have a Fréchet distance."""
+        network = FEATURE_NETWORKS[self.name]
+        if self.suffix:
+            return {f"features{self.suffix}": network.num_features}
+        spatial = {"spatial": network.num_spatial} if network.num_spatial else {}
+        return {"features": network.num_features, **spatial}
+
+    def load(self, device: torch.device | str) -> FeatureNetwork:
+        """The network on `device`, in evaluation mode and without gradients.
+
+        Raises:
+            UserError: its weights cannot be read.
+        """
+        return _load(self.name, self.path, self.sha256).to(device)
+
+
+def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFile]:
+    """The networks that `evaluation` names, the main one first, their files found; a collective call.
+
+    Published weights that are missing are downloaded, by one rank of every folder.
+
+    Raises:
+        ConfigError: no feature network is configured.
+        DataError: on every rank: weights are missing and cannot be downloaded, or are another file.
+    """
+    if evaluation.features is None:
+        raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
+    names = [evaluation.features, *evaluation.more_features]
+    published = [PUBLISHED[name] for name in names if name in PUBLISHED]
+    if evaluation.features_file is not None:
+        published = [file for file in published if file is not PUBLISHED.get(evaluation.features)]
+    folder = published_folder(evaluation)
+    for file in published:
+        parallel.together(partial(_fetch_if, world.is_main, file, folder))
+        parallel.together(partial(_fetch_if, world.local_rank == 0, file, folder))  # folders of other nodes
+    return parallel.together(lambda: [_find(name, evaluation, main=name is names[0]) for name in names])
+
+
+def _fetch_if(mine: bool, file: Published, folder: Path) -> None:
+    if mine:
+        fetch(file, folder)
+
+
+def _find(name: str, evaluation: EvaluationConfig, *, main: bool) -> NetworkFile:
+    weights = FEATURE_NETWORKS[name].weights
+    remedy = "restore the file"
+    if main and evaluation.features_file is not None:
+        path, remedy = Path(evaluation.features_file), "correct evaluation.features_file, or set it to null"
+    elif isinstance(weights, Published):
+        path = verify(weights, published_folder(evaluation))
+    else:
+        path = weights
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise DataError(f"cannot load {path}: {error.strerror}; {remedy}") from error
+    return NetworkFile(name, path, digest, "" if main else f"_{name}")
 
 
 class Embedder:
     """The feature networks of an evaluation, all applied to the same images.
 
     Attributes:
+        files: the networks, the main one first.
+        networks: the same, with their weights.
         main: the network of `evaluation.features`.
         sizes: widths of the parts of a block that have a Fréchet distance: `features` of the main network, `spatial` if
             it has them, `features_<name>` of every further one.
@@ -46,74 +128,74 @@ class Embedder:
             ConfigError: no feature network is configured.
             DataError: on every rank: weights cannot be downloaded, or are another file.
         """
-        if evaluation.features is None:
-            raise ConfigError(
-                "evaluation.features is null, so there is nothing to measure with; set it, such as digits"
-            )
-        networks = []
-        for name in [evaluation.features, *evaluation.more_features]:
-            _prepare_weights(name, evaluation, world)
-            networks.append(parallel.together(partial(load_feature_network, name, world.device, evaluation)))
-        self.main, further = networks[0], networks[1:]
-        self._further = {f"features_{network.name}": network for network in further}
+        self.files = network_files(evaluation, world)
+        self.networks = [parallel.together(partial(file.load, world.device)) for file in self.files]
+        self.main = self.networks[0]
         self._device = world.device
-        self.sizes = {"features": self.main.num_features}
-        if self.main.num_spatial:
-            self.sizes["spatial"] = self.main.num_spatial
-        self.sizes |= {part: network.num_features for part, network in self._further.items()}
-        self.identity: dict[str, Any] = {"features": self.main.name, "features_sha256": self.main.weights_sha256}
-        if further:
-            self.identity["more_features_sha256"] = {network.name: network.weights_sha256 for network in further}
+        self.sizes = sizes_of(self.files)
+        self.identity = identity_of(self.files)
 
     def __call__(self, images: torch.Tensor) -> Block:
         """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
+        found = {**self.parts_of(0, images)}
+        for number in range(1, len(self.networks)):
+            found |= self.parts_of(number, images)
+        return found
+
+    def parts_of(self, number: int, images: torch.Tensor) -> Block:
+        """What one of `networks` says about uint8 `images`: its parts of a block."""
         images = images.to(self._device)
-        parts = dict(self.main(images)._asdict())
-        parts |= {part: network(images).features for part, network in self._further.items()}
+        suffix = self.files[number].suffix
+        said = self.networks[number](images)
+        parts = {f"features{suffix}": said.features} if suffix else dict(said._asdict())
         return {part: values.cpu().numpy() for part, values in parts.items() if values.shape[1]}
 
 
-def _prepare_weights(name: str, evaluation: EvaluationConfig, world: World) -> None:
-    """Download them if they are not there; a collective call."""
-    published = PUBLISHED.get(name)
-    if published is not None:
-        folder = published_folder(evaluation)
-        parallel.together(lambda: fetch(published, folder) if world.is_main else None)
-        parallel.together(lambda: fetch(published, folder) if world.local_rank == 0 else None)  # folders of other nodes
+def sizes_of(files: list[NetworkFile]) -> dict[str, int]:
+    """See `Embedder.sizes`."""
+    return {part: size for file in files for part, size in file.sizes.items()}
+
+
+def identity_of(files: list[NetworkFile]) -> dict[str, Any]:
+    """See `Embedder.identity`."""
+    main, *further = files
+    identity: dict[str, Any] = {"features": main.name, "features_sha256": main.sha256}
+    if further:
+        identity["more_features_sha256"] = {file.name: file.sha256 for file in further}
+    return identity
 
 
 def load_feature_network(
     name: str, device: torch.device | str, evaluation: EvaluationConfig | None = None
 ) -> FeatureNetwork:
-    """The feature network `name` with its weights on `device`, in evaluation mode and without gradients.
+    """The feature network `name` with its own weights on `device`, in evaluation mode and without gradients.
 
     Raises:
         UserError: there is no such network, or its weights cannot be read.
     """
     if name not in FEATURE_NETWORKS:
         raise UserError(f"unknown feature network {name!r}; there are: {', '.join(sorted(FEATURE_NETWORKS))}")
-    network = FEATURE_NETWORKS[name]()
-    if isinstance(network.weights, Published):
-        path = verify(network.weights, published_folder(evaluation or EvaluationConfig()))
-    else:
-        path = network.weights
-    _load(network, path)
-    return network.to(device).eval().requires_grad_(False)
+    return _find(name, evaluation or EvaluationConfig(), main=True).load(device)
 
 
-def _load(network: FeatureNetwork, path: Path) -> None:
+def _load(name: str, path: Path, sha256: str) -> FeatureNetwork:
     """Weights of a .safetensors file, or of a .pth file that holds tensors only.
 
     Raises:
         UserError: the file is missing, damaged, or of another network.
     """
+    network = FEATURE_NETWORKS[name]()
     try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"{path}: has changed since it was checked; start again")
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load(path.read_bytes())
+            state = safetensors.torch.load(content)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
-        network.weights_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
+        reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"cannot load {path}: {reason}; restore the file") from error
+    network.weights_sha256 = sha256
+    return network.eval().requires_grad_(False)

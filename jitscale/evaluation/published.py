@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
+import socket
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError
 
+ANSWER_SECONDS = 30.0  # without a byte, after which a download is given up
+
 
 @dataclass(frozen=True)
 class Published:
@@ -20,15 +24,21 @@ class Published:
     Attributes:
         url: where it is; its last part is the file's name.
         sha256: how its hash begins.
+        name: of the network, for tools/fetch_weights.py.
     """
 
     url: str
     sha256: str
+    name: str = ""
 
     @property
     def file_name(self) -> str:
         """In any folder."""
         return self.url.rsplit("/", maxsplit=1)[-1]
+
+    def remedy(self, folder: Path) -> str:
+        """The command that brings the file into `folder`."""
+        return f"on a machine with a network: python tools/fetch_weights.py --output {folder} {self.name}".rstrip()
 
 
 def published_folder(evaluation: EvaluationConfig) -> Path:
@@ -46,18 +56,23 @@ def fetch(published: Published, folder: Path) -> Path:
     path = folder / published.file_name
     if path.exists():
         return verify(published, folder)
+    patience = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(ANSWER_SECONDS)  # urllib would wait for a network that drops packets for minutes
         torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
-    except urllib.error.URLError as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
         raise DataError(
-            f"{published.url}: {error.reason}; fetch it on a machine with a network (tools/fetch_weights.py) into "
-            f"{folder}"
+            f"{path}: is not there, and cannot be downloaded here ({published.url}: {reason}); "
+            f"{published.remedy(folder)}"
         ) from error
     except RuntimeError as error:
         raise DataError(f"{published.url}: not the file with sha256 {published.sha256}... ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); choose another folder") from error
+    finally:
+        socket.setdefaulttimeout(patience)
     return path
 
 
@@ -71,7 +86,7 @@ def verify(published: Published, folder: Path) -> Path:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); tools/fetch_weights.py downloads it") from error
+        raise DataError(f"{path}: cannot be read ({error}); {published.remedy(folder)}") from error
     if not digest.startswith(published.sha256):
         raise DataError(f"{path}: its sha256 begins with {digest[:8]}, expected {published.sha256}; remove it")
     return path

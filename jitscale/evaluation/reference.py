@@ -1,4 +1,4 @@
-"""Real images to compare with: their features, computed from shards, or statistics that others have computed.
+"""Real images to compare with: what is kept of shards, or statistics that others have computed.
 
 A statistics file is an .npz with `mu` (F,) and `sigma` (F, F), as those of the authors and of ADM, `mu_s` and `sigma_s`
 of spatial features as ADM's have them, and the like for further networks; what tools/make_reference.py writes also says
@@ -11,20 +11,21 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.shards import open_reference
+from jitscale.data.shards import ShardSet, open_reference
 from jitscale.errors import ConfigError, DataError
-from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
-from jitscale.evaluation.metrics import FeatureStatistics, feature_statistics
-from jitscale.evaluation.networks import Embedder
-from jitscale.files import appearing_whole
+from jitscale.evaluation.metrics import FeatureStatistics
+from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
+from jitscale.evaluation.real_images import RealImages, cache_folders
+from jitscale.files import appearing_whole, sha256_of
 from jitscale.parallel import World
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
@@ -36,61 +37,89 @@ class Reference:
 
     Attributes:
         statistics: mean and covariance of each part of `Embedder.sizes`; of a file, of those that it has.
-        features: (N, F) of each part, where they are known.
+        features: (M, F) of the main network in a random order, where they are known: some of the images.
+        floors: the distance of one half of the real images to the other, by part, and `kid` and `kid_std`; where known.
         facts: where it comes from, for the record.
     """
 
     statistics: dict[str, FeatureStatistics]
-    features: Block | None
+    features: npt.NDArray[np.float32] | None
+    floors: dict[str, float]
     facts: dict[str, Any]
 
 
-def reference_of(embedder: Embedder, config: Config, world: World, folder: Path) -> Reference | None:
+def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
     """The real images that `config` names; a collective call. None on ranks other than 0.
 
     Args:
         embedder: gives the features.
         config: `evaluation.reference`, a statistics file or shards, or else `data.shards`.
         world: this rank.
-        folder: for the blocks of features.
+        run_dir: where the cache is if it can be neither beside the shards nor in `evaluation.cache_dir`.
 
     Raises:
         ConfigError: there is no reference, or too few images.
-        DataError: the shards or the statistics cannot be read, or are of another network.
+        DataError: the shards, the statistics or the cache cannot be read, or are of another network.
+    """
+    source = reference_source(config)
+    if source.endswith(".npz"):
+        found = parallel.together(lambda: read_statistics(Path(source), embedder.files))
+        return found if world.is_main else None
+    shards = parallel.together(lambda: open_real_images(config))
+    folders = cache_folders(config, shards, run_dir, world)
+    kept = [RealImages(file, shards, folders) for file in embedder.files]
+    for number, images in enumerate(kept):
+        images.compute_once(partial(embedder.parts_of, number), world)
+    return parallel.together(lambda: _combined(kept, source) if world.is_main else None)
+
+
+def reference_source(config: Config) -> str:
+    """`evaluation.reference`, or else `data.shards`.
+
+    Raises:
+        ConfigError: neither is set.
     """
     source = config.evaluation.reference or config.data.shards
     if not source:
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
-    if source.endswith(".npz"):
-        found = parallel.together(lambda: read_statistics(Path(source), embedder))
-        return found if world.is_main else None
-    shards = parallel.together(lambda: open_reference(config))
+    return source
+
+
+def open_real_images(config: Config) -> ShardSet:
+    """The shards of the real images.
+
+    Raises:
+        ConfigError: too few images.
+        DataError: they cannot be opened.
+    """
+    shards = open_reference(config)
     if shards.num_samples < FEWEST_REAL_IMAGES:
         raise ConfigError(
-            f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
-            f"{FEWEST_REAL_IMAGES}"
+            f"evaluation.reference={reference_source(config)}: {shards.num_samples} images; each half needs two, give "
+            f"at least {FEWEST_REAL_IMAGES}"
         )
-    size = config.evaluation.block_size
+    return shards
 
-    def block(number: int, _: Sequence[int], following: int | None) -> list[Block]:
-        positions = range(number * size, min((number + 1) * size, shards.num_samples))
-        images = np.stack([shards.read(*shards.shard_and_index(p))[0] for p in positions])
-        embedded = embedder(torch.from_numpy(images).permute(0, 3, 1, 2))
-        return [{part: embedded[part] for part in embedder.sizes}]
 
-    identity = {
-        "manifest": shards.manifest_hash,
-        "image_size": shards.image_size,
-        "block_size": size,
-        **embedder.identity,
-    }
-    count = -(-shards.num_samples // size)
-    blocks = folder / f"reference_{digest_of(identity)}"
-    (real,) = compute_blocks([blocks], count, size, block, world, "reference")
-    if not world.is_main:
-        return None
-    facts = {**identity, "images": len(real["features"]), "source": source}
-    return Reference({part: feature_statistics(values) for part, values in real.items()}, real, facts)
+def _combined(kept: Sequence[RealImages], source: str) -> Reference:
+    """One reference of what all networks say.
+
+    Raises:
+        DataError: the cache is damaged.
+    """
+    statistics, floors = {}, {}
+    features, facts = None, {}
+    for images in kept:
+        arrays, own, said = images.read()
+        for part in images.file.sizes:
+            statistics[part] = FeatureStatistics(arrays[f"all/{part}/mean"], arrays[f"all/{part}/covariance"])
+            floors[part] = float(said["floors"][part])
+        if features is None:
+            features = own
+            floors |= {name: float(said["floors"][name]) for name in ("kid", "kid_std")}
+            facts = {key: said[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
+    facts |= {"source": source, **identity_of([images.file for images in kept])}
+    return Reference(statistics, features, floors, facts)
 
 
 def write_statistics(path: Path, reference: Reference) -> None:
@@ -101,7 +130,8 @@ def write_statistics(path: Path, reference: Reference) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"facts": np.array(json.dumps(reference.facts))}
+        facts = {**reference.facts, "floors": reference.floors}
+        arrays = {"facts": np.array(json.dumps(facts))}
         for part, statistics in reference.statistics.items():
             arrays |= dict(zip(_names(part), (statistics.mean, statistics.covariance), strict=True))
         with appearing_whole(path) as file:
@@ -110,43 +140,50 @@ def write_statistics(path: Path, reference: Reference) -> None:
         raise DataError(f"{path}: cannot be written ({error}); choose another --output") from error
 
 
-def read_statistics(path: Path, embedder: Embedder) -> Reference:
-    """The statistics of a file, of those parts of `embedder` that it has.
+def read_statistics(path: Path, files: list[NetworkFile]) -> Reference:
+    """The statistics of a file, of those parts of the networks that it has.
+
+    Args:
+        path: the .npz.
+        files: the networks of the evaluation, the main one first.
 
     Raises:
         DataError: it cannot be read, is of another network, or lacks one that is asked for.
     """
     statistics = {}
+    sizes, identity = sizes_of(files), identity_of(files)
     try:
         with np.load(path, allow_pickle=False) as content:
-            for part in embedder.sizes:
+            for part in sizes:
                 mean, covariance = _names(part)
                 if part != "spatial" or mean in content:  # the authors' files are without
                     statistics[part] = FeatureStatistics(
                         content[mean].astype(np.float64), content[covariance].astype(np.float64)
                     )
-            facts = json.loads(str(content["facts"])) if "facts" in content else {"source": path.name}
+            described = json.loads(str(content["facts"])) if "facts" in content else {}
+            facts: dict[str, Any] = described or {"source": path.name}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"evaluation.reference={path}: no statistics with {' and '.join(_names('features'))} ({error}); make them "
             "with tools/make_reference.py, or name shards"
         ) from error
     for part, found in statistics.items():
-        size = embedder.sizes[part]
+        size = sizes[part]
         if (found.mean.shape, found.covariance.shape) != ((size,), (size, size)):
             names = _names(part)
             raise DataError(
                 f"evaluation.reference={path}: {names[0]} and {names[1]} have the shapes {found.mean.shape} and "
-                f"{found.covariance.shape}, the network {embedder.main.name} has {size} {part}; choose the one they "
+                f"{found.covariance.shape}, the network {files[0].name} has {size} {part}; choose the one they "
                 "were made with"
             )
-    for key, expected in embedder.identity.items():
+    for key, expected in identity.items():
         if facts.get(key, expected) != expected:
             raise DataError(
                 f"evaluation.reference={path}: made with {key}={_short(facts[key])}, evaluation.features="
-                f"{embedder.main.name} has {_short(expected)}; make it again"
+                f"{files[0].name} has {_short(expected)}; make it again"
             )
-    return Reference(statistics, None, facts)
+    floors: dict[str, float] = facts.pop("floors", {})
+    return Reference(statistics, None, floors, {**facts, "file_sha256": sha256_of(path)})
 
 
 def _names(part: str) -> tuple[str, str]:

@@ -14,8 +14,8 @@ from PIL import Image
 from jitscale import parallel
 from jitscale.config import Config
 from jitscale.errors import ExitCode, UserError
-from jitscale.evaluation.distributed import evaluate_model
 from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
 from jitscale.experiments.running import Run
 from jitscale.model.jit import JiT

@@ -13,9 +13,10 @@ from typing import Any
 
 from jitscale import parallel
 from jitscale.config import ema_name
-from jitscale.evaluation.distributed import Evaluator
+from jitscale.evaluation.evaluator import Evaluator
+from jitscale.evaluation.final import measure_settings
 from jitscale.evaluation.generate import ready_to_sample
-from jitscale.evaluation.sweep import measure_settings, settings_of
+from jitscale.evaluation.settings import settings_of
 from jitscale.experiments.running import Experiment, Outcomes, Run, Task, by_seed
 from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
 from jitscale.model.jit import JiT
@@ -64,11 +65,11 @@ class Sweep:
         def network(name: str) -> JiT:
             return ready_to_sample(stored.weight_set(name).build(), config, world.device)
 
-        evaluator = Evaluator(config, world, folder / self.name / "evaluation")
+        evaluator = Evaluator(config, world, folder / self.name)
         settings = settings_of(axes, config, stored.weight_sets)
         results = list(measure_settings(settings, network, evaluator, self.samples))
         return {
-            "fid": {_key(r["weights"], r["interval"], r["scale"]): r["fid"] for r in results},
+            "fid": {_key(s.weights, s.interval, s.scale): measured["fid"] for s, measured in results},
             "training_seconds": 0.0,
             "measuring_seconds": time.perf_counter() - started,
         }

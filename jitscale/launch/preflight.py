@@ -30,11 +30,14 @@ from jitscale import parallel
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.evaluation.requirements import check_training_measures
+from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
+from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
 FAULT = "preflight: node"  # how a line begins that names a node
 WAIT_SECONDS = 120.0  # for the slowest rank
+COMPARISON_LIMIT = timedelta(minutes=10)  # of one collective: rank 0 may have to download a feature network's weights
 BANDWIDTH_BYTES = 64 * 2**20
 DISK_BYTES = 2**20
 PRODUCT_SIZE = 1024
@@ -55,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Check, compare, print; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m jitscale.launch.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--work", choices=("train", "evaluate"), default="train", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="the run's settings")
     options = parser.parse_intermixed_args(arguments)
 
@@ -70,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     store = _meet(rank, world_size, node)
     if store is None:
         return ExitCode.FAILED
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_timeout())
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
     findings = parallel.gather_objects(finding)
     everywhere = set.intersection(*(set(finding.faults) for finding in findings))
     if everywhere:
@@ -81,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{FAULT} {node}: {what}", flush=True)
     if problems:
         return ExitCode.FAILED
+    if options.work == "train":  # an evaluation checks by itself what it needs
+        local_rank = int(os.environ["LOCAL_RANK"])
+        check_training_measures(config, World(rank, world_size, local_rank, torch.device("cpu")))
     rate = _bandwidth(parallel.choose_device(config.run.device))
     rates = parallel.gather_objects(rate)
     if rank == 0:
@@ -113,7 +120,7 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
 
 
 def _timeout() -> timedelta:
-    return timedelta(seconds=float(os.environ.get("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS)))
+    return timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
 
 
 def _meet(rank: int, world_size: int, node: str) -> TCPStore | None:

@@ -18,18 +18,18 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from jitscale.completion import forget_completion, is_complete
+from jitscale.completion import forget_completion, is_complete, is_complete_under
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
 from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable_nodes
-from jitscale.launcher_environment import TORCHRUN
+from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
 from jitscale.tracking import check_wandb
 from jitscale.training.checkpoint import complete_checkpoints
@@ -50,20 +50,31 @@ class Work:
         arguments: of the command.
         run_dir: where the run is.
         config: arguments that describe the run to the preflight.
+        caches: folders in which statistics of real images may grow.
+        is_done: whether an earlier job has done all of it.
     """
 
     command: str
     arguments: list[str]
     run_dir: Path
     config: list[str]
+    caches: list[Path] = field(default_factory=list)
+    is_done: bool = False
 
     @property
     def position(self) -> int:
-        """How far it is: the newest checkpoints' steps in all stages, or the finished blocks of an evaluation."""
+        """How far it is: the newest checkpoints' steps in all stages, and what evaluations have finished so far."""
         if self.command == "evaluate":
-            return sum(1 for _ in self.run_dir.glob("evaluation/*/block_*.npz"))
+            return self._measured
         newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
-        return sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
+        return sum(1 + int(folder.name.removeprefix("step_")) for folder in newest) + self._measured
+
+    @property
+    def _measured(self) -> int:
+        """Finished blocks of evaluations that are kept, and parts of statistics of real images."""
+        patterns = ("*_*/part_*.npz", "real_images/*/part_*.npz", "real_images/*/facts.json")
+        parts = [path for cache in self.caches for pattern in patterns for path in cache.glob(pattern)]
+        return len(parts) + sum(1 for _ in self.run_dir.glob("evaluation/samples_*/block_*.npz"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +113,8 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
             raise UserError("train needs --config FILE")
         path = known.config
         config = load_config(path, overrides, world_size=tasks, needs_shards=True)
-        if "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks will look
+        done = is_complete_under(config)
+        if not done and "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks look
             check_wandb(config)
     else:
         if known.run is None and (known.checkpoint is None or known.config is None):
@@ -114,8 +126,10 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
             if not (known.run / "config.yaml").exists():
                 raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
         path = known.config or known.run / "config.yaml"
-        config = load_config(path, overrides)
-    return Work(command, arguments, Path(config.run.dir), ["--config", str(path), *overrides])
+        config, done = load_config(path, overrides), False
+    caches = [Path(config.run.dir) / "evaluation", Path(config.evaluation.cache_dir or config.data.shards)]
+    described = ["--work", command, "--config", str(path), *overrides]
+    return Work(command, arguments, Path(config.run.dir), described, caches, done)
 
 
 class Supervisor:
@@ -140,11 +154,11 @@ class Supervisor:
         """
         check_commands()
         work = self.work
-        if self.job.restarts > 0 and is_complete(work.run_dir, work.command):
+        if work.is_done or (self.job.restarts > 0 and is_complete(work.run_dir, work.command)):
             logger.info("%s is complete; nothing is left to do", work.run_dir)
             return ExitCode.DONE
         try:
-            self.attempts.begin(work.position, int(os.environ.get("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
+            self.attempts.begin(work.position, int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
         finally:
             self.attempts.write(work.run_dir)
         logger.info(

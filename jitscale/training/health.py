@@ -36,9 +36,24 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def exit_at_once(self) -> None:
-        """From now on a signal ends the process with the code that asks for a requeue: everything is saved."""
+        """From now on a signal ends the process with the code that asks for a requeue: everything is saved.
+
+        One that has come already does so too.
+        """
         for number in self.SIGNALS:
             signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
+        if self.received:
+            os._exit(ExitCode.REQUEUE)
+
+    @contextmanager
+    def exiting_at_once(self) -> Iterator[None]:
+        """`exit_at_once` in the body of the `with` statement; afterwards signals are noted again."""
+        self.exit_at_once()
+        try:
+            yield
+        finally:
+            for number in self.SIGNALS:
+                signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""

@@ -6,13 +6,12 @@ Shapes: B images of a micro-batch.
 from __future__ import annotations
 
 import copy
-import errno
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +23,30 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.config import Config, held_out_fraction, network_differences, to_yaml
+from jitscale.cautions import cautions, start_caution
+from jitscale.config import (
+    Config,
+    EvaluationConfig,
+    held_out_fraction,
+    network_differences,
+    to_yaml,
+    weight_set_names,
+)
 from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import sample_loss, times_from_normal
 from jitscale.errors import CheckpointError, DataError, ExitCode, UserError
-from jitscale.evaluation.distributed import Evaluator, evaluate_model
+from jitscale.evaluation.evaluator import Evaluator
+from jitscale.evaluation.final import measure_finally
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
-from jitscale.files import appearing_whole, exclusive
+from jitscale.evaluation.settings import final_settings
+from jitscale.files import NO_LOCKS, appearing_whole, exclusive
 from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.planner import peak_tflops, training_flops
-from jitscale.tracking import SAMPLES, Tracker, read_evaluations, read_held_out
+from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker, read_evaluations, read_held_out
 from jitscale.training.checkpoint import (
     Checkpoint,
     Flats,
@@ -163,6 +172,14 @@ class Trainer:
         self.inputs = self._inputs()
         self.stop_requested = StopSignal()
         self.tracker, self.watch = parallel.together(self._open_records)
+        self._cautioned: set[str] = set()
+        if world.is_main:
+            for caution in cautions(config, self.end):
+                logger.warning("%s", caution)
+            if config.evaluation.at_end:
+                last_step = self.step + (self.end - self.images) // config.data.batch_size
+                for setting in final_settings(config, weight_set_names(config)):
+                    self._caution_about(setting.weights, last_step)
 
     def _open_records(self) -> tuple[Tracker, HangWatch]:
         """Begin to write into the run's folder: only now, so that a refused start leaves the run as it was.
@@ -175,6 +192,8 @@ class Trainer:
             if self.world.is_main:
                 with appearing_whole(run_dir / "config.yaml") as file:
                     file.write(to_yaml(config).encode())
+                if self.images < self.end:  # what was the end of the run is so no longer; results/ keeps it
+                    (run_dir / "result.json").unlink(missing_ok=True)
                 remove_snapshots_after(run_dir, self.images)
             tracker = Tracker(config, run_dir, self.world.is_main, self.step)
             return tracker, HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{rank:05d}.txt")
@@ -201,12 +220,17 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS,
             disable=not self.world.is_main,
         ) as progress:
-            if self._was_cut_short(config.evaluation.every_images, read_evaluations):
-                self._evaluate_few()
-                clock.restart(self.images)
-            if self._was_cut_short(config.evaluation.held_out_every_images, read_held_out):
-                self._measure_held_out()
-                clock.restart(self.images)
+            cut_short = [
+                measure
+                for due, measure, read in (
+                    (self._few_are_due(), self._evaluate_few, read_evaluations),
+                    (self._held_out_is_due(), self._measure_held_out, read_held_out),
+                )
+                if self._was_cut_short(due, read)
+            ]
+            if not self._measure_on_the_way(cut_short):
+                return ExitCode.REQUEUE
+            clock.restart(self.images)
             while self.images < self.end:
                 self.watch.alive()
                 self.profile.step_begins()
@@ -232,25 +256,25 @@ class Trainer:
                     self._note(self.verdicts.settle())
                     self._save(last=True)
                     return ExitCode.REQUEUE
-                if save_is_due and self.skipped_in_a_row == 0:  # a rollback shall not end among infinite gradients
+                if save_is_due and self.skipped_in_a_row == 0:  # a rollback must land on finite gradients
                     save_is_due = False
                     self._save()
                     clock.restart(self.images)
-                if config.evaluation.every_images and self._passed(config.evaluation.every_images):
-                    self._evaluate_few()
-                    clock.restart(self.images)
-                if config.evaluation.held_out_every_images and self._passed(config.evaluation.held_out_every_images):
-                    self._measure_held_out()
+                due = [self._evaluate_few] if self._few_are_due() else []
+                due += [self._measure_held_out] if self._held_out_is_due() else []
+                if due:
+                    if not self._measure_on_the_way(due):
+                        return ExitCode.REQUEUE
                     clock.restart(self.images)
                 if config.evaluation.grid_every_images and self._passed(config.evaluation.grid_every_images):
-                    self._log_grid()
+                    self._log_grid(SAMPLES, config.evaluation)
                     clock.restart(self.images)
         self._note(self.verdicts.settle())
         self._save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
             self.stop_requested.exit_at_once()  # all is saved, and the evaluation's blocks are files of their own
-            self._evaluate()
+            self._measure_finally()
         return ExitCode.DONE
 
     def close(self) -> None:
@@ -545,7 +569,7 @@ class Trainer:
         return self.engine.gather(self.engine.masters() if name == "model" else self.ema.sets[name])
 
     def _network(self, name: str) -> JiT:
-        """A plain copy of the network with the weight set `name`; a collective call."""
+        """A plain copy of the network with the weight set `name`, ready to sample; a collective call."""
         network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self._weights(name))
         return ready_to_sample(network, self.config, self.world.device)
@@ -554,32 +578,75 @@ class Trainer:
         """On the device only while it is needed."""
         return None if self.guide is None else copy.deepcopy(self.guide)
 
-    def _log_grid(self) -> None:
-        evaluation = self.config.evaluation
+    def _caution_about(self, weights: str, steps: int) -> None:
+        """Say once for each average that it is mostly the start of the run, when it is sampled after `steps`."""
+        continued = self.engine.optimizer_step() > self.step  # the averages of an upgraded run had a start of their own
+        caution = None if continued else start_caution(self.config, weights, steps)
+        if caution is not None and weights not in self._cautioned and self.world.is_main:
+            self._cautioned.add(weights)
+            logger.warning("%s", caution)
+
+    def _log_grid(self, name: str, evaluation: EvaluationConfig) -> None:
+        """Record a picture of samples under `name`; a collective call."""
         network = self._network(evaluation.weights)
         if self.world.is_main:
+            self._caution_about(evaluation.weights, self.step)
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
                 guide = self._guide()
                 if guide is not None:
                     ready_to_sample(guide, self.config, self.world.device)
                 grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, guide)
-            self.tracker.log_image(SAMPLES, grid, self.images)
+            self.tracker.log_image(name, grid, self.images)
         parallel.barrier()
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        """With the features of the real images, which are computed once."""
-        return Evaluator(self.config, self.world, self.run_dir / "evaluation", self._guide())
+        """With what is known of the real images, which is computed once."""
+        return Evaluator(self.config, self.world, self.run_dir, self._guide())
 
-    def _was_cut_short(self, every_images: int, read: Callable[[Path], list[dict[str, Any]]]) -> bool:
+    def _measure_on_the_way(self, due: Sequence[Callable[[], None]]) -> bool:
+        """Measure after this step, which is saved first: a measurement may take longer than a scheduler waits.
+
+        A signal then ends the process at once, and the resumed run makes up for the measurement.
+
+        Returns:
+            False if a signal has come already: the run must stop instead.
+        """
+        if not due:
+            return True
+        self._note(self.verdicts.settle())
+        if self.skipped_in_a_row == 0:
+            self._save()
+            self._finish_save()
+        saved = self.saved_at == self.step
+        if saved and parallel.any_rank(self.stop_requested.received):
+            return False
+        with self.stop_requested.exiting_at_once() if saved else nullcontext():
+            for measure in due:
+                measure()
+        return True
+
+    def _few_are_due(self) -> bool:
+        """Whether this step is measured on few images; the last one is not where the final evaluation follows."""
+        evaluation = self.config.evaluation
+        if not evaluation.every_images or (evaluation.at_end and self.images >= self.end):
+            return False
+        return self._passed(evaluation.every_images)
+
+    def _held_out_is_due(self) -> bool:
+        """Whether the held-out loss is measured after this step."""
+        every_images = self.config.evaluation.held_out_every_images
+        return every_images > 0 and self._passed(every_images)
+
+    def _was_cut_short(self, due: bool, read: Callable[[Path], list[dict[str, Any]]]) -> bool:
         """Whether the run was killed between the save of this step and the end of a measurement.
 
         Args:
-            every_images: it follows each multiple of this; 0: never.
-            read: the lines that it has written, from the run's folder.
+            due: whether this step is measured.
+            read: the lines that the measurements have written, from the run's folder.
         """
-        if not every_images or self.images == 0 or not self._passed(every_images):
+        if not due or self.images == 0:
             return False
         measured = self.world.is_main and any(line["step"] == self.step for line in read(self.run_dir))
         return not parallel.broadcast_object(measured)
@@ -589,10 +656,11 @@ class Trainer:
         self.watch.pause()
         evaluation = self.config.evaluation
         few = replace(evaluation, num_images=evaluation.few_images)
-        network, name = self._network(evaluation.weights), evaluation.weights
-        (result,) = self._evaluator.measure(network, name, [few], neighbours=False, keep_blocks=False)
+        self._caution_about(evaluation.weights, self.step)
+        measure, network = self._evaluator.measure, self._network(evaluation.weights)
+        (result,) = measure(network, evaluation.weights, [few], neighbours=False, keep_blocks=False)
         if self.world.is_main:
-            self.tracker.log_result(result, self.step, self.images)
+            self.tracker.log_few(result, self.step, self.images)
             logger.info("%d images: FID %.4g on %d samples", self.images, result["fid"], result["num_images"])
         parallel.barrier()
 
@@ -612,11 +680,15 @@ class Trainer:
             measured |= self._held_out.measure(network, name)
         self.tracker.log({"step": self.step, "images": self.images, **measured})
 
-    def _evaluate(self) -> None:
-        name = self.config.evaluation.weights
-        result = evaluate_model(self._network(name), name, self.config, self.world, self.run_dir, self._guide())
+    def _measure_finally(self) -> None:
+        """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
+        weight_sets = weight_set_names(self.config)
+        result = measure_finally(self._network, weight_sets, self._evaluator, self.run_dir, is_end=True)
+        self._log_grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
-            self.tracker.log_result(result, self.step, self.images)
+            if not any(line["step"] == self.step and "fid" in line for line in read_evaluations(self.run_dir)):
+                self.tracker.log_result(result, self.step, self.images)
+            self.tracker.log_final(result)
 
 
 class LossByTime:
@@ -690,7 +762,7 @@ def _claim(run_dir: Path, held: ExitStack) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno in NO_LOCKS:
             logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
             return
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error

@@ -64,6 +64,8 @@ class Runs:
             "ema.decays=[0.9]",
             "evaluation.weights=ema_0.9",
             "evaluation.grid_every_images=0",
+            "evaluation.every_images=0",
+            "evaluation.at_end=false",
             "tracking.wandb=off",
             "tracking.log_every_steps=1",
             f"checkpoint.every_images={SAVE_EVERY * BATCH}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,10 @@ def test_pack_upgrade_finetune_evaluate(runs: Runs, unbroken: list[dict[str, Any
     assert cluster.wait(job, seconds=120) == "COMPLETED", logs(runs)
     assert Checkpoint(complete_checkpoints(folder / "high")[-1]).progress.step == 4
 
-    settings = ["features=digits", "num_images=20", "block_size=5", "steps=2"]
+    settings = ["features=digits", "num_images=20", "block_size=5", "steps=2", "sweep=null"]
     words = ["--run", str(folder / "high"), *(f"evaluation.{setting}" for setting in settings)]
     job = submit(runs, *SMALL, "slurm/evaluate.sh", *words)
     assert cluster.wait(job, seconds=120) == "COMPLETED", logs(runs)
-    assert np.isfinite(json.loads((Path(folder) / "high/result.json").read_text())["fid"])
+    assert not (folder / "high/result.json").exists(), "the run's own settings ask for another evaluation"
+    (result,) = (folder / "high/results").glob("digits_20_*.json")
+    assert np.isfinite(json.loads(result.read_text())["fid"])

@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "completion", "keyed_random", "launcher_environment", "streamed_safetensors", "versions"},
+    {"errors", "files", "keyed_random", "launcher_environment", "streamed_safetensors", "versions"},
     {"config"},
-    {"parallel", "posthoc"},
+    {"parallel", "posthoc", "completion", "cautions"},
     {"model", "diffusion", "data"},
     {"figures", "planner", "progressive", "upgrade", "tracking"},
     {"evaluation"},

@@ -37,6 +37,20 @@ def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -
     return finished.stdout if expect == 0 else finished.stderr
 
 
+@pytest.mark.slow
+def test_rehearsal() -> None:
+    """From photographs to result.json through Inception, with a small network."""
+    counts = ["evaluation.num_images=10", "evaluation.sweep_images=10", "evaluation.block_size=10"]
+    small = [*TINY[2:8], "model.num_classes=20", "engine.precision=fp32", "data.num_workers=0", *counts]
+    result = json.loads(benchmark("rehearsal", "--images", "20", "--batch", "4", "--json", *small))
+    assert list(result["parts"]) == ["packing", "start", "steps", "save", "real", "sweep", "best"]
+    assert all(seconds >= 0 and memory > 0 for seconds, memory in result["parts"].values())
+    measured = json.loads(result["result"])
+    assert measured["protocol"]["features"] == "inception"
+    assert [row["guidance_scale"] for row in measured["table"][:2]] == [1.0, 3.0]
+    assert {"fid", "sfid", "kid", "fid_floor", "kid_floor"} <= set(measured)
+
+
 def test_step() -> None:
     arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", "--json", *TINY]
     result: dict[str, Any] = json.loads(benchmark(*arguments))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
-from jitscale.tracking import SAMPLES, Tracker
-from tools.evaluate_fid import draw
+from jitscale.evaluation.report import draw_sweep
+from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker
 from tools.gallery import main
 
 
@@ -45,30 +45,35 @@ def run(folder: Path) -> Path:
         if step % 2 == 0:
             tracker.log_image(SAMPLES, np.full((16, 16, 3), step, np.uint8), 8 * step)
         if step % 10 == 0:
-            result = {"fid": 100 / step, "inception_score": 2.0, "protocol": {"weights": "model"}}
-            tracker.log_result(result, step, 8 * step)
+            result = {"fid": 100 / step, "inception_score": 2.0, "num_images": 5000, "protocol": {"weights": "model"}}
+            tracker.log_few(result, step, 8 * step)
     tracker.close()
     return folder
 
 
 def test_the_page_of_a_run(tmp_path: Path) -> None:
     folder = run(tmp_path / "first")
-    result = {"fid": 3.25, "inception_score": 9.0, "num_images": 50_000, "protocol": {"weights": "ema_0.9999"}}
-    (folder / "result.json").write_text(json.dumps(result))
-    sweep = [
-        {"weights": "model", "interval": [0, 1], "scale": w, "fid": w, "inception_score": w, "num_images": 200}
-        for w in (1.0, 2.0)
+    best = {"weights": "ema_0.9999", "guidance_scale": 2.0, "guidance_interval": [0, 1]}
+    rows = [
+        {**best, "guidance_scale": w, "fid": w, "inception_score": w, "num_images": count}
+        for w, count in ((1.0, 200), (2.0, 200), (2.0, 50_000))
     ]
-    draw(sweep, [{**sweep[0], "num_images": 500}], folder / "sweep.svg")
+    result = {"best": best, "fid": 3.25, "fid_floor": 0.5, "inception_score": 9.0, "num_images": 50_000, "table": rows}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert draw_sweep(result, folder / "sweep.svg")
+    tracker = Tracker(Config(), folder, True, None)
+    tracker.log_image(BEST_SAMPLES, np.zeros((16, 16, 3), np.uint8), 232)
+    tracker.close()
     assert main([str(folder)]) == 0
     text = (folder / "gallery.html").read_text()
     page = Page(text)
     assert page.tags.count("svg") == 6, "loss, gradient norm, learning rate, FID, IS, sweep"
-    assert page.tags.count("img") == 7, "14 pictures, every second one"
-    assert "232 images" not in text
+    assert page.tags.count("img") == 8, "the best ones; 14 pictures, every second one"
+    assert "<title>" in text
+    assert "fid 5k" in text, "nobody takes it for FID-50K"
     assert "224 images" in text, "the newest"
     assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
-    assert {"3.25", "50,000", "ema_0.9999"} <= set(re.findall(r"<td>([^<]*)</td>", text))
+    assert {"3.25", "0.5", "50,000", "ema_0.9999", "2"} <= set(re.findall(r"<td>([^<]*)</td>", text))
     assert "a&lt;b" in text
     assert "a<b" not in text
 

@@ -89,7 +89,7 @@ def test_work_is_known_from_the_command_line(tmp_path: Path, wandb_offline: None
     words = ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
     work = work_of("train", words, tasks=8)
     assert (work.run_dir, work.position) == (tmp_path, 0)
-    assert work.config == ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
+    assert work.config == ["--work", "train", "--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
     with pytest.raises(ConfigError, match=r"data\.batch_size=1024"):
         work_of("train", words, tasks=7)
     with pytest.raises(UserError, match="train needs --config"):

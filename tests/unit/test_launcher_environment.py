@@ -11,7 +11,7 @@ import pytest
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
-from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of
+from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of, positive_setting
 
 ROOT = Path(__file__).parents[2]
 TASK = {
@@ -201,3 +201,13 @@ def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever(rank: int) ->
     assert "Traceback" not in finished.stderr
     last = finished.stderr.splitlines()[-1]
     assert last.startswith("error: 4 ranks did not meet at 127.0.0.1:29587 within 3 s (")
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf"])
+def test_the_projects_own_numbers_are_checked(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("JITSCALE_MEETING_SECONDS", text)
+    with pytest.raises(LauncherError, match=rf"JITSCALE_MEETING_SECONDS={text}: must be a number above 0, such as 600"):
+        positive_setting("JITSCALE_MEETING_SECONDS", 600.0)
+    for unset in ("", "2.5"):
+        monkeypatch.setenv("JITSCALE_MEETING_SECONDS", unset)
+        assert positive_setting("JITSCALE_MEETING_SECONDS", 600.0) == (2.5 if unset else 600.0)

@@ -35,6 +35,14 @@ def test_a_task_that_sees_its_own_gpu_only_takes_that_one(
     assert parallel.choose_device("auto") == device, "asked again"
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(ConfigError, match="local rank 5 sees 4 GPUs: two ranks would share one; start 4 tasks a node"):
+        parallel.choose_device("auto")
+
+
 def test_everything_works_in_one_process() -> None:
     assert parallel.gather_objects("a") == ["a"]
     assert parallel.broadcast_object("a") == "a"

@@ -53,8 +53,10 @@ def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatc
 def test_another_content_and_no_network_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the file with sha256 0000"):
         fetch(Published(url, "0000"), tmp_path / "weights")
-    with pytest.raises(DataError, match="fetch it on a machine with a network"):
-        fetch(Published("http://127.0.0.1:9/weights.pth", SHA256), tmp_path / "weights")
+    with pytest.raises(
+        DataError, match=r"on a machine with a network: python tools/fetch_weights\.py --output .*/weights inception"
+    ):
+        fetch(Published("http://127.0.0.1:9/weights.pth", SHA256, "inception"), tmp_path / "weights")
     assert list((tmp_path / "weights").iterdir()) == []
 
 

@@ -12,8 +12,8 @@ import jitscale
 from jitscale.config import Config, DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
-from jitscale.evaluation.generate import NoiseAhead, generate, generate_by_scale, noise_of
-from jitscale.evaluation.sweep import Setting, settings_of
+from jitscale.evaluation.generate import NoiseAhead, generate, generate_by_scale, labels_of, noise_of
+from jitscale.evaluation.settings import Setting, settings_of
 from jitscale.model.jit import JiT
 from jitscale.training.checkpoint import Progress, step_folder, write_streamed
 from jitscale.weights.opening import read_guide
@@ -78,7 +78,9 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     alone = [generate(model, sampler, range(4), seed=7) for sampler in samplers]
     separately = sum(seen)
     seen.clear()
-    together = list(generate_by_scale(model, samplers, range(4), noise_of(7, range(4), model.config.image_size)))
+    together = list(
+        generate_by_scale(model, samplers, labels_of(range(4), 10), noise_of(7, range(4), model.config.image_size))
+    )
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
     assert separately - sum(seen) == 2 * 4 * shared, "the steps before, of two of three scales"

@@ -23,8 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from jitscale.config import Config, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.planner import peak_tflops
-from jitscale.tracking import Tracker, read_held_out, read_metrics
-from jitscale.tracking import Tracker, check_wandb, read_metrics
+from jitscale.tracking import Tracker, check_wandb, read_held_out, read_metrics
 
 ROOT = Path(__file__).parents[2]
 KEY = "0" * 40

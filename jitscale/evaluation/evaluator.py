@@ -1,30 +1,29 @@
-"""Evaluation over all ranks: features of generated and of real images, in block files, then the metrics.
+"""Samples of a network over all ranks: their features in block files, then the metrics.
 
 RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L), spatial (B, R), labels (B,)
-RUN/evaluation/reference_<hash>/block_000000.npz  features (B, F) and spatial (B, R) of real images
-RUN/result.json
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
+from jitscale.data.shards import open_labelled
+from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
     NoiseAhead,
+    RandomLabels,
     autocast,
     configured_sampler,
     generate_by_scale,
@@ -33,7 +32,6 @@ from jitscale.evaluation.generate import (
 )
 from jitscale.evaluation.metrics import (
     feature_statistics,
-    frechet_distance,
     frechet_distance_from_statistics,
     inception_score,
     kernel_distance,
@@ -42,63 +40,33 @@ from jitscale.evaluation.metrics import (
 )
 from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import Reference, reference_of
-from jitscale.files import appearing_whole
-from jitscale.keyed_random import Purpose, permutation
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
-DISTANCES = {"features": "fid", "spatial": "sfid"}  # names of the Fréchet distances; fd_<name> of further networks
 MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
-
-
-def evaluate_model(
-    model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
-) -> dict[str, Any]:
-    """Measure samples of `model` and write `run_dir`/result.json; a collective call.
-
-    Args:
-        model: made by `ready_to_sample`; the same weights on every rank.
-        weights: name of the weight set, for the record.
-        config: sampler, feature network, reference and number of images.
-        world: this rank.
-        run_dir: where `evaluation/` and `result.json` go.
-        guide: for autoguidance, see `Evaluator`.
-
-    Returns:
-        See `Evaluator.measure`.
-
-    Raises:
-        ConfigError: no feature network is configured, or there is no reference.
-        DataError: the reference is missing or damaged.
-    """
-    evaluator = Evaluator(config, world, run_dir / "evaluation", guide)
-    (result,) = evaluator.measure(model, weights, [config.evaluation])
-    if world.is_main:
-        with appearing_whole(run_dir / "result.json") as file:
-            file.write(json.dumps(result, indent=2).encode())
-    return result
 
 
 class Evaluator:
     """A feature network and real images, with which samples are measured."""
 
-    def __init__(self, config: Config, world: World, folder: Path, guide: JiT | None = None) -> None:
-        """Load the network, and compute the features of the real images; a collective call.
+    def __init__(self, config: Config, world: World, run_dir: Path, guide: JiT | None = None) -> None:
+        """Load the network, and what is known of the real images, or compute that; a collective call.
 
         Args:
-            config: feature network, reference, precision.
+            config: feature network, reference, labels, precision.
             world: this rank.
-            folder: for the blocks.
+            run_dir: for the blocks, in `evaluation`.
             guide: the network of `evaluation.guide`, the same on every rank; made ready to sample.
 
         Raises:
             ConfigError: no feature network is configured, or there is no reference.
             DataError: the reference is missing or damaged.
         """
-        self.config, self.world, self.folder = config, world, folder
+        self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide = None if guide is None else ready_to_sample(guide, config, world.device)
         self.embedder = Embedder(config.evaluation, world)
-        self.reference = reference_of(self.embedder, config, world, folder)
+        self.reference = reference_of(self.embedder, config, world, run_dir)
+        self._labels, self._labels_identity = parallel.together(lambda: configured_labels(config))
 
     def measure(
         self,
@@ -120,10 +88,10 @@ class Evaluator:
 
         Returns:
             On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
-            where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision`,
-            `recall`, `fid_floor` (one half of the real images against the other) with `neighbours` and where the
-            features of real images are at hand, not only statistics; `label_agreement` where the feature network has
-            as many classes as the model.
+            where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision` and
+            `recall` with `neighbours` and where features of real images are at hand, not only statistics; for each
+            distance `<distance>_floor`, of one half of the real images to the other, where it is known;
+            `label_agreement` where the feature network has as many classes as the model.
 
         Raises:
             UserError: an image with values that are not finite.
@@ -132,7 +100,11 @@ class Evaluator:
         if self.guide is not None:
             named["guide_sha256"] = weights_digest(self.guide)
         protocols = [
-            {**named, **_protocol(model, self.embedder, self.config, setting, self.world.device)}
+            {
+                **named,
+                **self._labels_identity,
+                **_protocol(model, self.embedder, self.config, setting, self.world.device),
+            }
             for setting in settings
         ]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
@@ -145,10 +117,10 @@ class Evaluator:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids = range(number * size, (number + 1) * size)
             ahead = None if following is None else range(following * size, (following + 1) * size)
-            labels = labels_of(ids, model.config.num_classes)
+            labels = self._labels(ids)
             with autocast(self.config, self.world.device):
                 chosen = [samplers[index] for index in wanted]
-                for images in generate_by_scale(model, chosen, ids, noise.of(ids, ahead), self.guide):
+                for images in generate_by_scale(model, chosen, labels, noise.of(ids, ahead), self.guide):
                     yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
         parent = self.folder if keep_blocks else self.folder / "passing"
@@ -168,30 +140,50 @@ class Evaluator:
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
         for part, real in reference.statistics.items():
-            name = DISTANCES.get(part, part.replace("features", "fd"))
+            name = distance_name(part)
             result[name] = frechet_distance_from_statistics(feature_statistics(samples[part]), real)
+            if part in reference.floors:
+                result[f"{name}_floor"] = reference.floors[part]
+        if "images" in reference.facts:
+            result["num_real_images"] = reference.facts["images"]
         result["inception_score"], result["inception_score_std"] = inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            result |= _against_images(reference.features["features"], generated)
+            result |= _against_images(reference.features, generated)
+            result |= {"kid_floor": reference.floors["kid"]}
         if self.embedder.main.num_logits == model.config.num_classes:
             result["label_agreement"] = label_agreement(samples["logits"], samples["labels"])
         return result
 
 
+def distance_name(part: str) -> str:
+    """Of the Fréchet distance in one part of a block: fid, sfid, and fd_<name> of further networks."""
+    return {"features": "fid", "spatial": "sfid"}.get(part, part.replace("features", "fd"))
+
+
 def _against_images(real: npt.NDArray[Any], generated: npt.NDArray[Any]) -> dict[str, float]:
-    """What takes more than the statistics of the real images."""
-    half = permutation(len(real), 0, Purpose.REFERENCE_HALVES)[: len(real) // 2]
-    other = np.setdiff1d(np.arange(len(real)), half)
+    """What compares pairs of images; `real` in a random order, so that its first ones are a fair choice."""
     kernel, deviation = kernel_distance(real, generated)
     precision, recall = precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
-    return {
-        "fid_floor": frechet_distance(real[half], real[other]),
-        "num_real_images": len(real),
-        "kid": kernel,
-        "kid_std": deviation,
-        "precision": precision,
-        "recall": recall,
-    }
+    return {"kid": kernel, "kid_std": deviation, "precision": precision, "recall": recall}
+
+
+def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.Tensor], dict[str, Any]]:
+    """The class of each image by its id, as `evaluation.labels` says, and what identifies that.
+
+    Raises:
+        ConfigError: the data's frequencies are asked for, and there is no data.
+        DataError: its labels are not known.
+    """
+    classes, kind, seed = config.model.num_classes, config.evaluation.labels, config.evaluation.seed
+    if kind == "balanced" or classes == 0:
+        return lambda ids: labels_of(ids, classes), {"labels": "balanced" if classes else None}
+    if kind == "random":
+        return RandomLabels(seed, [1] * classes), {"labels": kind}
+    source = config.data.shards or config.evaluation.reference or ""
+    if not source or source.endswith(".npz"):
+        raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
+    counts = open_labelled(config).class_counts()
+    return RandomLabels(seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
 
 
 def weights_digest(model: JiT) -> str:

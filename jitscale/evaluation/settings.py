@@ -1,21 +1,14 @@
-"""Which guidance and which average is best: many settings measured on few images, the best of them on many.
-
-The noise of an image is the same under every setting, so that differences between settings are much surer than the
-distances themselves; and settings that differ in the guidance scale alone share the steps before guidance begins.
-"""
+"""Settings that an evaluation tries: weight sets, guidance scales and intervals, as text names them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 from jitscale.config import Config, EvaluationConfig
-from jitscale.errors import UserError
-from jitscale.evaluation.distributed import Evaluator
-from jitscale.model.jit import JiT
+from jitscale.errors import ConfigError
 
 MOST_SCALES = 200
 AXES = ("guidance", "ema", "interval")
@@ -39,18 +32,40 @@ class Setting:
             num_images=num_images,
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """By the names of the configuration."""
+        return {"weights": self.weights, "guidance_scale": self.scale, "guidance_interval": list(self.interval)}
+
+
+def final_settings(config: Config, weight_sets: Sequence[str]) -> list[Setting]:
+    """What the final evaluation tries: all that `evaluation.sweep` names, or the configured setting alone.
+
+    Args:
+        config: of the evaluation.
+        weight_sets: those that there are.
+
+    Raises:
+        ConfigError: an unknown axis or weight set, or impossible numbers.
+    """
+    return settings_of(config.evaluation.sweep or [], config, weight_sets)
+
+
+def sweep_images(evaluation: EvaluationConfig) -> int:
+    """Images of each setting of a sweep: no more than the best one is measured on."""
+    return min(evaluation.sweep_images, evaluation.num_images)
+
 
 def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str]) -> list[Setting]:
     """Every combination of what the axes name, those of one network together.
 
     Args:
-        axes: `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all` or names with commas;
-            `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
+        axes: `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`)
+            or names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
         config: of the evaluation.
         weight_sets: those that there are.
 
     Raises:
-        UserError: an unknown axis, weight set, or impossible numbers.
+        ConfigError: an unknown axis or weight set, or impossible numbers.
     """
     evaluation = config.evaluation
     low, high = evaluation.guidance_interval
@@ -58,21 +73,26 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
     for text in axes:
         axis, equals, values = text.partition("=")
         if axis not in AXES or not equals or not values:
-            raise UserError(f"--sweep {text}: write one of guidance=1.0:4.0:0.1, ema=all, interval=0.1:1.0,0.2:0.8")
+            raise ConfigError(
+                f"evaluation.sweep: {text}: write one of guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8"
+            )
         if axis == "guidance":
             scales = _scales(text, values)
         elif axis == "ema":
-            names = list(weight_sets) if values == "all" else values.split(",")
+            names = _names(values, weight_sets)
         else:
             intervals = [_interval(text, part) for part in values.split(",")]
     unknown = [name for name in names if name not in weight_sets]
     if unknown:
-        raise UserError(
-            f"--sweep ema={','.join(names)}: no weight set {unknown[0]}; there are {', '.join(weight_sets)}"
+        raise ConfigError(
+            f"evaluation.sweep: ema={','.join(names)}: no weight set {unknown[0]}; there are {', '.join(weight_sets)}"
         )
     unguided = evaluation.guide is None and (config.model.num_classes == 0 or config.diffusion.label_drop == 0)
     if unguided and any(scale != 1.0 for scale in scales):
-        raise UserError("--sweep guidance: the network was trained with labels only, or with none; nothing guides it")
+        raise ConfigError(
+            "evaluation.sweep: guidance: the network is trained with labels only, or with none, so that nothing guides "
+            "it; leave the axis out"
+        )
     return [
         Setting(name, interval, scale)
         for name in names
@@ -82,32 +102,12 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
     ]
 
 
-def measure_settings(
-    settings: Sequence[Setting],
-    network: Callable[[str], JiT],
-    evaluator: Evaluator,
-    num_images: int,
-    *,
-    neighbours: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Results in the order of the settings, each with its `weights`, `scale` and `interval`; a collective call.
-
-    Args:
-        settings: those of one network together.
-        network: gives the weight sets, on the device.
-        evaluator: measures.
-        num_images: of each.
-        neighbours: see `Evaluator.measure`.
-    """
-    evaluation = evaluator.config.evaluation
-    for weights, own in groupby(settings, key=lambda setting: setting.weights):
-        model = network(weights)
-        for _, together in groupby(own, key=lambda setting: setting.interval):
-            group = list(together)
-            configured = [setting.applied_to(evaluation, num_images) for setting in group]
-            results = evaluator.measure(model, weights, configured, neighbours=neighbours)
-            for setting, result in zip(group, results, strict=True):
-                yield {**result, "weights": setting.weights, "scale": setting.scale, "interval": list(setting.interval)}
+def _names(values: str, weight_sets: Sequence[str]) -> list[str]:
+    if values == "all":
+        return list(weight_sets)
+    if values == "averages":
+        return [name for name in weight_sets if name != "model"] or list(weight_sets)
+    return values.split(",")
 
 
 def _scales(text: str, values: str) -> list[float]:
@@ -121,7 +121,7 @@ def _scales(text: str, values: str) -> list[float]:
     except (ValueError, ZeroDivisionError):
         found = []
     if not found or not all(0 <= scale < math.inf for scale in found):
-        raise UserError(f"--sweep {text}: write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
+        raise ConfigError(f"evaluation.sweep: {text}: write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
     return list(dict.fromkeys(found))
 
 
@@ -131,5 +131,5 @@ def _interval(text: str, part: str) -> tuple[float, float]:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low < high <= 1:
-        raise UserError(f"--sweep {text}: {part} must be two times LOW:HIGH, 0 <= low < high <= 1")
+        raise ConfigError(f"evaluation.sweep: {text}: {part} must be two times LOW:HIGH, 0 <= low < high <= 1")
     return low, high

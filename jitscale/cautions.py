@@ -1,0 +1,54 @@
+"""Warnings about settings that are allowed and hardly ever meant."""
+
+from __future__ import annotations
+
+from jitscale.config import Config, ema_name
+
+START_SHARE = 0.5  # of an average; from here on its samples are those of the network that the run began with
+LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # JiT-H's (arXiv 2511.13720, table 9), which trains with dropout 0.2
+
+
+def cautions(config: Config, images: int) -> list[str]:
+    """One line for each thing that a training with this configuration is hardly meant to do.
+
+    Args:
+        config: of the training.
+        images: that it sees.
+    """
+    found = []
+    if config.optim.warmup_images > images:
+        found.append(
+            f"optim.warmup_images={config.optim.warmup_images} is more than the {images} images of the run: the "
+            "learning rate never reaches optim.lr"
+        )
+    model = config.model
+    if model.depth >= LARGE_DEPTH and model.hidden_size >= LARGE_WIDTH:
+        without = [name for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0]
+        if without:
+            named = " and ".join(f"model.{name}" for name in without)
+            found.append(f"{named} of 0: the paper trains networks of JiT-H's size and larger with 0.2")
+    return found
+
+
+def start_share(config: Config, weights: str, steps: int) -> float:
+    """How much of the weights that the run began with is left in an average after `steps`, in [0, 1]; 0 if unknown.
+
+    An exponential average without warm-up keeps decay^steps of them. A run that took its averages over from other
+    weights (`run.init_from`) began with an average.
+    """
+    decays = {ema_name(decay): decay for decay in config.ema.decays}
+    taken_over = config.run.init_from is not None and config.run.init_ema
+    if weights not in decays or config.ema.warmup or taken_over:
+        return 0.0
+    return float(decays[weights] ** steps)
+
+
+def start_caution(config: Config, weights: str, steps: int) -> str | None:
+    """A line about an average that is mostly the start of the run, or None."""
+    share = start_share(config, weights, steps)
+    if share <= START_SHARE:
+        return None
+    return (
+        f"{weights} after {steps} steps is {share:.0%} the weights that the run began with, and so are its samples; "
+        "set ema.warmup=true, add a shorter average to ema.decays, or measure evaluation.weights=model"
+    )

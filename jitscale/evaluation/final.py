@@ -1,0 +1,207 @@
+"""The final evaluation of a run: a sweep on few images, the best settings on all, and one result that says it all.
+
+The noise of an image is the same under every setting, so that differences between settings are much surer than the
+distances themselves; and settings that differ in the guidance scale alone share the steps before guidance begins.
+
+RUN/results/<network>_<images>_<hash>.json   every measurement, by its protocol
+RUN/result.json                              the one that the run's config.yaml asks for, in the same form
+RUN/sweep.svg                                its figure; those of the others lie in results/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jitscale import parallel
+from jitscale.config import Config, load_config
+from jitscale.data.remote import is_remote
+from jitscale.errors import DataError
+from jitscale.evaluation.blocks import digest_of
+from jitscale.evaluation.evaluator import Evaluator
+from jitscale.evaluation.report import draw_sweep
+from jitscale.evaluation.settings import Setting, final_settings, sweep_images
+from jitscale.files import appearing_whole
+from jitscale.model.jit import JiT
+from jitscale.parallel import World
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results"  # the folder's name
+# Settings of `evaluation` that change nothing of a final evaluation.
+_ELSEWHERE = (
+    *("at_end", "every_images", "few_images", "grid_every_images", "held_out_every_images"),
+    *("cache_dir", "features_dir", "cuda_graphs", "sweep_max_share"),
+)
+
+
+def measure_settings(
+    settings: Sequence[Setting],
+    network: Callable[[str], JiT],
+    evaluator: Evaluator,
+    num_images: int,
+    *,
+    neighbours: bool = False,
+) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Each setting with what `Evaluator.measure` says about it, in their order; a collective call.
+
+    Args:
+        settings: those of one network together.
+        network: gives the weight sets, on the device.
+        evaluator: measures.
+        num_images: of each.
+        neighbours: see `Evaluator.measure`.
+    """
+    evaluation = evaluator.config.evaluation
+    for weights, own in groupby(settings, key=lambda setting: setting.weights):
+        model = network(weights)
+        for _, together in groupby(own, key=lambda setting: setting.interval):
+            group = list(together)
+            configured = [setting.applied_to(evaluation, num_images) for setting in group]
+            results = evaluator.measure(model, weights, configured, neighbours=neighbours)
+            yield from zip(group, results, strict=True)
+        del model  # before the next one is built: two large networks may not fit beside an engine
+
+
+def evaluate_model(
+    model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
+) -> dict[str, Any]:
+    """The final evaluation of one network under the configured setting; a collective call.
+
+    Args:
+        model: made by `ready_to_sample`; the same weights on every rank.
+        weights: name of the weight set, for the record.
+        config: sampler, feature network, reference and number of images.
+        world: this rank.
+        run_dir: where the results go.
+        guide: for autoguidance, see `Evaluator`.
+
+    Returns:
+        See `measure_finally`.
+
+    Raises:
+        ConfigError: no feature network is configured, or there is no reference.
+        DataError: the reference is missing or damaged.
+    """
+    alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
+    evaluator = Evaluator(alone, world, run_dir, guide)
+    return measure_finally(lambda name: model, [weights], evaluator, run_dir, is_end=True)
+
+
+def measure_finally(
+    network: Callable[[str], JiT], weight_sets: Sequence[str], evaluator: Evaluator, run_dir: Path, *, is_end: bool
+) -> dict[str, Any]:
+    """Do the evaluation that the configuration describes, and write what came out; a collective call.
+
+    Args:
+        network: gives the weight sets, ready to sample, on the device.
+        weight_sets: those that there are.
+        evaluator: has the configuration.
+        run_dir: where the results go.
+        is_end: whether these are the weights that the run in `run_dir` has ended with, or there is no run.
+
+    Returns:
+        On every rank: the metrics of the best setting (see `Evaluator.measure`) with `best`, that setting, and `table`,
+        a row for every setting that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
+
+    Raises:
+        ConfigError: `evaluation.sweep` is impossible.
+        DataError: the result cannot be written.
+        UserError: an image with values that are not finite.
+    """
+    config = evaluator.config
+    evaluation = config.evaluation
+    chosen = final_settings(config, weight_sets)
+    coarse: list[tuple[Setting, dict[str, Any]]] = []
+    if len(chosen) > 1:
+        if evaluator.world.is_main:
+            logger.info("sweep: %d settings, %d images each", len(chosen), sweep_images(evaluation))
+        order = chosen.index
+        coarse = list(measure_settings(chosen, network, evaluator, sweep_images(evaluation)))
+        best = sorted(coarse, key=lambda measured: measured[1]["fid"])[: evaluation.sweep_keep]
+        chosen = sorted((setting for setting, _ in best), key=order)  # those of one network together
+    precise = list(measure_settings(chosen, network, evaluator, evaluation.num_images, neighbours=True))
+    precise.sort(key=lambda measured: measured[1]["fid"])
+    setting, metrics = precise[0]
+    rows = [_row(*measured) for measured in (*coarse, *precise)]
+    result = {"best": setting.as_dict(), **metrics, "table": rows}
+    parallel.on_main(lambda: write_result(run_dir, result, config, is_end=is_end))
+    return result
+
+
+def write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
+    """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
+
+    Args:
+        run_dir: where the results go.
+        result: of `measure_finally`.
+        config: of the evaluation.
+        is_end: see `measure_finally`.
+
+    Raises:
+        DataError: it cannot be written; what was measured stays in the blocks.
+    """
+    content = json.dumps(result, indent=2).encode()
+    paths = [run_dir / RESULTS / f"{_name(result)}.json"]
+    if is_end and is_configured(run_dir, config):
+        paths.append(run_dir / "result.json")
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with appearing_whole(path) as file:
+                file.write(content)
+            if len(result["table"]) > 1:
+                draw_sweep(result, path.with_suffix(".svg") if path.name != "result.json" else run_dir / "sweep.svg")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); make room and start the same command again: no image is made twice"
+        ) from error
+    logger.info("%s", paths[-1])
+    if len(paths) == 1:
+        reason = "the run asks for another evaluation" if is_end else "these weights are not the end of the run"
+        logger.info("%s is not written: %s", run_dir / "result.json", reason)
+
+
+def is_configured(run_dir: Path, config: Config) -> bool:
+    """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run."""
+    path = run_dir / "config.yaml"
+    return not path.exists() or _identity(config) == _identity(load_config(path))
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What a configuration says about its final evaluation."""
+    evaluation = {key: value for key, value in asdict(config.evaluation).items() if key not in _ELSEWHERE}
+    evaluation["sweep"] = sorted(config.evaluation.sweep or [])
+    evaluation["reference"] = _place(config.evaluation.reference or config.data.shards)
+    if config.evaluation.labels == "data":
+        evaluation["labels"] = _place(config.data.shards)
+    engine = config.engine
+    return {
+        "model": asdict(config.model),
+        "diffusion": asdict(config.diffusion),
+        "evaluation": evaluation,
+        "arithmetic": (engine.precision, engine.float8),
+    }
+
+
+def _place(pattern: str) -> str:
+    """One name for a place, however a path to it is written."""
+    return pattern if is_remote(pattern) else os.path.realpath(pattern)
+
+
+def _name(result: dict[str, Any]) -> str:
+    """Of the file: the network, the images, and a hash of all that determines the numbers."""
+    settings = [{key: row[key] for key in (*result["best"], "num_images")} for row in result["table"]]
+    identity = {"protocol": result["protocol"], "reference": result["reference"], "settings": settings}
+    kind = "sweep_" if len(settings) > 1 else ""
+    return f"{kind}{result['protocol']['features']}_{result['num_images']}_{digest_of(identity)}"
+
+
+def _row(setting: Setting, measured: dict[str, Any]) -> dict[str, Any]:
+    return {**setting.as_dict(), **{key: measured[key] for key in ("num_images", "fid", "inception_score")}}

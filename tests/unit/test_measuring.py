@@ -1,0 +1,237 @@
+"""What measurements cost and need, and what is said about a configuration before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jitscale.cautions import cautions, start_caution
+from jitscale.config import Config, load_config, weight_set_names
+from jitscale.data.digits import digit_images
+from jitscale.data.packing import write_shards
+from jitscale.diffusion.sampler import Sampler
+from jitscale.errors import ConfigError, UserError
+from jitscale.evaluation.cost import measuring_cost
+from jitscale.evaluation.evaluator import configured_labels
+from jitscale.evaluation.generate import RandomLabels
+from jitscale.evaluation.metrics import RunningStatistics, feature_statistics, frechet_distance_from_statistics
+from jitscale.evaluation.requirements import check_training_measures
+from jitscale.evaluation.settings import final_settings
+from jitscale.parallel import World
+from jitscale.planner import images_of_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MEASURED = sorted(
+    path
+    for path in CONFIGS.glob("*.yaml")
+    if path.name.startswith(("jit_", "finetune_", "progressive_")) and "glyphs" not in path.name
+)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 1.0), (0.35, 0.8)])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_evaluations_are_counted_as_they_happen(method: str, scale: float, interval: tuple[float, float]) -> None:
+    sampler = Sampler(method, 10, scale, interval)
+    seen: list[torch.Tensor] = []
+
+    def network(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(y)
+        return z
+
+    sampler.sample(network, torch.randn(1, 3, 4, 4), torch.tensor([3]), null_label=7)
+    labels = torch.cat(seen).tolist()
+    assert sampler.evaluations() == (labels.count(3), labels.count(7))
+    first = sampler.evaluations(range(4))
+    assert tuple(a + b for a, b in zip(first, sampler.evaluations(range(4, 10)), strict=True)) == sampler.evaluations()
+
+
+def test_a_guided_image_of_the_recipe_costs_62_images_of_training() -> None:
+    strong, weak = Sampler("heun", 50, 2.2, (0.1, 1.0)).evaluations()
+    assert (strong, weak) == (99, 88)
+    config = load_config(CONFIGS / "jit_h_256.yaml", ["evaluation.sweep=null", "evaluation.every_images=0"])
+    cost = measuring_cost(config, weight_set_names(config))
+    assert cost.final == pytest.approx(50_000 * 187 / 3)
+    assert cost.share == pytest.approx(50_000 * 187 / 3 / 768_700_200)
+    assert (cost.few, cost.sweep, cost.settings) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
+    """600 epochs: all measuring at most 2%. 40 epochs of fine-tuning: the sweep at most 4%, beside one FID-50K."""
+    config = load_config(path)
+    evaluation = config.evaluation
+    assert (evaluation.features, evaluation.num_images, evaluation.at_end) == ("inception", 50_000, True)
+    settings = final_settings(config, weight_set_names(config))
+    assert {setting.weights for setting in settings} == {"ema_0.9996", "ema_0.9998", "ema_0.9999"}
+    assert evaluation.guidance_scale in {setting.scale for setting in settings}
+    cost = measuring_cost(config, weight_set_names(config))
+    assert evaluation.sweep_max_share is not None
+    assert cost.sweep / cost.trained <= evaluation.sweep_max_share
+    if path.name.startswith("finetune_"):
+        assert images_of_run(config) == pytest.approx(40 * 1_281_167, rel=1e-4)
+        assert cost.sweep / cost.trained <= 0.04
+        assert cost.on_the_way == 3, "every 10 epochs; after 40 the final evaluation"
+    else:
+        assert cost.trained == pytest.approx(600 * 1_281_167, rel=1e-4)
+        assert cost.share <= 0.02
+        assert cost.on_the_way == 11, "every 50 epochs; after 600 the final evaluation"
+    assert "x 5,000 images on the way" in str(cost)
+
+
+def test_the_sweep_counts_shared_steps_once() -> None:
+    """Scales of one average and interval share the steps before guidance: at 10 Euler steps from t = 0.35 on, four."""
+    settings = ["evaluation.method=euler", "evaluation.steps=10", "evaluation.guidance_interval=[0.35,1.0]"]
+    config = load_config(CONFIGS / "jit_b_256.yaml", [*settings, 'evaluation.sweep=["guidance=1,2,3"]'])
+    cost = measuring_cost(config, weight_set_names(config))
+    assert cost.sweep == pytest.approx(5000 / 3 * (10 + 2 * (10 + 6) - 2 * 4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["evaluation.features=inception", "evaluation.features_dir=/tmp/no_weights_here"],
+            r"/tmp/no_weights_here/weights-inception.* is not there, and cannot be downloaded here \(.*\); on a "
+            r"machine with a network: python tools/fetch_weights\.py --output /tmp/no_weights_here inception$",
+        ),
+        (
+            ["evaluation.features=inception", "evaluation.features_file=/nowhere.pth"],
+            "correct evaluation.features_file",
+        ),
+        (["evaluation.reference=/nowhere"], "/nowhere: "),
+        (["evaluation.reference=/nowhere.npz"], "evaluation.reference=/nowhere.npz: no statistics with mu and sigma"),
+        (
+            ["evaluation.sweep_max_share=0.5", 'evaluation.sweep=["guidance=1,2"]', "evaluation.sweep_images=10"],
+            r"evaluation\.sweep_max_share=0\.5: the sweep would take 230% of the run's .*evaluation\.sweep=null",
+        ),
+        (["evaluation.sweep=[guidance=x]"], "evaluation.sweep: guidance=x: write FROM:TO:STEP"),
+        (["evaluation.sweep=[ema=ema_0.5]"], "no weight set ema_0.5; there are model, ema_0.9"),
+        (["evaluation.num_images=100000000000"], "the features of 100000000000 images take "),
+        ([], None),
+    ],
+)
+def test_what_is_missing_is_known_beforehand(tmp_path: Path, overrides: list[str], message: str | None) -> None:
+    write_shards(*digits(20), tmp_path / "shards")
+    settings = ["model.num_classes=10", "model.image_size=8", "model.patch_size=4", "evaluation.at_end=true"]
+    settings += ["ema.decays=[0.9]", "evaluation.weights=ema_0.9", "evaluation.features=digits", "run.max_steps=20"]
+    settings += [f"data.shards={tmp_path / 'shards'}", f"run.dir={tmp_path / 'run'}", "data.batch_size=20"]
+    (tmp_path / "config.yaml").write_text("run: {max_images: 400}")
+    config = load_config(tmp_path / "config.yaml", [*settings, "evaluation.num_images=10", *overrides])
+    world = World(0, 1, 0, torch.device("cpu"))
+    if message is None:
+        assert check_training_measures(config, world) == config
+    else:
+        with pytest.raises(UserError, match=message):
+            check_training_measures(config, world)
+    config.evaluation.at_end = False
+    assert check_training_measures(config, world) == config, "nothing is asked for where nothing is measured"
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fewer than the 64 dimensions of the digits network; of a sweep and on the way too."""
+    write_shards(*digits(20), tmp_path / "shards")
+    (tmp_path / "config.yaml").write_text("run: {max_images: 400}")
+    settings = ["model.num_classes=10", "model.image_size=8", "model.patch_size=4", "evaluation.at_end=true"]
+    settings += [f"data.shards={tmp_path / 'shards'}", "evaluation.features=digits", "evaluation.num_images=64"]
+    settings += ["evaluation.every_images=1024", "evaluation.few_images=63", "evaluation.sweep_images=10"]
+    config = load_config(tmp_path / "config.yaml", [*settings, 'evaluation.sweep=["guidance=1,2"]'])
+    check_training_measures(config, World(0, 1, 0, torch.device("cpu")))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.split(" is fewer than the 64 dimensions of features")[0] for line in said] == [
+        "evaluation.sweep_images=10",
+        "evaluation.few_images=63",
+    ]
+
+
+def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = digit_images(8)
+    return images[:count], labels[:count]
+
+
+def test_the_average_that_is_still_the_start() -> None:
+    """0.9999^6931 is a half; with a warm-up, or averages taken over, nothing is known."""
+    config = load_config(CONFIGS / "jit_b_256.yaml")
+    assert start_caution(config, "ema_0.9999", 6932) is None
+    said = start_caution(config, "ema_0.9999", 60)
+    assert said is not None
+    assert said.startswith("ema_0.9999 after 60 steps is 99% the weights that the run began with")
+    assert start_caution(config, "model", 60) is None
+    for group, name, value in (("ema", "warmup", True), ("run", "init_from", "runs/other")):
+        other = load_config(CONFIGS / "jit_b_256.yaml")
+        setattr(getattr(other, group), name, value)
+        assert start_caution(other, "ema_0.9999", 60) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "said"),
+    [
+        ("jit_h_256", "run.max_images=6000000", "optim.warmup_images=6405835 is more than the "),
+        ("jit_h_256", "model.attn_dropout=0", "model.attn_dropout of 0: the paper trains networks of JiT-H's size"),
+        ("jit_g_512", "model.proj_dropout=0", "model.proj_dropout of 0"),
+        ("jit_h_256", "optim.lr=1e-4", None),
+        ("jit_b_256", "model.attn_dropout=0", None),
+    ],
+)
+def test_cautions(config: str, override: str, said: str | None) -> None:
+    loaded = load_config(CONFIGS / f"{config}.yaml", [override])
+    found = cautions(loaded, images_of_run(loaded))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_random_labels_follow_the_counts() -> None:
+    """By seed and id alone; a class without samples is never asked for."""
+    labels = RandomLabels(3, [10, 0, 30])
+    drawn = labels(range(4000))
+    assert torch.equal(labels([17, 5]), drawn[[17, 5]])
+    assert not torch.equal(RandomLabels(4, [10, 0, 30])(range(4000)), drawn)
+    counts = torch.bincount(drawn, minlength=3).tolist()
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(1000, abs=100)
+    with pytest.raises(ValueError, match="need a class with samples"):
+        RandomLabels(0, [0, 0])
+
+
+def test_statistics_of_parts_are_those_of_the_whole() -> None:
+    """Also where the mean is large and the covariance singular; in any split, and the distance with them."""
+    random = np.random.default_rng(0)
+    singular = random.normal(0.0, 1.0, (6, 20)).astype(np.float32)  # its roots are as exact as those of round-off
+    for features, digits in ((random.normal(1000.0, 1.0, (300, 8)), 1e-9), (singular, 1e-7)):
+        whole = feature_statistics(features)
+        for ends in ([100], [1, 2, 3], [0, len(features) - 1]):
+            running = RunningStatistics.empty(features.shape[1])
+            for part in np.split(features, ends):
+                running.update(part)
+            found = running.statistics()
+            np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
+            np.testing.assert_allclose(found.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+            other = feature_statistics(features[::-1] * 1.5)
+            assert frechet_distance_from_statistics(other, found) == pytest.approx(
+                frechet_distance_from_statistics(other, whole), rel=digits
+            )
+    with pytest.raises(ValueError, match="not finite"):
+        RunningStatistics.empty(2).update(np.array([[1.0, np.nan]]))
+    with pytest.raises(ValueError, match="at least two images"):
+        RunningStatistics.empty(2).statistics()
+
+
+def test_the_datas_labels_need_data() -> None:
+    config = load_config(CONFIGS / "jit_b_256.yaml", ["evaluation.labels=data", "evaluation.reference=real.npz"])
+    with pytest.raises(ConfigError, match=r"evaluation\.labels=data: needs shards whose labels are counted"):
+        configured_labels(config)
+
+
+def test_a_progressive_run_is_measured_in_every_stage() -> None:
+    config: Config = load_config(CONFIGS / "progressive_b_256.yaml")
+    alone = replace(config, progressive=type(config.progressive)())
+    whole, last = (measuring_cost(one, weight_set_names(one)) for one in (config, alone))
+    assert (whole.trained, last.trained) == (768_700_200, 384_350_100)
+    # 200 epochs at 64 px, 100 at 128 px: 4 and 2 measurements; 300 epochs at 256 px: 5, and the final evaluation.
+    assert (whole.on_the_way, last.on_the_way) == (4 + 2 + 5, 5)
+    assert (whole.sweep, whole.final) == (last.sweep, last.final)
