@@ -59,13 +59,21 @@ def choose_device(setting: str) -> torch.device:
         raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    shared = shared_gpu()
+    if shared:
+        raise ConfigError(shared)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def shared_gpu() -> str:
+    """Why this rank would share a GPU with another one, as a message; empty if it has its own."""
     local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if 1 < seen <= local_rank:  # where a task sees one GPU, that is its own
-        raise ConfigError(
-            f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; start {seen} tasks a node "
-            "(--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
-        )
-    return torch.device("cuda", local_rank % seen)
+    if not 1 < seen <= local_rank:  # where a task sees one GPU, that is its own
+        return ""
+    return (
+        f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; start {seen} tasks a node "
+        "(--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
+    )
 
 
 def bf16_supported(setting: str) -> bool:

@@ -52,6 +52,7 @@ class Finding:
     code: str
     config: str
     device: str
+    mistake: str = ""  # of the user's, that no other rank need see
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,13 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [fault for check in (_gpu, _folders, _shards) if (fault := _fault(check, config))]
     hash_of_config = hashlib.sha256(to_yaml(config).encode()).hexdigest()
     device_type = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type)
+    mistake = parallel.shared_gpu() if device_type == "cuda" else ""
+    finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type, mistake)
 
     store = _meet(rank, world_size, node)
     if store is None:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
     findings = parallel.gather_objects(finding)
+    mistakes = sorted({finding.mistake for finding in findings if finding.mistake})
+    if mistakes:
+        raise UserError(mistakes[0])  # the same on all nodes
     everywhere = set.intersection(*(set(finding.faults) for finding in findings))
     if everywhere:
         raise UserError("; ".join(sorted(everywhere)))  # no node's fault
