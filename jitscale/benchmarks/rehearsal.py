@@ -153,7 +153,7 @@ class _Watched:
             held = 0
             for process in (main, *_children(main)):
                 try:
-                    held += process.memory_info().rss
+                    held += process.memory_full_info().pss  # pages that processes share are divided among them
                 except psutil.Error:
                     continue  # ended meanwhile
             self._samples.append((time.time(), held))
