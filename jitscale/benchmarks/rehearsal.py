@@ -145,7 +145,8 @@ class _Watched:
 
     def peak(self, begin: float = 0.0, end: float = float("inf")) -> int:
         """Bytes that all ranks held together at most between two times."""
-        return max((held for at, held in self._samples if begin <= at <= end), default=0)
+        before = [held for at, held in self._samples if at < begin][-1:]  # a part may be shorter than a look
+        return max([*before, *(held for at, held in self._samples if begin <= at <= end)], default=0)
 
     def _watch(self) -> None:
         main = psutil.Process(self._process.pid)
