@@ -71,8 +71,8 @@ class Work:
 
     @property
     def _measured(self) -> int:
-        """Finished blocks of evaluations that are kept, and parts of statistics of real images."""
-        patterns = ("*_*/part_*.npz", "real_images/*/part_*.npz", "real_images/*/facts.json")
+        """Finished blocks of evaluations that are kept, and parts of statistics of real images that are being made."""
+        patterns = ("*_*/part_*.npz", "real_images/*/part_*.npz")
         parts = [path for cache in self.caches for pattern in patterns for path in cache.glob(pattern)]
         return len(parts) + sum(1 for _ in self.run_dir.glob("evaluation/samples_*/block_*.npz"))
 
