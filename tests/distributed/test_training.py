@@ -334,7 +334,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         for name, (overrides, _) in mistakes.items()
     }
     for name, process in started.items():
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=120)
         said = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert process.returncode == 2, f"{name}: {process.returncode}\n{errors}"
         assert len(said) == 1, f"{name}\n{errors}"
