@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.forking import ROOT, Process
+
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -24,14 +24,9 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
-def start_ranks(world_size: int, *command: str) -> list[subprocess.Popen[str]]:
+def start_ranks(world_size: int, *command: str) -> list[Process]:
     """Start `python COMMAND...` on every rank; stdout and stderr of each go into one pipe."""
-    return [
-        subprocess.Popen(
-            [sys.executable, *command], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for env in rank_environments(world_size)
-    ]
+    return [Process(command, env) for env in rank_environments(world_size)]
 
 
 def run_ranks(world_size: int, *command: str, timeout: float = 300, expect: int = 0) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import pytest
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_held_out, read_metrics
 from jitscale.training.checkpoint import complete_checkpoints
-from tests.distributed.processes import ROOT, run_ranks
+from tests.distributed.forking import Process
+from tests.distributed.processes import run_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
 
 EVERY = 4 * BATCH  # as often as a checkpoint
@@ -112,10 +111,9 @@ def test_another_held_out_set_is_refused(job: Job, measured: list[dict[str, Any]
         job.copy("measured", name, steps=8)
         settings = [f"evaluation.held_out_every_images={0 if name == 'none' else EVERY}", override]
         settings += ["data.held_out=0.3"] if name == "shards as new ones" else []
-        command = [sys.executable, *job.command(name, *settings)]
-        started[name] = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started[name] = Process(job.command(name, *settings))
     for name, process in started.items():
-        _, errors = process.communicate(timeout=120)
+        errors, _ = process.communicate(timeout=120)
         said = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert process.returncode == 2, errors
         assert len(said) == 1, errors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from jitscale.tracking import read_metrics
 from jitscale.training.checkpoint import MARKER, Checkpoint, complete_checkpoints
 from jitscale.training.snapshots import complete_snapshots
 from jitscale.weights.opening import read_weights
-from tests.distributed.processes import ROOT, start_ranks
+from tests.distributed.forking import ROOT, Process
+from tests.distributed.processes import start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses
 
 # Without dropout, which is drawn by rank; a snapshot at the steps that cross a multiple of 27 images.
@@ -47,11 +46,10 @@ def run(job: Job) -> Path:
 
 def reconstruct(run: Path, *options: str, expect: int = 0) -> str:
     """Run the tool; returns what it printed."""
-    command = [sys.executable, "tools/posthoc_ema.py", "--run", str(run), *options]
-    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert process.returncode == expect, process.stdout + process.stderr
-    return process.stdout if expect == 0 else process.stderr
+    process = Process(["tools/posthoc_ema.py", "--run", str(run), *options], env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == expect, said
+    return said
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -22,6 +22,7 @@ from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
 from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
+from tests.distributed.forking import Process
 from tests.distributed.processes import ROOT, run_ranks, start_ranks
 
 STEPS, BATCH = 24, 12
@@ -324,17 +325,11 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         "missing cuda": (["run.device=cuda"], "PyTorch sees no GPU"),
     }
     started = {
-        name: subprocess.Popen(
-            [sys.executable, *job.command("mistake_" + name.replace(" ", "_"), *overrides)],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        name: Process(job.command("mistake_" + name.replace(" ", "_"), *overrides))
         for name, (overrides, _) in mistakes.items()
     }
     for name, process in started.items():
-        _, errors = process.communicate(timeout=120)
+        errors, _ = process.communicate(timeout=120)
         said = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert process.returncode == 2, f"{name}: {process.returncode}\n{errors}"
         assert len(said) == 1, f"{name}\n{errors}"

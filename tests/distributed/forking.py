@@ -1,0 +1,223 @@
+"""Processes of `python COMMAND...` that do not import torch and DeepSpeed anew.
+
+Those imports take a processor nine seconds, and the tests start several hundred ranks. One process imports them, and
+each rank is a fork of it: a process of its own, with its own environment, output, signals and exit code, that runs the
+command as the interpreter would.
+
+    python -m tests.distributed.forking SOCKET   (started by `Process`, once for each process of pytest)
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[2]
+MESSAGE_BYTES = 2**17  # of a request: the command and the environment; a datagram holds no more than about 200 KiB
+# What a run of training imports, at once or on the way. No file of the project whose commands run as `__main__`.
+WARM = (
+    "jitscale.evaluation.requirements",
+    "jitscale.training.trainer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles as it is imported, and so brings torch's compiler
+    "torch._dynamo.testing",
+    "torch.nn.attention.flex_attention",
+    "torchmetrics",
+)
+
+
+class Process:
+    """A fork that runs `python COMMAND...` in the project's root; used like `subprocess.Popen`.
+
+    Args:
+        command: the interpreter's arguments: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
+        env: the whole environment; None for this process's.
+        start_new_session: the process leads a session of its own.
+
+    `stdout` has its standard output and its standard error.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: dict[str, str] | None = None, *, start_new_session: bool = False
+    ) -> None:
+        self.args = list(command)
+        self.returncode: int | None = None
+        read, write = os.pipe()
+        self._status, theirs = socket.socketpair()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if env is None else env
+        request = json.dumps({"command": self.args, "env": environment, "new_session": start_new_session}).encode()
+        assert len(request) <= MESSAGE_BYTES, "a larger request than a datagram holds"
+        rights = array.array("i", [theirs.fileno(), write])
+        _server().sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        theirs.close()
+        os.close(write)
+        self.stdout = open(read, encoding="utf-8")  # noqa: SIM115 (closed with the object, as Popen's)
+        self.pid = int(self._line())
+
+    def _line(self) -> str:
+        """The next line that the fork's parent says: the process id, then the exit code."""
+        line = b""
+        while not line.endswith(b"\n"):
+            part = self._status.recv(1)
+            assert part, "the process that forks has ended"
+            line += part
+        return line.decode()
+
+    def poll(self) -> int | None:
+        """The exit code (a negative one is a signal), or None while it runs."""
+        try:
+            return self.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs after `timeout` seconds.
+        """
+        if self.returncode is None:
+            self._status.settimeout(timeout or (None if timeout is None else 1e-3))
+            try:
+                self.returncode = int(self._line())
+            except TimeoutError as error:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from error
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """What it prints until its end; its children may hold the output longer.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if reader.is_alive():
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        self.wait(None if deadline is None else max(deadline - time.monotonic(), 1.0))
+        return said[0], None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end, with SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """The connection to the process that forks, which ends with this one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.forking", str(theirs.fileno())],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+    )
+    theirs.close()
+    if not ours.recv(16):
+        log.seek(0)
+        raise RuntimeError(f"the process that forks did not start: {log.read().decode()}")
+    atexit.register(server.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+def _serve(control: socket.socket) -> dict[str, object]:
+    """Fork at each request; returns it in the fork."""
+    for module in WARM:
+        importlib.import_module(module)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, "a fork has only the thread that forks: nothing imported here may start another"
+    gc.freeze()  # collections in a fork leave alone, and so share, what was there before it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' parents
+    sys.stdout.flush()
+    sys.stderr.flush()
+    control.send(b"ready")
+    while True:
+        data, passed, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 2)
+        if not data:
+            os._exit(0)  # pytest has ended
+        if os.fork() == 0:
+            control.close()
+            status, output = passed
+            request: dict[str, object] = json.loads(data)
+            _fork(status, output, new_session=bool(request["new_session"]))
+            return request
+        for descriptor in passed:
+            os.close(descriptor)
+
+
+def _fork(status: int, output: int, *, new_session: bool) -> None:
+    """Return in a child with its own output; its parent says its process id and its exit code, and ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child:
+        os.close(output)
+        os.write(status, f"{child}\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the child's end is to be said
+        _, code = os.waitpid(child, 0)
+        os.write(status, f"{os.waitstatus_to_exitcode(code)}\n".encode())
+        os._exit(0)
+    os.close(status)
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    if new_session:
+        os.setsid()
+
+
+def _run(command: list[str], env: dict[str, str]) -> None:
+    """What `python COMMAND...` does with its arguments."""
+    os.environ.clear()
+    os.environ.update(env)
+    kind, *rest = command
+    if kind == "-m":
+        sys.argv = [rest[0], *rest[1:]]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        sys.path[0] = str(Path(kind).resolve().parent)
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _main() -> NoReturn:
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    _run(request["command"], request["env"])  # type: ignore[arg-type]
+    sys.exit()
+
+
+if __name__ == "__main__":
+    _main()
