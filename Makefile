@@ -21,7 +21,7 @@ test-slow: $(INSTALLED)
 # As root: installs Debian's Slurm (it says what), makes network namespaces, and removes these again.
 test-cluster: $(INSTALLED)
 	tests/slurm/packages.sh
-	$(RUN) -m pytest -m cluster tests/slurm
+	$(RUN) -m pytest -m cluster --durations=20 --durations-min=8 tests/slurm
 
 # The server has an environment of its own, because its licence (CC BY-NC 4.0) forbids commercial use: installing it is
 # your decision, and nothing else needs it.

@@ -13,7 +13,7 @@ from tests.slurm.conftest import BATCH, Runs
 
 pytestmark = pytest.mark.cluster
 
-SCALES = 25
+SCALES = 17
 EVALUATION = (
     *("evaluation.features=digits", "evaluation.at_end=true", "evaluation.sweep_max_share=null", "run.max_steps=8"),
     *(f"evaluation.every_images={4 * BATCH}", "evaluation.few_images=16", "evaluation.num_images=200"),

@@ -11,16 +11,23 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import ROOT, SAVE_EVERY, STEADY, STILL, Runs, check, started
+from tests.slurm.conftest import ROOT, SAVE_EVERY, STEADY, STILL, Runs, check, started, without_slurm
 
 pytestmark = pytest.mark.cluster
 
 RANK = r"jitscale\.train "
 
 
-def test_a_run_to_its_end(runs: Runs, time_limited: tuple[str, float], unbroken: list[dict[str, Any]]) -> None:
-    job = runs.submit("whole", *STILL)
-    check(runs, "whole", job, unbroken, restarts=0)
+def other_node(runs: Runs, run: str, job: str) -> str:
+    """The node of the run that does not have its batch script."""
+    host = runs.cluster.job(job)["BatchHost"]
+    return next(node for node in runs.cluster.nodes if node != host and runs.cluster.tasks(node, rf"{RANK}.*{run}"))
+
+
+def test_a_run_to_its_end(runs: Runs, time_limited: tuple[str, float]) -> None:
+    """Two tasks a node; the other tests have one."""
+    job = runs.submit("whole", *STILL, tasks_per_node=2)
+    check(runs, "whole", job, without_slurm(runs, "unbroken_on_four", 4), restarts=0)
     log = runs.log("whole")
     assert "preflight: 4 ranks on 2 nodes are fit" in log
     assert "MASTER_PORT=" in log
@@ -44,25 +51,19 @@ def test_a_broken_node_is_named_and_avoided(runs: Runs, unbroken: list[dict[str,
     assert "Read-only file system" in runs.log("broken_node")
 
 
-def test_a_rank_that_is_killed(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    job = runs.submit("killed_rank", *STILL, faults=f"{STEADY}0.3")
-    started(runs, "killed_rank")
-    node = runs.cluster.job(job)["BatchHost"]
-    begun = time.monotonic()
-    os.kill(runs.cluster.tasks(node, RANK)[1], signal.SIGKILL)
-    check(runs, "killed_rank", job, unbroken, restarts=1)
-    assert f"excluded: {node}" in runs.log("killed_rank")
-    print(f"killed rank: complete {time.monotonic() - begun:.0f} s later")
-
-
-def test_a_rank_that_hangs(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    job = runs.submit("hanging_rank", *STILL, faults=f"{STEADY}0.3")
-    started(runs, "hanging_rank")
-    node = runs.cluster.job(job)["BatchHost"]
-    begun = time.monotonic()
-    os.kill(runs.cluster.tasks(node, RANK)[1], signal.SIGSTOP)
-    check(runs, "hanging_rank", job, unbroken, restarts=1)
-    print(f"hanging rank: complete {time.monotonic() - begun:.0f} s later")
+def test_a_rank_that_is_killed_and_one_that_hangs(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    signals = {"killed_rank": signal.SIGKILL, "hanging_rank": signal.SIGSTOP}
+    jobs = {run: runs.submit(run, *STILL, faults=f"{STEADY}0.3") for run in signals}
+    nodes, begun = {}, {}
+    for run, number in signals.items():
+        started(runs, run)
+        nodes[run] = other_node(runs, run, jobs[run])
+        begun[run] = time.monotonic()
+        os.kill(runs.cluster.tasks(nodes[run], rf"{RANK}.*{run}")[0], number)
+    for run, job in jobs.items():
+        check(runs, run, job, unbroken, restarts=1)
+        print(f"{run}: complete {time.monotonic() - begun[run]:.0f} s later")
+    assert f"excluded: {nodes['killed_rank']}" in runs.log("killed_rank")
 
 
 def test_preemption_requeue_and_signals(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
@@ -94,32 +95,25 @@ def preempt(runs: Runs, nodes: str) -> None:
     assert runs.cluster.wait(urgent, seconds=90) == "COMPLETED"
 
 
-def test_a_node_that_dies(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+def test_a_node_that_dies_and_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    """Under two runs at once, because most of the time goes by until Slurm notices."""
     cluster = runs.cluster
-    job = runs.submit("dead_node", *STILL, faults=f"{STEADY}0.3")
-    started(runs, "dead_node")
-    node = cluster.job(job)["BatchHost"]
+    apart = ("--cpus-per-task=3",)  # too many for two tasks on one node
+    jobs = {run: runs.submit(run, *STILL, faults=f"{STEADY}0.3", options=apart) for run in ("dead_node", "no_cable")}
+    for run in jobs:
+        started(runs, run)
+    dead, cut_off = cluster.job(jobs["dead_node"])["BatchHost"], other_node(runs, "no_cable", jobs["no_cable"])
     begun = time.monotonic()
-    cluster.kill_node(node)
+    cluster.kill_node(dead)
     try:
-        check(runs, "dead_node", job, unbroken)
-        print(f"dead node: complete {time.monotonic() - begun:.0f} s later")
+        with cluster.unplugged(cut_off):
+            for run, job in jobs.items():
+                check(runs, run, job, unbroken)
+                print(f"{run}: complete {time.monotonic() - begun:.0f} s later")
     finally:
-        cluster.start_node(node)
-    cluster.wait_for(lambda: cluster.node_states()[node] == "idle", 60, f"{node} is not back")
-
-
-def test_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    cluster = runs.cluster
-    job = runs.submit("no_cable", *STILL, faults=f"{STEADY}0.3")
-    started(runs, "no_cable")
-    host = cluster.job(job)["BatchHost"]
-    node = next(node for node in cluster.nodes if node != host and cluster.tasks(node, rf"{RANK}.*no_cable"))
-    begun = time.monotonic()
-    with cluster.unplugged(node):
-        check(runs, "no_cable", job, unbroken)
-        print(f"pulled cable: complete {time.monotonic() - begun:.0f} s later")
-    cluster.wait_for(lambda: cluster.node_states()[node] == "idle", 90, f"{node} is not back")
+        cluster.start_node(dead)
+    for node in (dead, cut_off):
+        cluster.wait_for(lambda node=node: cluster.node_states()[node] == "idle", 90, f"{node} is not back")  # type: ignore[misc]
 
 
 def test_mistakes_end_the_job_with_one_line(runs: Runs, cluster: SlurmCluster) -> None:

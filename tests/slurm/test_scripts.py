@@ -21,7 +21,7 @@ model: {image_size: 32, patch_size: 8}
 diffusion: {noise_scale: 2.0}
 run: {max_steps: 4}
 """
-SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10", "--mem-per-cpu=800")
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10", "--mem-per-cpu=800")
 
 
 def submit(runs: Runs, *arguments: str) -> str:

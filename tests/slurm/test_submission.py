@@ -44,7 +44,7 @@ def folder(runs: Runs) -> Path:
     return folder
 
 
-def submit(runs: Runs, folder: Path, run: str, *more: str) -> list[str]:
+def submit(runs: Runs, folder: Path, run: str, *more: str, tasks_per_node: int = 1) -> list[str]:
     """Submit; returns the jobs' ids in their order."""
     before = {path.name for path in (folder / "submissions/jobs").glob("*.json")}
     tool(
@@ -53,7 +53,7 @@ def submit(runs: Runs, folder: Path, run: str, *more: str) -> list[str]:
         f"--run-dir={folder / run}",
         f"--folder={folder / 'submissions'}",
         "--nodes=2",
-        "--tasks-per-node=2",
+        f"--tasks-per-node={tasks_per_node}",
         "--cpus-per-task=1",
         "--minutes=10",
         "--sbatch=mem-per-cpu=800",
@@ -87,7 +87,8 @@ def test_a_chain_a_sweep_and_a_failure(runs: Runs, folder: Path) -> None:
     """All are submitted at once, and looked at when they have ended."""
     cluster = runs.cluster
     chain = submit(runs, folder, "chain_16", "--chain=train:16,upgrade:32,train:32,evaluate", *shards(folder))
-    sweep = submit(runs, folder, "sweep", "--set", "optim.lr=1e-3,2e-3", f"data.shards={folder / 'shards_16'}")
+    rates = ["--set", "optim.lr=1e-3,2e-3", f"data.shards={folder / 'shards_16'}"]
+    sweep = submit(runs, folder, "sweep", *rates, tasks_per_node=2)
     (folder / "gone_32").write_text("")  # in the way of the upgrade's output
     failing = submit(runs, folder, "gone_16", "--chain=train:16,upgrade:32,train:32", *shards(folder))
     assert [len(chain), len(sweep), len(failing)] == [4, 2, 3]
@@ -100,8 +101,8 @@ def test_a_chain_a_sweep_and_a_failure(runs: Runs, folder: Path) -> None:
     assert np.isfinite(json.loads((folder / "chain_32/result.json").read_text())["fid"])
 
     assert [states[job] for job in sweep] == ["COMPLETED"] * 2, logs
-    rates = [read_metrics(folder / f"sweep_optim.lr={rate}")[-1]["lr"] for rate in ("1e-3", "2e-3")]
-    assert rates == [1e-3, 2e-3]
+    trained = [read_metrics(folder / f"sweep_optim.lr={rate}")[-1]["lr"] for rate in ("1e-3", "2e-3")]
+    assert trained == [1e-3, 2e-3]
 
     assert [states[job] for job in failing] == ["COMPLETED", "FAILED", "CANCELLED"], logs
     assert f"upgrade gone_32 (job {failing[1]}) did not succeed" in table
