@@ -200,9 +200,11 @@ def _run(command: list[str], env: dict[str, str]) -> None:
     """What `python COMMAND...` does with its arguments."""
     os.environ.clear()
     os.environ.update(env)
+    # The program's folder, then PYTHONPATH, of which this process has the root, from `_server`.
+    sys.path[:2] = [os.getcwd(), *env.get("PYTHONPATH", "").split(os.pathsep)]
     kind, *rest = command
     if kind == "-m":
-        sys.argv = [rest[0], *rest[1:]]
+        sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv = ["-c", *rest[1:]]
