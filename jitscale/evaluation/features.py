@@ -80,7 +80,6 @@ class FeatureNetwork(nn.Module):
         num_logits: L.
         num_spatial: R.
         input_size: side in pixels to which every image is resized.
-        weights_sha256: hex digest of the weights file; empty while the weights are random.
     """
 
     name: str
@@ -89,7 +88,6 @@ class FeatureNetwork(nn.Module):
     num_logits: int = 0
     num_spatial: int = 0
     input_size: int
-    weights_sha256: str = ""
 
     def forward(self, images: torch.Tensor) -> Embedding:
         """Embed uint8 `images` (B, 3, height, width) of any size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from dataclasses import dataclass
 from functools import partial
@@ -89,24 +90,23 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
 
 
 def _fetch_if(mine: bool, file: Published, folder: Path) -> None:
-    if mine:
+    if mine and not (folder / file.file_name).exists():  # every rank verifies it when it looks for it
         fetch(file, folder)
 
 
 def _find(name: str, evaluation: EvaluationConfig, *, main: bool) -> NetworkFile:
-    weights = FEATURE_NETWORKS[name].weights
-    remedy = "restore the file"
+    weights, suffix = FEATURE_NETWORKS[name].weights, "" if main else f"_{name}"
     if main and evaluation.features_file is not None:
         path, remedy = Path(evaluation.features_file), "correct evaluation.features_file, or set it to null"
     elif isinstance(weights, Published):
-        path = verify(weights, published_folder(evaluation))
+        folder = published_folder(evaluation)
+        return NetworkFile(name, folder / weights.file_name, verify(weights, folder), suffix)
     else:
-        path = weights
+        path, remedy = weights, "restore the file"
     try:
-        digest = sha256_of(path)
+        return NetworkFile(name, path, sha256_of(path), suffix)
     except OSError as error:
         raise DataError(f"cannot load {path}: {error.strerror}; {remedy}") from error
-    return NetworkFile(name, path, digest, "" if main else f"_{name}")
 
 
 class Embedder:
@@ -192,10 +192,9 @@ def _load(name: str, path: Path, sha256: str) -> FeatureNetwork:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load(content)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         network.load_state_dict(state)
     except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
         reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"cannot load {path}: {reason}; restore the file") from error
-    network.weights_sha256 = sha256
     return network.eval().requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import socket
 import urllib.error
@@ -13,6 +12,7 @@ import torch
 
 from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError
+from jitscale.files import sha256_of
 
 ANSWER_SECONDS = 30.0  # without a byte, after which a download is given up
 
@@ -55,7 +55,8 @@ def fetch(published: Published, folder: Path) -> Path:
     """
     path = folder / published.file_name
     if path.exists():
-        return verify(published, folder)
+        verify(published, folder)
+        return path
     patience = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,17 +77,17 @@ def fetch(published: Published, folder: Path) -> Path:
     return path
 
 
-def verify(published: Published, folder: Path) -> Path:
-    """The file in the folder, with the right content.
+def verify(published: Published, folder: Path) -> str:
+    """Compare the file in the folder with its hash; returns the whole sha256.
 
     Raises:
         DataError: it is missing, or another file.
     """
     path = folder / published.file_name
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); {published.remedy(folder)}") from error
     if not digest.startswith(published.sha256):
         raise DataError(f"{path}: its sha256 begins with {digest[:8]}, expected {published.sha256}; remove it")
-    return path
+    return digest

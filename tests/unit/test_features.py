@@ -10,12 +10,14 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from jitscale.config import EvaluationConfig
 from jitscale.data.digits import digit_images
 from jitscale.errors import UserError
 from jitscale.evaluation.features import Embedding, FeatureNetwork, to_uint8
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
-from jitscale.evaluation.networks import load_feature_network
+from jitscale.evaluation.networks import identity_of, load_feature_network, network_files
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
+from jitscale.parallel import World
 
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
 DIGITS_SHA256 = "5f12f99d2677e7f00703410b24d12586470479353fd6595ebb7853d962ca0e22"
@@ -51,9 +53,10 @@ def as_pixels(values: np.ndarray) -> np.ndarray:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
-def test_the_stored_weights_are_the_ones_results_refer_to(network: FeatureNetwork) -> None:
+def test_the_stored_weights_are_the_ones_results_refer_to() -> None:
     assert hashlib.sha256(DigitsFeatures.weights.read_bytes()).hexdigest() == DIGITS_SHA256
-    assert network.weights_sha256 == DIGITS_SHA256
+    (file,) = network_files(EvaluationConfig(features="digits"), World(0, 1, 0, torch.device("cpu")))
+    assert identity_of([file]) == {"features": "digits", "features_sha256": DIGITS_SHA256}
     assert DigitsFeatures.weights.stat().st_size < 300_000
 
 
