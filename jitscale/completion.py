@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def is_complete_under(config: Config) -> bool:
 
 
 def _digest(config: Config) -> str:
-    return hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    same = replace(config, run=replace(config.run, profile=False))  # to profile a finished run leaves nothing to do
+    return hashlib.sha256(to_yaml(same).encode()).hexdigest()
 
 
 def forget_completion(run_dir: Path, command: str) -> None:

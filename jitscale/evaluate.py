@@ -107,8 +107,9 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
     settings, guide = final_settings(config, stored.weight_sets), read_guide(config)
     run_dir = Path(config.run.dir)
     newest = latest_checkpoint(run_dir)
-    is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest))
-    tracked = described and is_end and config.tracking.wandb != "off" and is_configured(run_dir, config)
+    is_configured_end = is_configured(run_dir, config)  # a run.dir whose config.yaml cannot be read is met now
+    is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest, run_dir))
+    tracked = described and is_end and config.tracking.wandb != "off" and is_configured_end
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
         parallel.together(lambda: stored.verify(world.rank, world.size))
@@ -133,9 +134,9 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
         print(table_of(result))
 
 
-def _is_end(stored: StoredWeights, newest: Checkpoint) -> bool:
-    """Whether the stored weights are a run's newest checkpoint, and the run has come to its end with it."""
-    run, progress = newest.config.run, newest.progress
+def _is_end(stored: StoredWeights, newest: Checkpoint, run_dir: Path) -> bool:
+    """Whether the stored weights are the newest checkpoint of the run in `run_dir`, which has ended with it."""
+    run, progress = load_config(run_dir / "config.yaml").run, newest.progress
     ends = (run.max_images is not None and progress.images >= run.max_images) or (
         run.max_steps is not None and progress.step >= run.max_steps
     )

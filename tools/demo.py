@@ -34,7 +34,6 @@ from jitscale.training.checkpoint import complete_checkpoints
 from jitscale.weights.opening import read_weights
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = 8
 
 
 def main() -> int:
@@ -131,7 +130,7 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
         model = read_weights(config.run.dir).build()
         sampler = configured_sampler(config.evaluation, config.diffusion)
         size = config.model.image_size
-        grid = sample_grid(model, sampler, config.evaluation.seed, len(DIGIT_CLASSES), COLUMNS)
+        grid = sample_grid(model, sampler, config.evaluation.seed, World(0, 1, 0, torch.device("cpu")))
         axis.imshow(grid)
         axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
         axis.tick_params(length=0)

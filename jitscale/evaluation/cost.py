@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from jitscale.config import Config, EvaluationConfig
-from jitscale.evaluation.generate import configured_sampler
+from jitscale.evaluation.generate import configured_sampler, grid_images
 from jitscale.evaluation.settings import Setting, final_settings, sweep_images
 from jitscale.planner import images_of_run
 from jitscale.progressive import stages_of
@@ -26,6 +26,7 @@ class MeasuringCost:
         on_the_way: how often few images are measured while training.
         few_images: generated each time.
         few: the cost of all those.
+        pictures: the cost of all pictures of samples while training.
         settings: of the sweep; 1 for none.
         sweep_images: generated for each setting.
         sweep: its cost.
@@ -37,6 +38,7 @@ class MeasuringCost:
     on_the_way: int
     few_images: int
     few: float
+    pictures: float
     settings: int
     sweep_images: int
     sweep: float
@@ -46,7 +48,7 @@ class MeasuringCost:
     @property
     def share(self) -> float:
         """Of the compute of training."""
-        return (self.few + self.sweep + self.final) / max(1, self.trained)
+        return (self.few + self.pictures + self.sweep + self.final) / max(1, self.trained)
 
     @property
     def sweep_share(self) -> float:
@@ -57,6 +59,8 @@ class MeasuringCost:
         parts = []
         if self.on_the_way:
             parts.append(f"{self.on_the_way} x {self.few_images:,} images on the way ({self._percent(self.few)})")
+        if self.pictures:
+            parts.append(f"pictures of samples ({self._percent(self.pictures)})")
         if self.settings > 1:
             parts.append(f"{self.settings} settings x {self.sweep_images:,} in a sweep ({self._percent(self.sweep)})")
         if self.settings:
@@ -84,7 +88,7 @@ def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
     """
     evaluation, batch = config.evaluation, config.data.batch_size
     trained = on_the_way = 0
-    few = 0.0
+    few = pictures = 0.0
     stages = stages_of(config)
     for stage in stages:
         images = images_of_run(stage)
@@ -95,6 +99,9 @@ def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
             times = max(0, last) // evaluation.every_images
             on_the_way += times
             few += times * evaluation.few_images * _image_cost(stage, stage.evaluation)
+        if evaluation.grid_every_images:
+            count = images // evaluation.grid_every_images * grid_images(stage.model.num_classes)
+            pictures += count * _image_cost(stage, stage.evaluation)
     sweep = final = 0.0
     settings: list[Setting] = []
     if evaluation.at_end:
@@ -109,6 +116,7 @@ def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
         on_the_way,
         evaluation.few_images,
         few,
+        pictures,
         len(settings),
         sweep_images(evaluation),
         sweep,

@@ -64,6 +64,7 @@ class Evaluator:
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide = None if guide is None else ready_to_sample(guide, config, world.device)
+        self._guide_digest = None if self.guide is None else weights_digest(self.guide)
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
         self._labels, self._labels_identity = parallel.together(lambda: configured_labels(config))
@@ -97,8 +98,8 @@ class Evaluator:
             UserError: an image with values that are not finite.
         """
         named = {"weights": weights, "weights_sha256": weights_digest(model)}
-        if self.guide is not None:
-            named["guide_sha256"] = weights_digest(self.guide)
+        if self._guide_digest is not None:
+            named["guide_sha256"] = self._guide_digest
         protocols = [
             {
                 **named,

@@ -129,7 +129,8 @@ def measure_finally(
     precise = list(measure_settings(chosen, network, evaluator, evaluation.num_images, neighbours=True))
     precise.sort(key=lambda measured: measured[1]["fid"])
     setting, metrics = precise[0]
-    rows = [_row(*measured) for measured in (*coarse, *precise)]
+    repeated = bool(coarse) and sweep_images(evaluation) == evaluation.num_images  # the best are rows of the sweep
+    rows = [_row(*measured) for measured in (*coarse, *([] if repeated else precise))]
     result = {"best": setting.as_dict(), **metrics, "table": rows}
     parallel.on_main(lambda: write_result(run_dir, result, config, is_end=is_end))
     return result

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from jitscale import parallel
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError
@@ -28,8 +29,11 @@ from jitscale.keyed_random import Purpose, uniform
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
+from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
+
+GRID_COLUMNS, GRID_ROWS = 8, 10  # of a picture of samples
 
 
 def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
@@ -168,13 +172,33 @@ def sample_images(
     return sampler.sample(model, noise.to(device), labels.to(device), model.null_label, guide)
 
 
+def grid_images(num_classes: int) -> int:
+    """Images in a picture of samples, of a network with so many classes."""
+    return min(GRID_ROWS, max(1, num_classes)) * GRID_COLUMNS
+
+
 def sample_grid(
-    model: JiT, sampler: Sampler, seed: int, rows: int, columns: int, guide: JiT | None = None
+    model: JiT, sampler: Sampler, seed: int, world: World, guide: JiT | None = None
 ) -> npt.NDArray[np.uint8]:
-    """A picture of samples, uint8 (height, width, 3): one row a class, the first `rows` classes."""
+    """A picture of samples, uint8 (height, width, 3): one row a class, the first `GRID_ROWS` classes.
+
+    A collective call: the ranks share the images, and each returns the picture.
+
+    Raises:
+        UserError: on every rank: an image with values that are not finite.
+    """
     classes = max(1, model.config.num_classes)
-    ids = [row + column * classes for row in range(min(rows, classes)) for column in range(columns)]
-    return tile(to_uint8(generate(model, sampler, ids, seed, guide)), columns)
+    ids = [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
+    own = ids[world.rank :: world.size]
+
+    def sampled() -> torch.Tensor | None:
+        return to_uint8(generate(model, sampler, own, seed, guide), own).cpu() if own else None
+
+    parts = [part for part in parallel.gather_objects(parallel.together(sampled)) if part is not None]
+    images = torch.empty(len(ids), *parts[0].shape[1:], dtype=torch.uint8)
+    for rank, part in enumerate(parts):  # only the last ranks may have none
+        images[rank :: world.size] = part
+    return tile(images, GRID_COLUMNS)
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:

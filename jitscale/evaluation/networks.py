@@ -86,7 +86,7 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
     for file in published:
         parallel.together(partial(_fetch_if, world.is_main, file, folder))
         parallel.together(partial(_fetch_if, world.local_rank == 0, file, folder))  # folders of other nodes
-    return parallel.together(lambda: [_find(name, evaluation, main=name is names[0]) for name in names])
+    return parallel.together(lambda: [_find(name, evaluation, main=n == 0) for n, name in enumerate(names)])
 
 
 def _fetch_if(mine: bool, file: Published, folder: Path) -> None:

@@ -61,8 +61,10 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
         ConfigError: `evaluation.cache_dir` cannot be written by rank 0, or is not seen by all ranks.
     """
     own, asked = run_dir / "evaluation" / CACHE, config.evaluation.cache_dir
-    if asked is None and (shards.folder is None or not shards.is_hashed):
+    if not shards.is_hashed:
         return [own]  # nothing vouches for the content of tars without a manifest: another run might see others
+    if asked is None and shards.folder is None:
+        return [own]
     wanted = Path(asked) if asked is not None else shards.folder / CACHE  # type: ignore[operator]
     probe = wanted / f".probe_{parallel.broadcast_object(secrets.token_hex(8))}"
     fault = parallel.on_main(lambda: _cannot_write(probe))

@@ -63,8 +63,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     """
     source = reference_source(config)
     if source.endswith(".npz"):
-        found = parallel.together(lambda: read_statistics(Path(source), embedder.files))
-        return found if world.is_main else None
+        return parallel.together(lambda: read_statistics(Path(source), embedder.files) if world.is_main else None)
     shards = parallel.together(lambda: open_real_images(config))
     folders = cache_folders(config, shards, run_dir, world)
     kept = [RealImages(file, shards, folders) for file in embedder.files]

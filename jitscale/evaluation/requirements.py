@@ -10,7 +10,6 @@ from pathlib import Path
 
 from jitscale import parallel
 from jitscale.config import Config, weight_set_names
-from jitscale.data.shards import ShardSet
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
@@ -85,8 +84,11 @@ def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *
     files = network_files(evaluation, world)
     if evaluation.features_file is not None:  # published files are known by their hash
         parallel.on_main(lambda: _load_once(files[0]))
-    shards = parallel.together(lambda: _open_reference(config, files))
-    if shards is not None:
+    source = reference_source(config)
+    if source.endswith(".npz"):
+        parallel.on_main(lambda: _check_statistics(Path(source), files))
+    else:
+        shards = parallel.together(lambda: open_real_images(config))
         folders = cache_folders(config, shards, Path(config.run.dir), world)
         kept = [RealImages(file, shards, folders) for file in files]
         parallel.on_main(lambda: _check_cache_room(kept))
@@ -116,13 +118,8 @@ def _load_once(file: NetworkFile) -> None:
     file.load("cpu")
 
 
-def _open_reference(config: Config, files: list[NetworkFile]) -> ShardSet | None:
-    """The shards of real images; None where the reference is a statistics file, which fits."""
-    source = reference_source(config)
-    if source.endswith(".npz"):
-        read_statistics(Path(source), files)
-        return None
-    return open_real_images(config)
+def _check_statistics(path: Path, files: list[NetworkFile]) -> None:
+    read_statistics(path, files)
 
 
 def _check_settings(config: Config) -> None:

@@ -60,7 +60,7 @@ class Stage:
             low = ["--checkpoint", str(self.source), "--to", str(self.config), "--output", str(self.run_dir)]
             return [*low, *self.overrides]
         if self.kind == "evaluate":
-            return ["--run", str(self.run_dir), *self.overrides]
+            return ["--run-dir", str(self.run_dir), *self.overrides]  # torchrun takes --run for one of its own
         return ["--config", str(self.config), *settings]
 
     def check(self, tasks: int) -> None:

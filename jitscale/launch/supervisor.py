@@ -24,7 +24,7 @@ from types import FrameType
 from typing import IO
 
 from jitscale.completion import forget_completion, is_complete, is_complete_under
-from jitscale.config import load_config
+from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
 from jitscale.launch.preflight import FAULT
@@ -127,9 +127,19 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
                 raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
         path = known.config or known.run / "config.yaml"
         config, done = load_config(path, overrides), False
-    caches = [Path(config.run.dir) / "evaluation", Path(config.evaluation.cache_dir or config.data.shards)]
+    caches = [Path(config.run.dir) / "evaluation", _cache_of_real_images(config)]
     described = ["--work", command, "--config", str(path), *overrides]
     return Work(command, arguments, Path(config.run.dir), described, caches, done)
+
+
+def _cache_of_real_images(config: Config) -> Path:
+    """Where statistics of real images grow: `evaluation.cache_dir`, or the folder of the reference's shards."""
+    evaluation = config.evaluation
+    if evaluation.cache_dir is not None:
+        return Path(evaluation.cache_dir)
+    size = evaluation.reference_size or config.model.image_size
+    shards = Path((evaluation.reference or config.data.shards).replace("{resolution}", str(size)))
+    return shards.parent if shards.suffix == ".tar" else shards  # a glob or brace pattern names tars in one folder
 
 
 class Supervisor:

@@ -71,7 +71,6 @@ from jitscale.training.snapshots import remove_snapshots_after, write_snapshot
 
 logger = logging.getLogger(__name__)
 
-GRID_COLUMNS, GRID_ROWS = 8, 10
 BATCH_LOG_SECONDS = 10.0  # between two lines of progress where nobody looks at a terminal
 MOST_FAILED_SAVES = 3  # in a row
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
@@ -588,16 +587,14 @@ class Trainer:
 
     def _log_grid(self, name: str, evaluation: EvaluationConfig) -> None:
         """Record a picture of samples under `name`; a collective call."""
-        network = self._network(evaluation.weights)
-        if self.world.is_main:
-            self._caution_about(evaluation.weights, self.step)
-            sampler = configured_sampler(evaluation, network.diffusion)
-            with autocast(self.config, self.world.device):
-                guide = self._guide()
-                if guide is not None:
-                    ready_to_sample(guide, self.config, self.world.device)
-                grid = sample_grid(network, sampler, evaluation.seed, GRID_ROWS, GRID_COLUMNS, guide)
-            self.tracker.log_image(name, grid, self.images)
+        network, guide = self._network(evaluation.weights), self._guide()
+        self._caution_about(evaluation.weights, self.step)
+        sampler = configured_sampler(evaluation, network.diffusion)
+        if guide is not None:
+            ready_to_sample(guide, self.config, self.world.device)
+        with autocast(self.config, self.world.device):
+            grid = sample_grid(network, sampler, evaluation.seed, self.world, guide)
+        self.tracker.log_image(name, grid, self.images)
         parallel.barrier()
 
     @cached_property
@@ -686,7 +683,8 @@ class Trainer:
         result = measure_finally(self._network, weight_sets, self._evaluator, self.run_dir, is_end=True)
         self._log_grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
-            if not any(line["step"] == self.step and "fid" in line for line in read_evaluations(self.run_dir)):
+            recorded = [line for line in read_evaluations(self.run_dir) if line["step"] == self.step]
+            if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
                 self.tracker.log_result(result, self.step, self.images)
             self.tracker.log_final(result)
 

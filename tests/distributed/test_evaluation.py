@@ -201,6 +201,9 @@ def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alon
     again = run_ranks(1, *tool, *sweep, *counts)
     assert again[again.index("weights ") :].splitlines() == table
     assert "no weight set ema_0.5" in run_ranks(1, *tool, "--sweep", "ema=ema_0.5", expect=2)
+    said = run_ranks(1, *tool, "--sweep", "guidance=1,2", "--coarse", "16", "--fine", "16")
+    rows = [line for line in said[said.index("weights ") :].splitlines() if line.startswith("ema_0.9999 ")]
+    assert len(rows) == 2, "as many images for the best: it is no row of its own"
 
 
 def guided(row: dict[str, Any]) -> bool:
@@ -273,13 +276,59 @@ def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -
     run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder), "--sweep", "guidance=1,3", "--coarse", "10")
     assert (folder / "result.json").stat().st_mtime_ns == written
     assert len(list((folder / "results").glob("*.json"))) == 3
+    # The finished run is asked for another evaluation: its number replaces none, and is recorded.
+    run_ranks(2, *command, "evaluation.num_images=60")
+    other = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["fid"], line["num_images"]) for line in lines[2:]] == [(result["fid"], 70), (other["fid"], 60)]
+    assert {line["step"] for line in lines[2:]} == {3}
+    # A run that shall go on has not ended with its newest checkpoint.
     (folder / "result.json").unlink()
+    longer = (folder / "config.yaml").read_text().replace("max_steps: 3", "max_steps: 30")
+    (folder / "config.yaml").write_text(longer.replace("num_images: 60", "num_images: 70"))
+    run_ranks(1, "-m", "jitscale.evaluate", *run)
+    assert not (folder / "result.json").exists()
+    (folder / "config.yaml").write_text(longer.replace("max_steps: 30", "max_steps: 3").replace("s: 60", "s: 70"))
     run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder))
     assert json.loads((folder / "result.json").read_text()) == result
     (folder / "result.json").unlink()
     run_ranks(1, "-m", "jitscale.evaluate", *run)
     assert json.loads((folder / "result.json").read_text()) == result
-    assert len(list((folder / "results").glob("*.json"))) == 3
+    assert len(list((folder / "results").glob("*.json"))) == 4
+
+
+GRID = """
+import sys
+import numpy, torch
+from jitscale import parallel
+from jitscale.config import load_config
+from jitscale.evaluation.generate import configured_sampler, sample_grid
+from jitscale.weights.opening import read_weights
+from tests.distributed.processes import leave_after
+
+def main():
+    world = parallel.start(torch.device("cpu"))
+    config = load_config(sys.argv[1], ["evaluation.steps=2"])
+    model = read_weights(sys.argv[2], None, config).build()
+    grid = sample_grid(model, configured_sampler(config.evaluation, model.diffusion), 0, world)
+    numpy.save(f"{sys.argv[3]}_{world.rank}", grid)
+    parallel.stop()
+
+leave_after(main)
+"""
+
+
+def test_ranks_share_a_picture_of_samples(evaluation: Evaluation, tmp_path: Path) -> None:
+    """Every rank has the whole of it, with each sample in its place."""
+    pictures = []
+    for ranks in (1, 3):
+        run_ranks(
+            ranks, "-c", GRID, str(evaluation.folder / "config.yaml"), str(CHECKPOINT), str(tmp_path / f"{ranks}")
+        )
+        pictures += [np.load(tmp_path / f"{ranks}_{rank}.npy").astype(int) for rank in range(ranks)]
+    first, *others = pictures
+    assert first.std() > 10, "samples differ"
+    assert all(np.abs(first - other).max() <= 1 for other in others), "up to the rounding of another batch"
 
 
 def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Evaluation) -> None:

@@ -14,7 +14,7 @@ from jitscale.data.packing import write_shards
 from jitscale.tracking import read_held_out, read_metrics
 from jitscale.training.checkpoint import complete_checkpoints
 from tests.distributed.forking import Process
-from tests.distributed.processes import run_ranks
+from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
 
 EVERY = 4 * BATCH  # as often as a checkpoint
@@ -87,11 +87,14 @@ def test_shards_may_be_held_out(job: Job) -> None:
         file.seek(int(entry["offset"]))
         file.write(bytes(int(entry["size"])))
     pattern = f"data.held_out={job.folder}/held_{{resolution}}"
-    said = run_ranks(2, *job.command("shards", pattern, *SETTINGS[1:], "run.max_steps=4"))
+    ranks = start_ranks(2, *job.command("shards", pattern, *SETTINGS[1:], "run.max_steps=4"))
+    said, other = (rank.communicate(timeout=120)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], said + other
     (line,) = read_held_out(job.folder / "shards")
     assert (line["held_out_samples"], line["held_out_bad_samples"]) == (8, 1)
     assert re.search(r"held-out loss of ema_0.99: \d\S* on 8 samples", said)
-    assert said.count("the held-out loss is measured without it") == 0, "rank 1 has the bad image, and says so"
+    without = "the held-out loss is measured without it"
+    assert (said.count(without), other.count(without)) == (0, 1), "rank 1 has the bad image, and says so once"
     whole = job.train("whole", "run.max_steps=4")
     assert [one["loss"] for one in read_metrics(job.folder / "shards")] == [one["loss"] for one in whole]
     job.copy("whole", "whole_and_more", steps=4)

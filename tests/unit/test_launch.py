@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import wandb
 
-from jitscale.completion import forget_completion, is_complete, mark_complete
+from jitscale.completion import forget_completion, is_complete, is_complete_under, mark_complete
+from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
@@ -176,6 +178,33 @@ def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, mon
     work_of("train", [*words, "tracking.wandb=offline"], tasks=8)
     monkeypatch.setenv("JITSCALE_RANK_PYTHON", "in_a_container.sh")
     work_of("train", words, tasks=8)
+
+
+def test_progress_on_real_images_is_seen_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics grow beside the shards, however their place is written, or in the cache that is asked for."""
+    config = str(ROOT / "configs/demo.yaml")
+    for setting, folder in (
+        (f"data.shards={tmp_path}/shards", "shards"),
+        (f"data.shards={tmp_path}/of_{{resolution}}/shard-{{000..007}}.tar", "of_32"),
+        (f"data.shards={tmp_path}/some/*.tar", "some"),
+        (f"evaluation.reference={tmp_path}/real", "real"),
+        (f"evaluation.cache_dir={tmp_path}/asked", "asked"),
+    ):
+        work = work_of("train", ["--config", config, f"run.dir={tmp_path}/run", "data.shards=/data", setting], tasks=1)
+        place = tmp_path / folder / ("digits_0" if folder == "asked" else "real_images/digits_0")
+        place.mkdir(parents=True)
+        before = work.position
+        (place / "part_000.npz").write_bytes(b"")
+        assert work.position == before + 1, setting
+
+
+def test_to_profile_a_finished_run_leaves_nothing_to_do(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml", [f"run.dir={tmp_path}", "evaluation.at_end=false"])
+    (tmp_path / "checkpoints").mkdir()
+    profiled = replace(config, run=replace(config.run, profile=True))
+    mark_complete(tmp_path, "train", profiled)
+    assert is_complete_under(config)
+    assert not is_complete_under(replace(config, run=replace(config.run, max_images=1)))
 
 
 def test_the_end_is_recorded(tmp_path: Path) -> None:

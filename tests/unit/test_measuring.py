@@ -13,12 +13,14 @@ from jitscale.cautions import cautions, start_caution
 from jitscale.config import Config, load_config, weight_set_names
 from jitscale.data.digits import digit_images
 from jitscale.data.packing import write_shards
+from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.generate import RandomLabels
 from jitscale.evaluation.metrics import RunningStatistics, feature_statistics, frechet_distance_from_statistics
+from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.evaluation.settings import final_settings
 from jitscale.parallel import World
@@ -53,7 +55,8 @@ def test_evaluations_are_counted_as_they_happen(method: str, scale: float, inter
 def test_a_guided_image_of_the_recipe_costs_62_images_of_training() -> None:
     strong, weak = Sampler("heun", 50, 2.2, (0.1, 1.0)).evaluations()
     assert (strong, weak) == (99, 88)
-    config = load_config(CONFIGS / "jit_h_256.yaml", ["evaluation.sweep=null", "evaluation.every_images=0"])
+    alone = ["evaluation.sweep=null", "evaluation.every_images=0", "evaluation.grid_every_images=0"]
+    config = load_config(CONFIGS / "jit_h_256.yaml", alone)
     cost = measuring_cost(config, weight_set_names(config))
     assert cost.final == pytest.approx(50_000 * 187 / 3)
     assert cost.share == pytest.approx(50_000 * 187 / 3 / 768_700_200)
@@ -76,10 +79,12 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
         assert images_of_run(config) == pytest.approx(40 * 1_281_167, rel=1e-4)
         assert cost.sweep / cost.trained <= 0.04
         assert cost.on_the_way == 3, "every 10 epochs; after 40 the final evaluation"
+        assert cost.pictures / cost.trained == pytest.approx(40 * 80 * 62.3 / (40 * 1_281_167), rel=1e-2)
     else:
         assert cost.trained == pytest.approx(600 * 1_281_167, rel=1e-4)
         assert cost.share <= 0.02
         assert cost.on_the_way == 11, "every 50 epochs; after 600 the final evaluation"
+        assert cost.pictures / cost.trained == pytest.approx(120 * 80 * 62.3 / (600 * 1_281_167), rel=1e-2)
     assert "x 5,000 images on the way" in str(cost)
 
 
@@ -219,6 +224,26 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
         RunningStatistics.empty(2).update(np.array([[1.0, np.nan]]))
     with pytest.raises(ValueError, match="at least two images"):
         RunningStatistics.empty(2).statistics()
+
+
+def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -> None:
+    """Other pictures of the same sizes would get their statistics; wherever the cache may be."""
+    images, labels = digit_images(16)
+    write_shards(images[:20], labels[:20], tmp_path / "shards")
+    config = load_config(
+        CONFIGS / "demo.yaml", [f"data.shards={tmp_path / 'shards'}", "model.image_size=16", "model.patch_size=4"]
+    )
+    world, own = World(0, 1, 0, torch.device("cpu")), tmp_path / "run/evaluation/real_images"
+
+    def folders(cache_dir: str | None) -> list[Path]:
+        config.evaluation.cache_dir = cache_dir
+        return cache_folders(config, ShardSet.open(tmp_path / "shards", 10, 16), tmp_path / "run", world)
+
+    asked = tmp_path / "asked"
+    assert folders(None) == [tmp_path / "shards/real_images"]
+    assert folders(str(asked)) == [asked]
+    (tmp_path / "shards/manifest.json").unlink()
+    assert folders(None) == folders(str(asked)) == [own]
 
 
 def test_the_datas_labels_need_data() -> None:

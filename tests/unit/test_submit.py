@@ -20,7 +20,7 @@ diffusion: {noise_scale: SCALE}
 data: {batch_size: 12, num_workers: 0, window: 16}
 engine: {precision: fp32}
 ema: {decays: [0.9]}
-evaluation: {weights: ema_0.9, num_images: 10, block_size: 5, steps: 2}
+evaluation: {weights: ema_0.9, num_images: 10, block_size: 5, steps: 2, features: digits}
 tracking: {log_every_steps: 1}
 run: {max_steps: 3, device: cpu}
 """
@@ -122,9 +122,10 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_chain_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Really trained, upgraded and trained on; then a stage that fails ends the chain with its reason."""
-    assert main(words(folder, "--local", CHAIN, *shards(folder))) == 0
+    assert main(words(folder, "--local", f"{CHAIN},evaluate", *shards(folder))) == 0
     assert (folder / "runs/tiny_32/complete_train.json").exists()
-    assert capsys.readouterr().out.count("COMPLETED") == 3
+    assert (folder / "runs/tiny_32/complete_evaluate.json").exists()
+    assert capsys.readouterr().out.count("COMPLETED") == 4
     assert main(["status", f"--folder={folder / 'submissions'}"]) == 0
     assert "train tiny_32" in capsys.readouterr().out
     blocker = folder / "blocked"
