@@ -44,7 +44,7 @@ class PlainTraining:
         self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
         self.optimizer = build_optimizer(self.network, config.optim)
         self.weights = [p.detach() for p in self.network.parameters()]
-        self.ema = ShardedEma(config.ema, self.weights)
+        self.ema = ShardedEma(config.ema, self.weights, compiled=compiled)
         self.batch = RandomBatch(config, device)
         self.steps = 0
         self._watch = watch

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -114,13 +114,13 @@ def _compiled_for_its_batch(forward: Forward) -> Forward:
     The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside of it.
     """
     _allow_graphs()
-    return torch.compile(forward, fullgraph=True, dynamic=False)
+    return torch.compile(forward, fullgraph=True, dynamic=False, backend=_with_parameters_anywhere)
 
 
 def _compiled_for_any_batch(forward: Forward) -> Forward:
     """The same, one graph for whatever batch: sampling ends with what is left over."""
     _allow_graphs()
-    compiled = torch.compile(forward, fullgraph=True)
+    compiled = torch.compile(forward, fullgraph=True, backend=_with_parameters_anywhere)
 
     def call(x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         if len(x) > 1:  # a batch of one is a graph of its own to torch
@@ -129,6 +129,21 @@ def _compiled_for_any_batch(forward: Forward) -> Forward:
         return compiled(x, condition, rope)
 
     return call
+
+
+def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """Inductor, which lets the parameters of the blocks that share a graph lie wherever they lie.
+
+    It takes a parameter for one that stays at its address, and reads 16 bytes at once if the first block's begins at
+    such a multiple. In a flat buffer of ZeRO the same parameter of the next block may not, and the GPU stops with
+    "misaligned address". As a mere input it is looked at in every call, and copied where it lies askew. That holds for
+    the forward pass only: what the backward pass reads must lie straight (`training.optim.parameter_groups`).
+    """
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 (slow, and only who compiles needs it)
+
+    for node in graph.graph.find_nodes(op="placeholder"):
+        node.meta.get("tensor_dict", {}).pop("_dynamo_static_input_type", None)
+    return compile_fx(graph, inputs)  # type: ignore[return-value]
 
 
 def _allow_graphs() -> None:

@@ -57,8 +57,9 @@ def _positions(grid: int, span: int | None) -> torch.Tensor:
 def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -> torch.Tensor:
     """Cosine and sine of the 2-D axial rotation: (2, prefix + G * G, D) float32.
 
-    Half of the head dim turns with the row, half with the column; neighbouring channels form a pair. The `prefix`
-    in-context tokens have no place in the image and are not rotated. `span` is as for `sincos_position_table`.
+    Half of the head dim turns with the row, half with the column; neighbouring channels form a pair, and the sine of
+    its first one is negative, as `rotate` needs it. The `prefix` in-context tokens have no place in the image and are
+    not rotated. `span` is as for `sincos_position_table`.
     """
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
     axis = (_positions(grid, span).float()[:, None] * frequency).repeat_interleave(2, dim=1)  # (G, D/2)
@@ -66,16 +67,16 @@ def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -
     column = axis[None].expand(grid, grid, -1)
     angle = torch.cat([row, column], dim=2).reshape(grid * grid, head_dim)
     angle = torch.cat([torch.zeros(prefix, head_dim), angle])
-    return torch.stack([angle.cos(), angle.sin()])
+    sign = torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
+    return torch.stack([angle.cos(), sign * angle.sin()])
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Apply rotary positions in float32 to `x` (B, N, H, D) with `rope` (2, N, D); keeps the dtype of `x`."""
     cos, sin = rope[:, :, None]  # (N, 1, D) each
     x32 = x.float()
-    even, odd = x32.unflatten(-1, (-1, 2)).unbind(-1)
-    quarter_turn = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x32 * cos + quarter_turn * sin).to(x.dtype)
+    exchanged = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the channels of each pair
+    return (x32 * cos + exchanged * sin).to(x.dtype)
 
 
 class BottleneckPatchEmbed(nn.Module):

@@ -8,6 +8,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,10 +26,12 @@ class ShardedEma:
             same shape.
     """
 
-    def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
+        """Begin with the masters; `compiled` reads each of them once for all averages."""
         self._decays = {ema_name(decay): decay for decay in settings.decays}
         self._warmup = settings.warmup
         self._gammas = {power_name(width): gamma_of_width(width) for width in settings.power_widths}
+        self._follow = torch.compile(_follow_at_once, dynamic=False) if compiled else _follow
         self.sets = {name: [flat.detach().clone() for flat in masters] for name in (*self._decays, *self._gammas)}
 
     @property
@@ -51,12 +54,12 @@ class ShardedEma:
                 it.
         """
         live = list(masters)
-        for name, decay in self._decays.items():
-            # A weight on the device: the host does not wait to know whether the step was skipped.
-            weight = torch.as_tensor(moved).float() * (1.0 - self._decay_at(decay, step))
-            torch._foreach_lerp_(self.sets[name], live, [weight] * len(live))
-        for name, gamma in self._gammas.items():
-            torch._foreach_lerp_(self.sets[name], live, power_step(gamma, *images))
+        # Weights on the device: the host does not wait to know whether the step was skipped.
+        kind: dict[str, Any] = {"dtype": live[0].dtype, "device": live[0].device} if live else {}
+        moved = torch.as_tensor(moved, **kind)
+        weights = [moved * (1.0 - self._decay_at(decay, step)) for decay in self._decays.values()]
+        weights += [torch.full((), power_step(gamma, *images), **kind) for gamma in self._gammas.values()]
+        self._follow(list(self.sets.values()), live, weights)
 
     def _decay_at(self, decay: float, step: int) -> float:
         """The decay of a step: with warm-up that of TensorFlow's ExponentialMovingAverage(num_updates=step).
@@ -64,3 +67,17 @@ class ShardedEma:
         It lets the average follow the weights while `step` is small against 9 / (1 - decay).
         """
         return min(decay, (1 + step) / (10 + step)) if self._warmup else decay
+
+
+Averages = list[list[torch.Tensor]]
+
+
+def _follow(averages: Averages, live: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    for average, weight in zip(averages, weights, strict=True):
+        torch._foreach_lerp_(average, live, [weight] * len(live))
+
+
+def _follow_at_once(averages: Averages, live: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    for average, weight in zip(averages, weights, strict=True):
+        for mean, master in zip(average, live, strict=True):
+            mean.lerp_(master, weight)

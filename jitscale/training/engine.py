@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -56,11 +57,11 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches),
+            config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches, world.size),
         )
         self._optimizer = self._engine.optimizer
-        if world.device.type == "cpu" and hasattr(self._optimizer, "single_partition_of_fp32_groups"):
-            self._optimizer.get_grad_norm_direct = _gradient_norm
+        if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
+            self._optimizer.get_grad_norm_direct = partial(_gradient_norm, world.device)
         self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
         self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
@@ -376,16 +377,23 @@ def _prepare(model: JiT, config: Config, world: World) -> Execution:
     return execution
 
 
-def _gradient_norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
+def _gradient_norm(
+    device: torch.device, gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2
+) -> torch.Tensor:
     """The global 2-norm of sharded gradients; -1, DeepSpeed's sentinel, where it is not finite.
 
-    It stands in for DeepSpeed's own in stages 1 and 2 on CPUs, which copies every gradient to float64 first: a fifth of
-    the time around the network. Here short blocks are summed in float32 and the blocks in float64, as exact and in one
-    pass.
+    It stands in for DeepSpeed's own in stages 1 and 2, which copies every gradient to float64 first (on CPUs a fifth of
+    the time around the network) and lets the host wait for a GPU. Here short blocks are summed in float32 and the
+    blocks in float64, as exact and in one pass; GPUs sum in float32 by blocks of their own.
     """
     assert norm_type == 2
-    squares = [_square_sum(gradient) for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    total = torch.stack([torch.zeros((), dtype=torch.float64), *squares]).sum()
+    summed = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    squares = [torch.zeros((), dtype=torch.float64, device=device)]
+    if device.type == "cuda" and summed:
+        squares.append(torch.stack(torch._foreach_norm(summed)).double().square().sum())
+    else:
+        squares += [_square_sum(gradient) for gradient in summed]
+    total = torch.stack(squares).sum()
     norm = parallel.sum_over_ranks(total).sqrt().float()
     return torch.where(norm.isfinite(), norm, -1.0)
 
@@ -397,7 +405,9 @@ def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
     return blocks.double().square().sum() + flat[whole:].double().square().sum()
 
 
-def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, micro_batches: int) -> dict[str, Any]:
+def _deepspeed_config(
+    config: Config, device: torch.device, micro_batch: int, micro_batches: int, ranks: int
+) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -405,12 +415,13 @@ def _deepspeed_config(config: Config, device: torch.device, micro_batch: int, mi
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.engine.zero_stage},
         "steps_per_print": 10**12,  # the tracker prints
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in a micro-batch
         "zero_allow_untested_optimizer": True,
     }
-    if config.engine.zero_stage == 1 and device.type == "cpu":
+    if config.engine.zero_stage == 1 and (device.type == "cpu" or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": CPU_BUCKET_ELEMENTS}
-    if config.engine.zero_stage in (1, 2) and device.type == "cuda":
+    if config.engine.zero_stage in (1, 2) and device.type == "cuda" and ranks > 1:
         settings["zero_optimization"]["overlap_comm"] = True  # by default in stage 3 only
     if config.engine.hpz_group_size > 1:
         settings["zero_optimization"]["zero_hpz_partition_size"] = config.engine.hpz_group_size

@@ -12,6 +12,8 @@ from jitscale.config import OptimConfig
 from jitscale.model.jit import parameter_kind
 from jitscale.training.muon import Muon
 
+ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
+
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal weight decay and learning rate.
@@ -27,7 +29,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "matrices": 1.0,
     }
     members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
-    for name, p in model.named_parameters():
+    # ZeRO lays a group's parameters one behind the other. Those of odd sizes come last, or all that follow would begin
+    # at addresses that GPUs cannot read 16 bytes at once from.
+    for name, p in sorted(model.named_parameters(), key=lambda named: named[1].numel() % ALIGNED_ELEMENTS != 0):
         if p.requires_grad:
             kind = parameter_kind(name, p.ndim)
             muon = config.name == "muon" and kind == "matrices"

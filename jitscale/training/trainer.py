@@ -148,7 +148,7 @@ class Trainer:
         compiled = self.engine.execution.compiled
         self.noised = torch.compile(noised) if compiled else noised
         self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
-        self.ema = ShardedEma(config.ema, self.engine.masters())
+        self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
         self.step = self.images = self.skipped_steps = self.skipped_images = 0
         self.logged_step = self.skipped_in_a_row = self.rollbacks = self.failed_saves = 0
         self.bad_samples = BadSamples(config.data.max_bad_fraction)

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jitscale.config import EngineConfig, ModelConfig, load_config
+from jitscale.config import EngineConfig, ModelConfig, OptimConfig, load_config
 from jitscale.errors import ConfigError
 from jitscale.model import attention
 from jitscale.model.attention import KERNELS, choose_kernel
@@ -24,6 +24,7 @@ from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
+from jitscale.training.optim import parameter_groups
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -336,7 +337,9 @@ def test_float8_needs_aligned_widths() -> None:
 def half_compiled(monkeypatch: pytest.MonkeyPatch, dynamo: None) -> None:
     """Graphs and their derivatives without Inductor, which takes minutes; tests/versions trains with it."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **rest: compiler(function, backend="aot_eager", **rest))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **rest: compiler(function, **{**rest, "backend": "aot_eager"})
+    )
 
 
 @pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -370,6 +373,50 @@ def test_sampling_has_the_same_graphs_for_every_batch() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 2
         assert not counters["graph_break"]
+
+
+@on_a_gpu
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_blocks_read_parameters_from_any_address() -> None:
+    """Blocks share a graph, and ZeRO's flat buffers put the same bias at other multiples of 4 bytes in each."""
+    gpu = torch.device("cuda")
+    model = replace(MODEL, hidden_size=56)  # 2 x int(4 x 56 x 2/3) = 298, no multiple of 4
+    engine = replace(ENGINE, align=True, precision="autocast")
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        net = JiT(model).to(gpu)
+        for group in parameter_groups(net, OptimConfig()):
+            flat = torch.randn(sum(p.numel() for p in group["params"]), device=gpu) * 0.1
+            for p, part in zip(group["params"], flat.split([p.numel() for p in group["params"]]), strict=True):
+                p.data = part.view(p.shape)
+        prepare(net, replace(engine, compile=compiled), gpu, training=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = net(
+                torch.ones(3, 3, 16, 16, device=gpu), torch.full((3,), 0.5, device=gpu), torch.arange(3, device=gpu)
+            )
+        out.float().square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        results.append((out.detach(), gradients))
+    assert_same(results[1], results[0], 0.05)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compilation_takes_no_parameter_for_one_that_stays_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the alignment of the first block's would be that of all blocks that share its graph."""
+    static: list[int] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **_: Any) -> Any:
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        assert any("tensor_dict" in node.meta for node in placeholders), "torch keeps it elsewhere now"
+        static.append(sum("_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in placeholders))
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", see)
+    with torch.no_grad():
+        net = network(replace(ENGINE, compile=True))
+        net(torch.randn(3, 3, 16, 16), torch.rand(3), torch.arange(3))
+    assert static == [0, 0]  # tokens alone, and with those of the context
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from jitscale.config import ModelConfig, OptimConfig
 from jitscale.model.jit import JiT, parameter_kind
-from jitscale.training.optim import learning_rate, parameter_groups
+from jitscale.training.optim import ALIGNED_ELEMENTS, learning_rate, parameter_groups
 
 MODEL = ModelConfig(
     image_size=16,
@@ -28,6 +31,19 @@ def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:
     groups = parameter_groups(model, config)
     assert sum(len(group["params"]) for group in groups) == len(names), "each parameter in one group"
     return {(g["weight_decay"], g["lr_factor"]): {names[id(p)] for p in g["params"]} for g in groups}
+
+
+@pytest.mark.parametrize("hidden_size", [1024, 1280, 1664])  # L, H and G, whose feed-forward biases have odd sizes
+def test_no_parameter_lies_askew_in_a_flat_buffer_but_those_of_odd_sizes(hidden_size: int) -> None:
+    """GPUs read 16 bytes at once, and a kernel that expects that stops at another address."""
+    with torch.device("meta"):
+        model = JiT(replace(MODEL, hidden_size=hidden_size, num_heads=16, image_size=32))
+    odd = {id(block.mlp.w12.bias) for block in model.blocks}  # type: ignore[union-attr]
+    for group in parameter_groups(model, OptimConfig(name="muon")) + parameter_groups(model, OptimConfig()):
+        elements = 0
+        for p in group["params"]:
+            assert elements % ALIGNED_ELEMENTS == 0 or id(p) in odd
+            elements += p.numel()
 
 
 def test_by_default_there_are_two_groups_that_differ_in_decay() -> None:

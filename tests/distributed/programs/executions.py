@@ -61,7 +61,7 @@ def main() -> None:
     world = parallel.start(torch.device("cpu"))
     compiler = torch.compile
     # Graphs and their derivatives as for a GPU, without a C++ compiler at their end.
-    torch.compile = lambda function, **rest: compiler(function, backend="aot_eager", **rest)
+    torch.compile = lambda function, **rest: compiler(function, **{**rest, "backend": "aot_eager"})
     results = {}
     for name, (align, compiled, every) in WAYS.items():
         engine = EngineConfig(
