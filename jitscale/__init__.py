@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
 
+    from jitscale.checkpoints.opening import ConfigSource
     from jitscale.model.jit import JiT
-    from jitscale.weights.opening import ConfigSource
 
 __all__ = ["__version__", "load_model", "sample"]
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     Raises:
         jitscale.errors.CheckpointError: nothing readable there, no such weight set, or the sizes do not fit.
     """
-    from jitscale.weights.opening import read_weights  # noqa: PLC0415
+    from jitscale.checkpoints.opening import read_weights  # noqa: PLC0415
 
     return read_weights(path, weights, config).build()
 

@@ -12,14 +12,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from jitscale.config import Config, to_yaml
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 
 def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> None:
     """Record that `command` (train, evaluate) has come to its end in `run_dir`, under `config`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    with appearing_whole(_path(run_dir, command)) as file:
+    with atomic_write(_path(run_dir, command)) as file:
         file.write(json.dumps({"time": time, "config": None if config is None else _digest(config)}).encode())
 
 

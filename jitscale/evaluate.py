@@ -18,6 +18,9 @@ from typing import Any
 
 from jitscale import parallel
 from jitscale.cautions import start_caution
+from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
+from jitscale.checkpoints.opening import open_weights, read_guide
+from jitscale.checkpoints.weights import StoredWeights
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
@@ -30,9 +33,6 @@ from jitscale.evaluation.settings import Setting, final_settings
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.tracking import Tracker, check_wandb
-from jitscale.training.checkpoint import Checkpoint, latest_checkpoint
-from jitscale.weights.opening import open_weights, read_guide
-from jitscale.weights.stored import StoredWeights
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
     tracked = described and is_end and config.tracking.wandb != "off" and is_configured_end
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
-        parallel.together(lambda: stored.verify(world.rank, world.size))
+        parallel.raise_together(lambda: stored.verify(world.rank, world.size))
         check_measurable(config, world, stored.weight_sets)
         if world.is_main:
             _say_what_is_the_start(stored, settings)
@@ -140,7 +140,7 @@ def _is_end(stored: StoredWeights, newest: Checkpoint, run_dir: Path) -> bool:
     ends = (run.max_images is not None and progress.images >= run.max_images) or (
         run.max_steps is not None and progress.step >= run.max_steps
     )
-    return ends and stored.path.resolve() == newest.folder.resolve()
+    return ends and stored.path.resolve() == newest.path.resolve()
 
 
 def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[Setting]) -> None:

@@ -18,7 +18,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems w
 
 
 @contextmanager
-def appearing_whole(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that gets its name only when it is complete and on disk; an exception leaves nothing behind.
 
     A process that is killed leaves `aside_pattern(path)`, a hidden file that no reader takes for the real one.
@@ -93,7 +93,7 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
 
 
 def aside_pattern(name: str) -> str:
-    """A glob for what `appearing_whole` leaves beside a file called `name` when its process is killed."""
+    """A glob for what `atomic_write` leaves beside a file called `name` when its process is killed."""
     return f".{name}.*.partial"
 
 

@@ -91,8 +91,6 @@ def start(device: torch.device) -> World:
         MeetingError: the ranks did not meet within `MEETING_SECONDS`.
     """
     adopt_launcher_environment()
-    # DeepSpeed chooses its accelerator when it is imported, and would take a GPU that this run shall not use.
-    os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -179,7 +177,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def together(call: Callable[[], T]) -> T:
+def raise_together(call: Callable[[], T]) -> T:
     """Call on every rank, and raise on every rank what any rank met, so that none waits for a rank that has left.
 
     Raises:
@@ -203,7 +201,7 @@ def on_main(call: Callable[[], T]) -> T:
         UserError: on every rank: what rank 0 met.
     """
     main = not dist.is_initialized() or dist.get_rank() == 0
-    return cast(T, broadcast_object(together(lambda: call() if main else None)))
+    return cast(T, broadcast_object(raise_together(lambda: call() if main else None)))
 
 
 def _meet() -> Store:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from jitscale.config import Config, to_dict
 from jitscale.errors import ConfigError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class Tracker:
         def start(offline: bool) -> None:
             identity = run_dir / "wandb_id"
             if not identity.exists():
-                with appearing_whole(identity) as file:
+                with atomic_write(identity) as file:
                     file.write(secrets.token_hex(4).encode())
             if not offline:
                 check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
@@ -326,5 +326,5 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    with appearing_whole(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(kept).encode())

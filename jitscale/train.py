@@ -11,20 +11,22 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jitscale import parallel
+from jitscale.checkpoints.format import complete_checkpoints
+from jitscale.checkpoints.opening import open_weights, read_guide
+from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
+from jitscale.checkpoints.weights import StoredWeights
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config, to_yaml
+from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 from jitscale.tracking import check_wandb
-
-if TYPE_CHECKING:
-    from jitscale.weights.stored import StoredWeights
+from jitscale.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = parallel.start(parallel.choose_device(config.run.device))
     try:
         # Only this rank records, and only its node may have the key.
-        parallel.together(lambda: check_wandb(config) if world.is_main else None)
+        parallel.raise_together(lambda: check_wandb(config) if world.is_main else None)
         measured = check_training_measures(config, world)
         code = _train_through(stages_of(measured), world)
         if code == ExitCode.DONE and world.is_main:
@@ -69,35 +71,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
     """Train every stage to its end, from the first one after which nothing has begun yet."""
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-    from jitscale.data.shards import open_configured  # noqa: PLC0415
-    from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
-    from jitscale.training.trainer import train  # noqa: PLC0415
-    from jitscale.weights.opening import read_guide  # noqa: PLC0415
-
     begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
     for stage in stages[1:]:  # before time is spent on the first one
-        parallel.together(partial(open_configured, stage))
+        parallel.raise_together(partial(open_configured, stage))
     number = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
     while True:
         stage = stages[number]
-        initial = parallel.together(partial(_initial_weights, stage, world))
-        guide = parallel.together(partial(read_guide, stage))
+        initial = parallel.raise_together(partial(_initial_weights, stage, world))
+        guide = parallel.raise_together(partial(read_guide, stage))
         code = train(stage, world, initial, guide)
         number += 1
         if code != ExitCode.DONE or number == len(stages):
             return code
         if world.is_main:
             logger.info("from %d to %d px", stage.model.image_size, stages[number].model.image_size)
-        parallel.together(partial(_upgrade, stage, stages[number], world))
+        parallel.raise_together(partial(_upgrade, stage, stages[number], world))
 
 
 def _upgrade(low: Config, high: Config, world: World) -> None:
     """Write the next stage's first checkpoint from the newest one of the stage before, on one rank."""
-    from jitscale.upgrade import plan_upgrade  # noqa: PLC0415
-    from jitscale.weights.opening import open_weights  # noqa: PLC0415
-    from jitscale.weights.upgraded import write_upgraded  # noqa: PLC0415
-
     if world.is_main:
         stored = open_weights(low.run.dir)
         stored.verify()
@@ -106,9 +98,6 @@ def _upgrade(low: Config, high: Config, world: World) -> None:
 
 def _initial_weights(config: Config, world: World) -> StoredWeights | None:
     """What `run.init_from` names, unless the run has a checkpoint to go on from."""
-    from jitscale.training.checkpoint import complete_checkpoints  # noqa: PLC0415
-    from jitscale.weights.opening import open_weights  # noqa: PLC0415
-
     if config.run.init_from is None or complete_checkpoints(Path(config.run.dir)):
         return None
     weights = open_weights(config.run.init_from, config)

@@ -23,7 +23,7 @@ import importlib
 import json
 from typing import Any
 
-from jitscale.benchmarks.conditions import environment
+from benchmarks.conditions import environment
 from jitscale.errors import ExitCode, exit_with_message
 
 
@@ -88,7 +88,7 @@ def main() -> int:
     options = parser.parse_args()
 
     # Only what is measured is imported: a machine need not have the packages of the others.
-    measurement = importlib.import_module(f"jitscale.benchmarks.{options.command}")
+    measurement = importlib.import_module(f"benchmarks.{options.command}")
     conditions = environment()
     result = {**conditions, **measurement.measure(options)}
     print(json.dumps(result) if options.json else _table(measurement.describe(result), result))

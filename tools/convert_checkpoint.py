@@ -7,8 +7,9 @@
         --config configs/jit_h_256.yaml
 
 safetensors: a folder with one file a weight set, with the network's config in its metadata. huggingface: a folder
-for `jitscale.weights.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
-optimizer's moments. run: a checkpoint that `jitscale.train` goes on from, with the averages and moments that are there.
+for `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with
+the optimizer's moments. run: a checkpoint that `jitscale.train` goes on from, with the averages and moments that are
+there.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jitscale.config import ema_name, load_config, network_differences, to_yaml
+from jitscale.checkpoints.authors import write_authors_file
+from jitscale.checkpoints.format import Progress, step_folder
+from jitscale.checkpoints.opening import open_weights
+from jitscale.checkpoints.saving import write_streamed
+from jitscale.checkpoints.weights import StoredWeights, check_fits, write_safetensors
+from jitscale.config import ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
-from jitscale.training.checkpoint import Progress, step_folder, write_streamed
-from jitscale.weights.authors import write_authors_file
-from jitscale.weights.opening import open_weights
-from jitscale.weights.stored import StoredWeights, write_safetensors
 
 AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
 
@@ -92,7 +94,7 @@ def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> list[P
 def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     """config.json, model.safetensors and a model card."""
     try:
-        from jitscale.weights.hub import HubJiT  # noqa: PLC0415
+        from jitscale.checkpoints.hub import HubJiT  # noqa: PLC0415
     except ImportError as error:
         raise UserError(f"--to huggingface needs {error.name}; pip install 'jitscale[hub]'") from error
     if options.weights is not None and len(options.weights) > 1:
@@ -132,14 +134,7 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     if options.config is None:
         raise UserError("--to run needs --config, the YAML file that the run will be started with")
     config = load_config(options.config, [f"run.dir={options.output}"])
-    differing = network_differences(stored.config, config)
-    if differing:
-        raise UserError(f"{options.config}: another network than {stored.path} ({'; '.join(differing)})")
-    if stored.config.diffusion.noise_scale != config.diffusion.noise_scale:
-        raise UserError(
-            f"{options.config}: diffusion.noise_scale={config.diffusion.noise_scale}, {stored.path} was made for "
-            f"{stored.config.diffusion.noise_scale}; give a config with that"
-        )
+    check_fits(stored, config)
     _refuse_existing(options.output / "checkpoints")
     if options.weights is not None and len(options.weights) > 1:
         raise UserError(f"--weights {' '.join(options.weights)}: one set becomes the run's model; name one")

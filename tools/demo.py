@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from jitscale.checkpoints.format import complete_checkpoints
+from jitscale.checkpoints.opening import read_weights
 from jitscale.config import Config, load_config
 from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -30,8 +32,6 @@ from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import complete_checkpoints
-from jitscale.weights.opening import read_weights
 
 ROOT = Path(__file__).parents[1]
 

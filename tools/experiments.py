@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.experiments import bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
-from jitscale.experiments.running import ROOT, Experiment, outcomes_of
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
+from studies import bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
+from studies.run import ROOT
+from studies.tasks import Experiment, outcomes_of
 
 EXPERIMENTS: dict[str, Experiment] = {
     "manifold": manifold.EXPERIMENT,
@@ -94,7 +95,7 @@ def measure(
         "seconds_of_workers": round(sum(o["training_seconds"] + o["measuring_seconds"] for o in outcomes.values())),
     }
     results.parent.mkdir(parents=True, exist_ok=True)
-    with appearing_whole(results) as file:
+    with atomic_write(results) as file:
         file.write(json.dumps({**facts, **experiment.summarise(outcomes)}, indent=1).encode())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.tracking import BEST_SAMPLES, HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or options.runs[0] / "gallery.html"
     page = page_of(options.runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with appearing_whole(output) as file:
+    with atomic_write(output) as file:
         file.write(page.encode())
     print(f"{output}: {len(page) / 1e6:.1f} MB")
     return ExitCode.DONE

@@ -26,7 +26,7 @@ from jitscale.data.survey import Tars, find_tars, survey
 from jitscale.data.tar_index import Defect
 from jitscale.data.verification import verify
 from jitscale.errors import DataError, ExitCode, exit_with_message
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 MOST_LINES = 50  # of defects that are printed
 
@@ -123,7 +123,7 @@ def _report(defects: Sequence[Defect], path: Path | None) -> None:
     if path is None:
         return
     try:
-        with appearing_whole(path) as file:
+        with atomic_write(path) as file:
             for defect in defects:
                 entry = {"shard": str(defect.path), "byte": defect.byte, "what": defect.what}
                 file.write(json.dumps(entry).encode() + b"\n")

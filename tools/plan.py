@@ -20,17 +20,16 @@ from typing import Any
 from jitscale.config import Config, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
+from jitscale.model.flops import forward_flops, training_flops
 from jitscale.planner import (
     WORTH,
     Candidate,
     Cluster,
     candidate,
-    forward_flops,
     images_of_run,
     parameters_by_kind,
     recommend,
     stages_of,
-    training_flops,
 )
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

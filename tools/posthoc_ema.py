@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from jitscale.checkpoints.format import Checkpoint
+from jitscale.checkpoints.power_averages import Reconstruction, solve
+from jitscale.checkpoints.saving import complete_snapshots
+from jitscale.checkpoints.streams import atomic_safetensors
+from jitscale.checkpoints.weights import description, shape_differences
 from jitscale.config import WIDEST_POWER, power_name
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
-from jitscale.posthoc import Reconstruction, solve
-from jitscale.streamed_safetensors import appearing_safetensors
-from jitscale.training.checkpoint import Checkpoint
-from jitscale.training.snapshots import complete_snapshots
-from jitscale.weights.stored import description
 
 BLOCK = 2**20  # elements of a parameter taken from all snapshots at once: 8 MiB a width in float64
 COARSE_ERROR, WORST_ERROR = 5e-2, 0.5  # a warning, and a refusal
@@ -132,7 +132,9 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     snapshots = [Checkpoint(folder) for folder in chosen]
     for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):
         snapshot.verify()
-        snapshot.check_shapes(snapshots[-1].shapes)
+        differing = shape_differences(snapshot.shapes, snapshots[-1].shapes)
+        if differing:
+            raise CheckpointError(f"{snapshot.path}: weights of another network than {chosen[-1]} ({differing})")
     return snapshots
 
 
@@ -178,7 +180,7 @@ def write(
             for file, width, error in zip(files, widths, solution.errors, strict=True):
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
                 metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
-                appends.append(stack.enter_context(appearing_safetensors(file, newest.shapes, metadata)))
+                appends.append(stack.enter_context(atomic_safetensors(file, newest.shapes, metadata)))
             progress = stack.enter_context(
                 tqdm(total=sum(map(prod, newest.shapes.values())), unit="elements", unit_scale=True, desc="mix")
             )

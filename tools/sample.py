@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.config import CHOICES, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.parallel import choose_device
-from jitscale.weights.opening import open_weights, read_guide
 
 
 def main(arguments: list[str] | None = None) -> int:

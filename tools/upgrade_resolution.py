@@ -15,14 +15,22 @@ from pathlib import Path
 
 import torch
 
+from jitscale.checkpoints.format import complete_checkpoints
+from jitscale.checkpoints.opening import open_weights
+from jitscale.checkpoints.upgrade import (
+    KERNELS,
+    MODES,
+    OUTPUT_BIAS,
+    OUTPUT_WEIGHT,
+    PATCH_EMBEDDING,
+    Upgrade,
+    plan_upgrade,
+    write_upgraded,
+)
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, elements
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import MOMENTS, complete_checkpoints
-from jitscale.upgrade import KERNELS, MODES, OUTPUT_BIAS, OUTPUT_WEIGHT, PATCH_EMBEDDING, Upgrade, plan_upgrade
-from jitscale.weights.opening import open_weights
-from jitscale.weights.stored import StoredWeights, elements
-from jitscale.weights.upgraded import check_target, write_upgraded
 
 LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is also checked as a whole: twice 0.8 GB
 PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
@@ -45,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
     stored = open_weights(options.checkpoint, options.config)
     upgrade = plan_upgrade(stored.config, target, options.kernel, options.mode)
-    check_target(stored, target, upgrade)
+    check_fits(stored, stored.config)
     if complete_checkpoints(options.output):
         raise UserError(f"{options.output}: holds checkpoints already; choose another --output")
     stored.verify()

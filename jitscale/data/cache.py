@@ -31,7 +31,7 @@ from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import WrongContentError, read_in_chunks, retried
 from jitscale.data.tar_index import INDEX, IndexArray, index_tar
 from jitscale.errors import DataError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class ShardCache:
                     index = index_tar(self._tar(record), with_labels=with_labels, class_names=class_names)
                 except DataError as error:
                     raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
-                with self._writing(url, index.nbytes), appearing_whole(path) as file:
+                with self._writing(url, index.nbytes), atomic_write(path) as file:
                     np.save(file, index, allow_pickle=False)
         return index
 

@@ -20,7 +20,7 @@ from jitscale.data.manifest import BadInput, content_hash
 from jitscale.data.survey import Tars, by_place, in_processes, number_labels, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, index_path, map_index
 from jitscale.errors import DataError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.keyed_random import Float64Array, Int64Array, Purpose, hash64
 
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
@@ -349,7 +349,7 @@ def _save(sheet: Image.Image, path: Path) -> None:
         sheet.quantize(256).save(stream, "PNG", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(stream.getvalue())
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); choose another file") from error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jitscale.errors import DataError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 MANIFEST = "manifest.json"
 
@@ -92,7 +92,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write it to the file `path`; equal manifests give equal bytes."""
-        with appearing_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
 
 

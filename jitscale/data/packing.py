@@ -22,7 +22,7 @@ from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, index_of, key_hashes, scan_tar, write_index, write_keys
 from jitscale.errors import DataError
-from jitscale.files import appearing_whole, sha256_of
+from jitscale.files import atomic_write, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
@@ -75,7 +75,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
 
     A shard without samples is a whole tar too.
     """
-    with appearing_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = str(sample["__key__"])
             for extension in sorted(sample.keys() - {"__key__"}):

@@ -36,7 +36,7 @@ from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, pack_shard, 
 from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
-from jitscale.files import appearing_whole, aside_pattern, sha256_of
+from jitscale.files import aside_pattern, atomic_write, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 PACKING_CODECS = (*CODECS, ORIGINAL)
@@ -209,7 +209,7 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        with appearing_whole(self.folder / _PACKED) as file:
+        with atomic_write(self.folder / _PACKED) as file:
             paths = [os.path.normpath(os.path.join(self._root, path)) for path in self.options.input]
             record = {"options": {**asdict(self.options), "input": paths}, "root": "/"}
             file.write(json.dumps(record, indent=1).encode())
@@ -349,7 +349,7 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        with appearing_whole(aside / _INPUTS) as file:
+        with atomic_write(aside / _INPUTS) as file:
             inputs.write(file)
         plan = {
             "options": asdict(options),
@@ -360,7 +360,7 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
             "ignored": dict(inputs.ignored),
             "inputs_sha256": sha256_of(aside / _INPUTS),
         }
-        with appearing_whole(aside / _PLAN) as file:
+        with atomic_write(aside / _PLAN) as file:
             file.write(json.dumps(plan, indent=1).encode())
         try:
             aside.rename(folder / _FOLDER)
@@ -422,7 +422,7 @@ def _shown(value: object) -> str:
 
 
 def _write_record(packed: PackedShard, folder: Path) -> None:
-    with appearing_whole(folder / f"{Path(packed.record.name).stem}.json") as file:
+    with atomic_write(folder / f"{Path(packed.record.name).stem}.json") as file:
         file.write(json.dumps(asdict(packed), indent=1).encode())
 
 

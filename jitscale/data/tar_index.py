@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
 from jitscale.errors import DataError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.keyed_random import UInt64Array
 
 IndexArray = npt.NDArray[np.void]
@@ -163,7 +163,7 @@ def index_path(tar: Path) -> Path:
 
 def write_index(tar: Path, index: IndexArray) -> None:
     """Put `index` beside its tar."""
-    with appearing_whole(index_path(tar)) as file:
+    with atomic_write(index_path(tar)) as file:
         np.save(file, index, allow_pickle=False)
 
 
@@ -208,7 +208,7 @@ def keys_path(tar: Path) -> Path:
 
 def write_keys(tar: Path, keys: UInt64Array) -> None:
     """Put the hashes of the keys beside their tar."""
-    with appearing_whole(keys_path(tar)) as file:
+    with atomic_write(keys_path(tar)) as file:
         np.save(file, keys, allow_pickle=False)
 
 

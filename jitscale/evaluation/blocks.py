@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.errors import UserError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,14 @@ def compute_blocks(
             number, settings = missing[turn]
             following = missing[turn + world.size][0] if turn + world.size < len(missing) else None
             for setting, content in zip(settings, compute(number, settings, following), strict=True):
-                with appearing_whole(_block_path(folders[setting], number)) as file:
+                with atomic_write(_block_path(folders[setting], number)) as file:
                     np.savez(file, **content)  # type: ignore[arg-type]
             others = missing[turn : turn + world.size]  # the other ranks are as far
             progress.update(size * sum(len(settings) for _, settings in others))
 
     total = count * size * len(folders)
     with tqdm(total=total, initial=total - images, unit="img", desc=description, disable=not world.is_main) as progress:
-        parallel.together(share)
+        parallel.raise_together(share)
     if not world.is_main:
         return [{"features": np.empty((0, 0))} for _ in folders]
     return [_read(folder, count) for folder in folders]

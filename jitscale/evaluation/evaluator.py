@@ -67,7 +67,7 @@ class Evaluator:
         self._guide_digest = None if self.guide is None else weights_digest(self.guide)
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
-        self._labels, self._labels_identity = parallel.together(lambda: configured_labels(config))
+        self._labels, self._labels_identity = parallel.raise_together(lambda: configured_labels(config))
 
     def measure(
         self,

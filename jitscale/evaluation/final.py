@@ -27,7 +27,7 @@ from jitscale.evaluation.blocks import digest_of
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.report import draw_sweep
 from jitscale.evaluation.settings import Setting, final_settings, sweep_images
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
@@ -155,7 +155,7 @@ def write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_en
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with appearing_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(content)
             if len(result["table"]) > 1:
                 draw_sweep(result, path.with_suffix(".svg") if path.name != "result.json" else run_dir / "sweep.svg")

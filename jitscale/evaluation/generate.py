@@ -194,7 +194,7 @@ def sample_grid(
     def sampled() -> torch.Tensor | None:
         return to_uint8(generate(model, sampler, own, seed, guide), own).cpu() if own else None
 
-    parts = [part for part in parallel.gather_objects(parallel.together(sampled)) if part is not None]
+    parts = [part for part in parallel.gather_objects(parallel.raise_together(sampled)) if part is not None]
     images = torch.empty(len(ids), *parts[0].shape[1:], dtype=torch.uint8)
     for rank, part in enumerate(parts):  # only the last ranks may have none
         images[rank :: world.size] = part

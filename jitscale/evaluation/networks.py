@@ -84,9 +84,9 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
         published = [file for file in published if file is not PUBLISHED.get(evaluation.features)]
     folder = published_folder(evaluation)
     for file in published:
-        parallel.together(partial(_fetch_if, world.is_main, file, folder))
-        parallel.together(partial(_fetch_if, world.local_rank == 0, file, folder))  # folders of other nodes
-    return parallel.together(lambda: [_find(name, evaluation, main=n == 0) for n, name in enumerate(names)])
+        parallel.raise_together(partial(_fetch_if, world.is_main, file, folder))
+        parallel.raise_together(partial(_fetch_if, world.local_rank == 0, file, folder))  # folders of other nodes
+    return parallel.raise_together(lambda: [_find(name, evaluation, main=n == 0) for n, name in enumerate(names)])
 
 
 def _fetch_if(mine: bool, file: Published, folder: Path) -> None:
@@ -129,7 +129,7 @@ class Embedder:
             DataError: on every rank: weights cannot be downloaded, or are another file.
         """
         self.files = network_files(evaluation, world)
-        self.networks = [parallel.together(partial(file.load, world.device)) for file in self.files]
+        self.networks = [parallel.raise_together(partial(file.load, world.device)) for file in self.files]
         self.main = self.networks[0]
         self._device = world.device
         self.sizes = sizes_of(self.files)

@@ -39,7 +39,7 @@ from jitscale.evaluation.metrics import (
     kernel_distance,
 )
 from jitscale.evaluation.networks import NetworkFile
-from jitscale.files import appearing_whole, aside_pattern, exclusive_or_not, sha256_of
+from jitscale.files import aside_pattern, atomic_write, exclusive_or_not, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 from jitscale.parallel import World
 
@@ -181,7 +181,7 @@ class RealImages:
             for part in missing[world.rank :: world.size]:
                 try:
                     content = self._part(network, part, halves, chosen, on_images)
-                    with appearing_whole(self._part_path(part)) as file:
+                    with atomic_write(self._part_path(part)) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
                 except OSError as error:
                     raise _unwritable(self.folder, error) from error
@@ -193,7 +193,7 @@ class RealImages:
 
         description = f"real images, {self.file.name}"
         with tqdm(total=images, unit="img", desc=description, disable=not world.is_main) as progress:
-            parallel.together(share)
+            parallel.raise_together(share)
         parallel.on_main(lambda: self._finish(len(chosen)))
 
     def _part(
@@ -277,9 +277,9 @@ class RealImages:
         try:
             arrays, floors = self._statistics(sums)
             kernel, deviation = _kernel_floor(features)
-            with appearing_whole(self.folder / "statistics.npz") as file:
+            with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
-            with appearing_whole(self.folder / "features.npy") as file:
+            with atomic_write(self.folder / "features.npy") as file:
                 np.save(file, features)
             facts = {
                 **self.identity,
@@ -288,7 +288,7 @@ class RealImages:
                 "floors": {**floors, "kid": kernel, "kid_std": deviation},
                 "files": {name: sha256_of(self.folder / name) for name in ("statistics.npz", "features.npy")},
             }
-            with appearing_whole(self.folder / "facts.json") as file:
+            with atomic_write(self.folder / "facts.json") as file:
                 file.write(json.dumps(facts, indent=1).encode())
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)

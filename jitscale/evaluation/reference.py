@@ -25,7 +25,7 @@ from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.metrics import FeatureStatistics
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
-from jitscale.files import appearing_whole, sha256_of
+from jitscale.files import atomic_write, sha256_of
 from jitscale.parallel import World
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
@@ -63,13 +63,13 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     """
     source = reference_source(config)
     if source.endswith(".npz"):
-        return parallel.together(lambda: read_statistics(Path(source), embedder.files) if world.is_main else None)
-    shards = parallel.together(lambda: open_real_images(config))
+        return parallel.raise_together(lambda: read_statistics(Path(source), embedder.files) if world.is_main else None)
+    shards = parallel.raise_together(lambda: open_real_images(config))
     folders = cache_folders(config, shards, run_dir, world)
     kept = [RealImages(file, shards, folders) for file in embedder.files]
     for number, images in enumerate(kept):
         images.compute_once(partial(embedder.parts_of, number), world)
-    return parallel.together(lambda: _combined(kept, source) if world.is_main else None)
+    return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
 
 
 def reference_source(config: Config) -> str:
@@ -133,7 +133,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
         arrays = {"facts": np.array(json.dumps(facts))}
         for part, statistics in reference.statistics.items():
             arrays |= dict(zip(_names(part), (statistics.mean, statistics.covariance), strict=True))
-        with appearing_whole(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); choose another --output") from error

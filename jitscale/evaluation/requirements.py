@@ -51,7 +51,7 @@ def check_training_measures(config: Config, world: World) -> Config:
     measured = [stage for stage in stages_of(config) if will_measure(stage)]
     if not measured:
         return config
-    cost = parallel.together(lambda: measuring_cost(config, weight_sets))
+    cost = parallel.raise_together(lambda: measuring_cost(config, weight_sets))
     limit = config.evaluation.sweep_max_share
     if limit is not None and cost.sweep_share > limit:
         raise ConfigError(
@@ -88,12 +88,12 @@ def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *
     if source.endswith(".npz"):
         parallel.on_main(lambda: _check_statistics(Path(source), files))
     else:
-        shards = parallel.together(lambda: open_real_images(config))
+        shards = parallel.raise_together(lambda: open_real_images(config))
         folders = cache_folders(config, shards, Path(config.run.dir), world)
         kept = [RealImages(file, shards, folders) for file in files]
         parallel.on_main(lambda: _check_cache_room(kept))
-    parallel.together(lambda: _check_settings(config))
-    images = parallel.together(lambda: images_of(config, weight_sets) if at_end else evaluation.few_images)
+    parallel.raise_together(lambda: _check_settings(config))
+    images = parallel.raise_together(lambda: images_of(config, weight_sets) if at_end else evaluation.few_images)
     parallel.on_main(lambda: _check_room(config, files, images))
     if world.is_main:
         swept = at_end and len(final_settings(config, weight_sets)) > 1

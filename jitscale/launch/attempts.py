@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jitscale.errors import UserError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 
 MOST_WITHOUT_PROGRESS = 5
 
@@ -39,7 +39,7 @@ class Attempts:
     def write(self, run_dir: Path) -> None:
         """Keep the record."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        with appearing_whole(run_dir / "attempts.json") as file:
+        with atomic_write(run_dir / "attempts.json") as file:
             file.write(json.dumps(asdict(self)).encode())
 
     def begin(self, position: int, most: int = MOST_WITHOUT_PROGRESS) -> None:

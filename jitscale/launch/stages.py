@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.completion import forget_completion, is_complete
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError
@@ -19,7 +20,6 @@ from jitscale.launch.attempts import Attempts
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
 from jitscale.tracking import check_wandb
-from jitscale.training.checkpoint import complete_checkpoints
 
 KINDS = ("train", "upgrade", "evaluate")
 SECONDS_UNTIL_SLURM_ENDS_US = 3600.0

@@ -20,7 +20,7 @@ from submitit.slurm import slurm as submitit_slurm
 
 from jitscale.completion import is_complete
 from jitscale.errors import UserError
-from jitscale.files import appearing_whole
+from jitscale.files import atomic_write
 from jitscale.launch.slurm import ask
 from jitscale.launch.stages import Stage
 
@@ -213,7 +213,7 @@ def _record(job: str, stage: Stage, after: str | None, folder: Path) -> Record:
     submitted = datetime.now(timezone.utc).isoformat()
     record = Record(job, stage.name, stage.kind, str(stage.run_dir), after, str(log), submitted)
     (folder / "jobs").mkdir(exist_ok=True)
-    with appearing_whole(folder / "jobs" / f"{job}.json") as file:
+    with atomic_write(folder / "jobs" / f"{job}.json") as file:
         file.write(json.dumps(asdict(record)).encode())
     return record
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.completion import forget_completion, is_complete, is_complete_under
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
@@ -32,7 +33,6 @@ from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable
 from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
 from jitscale.tracking import check_wandb
-from jitscale.training.checkpoint import complete_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from jitscale.checkpoints.power_averages import gamma_of_width, power_step
 from jitscale.config import EmaConfig, ema_name, power_name
-from jitscale.posthoc import gamma_of_width, power_step
 
 
 class ShardedEma:

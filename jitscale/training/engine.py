@@ -10,34 +10,28 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Any
 
-# DeepSpeed calls collectives that torch deprecates, once a step and more: nothing a user can do about.
-warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
+import torch
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: E402
-from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
-
-from jitscale import parallel  # noqa: E402
-from jitscale.config import Config  # noqa: E402
-from jitscale.model.execution import Execution, prepare  # noqa: E402
-from jitscale.model.jit import Block, JiT  # noqa: E402
-from jitscale.parallel import World  # noqa: E402
-from jitscale.training.checkpoint import MOMENTS, Flats, Fragment  # noqa: E402
-from jitscale.training.muon import Muon, Piece  # noqa: E402
-from jitscale.training.optim import build_optimizer  # noqa: E402
+from jitscale import parallel
+from jitscale.checkpoints.format import Flats, Fragment
+from jitscale.checkpoints.weights import MOMENTS
+from jitscale.config import Config
+from jitscale.model.execution import prepare
+from jitscale.model.jit import Block, JiT
+from jitscale.parallel import World
+from jitscale.training.muon import Muon, Piece
+from jitscale.training.optim import build_optimizer
 
 GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
 CPU_BUCKET_ELEMENTS = 4_000_000  # gradients reduced in one collective on CPUs: 15 MiB in float32
-
-deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
 class ZeroEngine:
@@ -45,10 +39,24 @@ class ZeroEngine:
 
     def __init__(self, model: JiT, config: Config, world: World) -> None:
         """Shard `model`, which every rank has built alike, and the state of its optimizer."""
+        # Here, because DeepSpeed takes seconds to import and chooses its accelerator meanwhile. By itself it would
+        # take a GPU that this run must not use.
+        os.environ["DS_ACCELERATOR"] = world.device.type
+        import deepspeed  # noqa: PLC0415
+        from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
+        from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # DeepSpeed calls collectives that torch deprecates, once a step and more: nothing a user can do about.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
+        self._sharded_stages = (stage_1_and_2, stage3)
         self.stage = config.engine.zero_stage
-        self.execution = _prepare(model, config, world)
+        self.execution = prepare(model, config.engine, world.device, training=True)
+        if self.execution.by_block and self.stage == 3:
+            # Weights are gathered for a whole block, by hooks of the block, which are not part of its graph.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.world = world
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
@@ -118,7 +126,7 @@ class ZeroEngine:
         if not self._skips_on_device:
             yield
             return
-        asked = [(module, module.is_invalid_grad_norm) for module in (stage_1_and_2, stage3)]
+        asked = [(module, module.is_invalid_grad_norm) for module in self._sharded_stages]
         for module, _ in asked:
             module.is_invalid_grad_norm = self._judge
         try:
@@ -357,6 +365,39 @@ class ZeroEngine:
             yield bucket
 
 
+class StepOutcomes:
+    """Whether steps moved the weights, read some steps later on GPUs, where the host would wait for the newest one."""
+
+    LATE = 2  # steps
+
+    def __init__(self, device: torch.device) -> None:
+        self._late = self.LATE if device.type == "cuda" else 0
+        self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, moved: torch.Tensor) -> list[bool]:
+        """Note the last step's boolean (); returns the outcomes that are old enough to be read, oldest first."""
+        copied = None
+        if moved.device.type == "cuda":
+            moved = moved.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((moved, copied))
+        return self._read(self._late)
+
+    def settle(self) -> list[bool]:
+        """All that were not read yet; may wait for the device."""
+        return self._read(0)
+
+    def _read(self, leave: int) -> list[bool]:
+        found = []
+        while len(self._unread) > leave:
+            moved, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            found.append(bool(moved))
+        return found
+
+
 def _name_device_as_deepspeed_does(device: torch.device) -> None:
     """Let DeepSpeed find this rank's GPU: it takes LOCAL_RANK for its index, now and in the steps of stage 3.
 
@@ -366,15 +407,6 @@ def _name_device_as_deepspeed_does(device: torch.device) -> None:
         os.environ["LOCAL_RANK"] = str(device.index)
     # DeepSpeed insists that mpirun's variable is the same, which may be that of the process that started the ranks.
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
-
-
-def _prepare(model: JiT, config: Config, world: World) -> Execution:
-    """Choose how the network computes."""
-    execution = prepare(model, config.engine, world.device, training=True)
-    if execution.by_block and config.engine.zero_stage == 3:
-        # Weights are gathered for a whole block, by hooks of the block, which are not part of its graph.
-        deepspeed.utils.set_z3_leaf_modules(model, [Block])
-    return execution
 
 
 def _gradient_norm(

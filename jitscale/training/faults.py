@@ -9,14 +9,17 @@ Kinds: `nan` makes the rank's loss not finite, `kill` ends the process by SIGKIL
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from jitscale.errors import ConfigError
 
@@ -64,7 +67,7 @@ class FaultInjection:
         for fault in self._due:
             fault.struck += 1
 
-    def strike(self) -> None:
+    def inject(self) -> None:
         """Once a step, end or delay the process if that is due."""
         for fault in [fault for fault in self._due if fault.kind in ("kill", "hang", "slow")]:
             self._due.remove(fault)
@@ -72,13 +75,17 @@ class FaultInjection:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(fault.seconds if fault.kind == "slow" else 10**9)
 
-    def file(self, file: Path) -> Path:
-        """Where a part of a checkpoint goes: `file`, or into a folder that is not there, where that is due."""
-        return file.parent / "absent" / file.name if any(f.kind == "unwritable" for f in self._due) else file
+    def writer(self) -> Callable[[dict[str, torch.Tensor], Path], None]:
+        """What writes this rank's part of a checkpoint; it fails if that is due."""
+        return _fail_to_write if any(fault.kind == "unwritable" for fault in self._due) else save_file
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, or NaN where that is due."""
         return loss * float("nan") if any(fault.kind == "nan" for fault in self._due) else loss
+
+
+def _fail_to_write(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def _parse(entry: str) -> Fault:

@@ -30,7 +30,7 @@ from jitscale.keyed_random import Float64Array, Int64Array, Purpose, generator_s
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import HELD_OUT
-from jitscale.training.inputs import noised, seeded_noise
+from jitscale.training.noise import add_noise, seeded_noise
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class HeldOutLoss:
             numbers = range(world.rank, count, world.size)
             return [(self._block_losses(network, block), len(block.bad)) for block in self._blocks(numbers)]
 
-        by_rank = parallel.gather_objects(parallel.together(own))
+        by_rank = parallel.gather_objects(parallel.raise_together(own))
         in_order = [by_rank[number % world.size][number // world.size] for number in range(count)]
         losses, bad = np.concatenate([part for part, _ in in_order]), sum(bad for _, bad in in_order)
         if not len(losses):
@@ -159,7 +159,7 @@ class HeldOutLoss:
             t = torch.full((len(images),), time_of_all, device=device)
             seeds = generator_seeds(config.evaluation.seed, Purpose.HELD_OUT_NOISE, block.ids, number)
             noise = seeded_noise(seeds, config.model.image_size, self._generator)
-            x, e, z = noised(images, unflipped, noise, t, config.diffusion.noise_scale)
+            x, e, z = add_noise(images, unflipped, noise, t, config.diffusion.noise_scale)
             with autocast(config, device):
                 prediction = network(z, t, labels)
             losses.append(sample_loss(prediction, x, e, z, t, config.diffusion))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,17 +29,16 @@ class StepProfile:
         self._step = 0
         self._profiler: profile | None = None
 
-    def step_begins(self) -> None:
-        """To be called before every step."""
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The body of the `with` statement is a step."""
         self._step += 1
         if self._active and self._step == FIRST:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             self._profiler = profile(activities=activities)
             self._profiler.start()
-
-    def step_ended(self) -> None:
-        """To be called after every step."""
+        yield
         if self._step == LAST:
             self.close()
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
 MESSAGE_BYTES = 2**17  # of a request: the command and the environment; a datagram holds no more than about 200 KiB
 # What a run of training imports, at once or on the way. No file of the project whose commands run as `__main__`.
 WARM = (
@@ -59,7 +60,7 @@ class Process:
         self.returncode: int | None = None
         read, write = os.pipe()
         self._status, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if env is None else env
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH} if env is None else env
         request = json.dumps({"command": self.args, "env": environment, "new_session": start_new_session}).encode()
         assert len(request) <= MESSAGE_BYTES, "a larger request than a datagram holds"
         rights = array.array("i", [theirs.fileno(), write])

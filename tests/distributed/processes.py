@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.distributed.forking import ROOT, Process
+from tests.distributed.forking import PYTHONPATH, Process
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -20,7 +20,7 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
+    common |= {"WORLD_SIZE": str(world_size), "PYTHONPATH": PYTHONPATH}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 

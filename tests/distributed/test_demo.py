@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
-from tests.distributed.processes import ROOT
+from tests.distributed.forking import ROOT
 
 
 def run(output: Path) -> str:

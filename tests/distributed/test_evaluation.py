@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.packing import write_shards
 from jitscale.files import exclusive
-from jitscale.training.checkpoint import complete_checkpoints
-from tests.distributed.processes import ROOT, run_ranks, start_ranks
+from tests.distributed.forking import ROOT
+from tests.distributed.processes import run_ranks, start_ranks
 
 CHECKPOINT = ROOT / "tests/data/jit_tiny_heun.checkpoint-last.pth"
 CONFIG = """
@@ -303,7 +304,7 @@ import numpy, torch
 from jitscale import parallel
 from jitscale.config import load_config
 from jitscale.evaluation.generate import configured_sampler, sample_grid
-from jitscale.weights.opening import read_weights
+from jitscale.checkpoints.opening import read_weights
 from tests.distributed.processes import leave_after
 
 def main():

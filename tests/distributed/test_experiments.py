@@ -23,9 +23,11 @@ from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.packing import write_shards
 from jitscale.errors import UserError
-from jitscale.experiments import guidance, manifold, upgrade, upsampling
-from jitscale.experiments.running import OUTCOME, Run, Task, outcomes_of
-from tests.distributed.processes import ROOT, group_ended
+from studies import guidance, manifold, upgrade, upsampling
+from studies.run import Run
+from studies.tasks import OUTCOME, Task, outcomes_of
+from tests.distributed.forking import ROOT
+from tests.distributed.processes import group_ended
 from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
@@ -70,8 +72,8 @@ def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
     program = (
         "from pathlib import Path\n"
-        "from jitscale.experiments.manifold import Toy\n"
-        "from jitscale.experiments.running import outcomes_of\n"
+        "from studies.manifold import Toy\n"
+        "from studies.tasks import outcomes_of\n"
         "if __name__ == '__main__':\n"
         f"    outcomes_of([Toy(2, 'x', seed, steps=10**6) for seed in range(2)], Path({str(tmp_path)!r}), workers=2)\n"
     )

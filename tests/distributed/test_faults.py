@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
 from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
 
@@ -90,7 +90,7 @@ def test_a_hung_rank_ends_the_job_and_leaves_stacks(job: Job, monkeypatch: pytes
     assert all(rank.returncode != 0 for rank in ranks), outputs
     stacks = (job.folder / "hung" / "stacks_rank_00001.txt").read_text()
     assert "Timeout" in stacks
-    assert "in strike" in stacks
+    assert "in inject" in stacks
     assert not list((job.folder / "asynchronous").glob("stacks_*")), "a run that ends leaves none"
 
 

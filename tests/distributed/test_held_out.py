@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_held_out, read_metrics
-from jitscale.training.checkpoint import complete_checkpoints
 from tests.distributed.forking import Process
 from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
-from tests.distributed.forking import Process
-from tests.distributed.processes import ROOT, run_ranks, start_ranks
+from tests.distributed.forking import ROOT, Process
+from tests.distributed.processes import run_ranks, start_ranks
 
 STEPS, BATCH = 24, 12
 CONFIG = f"""

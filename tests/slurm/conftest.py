@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import complete_checkpoints
 from tests.distributed.processes import run_ranks
 from tests.slurm.cluster import SlurmCluster
 

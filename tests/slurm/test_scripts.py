@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.data.shards import ShardSet
-from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
 from tests.slurm.conftest import ROOT, Runs
 
 pytestmark = pytest.mark.cluster

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from jitscale.training.checkpoint import Checkpoint, complete_checkpoints
 from tests.slurm.conftest import ROOT, Runs
 
 pytestmark = pytest.mark.cluster

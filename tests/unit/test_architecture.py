@@ -8,16 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "keyed_random", "launcher_environment", "streamed_safetensors", "versions"},
+    {"errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
-    {"parallel", "posthoc", "completion", "cautions"},
+    {"parallel", "completion", "cautions"},
     {"model", "diffusion", "data"},
-    {"figures", "planner", "progressive", "upgrade", "tracking"},
+    {"figures", "planner", "progressive", "tracking"},
+    {"checkpoints"},
     {"evaluation"},
     {"training"},
-    {"weights"},
     {"launch"},
-    {"train", "evaluate", "benchmarks", "experiments", "__init__"},
+    {"train", "evaluate", "__init__"},
 ]
 RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 
@@ -44,6 +44,18 @@ def test_imports_go_down_only() -> None:
         for module in imports(path):
             other = unit(module)
             assert other is None or RANK[other] <= RANK[own], f"{path} imports {module}, which lies above it"
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Directly or in a circle, at the top of a file or later, in the package and the tools."""
+    files = {}
+    for folder, root in (("jitscale", ROOT), ("tools", ROOT / "tools")):
+        paths = [path for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"]  # which hands on names
+        files |= {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
+    above = {name: {other for other in imports(path) if other in files} - {name} for name, path in files.items()}
+    while bottom := {name for name, others in above.items() if not others}:
+        above = {name: others - bottom for name, others in above.items() if name not in bottom}
+    assert not above, f"they import each other, or what does: {above}"
 
 
 def test_packages_see_only_what_they_need() -> None:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import jitscale
-from jitscale.config import Config, RunConfig
-from jitscale.errors import CheckpointError
-from jitscale.training.checkpoint import (
+from jitscale.checkpoints.format import (
     MARKER,
     Checkpoint,
     Fragment,
     Progress,
     complete_checkpoints,
     latest_checkpoint,
-    prune,
     step_folder,
     whole_fragments,
-    write_checkpoint,
 )
-from jitscale.weights.opening import read_weights
+from jitscale.checkpoints.opening import read_weights
+from jitscale.checkpoints.saving import prune, write_folder
+from jitscale.checkpoints.weights import check_fits, shapes_of
+from jitscale.config import Config, DiffusionConfig, ModelConfig, RunConfig
+from jitscale.errors import CheckpointError
 
 SHAPES = {"first": (3, 4), "second": (5,)}
+TINY = ModelConfig(image_size=16, patch_size=8, hidden_size=16, depth=1, num_heads=1, bottleneck_dim=4, num_classes=3)
 
 
 def write(run_dir: Path, step: int) -> Path:
@@ -34,14 +36,14 @@ def write(run_dir: Path, step: int) -> Path:
     progress = Progress(step, 8 * step, step, {"seed": 0})
     sets = {"model": flats, "ema_0.9": [flat / 2 for flat in flats], "exp_avg": [flat * 2 for flat in flats]}
     config = Config(run=RunConfig(max_steps=9))
-    return write_checkpoint(run_dir, progress, config, whole_fragments(SHAPES), sets)
+    return write_folder(step_folder(run_dir, progress.step), progress, config, whole_fragments(SHAPES), sets)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert checkpoint.folder == folder == tmp_path / "checkpoints" / "step_00000003"
+    assert checkpoint.path == folder == tmp_path / "checkpoints" / "step_00000003"
     assert checkpoint.progress == Progress(3, 24, 3, {"seed": 0})
     assert checkpoint.weight_sets == ["model", "ema_0.9"]
     assert checkpoint.config.run.max_steps == 9
@@ -53,7 +55,7 @@ def test_a_parameter_split_over_files_is_read_across_them(tmp_path: Path) -> Non
     """Two fragments of one parameter, as two ranks would have written them."""
     flats = [torch.arange(7.0), torch.arange(7.0, 12.0)]
     fragments = [Fragment("first", (3, 4), 0, 0, 7, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
-    write_checkpoint(tmp_path, Progress(1, 1, 1, None), Config(), fragments, {"model": flats})
+    write_folder(step_folder(tmp_path, 1), Progress(1, 1, 1, None), Config(), fragments, {"model": flats})
     checkpoint = Checkpoint(step_folder(tmp_path, 1))
     assert torch.equal(checkpoint.tensor("model", "first"), torch.arange(12.0).view(3, 4))
     assert torch.equal(checkpoint.read("model", "first", 5, 9), torch.tensor([5.0, 6.0, 7.0, 8.0]))
@@ -104,17 +106,44 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
 
 def test_a_gap_between_fragments_is_not_read_as_memory(tmp_path: Path) -> None:
     fragments = [Fragment("first", (3, 4), 0, 0, 5, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
-    write_checkpoint(tmp_path, Progress(1, 1, 1, None), Config(), fragments, {"model": [torch.ones(5), torch.ones(5)]})
+    write_folder(
+        step_folder(tmp_path, 1),
+        Progress(1, 1, 1, None),
+        Config(),
+        fragments,
+        {"model": [torch.ones(5), torch.ones(5)]},
+    )
     checkpoint = Checkpoint(step_folder(tmp_path, 1))
     with pytest.raises(CheckpointError, match="10 of 12 elements of first"):
         checkpoint.tensor("model", "first")
 
 
 def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(write(tmp_path, 1))
-    with pytest.raises(CheckpointError, match=r"first: \(3, 4\) there, \(4, 4\) in this network; third: absent there"):
-        checkpoint.check_shapes({"first": (4, 4), "second": (5,), "third": (1,)})
-    checkpoint.check_shapes(SHAPES)
+    """By the settings that were stored, else by the parameters that are there; and another noise scale."""
+    config = Config(model=replace(TINY, in_context_start=0), run=RunConfig(max_steps=1))
+    shapes = shapes_of(config)
+
+    def stored(shapes: dict[str, tuple[int, ...]], config: Config = config) -> Checkpoint:
+        fragments = whole_fragments(shapes)
+        flats = [torch.ones(f.length) for f in fragments]
+        return Checkpoint(
+            write_folder(step_folder(tmp_path, 1), Progress(1, 1, 1, None), config, fragments, {"model": flats})
+        )
+
+    fits = stored(shapes)
+    check_fits(fits, config)
+    with pytest.raises(CheckpointError, match=r"another network \(model.depth: 1 -> 2\); restore these settings"):
+        check_fits(fits, replace(config, model=replace(config.model, depth=2)))
+    with pytest.raises(CheckpointError, match=r"made for diffusion.noise_scale=1.0, the config says 2.0"):
+        check_fits(fits, replace(config, diffusion=DiffusionConfig(noise_scale=2.0)))
+    first, second, *_ = shapes
+    wrong = {**shapes, first: (4, 4), "third": (1,)}
+    del wrong[second]
+    with pytest.raises(CheckpointError) as error:
+        check_fits(stored(wrong), config)
+    assert f"{first}: (4, 4) there, {shapes[first]} in this network" in str(error.value)
+    assert f"{second}: absent there" in str(error.value)
+    assert "third: (1,) there, absent in this network" in str(error.value)
 
 
 def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:

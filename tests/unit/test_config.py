@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jitscale.config import CHOICES, ConfigError, load_config, setting_names, to_yaml, weight_set_names
+from jitscale.config import CHOICES, load_config, setting_names, to_yaml, weight_set_names
+from jitscale.errors import ConfigError
 from jitscale.evaluation.networks import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]

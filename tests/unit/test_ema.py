@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from jitscale.checkpoints.power_averages import gamma_of_width
 from jitscale.config import EmaConfig, power_name
-from jitscale.posthoc import gamma_of_width
 from jitscale.training.ema import ShardedEma
 
 

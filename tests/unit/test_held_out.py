@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.config import Config, ConfigError, DataConfig, _impossible_held_out, load_config, to_yaml
+from jitscale.config import Config, DataConfig, _impossible_held_out, load_config, to_yaml
 from jitscale.data.images import encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest
@@ -25,7 +25,7 @@ from jitscale.data.shards import ShardSet, open_configured
 from jitscale.data.survey import find_tars, survey
 from jitscale.data.tar_index import TarSample, key_hashes, keys_path
 from jitscale.data.verification import verify
-from jitscale.errors import DataError
+from jitscale.errors import ConfigError, DataError
 from jitscale.keyed_random import Float64Array, Purpose, generator_seeds, uniform
 from jitscale.model.jit import JiT
 from jitscale.parallel import World

@@ -26,7 +26,7 @@ from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
-from jitscale.training.inputs import to_model_input
+from jitscale.training.noise import to_model_input
 
 COUNT = 50
 CLASSES = 10

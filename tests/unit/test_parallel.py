@@ -48,4 +48,4 @@ def test_everything_works_in_one_process() -> None:
     assert parallel.broadcast_object("a") == "a"
     assert parallel.any_rank(True)
     assert not parallel.any_rank(False)
-    assert parallel.together(lambda: 3) == 3
+    assert parallel.raise_together(lambda: 3) == 3

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import jitscale
+from jitscale.checkpoints.opening import open_weights, read_weights
+from jitscale.checkpoints.weights import write_safetensors
 from jitscale.config import DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.objective import interpolate, sample_loss
 from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 from jitscale.training.optim import build_optimizer
-from jitscale.weights.opening import open_weights, read_weights
-from jitscale.weights.stored import write_safetensors
 
 DATA = Path(__file__).parents[1] / "data"
 ROOT = Path(__file__).parents[2]

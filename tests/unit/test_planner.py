@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import Config, ModelConfig, load_config
+from jitscale.model.flops import forward_flops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.planner import (
     BUCKET_ELEMENTS,
@@ -22,11 +23,9 @@ from jitscale.planner import (
     activation_bytes,
     candidate,
     communication,
-    forward_flops,
     parameters_by_kind,
     recommend,
     state_memory,
-    training_flops,
 )
 
 ROOT = Path(__file__).parents[2]

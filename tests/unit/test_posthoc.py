@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from jitscale.checkpoints.format import MARKER, Progress, whole_fragments
+from jitscale.checkpoints.power_averages import (
+    Array,
+    _inner_products,
+    gamma_of_width,
+    power_step,
+    solve,
+    width_of_gamma,
+)
+from jitscale.checkpoints.saving import complete_snapshots, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.config import Config
 from jitscale.errors import UserError
-from jitscale.posthoc import Array, _inner_products, gamma_of_width, power_step, solve, width_of_gamma
-from jitscale.training.checkpoint import MARKER, Progress, whole_fragments
-from jitscale.training.snapshots import complete_snapshots, remove_snapshots_after, snapshot_folder, write_snapshot
 from tools.posthoc_ema import open_snapshots, parse_widths, report
 
 STEPS = 3000
@@ -118,7 +125,13 @@ def test_widths_that_are_refused(text: str, expected: str) -> None:
 def snapshot(run_dir: Path, images: int) -> None:
     flats = [torch.full((6,), float(images))]
     sets = {"power_0.050": flats, "power_0.100": flats}
-    write_snapshot(run_dir, Progress(images, images, 0, None), Config(), whole_fragments({"w": (2, 3)}), sets)
+    write_folder(
+        snapshot_folder(run_dir, images),
+        Progress(images, images, 0, None),
+        Config(),
+        whole_fragments({"w": (2, 3)}),
+        sets,
+    )
 
 
 def test_runs_without_enough_snapshots_are_refused(tmp_path: Path) -> None:

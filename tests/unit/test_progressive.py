@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jitscale.checkpoints.upgrade import plan_upgrade
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
 from jitscale.progressive import run_dirs, stages_of
-from jitscale.upgrade import plan_upgrade
 
 ROOT = Path(__file__).parents[2]
 

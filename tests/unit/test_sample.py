@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from jitscale.checkpoints.format import Progress, step_folder
+from jitscale.checkpoints.saving import write_streamed
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig, ModelConfig
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import Progress, step_folder, write_streamed
 from tools.sample import main
 
 SMALL = ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import jitscale
+from jitscale.checkpoints.streams import atomic_safetensors
+from jitscale.checkpoints.weights import description
 from jitscale.config import Config, ModelConfig
 from jitscale.model.jit import JiT
-from jitscale.streamed_safetensors import appearing_safetensors
-from jitscale.weights.stored import description
 
 
 def test_pieces_of_any_size_make_a_file_that_the_readers_take(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_pieces_of_any_size_make_a_file_that_the_readers_take(tmp_path: Path) ->
     tensors = {name: p.detach().clone() for name, p in JiT(config.model).named_parameters()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     metadata = {**description("power_0.100", config), "more": "1"}
-    with appearing_safetensors(tmp_path / "pieces.safetensors", shapes, metadata) as append:
+    with atomic_safetensors(tmp_path / "pieces.safetensors", shapes, metadata) as append:
         for values in torch.cat([t.flatten() for t in tensors.values()]).split(1000):
             append(values)
     found = jitscale.load_model(tmp_path / "pieces.safetensors")
@@ -34,7 +34,7 @@ def test_pieces_of_any_size_make_a_file_that_the_readers_take(tmp_path: Path) ->
     assert all(torch.equal(p, tensors[name]) for name, p in found.named_parameters())
 
     def fail() -> None:
-        with appearing_safetensors(tmp_path / "failed.safetensors", shapes) as append:
+        with atomic_safetensors(tmp_path / "failed.safetensors", shapes) as append:
             append(torch.zeros(10))
             raise RuntimeError
 

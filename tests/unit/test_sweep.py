@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import jitscale
+from jitscale.checkpoints.format import Progress, step_folder
+from jitscale.checkpoints.opening import read_guide
+from jitscale.checkpoints.saving import write_streamed
 from jitscale.config import Config, DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import NoiseAhead, generate, generate_by_scale, labels_of, noise_of
 from jitscale.evaluation.settings import Setting, settings_of
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import Progress, step_folder, write_streamed
-from jitscale.weights.opening import read_guide
 
 SETS = ["model", "ema_0.9"]
 

@@ -22,7 +22,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from jitscale.config import Config, TrackingConfig
 from jitscale.errors import ConfigError
-from jitscale.planner import peak_tflops
+from jitscale.model.flops import peak_tflops
 from jitscale.tracking import Tracker, check_wandb, read_held_out, read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import jitscale
+from jitscale.checkpoints.format import Progress, step_folder
+from jitscale.checkpoints.opening import open_weights
+from jitscale.checkpoints.saving import write_streamed
+from jitscale.checkpoints.upgrade import KERNELS, PATCH_EMBEDDING, RESIZED, Upgrade, operators, plan_upgrade
+from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config, DiffusionConfig, ModelConfig, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import MOMENTS, Progress, step_folder, write_streamed
-from jitscale.upgrade import KERNELS, PATCH_EMBEDDING, RESIZED, Upgrade, operators, plan_upgrade
-from jitscale.weights.opening import open_weights
 from tools.upgrade_resolution import main
 
 DATA = Path(__file__).parents[1] / "data"

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from jitscale import parallel
+from jitscale.checkpoints.format import latest_checkpoint
 from jitscale.config import load_config
 from jitscale.data.shards import open_configured
-from jitscale.training.checkpoint import latest_checkpoint
 from jitscale.training.trainer import Trainer
 from tests.distributed.processes import leave_after
 
@@ -22,10 +22,9 @@ def main() -> None:
     world = parallel.start(torch.device("cpu"))
     config = load_config(sys.argv[2], sys.argv[3:], world_size=world.size)
     shards = open_configured(config)
-    run_dir = Path(config.run.dir)
-    trainer = Trainer(config, world, run_dir, shards, latest_checkpoint(run_dir))
-    trainer.step += 1
-    trainer._save(last=True)
+    trainer = Trainer(config, world, shards, latest_checkpoint(Path(config.run.dir)))
+    trainer.state.step += 1
+    trainer.persistence.save(last=True)
     trainer.close()
     parallel.stop()
 

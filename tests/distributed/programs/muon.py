@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from jitscale import parallel
+from jitscale.checkpoints.format import Checkpoint, Progress, load_fragments, step_folder
+from jitscale.checkpoints.saving import write_folder
 from jitscale.config import Config, EngineConfig, OptimConfig
 from jitscale.model.jit import JiT
-from jitscale.training.checkpoint import Checkpoint, Progress, load_fragments, write_checkpoint
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.muon import Muon, Piece
 from jitscale.training.optim import build_optimizer
@@ -83,7 +84,7 @@ def main() -> None:
         losses = steps(engine, world, range(SAVED_AT))
         progress = Progress(stage, 0, engine.optimizer_step(), None)
         sets = {"model": engine.masters(), **engine.moments()}
-        write_checkpoint(folder, progress, config, engine.fragments, sets)
+        write_folder(step_folder(folder, progress.step), progress, config, engine.fragments, sets)
         results[f"stage {stage}"] = losses + steps(engine, world, range(SAVED_AT, STEPS))
         engine.destroy()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import MICRO_BATCHES, state_bytes
 from jitscale import parallel
-from jitscale.benchmarks.memory import MICRO_BATCHES, state_bytes
 from jitscale.config import Config, EmaConfig, EngineConfig, ModelConfig
 from tests.distributed.processes import leave_after
 

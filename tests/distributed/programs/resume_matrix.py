@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from jitscale import parallel
-from jitscale.training.checkpoint import Checkpoint, Progress, load_fragments, write_folder
+from jitscale.checkpoints.format import Checkpoint, Progress, load_fragments
+from jitscale.checkpoints.saving import write_folder
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from tests.distributed.processes import leave_after

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.step import host_waits
 from jitscale import parallel
-from jitscale.benchmarks.step import host_waits
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from tests.distributed.processes import leave_after

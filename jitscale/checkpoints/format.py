@@ -1,0 +1,223 @@
+"""Checkpoints: one folder a step, readable by any number of ranks in any ZeRO stage.
+
+    checkpoints/step_00001000/
+        rank_00000.safetensors ...  the fragments that each rank owned
+        index.json                  what lies where; step, data position, versions
+        config.yaml                 the run's resolved configuration
+        COMPLETE                    written last; a folder without it does not count
+
+A fragment is a contiguous slice of one flattened parameter, in the coordinates of the parameter as the network defines
+it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of
+the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed, so that a kill during a save leaves
+the previous one usable.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from jitscale.checkpoints.streams import MappedSafetensors
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights
+from jitscale.config import Config, load_config
+from jitscale.errors import CheckpointError
+from jitscale.files import sha256_of
+
+FORMAT = 2  # 1 had no hashes
+MARKER = "COMPLETE"
+# One rank's flat tensors of a set; None where the set has nothing, as Muon has no second moment.
+Flats = Sequence[torch.Tensor | None]
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Where a slice of a parameter lies: flats[flat][start : start + length] is parameter.flatten()[offset : ...]."""
+
+    name: str
+    shape: tuple[int, ...]
+    flat: int
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `images` + `skipped_images` is the position in the global sample sequence.
+
+    `data` holds what fixes that sequence (seed, streams, window, manifest hash, and the position where its epoch 0
+    begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for,
+    `skipped_steps` the steps whose gradients were not finite, `skipped_images` what was jumped over after rolling back.
+    """
+
+    step: int
+    images: int
+    optimizer_step: int
+    data: dict[str, int | str] | None
+    bad_samples: int = 0
+    skipped_steps: int = 0
+    skipped_images: int = 0
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """All complete checkpoint folders of a run, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    found = [(int(m[1]), f) for f in folders if (m := _STEP_FOLDER.fullmatch(f.name)) and (f / MARKER).exists()]
+    return [folder for _, folder in sorted(found)]
+
+
+class Checkpoint(StoredWeights):
+    """A complete checkpoint on disk, read by slices.
+
+    Attributes:
+        progress: the run's progress when it was written.
+        sets: names of the stored sets, moments included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open; `verify` looks at the content.
+
+        Raises:
+            CheckpointError: the marker is missing, a file is missing or has another size, or the format is unknown.
+        """
+        self.path = folder
+        if not (folder / MARKER).exists():
+            raise CheckpointError(f"{folder}: no complete checkpoint (no file {MARKER}); choose another step")
+        try:
+            for name, sha256 in json.loads((folder / MARKER).read_text() or "{}").items():
+                if sha256_of(folder / name) != sha256:
+                    raise _damaged(folder / name, folder, "its content is not what was written")
+            index = json.loads((folder / "index.json").read_text())
+            self._read_index(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise _damaged(folder / "index.json", folder, error) from error
+        for name, size in index["files"].items():
+            file = folder / name
+            found = file.stat().st_size if file.exists() else 0
+            if found != size:
+                raise _damaged(file, folder, f"{found} bytes where the index says {size}")
+
+    def _read_index(self, index: dict[str, Any]) -> None:
+        folder = self.path
+        if index["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
+                "use the version of jitscale that wrote it"
+            )
+        self.progress = Progress(**index["progress"])
+        self.sets: list[str] = index["sets"]
+        self.weight_sets = [name for name in self.sets if name not in MOMENTS]
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in index["parameters"].items()}
+        self._files = list(index["files"])
+        self._sha256: dict[str, str] = index["sha256"]
+        self._fragments: dict[str, list[list[int]]] = {
+            name: entry["fragments"] for name, entry in index["parameters"].items()
+        }
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Compare the content of every `shares`-th file, from number `share` on, with what was written.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        for name in self._files[share::shares]:
+            try:
+                found = sha256_of(self.path / name)
+            except OSError as error:
+                raise _damaged(self.path / name, self.path, error) from error
+            if found != self._sha256[name]:
+                raise _damaged(self.path / name, self.path, "its content is not what was written")
+
+    @cached_property
+    def config(self) -> Config:  # type: ignore[override]
+        """The configuration of the run that wrote it."""
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def default(self) -> str:  # type: ignore[override]
+        """The run's `evaluation.weights`."""
+        return self.config.evaluation.weights
+
+    @property
+    def optimizer_step(self) -> int:  # type: ignore[override]
+        """Of AdamW's moments, the form in which moments can go elsewhere."""
+        return self.progress.optimizer_step if self.config.optim.name == "adamw" else 0
+
+    def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32.
+
+        Raises:
+            CheckpointError: a file is damaged, or no file holds some of the elements.
+        """
+        out, filled = torch.empty(stop - start), 0
+        for number, offset, length in self._fragments[parameter]:
+            low, high = max(start, offset), min(stop, offset + length)
+            if low < high:
+                try:
+                    name = f"{set_name}:{parameter}:{offset}"
+                    out[low - start : high - start] = self._open(number).rows(name, low - offset, high - offset)
+                except (OSError, SafetensorError) as error:
+                    raise _damaged(self.path / self._files[number], self.path, error) from error
+                filled += high - low
+        if filled != stop - start:
+            raise _damaged(self.path, self.path, f"{filled} of {stop - start} elements of {parameter}")
+        return out
+
+    def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
+        """See `StoredWeights`."""
+        shape = self.shapes[parameter]
+        return self.read(set_name, parameter, 0, prod(shape)).view(shape)
+
+    def _open(self, file: int) -> MappedSafetensors:
+        if file not in self._handles:
+            self._handles[file] = MappedSafetensors(self.path / self._files[file])
+        return self._handles[file]
+
+    @cached_property
+    def _handles(self) -> dict[int, MappedSafetensors]:
+        return {}
+
+
+def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, or None."""
+    complete = complete_checkpoints(run_dir)
+    return Checkpoint(complete[-1]) if complete else None
+
+
+@torch.no_grad()
+def load_fragments(source: StoredWeights, fragments: Sequence[Fragment], sets: Mapping[str, Flats]) -> None:
+    """Fill this rank's slices of all `sets` (set name -> flat tensors) from `source`."""
+    for name, flats in sets.items():
+        for f in fragments:
+            flat = flats[f.flat]
+            if flat is not None:
+                flat[f.start : f.start + f.length].copy_(source.read(name, f.name, f.offset, f.offset + f.length))
+
+
+def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
+    """Fragments that hold whole parameters, the i-th parameter in the i-th flat tensor."""
+    return [Fragment(name, shape, i, 0, prod(shape), 0) for i, (name, shape) in enumerate(shapes.items())]
+
+
+def _damaged(path: Path, folder: Path, what: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {' '.join(str(what).split())}; the file is damaged, remove {folder} to fall back to the checkpoint "
+        "before it"
+    )

@@ -1,0 +1,169 @@
+"""From a path to the weights behind it, whichever program wrote them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jitscale.checkpoints.authors import AuthorsWeights
+from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
+from jitscale.checkpoints.weights import (
+    SafetensorsWeights,
+    StoredWeights,
+    WeightSet,
+    described_config,
+    read_metadata,
+)
+from jitscale.config import Config, DiffusionConfig, ModelConfig, check_model_config, from_dict, load_config
+from jitscale.errors import CheckpointError, ConfigError
+from jitscale.model.jit import JiT
+
+ConfigSource = str | Path | Config | ModelConfig | Mapping[str, Any]
+
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # names that huggingface_hub fixes
+# Settings that may stand beside the model fields in a flat mapping; they do not describe the network.
+_SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interval"}
+
+
+def open_weights(path: str | Path, config: ConfigSource | None = None) -> StoredWeights:
+    """The weights at `path`.
+
+    Args:
+        path: a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face
+            folder, a .safetensors file, or the authors' .pth file.
+        config: the sizes, and for safetensors the diffusion settings, where the file does not say them: a YAML
+            file, a config object, or a mapping of model fields.
+
+    Raises:
+        CheckpointError: nothing readable there, or a config is needed.
+        ConfigError: sizes that no network can have.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint; give a run folder, a step folder or a weights file")
+    if path.is_dir():
+        return _open_folder(path, config)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, [path], config)
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint, neither safetensors nor of torch.save; give a run or such a file"
+        )
+    return AuthorsWeights(path, None if config is None else _interpret(config).model)
+
+
+def read_weights(path: str | Path, name: str | None = None, config: ConfigSource | None = None) -> WeightSet:
+    """One weight set in memory.
+
+    Args:
+        path: as for `open_weights`.
+        name: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, for the authors'
+            file its model_ema1, for safetensors what the file holds.
+        config: as for `open_weights`.
+
+    Raises:
+        CheckpointError: nothing readable there, no such set, or a config is needed.
+    """
+    return open_weights(path, config).weight_set(name)
+
+
+def read_guide(config: Config) -> JiT | None:
+    """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it sees other images, classes or noise than the network that it shall guide.
+    """
+    evaluation = config.evaluation
+    if evaluation.guide is None:
+        return None
+    guide = read_weights(evaluation.guide, evaluation.guide_weights).build()
+    own, its = (
+        {
+            "model.image_size": model.image_size,
+            "model.num_classes": model.num_classes,
+            "diffusion.prediction": diffusion.prediction,
+            "diffusion.noise_scale": diffusion.noise_scale,
+        }
+        for model, diffusion in ((config.model, config.diffusion), (guide.config, guide.diffusion))
+    )
+    differing = [f"{key}: {its[key]} there, {own[key]} here" for key in own if its[key] != own[key]]
+    if differing:
+        raise ConfigError(f"evaluation.guide={evaluation.guide}: cannot guide this network ({'; '.join(differing)})")
+    return guide
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint of a step folder, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / "index.json").exists():
+        return Checkpoint(folder)
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
+    return newest
+
+
+def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "index.json").exists() or not files:
+        return open_checkpoint(folder)
+    if (folder / HUB_CONFIG).exists() and folder / HUB_WEIGHTS in files:
+        return _open_hub_folder(folder)
+    return _open_safetensors(folder, files, config)
+
+
+def _open_hub_folder(folder: Path) -> StoredWeights:
+    try:
+        described = json.loads((folder / HUB_CONFIG).read_text())
+        config = from_dict({"model": described["model"], "diffusion": described["diffusion"]})
+        name = str(described.get("weights", "model"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / HUB_CONFIG}: does not describe a JiT ({error}); give its config") from error
+    return SafetensorsWeights(folder, {name: folder / HUB_WEIGHTS}, config)
+
+
+def _open_safetensors(path: Path, files: list[Path], config: ConfigSource | None) -> StoredWeights:
+    metadata = {file: read_metadata(file) for file in files}
+    named = {metadata[file].get("weights", "model" if len(files) == 1 else file.stem): file for file in files}
+    if len(named) < len(files):
+        raise CheckpointError(f"{path}: several files hold the same weight set; keep each set once")
+    # `model` first where it is there, as in a checkpoint
+    named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))
+    described = described_config(metadata[next(iter(named.values()))])
+    if described is None:
+        if config is None:
+            raise CheckpointError(f"{path}: the file does not say the network's sizes; give its config")
+        described = _interpret(config)
+    return SafetensorsWeights(path, named, described)
+
+
+def _interpret(config: ConfigSource) -> Config:
+    """Sizes and diffusion settings as a caller describes them.
+
+    Raises:
+        ConfigError: sizes that no network can have.
+        CheckpointError: a mapping with fields that are not the network's.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, ModelConfig):
+        described = Config(model=config)
+    else:
+        known = {f.name for f in fields(ModelConfig)}
+        unknown = set(config) - known - _SAMPLING_FIELDS
+        if unknown:
+            raise CheckpointError(f"config: no model field {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        model = from_dict({"model": {key: value for key, value in config.items() if key in known}}).model
+        described = Config(model=model, diffusion=DiffusionConfig(noise_scale=float(config.get("noise_scale", 1.0))))
+    check_model_config(described.model, "config")
+    return described

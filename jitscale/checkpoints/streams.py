@@ -1,0 +1,96 @@
+"""safetensors files written and read in pieces, for weights that do not fit into memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from jitscale.files import atomic_write
+
+MOST_MAPPED = 2**30  # bytes
+
+
+class MappedSafetensors:
+    """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
+
+    The pages that were read of a mapped file count as the process's memory for as long as it is mapped, so it is mapped
+    anew now and then.
+
+    Raises:
+        OSError, SafetensorError: here and in its methods: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mapped = 0
+        self._file = safe_open(path, framework="pt")
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One whole tensor, a copy, in its own precision."""
+        found: torch.Tensor = self._file.get_tensor(name).clone()
+        self._count(found)
+        return found
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one tensor, a copy."""
+        found: torch.Tensor = self._file.get_slice(name)[start:stop].clone()
+        self._count(found)
+        return found
+
+    def _count(self, read: torch.Tensor) -> None:
+        self._mapped += read.numel() * read.element_size()
+        if self._mapped > MOST_MAPPED:
+            self._file = safe_open(self._path, framework="pt")
+            self._mapped = 0
+
+
+@contextmanager
+def atomic_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """A safetensors file of float32 tensors whose values come one after the other.
+
+    The file gets its name when it is complete; an exception leaves nothing behind.
+
+    Args:
+        path: the file.
+        shapes: tensor name -> shape, in the order in which the values will come.
+        metadata: of the file.
+
+    Yields:
+        A function that appends the next float32 values, of any number of elements, on the CPU.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)  # so that the values are aligned in a mapped file
+    written = 0
+    with atomic_write(path) as file:
+
+        def append(values: torch.Tensor) -> None:
+            nonlocal written
+            assert values.dtype == torch.float32
+            written += file.write(values.contiguous().numpy().astype("<f4", copy=False).tobytes())
+
+        file.write(struct.pack("<Q", len(described)) + described)
+        yield append
+        assert written == end, f"{written} of {end} bytes of {path}"

@@ -1,0 +1,233 @@
+"""From one resolution to another: resize the two layers that see the patch size, preserving the function.
+
+For a higher resolution let U enlarge a patch by k = new patch / old patch, and D pool it, so that D U = 1. The new
+patch embedding is W D and the new output layer U V. The new network, before any training, is the old one seen through
+D:
+
+    D net'(z', t, y) = net(D z', t, y)
+
+For the kernels `nearest` and `smooth` D is the mean over areas. Noise of standard deviation k pools to standard
+deviation 1 then, which is why the noise scale is multiplied by k. `nearest` has its pseudo-inverse for U, for whole k
+the repetition of pixels; `smooth` bicubic interpolation, corrected so that D U = 1. For `pi-bilinear` and `pi-bicubic`
+U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not keep the noise's
+deviation. For a lower resolution the two change places: W U and D V.
+
+An upgrade is linear in the weights: it applies to every average as it does to the weights themselves. The new
+checkpoint is written one tensor at a time.
+
+Shapes: P old patch, Q new patch (pixels a side), C hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
+from jitscale.checkpoints.saving import write_streamed
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, shapes_of
+from jitscale.config import Config, network_differences, to_yaml
+from jitscale.errors import ConfigError, UserError
+from jitscale.files import atomic_write
+
+PATCH_EMBEDDING = "x_embedder.proj1.weight"
+OUTPUT_WEIGHT = "final_layer.linear.weight"
+OUTPUT_BIAS = "final_layer.linear.bias"
+RESIZED = (PATCH_EMBEDDING, OUTPUT_WEIGHT, OUTPUT_BIAS)
+KERNELS = ("smooth", "nearest", "pi-bilinear", "pi-bicubic")  # the first is the default
+MODES = ("patch", "tokens")
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """How the weights of one network become those of another resolution.
+
+    Attributes:
+        mode: `patch` resizes patches and keeps the number of tokens; `tokens` keeps patches and adds tokens.
+        ratio: new resolution / old resolution.
+        enter: (P, Q) float64, from a row of new pixels to old ones; the patch embedding looks through it.
+        leave: (Q, P) float64, from a row of old pixels to new ones; the output layer ends in it.
+    """
+
+    mode: str
+    ratio: Fraction
+    enter: torch.Tensor
+    leave: torch.Tensor
+
+    @property
+    def resized(self) -> tuple[str, ...]:
+        """The parameters that change."""
+        return RESIZED if self.mode == "patch" and self.ratio != 1 else ()
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One parameter of the new network, in its precision; sums are taken in float64.
+
+        Args:
+            name: the parameter's name in the network.
+            tensor: the patch embedding (bottleneck, 3, P, P), the output layer's weight (P * P * 3, C) or bias
+                (P * P * 3,) with rows in the order row, column, channel; every other parameter is returned as it is.
+        """
+        if name not in self.resized:
+            return tensor
+        exact = tensor.double()
+        if name == PATCH_EMBEDDING:
+            resized = torch.einsum("bcij,iq,jr->bcqr", exact, self.enter, self.enter)
+        else:
+            patch = math.isqrt(tensor.shape[0] // 3)
+            rows = exact.view(patch, patch, 3, -1)
+            resized = torch.einsum("ijcd,qi,rj->qrcd", rows, self.leave, self.leave)
+            resized = resized.reshape(-1, *tensor.shape[1:])
+        return resized.to(tensor.dtype)
+
+    def pool(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of the new resolution as the old network would see them: (B, 3, H, W), patch by patch."""
+        if self.mode == "tokens":
+            return images
+        old, new = self.enter.shape
+        patches = images.unflatten(3, (-1, new)).unflatten(2, (-1, new))  # (B, 3, G, Q, G, Q)
+        enter = self.enter.to(images.dtype)
+        pooled = torch.einsum("bcgqhr,iq,jr->bcgihj", patches, enter, enter)
+        return pooled.reshape(*images.shape[:2], images.shape[2] // new * old, images.shape[3] // new * old)
+
+    def noise_deviation(self) -> float:
+        """Root mean square of the pooled noise's standard deviation, in units of what the old network was trained on.
+
+        1 is in distribution. It is for noise scaled by `ratio`, as the configurations must have it.
+        """
+        if self.mode == "tokens":
+            return float(self.ratio)
+        return float(self.ratio) * float(self.enter.square().sum(dim=1).mean())
+
+
+def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str | None = None) -> Upgrade:
+    """What turns the network of `old` into that of `new`.
+
+    Args:
+        old: how the weights were trained.
+        new: the target.
+        kernel: one of `KERNELS`, for patches.
+        mode: one of `MODES`; None for the one that the two patch sizes mean.
+
+    Raises:
+        ConfigError: everything that differs beside resolution and patch size; sizes that are of no mode; a noise
+            scale that is not the ratio times the old one.
+    """
+    differing = network_differences(old, new, ignored=("image_size", "patch_size", "position_grid"))
+    if differing:
+        raise ConfigError(
+            f"an upgrade changes image and patch size only, the target also differs in {'; '.join(differing)}"
+        )
+    ratio = Fraction(new.model.image_size, old.model.image_size)
+    patches = Fraction(new.model.patch_size, old.model.patch_size)
+    meant = "patch" if patches == ratio else "tokens" if patches == 1 else None
+    if meant is None:
+        raise ConfigError(
+            f"model.patch_size={new.model.patch_size} must be {float(ratio):g} x {old.model.patch_size}, as the image "
+            f"size grows (the number of tokens stays), or stay {old.model.patch_size} (tokens are added)"
+        )
+    if ratio != 1 and mode not in (None, meant):
+        raise ConfigError(
+            f"--mode {mode}: the target's patches of {new.model.patch_size} pixels mean mode {meant}; give a target of "
+            f"the same image size with model.patch_size={old.model.patch_size if meant == 'patch' else 'larger'}"
+        )
+    grid = old.model.position_grid or old.model.image_size // old.model.patch_size
+    if meant == "tokens" and new.model.position_grid != grid:
+        raise ConfigError(
+            f"model.position_grid={new.model.position_grid} must be {grid}, so that the positions of more tokens span "
+            f"the range that was trained; add model.position_grid={grid}"
+        )
+    noise_scale = float(ratio) * old.diffusion.noise_scale
+    if not math.isclose(new.diffusion.noise_scale, noise_scale):
+        raise ConfigError(
+            f"diffusion.noise_scale={new.diffusion.noise_scale} must be {float(ratio):g} x the old one, since pooling "
+            f"divides the noise by {float(ratio):g}; add diffusion.noise_scale={noise_scale:g}"
+        )
+    if meant == "tokens":
+        same = torch.eye(old.model.patch_size, dtype=torch.float64)
+        return Upgrade(meant, ratio, same, same)
+    enter, leave = operators(old.model.patch_size, new.model.patch_size, kernel)
+    return Upgrade(meant, ratio, enter, leave)
+
+
+def write_upgraded(
+    stored: StoredWeights, target: Config, upgrade: Upgrade, *, keep_moments: bool = True
+) -> tuple[Path, list[str]]:
+    """A run at step 0 in `target.run.dir`, with all weight sets, and the moments of what was not resized.
+
+    Args:
+        stored: the source, verified.
+        target: the new run.
+        upgrade: from the network of `stored` to that of `target`.
+        keep_moments: False leaves all the optimizer's moments out.
+
+    Returns:
+        The checkpoint's folder, and the names of the sets in it, moments included.
+
+    Raises:
+        UserError: the target's folder holds checkpoints.
+        CheckpointError: the source is damaged or not the network that it says it is, there is no room, or the target
+            cannot be written.
+    """
+    run_dir = Path(target.run.dir)
+    if complete_checkpoints(run_dir):
+        raise UserError(f"{run_dir}: holds checkpoints already; choose another output")
+    check_fits(stored, stored.config)  # else the target would lack what the source lacks
+    moments = stored.moments if keep_moments and target.optim.name == "adamw" else ()
+    sets = [*stored.weight_sets, *moments]
+    new = shapes_of(target)
+    progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
+    with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:
+
+        def tensor(set_name: str, parameter: str) -> torch.Tensor:
+            bar.update()
+            if set_name in MOMENTS and parameter in upgrade.resized:
+                return torch.zeros(new[parameter])
+            return upgrade.tensor(parameter, stored.tensor(set_name, parameter))
+
+        folder = write_streamed(step_folder(run_dir, 0), progress, target, new, sets, tensor)
+    with atomic_write(run_dir / "config.yaml") as file:
+        file.write(to_yaml(target).encode())
+    return folder, sets
+
+
+def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`enter` (old, new) and `leave` (new, old), in float64, for patches of these pixels a side.
+
+    Raises:
+        ConfigError: an unknown kernel.
+    """
+    small, large = min(old, new), max(old, new)
+    if kernel == "nearest":
+        pool = _area_means(small, large)
+        enlarge = torch.linalg.pinv(pool)
+    elif kernel == "smooth":
+        pool = _area_means(small, large)
+        interpolation = _interpolation(small, large, "bicubic")
+        enlarge = interpolation @ torch.linalg.inv(pool @ interpolation)
+    elif kernel in KERNELS:
+        enlarge = _interpolation(small, large, kernel.removeprefix("pi-"))
+        pool = torch.linalg.pinv(enlarge)
+    else:
+        raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")
+    return (pool, enlarge) if new >= old else (enlarge, pool)
+
+
+def _area_means(small: int, large: int) -> torch.Tensor:
+    """(small, large): each small pixel is the mean over the area that it covers among the large ones."""
+    width = large / small
+    starts = torch.arange(small, dtype=torch.float64)[:, None] * width
+    pixels = torch.arange(large, dtype=torch.float64)[None]
+    overlap = torch.minimum(starts + width, pixels + 1) - torch.maximum(starts, pixels)
+    return overlap.clamp(min=0) / width
+
+
+def _interpolation(small: int, large: int, kernel: str) -> torch.Tensor:
+    """(large, small): one axis of an image enlarged by torch's interpolation, with the corners of pixels aligned."""
+    rows = torch.eye(small, dtype=torch.float64).view(small, 1, small, 1)
+    return F.interpolate(rows, size=(large, 1), mode=kernel, align_corners=False).view(small, large).T

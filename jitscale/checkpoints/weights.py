@@ -1,0 +1,249 @@
+"""Weight sets on disk, read tensor by tensor: checkpoints of this project and safetensors files.
+
+A set is named `model`, `ema_<decay>` or `power_<width>`; an optimizer's moments are stored beside them where a file
+keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from jitscale.checkpoints.streams import MappedSafetensors, atomic_safetensors
+from jitscale.config import Config, DiffusionConfig, ModelConfig, from_dict, network_differences, to_dict
+from jitscale.errors import CheckpointError
+from jitscale.model.jit import JiT
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """One set of weights with all that is needed to use it.
+
+    Attributes:
+        name: `model`, `ema_<decay>` or `power_<width>`.
+        tensors: parameter name -> float32 tensor.
+        model: sizes of the network.
+        diffusion: how it was trained.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    model: ModelConfig
+    diffusion: DiffusionConfig
+
+    def build(self) -> JiT:
+        """The network with these weights, in eval mode.
+
+        Raises:
+            CheckpointError: the tensors do not fit the sizes.
+        """
+        network = JiT(self.model, self.diffusion)
+        self.load_into(network)
+        return network.eval()
+
+    def load_into(self, network: JiT) -> None:
+        """Give these weights to `network`.
+
+        Raises:
+            CheckpointError: the tensors do not fit its sizes.
+        """
+        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        differing = shape_differences(found, {name: tuple(p.shape) for name, p in network.named_parameters()})
+        if differing:
+            raise CheckpointError(
+                f"the weights do not fit the network ({differing}); give the config they were trained with"
+            )
+        network.load_state_dict(self.tensors)
+
+
+class StoredWeights(ABC):
+    """What lies in one place, read when it is asked for.
+
+    Attributes:
+        path: where it lies.
+        config: of the run that made it, as far as it is known: `model` and `diffusion` always are.
+        shapes: parameter name -> shape.
+        weight_sets: the names of the sets.
+        default: the set that is meant when none is named.
+        optimizer_step: updates that the stored moments have seen; 0 where there are none.
+    """
+
+    path: Path
+    config: Config
+    shapes: dict[str, tuple[int, ...]]
+    weight_sets: list[str]
+    default: str
+    optimizer_step: int = 0
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The optimizer's moments that are stored; `tensor` gives them too."""
+        return MOMENTS if self.optimizer_step > 0 else ()
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
+        """Compare the content with what was written, as far as the form has hashes; or a share of its files.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+
+    @abstractmethod
+    def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
+        """One whole parameter in one set, float32.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+
+    def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32."""
+        return self.tensor(set_name, parameter).flatten()[start:stop]
+
+    def choose(self, name: str | None) -> str:
+        """`name`, or the default where it is None.
+
+        Raises:
+            CheckpointError: there is no such set.
+        """
+        chosen = name or self.default
+        if chosen not in self.weight_sets:
+            raise CheckpointError(f"{self.path}: no weight set {chosen!r}; choose one of {', '.join(self.weight_sets)}")
+        return chosen
+
+    def weight_set(self, name: str | None = None) -> WeightSet:
+        """One whole set, in memory.
+
+        Raises:
+            CheckpointError: there is no such set, or the file is damaged.
+        """
+        chosen = self.choose(name)
+        tensors = {parameter: self.tensor(chosen, parameter) for parameter in self.shapes}
+        return WeightSet(chosen, tensors, self.config.model, self.config.diffusion)
+
+
+class SafetensorsWeights(StoredWeights):
+    """safetensors files, one a set."""
+
+    def __init__(self, path: Path, files: Mapping[str, Path], config: Config) -> None:
+        """
+        Args:
+            path: the file, or the folder.
+            files: set name -> file; the first one is the default.
+            config: with the sizes of the network.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the files hold different networks.
+        """
+        self.path, self.config = path, config
+        self.weight_sets = list(files)
+        self.default = self.weight_sets[0]
+        self._files = {name: _open(file) for name, file in files.items()}
+        shapes = {name: file.shapes() for name, file in self._files.items()}
+        self.shapes = shapes[self.default]
+        for name, found in shapes.items():
+            differing = shape_differences(found, self.shapes)
+            if differing:
+                raise CheckpointError(
+                    f"{files[name]}: another network than {files[self.default]} ({differing}); keep the sets of one "
+                    "network in a folder"
+                )
+
+    def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
+        """See `StoredWeights`."""
+        try:
+            return self._files[set_name].tensor(parameter).float()
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: {parameter} cannot be read ({error}); the file is damaged") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _open(path).metadata
+
+
+def described_config(metadata: Mapping[str, str]) -> Config | None:
+    """The network that `write_safetensors` described in a file's metadata, or None for another program's file."""
+    if "model" not in metadata:
+        return None
+    return from_dict({key: json.loads(metadata[key]) for key in ("model", "diffusion")})
+
+
+def description(name: str, config: Config) -> dict[str, str]:
+    """Metadata of a file with the set `name` of a network."""
+    described = to_dict(config)
+    return {"weights": name, **{key: json.dumps(described[key]) for key in ("model", "diffusion")}}
+
+
+def write_safetensors(path: Path, stored: StoredWeights, set_name: str) -> None:
+    """One weight set in one file, with its config in the metadata; tensor by tensor.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_safetensors(path, stored.shapes, description(set_name, stored.config)) as append:
+        for parameter in stored.shapes:
+            append(stored.tensor(set_name, parameter))
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a network, without its memory."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in JiT(config.model).named_parameters()}
+
+
+def check_fits(stored: StoredWeights, config: Config) -> None:
+    """Refuse weights of another network than the one that `config` describes, or of another noise scale.
+
+    Raises:
+        CheckpointError: naming what differs: settings, or else parameters.
+    """
+    differing = "; ".join(network_differences(stored.config, config)) or shape_differences(
+        stored.shapes, shapes_of(config)
+    )
+    if differing:
+        raise CheckpointError(
+            f"{stored.path}: weights of another network ({differing}); restore these settings, or choose other "
+            "weights (in training: another run.dir)"
+        )
+    trained_with, asked = stored.config.diffusion.noise_scale, config.diffusion.noise_scale
+    if not math.isclose(trained_with, asked):
+        raise CheckpointError(
+            f"{stored.path}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
+            f"add diffusion.noise_scale={trained_with}"
+        )
+
+
+def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """What differs between the parameters of two networks, in one line; empty where nothing does."""
+    differing = [
+        f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} in this network"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    return "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
+
+
+def elements(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Numbers in all tensors."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _open(path: Path) -> MappedSafetensors:
+    try:
+        return MappedSafetensors(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,0 +1,59 @@
+"""Floating-point operations of a network, counted from shapes, and what GPUs can do at most."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from jitscale.config import ModelConfig
+from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
+
+# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
+PEAK_BF16_TFLOPS = {
+    "A100": 312.0,
+    "A40": 149.7,
+    "L40S": 362.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+}
+TRAINING_PASSES = 3  # one forward pass and a backward pass of twice its cost
+
+
+def forward_flops(model: ModelConfig) -> int:
+    """Floating-point operations of one forward pass of one image: 2 x multiply-adds of every matrix product.
+
+    Counted from shapes, because the conditioning layers hold a third of the parameters and do a 600th of the work:
+    6 x parameters x tokens would overstate the utilisation by half.
+    """
+    width, inner = model.hidden_size, swiglu_width(model.hidden_size)
+    tokens = (model.image_size // model.patch_size) ** 2
+    pixels = model.patch_size**2 * 3
+    products = TIMESTEP_FREQUENCIES * width + width * width
+    products += tokens * (pixels * model.bottleneck_dim + model.bottleneck_dim * width)
+    for index in range(model.depth):
+        length = tokens + (model.in_context_len if index >= model.in_context_start else 0)
+        products += length * (4 * width * width + 3 * width * inner)  # qkv, projection, feed-forward
+        products += 2 * length * length * width  # q k^T and attention times v
+        products += 6 * width * width  # modulation, once an image
+    products += tokens * width * pixels + 2 * width * width
+    return 2 * products
+
+
+def training_flops(model: ModelConfig) -> int:
+    """Floating-point operations of one training step of one image."""
+    return TRAINING_PASSES * forward_flops(model)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The data-sheet bf16 peak of a GPU, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [known for known in PEAK_BF16_TFLOPS if re.search(rf"\b{known}\b", name)]
+    return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None

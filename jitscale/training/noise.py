@@ -1,0 +1,50 @@
+"""From pixels to noisy images; it needs torch alone.
+
+Shapes: B images, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitscale.diffusion.objective import interpolate
+from jitscale.keyed_random import Int64Array
+
+
+def add_noise(
+    images: torch.Tensor, flip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, noise_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy images at times t; compiled, it is one kernel.
+
+    Args:
+        images: uint8 (B, S, S, 3).
+        flip: (B,), whether to mirror.
+        noise: standard normal, (B, 3, S, S).
+        t: (B,) in [0, 1].
+        noise_scale: of the noise.
+
+    Returns:
+        Clean images x, noise e and noisy images z, float32 (B, 3, S, S) each.
+    """
+    x = to_model_input(images, flip)
+    e = noise_scale * noise
+    return x, e, interpolate(x, e, t)
+
+
+def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """float32 (B, 3, S, S) in [-1, 1] from uint8 `images` (B, S, S, 3), mirrored where `flip` (B,) is true.
+
+    It is computed in float32 whatever precision follows, since bf16 arithmetic gives other pixels. The result is
+    contiguous, since noise that is drawn like it must not depend on a memory layout.
+    """
+    flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
+    channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first / 127.5 - 1
+
+
+def seeded_noise(seeds: Int64Array, image_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise on the device of `generator`, one stream a seed: float32 (B, 3, S, S)."""
+    noise = torch.empty(len(seeds), 3, image_size, image_size, device=generator.device)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(int(seed)))
+    return noise

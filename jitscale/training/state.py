@@ -1,0 +1,54 @@
+"""Where a run is: the counters that every rank keeps alike, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jitscale.config import Config
+
+
+@dataclass
+class RunState:
+    """Counters of a run.
+
+    Attributes:
+        step: steps taken, skipped ones included.
+        images: images seen.
+        skipped_steps: steps whose gradients were not finite.
+        skipped_images: images that were jumped over after roll-backs.
+        skipped_in_a_row: steps skipped since the last one that moved the weights.
+    """
+
+    step: int = 0
+    images: int = 0
+    skipped_steps: int = 0
+    skipped_images: int = 0
+    skipped_in_a_row: int = 0
+
+    @property
+    def position(self) -> int:
+        """In the global sample sequence: the images seen, and those jumped over."""
+        return self.images + self.skipped_images
+
+    def count(self, moved: Sequence[bool]) -> None:
+        """Count the outcomes of steps: whether each moved the weights."""
+        for one in moved:
+            self.skipped_in_a_row = 0 if one else self.skipped_in_a_row + 1
+            self.skipped_steps += not one
+
+    def crossed(self, every_images: int, batch_size: int) -> bool:
+        """Whether the last step crossed a multiple of `every_images`; never if that is 0."""
+        if every_images == 0:
+            return False
+        return self.images // every_images > (self.images - batch_size) // every_images
+
+    def images_at_end(self, config: Config) -> int:
+        """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""
+        run, batch = config.run, config.data.batch_size
+        steps = []
+        if run.max_steps is not None:
+            steps.append(run.max_steps - self.step)
+        if run.max_images is not None:
+            steps.append(-(-(run.max_images - self.images) // batch))
+        return self.images + max(0, min(steps)) * batch

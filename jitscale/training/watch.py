@@ -1,0 +1,271 @@
+"""What a run watches: signals, bad samples, the loss by time and its spikes, its rate, slow ranks, ranks that hang."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from jitscale import parallel
+from jitscale.errors import DataError, ExitCode
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop.
+
+    Nothing is interrupted: between two steps the ranks agree on whether any of them was asked.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def exit_at_once(self) -> None:
+        """From now on a signal ends the process with the code that asks for a requeue: everything is saved.
+
+        One that has come already does so too.
+        """
+        for number in self.SIGNALS:
+            signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
+        if self.received:
+            os._exit(ExitCode.REQUEUE)
+
+    @contextmanager
+    def exiting_at_once(self) -> Iterator[None]:
+        """`exit_at_once` in the body of the `with` statement; afterwards signals are noted again."""
+        self.exit_at_once()
+        try:
+            yield
+        finally:
+            for number in self.SIGNALS:
+                signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class BadSamples:
+    """Counts the images that could not be decoded, and ends the run on all ranks together when they are too many."""
+
+    ALWAYS_ALLOWED = 10
+
+    def __init__(self, fraction: float) -> None:
+        """`fraction` of the images seen is allowed."""
+        self.fraction = fraction
+        self.before = 0  # counted by all ranks until the checkpoint that this process began from
+        self._here = 0
+        self._reasons: list[str] = []
+
+    def begin_again(self, before: int) -> None:
+        """Count from a checkpoint that has counted `before`."""
+        self.before, self._here = before, 0
+
+    def note(self, reasons: list[str]) -> None:
+        """Count this rank's bad samples, and say what is wrong with the first ones."""
+        self._here += len(reasons)
+        for reason in reasons[: self.ALWAYS_ALLOWED - len(self._reasons)]:
+            self._reasons.append(reason)
+            logger.warning("%s; another sample stands in for it", reason)
+
+    def total(self) -> int:
+        """Over all ranks since the beginning of the run; a collective call."""
+        return self.before + sum(parallel.gather_objects(self._here))
+
+    def check(self, images: int) -> int:
+        """The total after `images` images; a collective call.
+
+        Raises:
+            DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
+        """
+        total = self.total()
+        if total > max(self.ALWAYS_ALLOWED, self.fraction * images):
+            reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
+            raise DataError(
+                f"data.max_bad_fraction={self.fraction:g}: {total} of {images} images could not be decoded, such as "
+                f"{'; '.join(reasons[:3])}. Check the shards with tools/index_shards.py --verify, or raise the limit"
+            )
+        return total
+
+
+class LossByTime:
+    """Mean loss in ten equal intervals of t since it was last asked for, kept on the device."""
+
+    BINS = 10
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums, self._counts = torch.zeros(2, self.BINS, device=device)
+
+    def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count the `losses` (B,) of samples at times `t` (B,)."""
+        bins = (t * self.BINS).long().clamp(0, self.BINS - 1)
+        self._sums.index_add_(0, bins, losses.detach().float())
+        self._counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+
+    def means(self) -> dict[str, float | None]:
+        """`loss_t0` for t in [0, 0.1), ..., None where there was no sample; then from zero. A collective call."""
+        sums, counts = parallel.sum_over_ranks(torch.stack([self._sums, self._counts])).tolist()
+        self._sums.zero_()
+        self._counts.zero_()
+        return {f"loss_t{k}": s / n if n else None for k, (s, n) in enumerate(zip(sums, counts, strict=True))}
+
+
+class LossSpikes:
+    """Tells a loss that stands far above the last ones."""
+
+    LEAST, MOST = 20, 100  # logged losses to compare with
+    DEVIATIONS = 10.0
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=self.MOST)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `loss` lies more than `DEVIATIONS` robust standard deviations above the median of the last ones.
+
+        The robust standard deviation is 1.4826 times the median absolute deviation, which spikes themselves do not
+        widen.
+        """
+        if not math.isfinite(loss):
+            return False  # such steps are skipped and counted by themselves
+        spike = False
+        if len(self._losses) >= self.LEAST:
+            median = statistics.median(self._losses)
+            spread = 1.4826 * statistics.median(abs(other - median) for other in self._losses)
+            spike = loss > median + self.DEVIATIONS * max(spread, 1e-3 * abs(median))
+        self._losses.append(loss)
+        return spike
+
+
+class RankTimes:
+    """Compares the ranks by the time until their first collective of a step: waiting for data, and the forward pass.
+
+    The whole step takes equally long everywhere, since the ranks wait for the slowest. In ZeRO stage 3 the forward pass
+    itself has collectives, so that only waiting for data tells there.
+    """
+
+    FACTOR = 1.5  # of the median
+    LEAST_SECONDS = 0.01  # less than this is noise
+
+    def __init__(self, device: torch.device, parts: int) -> None:
+        """
+        Args:
+            device: of the ranks.
+            parts: measured in a step.
+        """
+        self._on_gpu = device.type == "cuda"
+        self._parts_in_step, self._parts = parts, 0
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Measure the body of the `with` statement; on a GPU without waiting for it."""
+        started = time.perf_counter()
+        self._parts += 1
+        if self._on_gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def slow_ranks(self) -> list[tuple[int, float, float]]:
+        """Those much slower than the median in the steps since the last call; a collective call.
+
+        Returns:
+            (rank, its seconds a step, the median over ranks)
+        """
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        mine = self._seconds * self._parts_in_step / max(1, self._parts)
+        self._seconds, self._parts, self._events = 0.0, 0, []
+        everyone = parallel.gather_objects(mine)
+        median = statistics.median_low(everyone)
+        limit = max(self.FACTOR * median, median + self.LEAST_SECONDS)
+        return [(rank, seconds, median) for rank, seconds in enumerate(everyone) if seconds > limit]
+
+
+class Clock:
+    """Images a second between log points, without the time spent on saves, measurements and pictures."""
+
+    def __init__(self, images: int) -> None:
+        """`images` seen already."""
+        self.restart(images)
+
+    def restart(self, images: int) -> None:
+        """Count from here."""
+        self._began, self._images = time.perf_counter(), images
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body of the `with` statement does not count."""
+        stopped = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - stopped
+
+    def rate(self, images: int) -> float:
+        """Images a second since the last call or restart."""
+        rate = (images - self._images) / (time.perf_counter() - self._began)
+        self.restart(images)
+        return rate
+
+
+class HangWatch:
+    """Ends the process when nobody has said for long that it is alive, and leaves the stacks of all its threads.
+
+    A rank that waits in a collective for one that died would wait for ever, and the job would pay for it. The watch is
+    a thread of the interpreter's own that needs no lock of Python's.
+    """
+
+    def __init__(self, seconds: float, stacks: Path) -> None:
+        """
+        Args:
+            seconds: without a sign of life; 0 for no watch.
+            stacks: a file for the stacks.
+        """
+        self._seconds = seconds
+        self._path = stacks
+        self._file = stacks.open("a") if seconds > 0 else None  # what an earlier hang has left stays
+
+    def alive(self) -> None:
+        """Count from here."""
+        if self._file is not None:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+
+    def pause(self) -> None:
+        """Stop counting until the next sign of life."""
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Stop, and remove the file if it is empty."""
+        self.pause()
+        if self._file is not None:
+            self._file.close()
+            if self._path.exists() and self._path.stat().st_size == 0:
+                self._path.unlink()

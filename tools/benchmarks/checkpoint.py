@@ -1,0 +1,111 @@
+"""Saving and loading the whole state of a run, and how long training stands still for it."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conditions import CPU, measured_config
+from jitscale import parallel
+from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragments, step_folder
+from jitscale.checkpoints.saving import Save
+from jitscale.config import Config
+from jitscale.model.jit import JiT
+from jitscale.parallel import World
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
+
+IMPORTS = ("import torch", "import jitscale.config", "import jitscale.training.trainer")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of saving, of standing still for it, of verifying and loading, and of importing."""
+    config = measured_config(options, ["tracking.wandb=off"])
+    world = parallel.start(CPU)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+            times, size = _time_saves(config, world, Path(scratch), options.repeats)
+    finally:
+        parallel.stop()
+    return {
+        "config": options.config,
+        "repeats": options.repeats,
+        "bytes": size,
+        "seconds": {name: statistics.median(measured) for name, measured in times.items()},
+        "range": {name: [min(measured), max(measured)] for name, measured in times.items()},
+        "imports": {line: _time_import(line) for line in IMPORTS},
+    }
+
+
+def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table of `measure`."""
+    labels = {
+        "stall_sync": "training stands still, synchronous",
+        "stall_async": "training stands still, asynchronous: copying the state",
+        "written_async": "until an asynchronous checkpoint is complete, nothing else running",
+        "verify": "verify: sha256 of all files",
+        "load": "load into the engine",
+    }
+    lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
+    for name, label in labels.items():
+        low, high = result["range"][name]
+        lines.append((label, f"{result['seconds'][name]:.2f} s ({low:.2f} to {high:.2f})"))
+    lines += [(f"python -c '{line}'", f"{seconds:.2f} s") for line, seconds in result["imports"].items()]
+    return lines
+
+
+def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tuple[dict[str, list[float]], int]:
+    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
+
+    engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
+    ema = ShardedEma(config.ema, engine.masters())
+    engine.prepare_to_load(1)  # makes the moments, as a first step would
+    engine.finish_loading()
+    times: dict[str, list[float]] = {name: [] for name in ("stall_sync", "stall_async", "written_async")}
+    times |= {"verify": [], "load": []}
+
+    def begin(step: int) -> Save:
+        sets: dict[str, Flats] = {"model": engine.masters(), **ema.sets, **engine.moments()}
+        return Save(step_folder(folder, step), Progress(step, step, 1, None), config, engine.fragments, sets)
+
+    for repeat in range(repeats):
+        started = time.perf_counter()
+        save = begin(2 * repeat)
+        save.write()
+        save.finish()
+        times["stall_sync"].append(time.perf_counter() - started)
+
+        started = time.perf_counter()
+        save = begin(2 * repeat + 1)
+        save.write_in_background()
+        times["stall_async"].append(time.perf_counter() - started)
+        path = save.finish()
+        times["written_async"].append(time.perf_counter() - started)
+
+        checkpoint = Checkpoint(path)
+        started = time.perf_counter()
+        checkpoint.verify()
+        times["verify"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        load_fragments(checkpoint, engine.fragments, {**engine.prepare_to_load(1), **ema.sets})
+        engine.finish_loading()
+        times["load"].append(time.perf_counter() - started)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    engine.destroy()
+    return times, size
+
+
+def _time_import(line: str) -> float:
+    """Seconds of a fresh interpreter that does nothing else; the better of two, since the first may fill caches."""
+    measured = []
+    for _ in range(2):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", line], check=True, stderr=subprocess.DEVNULL)
+        measured.append(time.perf_counter() - started)
+    return min(measured)

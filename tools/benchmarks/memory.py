@@ -1,0 +1,107 @@
+"""Bytes that each rank holds in the middle of a step: the summed storages of all its tensors, not an estimate."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.conditions import CPU, measured_config
+from jitscale import parallel
+from jitscale.config import Config
+from jitscale.errors import UserError
+from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.model.jit import JiT
+from jitscale.planner import BUCKET_ELEMENTS, state_memory
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
+
+MICRO_BATCHES = 2
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of every rank in each of `options.stages`, beside what the planner says."""
+    world_size = adopt_launcher_environment()
+    world = parallel.start(CPU)
+    # Between two micro-batches of a step, gradients are there and activations are not.
+    options.batch = MICRO_BATCHES * world_size
+    stages = {}
+    try:
+        for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
+            config = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
+            held = parallel.gather_objects(state_bytes(config, world))
+            averages = len(config.ema.decays) + len(config.ema.power_widths)
+            predicted = state_memory(
+                config.model,
+                stage=stage,
+                precision=config.engine.precision,
+                ranks=world_size,
+                decays=averages,
+                muon=config.optim.name == "muon",
+            )
+            stages[str(stage)] = {"bytes": held, "predicted": predicted.state}
+        parallel.barrier()
+    finally:
+        parallel.stop()
+    if not world.is_main:
+        raise SystemExit(0)  # the main rank prints
+    return {"config": options.config, "overrides": options.overrides, "ranks": world_size, "stages": stages}
+
+
+def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table of `measure`."""
+    ranks = result["ranks"]
+    lines = [("ranks", str(ranks))]
+    for stage, found in result["stages"].items():
+        most = max(rank["state"] for rank in found["bytes"])
+        buckets = max(rank["buckets"] for rank in found["bytes"])
+        text = f"{most / 1e9:.3f} GB a rank (planner: {found['predicted'] / 1e9:.3f})"
+        lines.append((f"stage {stage}", text + (f", and a bucket of {buckets / 1e9:.2f} GB" if buckets else "")))
+    return lines
+
+
+def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
+    """This rank's bytes between the micro-batches of a second step, when moments and gradients are there.
+
+    Args:
+        config: with two micro-batches a rank and step.
+        world: this rank among all.
+
+    Returns:
+        `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.
+    """
+    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
+
+    before = _storages()  # of engines that are gone, and torch's own
+    torch.manual_seed(0)
+    size = config.model.image_size
+    engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
+    if engine.micro_batches != MICRO_BATCHES:
+        raise UserError(f"{engine.micro_batches} micro-batches a step; the measurement takes {MICRO_BATCHES}")
+    ema = ShardedEma(config.ema, engine.masters())
+    z, t, y = torch.randn(1, 3, size, size), torch.rand(1), torch.zeros(1, dtype=torch.long)
+    held: dict[int, int] = {}
+    for step in range(2):
+        for micro_batch in range(MICRO_BATCHES):
+            engine.backward(engine(z, t, y).square().mean())
+            if (step, micro_batch) == (1, 0):
+                engine.release_gathered()
+                held = _storages()
+            engine.step(1e-4 if micro_batch == MICRO_BATCHES - 1 else None)
+        ema.update(engine.masters(), step + 1, (step, step + 1))
+    engine.destroy()
+    own = [size for address, size in held.items() if before.get(address) != size]
+    buckets = [size for size in own if size in (4 * BUCKET_ELEMENTS, 2 * BUCKET_ELEMENTS)]
+    return {"state": sum(own) - sum(buckets), "buckets": sum(buckets)}
+
+
+def _storages() -> dict[int, int]:
+    """Address and bytes of every storage that a tensor of this process holds, gradients included."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    held = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in held if storage.nbytes() > 0}

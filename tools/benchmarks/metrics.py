@@ -1,0 +1,57 @@
+"""What the metrics of an evaluation cost, from features that are there already."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.conditions import peak_memory_mib
+from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
+from jitscale.evaluation.inception import Inception
+from jitscale.evaluation.metrics import (
+    feature_statistics,
+    frechet_distance_from_statistics,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each metric for `options.images` random images, real and generated ones, of Inception's widths."""
+    random = np.random.default_rng(0)
+
+    def drawn(width: int) -> Any:
+        return random.standard_normal((options.images, width), dtype=np.float32)
+
+    real, generated, logits = drawn(Inception.num_features), drawn(Inception.num_features), drawn(Inception.num_logits)
+    spatial = drawn(Inception.num_spatial)
+    statistics = feature_statistics(real)
+    few = slice(0, MOST_NEIGHBOURS)
+    metrics: dict[str, Callable[[], Any]] = {
+        "fid": lambda: frechet_distance_from_statistics(feature_statistics(generated), statistics),
+        "sfid": lambda: frechet_distance_from_statistics(feature_statistics(spatial), feature_statistics(spatial)),
+        "inception_score": lambda: inception_score(logits),
+        "kid": lambda: kernel_distance(real, generated),
+        "precision and recall": lambda: precision_recall(real[few], generated[few]),
+    }
+    seconds = {}
+    for name, compute in tqdm(metrics.items(), unit="metric", desc="measure", disable=None):
+        started = time.perf_counter()
+        compute()
+        seconds[name] = time.perf_counter() - started
+    return {"images": options.images, "seconds": seconds, "peak_memory_mib": peak_memory_mib()}
+
+
+def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table of `measure`."""
+    return [
+        *((name, f"{value:.1f} s") for name, value in result["seconds"].items()),
+        ("images", f"{result['images']}"),
+        ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"),
+    ]

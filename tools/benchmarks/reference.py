@@ -1,0 +1,105 @@
+"""The authors' way of training and sampling, to compare with: what LTH14/JiT does on one GPU, on our network.
+
+Attention with float32 logits in memory, no padding, blocks compiled if ours are, AdamW as torch makes it by default,
+two averages kept whole and updated tensor by tensor, the loss read on the host in every step; guidance evaluated twice,
+one network call after the other, also where it does not act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.stopwatch import Stopwatch
+from jitscale.config import Config
+from jitscale.diffusion.objective import sample_loss, to_spaces
+from jitscale.diffusion.sampler import Sampler
+from jitscale.evaluation.generate import autocast
+from jitscale.model.execution import prepare
+from jitscale.model.jit import JiT
+from jitscale.training.noise import add_noise
+from jitscale.training.optim import parameter_groups
+
+EMA_DECAYS = (0.9999, 0.9996)
+BETAS = (0.9, 0.95)
+
+
+def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
+    """`network` on `device`, computing as the authors' does; changed in place."""
+    network = network.to(device)
+    plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
+    prepare(network, plain, device, training=training)
+    return network.train(training)
+
+
+class ReferenceTraining:
+    """A network, its optimizer and its averages."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
+        groups = [
+            {"params": group["params"], "weight_decay": group["weight_decay"]}
+            for group in parameter_groups(self.network, config.optim)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=BETAS)
+        self.averages = [[p.detach().clone() for p in self.network.parameters()] for _ in EMA_DECAYS]
+
+    def step(
+        self,
+        images: torch.Tensor,
+        flip: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        watch: Stopwatch,
+    ) -> float:
+        """One step on uint8 images (B, S, S, 3), standard normal noise (B, 3, S, S), flips, times and labels (B,).
+
+        Returns:
+            The loss.
+        """
+        x, e, z = add_noise(images, flip, noise, t, self.config.diffusion.noise_scale)
+        with watch.part("forward"), autocast(self.config, self.device):
+            loss = sample_loss(self.network(z, t, labels), x, e, z, t, self.config.diffusion).mean()
+        value = loss.item()
+        with watch.part("backward"):
+            self.optimizer.zero_grad()
+            loss.backward()
+        with watch.part("optimizer"):
+            self.optimizer.step()
+        with watch.part("ema"), torch.no_grad():
+            for average, decay in zip(self.averages, EMA_DECAYS, strict=True):
+                for target, source in zip(average, self.network.parameters(), strict=True):
+                    target.mul_(decay).add_(source, alpha=1 - decay)
+        return value
+
+
+@torch.no_grad()
+def reference_sample(
+    network: Callable[..., torch.Tensor], sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, null_label: int
+) -> torch.Tensor:
+    """Images (B, 3, S, S) from `noise`, already times the noise scale: by two calls for every velocity."""
+
+    def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times = t.expand(len(z))
+        conditional, unconditional = (
+            to_spaces(network(z, times, y).float(), z, times, sampler.prediction, sampler.t_eps).v
+            for y in (labels, torch.full_like(labels, null_label))
+        )
+        low, high = sampler.guidance_interval
+        inside = (t < high) & ((t > low) | (torch.tensor(low) == 0.0).to(t.device))
+        scale = torch.where(inside, sampler.guidance_scale, 1.0)
+        return unconditional + scale * (conditional - unconditional)
+
+    z = noise.float()
+    times = torch.linspace(0.0, 1.0, sampler.steps + 1, device=z.device)
+    for index in range(sampler.steps):
+        t, t_next = times[index], times[index + 1]
+        v = velocity(z, t)
+        if sampler.method == "heun" and index < sampler.steps - 1:
+            v = 0.5 * (v + velocity(z + (t_next - t) * v, t_next))
+        z = z + (t_next - t) * v
+    return z

@@ -1,0 +1,41 @@
+"""Times of the parts of what is measured."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Durations in seconds by name, one for each time that a part ran.
+
+    On GPUs a part ends when its kernels have: waiting for that slows a step down, so that the whole of it is measured
+    with `enabled` off.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
+        self.times: dict[str, list[float]] = defaultdict(list)
+        self.enabled = enabled
+        self._device = device
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the body of the `with` statement."""
+        if not self.enabled:
+            yield
+            return
+        wait_for(self._device)
+        started = time.perf_counter()
+        yield
+        wait_for(self._device)
+        self.times[name].append(time.perf_counter() - started)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the kernels of a GPU have run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,130 @@
+"""What the network predicts, times the space of its loss: the paper's nine pairs, with a bottleneck and without.
+
+Digits at 32 px in four patches of 768 numbers, more than the network is wide: it can carry an image, which lies near a
+manifold of few dimensions, but not noise, which fills all of them. And at 16 px in patches of 48 numbers, fewer than
+the network is wide. Arrangement of the paper's table of ImageNet at 256 and 64 px (arXiv 2511.13720, table 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from jitscale.figures import COLOURS, MARKERS, figure, mean_and_deviation, show_png
+from studies.run import Run
+from studies.tasks import Experiment, Outcomes, by_seed
+
+SPACES = ("x", "e", "v")
+STRIP = 10  # one sample of each digit
+SHOWN = 0.5  # of them; noise makes large files
+WIDE: dict[str, tuple[str, ...]] = {
+    "large": (),
+    # Wide enough for the whole patch, in the embedding too.
+    "small": ("model.image_size=16", "model.patch_size=4", "model.bottleneck_dim=48"),
+}
+TITLES = ("large patches: 768 numbers, width 64", "small patches: 48 numbers, width 64")
+IMAGES = 64_000
+PAPER = {  # FID on ImageNet, by loss and prediction
+    "large": {"x": (10.14, 379.21, 107.55), "e": (10.45, 394.58, 126.88), "v": (8.62, 372.38, 96.53)},
+    "small": {"x": (5.76, 6.20, 6.12), "e": (3.56, 4.02, 3.76), "v": (3.55, 3.63, 3.46)},
+}
+
+
+def tasks(seeds: int) -> Sequence[Run]:
+    """All pairs of a seed together."""
+    return [
+        Run(
+            f"{patches}_{prediction}_{loss}_s{seed}",
+            "digits_32.yaml",
+            (
+                *settings,
+                f"diffusion.prediction={prediction}",
+                f"diffusion.loss={loss}",
+                f"run.seed={seed}",
+                f"evaluation.seed={seed}",
+                f"run.max_images={IMAGES}",
+            ),
+            strip=STRIP,
+        )
+        for seed in range(seeds)
+        for patches, settings in WIDE.items()
+        for loss, prediction in product(SPACES, SPACES)
+    ]
+
+
+def summarise(outcomes: Outcomes) -> dict[str, Any]:
+    """Distances and labels by patch size, loss, prediction and seed; strips of the first seed."""
+    cells = {
+        patches: {
+            loss: {
+                prediction: {
+                    "fid": [m["fid"] for m in found],
+                    "label_agreement": [m["label_agreement"] for m in found],
+                    "strip": found[0]["strip"],
+                }
+                for prediction in SPACES
+                for found in [_ends(outcomes, f"{patches}_{prediction}_{loss}")]
+            }
+            for loss in SPACES
+        }
+        for patches in WIDE
+    }
+    floors = {patches: _ends(outcomes, f"{patches}_x_v")[0]["fid_floor"] for patches in WIDE}
+    return {"cells": cells, "floor": floors, "images": IMAGES}
+
+
+def _ends(outcomes: Outcomes, name: str) -> list[dict[str, Any]]:
+    return [outcome["measurements"][-1] for outcome in by_seed(outcomes, name)]
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Distances of the pairs on both sides; below, samples of the same noise and labels."""
+    with figure(path, panels=2, rows=2) as axes:
+        for axis, below, patches, title in zip(axes[:2], axes[2:], WIDE, TITLES, strict=True):
+            for number, prediction in enumerate(SPACES):
+                found = [mean_and_deviation(summary["cells"][patches][loss][prediction]["fid"]) for loss in SPACES]
+                axis.errorbar(
+                    [at + 0.12 * (number - 1) for at in range(len(SPACES))],
+                    [mean for mean, _ in found],
+                    yerr=[deviation for _, deviation in found],
+                    fmt=MARKERS[number],
+                    capsize=2,
+                    color=COLOURS[number],
+                    label=f"{prediction}-prediction",
+                )
+            axis.axhline(summary["floor"][patches], color="black", linewidth=0.8, linestyle=":")
+            axis.set_xticks(range(len(SPACES)), [f"{loss}-loss" for loss in SPACES])
+            axis.set(ylabel="digits-FID", yscale="log", title=title)
+            axis.legend(fontsize=7)
+            pairs = list(product(SPACES, SPACES))
+            strips = [summary["cells"][patches][loss][prediction]["strip"] for prediction, loss in pairs]
+            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs], SHOWN)
+
+
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """The paper's table, in our numbers and in its own."""
+    lines = []
+    for patches, rows in summary["cells"].items():
+        lines.append(f"{patches} patches, digits-FID (floor {summary['floor'][patches]:.2f}); in brackets ImageNet's")
+        lines.append(f"{'loss':8}" + "".join(f"{prediction + '-prediction':>28}" for prediction in SPACES))
+        for loss, cells in rows.items():
+            words = []
+            for prediction, paper in zip(SPACES, PAPER[patches][loss], strict=True):
+                mean, deviation = mean_and_deviation(cells[prediction]["fid"])
+                words.append(f"{mean:.1f} ±{deviation:.1f} ({paper:g})")
+            lines.append(f"{loss:8}" + "".join(f"{word:>28}" for word in words))
+    return lines
+
+
+EXPERIMENT = Experiment(
+    title="the nine pairs of prediction and loss, with large and with small patches",
+    tools=[
+        ["tools/make_digits.py", "--resolution", str(size), "--output", f"runs/digits/{size}px"] for size in (16, 32)
+    ],
+    tasks=tasks,
+    summarise=summarise,
+    draw=draw,
+    describe=describe,
+)

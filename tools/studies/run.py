@@ -1,0 +1,140 @@
+"""One training run of a study: train it, measure its checkpoints, record what came out."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from jitscale import parallel
+from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
+from jitscale.checkpoints.opening import open_weights, read_weights
+from jitscale.checkpoints.saving import prune
+from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
+from jitscale.checkpoints.weights import StoredWeights
+from jitscale.config import Config, load_config
+from jitscale.errors import ExitCode, UserError
+from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.final import evaluate_model
+from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
+from jitscale.model.flops import training_flops
+from jitscale.model.jit import JiT
+from jitscale.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+ALL = 10**9
+SAMPLING_COST = 10  # images trained in the time in which one is sampled and measured, about
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and where it is measured.
+
+    Attributes:
+        name: unique in the experiment; its folder's.
+        config: a file of configs/.
+        settings: dotted, beside `run.dir`.
+        upgraded_from: the run whose end it starts from, at this run's resolution.
+        kernel: of the upgrade.
+        keep_moments: over the upgrade.
+        as_initial: take the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
+        measured_every: images; measured where it begins, if upgraded, and at its end too. None: at its end only.
+        evaluation: settings of a measurement that differ from those of the training.
+        strip: images of ids 0, 1, ... that a measurement also keeps as a picture, side by side.
+    """
+
+    name: str
+    config: str
+    settings: tuple[str, ...] = ()
+    upgraded_from: str | None = None
+    kernel: str = "nearest"
+    keep_moments: bool = True
+    as_initial: bool = False
+    measured_every: int | None = None
+    evaluation: tuple[str, ...] = ()
+    strip: int = 0
+
+    @property
+    def after(self) -> str | None:
+        """The run whose end it starts from."""
+        return self.upgraded_from
+
+    def load(self, folder: Path, *more: str) -> Config:
+        """Its configuration, in `folder` of the experiment."""
+        return load_config(ROOT / "configs" / self.config, [*self.settings, *more, f"run.dir={folder / self.name}"])
+
+    def cost(self, folder: Path) -> int:
+        """In images trained, about."""
+        config = self.load(folder)
+        images = config.run.max_images or 0
+        times = 1 if self.measured_every is None else 1 + images // self.measured_every
+        return images + SAMPLING_COST * config.evaluation.num_images * times
+
+    def execute(self, folder: Path) -> dict[str, Any]:
+        """Train it to its end, from where it was left, and measure it.
+
+        Returns:
+            `flops_an_image` of training, `training_seconds`, `measuring_seconds` and `measurements`, a list of what
+            evaluate_model returns, each with the `images` seen and the `strip`, a PNG in base64, if there is one.
+
+        Raises:
+            UserError: it cannot be trained, or was asked to stop.
+        """
+        world = parallel.start(parallel.choose_device("cpu"))
+        config = self.load(folder, "evaluation.at_end=false", f"checkpoint.keep_last={ALL}")
+        if self.measured_every is not None:
+            config.checkpoint.every_images = self.measured_every
+        started = time.perf_counter()
+        code = train(config, world, _beginning(self, folder, config))
+        if code != ExitCode.DONE:
+            raise UserError(f"{self.name}: was asked to stop; the same command goes on")
+        trained = time.perf_counter()
+        run_dir = Path(config.run.dir)
+        checkpoints = complete_checkpoints(run_dir)
+        measured = checkpoints[-1:] if self.measured_every is None else checkpoints
+        outcome = {
+            "flops_an_image": training_flops(config.model),
+            "training_seconds": trained - started,
+            "measurements": [_measure(checkpoint, self, folder) for checkpoint in measured],
+            "measuring_seconds": time.perf_counter() - trained,
+        }
+        prune(run_dir, keep_last=1)
+        return outcome
+
+
+def _beginning(run: Run, folder: Path, config: Config) -> StoredWeights | None:
+    """Write the upgraded checkpoint that the run goes on from, or return the upgraded weights that it starts from."""
+    if run.upgraded_from is None:
+        return None
+    target = config
+    if run.as_initial:
+        target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
+    if not complete_checkpoints(Path(target.run.dir)):
+        low = open_weights(folder / run.upgraded_from)
+        write_upgraded(low, target, plan_upgrade(low.config, target, run.kernel), keep_moments=run.keep_moments)
+    return open_weights(target.run.dir) if run.as_initial else None
+
+
+def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
+    world = parallel.start(parallel.choose_device("cpu"))
+    config = run.load(folder, *run.evaluation)
+    weights = read_weights(path, config.evaluation.weights)
+    model = ready_to_sample(weights.build(), config, world.device)
+    result = evaluate_model(model, weights.name, config, world, folder / "measured")
+    numbers = {key: value for key, value in result.items() if key != "protocol"}
+    if run.strip:
+        numbers["strip"] = _strip(model, config, run.strip)
+    return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
+
+
+def _strip(model: JiT, config: Config, images: int) -> str:
+    sampler = configured_sampler(config.evaluation, model.diffusion)
+    drawn = to_uint8(generate(model, sampler, range(images), config.evaluation.seed))
+    png = BytesIO()
+    Image.fromarray(tile(drawn, images)).save(png, format="png")
+    return base64.b64encode(png.getvalue()).decode()
