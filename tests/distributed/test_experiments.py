@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from jitscale.errors import UserError
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
-from tests.distributed.forking import ROOT
+from tests.distributed.forking import PYTHONPATH, ROOT
 from tests.distributed.processes import group_ended
 from tools.experiments import EXPERIMENTS
 
@@ -78,7 +79,8 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
         f"    outcomes_of([Toy(2, 'x', seed, steps=10**6) for seed in range(2)], Path({str(tmp_path)!r}), workers=2)\n"
     )
     (tmp_path / "program.py").write_text(program)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], start_new_session=True, cwd=ROOT)
+    command, environment = [sys.executable, str(tmp_path / "program.py")], {**os.environ, "PYTHONPATH": PYTHONPATH}
+    process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, env=environment)
     while not (tmp_path / "log.txt").exists():  # the first worker writes to it
         assert process.poll() is None
         time.sleep(0.1)

@@ -31,6 +31,7 @@ FOREIGN = ("deepspeed", "PIL", "wandb", "webdataset", "simplejpeg", "safetensors
 def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -> str:
     """Run the tool, on a machine that lacks the packages `without`."""
     hide = f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); sys.argv = sys.argv[1:]; "
+    hide += "sys.path[0] = 'tools'; "  # as for a script
     command = [sys.executable, "-c", hide + "runpy.run_path(sys.argv[0], run_name='__main__')", "tools/benchmark.py"]
     finished = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == expect, finished.stderr
