@@ -132,12 +132,12 @@ def _compiled_for_any_batch(forward: Forward) -> Forward:
 
 
 def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-    """Inductor, which lets the parameters of the blocks that share a graph lie wherever they lie.
+    """Compile with Inductor, but do not let it assume that all blocks' parameters are aligned as the first block's.
 
-    It takes a parameter for one that stays at its address, and reads 16 bytes at once if the first block's begins at
-    such a multiple. In a flat buffer of ZeRO the same parameter of the next block may not, and the GPU stops with
-    "misaligned address". As a mere input it is looked at in every call, and copied where it lies askew. That holds for
-    the forward pass only: what the backward pass reads must lie straight (`training.optim.parameter_groups`).
+    Blocks share a graph. Inductor treats parameters as static inputs and decides at compile time whether it may read 16
+    bytes at once. In ZeRO's flat buffers the same parameter of another block can be unaligned, and the GPU then stops
+    with "misaligned address". An input that is not static is checked in every call and copied if it is unaligned. The
+    backward pass has no such check: `training.optim.parameter_groups` aligns what it reads.
     """
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 (slow, and only who compiles needs it)
 

@@ -31,7 +31,7 @@ from jitscale.training.optim import build_optimizer
 
 GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
-CPU_BUCKET_ELEMENTS = 4_000_000  # gradients reduced in one collective on CPUs: 15 MiB in float32
+SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
 
 
 class ZeroEngine:
@@ -452,7 +452,7 @@ def _deepspeed_config(
     }
     if config.engine.zero_stage == 1 and (device.type == "cpu" or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
-        settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": CPU_BUCKET_ELEMENTS}
+        settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
     if config.engine.zero_stage in (1, 2) and device.type == "cuda" and ranks > 1:
         settings["zero_optimization"]["overlap_comm"] = True  # by default in stage 3 only
     if config.engine.hpz_group_size > 1:

@@ -29,8 +29,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "matrices": 1.0,
     }
     members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
-    # ZeRO lays a group's parameters one behind the other. Those of odd sizes come last, or all that follow would begin
-    # at addresses that GPUs cannot read 16 bytes at once from.
+    # ZeRO concatenates a group's parameters. Odd sizes come last, so that all others start at multiples of 16 bytes,
+    # which GPU kernels assume.
     for name, p in sorted(model.named_parameters(), key=lambda named: named[1].numel() % ALIGNED_ELEMENTS != 0):
         if p.requires_grad:
             kind = parameter_kind(name, p.ndim)

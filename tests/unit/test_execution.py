@@ -402,7 +402,7 @@ def test_compiled_blocks_read_parameters_from_any_address() -> None:
 
 
 @pytest.mark.usefixtures("dynamo")
-def test_compilation_takes_no_parameter_for_one_that_stays_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_treats_no_parameter_as_static(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the alignment of the first block's would be that of all blocks that share its graph."""
     static: list[int] = []
 

@@ -34,7 +34,7 @@ def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:
 
 
 @pytest.mark.parametrize("hidden_size", [1024, 1280, 1664])  # L, H and G, whose feed-forward biases have odd sizes
-def test_no_parameter_lies_askew_in_a_flat_buffer_but_those_of_odd_sizes(hidden_size: int) -> None:
+def test_only_parameters_of_odd_sizes_are_unaligned_in_a_flat_buffer(hidden_size: int) -> None:
     """GPUs read 16 bytes at once, and a kernel that expects that stops at another address."""
     with torch.device("meta"):
         model = JiT(replace(MODEL, hidden_size=hidden_size, num_heads=16, image_size=32))
