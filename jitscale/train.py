@@ -18,7 +18,7 @@ from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.completion import mark_complete
-from jitscale.config import Config, load_config, to_yaml
+from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.requirements import check_training_measures
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m jitscale.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--print-config", action="store_true", help="print all settings, explained, and stop")
     parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that win over the file, such as optim.lr=1e-4"
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         needs_shards=not options.print_config,
     )
     if options.print_config:
-        print(to_yaml(config), end="")
+        print(explained_yaml(config), end="")
         return ExitCode.DONE
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

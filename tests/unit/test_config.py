@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import ast
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from jitscale.config import CHOICES, load_config, setting_names, to_yaml, weight_set_names
+from jitscale.config import CHOICES, SETTINGS, Config, explained_yaml, load_config, to_yaml, weight_set_names
 from jitscale.errors import ConfigError
 from jitscale.evaluation.networks import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TYPES = {
+    f"{group}.{name}": {kind, *get_args(kind)}
+    for group, settings in vars(Config()).items()
+    for name, kind in get_type_hints(type(settings)).items()
+}
+NUMBERS = sorted(key for key, types in TYPES.items() if types & {int, float})
+# Written down again, so that a limit that gets lost or is mistyped is found. Every number is in one line.
+LIMITS = """
+none: diffusion.mu evaluation.guidance_scale
+one of 0, 1, 2, 3: engine.zero_stage
+at least 0: data.num_workers engine.activation_checkpointing evaluation.every_images evaluation.grid_every_images
+at least 0: evaluation.held_out_every_images model.in_context_len model.in_context_start model.num_classes
+at least 0: optim.grad_clip optim.warmup_images optim.weight_decay run.hang_timeout run.max_images run.max_rollbacks
+at least 0: run.max_steps
+at least 1: checkpoint.every_images checkpoint.keep_every_images checkpoint.keep_last data.batch_size data.streams
+at least 1: data.window ema.snapshot_every_images engine.hpz_group_size engine.micro_batch_size evaluation.block_size
+at least 1: evaluation.reference_size evaluation.steps evaluation.sweep_keep model.bottleneck_dim model.depth
+at least 1: model.hidden_size model.image_size model.num_heads model.patch_size model.position_grid
+at least 1: progressive.images progressive.resolutions run.rollback_after tracking.log_every_steps
+at least 10: evaluation.few_images evaluation.num_images evaluation.sweep_images
+greater than 0: data.cache_gb diffusion.noise_scale diffusion.sigma diffusion.t_eps evaluation.sweep_max_share
+greater than 0: evaluation.t_eps optim.lr optim.lr_factor_embeddings optim.lr_factor_output
+greater than 0: optim.lr_factor_patch_embedding optim.lr_factor_vectors
+in (0, 0.2887): ema.power_widths
+in (0, 1): ema.decays
+in [0, 1): data.max_bad_fraction model.attn_dropout model.proj_dropout optim.beta1 optim.beta2 optim.muon_momentum
+in [0, 1]: diffusion.label_drop evaluation.guidance_interval
+in [0, 9223372036854775807]: evaluation.seed run.seed
+"""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -36,11 +67,73 @@ def test_the_papers_recipe(size: str, resolution: int, patch: int, noise_scale: 
     assert config.model.attn_dropout == config.model.proj_dropout == (0.2 if size in "hg" else 0.0)
 
 
+def test_an_explained_config_loads_and_names_every_setting(tmp_path: Path) -> None:
+    config = load_config(CONFIGS[0], ["run.dir='a: b # c'", "evaluation.guide='x  y'"])
+    (tmp_path / "explained.yaml").write_text(text := explained_yaml(config))
+    assert load_config(tmp_path / "explained.yaml") == config
+    assert all(f"\n  # {setting.described}\n" in text for setting in SETTINGS.values())
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("optim: {lr: 1.0, beta1: 0.5}\nrun: {max_steps: 7}")
     (tmp_path / "top.yaml").write_text("defaults: [base]\noptim: {lr: 2.0}")
     config = load_config(tmp_path / "top.yaml", ["run.max_steps=9"])
     assert (config.optim.lr, config.optim.beta1, config.run.max_steps) == (2.0, 0.5, 9)
+
+
+def test_every_number_has_its_limit() -> None:
+    lines = [line.rsplit(": ", 1) for line in LIMITS.strip().splitlines()]
+    expected = {key: limit for limit, keys in lines for key in keys.split()}
+    assert {key: SETTINGS[key].limit or "none" for key in NUMBERS} == expected
+
+
+def message_of(values: dict[str, Any]) -> str:
+    """What is said of all `values` together."""
+    written = {key: [value] if isinstance(SETTINGS[key].default, list) else value for key, value in values.items()}
+    try:
+        load_config(ROOT / "configs/jit_b_256.yaml", [f"{key}={value}" for key, value in written.items()])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("outwards", [-math.inf, math.inf])
+def test_every_limit_is_kept_to_the_last_step(outwards: float) -> None:
+    allowed, refused = {}, {}
+    for key in NUMBERS:
+        one = SETTINGS[key]
+        excluded, included = (one.above, one.at_least) if outwards < 0 else (one.below, one.at_most)
+        for limit, toward, at, beyond in (
+            (excluded, -outwards, refused, allowed),
+            (included, outwards, allowed, refused),
+        ):
+            if limit is not None:
+                whole = int in TYPES[key]
+                at[key] = limit if whole else float(limit)
+                beyond[key] = limit + int(math.copysign(1, toward)) if whole else math.nextafter(limit, toward)
+    said = message_of(refused)
+    for key, value in refused.items():
+        assert f"{key}={value} must be {SETTINGS[key].limit}" in said, key
+    assert f"{len(refused)} settings refused" in said
+    said = message_of(allowed)
+    for key in allowed:
+        assert f"must be {SETTINGS[key].limit}" not in said, key
+
+
+def test_every_choice_is_kept() -> None:
+    for nothing in ("other", 4, -1):
+        said = message_of(dict.fromkeys(CHOICES, nothing))
+        assert all(f"{key}={nothing} " in said for key in CHOICES)
+    for index in range(max(map(len, CHOICES.values()))):
+        said = message_of({key: choices[index % len(choices)] for key, choices in CHOICES.items()})
+        assert "must be one of" not in said
+
+
+def test_every_number_is_finite() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        floats = [key for key in NUMBERS if float in TYPES[key]]
+        said = message_of(dict.fromkeys(floats, value))
+        assert all(f"{key}={value} must be finite" in said for key in floats)
 
 
 def test_all_refusals_come_in_one_message() -> None:
@@ -72,30 +165,29 @@ def test_all_refusals_come_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.depth=0", "model.depth=0 must be at least 1"),
-        ("model.in_context_start=12", "must lie in [0, model.depth=12)"),
-        ("model.proj_dropout=1.0", "must lie in [0, 1)"),
+        ("model.image_size=0", "model.image_size=0 must be at least 1 (pixels); the default is 256"),
+        ("model.in_context_start=12", "must be in [0, model.depth=12)"),
         ("diffusion.prediction=y", "must be one of x, e, v"),
-        ("diffusion.sigma=0", "must be greater than 0"),
         ("diffusion.label_drop=0", "needs a network trained without labels too"),
-        ("optim.warmup_images=-1", "must not be negative"),
-        ("optim.beta2=1.0", "must lie in [0, 1)"),
-        ("engine.zero_stage=4", "must be 0, 1, 2 or 3"),
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
-        ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must lie in (0, 1)"),
-        ("ema.decays=[0.9999,0.9999]", "names a decay twice"),
-        ("ema.power_widths=[0.05,0.3]", "ema.power_widths=0.3 must lie in (0, 0.2887)"),
-        ("ema.power_widths=[0.05,0.05]", "names a width twice"),
+        ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must be in (0, 1)"),
+        ("ema.decays=[0.9999,0.9999]", "ema.decays=[0.9999, 0.9999] names 0.9999 twice; remove one"),
+        (
+            "ema.power_widths=[0.05,0.3]",
+            "ema.power_widths=0.3 must be in (0, 0.2887); give such a value, or [] for none",
+        ),
+        ("ema.power_widths=[0.05,0.05]", "names 0.05 twice"),
         ("ema.snapshot_every_images=1000000", "stores power averages, and ema.power_widths=[] has none"),
         ("evaluation.weights=power_0.050", "is not a weight set of this run"),
         ("ema.decays=[0.99]", "evaluation.weights=ema_0.9999 is not a weight set of this run (model, ema_0.99)"),
         ("model.num_classes=0", "guides towards a class"),
         ("evaluation.guidance_interval=[0.9,0.1]", "must be two times 0 <= low < high <= 1"),
         ("evaluation.labels=even", "must be one of balanced, random, data"),
-        ("evaluation.sweep_max_share=0", "must be greater than 0"),
-        ("evaluation.t_eps=0", "must be greater than 0"),
-        ("evaluation.features=null", "evaluation.at_end=True needs a feature network"),
-        ("run.max_images=null", "neither it nor run.max_steps"),
+        (
+            "evaluation.features=null",
+            "evaluation.features=null is no feature network, and evaluation.at_end=true needs",
+        ),
+        ("run.max_images=null", "run.max_images=null neither it nor run.max_steps"),
         ("run.seed=1.5", "has the wrong type"),
         ("model=5", "is a group of settings"),
     ],
@@ -111,7 +203,7 @@ def test_power_averages_are_weight_sets() -> None:
     overrides = ["ema.power_widths=[0.05,0.1]", "evaluation.weights=power_0.050", "ema.snapshot_every_images=1000000"]
     config = load_config(ROOT / "configs/jit_b_256.yaml", overrides)
     assert weight_set_names(config)[-2:] == ["power_0.050", "power_0.100"]
-    with pytest.raises(ConfigError, match=r"ema.snapshot_every_images=0 must be greater than 0"):
+    with pytest.raises(ConfigError, match=r"ema.snapshot_every_images=0 must be at least 1"):
         load_config(ROOT / "configs/jit_b_256.yaml", [*overrides, "ema.snapshot_every_images=0"])
 
 
@@ -156,15 +248,14 @@ def test_importing_config_does_not_import_torch() -> None:
 
 
 def test_every_setting_is_read_by_some_code() -> None:
-    """A key that nothing reads falsifies experiments: each must be read as `...group.key` outside config.py, or as an
-    attribute of a function argument annotated with the group's class."""
+    """A key that nothing reads falsifies experiments: each must be read as `...group.key` outside config/, or as an
+    attribute of a name that stands for the group: an argument annotated with its class, or a name it is assigned to."""
     read: set[str] = set()
     groups = {"ModelConfig": "model", "DiffusionConfig": "diffusion", "OptimConfig": "optim"}
     groups |= {"EmaConfig": "ema", "EvaluationConfig": "evaluation"}
-    names = set(setting_names())
     for path in (ROOT / "jitscale").rglob("*.py"):
         tree = ast.parse(path.read_text())
-        if path.name == "config.py":  # what config.py itself derives for others
+        if path.parent.name == "config":  # what it derives for others
             functions = ("weight_set_names",)
             tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
@@ -174,10 +265,12 @@ def test_every_setting_is_read_by_some_code() -> None:
                 if argument.annotation is not None and ast.unparse(argument.annotation) in groups
             }
             for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+                    annotated |= {ast.unparse(target): node.value.attr for target in node.targets}
                 if not (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)):
                     continue
                 owner = ast.unparse(node.value)
                 group = annotated.get(owner, owner.rsplit(".", 1)[-1])
                 # Inside the network `self.config` and `model.config` are a ModelConfig.
                 read |= {f"{group}.{node.attr}"} | ({f"model.{node.attr}"} if group == "config" else set())
-    assert sorted(names - read) == []
+    assert sorted(SETTINGS.keys() - read) == []

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.config import Config, DataConfig, _impossible_held_out, load_config, to_yaml
+from jitscale.config import Config, DataConfig, load_config, to_yaml
 from jitscale.data.images import encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest
@@ -287,12 +287,12 @@ def test_the_setting_is_a_number_or_a_text(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(to_yaml(config_of("", "0.25")).replace("max_steps: null", "max_steps: 1"))
     assert load_config(tmp_path / "again.yaml").data.held_out == "0.25"
     for held_out, shown in (("0", "0"), ("1.0", "1.0"), ("-0.1", "-0.1"), ("nan", "nan"), ("", "''")):
-        (problem,) = _impossible_held_out(config_of("", held_out))
-        assert (problem.key, problem.value) == ("data.held_out", shown)
+        said = rf"data\.held_out={shown} must be a fraction in \(0, 1\), or name shards; for example 0\.01"
+        with pytest.raises(ConfigError, match=said):
+            load_config(tmp_path / "bare.yaml", [f"data.held_out='{held_out}'"])
     for override, message in (
-        ("data.held_out=1.0", "data.held_out=1.0 must be a fraction in (0, 1), or name shards; for example 0.01"),
         ("evaluation.held_out_every_images=8", "evaluation.held_out_every_images=8 measures held-out samples, and"),
-        ("evaluation.held_out_every_images=-1", "evaluation.held_out_every_images=-1 must not be negative"),
+        ("evaluation.held_out_every_images=-1", "evaluation.held_out_every_images=-1 must be at least 0"),
     ):
         with pytest.raises(ConfigError) as refused:
             load_config(tmp_path / "bare.yaml", [override])

@@ -50,9 +50,9 @@ def test_folders_of_a_run(tmp_path: Path) -> None:
             ["progressive.resolutions=[256]", "progressive.images=[1]"],
             r"must rise, and end below model\.image_size=256",
         ),
-        (["progressive.resolutions=[100]", "progressive.images=[1]"], "patches of 6.25 pixels.*give a multiple of 16"),
+        (["progressive.resolutions=[100]", "progressive.images=[1]"], "patches of 6.25 pixels.*give multiples of 16"),
         (["progressive.resolutions=[64,128]", "progressive.images=[5]"], "for each of the 2 lower resolutions"),
-        (["progressive.resolutions=[64]", "progressive.images=[0]"], "give as many positive numbers"),
+        (["progressive.resolutions=[64]", "progressive.images=[0]"], r"images=0 must be at least 1"),
         (
             ["progressive.resolutions=[64]", "progressive.images=[1]", "model.position_grid=8"],
             r"set model\.position_grid=null",

@@ -1,0 +1,56 @@
+"""Every setting of a run: the schema, how files and overrides become a configuration, and what is refused."""
+
+from __future__ import annotations
+
+from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
+from jitscale.config.schema import (
+    CHOICES,
+    SETTINGS,
+    WIDEST_POWER,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EmaConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    ProgressiveConfig,
+    RunConfig,
+    TrackingConfig,
+    ema_name,
+    held_out_fraction,
+    network_differences,
+    power_name,
+    weight_set_names,
+)
+
+__all__ = [
+    "CHOICES",
+    "SETTINGS",
+    "WIDEST_POWER",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "EmaConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ProgressiveConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "check_model_config",
+    "ema_name",
+    "explained_yaml",
+    "from_dict",
+    "held_out_fraction",
+    "load_config",
+    "network_differences",
+    "power_name",
+    "to_dict",
+    "to_yaml",
+    "weight_set_names",
+]

@@ -1,0 +1,120 @@
+"""What a field of the schema says of itself besides its type, and the check of one value against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, cast
+
+T = TypeVar("T")
+Faults = Iterator[tuple[str, str]]  # each a limit and a remedy
+
+
+class Problem(NamedTuple):
+    """A refused setting: which one, its value, the limit that it breaks, and what to do."""
+
+    key: str
+    value: Any
+    limit: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting. Limits and choices of a list hold for its elements; null (None) is always allowed.
+
+    Attributes:
+        default: where neither a file nor an override gives a value.
+        meaning: a phrase for readers of the schema and of `--print-config`.
+        unit: of a number, where the name does not say it.
+        above: the smallest value, itself excluded.
+        at_least: the smallest value.
+        below: the largest value, itself excluded.
+        at_most: the largest value.
+        reason: of the limit, where the meaning does not give it.
+        choices: all allowed values.
+        check: what can be wrong with the value as a whole.
+    """
+
+    default: Any
+    meaning: str
+    unit: str = ""
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    reason: str = ""
+    choices: tuple[Any, ...] = ()
+    check: Callable[[Any], Faults] = lambda value: iter(())
+
+    @property
+    def limit(self) -> str:
+        """The choices or the limits of a number, as they follow "must be"; empty where there are none."""
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        if high is None:
+            least = "greater than" if self.at_least is None else "at least"
+            return "" if low is None else f"{least} {_number(low)}"
+        left, right = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+        return f"in {left}{_number(-math.inf if low is None else low)}, {_number(high)}{right}"
+
+    @property
+    def described(self) -> str:
+        """The meaning, the unit, and the limit or the choices."""
+        details = ", ".join(part for part in (self.unit, self.limit) if part)
+        return f"{self.meaning} ({details})" if details else self.meaning
+
+    def problems(self, key: str, value: Any) -> Iterator[Problem]:
+        """Everything that is wrong with `value` of the setting `key`, without a look at other settings."""
+        if value is None:
+            return
+        elements = value if isinstance(value, list) else [value]
+        refused = [Problem(key, each, *fault) for each in elements for fault in self._faults(each)]
+        yield from refused or [Problem(key, value, *fault) for fault in self.check(value)]
+
+    def _faults(self, value: Any) -> Faults:
+        usual = f"the default is {shown(self.default)}"
+        if self.default is None or self.default == []:
+            usual = f"give such a value, or {shown(self.default)} for none"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield "must be finite", usual
+        elif not self._allows(value):
+            notes = "; ".join(note for note in (self.unit, self.reason) if note)
+            yield f"must be {self.limit} ({notes})" if notes else f"must be {self.limit}", usual
+
+    def _allows(self, value: Any) -> bool:
+        return (
+            (not self.choices or value in self.choices)
+            and (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+
+def setting(default: T, meaning: str, **details: Any) -> T:
+    """A field of the schema; `details` are the other attributes of `Setting`."""
+    metadata = {"setting": Setting(default, meaning, **details)}
+    if isinstance(default, list):
+        return cast(T, field(default_factory=lambda: list(default), metadata=metadata))
+    return field(default=default, metadata=metadata)
+
+
+def shown(value: Any) -> str:
+    """A value as one writes it in YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else "''" if value == "" else str(value)
+
+
+def distinct(values: list[float]) -> Faults:
+    """The check of a list that must not name a value twice."""
+    for value in sorted({value for value in values if values.count(value) > 1}):
+        yield f"names {value} twice", "remove one"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,171 @@
+"""Composing a configuration from YAML files and dotted overrides, refusing what is wrong, and writing it again.
+
+A value is looked up in this order, the last one wins: the schema's default, the files named under `defaults:` of the
+YAML file (relative to it, in order, recursively), the YAML file itself, the dotted overrides of the command line.
+Importing this file does not import torch, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from jitscale.config.limits import Problem, shown
+from jitscale.config.rules import problems_of
+from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig, values_of
+from jitscale.errors import ConfigError
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    bf16_supported: Callable[[str], bool] = lambda device: True,
+    needs_shards: bool = False,
+) -> Config:
+    """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
+
+    Args:
+        path: a YAML file.
+        overrides: settings that win over the file.
+        world_size: ranks that will share a batch.
+        bf16_supported: whether the device that `run.device` names has bfloat16.
+        needs_shards: whether `data.shards` must be set.
+
+    Raises:
+        ConfigError: everything that is wrong, together, each with its value, its limit and the remedy.
+    """
+    lines: list[str] = []
+    user = OmegaConf.create(_compose(Path(path), ()))
+    for override in overrides:
+        try:
+            user.merge_with_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            lines.append(f"{override} is not key=value ({_first_line(error)}); write group.key=value")
+        else:
+            if "=" not in override:
+                lines.append(f"{override} has no '='; write group.key=value")
+    try:
+        values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+
+    typed = OmegaConf.structured(Config)
+    problems = [
+        problem for key, value in _leaves(values, "") if key not in overrides for problem in _assign(typed, key, value)
+    ]
+    config = cast(Config, OmegaConf.to_object(typed))
+    start = {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
+    problems += problems_of(values_of(config) | start, {problem.key for problem in problems})
+    _refuse(str(path), problems, lines)
+    return config
+
+
+def check_model_config(model: ModelConfig, source: str) -> None:
+    """Refuse a network that cannot be built; `source` names where it was described.
+
+    Raises:
+        ConfigError: every impossible field.
+    """
+    _refuse(source, problems_of({f"model.{name}": value for name, value in vars(model).items()}))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def explained_yaml(config: Config) -> str:
+    """`to_yaml` with a comment above each setting: its meaning, its unit, and its limit or choices."""
+    lines: list[str] = []
+    group = ""
+    for line in to_yaml(config).splitlines():
+        name = re.match(r"( *)(\w+):", line)
+        if name is not None and len(name[1]) == 0:
+            group = name[2]
+        elif name is not None and len(name[1]) == 2:
+            lines.append(f"  # {SETTINGS[f'{group}.{name[2]}'].described}")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain nested dictionaries."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+
+
+def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ()) -> None:
+    """Raise one error with everything that is wrong, or return."""
+    lines = [*lines, *(f"{key}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in problems)]
+    if len(lines) == 1:
+        raise ConfigError(f"{source}: {lines[0]}")
+    if lines:
+        raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """`path` merged over the files of its `defaults:` list."""
+    if path.resolve() in parents:
+        raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        origin = f" (named in the defaults of {parents[-1]})" if parents else ""
+        raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
+    names = loaded.pop("defaults", ListConfig([]))
+    if not isinstance(names, ListConfig):
+        raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
+    base = OmegaConf.create({})
+    for name in names:
+        base.merge_with(_compose((path.parent / str(name)).with_suffix(".yaml"), (*parents, path.resolve())))
+    base.merge_with(loaded)
+    return cast(dict[str, Any], OmegaConf.to_container(base))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
+    """Put one value into the typed configuration, or say why not."""
+    if key not in SETTINGS:
+        if key in typed:
+            yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
+            return
+        close = difflib.get_close_matches(key, SETTINGS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "see jitscale/config/schema.py for all settings"
+        yield Problem(key, value, "is not a setting", remedy)
+        return
+    if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
+        value = "on" if value else "off"  # YAML 1.1 reads a bare off as false
+    try:
+        OmegaConf.update(typed, key, value)
+    except OmegaConfBaseException as error:
+        usual = f"the default is {shown(SETTINGS[key].default)}"
+        yield Problem(key, value, f"has the wrong type ({_first_line(error)})", usual)

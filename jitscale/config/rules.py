@@ -1,0 +1,197 @@
+"""What is refused of several settings together; what is refused of one stands beside it in schema.py.
+
+A rule is a function of the settings that its decorator names, and yields what is wrong with the first of them. A rule
+is skipped if one of its settings is refused already. Besides settings it can name what `load_config` knows of the
+start, such as `world_size`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+from jitscale.config.limits import Faults, Problem
+from jitscale.config.schema import CHOICES, SETTINGS, Config, EmaConfig, weight_set_names
+
+Rule = Callable[..., Faults]
+_RULES: list[tuple[tuple[str, ...], Rule]] = []
+
+
+def problems_of(values: dict[str, Any], refused: Collection[str] = ()) -> list[Problem]:
+    """Everything that is wrong with `values`, by dotted names; rules about what is `refused` already are skipped."""
+    known = [key for key in values if key in SETTINGS]
+    found = [problem for key in known for problem in SETTINGS[key].problems(key, values[key])]
+    wrong = {*refused, *(problem.key for problem in found)}
+    for keys, check in _RULES:
+        if wrong.isdisjoint(keys) and values.keys() >= set(keys):
+            faults = check(*(values[key] for key in keys))
+            found += [Problem(keys[0], values[keys[0]], *fault) for fault in faults]
+    return found
+
+
+def rule(*keys: str) -> Callable[[Rule], Rule]:
+    """Make a function a rule about `keys`."""
+
+    def add(check: Rule) -> Rule:
+        _RULES.append((keys, check))
+        return check
+
+    return add
+
+
+@rule("model.image_size", "model.patch_size")
+def _whole_patches(image_size: int, patch_size: int) -> Faults:
+    if image_size % patch_size:
+        larger = -(-image_size // patch_size) * patch_size
+        yield f"must be a multiple of model.patch_size={patch_size}", f"for example {larger}"
+
+
+@rule("model.hidden_size", "model.num_heads")
+def _head_dims(hidden_size: int, num_heads: int) -> Faults:
+    unit = 4 * num_heads
+    if hidden_size % unit:
+        limit = f"must be a multiple of 4 x model.num_heads={num_heads} (2-D rotation needs head dims of 4 n)"
+        yield limit, f"for example {-(-hidden_size // unit) * unit}"
+
+
+@rule("model.in_context_start", "model.depth", "model.in_context_len")
+def _class_tokens_start(start: int, depth: int, length: int) -> Faults:
+    if length > 0 and start >= depth:
+        yield f"must be in [0, model.depth={depth})", "lower it, or set model.in_context_len=0"
+
+
+@rule("data.batch_size", "world_size")
+def _batch_over_ranks(batch: int, ranks: int) -> Faults:
+    if batch % ranks:
+        yield f"must be a multiple of the number of ranks, {ranks}", f"for example {-(-batch // ranks) * ranks}"
+
+
+@rule("engine.micro_batch_size", "data.batch_size", "world_size")
+def _micro_batches(micro: int | None, batch: int, ranks: int) -> Faults:
+    share = batch // ranks
+    if micro is not None and batch % ranks == 0 and share % micro:
+        smaller = max(d for d in range(1, share + 1) if share % d == 0 and d <= micro)
+        yield f"must divide a rank's share of the batch, {batch} / {ranks} = {share}", f"for example {smaller}"
+
+
+@rule("engine.zero_stage", "engine.precision")
+def _stage_0_in_fp32(stage: int, precision: str) -> Faults:
+    if stage == 0 and precision != "fp32":
+        limit = "works in fp32 only (its bf16 path has no fp32 masters to average or save)"
+        yield limit, "set engine.zero_stage=1 or engine.precision=fp32"
+
+
+@rule("engine.hpz_group_size", "engine.zero_stage")
+def _hpz_in_stage_3(group_size: int, stage: int) -> Faults:
+    if group_size > 1 and stage != 3:
+        limit = "needs ZeRO stage 3, whose weights it keeps near"
+        yield limit, "set engine.zero_stage=3 or engine.hpz_group_size=1"
+
+
+@rule("engine.hpz_group_size", "world_size")
+def _hpz_over_ranks(group_size: int, ranks: int) -> Faults:
+    if ranks > 1 and ranks % group_size:
+        yield f"must divide the {ranks} ranks", "give the number of GPUs of a node"
+
+
+@rule("engine.offload_optimizer", "engine.zero_stage")
+def _offload_in_a_stage(offload: bool, stage: int) -> Faults:
+    if offload and stage == 0:
+        yield "needs a ZeRO stage from 1 on", "set engine.zero_stage=1 or engine.offload_optimizer=false"
+
+
+@rule("engine.offload_optimizer", "optim.name")
+def _offload_without_muon(offload: bool, name: str) -> Faults:
+    if offload and name == "muon":
+        limit = "does not work with Muon, which gathers matrices over the GPUs' network"
+        yield limit, "set engine.offload_optimizer=false or optim.name=adamw"
+
+
+@rule("engine.precision", "run.device", "bf16_supported")
+def _bf16_on_the_device(precision: str, device: str, bf16_supported: Callable[[str], bool]) -> Faults:
+    if precision != "fp32" and not bf16_supported(device):
+        limit = "needs bfloat16, which this GPU lacks (compute capability 8.0 or newer has it)"
+        yield limit, "set engine.precision=fp32"
+
+
+@rule("ema.snapshot_every_images", "ema.power_widths")
+def _averages_to_store(every: int | None, widths: list[float]) -> Faults:
+    if every is not None and not widths:
+        yield "stores power averages, and ema.power_widths=[] has none", "set ema.power_widths=[0.05,0.1]"
+
+
+@rule("evaluation.weights", "ema.decays", "ema.power_widths")
+def _weights_of_the_run(weights: str, decays: list[float], widths: list[float]) -> Faults:
+    names = weight_set_names(Config(ema=EmaConfig(decays=decays, power_widths=widths)))
+    if weights not in names:
+        limit = f"is not a weight set of this run ({', '.join(names)})"
+        yield limit, "choose one of them or add its decay to ema.decays or its width to ema.power_widths"
+
+
+@rule("evaluation.guidance_scale", "evaluation.guide", "model.num_classes", "diffusion.label_drop")
+def _something_to_guide_by(scale: float, guide: str | None, classes: int, label_drop: float) -> Faults:
+    if scale == 1.0 or guide is not None:
+        return
+    if classes == 0:
+        limit = "guides towards a class, and model.num_classes=0 has none"
+        yield limit, "set evaluation.guidance_scale=1.0, or evaluation.guide"
+    elif label_drop == 0:
+        limit = "needs a network trained without labels too, and diffusion.label_drop=0 never does that"
+        yield limit, "set diffusion.label_drop=0.1 or evaluation.guidance_scale=1.0"
+
+
+@rule("evaluation.features", "evaluation.at_end", "evaluation.every_images")
+def _features_to_measure(features: str | None, at_end: bool, every: int) -> Faults:
+    if features is None and (at_end or every):
+        asking = "evaluation.at_end=true" if at_end else f"evaluation.every_images={every}"
+        remedy = f"set it to one of {', '.join(CHOICES['evaluation.features'])}, or measure nothing"
+        yield f"is no feature network, and {asking} needs one", remedy
+
+
+@rule("evaluation.held_out_every_images", "data.held_out")
+def _held_out_samples(every: int, held_out: str | None) -> Faults:
+    if every > 0 and held_out is None:
+        remedy = "set data.held_out, for example to 0.01, or evaluation.held_out_every_images=0"
+        yield "measures held-out samples, and data.held_out=null has none", remedy
+
+
+@rule("progressive.resolutions", "model.image_size")
+def _rising_resolutions(resolutions: list[int], image_size: int) -> Faults:
+    if [*resolutions, image_size] != sorted({*resolutions, image_size}):
+        limit = f"must rise, and end below model.image_size={image_size}"
+        yield limit, f"for example [{image_size // 4},{image_size // 2}]"
+
+
+@rule("progressive.resolutions", "model.image_size", "model.patch_size")
+def _patches_of_resolutions(resolutions: list[int], image_size: int, patch_size: int) -> Faults:
+    unit = image_size // math.gcd(image_size, patch_size)
+    broken = [f"{patch_size * each / image_size:g}" for each in resolutions if each % unit]
+    if broken:
+        yield f"would have patches of {', '.join(broken)} pixels a side", f"give multiples of {unit}"
+
+
+@rule("progressive.resolutions", "model.position_grid")
+def _positions_of_resolutions(resolutions: list[int], position_grid: int | None) -> Faults:
+    if resolutions and position_grid is not None:
+        limit = f"keeps the number of tokens, and model.position_grid={position_grid} is for another number of them"
+        yield limit, "set model.position_grid=null"
+
+
+@rule("progressive.images", "progressive.resolutions")
+def _images_of_resolutions(images: list[int], resolutions: list[int]) -> Faults:
+    if len(images) != len(resolutions):
+        count = len(resolutions)
+        yield f"must say for each of the {count} lower resolutions how many images are seen there", f"give {count}"
+
+
+@rule("run.max_images", "run.max_steps")
+def _an_end(max_images: int | None, max_steps: int | None) -> Faults:
+    if max_images is None and max_steps is None:
+        yield "neither it nor run.max_steps says where the run ends", "set one"
+
+
+@rule("data.shards", "needs_shards")
+def _shards_to_read(shards: str, needs_shards: bool) -> Faults:
+    if needs_shards and not shards:
+        yield "is not set", "give a folder, a glob or a brace pattern of tar shards"
