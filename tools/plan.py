@@ -17,20 +17,13 @@ import re
 from dataclasses import asdict, replace
 from typing import Any
 
-from jitscale.config import Config, load_config, weight_set_names
+from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
-from jitscale.planner import (
-    WORTH,
-    Candidate,
-    Cluster,
-    candidate,
-    images_of_run,
-    parameters_by_kind,
-    recommend,
-    stages_of,
-)
+from jitscale.planner.choice import WORTH, Candidate, candidate, recommend, zero_stages
+from jitscale.planner.memory import parameters_by_kind
+from jitscale.planner.timing import Cluster
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
@@ -68,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     cluster = _cluster(options)
     config = load_config(options.config, options.overrides, world_size=cluster.gpus)
-    plan = _plan(config, cluster, hpz=options.hpz, overlap=not options.no_overlap)
+    plan = _plan(config, cluster)
     print(json.dumps(plan) if options.json else _text(plan))
     return ExitCode.DONE
 
@@ -92,36 +85,30 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         peak=_number("--peak", options.peak, math.inf) * 1e12,
         mfu=_number("--mfu", options.mfu, 1.0),
         margin=_number("--margin", options.margin, 1.0, least=0.0),
+        hpz=options.hpz,
+        overlap=not options.no_overlap,
     )
 
 
-def _plan(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> dict[str, Any]:
+def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     """Everything that is printed, with bytes, seconds and images as units."""
     share = config.data.batch_size // cluster.gpus
     micro_batch = config.engine.micro_batch_size or share
     kinds = parameters_by_kind(config.model)
-    choice = recommend(config, cluster, hpz=hpz, overlap=overlap)
+    choice = recommend(config, cluster)
     stages = [
         _described(
             config,
             cluster,
-            candidate(
-                config,
-                cluster,
-                stage=stage,
-                micro_batch=micro_batch,
-                activation_checkpointing=every,
-                hpz=hpz,
-                overlap=overlap,
-            ),
+            candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every),
         )
-        for stage in stages_of(config.engine.precision)
+        for stage in zero_stages(config.engine.precision)
         for every in SHOWN_CHECKPOINTING
     ]
     cost = measuring_cost(config, weight_set_names(config))
     return {
         "caveat": CAVEAT,
-        "cluster": asdict(cluster) | {"hpz": hpz, "overlap": overlap},
+        "cluster": asdict(cluster),
         "precision": config.engine.precision,
         "batch_size": config.data.batch_size,
         "images_per_gpu": share,
@@ -132,9 +119,9 @@ def _plan(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> dict
         "parameters": {"total": sum(kinds.values())} | kinds,
         "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
         "stages": stages,
-        "paper_batch": _at_the_papers_batch(config, cluster, hpz=hpz, overlap=overlap),
+        "paper_batch": _at_the_papers_batch(config, cluster),
         "recommended": None if choice is None else _described(config, cluster, choice),
-        "reason": _reason(config, cluster, choice, hpz=hpz, overlap=overlap),
+        "reason": _reason(config, cluster, choice),
     }
 
 
@@ -158,20 +145,20 @@ def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str,
     }
 
 
-def _at_the_papers_batch(config: Config, cluster: Cluster, *, hpz: bool, overlap: bool) -> list[dict[str, Any]]:
+def _at_the_papers_batch(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     """Communication of one step of each stage with 16 images on each of 64 GPUs of this kind, in one micro-batch."""
     paper = replace(cluster, gpus=PAPER_GPUS)
     at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
     found = []
-    for stage in stages_of(config.engine.precision):
-        option = candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE, hpz=hpz, overlap=overlap)
+    for stage in zero_stages(config.engine.precision):
+        option = candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE)
         found.append(
             {"stage": stage, "step_seconds": option.step_seconds, "communication": asdict(option.communication)}
         )
     return found
 
 
-def _reason(config: Config, cluster: Cluster, choice: Candidate | None, *, hpz: bool, overlap: bool) -> str:
+def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
     """Why these settings are recommended, or why none are."""
     room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} of {_size(cluster.gpu_memory)}"
     if choice is None:
@@ -189,8 +176,6 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None, *, hpz: 
                 stage=stage,
                 micro_batch=choice.micro_batch,
                 activation_checkpointing=choice.activation_checkpointing,
-                hpz=hpz,
-                overlap=overlap,
             )
             for stage in range(1, choice.stage)
         ]

@@ -318,6 +318,13 @@ def weight_set_names(config: Config) -> list[str]:
     return ["model", *(ema_name(decay) for decay in ema.decays), *(power_name(width) for width in ema.power_widths)]
 
 
+def images_of_run(config: Config) -> int:
+    """Images until `run.max_images` or `run.max_steps` ends the run."""
+    run = config.run
+    ends = [run.max_images, None if run.max_steps is None else run.max_steps * config.data.batch_size]
+    return min(end for end in ends if end is not None)
+
+
 def held_out_fraction(data: DataConfig) -> float | None:
     """The fraction of the samples that `data.held_out` asks for; None where it names shards, or nothing."""
     return None if data.held_out is None else fraction_of(data.held_out)

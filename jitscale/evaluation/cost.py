@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from jitscale.config import Config, EvaluationConfig
+from jitscale.config import Config, EvaluationConfig, images_of_run
 from jitscale.evaluation.generate import configured_sampler, grid_images
 from jitscale.evaluation.settings import Setting, final_settings, sweep_images
-from jitscale.planner import images_of_run
 from jitscale.progressive import stages_of
 
 FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass

@@ -32,17 +32,27 @@ def forward_flops(model: ModelConfig) -> int:
     6 x parameters x tokens would overstate the utilisation by half.
     """
     width, inner = model.hidden_size, swiglu_width(model.hidden_size)
-    tokens = (model.image_size // model.patch_size) ** 2
+    tokens = image_tokens(model)
     pixels = model.patch_size**2 * 3
     products = TIMESTEP_FREQUENCIES * width + width * width
     products += tokens * (pixels * model.bottleneck_dim + model.bottleneck_dim * width)
     for index in range(model.depth):
-        length = tokens + (model.in_context_len if index >= model.in_context_start else 0)
+        length = block_tokens(model, index)
         products += length * (4 * width * width + 3 * width * inner)  # qkv, projection, feed-forward
         products += 2 * length * length * width  # q k^T and attention times v
         products += 6 * width * width  # modulation, once an image
     products += tokens * width * pixels + 2 * width * width
     return 2 * products
+
+
+def image_tokens(model: ModelConfig) -> int:
+    """Tokens of an image."""
+    return (model.image_size // model.patch_size) ** 2
+
+
+def block_tokens(model: ModelConfig, index: int) -> int:
+    """Tokens in block `index`: those of the image, and class tokens from `in_context_start` on."""
+    return image_tokens(model) + (model.in_context_len if index >= model.in_context_start else 0)
 
 
 def training_flops(model: ModelConfig) -> int:

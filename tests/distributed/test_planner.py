@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jitscale.planner import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
+from jitscale.planner.memory import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
 from tests.distributed.processes import PROGRAMS, run_ranks
 from tests.distributed.programs.planner_memory import DECAYS, MODEL, SETTINGS
 

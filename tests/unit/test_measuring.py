@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jitscale.cautions import cautions, start_caution
-from jitscale.config import Config, load_config, weight_set_names
+from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.data.digits import digit_images
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
@@ -24,7 +24,6 @@ from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.evaluation.settings import final_settings
 from jitscale.parallel import World
-from jitscale.planner import images_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MEASURED = sorted(

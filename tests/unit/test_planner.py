@@ -17,16 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from jitscale.config import Config, ModelConfig, load_config
 from jitscale.model.flops import forward_flops, training_flops
 from jitscale.model.jit import JiT
-from jitscale.planner import (
-    BUCKET_ELEMENTS,
-    Cluster,
-    activation_bytes,
-    candidate,
-    communication,
-    parameters_by_kind,
-    recommend,
-    state_memory,
-)
+from jitscale.planner.choice import candidate, recommend
+from jitscale.planner.memory import BUCKET_ELEMENTS, activation_bytes, parameters_by_kind, state_memory
+from jitscale.planner.timing import Cluster, communication
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
@@ -243,7 +236,7 @@ def test_what_backward_cannot_hide() -> None:
         assert at.exposed == above.exposed < below.exposed
         # With nothing but the first piece to wait for, and the gather after the update.
         assert at.exposed == pytest.approx(at.after_step + (at.seconds - at.after_step) / model.depth)
-    waiting = communication(model, cluster, stage=1, precision="autocast", micro_batch=16, overlap=False)
+    waiting = communication(model, replace(cluster, overlap=False), stage=1, precision="autocast", micro_batch=16)
     assert waiting.exposed == pytest.approx(waiting.seconds)
     assert waiting.hiding_batch is None
     late = communication(model, cluster, stage=1, precision="bf16", micro_batch=16)
@@ -254,7 +247,7 @@ def test_hpz_gathers_for_backward_within_a_node() -> None:
     model = shipped("g_512").model
     cluster = Cluster(gpus=64, gpu_memory=141e9, inter=5e9)
     plain, hpz = (
-        communication(model, cluster, stage=3, precision="bf16", micro_batch=4, hpz=on) for on in (False, True)
+        communication(model, replace(cluster, hpz=on), stage=3, precision="bf16", micro_batch=4) for on in (False, True)
     )
     assert hpz.exposed < plain.exposed
     assert hpz.seconds < 0.7 * plain.seconds

@@ -15,7 +15,7 @@ from jitscale.config import Config
 from jitscale.errors import UserError
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
-from jitscale.planner import BUCKET_ELEMENTS, state_memory
+from jitscale.planner.memory import BUCKET_ELEMENTS, state_memory
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 

@@ -1,0 +1,218 @@
+"""Memory of one rank, counted from shapes.
+
+Tests compare the state's memory with the tensors of CPU ranks, and activations with what autograd keeps on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from jitscale.config import ModelConfig
+from jitscale.model.flops import block_tokens, image_tokens
+from jitscale.model.jit import JiT, parameter_kind
+from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
+
+FP32 = 4  # bytes
+WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight in the forward pass, and on the wire
+# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py); engine.py leaves them alone on GPUs.
+BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size
+LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters
+PREFETCH_ELEMENTS = 50_000_000  # stage3_prefetch_bucket_size
+PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every trainable parameter's shape, from the network itself on the meta device."""
+    return _parameter_shapes(astuple(model))
+
+
+def parameters_by_kind(model: ModelConfig) -> dict[str, int]:
+    """Parameters of attention, feed-forward layers, modulation, norms, conditioning and patches; each counted once."""
+    counts = dict.fromkeys(("attention", "feed-forward", "modulation", "norms", "conditioning", "patches"), 0)
+    for name, shape in parameter_shapes(model).items():
+        counts[_kind(name)] += math.prod(shape)
+    return counts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank during backward, where they are at their most.
+
+    The copy of the gradients that the update makes is not counted: buckets and activations are free by then.
+
+    Attributes:
+        weights: those of the forward pass; in stage 3 this rank's part and the small ones that stay whole.
+        gradients: what backward accumulates, before the optimizer step.
+        masters: float32 weights of the optimizer beside `weights`.
+        moments: the optimizer's.
+        averages: the EMAs.
+        buckets: DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too.
+        activations: what the forward pass of a micro-batch keeps for backward.
+    """
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    averages: float
+    buckets: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def state(self) -> float:
+        """What does not depend on the micro-batch, without buffers."""
+        return self.weights + self.gradients + self.masters + self.moments + self.averages
+
+    @property
+    def total(self) -> float:
+        """Everything counted."""
+        return self.state + self.buckets + self.activations
+
+
+def state_memory(
+    model: ModelConfig,
+    *,
+    stage: int,
+    precision: str,
+    ranks: int,
+    decays: int,
+    hpz: int = 1,
+    overlap: bool = True,
+    muon: bool = False,
+) -> Memory:
+    """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
+
+    The layout is that of DeepSpeed 0.19.8 as engine.py configures it. Sharding is taken as even: the padding of a
+    shard to a few bytes is left out.
+
+    Args:
+        stage: of ZeRO.
+        precision: as `engine.precision`.
+        ranks: of the run.
+        decays: number of averages.
+        hpz: GPUs that hold a second whole copy of the weights among them (ZeRO++, stage 3); 1 for none.
+        overlap: DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
+        muon: hidden matrices have one moment instead of two.
+    """
+    sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
+    whole = sum(sizes)
+    shard = whole / ranks
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(model).items()
+        if muon and parameter_kind(name, len(shape)) == "matrices"
+    )
+    moments_whole = 2 * whole - matrices
+    width = WEIGHT_BYTES[precision]
+    averages = FP32 * shard * decays
+    if stage == 0:
+        # Masters are the weights themselves; nothing but the averages is sharded.
+        buckets = FP32 * min(whole, BUCKET_ELEMENTS) if ranks > 1 else 0.0
+        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * moments_whole, averages, buckets)
+    masters, moments = FP32 * shard, FP32 * moments_whole / ranks
+    if stage == 3:
+        kept_whole = sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
+        second_copy = width * whole / hpz if hpz > 1 else 0.0
+        gathered = width * min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS)
+        return Memory(
+            width * (shard + kept_whole) + second_copy,
+            FP32 * shard,
+            masters,
+            moments,
+            averages,
+            width * BUCKET_ELEMENTS + gathered,
+        )
+    flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
+    if stage == 1 and precision == "bf16":
+        # BF16_Optimizer adds bf16 gradients to whole float32 ones, and reduces them after backward, without buckets.
+        return Memory(width * whole, (width + FP32) * whole, masters, moments, averages, (FP32 + width) * flattened)
+    # Stage 1 reduces when the last micro-batch is done: until then the gradients are whole.
+    gradients = FP32 * (whole if stage == 1 else shard)
+    buckets = width * (BUCKET_ELEMENTS * (2 if overlap else 1) + flattened)
+    return Memory(width * whole, gradients, masters, moments, averages, buckets)
+
+
+def activation_bytes(
+    model: ModelConfig, micro_batch: int, *, precision: str, activation_checkpointing: int = 0
+) -> float:
+    """Bytes that one forward pass in training keeps for backward, from shapes, with fused attention.
+
+    Under autocast that includes the bf16 copies of all weight matrices, which backward multiplies by: they are whole
+    in stage 3 too. Dropout masks count one byte an element, as on GPUs. A checkpointed block keeps its input; one
+    such block at a time is computed again in full.
+
+    Args:
+        model: the network.
+        micro_batch: images of a forward pass.
+        precision: as `engine.precision`.
+        activation_checkpointing: every k-th block (0, k, 2k, ...) is checkpointed; 0 for none.
+    """
+    a = WEIGHT_BYTES["bf16"] if precision != "fp32" else FP32  # bytes of an activation
+    width, tokens = model.hidden_size, image_tokens(model)
+    pixels = 3 * model.image_size**2
+    kept = recomputed = 0.0
+    for index in range(model.depth):
+        block = _block_bytes(model, index, a)
+        if activation_checkpointing > 0 and index % activation_checkpointing == 0:
+            kept += a * block_tokens(model, index) * width
+            recomputed = max(recomputed, block)
+        else:
+            kept += block
+    kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
+    kept += (2 * FP32 + 2 * a) * block_tokens(model, model.depth - 1) * width  # final layer
+    kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
+    copies = 0
+    if precision == "autocast":
+        copies = sum(
+            math.prod(shape)
+            for name, shape in parameter_shapes(model).items()
+            if len(shape) > 1 and "embedding_table" not in name and name != "in_context_posemb"
+        )
+    return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * copies
+
+
+def objective_bytes(model: ModelConfig, micro_batch: int) -> float:
+    """Bytes around the network: image, noise, noisy image, prediction, target and their difference, in float32."""
+    return micro_batch * 6 * FP32 * 3 * model.image_size**2
+
+
+@functools.lru_cache
+def _parameter_shapes(fields: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in JiT(ModelConfig(*fields)).named_parameters()}
+
+
+def _block_bytes(model: ModelConfig, index: int, a: int) -> float:
+    """Bytes that block `index` keeps for one image; `a` is the width of an activation.
+
+    A token keeps, in units of the hidden size: for each of two norms the float32 input and normalised values, output
+    and modulated output; for each of two gates what it multiplies; qkv whole (v is a view of it), rotated q and k,
+    attention's output; the float32 normalised q and k, and their float32 inputs where those are copies. In units of
+    the inner width: gate and value, SiLU of the gate, and the product.
+    """
+    width, inner, heads = model.hidden_size, swiglu_width(model.hidden_size), model.num_heads
+    copied = 2 * FP32 if a < FP32 else 0
+    hidden = 2 * (2 * FP32 + 2 * a) + 2 * a + 3 * a + 3 * a + 2 * FP32 + copied
+    token = hidden * width + 4 * a * inner + FP32 * (2 + 3 * heads)  # and scales of norms, log-sums of attention
+    if index in range(model.depth // 4, model.depth // 4 * 3) and model.proj_dropout > 0:
+        token += width + inner  # masks
+    return block_tokens(model, index) * token + 9 * a * width
+
+
+def _kind(name: str) -> str:
+    if "adaLN" in name:
+        return "modulation"
+    if "norm" in name:
+        return "norms"
+    if ".attn." in name:
+        return "attention"
+    if ".mlp." in name and name.startswith("blocks"):
+        return "feed-forward"
+    if name.startswith(("x_embedder", "final_layer")):
+        return "patches"
+    return "conditioning"

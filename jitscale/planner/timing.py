@@ -1,0 +1,151 @@
+"""Communication and time of a step, counted from shapes; nothing here was measured on a GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jitscale.config import ModelConfig
+from jitscale.model.flops import TRAINING_PASSES, forward_flops
+from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines a run is planned for, and how its ranks communicate. Bandwidths are bytes/s in one direction.
+
+    Attributes:
+        gpus: ranks of the run.
+        gpu_memory: bytes of one GPU.
+        gpus_per_node: GPUs behind one fast interconnect.
+        intra: bandwidth of one GPU to the others of its node.
+        inter: bandwidth of one GPU's share of its node's network.
+        peak: bf16 FLOP/s of one GPU, from its data sheet.
+        mfu: fraction of `peak` that the network's matrix products reach while nothing is communicated. An assumption.
+        margin: fraction of `gpu_memory` left to what is not counted: CUDA context, communicators, workspaces,
+            gradients of activations, fragmentation.
+        hpz: in stage 3 each node keeps a second whole copy of the weights (ZeRO++).
+        overlap: stages 0 to 2 reduce gradients during backward (DeepSpeed's `overlap_comm`).
+    """
+
+    gpus: int
+    gpu_memory: float
+    gpus_per_node: int = 8
+    intra: float = 450e9
+    inter: float = 50e9
+    peak: float = 989e12
+    mfu: float = 0.4
+    margin: float = 0.1
+    hpz: bool = False
+    overlap: bool = True
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the GPUs fill."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    def collective_seconds(self, size: float, *, within_node: bool = False) -> float:
+        """Time of one all-gather or reduce-scatter of `size` bytes (the whole tensor, not a rank's part).
+
+        Every GPU receives (n - 1)/n of the bytes over its own link, and with rings through every network card every
+        node receives (m - 1)/m of them through the cards of its GPUs together; the slower of the two counts.
+        Latency is left out.
+        """
+        local = min(self.gpus, self.gpus_per_node)
+        if within_node or self.nodes == 1:
+            return _ring(local) * size / self.intra
+        inside = _ring(self.gpus) * size / self.intra
+        between = _ring(self.nodes) * size / (self.inter * self.gpus_per_node)
+        return max(inside, between)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """One optimizer step's traffic and time on one rank. Bytes count what a rank sends; times are seconds.
+
+    Attributes:
+        bytes: sent by one rank, (n - 1)/n of each tensor that is gathered or scattered, twice that for an all-reduce.
+        seconds: of all of it, one after the other.
+        exposed: seconds in which the GPUs wait for it.
+        after_step: the part of `exposed` that no batch can hide: the new weights are gathered after the update.
+        hiding_batch: fewest images a GPU whose forward and backward passes last as long as what they can hide; None
+            where nothing is hidden.
+    """
+
+    bytes: float
+    seconds: float
+    exposed: float
+    after_step: float
+    hiding_batch: int | None
+
+
+def communication(
+    model: ModelConfig,
+    cluster: Cluster,
+    *,
+    stage: int,
+    precision: str,
+    micro_batch: int,
+    micro_batches: int = 1,
+    activation_checkpointing: int = 0,
+) -> Communication:
+    """Traffic of one optimizer step, its time, and the part that computation cannot hide.
+
+    What is sent: float32 in fp32 and in autocast, bf16 in bf16, both weights and gradients. Stages 0, 1 and 2
+    all-reduce gradients (DeepSpeed 0.19.8 does so in stages 1 and 2 too, `use_multi_rank_bucket_allreduce`: twice a
+    reduce-scatter), stages 0 and 1 once a step, stage 2 every micro-batch; stages 1 and 2 gather the new weights after
+    the update. Stage 3 gathers the weights in forward and again in backward and reduce-scatters gradients, every
+    micro-batch; with `hpz` (ZeRO++) the gather of backward stays within a node.
+
+    The model of overlap: communication runs beside computation without slowing it, in as many equal pieces as there
+    are blocks; the first piece has nothing to hide behind. With c seconds of communication beside t seconds of
+    computation in d pieces, max(c/d, c - t (d - 1)/d) is exposed. Backward hides the reduction of gradients and stage
+    3's second gather; forward hides stage 3's first. Nothing hides the gather after the update. Nothing is hidden
+    without `overlap` in stages 0-2, nor in bf16 in stage 1, whose reduction comes after backward.
+    """
+    weight_count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    size = float(WEIGHT_BYTES[precision] * weight_count)
+    n = cluster.gpus
+    one_way = cluster.collective_seconds(size)
+    forward, backward = pass_seconds(model, cluster, 1, activation_checkpointing)
+    d = model.depth
+    if n == 1:
+        return Communication(0.0, 0.0, 0.0, 0.0, 1)
+    if stage == 3:
+        second = cluster.collective_seconds(size, within_node=cluster.hpz)
+        in_backward = second + one_way
+        local = min(n, cluster.gpus_per_node)
+        sent = size * (2 * _ring(n) + (_ring(local) if cluster.hpz else _ring(n)))
+        exposed = _exposed(one_way, forward * micro_batch, d) + _exposed(in_backward, backward * micro_batch, d)
+        batch = max(math.ceil(one_way / forward), math.ceil(in_backward / backward))
+        return Communication(
+            micro_batches * sent, micro_batches * (one_way + in_backward), micro_batches * exposed, 0.0, max(1, batch)
+        )
+    reductions = micro_batches if stage == 2 else 1
+    after_step = one_way if stage > 0 else 0.0
+    hides = cluster.overlap and not (stage == 1 and precision == "bf16")
+    waits = _exposed(2 * one_way, backward * micro_batch, d) if hides else 2 * one_way
+    return Communication(
+        (2 * reductions + (stage > 0)) * _ring(n) * size,
+        2 * reductions * one_way + after_step,
+        reductions * waits + after_step,
+        after_step,
+        max(1, math.ceil(2 * one_way / backward)) if hides else None,
+    )
+
+
+def pass_seconds(
+    model: ModelConfig, cluster: Cluster, images: int, activation_checkpointing: int
+) -> tuple[float, float]:
+    """Seconds of forward and of backward for `images` images; backward computes checkpointed blocks again."""
+    forward = forward_flops(model) * images / (cluster.peak * cluster.mfu)
+    again = len(range(0, model.depth, activation_checkpointing)) / model.depth if activation_checkpointing else 0.0
+    return forward, forward * (TRAINING_PASSES - 1 + again)
+
+
+def _ring(n: int) -> float:
+    return (n - 1) / n
+
+
+def _exposed(communication: float, computation: float, pieces: int) -> float:
+    return max(communication / pieces, communication - computation * (pieces - 1) / pieces)
