@@ -37,11 +37,6 @@ def gamma_of_width(width: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())
 
 
-def width_of_gamma(gamma: float) -> float:
-    """The relative standard deviation of the profile with exponent `gamma` (equation 123)."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def power_step(gamma: float, before: int, now: int) -> float:
     """What the current weights contribute to the average in the step from `before` to `now` images.
 

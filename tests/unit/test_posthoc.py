@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from jitscale.checkpoints.format import MARKER, Progress, whole_fragments
-from jitscale.checkpoints.power_averages import (
-    Array,
-    _inner_products,
-    gamma_of_width,
-    power_step,
-    solve,
-    width_of_gamma,
-)
+from jitscale.checkpoints.power_averages import Array, _inner_products, gamma_of_width, power_step, solve
 from jitscale.checkpoints.saving import complete_snapshots, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.config import Config
 from jitscale.errors import UserError
@@ -28,9 +21,10 @@ WANTED = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
 def test_the_papers_exponents(width: float, gamma: float) -> None:
-    """Section 3.1 of arXiv 2312.02696."""
-    assert gamma_of_width(width) == pytest.approx(gamma, abs=0.005)
-    assert width_of_gamma(gamma_of_width(width)) == pytest.approx(width, rel=1e-12)
+    """Section 3.1 and equation 123 of arXiv 2312.02696."""
+    found = gamma_of_width(width)
+    assert found == pytest.approx(gamma, abs=0.005)
+    assert (found + 1) / ((found + 2) ** 2 * (found + 3)) == pytest.approx(width**2, rel=1e-12)
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.29, float("nan")])
