@@ -169,6 +169,9 @@ def test_all_refusals_come_in_one_message() -> None:
         ("model.in_context_start=12", "must be in [0, model.depth=12)"),
         ("diffusion.prediction=y", "must be one of x, e, v"),
         ("diffusion.label_drop=0", "needs a network trained without labels too"),
+        ("engine.hpz_group_size=2", "needs ZeRO stage 3"),
+        ("engine.offload_optimizer=true optim.name=muon", "does not work with Muon"),
+        ("engine.offload_optimizer=true engine.zero_stage=0 engine.precision=fp32", "needs a ZeRO stage from 1 on"),
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
         ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must be in (0, 1)"),
         ("ema.decays=[0.9999,0.9999]", "ema.decays=[0.9999, 0.9999] names 0.9999 twice; remove one"),
@@ -194,9 +197,21 @@ def test_all_refusals_come_in_one_message() -> None:
 )
 def test_refusals(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        load_config(ROOT / "configs/jit_b_256.yaml", [override])
+        load_config(ROOT / "configs/jit_b_256.yaml", override.split())
     assert expected in str(refused.value)
     assert "\n" not in str(refused.value), "one mistake is one line"
+
+
+def test_what_is_refused_of_a_start() -> None:
+    with pytest.raises(
+        ConfigError, match=r"hpz_group_size=3 must divide the 2 ranks; .*\n  data\.shards='' is not set"
+    ):
+        load_config(
+            ROOT / "configs/jit_b_256.yaml",
+            ["engine.zero_stage=3", "engine.hpz_group_size=3"],
+            world_size=2,
+            needs_shards=True,
+        )
 
 
 def test_power_averages_are_weight_sets() -> None:
