@@ -27,32 +27,8 @@ from jitscale.config.schema import (
     weight_set_names,
 )
 
-__all__ = [
-    "CHOICES",
-    "SETTINGS",
-    "WIDEST_POWER",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "DiffusionConfig",
-    "EmaConfig",
-    "EngineConfig",
-    "EvaluationConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ProgressiveConfig",
-    "RunConfig",
-    "TrackingConfig",
-    "check_model_config",
-    "ema_name",
-    "explained_yaml",
-    "from_dict",
-    "held_out_fraction",
-    "images_of_run",
-    "load_config",
-    "network_differences",
-    "power_name",
-    "to_dict",
-    "to_yaml",
-    "weight_set_names",
-]
+__all__ = ["CHOICES", "SETTINGS", "WIDEST_POWER", "Config", "EvaluationConfig", "ModelConfig", "ProgressiveConfig"]
+__all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
+__all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
+__all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
+__all__ += ["weight_set_names"]

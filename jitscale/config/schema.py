@@ -16,16 +16,8 @@ LARGEST_SEED = 2**63 - 1
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 
-def fraction_of(held_out: str) -> float | None:
-    """The number that `data.held_out` is; None where it names shards."""
-    try:
-        return float(held_out)
-    except ValueError:
-        return None
-
-
 def _fraction_or_shards(held_out: str) -> Faults:
-    fraction = fraction_of(held_out)
+    fraction = held_out_fraction(DataConfig(held_out=held_out))
     if held_out == "" or (fraction is not None and not 0 < fraction < 1):
         remedy = "for example 0.01, a folder of shards, or null to train on all"
         yield "must be a fraction in (0, 1), or name shards", remedy
@@ -79,9 +71,7 @@ class DataConfig:
     batch_size: int = setting(1024, "images of one optimizer step over all ranks", at_least=1)
     flip: bool = setting(True, "mirror half of the images")
     num_workers: int = setting(4, "loader processes a rank; 0 reads in the training process", at_least=0)
-    streams: int = setting(
-        512, "contiguous streams read side by side; part of the order, see data/order.py", at_least=1
-    )
+    streams: int = setting(512, "contiguous streams read side by side; part of the order (data/order.py)", at_least=1)
     window: int = setting(512, "samples shuffled together inside a stream", at_least=1)
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
     held_out: str | None = setting(
@@ -128,9 +118,7 @@ class EngineConfig:
         "autocast: bf16 arithmetic, fp32 weights; bf16: bf16 weights, fp32 masters",
         choices=("fp32", "autocast", "bf16"),
     )
-    micro_batch_size: int | None = setting(
-        None, "images of a rank's forward pass; null: the rank's whole share", at_least=1
-    )
+    micro_batch_size: int | None = setting(None, "images a rank and pass; null: the rank's whole share", at_least=1)
     attention: str = setting(
         "auto",
         "kernel; auto: the fastest that works",
@@ -140,7 +128,7 @@ class EngineConfig:
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")
     float8: bool = setting(False, "products of the blocks in float8, by torchao: GPUs from Hopper on")
     activation_checkpointing: int = setting(
-        0, "recompute every k-th block in the backward pass; 0: keep all activations", at_least=0
+        0, "recompute every k-th block in backward; 0: keep activations", at_least=0
     )
     offload_optimizer: bool = setting(False, "optimizer state and masters in the CPU's memory")
     hpz_group_size: int = setting(
@@ -158,7 +146,7 @@ class EmaConfig:
         [], "standard deviations relative to the run, as [0.05,0.1]", above=0, below=WIDEST_POWER, check=distinct
     )
     snapshot_every_images: int | None = setting(
-        None, "store the power averages for tools/posthoc_ema.py; null: never", at_least=1
+        None, "store power averages (tools/posthoc_ema.py); null: never", at_least=1
     )
 
 
@@ -214,19 +202,13 @@ class EvaluationConfig:
         "what the final evaluation tries, as [guidance=1.8:2.6:0.2,ema=averages]: the axes of tools/evaluate_fid.py; "
         "the best setting is then measured on num_images; null: the configured setting alone",
     )
-    sweep_images: int = setting(
-        5000, "generated for each setting of the sweep; num_images at most", at_least=10, reason=SPLITS
-    )
+    sweep_images: int = setting(5000, "images of each setting of it; num_images at most", at_least=10, reason=SPLITS)
     sweep_keep: int = setting(1, "best settings that are measured on num_images", at_least=1)
-    sweep_max_share: float | None = setting(
-        None, "refuse a sweep that takes more of the run's compute; null: allow any", above=0
-    )
-    every_images: int = setting(0, "while training, measure few_images after each multiple; 0: never", at_least=0)
+    sweep_max_share: float | None = setting(None, "of the run's compute; a larger sweep is refused; null: any", above=0)
+    every_images: int = setting(0, "while training, measure few_images so often; 0: never", at_least=0)
     few_images: int = setting(1000, "images generated while training", at_least=10, reason=SPLITS)
-    grid_every_images: int = setting(0, "log a grid of samples after each multiple; 0: never", at_least=0)
-    held_out_every_images: int = setting(
-        0, "measure the loss of data.held_out after each multiple; 0: never", at_least=0
-    )
+    grid_every_images: int = setting(0, "log a grid of samples so often; 0: never", at_least=0)
+    held_out_every_images: int = setting(0, "measure the loss of data.held_out so often; 0: never", at_least=0)
 
 
 @dataclass
@@ -327,7 +309,10 @@ def images_of_run(config: Config) -> int:
 
 def held_out_fraction(data: DataConfig) -> float | None:
     """The fraction of the samples that `data.held_out` asks for; None where it names shards, or nothing."""
-    return None if data.held_out is None else fraction_of(data.held_out)
+    try:
+        return None if data.held_out is None else float(data.held_out)
+    except ValueError:
+        return None
 
 
 def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
