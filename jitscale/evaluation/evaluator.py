@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
 import torch
 
 from jitscale import parallel
@@ -30,18 +29,13 @@ from jitscale.evaluation.generate import (
     labels_of,
     ready_to_sample,
 )
-from jitscale.evaluation.metrics import (
-    feature_statistics,
-    frechet_distance_from_statistics,
-    inception_score,
-    kernel_distance,
-    label_agreement,
-    precision_recall,
-)
 from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
+
+if TYPE_CHECKING:
+    from jitscale.evaluation.metrics import FrechetDistance
 
 MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
 
@@ -67,6 +61,7 @@ class Evaluator:
         self._guide_digest = None if self.guide is None else weights_digest(self.guide)
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
+        self._distances: dict[str, FrechetDistance] = {}
         self._labels, self._labels_identity = parallel.raise_together(lambda: configured_labels(config))
 
     def measure(
@@ -138,34 +133,38 @@ class Evaluator:
         return parallel.broadcast_object(results)
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
+        from jitscale.evaluation import metrics  # noqa: PLC0415 (slow)
+
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
         for part, real in reference.statistics.items():
             name = distance_name(part)
-            result[name] = frechet_distance_from_statistics(feature_statistics(samples[part]), real)
+            if part not in self._distances:
+                self._distances[part] = metrics.FrechetDistance.from_statistics(real.mean, real.covariance)
+            distance = self._distances[part]
+            distance.reset()
+            distance.update(samples[part], real=False)
+            result[name] = float(distance.compute())
             if part in reference.floors:
                 result[f"{name}_floor"] = reference.floors[part]
         if "images" in reference.facts:
             result["num_real_images"] = reference.facts["images"]
-        result["inception_score"], result["inception_score_std"] = inception_score(samples["logits"])
+        result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            result |= _against_images(reference.features, generated)
-            result |= {"kid_floor": reference.floors["kid"]}
+            real_features = reference.features  # in a random order, so that the first ones are a fair choice
+            result["kid"], result["kid_std"] = metrics.kernel_distance(real_features, generated)
+            result["precision"], result["recall"] = metrics.precision_recall(
+                real_features[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS]
+            )
+            result["kid_floor"] = reference.floors["kid"]
         if self.embedder.main.num_logits == model.config.num_classes:
-            result["label_agreement"] = label_agreement(samples["logits"], samples["labels"])
+            result["label_agreement"] = metrics.label_agreement(samples["logits"], samples["labels"])
         return result
 
 
 def distance_name(part: str) -> str:
     """Of the Fréchet distance in one part of a block: fid, sfid, and fd_<name> of further networks."""
     return {"features": "fid", "spatial": "sfid"}.get(part, part.replace("features", "fd"))
-
-
-def _against_images(real: npt.NDArray[Any], generated: npt.NDArray[Any]) -> dict[str, float]:
-    """What compares pairs of images; `real` in a random order, so that its first ones are a fair choice."""
-    kernel, deviation = kernel_distance(real, generated)
-    precision, recall = precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
-    return {"kid": kernel, "kid_std": deviation, "precision": precision, "recall": recall}
 
 
 def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.Tensor], dict[str, Any]]:

@@ -1,155 +1,149 @@
 """Numbers for sets of generated images, computed in float64 from stored features and logits.
 
+Import this file where numbers are computed, not at the top of a file: torchmetrics brings all of scipy and matplotlib
+if they are installed, which takes 2 seconds at the start of every process.
+
 Shapes: N images, F features, L logits.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
+from torchmetrics.functional.classification import multiclass_stat_scores
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
 KERNEL_SUBSETS_SEED = 2020
-DISTANCE_ROWS = 1000  # of a matrix of distances at once
+ROWS = 1000  # images of which a float64 copy, or a matrix of distances, is in memory at once
 INCEPTION_SCORE_SEED = 2020  # the published protocol shuffles with numpy.random.RandomState(2020)
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """The Gaussian that stands for a set of images: `mean` (F,) and unbiased `covariance` (F, F), float64."""
+class _Stored(nn.Module):
+    """Takes the place of the feature network: the features are there already."""
 
-    mean: Float64Array
-    covariance: Float64Array
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
-    @cached_property
-    def root(self) -> Float64Array:
-        """The symmetric square root of the covariance, (F, F): kept, since many distances are to one set of images."""
-        values, vectors = np.linalg.eigh(self.covariance.astype(np.float64))
-        # A covariance has negative eigenvalues by round-off only.
-        root: Float64Array = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-        return root
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
 
 
-class RunningStatistics:
-    """Mean and covariance of features that come in parts, so that no more than a part is ever in memory.
+class FrechetDistance(FrechetInceptionDistance):
+    """Fréchet distance between "real" and "fake" stored features; the FID where they are Inception's pool features.
 
-    Parts are merged by their means and centred sums of products (Chan, Golub and LeVeque 1983, equation 2.1), which
-    loses no digits where the mean is large. The order of the calls decides the last bits.
-
-    Attributes:
-        count: images so far.
-        mean: (F,) float64.
-        scatter: (F, F) float64, the sum of products of centred features.
+    torchmetrics sums the features and their products. One rank updates, in the order of the images: the result does not
+    depend on the number of GPUs. `reset` keeps the real features.
     """
 
-    def __init__(self, count: int, mean: Float64Array, scatter: Float64Array) -> None:
-        self.count, self.mean, self.scatter = count, mean, scatter
+    def __init__(self, origin: Float64Array) -> None:
+        """Of no images.
+
+        Args:
+            origin: (F,), subtracted from all features. The sums of products lose digits where the mean is far from it.
+        """
+        super().__init__(_Stored(len(origin)), reset_real_features=False, sync_on_compute=False)
+        self.origin = origin
+        self._root: tuple[int, Float64Array] = 0, np.empty((0, 0))
 
     @classmethod
-    def empty(cls, dimensions: int) -> RunningStatistics:
-        """Of no images."""
-        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
-
-    def update(self, features: Array) -> None:
-        """Add `features` (N, F).
+    def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:
+        """To real features with this mean (F,) and unbiased covariance (F, F); their number has no influence.
 
         Raises:
-            ValueError: values that are not finite.
+            ValueError: shapes that do not fit each other, or values that are not finite.
         """
-        if len(features) == 0:
-            return
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+            raise ValueError(f"statistics do not fit: mean {mean.shape}, covariance {covariance.shape}")
+        _refuse_non_finite(mean, "means")
+        _refuse_non_finite(covariance, "covariances")
+        metric = cls(mean.astype(np.float64))
+        metric.real_features_cov_sum = torch.from_numpy(covariance.astype(np.float64))  # that of two images
+        metric.real_features_num_samples = torch.tensor(2)
+        return metric
+
+    @property
+    def update_called(self) -> bool:
+        """torchmetrics warns without it; sums may also come from `merge_state` or `from_statistics`."""
+        return True
+
+    def update(self, imgs: Array | torch.Tensor, real: bool) -> None:
+        """Add stored features `imgs` (N, F).
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        if imgs.ndim != 2 or imgs.shape[1] != len(self.origin):
+            raise ValueError(f"features {tuple(imgs.shape)} do not fit: expected (N, {len(self.origin)})")
+        features = np.asarray(imgs)
         _refuse_non_finite(features, "features")
-        mean = features.mean(axis=0, dtype=np.float64)
-        centred = features.astype(np.float64) - mean
-        self.merge(RunningStatistics(len(features), mean, centred.T @ centred))
+        for start in range(0, len(features), ROWS):
+            part = features[start : start + ROWS].astype(np.float64) - self.origin
+            super().update(torch.from_numpy(part), real)
 
-    def merge(self, other: RunningStatistics) -> None:
-        """Add the images that `other` has seen."""
-        count = self.count + other.count
-        if other.count == 0:
-            return
-        difference = other.mean - self.mean
-        self.scatter += other.scatter
-        self.scatter += np.outer(difference, difference) * (self.count * other.count / count)
-        self.mean = self.mean + difference * (other.count / count)
-        self.count = count
-
-    def statistics(self) -> FeatureStatistics:
-        """The Gaussian of all images so far.
+    def gaussian(self, *sets: Literal["real", "fake"]) -> tuple[Float64Array, Float64Array]:
+        """Mean (F,) and unbiased covariance (F, F) of one set, or of both together.
 
         Raises:
             ValueError: fewer than two images.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least two images, got {self.count}")
-        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
+        count = sum(int(getattr(self, f"{name}_features_num_samples")) for name in sets)
+        if count < 2:
+            raise ValueError(f"a covariance needs at least two images, got {count}")
+        sums: Float64Array = sum(getattr(self, f"{name}_features_sum") for name in sets).numpy()
+        products: Float64Array = sum(getattr(self, f"{name}_features_cov_sum") for name in sets).numpy()
+        mean = sums / count
+        return self.origin + mean, (products - np.outer(sums, mean)) / (count - 1)
 
+    def compute(self) -> torch.Tensor:
+        """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
 
-def feature_statistics(features: Array) -> FeatureStatistics:
-    """Mean and covariance (divided by N - 1) of `features` (N, F).
+        |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R A R, R^2 = B.
+        Two symmetric eigendecompositions cannot leave the real numbers, unlike those of torchmetrics, and R is kept.
+        Fewer images than features leave A singular, and the distance then depends mostly on N: logged.
 
-    Fewer images than features leave the covariance singular, and the distance then depends mostly on N: logged.
+        Returns:
+            The distance; round-off can leave it a little below zero for equal sets.
 
-    Raises:
-        ValueError: not a matrix of at least two rows, or values that are not finite.
-    """
-    if features.ndim != 2 or features.shape[0] < 2:
-        raise ValueError(f"expected features (N, F) of at least two images, got shape {features.shape}")
-    _refuse_non_finite(features, "features")
-    images, dimensions = features.shape
-    if images < dimensions:
-        logger.warning("%d images for %d features: their covariance is singular", images, dimensions)
-    covariance = np.cov(features, rowvar=False, dtype=np.float64).reshape(dimensions, dimensions)
-    return FeatureStatistics(features.mean(axis=0, dtype=np.float64), covariance)
+        Raises:
+            ValueError: fewer than two images in a set.
+        """
+        mean_a, a = self.gaussian("fake")
+        mean_b, b = self.gaussian("real")
+        images, real_images = int(self.fake_features_num_samples), int(self.real_features_num_samples)
+        if images < len(mean_a):
+            logger.warning("%d images for %d features: their covariance is singular", images, len(mean_a))
+        if self._root[0] != real_images:
+            values, vectors = np.linalg.eigh(b)
+            # A covariance has negative eigenvalues by round-off only.
+            self._root = real_images, (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+        product = self._root[1] @ a @ self._root[1]
+        cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
+        difference = mean_a - mean_b
+        return torch.tensor(difference @ difference + np.trace(a) + np.trace(b) - 2.0 * cross)
 
 
 def frechet_distance(features_a: Array, features_b: Array) -> float:
-    """Fréchet distance between two sets of features (N, F); the FID where they are Inception's pool features.
+    """Fréchet distance between two sets of features (N, F).
 
     Raises:
         ValueError: different F, fewer than two images in a set, or values that are not finite.
     """
-    return frechet_distance_from_statistics(feature_statistics(features_a), feature_statistics(features_b))
-
-
-def frechet_distance_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
-
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R A R, R^2 = B.
-    R is kept with `b`, so let that be what many sets are compared with. Two symmetric eigendecompositions need no
-    general matrix root and cannot leave the real numbers.
-    torchmetrics offers the same number but takes features only; its precomputed statistics would have to be written
-    into the attributes of the metric.
-
-    Returns:
-        The distance; round-off can leave it a little below zero for equal sets.
-
-    Raises:
-        ValueError: shapes that do not fit each other, or values that are not finite.
-    """
-    dimensions = a.mean.shape[0] if a.mean.ndim == 1 else -1
-    for statistics in (a, b):
-        if statistics.mean.shape != (dimensions,) or statistics.covariance.shape != (dimensions, dimensions):
-            raise ValueError(
-                f"statistics do not fit: means {a.mean.shape} and {b.mean.shape}, "
-                f"covariances {a.covariance.shape} and {b.covariance.shape}"
-            )
-        _refuse_non_finite(statistics.mean, "means")
-        _refuse_non_finite(statistics.covariance, "covariances")
-    covariance_a, covariance_b = a.covariance.astype(np.float64), b.covariance.astype(np.float64)
-    product = b.root @ covariance_a @ b.root
-    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
-    difference = a.mean.astype(np.float64) - b.mean.astype(np.float64)
-    return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross)
+    metric = FrechetDistance(features_b.mean(axis=0, dtype=np.float64))
+    metric.update(features_b, real=True)
+    metric.update(features_a, real=False)
+    return float(metric.compute())
 
 
 def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
@@ -186,8 +180,8 @@ def kernel_distance(
     """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
 
     The unbiased estimate, for random subsets of both sets of features (N, F), drawn with a fixed seed; unlike the
-    Fréchet distance it does not depend on N in the mean. torchmetrics has the same estimate (they agree in the
-    tests) but draws its subsets from torch's global generator.
+    Fréchet distance it does not depend on N in the mean. torchmetrics' own metric draws its subsets from torch's global
+    generator.
 
     Args:
         features_a: (N, F).
@@ -209,11 +203,11 @@ def kernel_distance(
     random = np.random.RandomState(KERNEL_SUBSETS_SEED)
     found = []
     for _ in range(subsets):
-        a = features_a[random.choice(len(features_a), size, replace=False)].astype(np.float64)
-        b = features_b[random.choice(len(features_b), size, replace=False)].astype(np.float64)
-        within_a, within_b, across = ((x @ y.T / a.shape[1] + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-        within = within_a.sum() - np.trace(within_a) + within_b.sum() - np.trace(within_b)
-        found.append(within / (size * (size - 1)) - 2.0 * across.mean())
+        a, b = (
+            torch.from_numpy(features[random.choice(len(features), size, replace=False)].astype(np.float64))
+            for features in (features_a, features_b)
+        )
+        found.append(float(poly_mmd(a, b)))
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -249,29 +243,23 @@ def label_agreement(logits: Array, labels: Array) -> float:
     _refuse_non_finite(logits, "logits")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
-    return float((logits.argmax(axis=1) == labels).mean())
+    # Its accuracy is this quotient in float32.
+    correct, *_, images = multiclass_stat_scores(
+        torch.from_numpy(logits), torch.from_numpy(labels), logits.shape[1], average="micro"
+    ).tolist()
+    return correct / images
 
 
 def _covered(points: Array, members: Array, neighbour: int) -> float:
     """Share of `points` that the set of `members` covers."""
-    radii = np.concatenate(
-        [
-            np.partition(_squared_distances(part, members), neighbour, axis=1)[:, neighbour]  # the 0th is itself
-            for part in np.array_split(members, -(-len(members) // DISTANCE_ROWS))
-        ]
-    )
-    parts = np.array_split(points, -(-len(points) // DISTANCE_ROWS))
-    return float(np.concatenate([(_squared_distances(part, members) <= radii).any(axis=1) for part in parts]).mean())
-
-
-def _squared_distances(a: Array, b: Array) -> Float64Array:
-    """(N, M) float64 between the rows of `a` and of `b`."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    squares: Float64Array = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2.0 * x @ y.T
-    return squares
+    asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
+    # The nearest member of the set is the member itself.
+    radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
+    covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
+    return float(torch.cat(covered).double().mean())
 
 
 def _refuse_non_finite(values: Array, what: str) -> None:
-    broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    broken = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if broken.size:
         raise ValueError(f"{what} that are not finite in {broken.size} of {len(values)} rows, first row {broken[0]}")

@@ -2,7 +2,7 @@
 
 It belongs to the content of the shards, the weights of the feature network, the size and the crop, and to nothing else:
 
-CACHE/<network>_<hash>/statistics.npz   mean and covariance of all images and of two halves, of each part
+CACHE/<network>_<hash>/statistics.npz   mean and covariance of each part
 CACHE/<network>_<hash>/features.npy     (M, F) float32: images chosen by hash, in a random order
 CACHE/<network>_<hash>/facts.json       written last: where it comes from, hashes of the files, distances of the halves
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,15 +33,13 @@ from jitscale.config import Config
 from jitscale.data.shards import ShardSet
 from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.blocks import Block, digest_of
-from jitscale.evaluation.metrics import (
-    RunningStatistics,
-    frechet_distance_from_statistics,
-    kernel_distance,
-)
 from jitscale.evaluation.networks import NetworkFile
 from jitscale.files import aside_pattern, atomic_write, exclusive_or_not, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 from jitscale.parallel import World
+
+if TYPE_CHECKING:
+    from jitscale.evaluation.metrics import FrechetDistance
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ KEPT_FEATURES = 50_000  # images whose features are kept, for what compares pair
 BLOCK = 64  # images that go through the network together
 MOST_PARTS = 64  # into which the work is divided, whatever the number of ranks
 ROWS = 1024  # of features that are added to a covariance at once
-HALVES = ("first", "second")
+HALVES = 2  # of the images: the distance between them is the floor of all distances
 WAIT_SECONDS = 2.0  # between two looks at what another run computes
 
 
@@ -127,7 +125,7 @@ class RealImages:
             return 0
         square = sum(width * width for width in self.file.sizes.values())
         kept = min(KEPT_FEATURES, self._total) * next(iter(self.file.sizes.values()))
-        return 8 * square * (self._parts * len(HALVES) + len(HALVES) + 1) + 4 * 2 * kept
+        return 8 * square * (self._parts * HALVES + 1) + 4 * 2 * kept
 
     def compute_once(self, network: Callable[[torch.Tensor], Block], world: World) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
@@ -204,25 +202,29 @@ class RealImages:
         chosen: Int64Array,
         on_images: Callable[[int], None],
     ) -> Block:
-        """Count, mean and scatter of each half and part of a block over some images, and the features to keep."""
-        sums = {
-            (half, name): RunningStatistics.empty(width) for half in HALVES for name, width in self.file.sizes.items()
-        }
+        """Sums over both halves of some images, of each part of a block, and the features to keep."""
+        sums = self._distances_of_halves()
         ids = self._ids(part)
         main = next(iter(self.file.sizes))
         places = np.flatnonzero((chosen >= ids.start) & (chosen < ids.stop))
         kept = np.empty((len(places), self.file.sizes[main]), np.float32)
         for rows, features in self._features(network, ids, on_images):
             for name, values in features.items():
-                for number, half in enumerate(HALVES):
-                    sums[half, name].update(values[halves[rows.start : rows.stop] == number])
+                for half in range(HALVES):
+                    sums[name].update(values[halves[rows.start : rows.stop] == half], real=half == 1)
             own = (chosen[places] >= rows.start) & (chosen[places] < rows.stop)
             kept[own] = features[main][chosen[places][own] - rows.start]
         content: Block = {"places": places, "kept": kept}
-        for (half, name), sum_ in sums.items():
-            content[f"{half}/{name}/count"] = np.array(sum_.count)
-            content[f"{half}/{name}/mean"], content[f"{half}/{name}/scatter"] = sum_.mean, sum_.scatter
+        for name, sum_ in sums.items():
+            content |= {f"{name}/{key}": np.asarray(value) for key, value in sum_.metric_state.items()}
         return content
+
+    def _distances_of_halves(self) -> dict[str, FrechetDistance]:
+        """Of no images, for each part of a block."""
+        from jitscale.evaluation.metrics import FrechetDistance  # noqa: PLC0415 (slow)
+
+        # All parts of the work must have the same origin, and the mean of the images is not known yet.
+        return {name: FrechetDistance(np.zeros(width)) for name, width in self.file.sizes.items()}
 
     def _features(
         self, network: Callable[[torch.Tensor], Block], ids: range, on_images: Callable[[int], None]
@@ -258,16 +260,16 @@ class RealImages:
 
     def _finish(self, kept: int) -> None:
         """Sum up the parts, in their order whoever made them, and write what is kept."""
-        sums = {(half, n): RunningStatistics.empty(width) for half in HALVES for n, width in self.file.sizes.items()}
+        sums = self._distances_of_halves()
         main = next(iter(self.file.sizes))
         features = np.empty((kept, self.file.sizes[main]), np.float32)
         try:
             for part in range(self._parts):
                 with np.load(self._part_path(part)) as content:
                     features[content["places"]] = content["kept"]
-                    for (half, name), sum_ in sums.items():
-                        count, mean, scatter = (content[f"{half}/{name}/{k}"] for k in ("count", "mean", "scatter"))
-                        sum_.merge(RunningStatistics(int(count), mean, scatter))
+                    for name, sum_ in sums.items():
+                        state = {key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state}
+                        sum_.merge_state(state)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             if (self.folder / "facts.json").exists():
                 return  # on a file system without locks another run was faster, and has removed the parts
@@ -275,7 +277,10 @@ class RealImages:
                 f"{self._part_path(part)}: cannot be read ({error}); remove it and start again, it is then made again"
             ) from error
         try:
-            arrays, floors = self._statistics(sums)
+            arrays: Block = {}
+            for name, sum_ in sums.items():
+                arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
+            floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
             kernel, deviation = _kernel_floor(features)
             with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -294,20 +299,6 @@ class RealImages:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-
-    def _statistics(self, sums: dict[tuple[str, str], RunningStatistics]) -> tuple[Block, dict[str, float]]:
-        """What statistics.npz holds, and the distances of the halves."""
-        arrays: Block = {}
-        floors: dict[str, float] = {}
-        for name in self.file.sizes:
-            first, second = (sums[half, name].statistics() for half in HALVES)
-            floors[name] = frechet_distance_from_statistics(first, second)
-            whole = RunningStatistics.empty(self.file.sizes[name])
-            for half in HALVES:
-                whole.merge(sums[half, name])
-            for kind, found in (("all", whole.statistics()), *zip(HALVES, (first, second), strict=True)):
-                arrays[f"{kind}/{name}/mean"], arrays[f"{kind}/{name}/covariance"] = found.mean, found.covariance
-        return arrays, floors
 
     def read(self) -> tuple[Block, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared.
@@ -338,6 +329,8 @@ class RealImages:
 
 def _kernel_floor(features: npt.NDArray[np.float32]) -> tuple[float, float]:
     """The kernel distance of one half of the features, which are in a random order, to the other."""
+    from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
+
     half = len(features) // 2
     return kernel_distance(features[:half], features[half:])
 

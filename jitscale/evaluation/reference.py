@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,19 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import ShardSet, open_reference
 from jitscale.errors import ConfigError, DataError
-from jitscale.evaluation.metrics import FeatureStatistics
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
 from jitscale.parallel import World
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
+
+
+class FeatureStatistics(NamedTuple):
+    """The Gaussian that stands for a set of images: `mean` (F,) and unbiased `covariance` (F, F), float64."""
+
+    mean: npt.NDArray[np.float64]
+    covariance: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
         facts = {**reference.facts, "floors": reference.floors}
         arrays = {"facts": np.array(json.dumps(facts))}
         for part, statistics in reference.statistics.items():
-            arrays |= dict(zip(_names(part), (statistics.mean, statistics.covariance), strict=True))
+            arrays |= dict(zip(_names(part), statistics, strict=True))
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:

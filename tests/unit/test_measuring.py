@@ -19,7 +19,7 @@ from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.generate import RandomLabels
-from jitscale.evaluation.metrics import RunningStatistics, feature_statistics, frechet_distance_from_statistics
+from jitscale.evaluation.metrics import FrechetDistance
 from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.evaluation.settings import final_settings
@@ -207,22 +207,21 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
     random = np.random.default_rng(0)
     singular = random.normal(0.0, 1.0, (6, 20)).astype(np.float32)  # its roots are as exact as those of round-off
     for features, digits in ((random.normal(1000.0, 1.0, (300, 8)), 1e-9), (singular, 1e-7)):
-        whole = feature_statistics(features)
+        mean, covariance = features.mean(axis=0, dtype=np.float64), np.cov(features.T, dtype=np.float64)
+        other = features[::-1] * 1.5
+        whole = FrechetDistance.from_statistics(mean, covariance)
+        whole.update(other, real=False)
         for ends in ([100], [1, 2, 3], [0, len(features) - 1]):
-            running = RunningStatistics.empty(features.shape[1])
+            merged = FrechetDistance(np.zeros(features.shape[1]))
             for part in np.split(features, ends):
-                running.update(part)
-            found = running.statistics()
-            np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
-            np.testing.assert_allclose(found.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
-            other = feature_statistics(features[::-1] * 1.5)
-            assert frechet_distance_from_statistics(other, found) == pytest.approx(
-                frechet_distance_from_statistics(other, whole), rel=digits
-            )
-    with pytest.raises(ValueError, match="not finite"):
-        RunningStatistics.empty(2).update(np.array([[1.0, np.nan]]))
-    with pytest.raises(ValueError, match="at least two images"):
-        RunningStatistics.empty(2).statistics()
+                sums = FrechetDistance(np.zeros(features.shape[1]))
+                sums.update(part, real=True)
+                merged.merge_state(sums.metric_state)
+            merged.update(other, real=False)
+            found_mean, found_covariance = merged.gaussian("real")
+            np.testing.assert_allclose(found_mean, mean, rtol=1e-12)
+            np.testing.assert_allclose(found_covariance, covariance, rtol=1e-9, atol=1e-8)
+            assert float(merged.compute()) == pytest.approx(float(whole.compute()), rel=digits)
 
 
 def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from benchmarks.conditions import peak_memory_mib
 from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.metrics import (
-    feature_statistics,
-    frechet_distance_from_statistics,
+    FrechetDistance,
+    frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
@@ -31,11 +31,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     real, generated, logits = drawn(Inception.num_features), drawn(Inception.num_features), drawn(Inception.num_logits)
     spatial = drawn(Inception.num_spatial)
-    statistics = feature_statistics(real)
+    distance = FrechetDistance(real.mean(axis=0, dtype=np.float64))
+    distance.update(real, real=True)
+
+    def fid() -> None:
+        distance.update(generated, real=False)
+        distance.compute()
+
     few = slice(0, MOST_NEIGHBOURS)
     metrics: dict[str, Callable[[], Any]] = {
-        "fid": lambda: frechet_distance_from_statistics(feature_statistics(generated), statistics),
-        "sfid": lambda: frechet_distance_from_statistics(feature_statistics(spatial), feature_statistics(spatial)),
+        "fid": fid,
+        "sfid": lambda: frechet_distance(spatial, spatial),
         "inception_score": lambda: inception_score(logits),
         "kid": lambda: kernel_distance(real, generated),
         "precision and recall": lambda: precision_recall(real[few], generated[few]),
