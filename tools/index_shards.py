@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
-from jitscale.data.survey import Tars, find_tars, survey
+from jitscale.data.survey import survey
 from jitscale.data.tar_index import Defect
 from jitscale.data.verification import verify
 from jitscale.errors import DataError, ExitCode, exit_with_message

@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jitscale.data.find import find_tars
 from jitscale.data.inspection import Collection, balance, collect, contact_sheet, extensions, look, statistics
-from jitscale.data.survey import find_tars
 from jitscale.errors import DataError, ExitCode, exit_with_message
 
 MOST_NAMED = 5  # classes or bad inputs that the table names

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import copy
 import getpass
-import glob
 import logging
 import os
-import re
 import resource
 import tempfile
 from collections import OrderedDict
@@ -29,10 +27,10 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from braceexpand import braceexpand
 
 from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
+from jitscale.data.find import find_remote_shards, find_shards
 from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import remembered
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord, content_hash
@@ -139,7 +137,7 @@ class ShardSet:
         if is_remote(str(pattern)):
             folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
             return cls._open_remote(str(pattern), num_classes, image_size, ShardCache(folder, cache_bytes))
-        paths, manifests = _find_shards(str(pattern))
+        paths, manifests = find_shards(str(pattern))
         records = {folder / record.name: record for folder, manifest in manifests.items() for record in manifest.shards}
         _check_manifests(str(pattern), list(manifests.values()), num_classes, image_size)
         names = next((manifest.class_names for manifest in manifests.values()), None)
@@ -158,12 +156,10 @@ class ShardSet:
 
     @classmethod
     def _open_remote(cls, pattern: str, num_classes: int, image_size: int | None, cache: ShardCache) -> ShardSet:
-        folder, names = _split_address(pattern)
+        folder, names = find_remote_shards(pattern)
         manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
         _check_manifests(pattern, [manifest], num_classes, image_size)
         records = {record.name: record for record in manifest.shards}
-        if len(set(names or [])) < len(names or []):
-            raise DataError(f"{pattern}: names a shard twice; every sample must come once an epoch")
         unknown = [name for name in names or [] if name not in records]
         if unknown:
             raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
@@ -582,31 +578,6 @@ def default_cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"jitscale-shards-{getpass.getuser()}"
 
 
-def _split_address(pattern: str) -> tuple[str, list[str] | None]:
-    """The folder of remote shards, and the names in it, or None for all of its manifest.
-
-    Raises:
-        DataError: the pattern means several folders, or has wildcards.
-    """
-    if not pattern.rstrip("/").endswith(".tar"):
-        return pattern.rstrip("/"), None
-    addresses = _expand_braces(pattern)
-    folders = {address.rpartition("/")[0] for address in addresses}
-    if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
-        raise DataError(
-            f"{pattern}: remote shards lie in one folder, whose manifest names them; give the folder, or a brace "
-            "pattern of tars in it"
-        )
-    return folders.pop(), [address.rpartition("/")[2] for address in addresses]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    try:
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
-
-
 def _most_open_shards() -> int:
     """A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else.
 
@@ -614,34 +585,6 @@ def _most_open_shards() -> int:
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(16, (limit - 256) // 2))
-
-
-def _find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
-    """The tars that `pattern` means, in order, and the manifests of their folders."""
-    scheme = re.match(r"([a-z0-9+]+):", pattern)
-    if scheme is not None:
-        what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
-        raise DataError(f"{pattern}: {scheme[0]} {what}; give a folder, or an address with s3://, gs:// or https://")
-    folder = Path(pattern)
-    if folder.is_dir():
-        paths = sorted(folder.glob("*.tar"))
-    else:
-        names = _expand_braces(pattern)
-        paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
-    folders = dict.fromkeys([folder] if folder.is_dir() else [path.parent for path in paths])
-    manifests = {at: Manifest.read(at / MANIFEST) for at in folders if (at / MANIFEST).exists()}
-    if folder in manifests:
-        paths = [folder / record.name for record in manifests[folder].shards]
-    if not paths:
-        raise DataError(f"{pattern}: no tar shards here; correct data.shards or write them")
-    if len(set(paths)) < len(paths):
-        raise DataError(f"{pattern}: names a shard twice; every sample must come once an epoch")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: missing ({len(missing)} of {len(paths)} shards are); copy it again or correct data.shards"
-        )
-    return paths, manifests
 
 
 def _check_manifests(pattern: str, manifests: list[Manifest], num_classes: int, image_size: int | None) -> None:

@@ -6,7 +6,6 @@ Nothing is unpacked and no image is opened here. The order depends on names and 
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
 import os
@@ -21,8 +20,8 @@ from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import braceexpand
 
+from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, class_number, scan_tar, wrong_end
 from jitscale.errors import DataError
@@ -285,13 +284,9 @@ def _refuse_twice(paths: list[Path]) -> None:
 
 def _tars_of(pattern: str) -> list[Path]:
     """The files of a glob or brace pattern."""
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
-    if names == [pattern] and not glob.has_magic(pattern):
+    paths = paths_of(pattern)
+    if paths == [Path(pattern)] and not paths[0].exists():
         raise DataError(f"{pattern}: there is no such file or folder; {_REMEDY}")
-    paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not paths:
         raise DataError(f"{pattern}: matches no file; {_REMEDY}")
     for path in paths:

@@ -4,7 +4,6 @@ and every tar an index beside it, the folder a manifest. The tars themselves are
 
 from __future__ import annotations
 
-import glob
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +16,9 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import braceexpand
 from tqdm import tqdm
 
+from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.tar_index import (
@@ -43,7 +42,6 @@ from jitscale.keyed_random import UInt64Array
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
 _HEAD = 1 << 16  # bytes of an image that nearly always hold its header
-_SCHEMES = ("pipe:", "://")
 # In an index whose class names have no numbers yet, name k of the shard is the label _FIRST_NAME - k.
 _FIRST_NAME = NO_LABEL - 1
 _REFUSED = int(np.iinfo(np.int32).min)  # a label that is neither number nor name; a defect says so
@@ -59,21 +57,6 @@ class _Kind(IntEnum):
     NAME = 1
     NONE = 2
     REFUSED = 3
-
-
-@dataclass(frozen=True)
-class Tars:
-    """Tars of one folder."""
-
-    folder: Path
-    paths: list[Path]  # sorted
-    manifest: Manifest | None  # of the folder
-    whole_folder: bool  # the folder was named, not some of its tars
-
-    def not_in_manifest(self) -> list[Path]:
-        """The tars that the manifest does not name."""
-        named = set() if self.manifest is None else {record.name for record in self.manifest.shards}
-        return [path for path in self.paths if path.name not in named]
 
 
 @dataclass(frozen=True)
@@ -129,43 +112,6 @@ class Survey:
             self.manifest.write(manifest)
         except OSError as error:
             raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
-
-
-def find_tars(pattern: str) -> Tars:
-    """The tars in the folder `pattern`, or those that a glob or brace pattern names, and the manifest of their folder.
-
-    Raises:
-        DataError: there are none; they lie in several folders, on a remote storage, or are not called `.tar`.
-    """
-    if any(scheme in pattern for scheme in _SCHEMES):
-        raise DataError(f"{pattern}: only local folders are surveyed; copy the shards or mount their storage")
-    folder = Path(pattern)
-    if folder.is_dir():
-        paths = list(folder.glob("*.tar"))
-    else:
-        try:
-            names = list(braceexpand(pattern))
-        except ValueError as error:
-            raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
-        paths = [Path(path) for name in names for path in (glob.glob(name) if glob.has_magic(name) else [name])]
-        folders = sorted({path.parent for path in paths})
-        if len(folders) > 1:
-            raise DataError(
-                f"{pattern}: names tars in {len(folders)} folders ({folders[0]}, {folders[1]}, ...), and each has a "
-                "manifest of its own; give one folder at a time"
-            )
-        folder = folders[0] if folders else folder
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise DataError(f"{missing[0]}: there is no such file or folder; correct the path")
-        others = [path for path in paths if path.suffix != ".tar"]
-        if others:
-            raise DataError(f"{others[0]}: is not called .tar; unpack or rename it, or choose a narrower pattern")
-    manifest = Manifest.read(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-    tars = Tars(folder, sorted(set(paths)), manifest, whole_folder=Path(pattern).is_dir())
-    if not tars.paths and manifest is None:
-        raise DataError(f"{pattern}: no tars here; correct the path")
-    return tars
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Result]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.survey import Tars, by_place, in_processes
+from jitscale.data.survey import by_place, in_processes
 from jitscale.data.tar_index import (
     INDEX,
     NO_LABEL,

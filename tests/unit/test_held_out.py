@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from jitscale.config import Config, DataConfig, load_config, to_yaml
+from jitscale.data.find import find_tars
 from jitscale.data.images import encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest
 from jitscale.data.order import EpochOrder
 from jitscale.data.packing import shard_name, write_shard
 from jitscale.data.shards import ShardSet, open_configured
-from jitscale.data.survey import find_tars, survey
+from jitscale.data.survey import survey
 from jitscale.data.tar_index import TarSample, key_hashes, keys_path
 from jitscale.data.verification import verify
 from jitscale.errors import ConfigError, DataError

@@ -18,6 +18,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from jitscale.data.find import find_tars
 from jitscale.data.images import encode
 from jitscale.data.inspection import (
     CAPTION,
@@ -34,7 +35,7 @@ from jitscale.data.inspection import (
 from jitscale.data.manifest import BadInput, Manifest, read_class_names
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
-from jitscale.data.survey import Survey, find_tars, in_processes, survey
+from jitscale.data.survey import Survey, in_processes, survey
 from jitscale.data.tar_index import index_tar, scan_tar, write_index
 from jitscale.data.verification import verify
 from jitscale.errors import DataError

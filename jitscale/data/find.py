@@ -1,0 +1,138 @@
+"""Finding the tars that a pattern means: a folder, a glob or a brace pattern, on this machine or in remote storage."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from jitscale.data.manifest import MANIFEST, Manifest
+from jitscale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars of one folder."""
+
+    folder: Path
+    paths: list[Path]  # sorted
+    manifest: Manifest | None  # of the folder
+    whole_folder: bool  # the folder was named, not some of its tars
+
+    def not_in_manifest(self) -> list[Path]:
+        """The tars that the manifest does not name."""
+        named = set() if self.manifest is None else {record.name for record in self.manifest.shards}
+        return [path for path in self.paths if path.name not in named]
+
+
+def paths_of(pattern: str) -> list[Path]:
+    """The tars in the folder `pattern`, or all files that a glob or brace pattern names, in its order.
+
+    A file that is named without a wildcard need not exist.
+
+    Raises:
+        DataError: the pattern has unbalanced braces.
+    """
+    if Path(pattern).is_dir():
+        return sorted(Path(pattern).glob("*.tar"))
+    names = _expand_braces(pattern)
+    return [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+
+
+def manifests_of(folders: Sequence[Path]) -> dict[Path, Manifest]:
+    """The manifests of those `folders` that have one.
+
+    Raises:
+        DataError: a manifest is damaged.
+    """
+    return {folder: Manifest.read(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists()}
+
+
+def find_tars(pattern: str) -> Tars:
+    """The tars in the folder `pattern`, or those that a glob or brace pattern names, and the manifest of their folder.
+
+    Raises:
+        DataError: there are none; they lie in several folders, on a remote storage, or are not called `.tar`.
+    """
+    if pattern.startswith("pipe:") or "://" in pattern:
+        raise DataError(f"{pattern}: only local folders are surveyed; copy the shards or mount their storage")
+    folder, paths = Path(pattern), paths_of(pattern)
+    whole_folder = folder.is_dir()
+    if not whole_folder:
+        folders = sorted({path.parent for path in paths})
+        if len(folders) > 1:
+            raise DataError(
+                f"{pattern}: names tars in {len(folders)} folders ({folders[0]}, {folders[1]}, ...), and each has a "
+                "manifest of its own; give one folder at a time"
+            )
+        folder = folders[0] if folders else folder
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: there is no such file or folder; correct the path")
+        others = [path for path in paths if path.suffix != ".tar"]
+        if others:
+            raise DataError(f"{others[0]}: is not called .tar; unpack or rename it, or choose a narrower pattern")
+    manifest = manifests_of([folder]).get(folder)
+    if not paths and manifest is None:
+        raise DataError(f"{pattern}: no tars here; correct the path")
+    return Tars(folder, sorted(set(paths)), manifest, whole_folder)
+
+
+def find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
+    """The tars that `pattern` means, in order, and the manifests of their folders; a folder's manifest names its tars.
+
+    Raises:
+        DataError: the pattern names a storage that is not known, no tar, a tar twice, or one that is missing.
+    """
+    scheme = re.match(r"([a-z0-9+]+):", pattern)
+    if scheme is not None:
+        what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
+        raise DataError(f"{pattern}: {scheme[0]} {what}; give a folder, or an address with s3://, gs:// or https://")
+    folder, paths = Path(pattern), paths_of(pattern)
+    manifests = manifests_of([folder] if folder.is_dir() else list(dict.fromkeys(path.parent for path in paths)))
+    if folder in manifests:
+        paths = [folder / record.name for record in manifests[folder].shards]
+    if not paths:
+        raise DataError(f"{pattern}: no tar shards here; correct data.shards or write them")
+    _refuse_repeated(pattern, paths)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: missing ({len(missing)} of {len(paths)} shards are); copy it again or correct data.shards"
+        )
+    return paths, manifests
+
+
+def find_remote_shards(pattern: str) -> tuple[str, list[str] | None]:
+    """The address of the folder of remote shards, and the names in it, or None for all of its manifest.
+
+    Raises:
+        DataError: the pattern means several folders, has wildcards, or names a shard twice.
+    """
+    if not pattern.rstrip("/").endswith(".tar"):
+        return pattern.rstrip("/"), None
+    addresses = _expand_braces(pattern)
+    folders = {address.rpartition("/")[0] for address in addresses}
+    if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
+        raise DataError(
+            f"{pattern}: remote shards lie in one folder, whose manifest names them; give the folder, or a brace "
+            "pattern of tars in it"
+        )
+    _refuse_repeated(pattern, addresses)
+    return folders.pop(), [address.rpartition("/")[2] for address in addresses]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
+
+
+def _refuse_repeated(pattern: str, names: Sequence[object]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"{pattern}: names a shard twice; every sample must come once an epoch")
