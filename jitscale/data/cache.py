@@ -29,7 +29,7 @@ import numpy as np
 
 from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import WrongContentError, read_in_chunks, retried
-from jitscale.data.tar_index import INDEX, IndexArray, index_tar
+from jitscale.data.tar_index import IndexArray, index_tar, map_index
 from jitscale.errors import DataError
 from jitscale.files import atomic_write
 
@@ -360,15 +360,15 @@ def _checked_sha256(record: ShardRecord) -> str:
 
 def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:
     """The index in the file; None if there is none or it is damaged."""
+    if not path.exists():
+        return None
     try:
-        index = np.lib.format.open_memmap(path, mode="r")  # 100 M samples are 2 GB, in every worker
-    except FileNotFoundError:
+        index = map_index(path)
+    except DataError as error:
+        logger.warning("%s; scanning the shard again", str(error).partition(";")[0])
         return None
-    except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s: damaged (%s); scanning the shard again", path, error)
-        return None
-    if index.dtype != INDEX or index.shape != (record.samples,):
-        logger.warning("%s: holds %s %s, not an index of the shard; scanning it again", path, index.dtype, index.shape)
+    if len(index) != record.samples:
+        logger.warning("%s: holds %d samples, the shard %d; scanning it again", path, len(index), record.samples)
         return None
     return index
 

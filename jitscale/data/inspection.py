@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
 from jitscale.data.manifest import BadInput, content_hash
 from jitscale.data.survey import by_place, in_processes, number_labels, scan_shards
-from jitscale.data.tar_index import Defect, IndexArray, index_path, map_index
+from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
 from jitscale.errors import DataError
 from jitscale.files import atomic_write
 from jitscale.keyed_random import Float64Array, Int64Array, Purpose, hash64
@@ -116,7 +115,7 @@ def collect(tars: Tars, workers: int) -> Collection:
     for path in paths:
         if path in records and index_path(path).exists():
             try:
-                indices[path] = map_index(path)
+                indices[path] = map_index(index_path(path))
             except DataError as error:
                 defects.append(Defect(path, None, str(error)))
     to_scan = [path for path in paths if path not in indices]
@@ -241,9 +240,9 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     tiles = {}
     for shard, rows in _by_shard(collection, np.sort(chosen)):
         records = collection.indices[shard][rows].tolist()
-        with collection.paths[shard].open("rb") as file:
-            for sample, record in zip(_starts(collection)[shard] + rows, records, strict=True):
-                tiles[int(sample)] = (_tile(file.fileno(), record), record[2])
+        file = OffsetReader(collection.paths[shard])
+        for sample, record in zip(_starts(collection)[shard] + rows, records, strict=True):
+            tiles[int(sample)] = (_tile(file, record), record[2])
 
     wide, high = TILE + _GAP, TILE + CAPTION + _GAP
     sheet = Image.new("RGB", (SHEET_TILES * wide + _GAP, SHEET_TILES * high + _GAP), _BACKGROUND)
@@ -264,24 +263,24 @@ def _see(task: _Task) -> _Seen:
     """Some images of one shard, in any process."""
     images, undecodable = [], []
     try:
-        with task.path.open("rb") as file:
-            for record in task.rows:
-                try:
-                    image = _read(file.fileno(), record)
-                except DataError as error:
-                    undecodable.append(Defect(task.path, record[0], str(error)))
-                    continue
-                levels = np.arange(256)
-                histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
-                shares = np.array(histograms) / (image.shape[0] * image.shape[1])
-                grey = bool((image == image[..., :1]).all())
-                images.append((image.shape[1], image.shape[0], shares @ levels, shares @ levels**2, grey))
+        file = OffsetReader(task.path)
+        for record in task.rows:
+            try:
+                image = _read(file, record)
+            except DataError as error:
+                undecodable.append(Defect(task.path, record[0], str(error)))
+                continue
+            levels = np.arange(256)
+            histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
+            shares = np.array(histograms) / (image.shape[0] * image.shape[1])
+            grey = bool((image == image[..., :1]).all())
+            images.append((image.shape[1], image.shape[0], shares @ levels, shares @ levels**2, grey))
     except OSError as error:
         undecodable.append(Defect(task.path, None, f"cannot be read ({error})"))
     return _Seen(images, undecodable)
 
 
-def _read(descriptor: int, record: Record) -> UInt8Array:
+def _read(file: OffsetReader, record: Record) -> UInt8Array:
     """The image of an `INDEX` record.
 
     Raises:
@@ -289,15 +288,15 @@ def _read(descriptor: int, record: Record) -> UInt8Array:
     """
     offset, size, _, extension = record
     try:
-        data = os.pread(descriptor, size, offset)
+        data = file.read(offset, size)
     except OSError as error:
         raise DataError(f"cannot be read ({error})") from error
     return decode(data, extension.decode(errors="replace"))
 
 
-def _tile(descriptor: int, record: Record) -> UInt8Array | None:
+def _tile(file: OffsetReader, record: Record) -> UInt8Array | None:
     try:
-        return center_crop(_read(descriptor, record), TILE)
+        return center_crop(_read(file, record), TILE)
     except DataError:
         return None
 

@@ -18,9 +18,21 @@ import numpy as np
 from tqdm import tqdm
 
 from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
+from jitscale.data.lru import remembered
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
-from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL, index_of, key_hashes, scan_tar, write_index, write_keys
+from jitscale.data.tar_index import (
+    LARGEST_LABEL,
+    NO_LABEL,
+    OffsetReader,
+    ShortReadError,
+    class_numbers,
+    index_of,
+    key_hashes,
+    scan_tar,
+    write_index,
+    write_keys,
+)
 from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -82,7 +94,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
                 _add_member(tar, f"{key}.{extension}", sample[extension])
     found = scan_tar(path)
     write_keys(path, key_hashes(found))
-    write_index(path, index_of(path, found))
+    write_index(path, index_of(found, class_numbers(path, found)))
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 
@@ -102,25 +114,25 @@ def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]
 
     def samples() -> Iterator[Sample]:
         nonlocal enlarged
-        with _SourceReader(task.root) as reader:
-            for number, source in zip(task.numbers, task.sources, strict=True):
-                try:
-                    data = reader.read(source)
-                    image = decode(data, source.extension)
-                    if task.codec == ORIGINAL:
-                        extension = content_extension(data)
-                    else:
-                        extension, data = encode(center_crop(image, task.resolution), task.codec)
-                except ImageError as error:
-                    bad.append(BadInput(source.place, str(error)))
-                    on_image(0, bad[-1])
-                    continue
-                enlarged += min(image.shape[:2]) < task.resolution
-                sample: Sample = {"__key__": f"{number:09d}", extension: data}
-                if source.label != NO_LABEL:
-                    sample["cls"] = str(source.label)
-                yield sample
-                on_image(len(data), None)
+        reader = _SourceReader(task.root)
+        for number, source in zip(task.numbers, task.sources, strict=True):
+            try:
+                data = reader.read(source)
+                image = decode(data, source.extension)
+                if task.codec == ORIGINAL:
+                    extension = content_extension(data)
+                else:
+                    extension, data = encode(center_crop(image, task.resolution), task.codec)
+            except ImageError as error:
+                bad.append(BadInput(source.place, str(error)))
+                on_image(0, bad[-1])
+                continue
+            enlarged += min(image.shape[:2]) < task.resolution
+            sample: Sample = {"__key__": f"{number:09d}", extension: data}
+            if source.label != NO_LABEL:
+                sample["cls"] = str(source.label)
+            yield sample
+            on_image(len(data), None)
 
     return PackedShard(write_shard(task.path, samples()), enlarged, bad)
 
@@ -209,15 +221,7 @@ class _SourceReader:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._opened: OrderedDict[str, int] = OrderedDict()
-
-    def __enter__(self) -> _SourceReader:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for descriptor in self._opened.values():
-            os.close(descriptor)
-        self._opened.clear()
+        self._opened: OrderedDict[str, OffsetReader] = OrderedDict()
 
     def read(self, source: Source) -> bytes:
         """The bytes of one image.
@@ -226,14 +230,19 @@ class _SourceReader:
             ImageError: it cannot be read; other images may be sound.
             DataError: it cannot be read for a reason that lies in this process.
         """
+        path, whole = source.path, source.size == WHOLE_FILE
         try:
-            if source.size != WHOLE_FILE:
-                return _read(self._descriptor(source.path), source.offset, source.size)
-            descriptor = _open(os.path.join(self._root, source.path))
-            try:
-                return _read(descriptor, 0, os.fstat(descriptor).st_size)
-            finally:
-                os.close(descriptor)
+            file = (
+                self._open(path)
+                if whole
+                else remembered(self._opened, path, lambda: self._open(path), _MOST_OPEN_FILES)
+            )
+            size = file.status().st_size if whole else source.size
+            if size > _MOST_BYTES:
+                raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
+            return file.read(source.offset, size)
+        except ShortReadError as error:
+            raise ImageError(str(error)) from error
         except OSError as error:
             if error.errno in _OUR_FAULT:
                 raise DataError(
@@ -242,32 +251,13 @@ class _SourceReader:
                 ) from error
             raise ImageError(f"cannot be read ({error.strerror})") from error
 
-    def _descriptor(self, path: str) -> int:
-        if path not in self._opened:
-            while len(self._opened) >= _MOST_OPEN_FILES:
-                os.close(self._opened.popitem(last=False)[1])
-            self._opened[path] = _open(os.path.join(self._root, path))
-        self._opened.move_to_end(path)
-        return self._opened[path]
-
-
-def _open(path: str) -> int:
-    if "\0" in path:
-        raise ImageError("has a name that no file can have")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer does not block
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ImageError("is no regular file")
-    return descriptor
-
-
-def _read(descriptor: int, offset: int, size: int) -> bytes:
-    if size > _MOST_BYTES:
-        raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
-    data = os.pread(descriptor, size, offset)
-    if len(data) < size:
-        raise ImageError(f"ends after {len(data)} of {size} bytes")
-    return data
+    def _open(self, path: str) -> OffsetReader:
+        if "\0" in path:
+            raise ImageError("has a name that no file can have")
+        file = OffsetReader(os.path.join(self._root, path))
+        if not stat.S_ISREG(file.status().st_mode):
+            raise ImageError("is no regular file")
+        return file
 
 
 def _add_member(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:

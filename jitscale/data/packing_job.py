@@ -204,7 +204,7 @@ class PackingJob:
             enlarged=sum(one.enlarged for one in packed),
             bad=bad,
             class_counts=count_classes(
-                (map_index(self.folder / one.record.name) for one in packed), self.inputs.num_classes
+                (map_index(index_path(self.folder / one.record.name)) for one in packed), self.inputs.num_classes
             ),
         )
         if manifest.total == 0:

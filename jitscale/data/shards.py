@@ -38,6 +38,8 @@ from jitscale.data.remote import is_remote, read_remote
 from jitscale.data.tar_index import (
     NO_LABEL,
     IndexArray,
+    OffsetReader,
+    ShortReadError,
     count_classes,
     index_path,
     index_tar,
@@ -80,30 +82,25 @@ class ShardSet:
         shards: list[_Shard],
         num_classes: int,
         image_size: int | None,
-        class_names: list[str] | None,
-        *,
-        enlarge: bool,
-        cache: ShardCache | None = None,
-        manifests: Sequence[Manifest] = (),
+        manifests: Sequence[Manifest],
+        cache: ShardCache | None,
     ) -> None:
         self._shards = shards
-        self._manifests = list(manifests)
+        self._manifests = manifests
         self._cache = cache
         self._num_classes = num_classes
-        self._enlarge = enlarge
         self._opened: OrderedDict[int, _LocalShard | _CachedShard] = OrderedDict()
         self.folder = Path(shards[0].location).parent if cache is None else None
         self._most_open: int | None = None  # None: what the process allows
         self._selection: _Selection | None = None
         self.held_out: ShardSet | None = None
         self._count(np.array([shard.samples for shard in shards], np.int64))
-        self.class_names = class_names
+        self.class_names = manifests[0].class_names if manifests else None
         self.stored: dict[str, str | int | None] = {
-            name: getattr(manifest, name)
-            for manifest in self._manifests[:1]
-            for name in ("codec", "resolution", "crop")
+            name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
         self.is_hashed = all(shard.sha256 is not None for shard in shards)
+        self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
         self.manifest_hash = content_hash([(s.name, s.samples, s.bytes, s.sha256) for s in shards])
         self.image_size = self._first_image_size(image_size)  # a size that does not fit is met now
 
@@ -134,51 +131,15 @@ class ShardSet:
         Raises:
             DataError: the first thing that is wrong, with shard, byte, limit and remedy.
         """
-        if is_remote(str(pattern)):
-            folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-            return cls._open_remote(str(pattern), num_classes, image_size, ShardCache(folder, cache_bytes))
-        paths, manifests = find_shards(str(pattern))
-        records = {folder / record.name: record for folder, manifest in manifests.items() for record in manifest.shards}
-        _check_manifests(str(pattern), list(manifests.values()), num_classes, image_size)
-        names = next((manifest.class_names for manifest in manifests.values()), None)
-        unindexed = {path for path in paths if path not in records or not index_path(path).exists()}
-        if unindexed:
-            logger.info(
-                "%s: %d of %d shards have no index; scanning their headers", pattern, len(unindexed), len(paths)
-            )
-        shards = [_check_shard(path, records.get(path), path in unindexed, num_classes, names) for path in paths]
+        text, cache = str(pattern), None
+        if is_remote(text):
+            cache = ShardCache(default_cache_dir() if cache_dir is None else Path(cache_dir), cache_bytes)
+            shards, manifests = _remote_shards(text, num_classes, image_size)
+        else:
+            shards, manifests = _local_shards(text, num_classes, image_size)
         if not any(shard.samples for shard in shards):
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
-        all_described = all(path in records for path in paths)
-        original_sizes = all_described and all(manifest.resolution is None for manifest in manifests.values())
-        described = list(manifests.values())
-        return cls(shards, num_classes, image_size, names, enlarge=original_sizes, manifests=described)
-
-    @classmethod
-    def _open_remote(cls, pattern: str, num_classes: int, image_size: int | None, cache: ShardCache) -> ShardSet:
-        folder, names = find_remote_shards(pattern)
-        manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
-        _check_manifests(pattern, [manifest], num_classes, image_size)
-        records = {record.name: record for record in manifest.shards}
-        unknown = [name for name in names or [] if name not in records]
-        if unknown:
-            raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
-        shards = [
-            _Shard(record.name, f"{folder}/{record.name}", record.samples, record.bytes, record.sha256, None)
-            for record in (manifest.shards if names is None else [records[name] for name in names])
-        ]
-        if not any(shard.samples for shard in shards):
-            raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
-        original_sizes = manifest.resolution is None
-        return cls(
-            shards,
-            num_classes,
-            image_size,
-            manifest.class_names,
-            enlarge=original_sizes,
-            cache=cache,
-            manifests=[manifest],
-        )
+        return cls(shards, num_classes, image_size, manifests, cache)
 
     @property
     def is_remote(self) -> bool:
@@ -263,7 +224,7 @@ class ShardSet:
                 f"{self._shards[0].location}: the manifest does not count the samples of each class; write it again "
                 "with tools/index_shards.py"
             )
-        indices = (map_index(Path(s.location)) if s.index is None else s.index for s in self._shards)
+        indices = (map_index(index_path(Path(s.location))) if s.index is None else s.index for s in self._shards)
         return count_classes(indices, self._num_classes) or []
 
     def check_cache(self, side_by_side: int) -> None:
@@ -360,8 +321,12 @@ class ShardSet:
         offset, size, label, extension = opened.index[index].item()
         try:
             data = opened.read(offset, size)
+        except ShortReadError as error:
+            what = f"{error}: the file was cut while in use; copy it again"
+            raise DataError(f"{self._shards[shard].location}: byte {offset}: sample {index} {what}") from error
         except OSError as error:
-            raise DataError(f"{self._shards[shard].location}: byte {offset}: sample {index} {error}") from error
+            what = f"cannot be read ({error}); start again when the storage works"
+            raise DataError(f"{self._shards[shard].location}: byte {offset}: sample {index} {what}") from error
         try:
             image = decode(data, extension.decode())
             height, width = image.shape[:2]
@@ -509,35 +474,19 @@ class _CachedShard:
             DataError: see `ShardCache.fetch`.
             OSError: the disk fails.
         """
-        descriptor = self._cache.open(self._shard.location, self._shard.record())
-        try:
-            return _read_at(descriptor, offset, size)
-        finally:
-            os.close(descriptor)
+        return OffsetReader(self._cache.open(self._shard.location, self._shard.record())).read(offset, size)
 
 
-class _LocalShard:
-    """A descriptor and a mapped index, closed with the last reference."""
+class _LocalShard(OffsetReader):
+    """A shard that stays open, with its index, which is mapped unless no file holds it."""
 
     def __init__(self, shard: _Shard) -> None:
         path = Path(shard.location)
-        self.index = map_index(path) if shard.index is None else shard.index
+        self.index = map_index(index_path(path)) if shard.index is None else shard.index
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            super().__init__(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be opened any more ({error}); restore it") from error
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on. pread moves no file position, so that forked processes may share a file.
-
-        Raises:
-            OSError: the file system fails, or the file has become shorter.
-        """
-        return _read_at(self._descriptor, offset, size)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 def _local_keys(shard: _Shard) -> UInt64Array:
@@ -563,16 +512,6 @@ def _remote_keys(shard: _Shard) -> UInt64Array:
         ) from error
 
 
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    try:
-        data = os.pread(descriptor, size, offset)
-    except OSError as error:
-        raise OSError(f"cannot be read ({error}); start again when the storage works") from error
-    if len(data) < size:
-        raise OSError(f"ends after {len(data)} of {size} bytes: the file was cut while in use; copy it again")
-    return data
-
-
 def default_cache_dir() -> Path:
     """Where remote shards are kept on a node unless the configuration names another folder."""
     return Path(tempfile.gettempdir()) / f"jitscale-shards-{getpass.getuser()}"
@@ -585,6 +524,33 @@ def _most_open_shards() -> int:
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(16, (limit - 256) // 2))
+
+
+def _local_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[_Shard], list[Manifest]]:
+    """Checked shards, and the manifests that vouch for them; where there is no index to trust, tars are scanned."""
+    paths, found = find_shards(pattern)
+    manifests = list(found.values())
+    _check_manifests(pattern, manifests, num_classes, image_size)
+    records = {folder / record.name: record for folder, manifest in found.items() for record in manifest.shards}
+    unindexed = {path for path in paths if path not in records or not index_path(path).exists()}
+    if unindexed:
+        logger.info("%s: %d of %d shards have no index; scanning their headers", pattern, len(unindexed), len(paths))
+    names = manifests[0].class_names if manifests else None
+    return [_check_shard(path, records.get(path), path in unindexed, num_classes, names) for path in paths], manifests
+
+
+def _remote_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[_Shard], list[Manifest]]:
+    """Shards as their manifest describes them; their content is checked when it is fetched."""
+    folder, names = find_remote_shards(pattern)
+    manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
+    _check_manifests(pattern, [manifest], num_classes, image_size)
+    records = {record.name: record for record in manifest.shards}
+    unknown = [name for name in names or [] if name not in records]
+    if unknown:
+        raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
+    chosen = manifest.shards if names is None else [records[name] for name in names]
+    shards = [_Shard(one.name, f"{folder}/{one.name}", one.samples, one.bytes, one.sha256, None) for one in chosen]
+    return shards, [manifest]
 
 
 def _check_manifests(pattern: str, manifests: list[Manifest], num_classes: int, image_size: int | None) -> None:
@@ -624,7 +590,9 @@ def _check_shard(
     size = path.stat().st_size
     if record is not None and size != record.bytes:
         raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
-    index = index_tar(path, with_labels=num_classes > 0, class_names=class_names) if scan else map_index(path)
+    index = (
+        index_tar(path, with_labels=num_classes > 0, class_names=class_names) if scan else map_index(index_path(path))
+    )
     if len(index) == 0 and record is None:
         raise DataError(f"{path}: holds no samples; remove it or write it again")
     _check_index(str(path), index, len(index) if record is None else record.samples, size, num_classes)

@@ -5,7 +5,6 @@ and every tar an index beside it, the folder a manifest. The tars themselves are
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,14 +21,15 @@ from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.tar_index import (
-    INDEX,
     LARGEST_LABEL,
     NO_LABEL,
     Defect,
     IndexArray,
+    OffsetReader,
     TarSample,
     class_number,
     count_classes,
+    index_of,
     key_hashes,
     survey_tar,
     write_index,
@@ -266,7 +266,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     """One shard, in any process; what is wrong with it is a defect."""
     tar = survey_tar(path)
     defects = list(tar.defects)
-    index = np.empty(len(tar.samples), INDEX)
+    labels: list[int] = []
     names: dict[str, int] = {}
     for row, sample in enumerate(tar.samples):
         label = NO_LABEL if sample.label is None else class_number(sample.label, {})
@@ -276,7 +276,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             label = _REFUSED
         elif label is None:
             label = _FIRST_NAME - names.setdefault(sample.label or "", len(names))
-        index[row] = (sample.offset, sample.size, label, sample.extension.encode())
+        labels.append(label)
     sha256, size, undecodable = None, 0, 0
     image_sizes: set[tuple[int, int]] = set()
     try:
@@ -287,7 +287,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     except OSError as error:
         if tar.complete:  # otherwise the scan has said it
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    keys = key_hashes(tar.samples)
+    index, keys = index_of(tar.samples, labels), key_hashes(tar.samples)
     return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
 
 
@@ -310,26 +310,26 @@ def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, i
     """The sizes of the images as far as they matter, and how many images have no readable header."""
     sizes: set[tuple[int, int]] = set()
     undecodable = 0
-    with path.open("rb") as file:
-        for sample in samples:
-            try:
-                size = _image_size(file.fileno(), sample)
-            except ImageError:
-                undecodable += 1
-            else:
-                if len(sizes) < 2:
-                    sizes.add(size)
+    file = OffsetReader(path)
+    for sample in samples:
+        try:
+            size = _image_size(file, sample)
+        except ImageError:
+            undecodable += 1
+        else:
+            if len(sizes) < 2:
+                sizes.add(size)
     return sizes, undecodable
 
 
-def _image_size(descriptor: int, sample: TarSample) -> tuple[int, int]:
-    head = os.pread(descriptor, min(sample.size, _HEAD), sample.offset)
+def _image_size(file: OffsetReader, sample: TarSample) -> tuple[int, int]:
+    head = file.read(sample.offset, min(sample.size, _HEAD))
     try:
         return dimensions(head, sample.extension)
     except ImageError:
         if len(head) == sample.size:
             raise
-        return dimensions(os.pread(descriptor, sample.size, sample.offset), sample.extension)
+        return dimensions(file.read(sample.offset, sample.size), sample.extension)
 
 
 def _kinds(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.survey import by_place, in_processes
 from jitscale.data.tar_index import (
-    INDEX,
     NO_LABEL,
     Defect,
     IndexArray,
+    OffsetReader,
     TarSample,
     class_number,
+    index_of,
     index_path,
     key_hashes,
     keys_path,
@@ -147,7 +147,7 @@ def _check(task: _Task) -> _Checked:
 def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
     """What the index should be, and the samples whose label is wrong."""
     numbers = {name: number for number, name in enumerate(task.class_names or [])}
-    index = np.empty(len(samples), INDEX)
+    labels: list[int] = []
     wrong: dict[int, Defect] = {}
     for row, sample in enumerate(samples):
         label = None if sample.label is None else class_number(sample.label, numbers)
@@ -155,8 +155,8 @@ def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dic
             found = "no label" if sample.label is None else f"label {sample.label!r}"
             what = f"sample {row} has {found}, needs one in 0..{task.num_classes - 1}; write the shard again"
             wrong[row] = Defect(task.path, sample.offset, what)
-        index[row] = (sample.offset, sample.size, NO_LABEL if label is None else label, sample.extension.encode())
-    return index, wrong
+        labels.append(NO_LABEL if label is None else label)
+    return index_of(samples, labels), wrong
 
 
 def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64Array) -> Iterator[Defect]:
@@ -169,7 +169,7 @@ def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64
         yield Defect(path, None, f"has no index beside it; {_REBUILD}")
         return
     try:
-        index = map_index(path)
+        index = map_index(beside)
     except DataError as error:
         yield Defect(path, None, f"has an index that {str(error).removeprefix(f'{beside}: ')}")
         return
@@ -211,17 +211,16 @@ def _entry(record: np.void) -> str:
 
 
 def _image_defects(task: _Task, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
-    with task.path.open("rb") as file:
-        for row, sample in enumerate(samples):
-            data = os.pread(file.fileno(), sample.size, sample.offset)
-            try:
-                height, width = decode(data, sample.extension).shape[:2]
-            except ImageError as error:
-                yield Defect(task.path, sample.offset, f"sample {row} {error}; {remedy}")
-                continue
-            if task.resolution is not None and (width, height) != (task.resolution, task.resolution):
-                what = (
-                    f"sample {row} is {width} x {height} pixels, the manifest says {task.resolution} a side; "
-                    f"write the shard or the manifest again"
-                )
-                yield Defect(task.path, sample.offset, what)
+    file = OffsetReader(task.path)
+    for row, sample in enumerate(samples):
+        try:
+            height, width = decode(file.read(sample.offset, sample.size), sample.extension).shape[:2]
+        except ImageError as error:
+            yield Defect(task.path, sample.offset, f"sample {row} {error}; {remedy}")
+            continue
+        if task.resolution is not None and (width, height) != (task.resolution, task.resolution):
+            what = (
+                f"sample {row} is {width} x {height} pixels, the manifest says {task.resolution} a side; "
+                f"write the shard or the manifest again"
+            )
+            yield Defect(task.path, sample.offset, what)
