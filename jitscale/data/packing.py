@@ -9,7 +9,7 @@ import stat
 import tarfile
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class ShardTask:
     sources: list[Source]
     codec: str  # one of CODECS, or ORIGINAL
     resolution: int  # pixels a side; ORIGINAL: only what counts as smaller
+    most_bad: int  # inputs that may be bad
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class PackedShard:
     record: ShardRecord
     enlarged: int  # images whose short side was smaller than the resolution
     bad: list[BadInput]  # left out
+
+
+class TooManyBadError(Exception):
+    """A shard was given up, because more of its inputs are bad than its task allows."""
+
+    def __init__(self, bad: list[BadInput]) -> None:
+        super().__init__(bad)
+        self.bad = bad
 
 
 class Images(Protocol):
@@ -98,14 +107,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 
-def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]) -> PackedShard:
+def pack_shard(task: ShardTask) -> PackedShard:
     """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
 
-    Args:
-        task: what to do.
-        on_image: called for every source with the bytes that are stored, or 0 and what is wrong.
-
     Raises:
+        TooManyBadError: more than `task.most_bad` cannot be used.
         OSError: the shard cannot be written.
         DataError: images cannot be read for a reason that lies in this process.
     """
@@ -125,14 +131,14 @@ def pack_shard(task: ShardTask, on_image: Callable[[int, BadInput | None], None]
                     extension, data = encode(center_crop(image, task.resolution), task.codec)
             except ImageError as error:
                 bad.append(BadInput(source.place, str(error)))
-                on_image(0, bad[-1])
+                if len(bad) > task.most_bad:
+                    raise TooManyBadError(bad) from error
                 continue
             enlarged += min(image.shape[:2]) < task.resolution
             sample: Sample = {"__key__": f"{number:09d}", extension: data}
             if source.label != NO_LABEL:
                 sample["cls"] = str(source.label)
             yield sample
-            on_image(len(data), None)
 
     return PackedShard(write_shard(task.path, samples()), enlarged, bad)
 

@@ -18,21 +18,25 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any
 
 import numpy as np
 
 from jitscale.data.images import CODECS, MOST_PIXELS
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
-from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, pack_shard, shard_name
+from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, TooManyBadError, pack_shard, shard_name
 from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
@@ -52,8 +56,9 @@ _OPTIONS = {
     "seed": "--seed",
     "class_names": "--class-names",
 }
-_REPORT_IMAGES, _REPORT_SECONDS = 32, 0.5  # whichever comes first
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP_SECONDS = 10.0  # one image is finished within
+_SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
 _REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
 _NPY_HEADER = 128  # bytes
@@ -156,7 +161,7 @@ class PackingJob:
             shards: for example `shards_of` this task's part.
             workers: processes; no more than needed are started.
             most_bad: inputs of the whole job that may be bad; counted are all shards that are written.
-            on_progress: called every few images.
+            on_progress: called for every shard.
 
         Raises:
             DataError: more inputs are bad, or a shard cannot be written. What is finished stays.
@@ -164,19 +169,21 @@ class PackingJob:
         """
         missing = self.missing(shards)
         self._check_bad([], most_bad)
-        running: dict[int, list[BadInput]] = {}  # what is bad in shards that are not finished
-        with closing(_packed(map(self._task, missing), min(workers, len(missing)))) as messages:
-            for message in messages:
-                if isinstance(message, _Progress):
-                    running.setdefault(_number_of(message.shard), []).extend(message.bad)
-                    on_progress(message.images, message.bytes)
-                else:
-                    self._note(message)
+        if not missing:
+            return
+        tasks = (self._task(shard, most_bad - self._num_bad) for shard in missing)
+        try:
+            with closing(_packed(tasks, min(workers, len(missing)), self.folder)) as finished_shards:
+                for packed in finished_shards:
+                    self._note(packed)
+                    stored = map_index(index_path(self.folder / packed.record.name))["size"]
+                    on_progress(packed.record.samples + len(packed.bad), int(stored.sum()))
                     if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
                         self.refresh()
-                for shard in running.keys() & self._packed.keys():
-                    del running[shard]
-                self._check_bad([bad for found in running.values() for bad in found], most_bad)
+                    self._check_bad([], most_bad)
+        except TooManyBadError as error:
+            self._check_bad(error.bad, most_bad)
+            raise
 
     def finish(self, most_bad: int) -> Manifest | None:
         """Write the manifest if all shards are there; None if other tasks still have to write some.
@@ -244,7 +251,7 @@ class PackingJob:
                 continue
         return int(np.mean(sizes)) if sizes else 0
 
-    def _task(self, shard: int) -> ShardTask:
+    def _task(self, shard: int, most_bad: int) -> ShardTask:
         numbers = self._slice(shard).tolist()
         return ShardTask(
             self.folder / shard_name(shard),
@@ -253,6 +260,7 @@ class PackingJob:
             [self.inputs[number] for number in numbers],
             self.options.codec,
             self.options.resolution,
+            most_bad,
         )
 
     def _slice(self, shard: int) -> Int64Array:
@@ -439,160 +447,128 @@ def _read_record(path: Path) -> PackedShard | None:
 # Worker processes
 
 
-@dataclass(frozen=True)
-class _Progress:
-    shard: str
-    images: int
-    bytes: int
-    bad: list[BadInput]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-
-
-class _StopError(Exception):
-    """The main process wants no more."""
-
-
-def _packed(tasks: Iterator[ShardTask], workers: int) -> Generator[_Progress | PackedShard, None, None]:
-    """What `workers` processes report about `tasks`. They end with this generator.
-
-    Each has a pipe of its own, so that none can die with a lock that others need. Closing the pipe is how a worker is
-    told to stop, and how it notices that this process was killed.
+def _packed(tasks: Iterator[ShardTask], workers: int, folder: Path) -> Generator[PackedShard, None, None]:
+    """The shards of `tasks` as `workers` processes finish them. The processes end with this generator.
 
     Raises:
+        TooManyBadError: a shard has more bad inputs than its task allows.
         DataError: a shard cannot be written.
         UserError: a worker died.
     """
-    context = multiprocessing.get_context("spawn")
-    team: dict[Connection, tuple[BaseProcess, str]] = {}
+    others = set(multiprocessing.active_children())
+    team: set[BaseProcess] = set()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+    def submit(count: int) -> set[Future[PackedShard]]:
+        with _signals_blocked():  # this may start processes, which inherit that
+            futures = {pool.submit(_pack, task) for task in islice(tasks, count)}
+            team.update(set(multiprocessing.active_children()) - others)
+        return futures
+
     try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
-            with _signals_ignored():
-                process.start()
-            theirs.close()
-            team[ours] = (process, "")
-            _give(ours, tasks, team)
-        while team:
-            for connection in cast("list[Connection]", wait(list(team))):
-                process, shard = team[connection]
-                try:
-                    message = connection.recv()
-                except (EOFError, OSError) as error:
-                    raise _death(process, shard, workers) from error
-                if isinstance(message, _Failure):
-                    raise DataError(message.message)
-                if isinstance(message, PackedShard):
-                    _give(connection, tasks, team)
-                yield message
+        running = submit(2 * workers)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= submit(len(done))
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        _stop(team)
+        raise _death(team, folder) from error
+    except BaseException:
+        _stop(team)
+        raise
     finally:
-        for connection in team:
-            connection.close()
-        deadline = time.monotonic() + _STOP_SECONDS
-        for process, _ in team.values():
-            process.join(max(deadline - time.monotonic(), 0.0))
-            if process.is_alive():
-                process.kill()
-                process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _give(connection: Connection, tasks: Iterator[ShardTask], team: dict[Connection, tuple[BaseProcess, str]]) -> None:
-    """Send the next task, or let the worker go if there is none."""
-    process, shard = team[connection]
-    task = next(tasks, None)
-    try:
-        connection.send(task)
-    except OSError as error:
-        raise _death(process, shard, len(team)) from error
-    if task is not None:
-        team[connection] = (process, task.path.name)
-        return
-    process.join()
-    connection.close()
-    del team[connection]
+def _stop(team: Iterable[BaseProcess]) -> None:
+    for process in team:
+        process.terminate()
+    for process in team:
+        process.join(_STOP_SECONDS)
+        process.kill()
 
 
-def _death(process: BaseProcess, shard: str, workers: int) -> UserError:
-    process.join(_STOP_SECONDS)
+def _death(team: set[BaseProcess], folder: Path) -> UserError:
+    dead = next((process for process in team if process.exitcode), None)
+    if dead is None:
+        time.sleep(_SIGNAL_SECONDS)  # all were asked to stop, and so is this process: its own signal may come later
+    process = dead or min(team, key=lambda one: one.pid or 0)
     code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     why = " (often: too little memory)" if -code == signal.SIGKILL else ""
+    left = next(folder.glob(f".shard-*.{process.pid}.partial"), None)  # see `atomic_write`
+    shard = "nothing yet" if left is None else shard_name(_number_of(left.name.removeprefix(".").partition(".")[0]))
     return UserError(
-        f"worker process {process.pid}: {how}{why} while it wrote {shard or 'nothing yet'}; all finished shards stay: "
-        f"give the same command again to go on, maybe with fewer --workers than {workers}"
+        f"worker process {process.pid}: {how}{why} while it wrote {shard}; all finished shards stay: give the same "
+        f"command again to go on, maybe with fewer --workers than {len(team)}"
     )
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Processes that start here ignore what asks the whole group to stop; they end with their pipe."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_blocked() -> Iterator[None]:
+    """Signals that ask the whole group to stop wait; in processes that start here too, until they handle them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection) -> None:
-    """What a worker process does: tasks in, progress and packed shards out, until the pipe is closed."""
+class _StopError(BaseException):
+    """This worker is to end."""
+
+
+def _start_worker() -> None:
+    """End on SIGTERM, which the main process sends, and with the main process, however that ends."""
     warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
-    try:
-        while (task := connection.recv()) is not None:
-            connection.send(_outcome(task, _Reporter(connection, task.path.name)))
-    except (_StopError, EOFError, OSError):  # OSError: of the pipe; those of files are an outcome
-        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _outcome(task: ShardTask, report: _Reporter) -> PackedShard | _Failure:
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(0)
+
+
+def _leave_shard(number: int, frame: FrameType | None) -> None:
+    raise _StopError
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def _pack(task: ShardTask) -> PackedShard:
+    """Write one shard and its commit record, in a worker process.
+
+    Raises:
+        TooManyBadError: see `pack_shard`.
+        DataError: it cannot be written.
+    """
+    signal.signal(signal.SIGTERM, _leave_shard)
     try:
-        packed = pack_shard(task, report)
-        report.send()
+        packed = pack_shard(task)
         _write_record(packed, task.path.parent / _FOLDER)
-    except DataError as error:
-        return _Failure(str(error))
-    except MemoryError:
-        return _Failure(f"{task.path}: too little memory to write it; give the same command with fewer --workers")
+    except _StopError:
+        os._exit(0)
+    except MemoryError as error:
+        raise DataError(
+            f"{task.path}: too little memory to write it; give the same command with fewer --workers"
+        ) from error
     except OSError as error:
-        return _Failure(
+        raise DataError(
             f"{task.path}: cannot be written ({error.strerror}); all finished shards stay: make room or mend the "
             "storage, and give the same command again"
-        )
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, _leave)
     return packed
-
-
-class _Reporter:
-    """Tells the main process how far a shard is, a few times a second, and notices that it wants no more."""
-
-    def __init__(self, connection: Connection, shard: str) -> None:
-        self._connection, self._shard = connection, shard
-        self._clear()
-
-    def __call__(self, stored: int, bad: BadInput | None) -> None:
-        self._images += 1
-        self._bytes += stored
-        if bad is not None:
-            self._bad.append(bad)
-        if self._images == _REPORT_IMAGES or time.monotonic() - self._sent > _REPORT_SECONDS:
-            self.send()
-
-    def send(self) -> None:
-        try:
-            if self._connection.poll():  # no task comes before the last one is done: it is the end of the pipe
-                raise _StopError
-            self._connection.send(_Progress(self._shard, self._images, self._bytes, self._bad))
-        except OSError as error:
-            raise _StopError from error
-        self._clear()
-
-    def _clear(self) -> None:
-        self._images = self._bytes = 0
-        self._bad: list[BadInput] = []
-        self._sent = time.monotonic()
 
 
 def _in_units(size: int, unit: int) -> int:
