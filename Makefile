@@ -28,7 +28,7 @@ test-cluster: $(INSTALLED)
 test-wandb: $(INSTALLED)
 	test -x .venv-wandb-server/bin/openwandb || $(PYTHON) -m venv .venv-wandb-server
 	.venv-wandb-server/bin/python -m pip install --quiet openwandb==0.5.25
-	$(RUN) -m pytest -m wandb tests/unit/test_tracking_online.py
+	$(RUN) -m pytest -m wandb tests/test_tracking_online.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

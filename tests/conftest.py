@@ -10,7 +10,7 @@ import pytest
 # Before torch is imported: sums must not depend on how many threads shared them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-ON_A_GPU = Path(__file__).parent / "unit/test_execution.py"  # has tests that need one, where there is one
+ON_A_GPU = Path(__file__).parent / "model/test_execution.py"  # has tests that need one, where there is one
 
 
 def pytest_configure(config: pytest.Config) -> None:

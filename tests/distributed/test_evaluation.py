@@ -16,10 +16,10 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.packing import write_shards
 from jitscale.files import exclusive
-from tests.distributed.forking import ROOT
-from tests.distributed.processes import run_ranks, start_ranks
+from tests.support.forking import ROOT
+from tests.support.processes import run_ranks, start_ranks
 
-CHECKPOINT = ROOT / "tests/data/jit_tiny_heun.checkpoint-last.pth"
+CHECKPOINT = ROOT / "tests/files/jit_tiny_heun.checkpoint-last.pth"
 CONFIG = """
 model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 3, num_heads: 2, bottleneck_dim: 8, in_context_len: 4,
   in_context_start: 1, num_classes: 10}
@@ -305,7 +305,7 @@ from jitscale import parallel
 from jitscale.config import load_config
 from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.checkpoints.opening import read_weights
-from tests.distributed.processes import leave_after
+from tests.support.processes import leave_after
 
 def main():
     world = parallel.start(torch.device("cpu"))
@@ -333,7 +333,7 @@ def test_ranks_share_a_picture_of_samples(evaluation: Evaluation, tmp_path: Path
 
 
 def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Evaluation) -> None:
-    """On two ranks; the other refusals are in tests/unit/test_measuring.py."""
+    """On two ranks; the other refusals are in tests/evaluation/test_measuring.py."""
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", "data.batch_size=8"),
         *(
@@ -444,8 +444,8 @@ def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any])
     assert set(found["random"]) <= set(range(10))
     assert not np.array_equal(found["random"], np.arange(72) % 10)
     assert not np.array_equal(found["random"], found["data"])
-    command = evaluation.command("lacking", "evaluation.labels=data", "evaluation.reference=tests/data/no.npz")
-    assert "tests/data/no.npz: no statistics" in run_ranks(1, *command, expect=2)
+    command = evaluation.command("lacking", "evaluation.labels=data", "evaluation.reference=tests/files/no.npz")
+    assert "tests/files/no.npz: no statistics" in run_ranks(1, *command, expect=2)
 
 
 def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:

@@ -27,8 +27,8 @@ from jitscale.errors import UserError
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
-from tests.distributed.forking import PYTHONPATH, ROOT
-from tests.distributed.processes import group_ended
+from tests.support.forking import PYTHONPATH, ROOT
+from tests.support.processes import group_ended
 from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")

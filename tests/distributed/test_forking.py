@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.forking import ROOT, Process
+from tests.support.forking import ROOT, Process
 
 SAY = "import os, sys; print(__name__, sys.argv[1:], os.getcwd(), sorted(os.environ), os.environ['WORD'])"
 PROGRAMS = {

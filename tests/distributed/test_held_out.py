@@ -13,9 +13,9 @@ import pytest
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_held_out, read_metrics
-from tests.distributed.forking import Process
-from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
+from tests.support.forking import Process
+from tests.support.processes import run_ranks, start_ranks
 
 EVERY = 4 * BATCH  # as often as a checkpoint
 # 20 samples are four blocks, which three ranks share unevenly, and the last one is not full.

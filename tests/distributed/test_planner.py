@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jitscale.planner.memory import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
-from tests.distributed.processes import PROGRAMS, run_ranks
 from tests.distributed.programs.planner_memory import DECAYS, MODEL, SETTINGS
+from tests.support.processes import PROGRAMS, run_ranks
 
 ALONE = ("2-autocast", "3-autocast")  # measured at 1 and 3 ranks too
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jitscale.errors import ExitCode
-from tests.distributed.forking import ROOT, Process
-from tests.distributed.processes import rank_environments, run_ranks
+from tests.support.forking import ROOT, Process
+from tests.support.processes import rank_environments, run_ranks
 
 
 def command(tmp_path: Path) -> list[str]:

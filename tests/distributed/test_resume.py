@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.processes import PROGRAMS, run_ranks
 from tests.distributed.programs.resume_matrix import END, SAVED_AT
 from tests.distributed.programs.zero_parity import STAGES
+from tests.support.processes import PROGRAMS, run_ranks
 
 PLACES = {ranks: [f"{ranks}-{stage}" for stage in STAGES] for ranks in (1, 2, 3)}
 USUAL = [*PLACES[1], *PLACES[3]]

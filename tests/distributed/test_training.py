@@ -22,8 +22,8 @@ from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.distributed.forking import ROOT, Process
-from tests.distributed.processes import run_ranks, start_ranks
+from tests.support.forking import ROOT, Process
+from tests.support.processes import run_ranks, start_ranks
 
 STEPS, BATCH = 24, 12
 CONFIG = f"""

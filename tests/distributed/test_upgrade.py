@@ -17,8 +17,8 @@ from jitscale.completion import is_complete
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, same_state
+from tests.support.processes import run_ranks, start_ranks
 
 HALF = STEPS // 2
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0", f"run.max_steps={HALF}"]

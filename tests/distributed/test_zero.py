@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.processes import PROGRAMS, run_ranks
 from tests.distributed.programs.zero_parity import ROUNDED_STEPS, STAGES, STEPS
+from tests.support.processes import PROGRAMS, run_ranks
 
 KINDS = {1: ["fp32"], 2: ["fp32", "autocast", "bf16", "poisoned"], 3: ["fp32"]}  # by number of ranks
 

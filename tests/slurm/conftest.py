@@ -16,8 +16,8 @@ import pytest
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.distributed.processes import run_ranks
 from tests.slurm.cluster import SlurmCluster
+from tests.support.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SAVE_EVERY = 60, 12, 5

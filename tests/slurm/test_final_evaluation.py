@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import run_ranks
 from tests.slurm.conftest import BATCH, Runs
+from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.cluster
 

@@ -17,7 +17,7 @@ from jitscale import parallel
 from jitscale.config import Config, EngineConfig, ModelConfig
 from jitscale.model.jit import JiT
 from jitscale.training.engine import ZeroEngine
-from tests.distributed.processes import leave_after
+from tests.support.processes import leave_after
 
 STEPS, BATCH = 4, 3
 # Padded, compiled, every k-th block recomputed.

@@ -15,7 +15,7 @@ from jitscale.checkpoints.format import latest_checkpoint
 from jitscale.config import load_config
 from jitscale.data.shards import open_configured
 from jitscale.training.trainer import Trainer
-from tests.distributed.processes import leave_after
+from tests.support.processes import leave_after
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from jitscale.model.jit import JiT
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.muon import Muon, Piece
 from jitscale.training.optim import build_optimizer
-from tests.distributed.processes import leave_after
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, MODEL, batch, loss_of
+from tests.support.processes import leave_after
 
 STEPS, SAVED_AT, LR, CLIP = 8, 4, 3e-3, 0.5
 

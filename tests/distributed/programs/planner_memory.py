@@ -14,7 +14,7 @@ import torch
 from benchmarks.memory import MICRO_BATCHES, state_bytes
 from jitscale import parallel
 from jitscale.config import Config, EmaConfig, EngineConfig, ModelConfig
-from tests.distributed.processes import leave_after
+from tests.support.processes import leave_after
 
 DECAYS = [0.9, 0.99]
 MODEL = ModelConfig(

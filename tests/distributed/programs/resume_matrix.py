@@ -18,8 +18,8 @@ from jitscale.checkpoints.format import Checkpoint, Progress, load_fragments
 from jitscale.checkpoints.saving import write_folder
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
-from tests.distributed.processes import leave_after
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, STAGES, build, largest_difference, train_step
+from tests.support.processes import leave_after
 
 SAVED_AT, END = 4, 7  # in steps; the first one is skipped, so that optimizer steps are fewer
 

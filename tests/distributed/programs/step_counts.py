@@ -19,8 +19,8 @@ from benchmarks.step import host_waits
 from jitscale import parallel
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
-from tests.distributed.processes import leave_after
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, LR, STAGES, batch, build, loss_of
+from tests.support.processes import leave_after
 
 WAYS = [
     (stage, precision)

@@ -28,7 +28,7 @@ from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
-from tests.distributed.processes import leave_after
+from tests.support.processes import leave_after
 
 STAGES = (0, 1, 2, 3)
 STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 20, 2  # in fp32, in bf16 arithmetic, with a NaN in the first one

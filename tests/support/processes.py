@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.distributed.forking import PYTHONPATH, Process
+from tests.support.forking import PYTHONPATH, Process
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parents[1] / "distributed/programs"
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:

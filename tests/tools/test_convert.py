@@ -19,7 +19,7 @@ from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.errors import CheckpointError, UserError
 from tools.convert_checkpoint import main
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "files"
 STEPS = 5
 
 

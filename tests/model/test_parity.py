@@ -1,4 +1,4 @@
-"""Agreement with numbers that the authors' code computed (tests/data/README.md)."""
+"""Agreement with numbers that the authors' code computed (tests/files/README.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 from jitscale.training.optim import build_optimizer
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "files"
 ROOT = Path(__file__).parents[2]
 
 

@@ -4,7 +4,7 @@ Those imports take a processor nine seconds, and the tests start several hundred
 each rank is a fork of it: a process of its own, with its own environment, output, signals and exit code, that runs the
 command as the interpreter would.
 
-    python -m tests.distributed.forking SOCKET   (started by `Process`, once for each process of pytest)
+    python -m tests.support.forking SOCKET   (started by `Process`, once for each process of pytest)
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.forking", str(theirs.fileno())],
+        [sys.executable, "-m", "tests.support.forking", str(theirs.fileno())],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         pass_fds=[theirs.fileno()],

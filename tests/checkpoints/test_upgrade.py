@@ -22,7 +22,7 @@ from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.model.jit import JiT
 from tools.upgrade_resolution import main
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "files"
 OLD = ModelConfig(
     image_size=16,
     patch_size=4,

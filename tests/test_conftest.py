@@ -11,8 +11,8 @@ import pytest
 
 from tests import conftest
 
-ROOT = Path(__file__).parents[2]
-FILE = "tests/unit/test_execution.py"
+ROOT = Path(__file__).parents[1]
+FILE = "tests/model/test_execution.py"
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ FILE = "tests/unit/test_execution.py"
         ([str(ROOT / FILE)], True),
         ([f"{FILE}::test_kernels_agree_on_a_gpu", f"{FILE}::test_cuda_graphs_change_nothing"], True),
         (["tests"], False),
-        (["tests/unit"], False),
-        ([FILE, "tests/unit/test_ema.py"], False),
+        (["tests/model"], False),
+        ([FILE, "tests/training/test_ema.py"], False),
         ([], False),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SERVER = ROOT / ".venv-wandb-server/bin/openwandb"
 KEY = "local" + "0" * 40  # the one that the server's first user has
 

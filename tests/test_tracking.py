@@ -25,7 +25,7 @@ from jitscale.errors import ConfigError
 from jitscale.model.flops import peak_tflops
 from jitscale.tracking import Tracker, check_wandb, read_held_out, read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 KEY = "0" * 40
 
 

@@ -39,7 +39,7 @@ from jitscale.data.survey import Survey, in_processes, survey
 from jitscale.data.tar_index import index_tar, scan_tar, write_index
 from jitscale.data.verification import verify
 from jitscale.errors import DataError
-from tests.unit.test_shards import all_samples, number_of, numbered, png, tar
+from tests.data.test_shards import all_samples, number_of, numbered, png, tar
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["cat", "dog", "bee"]

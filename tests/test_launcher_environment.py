@@ -13,7 +13,7 @@ from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_mess
 from jitscale.launch.slurm import SlurmJob, check_commands
 from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of, positive_setting
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TASK = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",

@@ -33,7 +33,7 @@ from jitscale.data.sources import Inputs, find_inputs
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
 from jitscale.keyed_random import Purpose, permutation
-from tests.distributed.processes import group_ended
+from tests.support.processes import group_ended
 
 ROOT = Path(__file__).parents[2]
 RESOLUTION = 16

@@ -11,7 +11,7 @@ from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
 from jitscale.progressive import run_dirs, stages_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def configured(*overrides: str) -> Config:
