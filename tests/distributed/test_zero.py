@@ -1,4 +1,7 @@
-"""ZeRO stages 0 to 3 with one, two and three ranks against plain torch: the same global batches, 50 steps."""
+"""ZeRO stages 0 to 3 with one, two and three ranks against plain torch: the same global batches, 50 steps.
+
+`make test` runs every stage on two ranks, and one stage on one and on three ranks; `make test-slow` runs the rest.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,57 @@ import pytest
 
 from tests.distributed.programs.zero_parity import ROUNDED_STEPS, STAGES, STEPS
 from tests.support.processes import PROGRAMS, run_ranks
+from tests.support.slow import slow_unless
 
-KINDS = {1: ["fp32"], 2: ["fp32", "autocast", "bf16", "poisoned"], 3: ["fp32"]}  # by number of ranks
+# What ranks train in one start, as `STAGE KIND`, by number of ranks.
+USUAL = {
+    1: ["1 fp32"],
+    2: [
+        *(f"{stage} fp32" for stage in STAGES),
+        *("1 autocast", "2 bf16", "3 autocast", "3 bf16"),
+        *(f"{stage} poisoned" for stage in STAGES),
+    ],
+    3: ["3 fp32"],
+}
+SLOW = {
+    1: ["0 fp32", "2 fp32", "3 fp32"],
+    2: ["1 bf16", "2 autocast"],
+    3: ["0 fp32", "1 fp32", "2 fp32"],
+}
 
 in_every_stage = pytest.mark.parametrize("stage", STAGES)
-on_every_world = pytest.mark.parametrize("ranks", list(KINDS))
+in_every_stage_on_every_world = pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [slow_unless(f"{stage} fp32" in USUAL[ranks], stage, ranks) for ranks in USUAL for stage in STAGES],
+)
+
+
+class Results:
+    """What came out of the trainings: each start happens when a test first asks for one of its trainings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: dict[int, dict[str, Any]] = {ranks: {} for ranks in USUAL}
+
+    def of(self, ranks: int, training: str) -> dict[str, Any]:
+        if training not in self.done[ranks]:
+            (trainings,) = (plan[ranks] for plan in (USUAL, SLOW) if training in plan[ranks])
+            path = self.folder / f"{ranks}.json"
+            run_ranks(ranks, str(PROGRAMS / "zero_parity.py"), str(path), *trainings)
+            self.done[ranks] |= json.loads(path.read_text())
+        return self.done[ranks][training]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("zero")
-    for ranks, kinds in KINDS.items():
-        run_ranks(ranks, str(PROGRAMS / "zero_parity.py"), str(folder / f"{ranks}.json"), *kinds)
-    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in KINDS}
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("zero"))
 
 
-@on_every_world
-@in_every_stage
-def test_every_stage_on_every_world_is_plain_torch(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
+@in_every_stage_on_every_world
+def test_every_stage_on_every_world_is_plain_torch(results: Results, stage: int, ranks: int) -> None:
     """With gradient accumulation and clipping."""
-    run, plain = results[ranks][f"{stage} fp32"], results[ranks]["plain"]
+    run = results.of(ranks, f"{stage} fp32")
+    plain = results.done[ranks]["plain"]
     assert len(run["losses"]) == STEPS
     assert run["losses"] == pytest.approx(plain["losses"], rel=1e-6)  # 1e-5 is asked for
     assert run["norms"] == pytest.approx(plain["norms"], rel=1e-5)
@@ -37,40 +71,44 @@ def test_every_stage_on_every_world_is_plain_torch(results: dict[int, dict[str, 
     assert run["weights_off"] < 1e-5
 
 
-@on_every_world
-@in_every_stage
-def test_averages_in_shards_are_plain_averages(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
+@in_every_stage_on_every_world
+def test_averages_in_shards_are_plain_averages(results: Results, stage: int, ranks: int) -> None:
     """Of the engine's own weights; those of plain torch have been rounded otherwise for 50 steps."""
-    run = results[ranks][f"{stage} fp32"]
+    run = results.of(ranks, f"{stage} fp32")
     assert run["own_ema_off"] == 0.0
     assert run["own_power_off"] < 2e-7, "its factor is computed in two ways"
     assert run["ema_off"] < 1e-5
     assert run["power_off"] < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["autocast", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_arithmetic_stays_near_fp32(results: dict[int, dict[str, Any]], stage: int, precision: str) -> None:
-    run, exact = results[2][f"{stage} {precision}"], results[2]["plain"]["losses"][:ROUNDED_STEPS]
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        slow_unless(f"{stage} {precision}" in USUAL[2], stage, precision)
+        for stage in (1, 2, 3)
+        for precision in ("autocast", "bf16")
+    ],
+)
+def test_bf16_arithmetic_stays_near_fp32(results: Results, stage: int, precision: str) -> None:
+    run = results.of(2, f"{stage} {precision}")
+    exact = results.done[2]["plain"]["losses"][:ROUNDED_STEPS]
     assert run["losses"] == pytest.approx(exact, rel=0.03)
     assert run["losses"] != pytest.approx(exact, rel=1e-6), "bf16 must have been used"
     assert run["own_ema_off"] == 0.0
     assert run["tables"] == ["torch.float32", "torch.float32"], "position tables stay fp32"
 
 
-@on_every_world
-@in_every_stage
-def test_each_master_element_has_one_owner(results: dict[int, dict[str, Any]], stage: int, ranks: int) -> None:
-    owned = results[ranks][f"{stage} fp32"]["owned"]
-    assert sum(owned) == results[ranks]["parameters"]
-    assert max(owned) - min(owned) <= 0.01 * results[ranks]["parameters"]
+@in_every_stage_on_every_world
+def test_each_master_element_has_one_owner(results: Results, stage: int, ranks: int) -> None:
+    owned = results.of(ranks, f"{stage} fp32")["owned"]
+    parameters = results.done[ranks]["parameters"]
+    assert sum(owned) == parameters
+    assert max(owned) - min(owned) <= 0.01 * parameters
 
 
 @in_every_stage
-def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(
-    results: dict[int, dict[str, Any]], stage: int
-) -> None:
-    run = results[2][f"{stage} poisoned"]
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(results: Results, stage: int) -> None:
+    run = results.of(2, f"{stage} poisoned")
     assert run["applied"] == [False, True]
     assert run["finite"]
 

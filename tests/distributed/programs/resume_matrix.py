@@ -1,7 +1,7 @@
-"""Save in every ZeRO stage and train on, or load what all worlds saved, in every stage, and train on from there.
+"""Save in every ZeRO stage and train on, or load what other worlds saved, and train on from there.
 
 Usage: resume_matrix.py save FOLDER
-       resume_matrix.py load FOLDER RANKS-STAGE ...    the sources
+       resume_matrix.py load FOLDER 'SOURCE to PLACE' ...    both as RANKS-STAGE; a PLACE has the ranks of this start
 """
 
 from __future__ import annotations
@@ -87,15 +87,20 @@ def save(folder: Path, world: parallel.World) -> dict[str, Any]:
     return results
 
 
-def load(folder: Path, world: parallel.World, sources: list[str]) -> dict[str, Any]:
-    """One engine a stage loads all sources in turn: fresh before the first, trained further before each other one."""
+def load(folder: Path, world: parallel.World, resumes: list[str]) -> dict[str, Any]:
+    """One engine a stage loads its sources in turn: fresh before the first, trained further before each other one."""
+    into: dict[int, list[str]] = {stage: [] for stage in STAGES}
+    for resume in resumes:
+        source, place = resume.split(" to ")
+        into[int(place.removeprefix(f"{world.size}-"))].append(source)
+    sources = sorted({source for chosen in into.values() for source in chosen})
     saved = {source: Checkpoint(folder / source) for source in sources}
     states = {source: state_of(checkpoint) for source, checkpoint in saved.items()}
     ends = {source: state_of(Checkpoint(folder / f"{source}-end")) for source in sources}
     results = {}
     for stage in STAGES:
         run = Run(stage, world)
-        for source in sources[stage:] + sources[:stage]:  # each stage begins with another one
+        for source in into[stage][stage:] + into[stage][:stage]:  # each stage begins with another one
             run.load(saved[source])
             loaded_otherwise, steps = differing(states[source], run.state()), run.engine.optimizer_step()
             losses, state = run.train(SAVED_AT, END), run.state()

@@ -1,6 +1,6 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json KIND ..., where KIND is fp32, autocast, bf16 or poisoned (fp32 with a NaN).
+Usage: zero_parity.py RESULT.json 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (fp32 with a NaN).
 """
 
 from __future__ import annotations
@@ -168,10 +168,9 @@ def main() -> None:
     plain = train_plain()
     results: dict[str, Any] = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
     results["parameters"] = sum(w.numel() for w in plain["weights"].values())
-    for kind in sys.argv[2:]:
-        for stage in STAGES:
-            if stage > 0 or kind in ("fp32", "poisoned"):
-                results[f"{stage} {kind}"] = train_engine(stage, kind, world, plain)
+    for training in sys.argv[2:]:
+        stage, kind = training.split()
+        results[training] = train_engine(int(stage), kind, world, plain)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))
     parallel.stop()
