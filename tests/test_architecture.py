@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
     {"errors", "files", "keyed_random", "launcher_environment", "versions"},

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests import conftest
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILE = "tests/model/test_execution.py"
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
 from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of, positive_setting
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 TASK = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",

@@ -10,8 +10,7 @@ from jitscale.checkpoints.upgrade import plan_upgrade
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
 from jitscale.progressive import run_dirs, stages_of
-
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 
 def configured(*overrides: str) -> Config:

@@ -24,8 +24,8 @@ from jitscale.config import Config, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.model.flops import peak_tflops
 from jitscale.tracking import Tracker, check_wandb, read_held_out, read_metrics
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 KEY = "0" * 40
 
 

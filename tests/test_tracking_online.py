@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 SERVER = ROOT / ".venv-wandb-server/bin/openwandb"
 KEY = "local" + "0" * 40  # the one that the server's first user has
 

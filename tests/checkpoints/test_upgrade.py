@@ -20,27 +20,16 @@ from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config, DiffusionConfig, ModelConfig, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.model.jit import JiT
+from tests.support import FILES
+from tests.support.tiny import MODEL
 from tools.upgrade_resolution import main
-
-DATA = Path(__file__).parents[1] / "files"
-OLD = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=32,
-    depth=2,
-    num_heads=2,
-    bottleneck_dim=8,
-    in_context_len=4,
-    in_context_start=1,
-    num_classes=10,
-)
 
 
 def settings(patch: int, *, image: int | None = None, **model: Any) -> Config:
     """The network at another patch size, with the noise scale that belongs to it."""
-    size = image or patch * OLD.image_size // OLD.patch_size
-    sizes = {**vars(OLD), "image_size": size, "patch_size": patch, **model}
-    return Config(model=ModelConfig(**sizes), diffusion=DiffusionConfig(noise_scale=size / OLD.image_size))
+    size = image or patch * MODEL.image_size // MODEL.patch_size
+    sizes = {**vars(MODEL), "image_size": size, "patch_size": patch, **model}
+    return Config(model=ModelConfig(**sizes), diffusion=DiffusionConfig(noise_scale=size / MODEL.image_size))
 
 
 def perturbed(config: Config) -> JiT:
@@ -53,8 +42,8 @@ def perturbed(config: Config) -> JiT:
 
 
 def both(new: Config, kernel: str = KERNELS[0]) -> tuple[JiT, JiT, Upgrade]:
-    old = perturbed(settings(OLD.patch_size))
-    upgrade = plan_upgrade(settings(OLD.patch_size), new, kernel)
+    old = perturbed(settings(MODEL.patch_size))
+    upgrade = plan_upgrade(settings(MODEL.patch_size), new, kernel)
     network = JiT(new.model, new.diffusion).eval()
     network.load_state_dict({name: upgrade.tensor(name, p) for name, p in old.state_dict().items()})
     return old, network, upgrade
@@ -72,8 +61,8 @@ def test_the_function_is_preserved(patch: int, kernel: str) -> None:
         found = upgrade.pool(new(z, t, y))
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    if kernel == "nearest" and patch % OLD.patch_size == 0:
-        torch.testing.assert_close(upgrade.pool(z), F.avg_pool2d(z, patch // OLD.patch_size))
+    if kernel == "nearest" and patch % MODEL.patch_size == 0:
+        torch.testing.assert_close(upgrade.pool(z), F.avg_pool2d(z, patch // MODEL.patch_size))
 
 
 def test_a_lower_resolution_is_seen_enlarged() -> None:
@@ -100,7 +89,7 @@ def test_whole_trajectories_are_preserved(method: str) -> None:
 
 @pytest.mark.parametrize("patch", [8, 16])
 def test_up_and_down_again_is_the_same_bits(patch: int) -> None:
-    low, high = settings(OLD.patch_size), settings(patch)
+    low, high = settings(MODEL.patch_size), settings(patch)
     up, down = plan_upgrade(low, high, "nearest"), plan_upgrade(high, low, "nearest")
     for name, p in perturbed(low).state_dict().items():
         assert torch.equal(down.tensor(name, up.tensor(name, p)), p), name
@@ -109,7 +98,7 @@ def test_up_and_down_again_is_the_same_bits(patch: int) -> None:
 def test_the_map_is_linear() -> None:
     """So that an average of upgraded weights is the upgraded average."""
     upgrade = plan_upgrade(settings(4), settings(8))
-    first, second = perturbed(settings(4)).state_dict(), JiT(OLD).state_dict()
+    first, second = perturbed(settings(4)).state_dict(), JiT(MODEL).state_dict()
     for name in RESIZED:
         mixed = upgrade.tensor(name, first[name].lerp(second[name], 0.3))
         separately = upgrade.tensor(name, first[name]).lerp(upgrade.tensor(name, second[name]), 0.3)
@@ -140,7 +129,7 @@ def test_more_tokens_see_the_old_positions() -> None:
     assert (upgrade.mode, upgrade.resized) == ("tokens", ())
     every_second = [8 * row + column for row in range(0, 8, 2) for column in range(0, 8, 2)]
     torch.testing.assert_close(new.pos_embed[every_second], old.pos_embed)
-    prefix = OLD.in_context_len
+    prefix = MODEL.in_context_len
     torch.testing.assert_close(new.rope[:, prefix:][:, every_second], old.rope[:, prefix:])
     z, t, y = torch.randn(1, 3, 32, 32), torch.rand(1), torch.tensor([3])
     assert new(z, t, y).shape == (1, 3, 32, 32)
@@ -229,13 +218,13 @@ def test_moments_can_be_left_out(low: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_the_authors_file_is_upgraded(tmp_path: Path) -> None:
     """And the new network agrees with the numbers that the authors' code has computed for the old one."""
-    stored = torch.load(DATA / "jit_tiny_heun.reference.pt", weights_only=True)
+    stored = torch.load(FILES / "jit_tiny_heun.reference.pt", weights_only=True)
     described, reference = stored["config"], stored["reference"]
     sizes = {key: value for key, value in described.items() if key in vars(ModelConfig())}
     low = Config(model=ModelConfig(**sizes), diffusion=DiffusionConfig(noise_scale=described["noise_scale"]))
     high = Config(model=ModelConfig(**{**sizes, "image_size": 32, "patch_size": 8}))
     high.diffusion.noise_scale = 2 * described["noise_scale"]
-    source = DATA / "jit_tiny_heun.checkpoint-last.pth"
+    source = FILES / "jit_tiny_heun.checkpoint-last.pth"
     run = upgraded(source, target(tmp_path, high), tmp_path / "high", "--config", str(target(tmp_path, low)))
     network = jitscale.load_model(run, weights="model")
     z = F.interpolate(reference["z"], scale_factor=2, mode="nearest")

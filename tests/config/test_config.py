@@ -14,8 +14,8 @@ import pytest
 from jitscale.config import CHOICES, SETTINGS, Config, explained_yaml, load_config, to_yaml, weight_set_names
 from jitscale.errors import ConfigError
 from jitscale.evaluation.networks import FEATURE_NETWORKS
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TYPES = {
     f"{group}.{name}": {kind, *get_args(kind)}

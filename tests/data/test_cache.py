@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.server
-import io
 import json
 import logging
 import multiprocessing
@@ -16,10 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkContext, SpawnContext
@@ -34,83 +30,10 @@ from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import is_remote, read_remote
 from jitscale.data.tar_index import index_tar
 from jitscale.errors import DataError
+from tests.support.pictures import tar_bytes
+from tests.support.servers import PATIENCE, Storage, record_of
 
 Context = ForkContext | SpawnContext
-PATIENCE = 20  # seconds; a test that waits longer hangs
-
-
-class Storage:
-    """An HTTP server that counts, and does what a test tells it to do with the next requests for a path."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.gets: Counter[str] = Counter()
-        self.orders: dict[str, list[str]] = {}  # path to what to do with its next requests; then they are served
-        self.release = threading.Event()  # ends what "hold" began
-        self.held = threading.Semaphore(0)  # counts responses that stand in the middle of a "hold"
-        self._lock = threading.Lock()
-        storage = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                storage.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:
-                pass  # clients are killed on purpose
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        name = request.path.lstrip("/")
-        with self._lock:
-            self.gets[name] += 1
-            order = self.orders[name].pop(0) if self.orders.get(name) else "serve"
-        data = self.files.get(name)
-        if order.isdigit() or data is None:
-            request.send_response(int(order) if order.isdigit() else 404)
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        if order == "wrong":
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        elif order == "short":
-            data = data[:-1]
-        elif order == "long":
-            data += b"x"
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        half = len(data) // 2
-        request.wfile.write(data[:half])
-        if order == "cut":
-            request.close_connection = True
-            return
-        if order == "hold":
-            self.held.release()
-            self.release.wait(PATIENCE)
-        elif order == "slow":
-            time.sleep(0.3)
-        request.wfile.write(data[half:])
-
-    def add(self, name: str, data: bytes) -> tuple[str, ShardRecord]:
-        self.files[name] = data
-        return f"{self.url}/{name}", record_of(name, data)
-
-    def shard(self, number: int = 0, size: int = 300_000) -> tuple[str, ShardRecord]:
-        """A shard of incompressible content; `size` bytes."""
-        return self.add(f"shard-{number}.tar", np.random.default_rng([number, size]).bytes(size))
-
-
-def record_of(name: str, data: bytes) -> ShardRecord:
-    return ShardRecord(name, 3, len(data), hashlib.sha256(data).hexdigest())
 
 
 @pytest.fixture
@@ -621,14 +544,10 @@ def test_eviction_between_fetch_and_open(storage: Storage, tmp_path: Path, monke
 
 
 def labelled(storage: Storage, *labels: str, name: str = "labelled.tar") -> tuple[str, ShardRecord]:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for number, label in enumerate(labels):
-            for extension, data in (("jpg", bytes(100 + number)), ("cls", label.encode())):
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return storage.add(name, stream.getvalue())
+    members = []
+    for number, label in enumerate(labels):
+        members += [(f"{number}.jpg", bytes(100 + number)), (f"{number}.cls", label.encode())]
+    return storage.add(name, tar_bytes(*members))
 
 
 def test_index_is_scanned_once(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,11 @@ from jitscale.data.images import ImageError, encode
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
+from tests.support import ROOT
+from tests.support.pictures import file_bytes, write_tar
 
 CLASSES, SIZE = 10, 16
-DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+DOCUMENT = ROOT / "docs/data.md"
 
 
 def picture(height: int = SIZE, width: int = SIZE) -> npt.NDArray[np.uint8]:
@@ -32,25 +34,11 @@ def picture(height: int = SIZE, width: int = SIZE) -> npt.NDArray[np.uint8]:
     return np.stack([rows * 9 % 256, columns * 9 % 256, (rows + columns) * 4 % 256], axis=-1).astype(np.uint8)
 
 
-def stored(image: Image.Image, form: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
 RGB = Image.fromarray(picture())
 PALETTE = RGB.quantize(256)
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0"  # orientation 6: by 90 degrees
-PNG = stored(RGB, "PNG")
-LARGE_JPEG = stored(Image.fromarray(picture(64, 64)), "JPEG", quality=95)
-
-
-def tar(path: Path, *members: tuple[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+PNG = file_bytes(RGB, "PNG")
+LARGE_JPEG = file_bytes(Image.fromarray(picture(64, 64)), "JPEG", quality=95)
 
 
 def corrupt_middle(data: bytes) -> bytes:
@@ -92,7 +80,7 @@ def damaged_pax(*members: tuple[str, bytes]) -> bytes:
 
 def damaged_palette() -> bytes:
     """A PNG with a transparent colour, whose palette goes by another name; all checksums are right."""
-    data = stored(PALETTE, "PNG", transparency=0)
+    data = file_bytes(PALETTE, "PNG", transparency=0)
     start = data.index(b"PLTE") - 4
     (length,) = struct.unpack_from(">I", data, start)
     body = b"PLTd" + data[start + 8 : start + 8 + length]
@@ -118,12 +106,12 @@ class Case:
 
 
 def shards(*members: tuple[str, bytes]) -> Callable[[Path], object]:
-    return lambda folder: tar(folder / "a.tar", *members)
+    return lambda folder: write_tar(folder / "a.tar", *members)
 
 
 def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def build(folder: Path) -> None:
-        tar(folder / "a.tar", *PAIR)
+        write_tar(folder / "a.tar", *PAIR)
         (folder / "a.tar").write_bytes(change((folder / "a.tar").read_bytes()))
 
     return build
@@ -216,22 +204,24 @@ CASES = [
     Case("npy with a damaged header", image(damaged_npy(), "npy"), replaced="cannot be decoded as npy"),
     Case("PNG corrupted in the middle", image(corrupt_middle(PNG), "png"), replaced="cannot be decoded as png"),
     Case("PNG that is called JPEG", image(PNG, "jpg"), pixels=picture()),
-    Case("grey", image(stored(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
-    Case("palette", image(stored(PALETTE, "PNG"), "png"), pixels=np.asarray(PALETTE.convert("RGB"))),
-    Case("alpha", image(stored(RGB.convert("RGBA"), "PNG"), "png"), pixels=picture()),
-    Case("CMYK", image(stored(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0), "jpg"), pixels=picture()),
-    Case("16 bits", image(stored(Image.new("I;16", (16, 16), 999), "PNG"), "png"), replaced="mode I;16; convert it"),
+    Case("grey", image(file_bytes(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
+    Case("palette", image(file_bytes(PALETTE, "PNG"), "png"), pixels=np.asarray(PALETTE.convert("RGB"))),
+    Case("alpha", image(file_bytes(RGB.convert("RGBA"), "PNG"), "png"), pixels=picture()),
+    Case("CMYK", image(file_bytes(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0), "jpg"), pixels=picture()),
+    Case(
+        "16 bits", image(file_bytes(Image.new("I;16", (16, 16), 999), "PNG"), "png"), replaced="mode I;16; convert it"
+    ),
     Case(
         "EXIF-rotated",
         image(
-            stored(RGB, "JPEG", quality=100, subsampling=0, exif=TURNED),
+            file_bytes(RGB, "JPEG", quality=100, subsampling=0, exif=TURNED),
             "jpg",
         ),
         pixels=picture(),
     ),
     Case("PNG of 200 megapixels", image(png_of(20_000, 10_000), "png"), replaced="decompression bomb"),
     Case("JPEG of 200 megapixels", image(jpeg_that_claims(10_000, 20_000), "jpg"), replaced="20000 x 10000 pixels"),
-    Case("smaller than the image size", image(stored(Image.new("RGB", (9, 20)), "PNG"), "png"), replaced="9 x 20"),
+    Case("smaller than the image size", image(file_bytes(Image.new("RGB", (9, 20)), "PNG"), "png"), replaced="9 x 20"),
     # Manifests
     Case("manifest with another count", lying(lambda m: m["shards"][0].update(samples=3)), "hold 5 samples, its total"),
     Case(

@@ -19,8 +19,8 @@ from jitscale.evaluation.metrics import frechet_distance, label_agreement
 from jitscale.evaluation.networks import load_feature_network, network_files
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.parallel import World
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
 GLYPHS_SHA256 = "599b215cf4302e6cadb0b34084ef521e73a08e035f03b2f72877111a87a3271e"
 COUNT = 500

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from jitscale.keyed_random import Float64Array, Purpose, generator_seeds, unifor
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.training.held_out import TIMES, HeldOutLoss
+from tests.support.servers import serving
 
 COUNT = 120
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -205,10 +203,8 @@ def test_keys_are_read_beside_the_tars_or_from_their_headers(
 
 def test_a_fraction_of_remote_shards_needs_their_keys(folder: Path, tmp_path: Path) -> None:
     served = shutil.copytree(folder, tmp_path / "served")
-    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        config = config_of(f"http://127.0.0.1:{server.server_port}", "0.2")
+    with serving(served) as url:
+        config = config_of(url, "0.2")
         config.data.cache_dir = str(tmp_path / "cache")
         shards = open_configured(config)
         local = open_configured(config_of(folder, "0.2"))
@@ -219,7 +215,6 @@ def test_a_fraction_of_remote_shards_needs_their_keys(folder: Path, tmp_path: Pa
             DataError, match=r"data.held_out: .*shard-000002.keys.npy: there is no such file; .*or name"
         ):
             open_configured(config)
-        server.shutdown()
 
 
 def test_workers_get_no_held_out_samples(folder: Path) -> None:

@@ -12,16 +12,11 @@ from PIL import Image
 
 from jitscale.data.images import CODECS, center_crop, content_extension, decode, encode
 from jitscale.errors import DataError
+from tests.support.pictures import file_bytes
 
 
 def photograph(height: int = 24, width: int = 20) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def stored(picture: Image.Image, form: str) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, form)
-    return stream.getvalue()
 
 
 def row(values: list[int], height: int) -> npt.NDArray[np.uint8]:
@@ -40,7 +35,7 @@ def test_every_lossless_codec_returns_the_same_pixels(codec: str, extension: str
 def test_other_colour_modes_become_rgb(mode: str) -> None:
     picture = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
     form, extension = ("JPEG", "jpeg") if mode == "CMYK" else ("PNG", "png")
-    image = decode(stored(picture, form), extension)
+    image = decode(file_bytes(picture, form), extension)
     assert image.shape == (4, 5, 3)
     assert image.min() >= 254
 
@@ -53,7 +48,7 @@ def test_png_that_is_called_jpeg_is_read() -> None:
 def test_sixteen_bits_are_refused() -> None:
     deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
     with pytest.raises(DataError, match=r"mode I;16.*convert it to 8 bits"):
-        decode(stored(deep, "PNG"), "png")
+        decode(file_bytes(deep, "PNG"), "png")
 
 
 def test_pickles_are_refused() -> None:
@@ -75,7 +70,7 @@ def test_damage_is_a_data_error_or_an_image(extension: str) -> None:
     """No damage leads to another kind of exception; a cut is always noticed."""
     codecs = {written: codec for codec, written in CODECS.items()}
     image = photograph(32, 32)
-    data = encode(image, codecs[extension])[1] if extension in codecs else stored(Image.fromarray(image), "JPEG")
+    data = encode(image, codecs[extension])[1] if extension in codecs else file_bytes(Image.fromarray(image), "JPEG")
     for length in range(0, len(data) // 2, 37):
         with pytest.raises(DataError):
             decode(data[:length], extension)

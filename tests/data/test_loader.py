@@ -8,10 +8,7 @@ import os
 import re
 import shutil
 import signal
-import threading
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.training.noise import to_model_input
+from tests.support.servers import serving
 
 COUNT = 50
 CLASSES = 10
@@ -216,11 +214,8 @@ def test_workers_end_though_somebody_holds_their_iterator(shards: ShardSet) -> N
 def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, workers: int) -> None:
     """Read by two ranks through a cache that holds two of the six shards; each is fetched in time or again."""
     folder = Path(shards._shards[0].location).parent
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(folder) as address:
         size = max(path.stat().st_size for path in folder.glob("*.tar"))
-        address = f"http://127.0.0.1:{server.server_port}"
         remote = ShardSet.open(address, CLASSES, 8, cache_dir=tmp_path, cache_bytes=2 * size)
         assert remote.manifest_hash == shards.manifest_hash
         expected = steps(shards, 10, world=2, start=0, size=12, micro=3)
@@ -234,7 +229,6 @@ def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, w
             ShardSet.open(f"{address}/shard-{{000001,000001}}.tar", CLASSES, 8, cache_dir=tmp_path)
         with pytest.raises(DataError, match=r"data.cache_gb=.*reads 6 shards side by side.*raise it, or lower"):
             remote.check_cache(loader(remote).shards_side_by_side(1))
-        server.shutdown()
 
 
 def test_too_little_shared_memory_is_said_at_start(shards: ShardSet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import webdataset
 from PIL import Image
@@ -33,9 +31,11 @@ from jitscale.data.sources import Inputs, find_inputs
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
 from jitscale.keyed_random import Purpose, permutation
+from tests.support import ROOT
+from tests.support.pictures import file_bytes, noise, tar_bytes
 from tests.support.processes import group_ended
+from tests.support.tools import run_tool
 
-ROOT = Path(__file__).parents[2]
 RESOLUTION = 16
 CLASSES = ["ant", "bee", "cat"]
 PER_CLASS = 14
@@ -43,37 +43,17 @@ PER_SHARD = 4
 SLOW = ("--samples-per-shard", "2")
 
 
-def pixels(number: int, height: int = 20, width: int = 24) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def stored(picture: Image.Image | npt.NDArray[np.uint8], form: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(stream, form)
-    return stream.getvalue()
-
-
-def tar_bytes(*members: tuple[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
-
-
 def write_tree(folder: Path, *, dirty: bool, size: int = 20) -> Path:
     """Images in folders of classes; of the dirty ones two cannot be used."""
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for number in range(PER_CLASS):
-            image = pixels(label * PER_CLASS + number, size, size + number)
-            (folder / name / f"{number:02d}.png").write_bytes(stored(image))
+            image = noise(label * PER_CLASS + number, size, size + number)
+            (folder / name / f"{number:02d}.png").write_bytes(file_bytes(image))
     if dirty:
-        (folder / "ant" / "03.png").write_bytes(stored(pixels(3))[:100])
+        (folder / "ant" / "03.png").write_bytes(file_bytes(noise(3))[:100])
         (folder / "cat" / "05.png").write_bytes(b"no image")
-        (folder / "bee" / "07.png").write_bytes(stored(pixels(5, 8, 9)))  # smaller than the resolution
+        (folder / "bee" / "07.png").write_bytes(file_bytes(noise(5, 8, 9)))  # smaller than the resolution
     return folder
 
 
@@ -93,7 +73,12 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, output, and what was said about errors without the progress bar."""
     out, err = process.communicate(timeout=120)
-    return process.returncode, out, "\n".join(line for line in err.splitlines() if "image/s" not in line).strip()
+    return process.returncode, out, said(err)
+
+
+def said(errors: str) -> str:
+    """Without the progress bar."""
+    return "\n".join(line for line in errors.splitlines() if "image/s" not in line).strip()
 
 
 def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Manifest:
@@ -104,8 +89,9 @@ def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> 
 
 def refused(*arguments: str) -> str:
     """The one line that a wrong command gets."""
-    code, _, errors = finish(start(list(arguments)))
-    assert code == 2, errors
+    finished = run_tool("make_shards", *arguments[2:])
+    errors = said(finished.err)
+    assert finished.code == 2, errors
     assert errors.startswith("error: ")
     assert "\n" not in errors
     return errors
@@ -190,9 +176,9 @@ def test_the_order_is_a_global_shuffle(tree: Path, clean: Path, tmp_path: Path) 
 
 def test_imagenet_is_packed_in_place(tmp_path: Path) -> None:
     """A tar of tars with the oddities of the real one: a PNG and a CMYK JPEG that are called .JPEG; and a cut file."""
-    ordinary = stored(pixels(1, 40, 50), "JPEG")
-    cmyk = stored(Image.fromarray(pixels(2, 30, 30)).convert("CMYK"), "JPEG")
-    png = stored(pixels(3, 20, 33))
+    ordinary = file_bytes(noise(1, 40, 50), "JPEG")
+    cmyk = file_bytes(Image.fromarray(noise(2, 30, 30)).convert("CMYK"), "JPEG")
+    png = file_bytes(noise(3, 20, 33))
     inner = {
         "n02": tar_bytes(("n02_1.JPEG", png), ("n02_2.JPEG", ordinary[: len(ordinary) // 2])),
         "n01": tar_bytes(("n01_2.JPEG", cmyk), ("n01_1.JPEG", ordinary)),
@@ -236,7 +222,7 @@ def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
     """Its tars are packed, and it reads what was packed. Class names become numbers."""
     with webdataset.ShardWriter(str(tmp_path / "theirs-%04d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(6):
-            writer.write({"__key__": f"k{number}", "png": pixels(number), "cls": CLASSES[number % 3]})
+            writer.write({"__key__": f"k{number}", "png": noise(number), "cls": CLASSES[number % 3]})
     names = tmp_path / "names.txt"
     names.write_text("cat\nbee\nant\n")
     pattern = str(tmp_path / "theirs-{0000..0001}.tar")
@@ -248,7 +234,7 @@ def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
     read = {int(key): (image, label) for key, image, label in theirs}
     assert {number: label for number, (_, label) in read.items()} == {0: 2, 1: 1, 2: 0, 3: 2, 4: 1, 5: 0}
     for number, (image, _) in read.items():
-        expected = center_crop(pixels(number), RESOLUTION)
+        expected = center_crop(noise(number), RESOLUTION)
         if codec == "jpeg":
             assert np.abs(image.astype(int) - expected).mean() < 12
         else:
@@ -260,7 +246,7 @@ def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
 def test_tables_with_paths_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in range(3):
-        (tmp_path / "data" / f"{number}.png").write_bytes(stored(pixels(number)))
+        (tmp_path / "data" / f"{number}.png").write_bytes(file_bytes(noise(number)))
     rows = [("data/2.png", 4), ("data/0.png", 1), (str(tmp_path / "data" / "1.png"), 0), ("data/gone.png", 2)]
     (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
     (tmp_path / "a.jsonl").write_text(
@@ -273,7 +259,7 @@ def test_tables_with_paths_of_their_own(tmp_path: Path) -> None:
         assert manifest.bad == [BadInput(f"{tmp_path}/data/gone.png", "cannot be read (No such file or directory)")]
         assert (manifest.num_classes, manifest.class_names) == (5, None)
         for number, (image, label) in enumerate([(2, 4), (0, 1), (1, 0)]):
-            expected = center_crop(pixels(image), RESOLUTION)
+            expected = center_crop(noise(image), RESOLUTION)
             np.testing.assert_array_equal(decode(written[number]["npy"], "npy"), expected)
             assert written[number]["cls"] == str(label).encode()
 
@@ -281,7 +267,7 @@ def test_tables_with_paths_of_their_own(tmp_path: Path) -> None:
 def test_images_without_labels(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(3):
-        (tmp_path / "in" / f"{number}.png").write_bytes(stored(pixels(number)))
+        (tmp_path / "in" / f"{number}.png").write_bytes(file_bytes(noise(number)))
     os.mkfifo(tmp_path / "in" / "pipe.png")
     manifest = packed(tmp_path / "in", tmp_path / "out", codec="webp")
     assert (manifest.num_classes, manifest.class_names, manifest.total) == (0, None, 3)
@@ -293,7 +279,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
 def test_names_in_tars_are_no_paths(tmp_path: Path) -> None:
     inside = tmp_path / "a" / "b" / "c"
     inside.mkdir(parents=True)
-    image = stored(pixels(1))
+    image = file_bytes(noise(1))
     members = [("../../x.png", image), ("/../../y.png", image), (f"{tmp_path}/z.png", image)]
     (inside / "in.tar").write_bytes(tar_bytes(*members))
     (inside / "inner.tar").write_bytes(tar_bytes(("../../n01.tar", tar_bytes(*members))))
@@ -407,24 +393,13 @@ def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_task_that_comes_too_late_finds_the_job_done(
-    tree: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tree: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others planned, packed and removed their plan while it looked for its images."""
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    line = command(tree, tmp_path / "out")
     meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
-    monkeypatch.setattr(sys, "argv", line[1:])
-    try:
-        assert tool.main() == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert "is there already" in capsys.readouterr().out
+    finished = run_tool("make_shards", *command(tree, tmp_path / "out")[2:])
+    assert finished.code == 0
+    assert "is there already" in finished.out
     assert contents(tmp_path / "out") == contents(clean)
 
 
@@ -445,7 +420,7 @@ def begun(process: subprocess.Popen[str], output: Path, shards: int) -> None:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An input that takes a while (21 shards, about 0.1 s each), and what an undisturbed command makes of it."""
     tree = write_tree(tmp_path_factory.mktemp("slow") / "photos", dirty=True)
-    large = [stored(pixels(number, 1400, 1300 + number)) for number in range(4)]
+    large = [file_bytes(noise(number, 1400, 1300 + number)) for number in range(4)]
     for number, path in enumerate(sorted(tree.rglob("*.png"))):
         if path.stat().st_size > 500:  # the spoiled ones stay
             path.write_bytes(large[number % 4])

@@ -3,68 +3,29 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import multiprocessing
 import os
 import resource
-import tarfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import webdataset
-from PIL import Image
 
 from jitscale.data.manifest import Manifest
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError
+from tests.support.pictures import number_of, numbered, numbered_png, samples_of, write_tar
 
 CLASSES = 10
-
-
-def numbered(count: int, size: int = 8) -> npt.NDArray[np.uint8]:
-    """Images that say their number: red is number mod 256, green is number div 256."""
-    numbers = np.arange(count)
-    pixels = np.stack([numbers % 256, numbers // 256, numbers * 0], axis=-1).astype(np.uint8)
-    return np.tile(pixels[:, None, None], (1, size, size, 1))
-
-
-def number_of(image: npt.NDArray[np.uint8]) -> int:
-    return int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])
 
 
 def pack(folder: Path, count: int = 20, per_shard: int = 8, codec: str = "png") -> Manifest:
     labels = np.arange(count) % CLASSES
     return write_shards(numbered(count), labels, folder, codec=codec, samples_per_shard=per_shard)
-
-
-def png(size: int = 8, number: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(numbered(number + 1, size)[number]).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def tar(path: Path, *members: tuple[str, bytes]) -> Path:
-    """A tar that another program might have written."""
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def all_samples(shards: ShardSet) -> list[tuple[int, int]]:
-    samples = []
-    for shard, count in enumerate(shards.samples_per_shard):
-        for index in range(count):
-            image, label = shards.read(shard, index)
-            samples.append((number_of(image), label))
-    return samples
 
 
 # Writing
@@ -76,7 +37,7 @@ def test_what_was_written_is_read(tmp_path: Path, codec: str) -> None:
     shards = ShardSet.open(tmp_path, CLASSES, 8)
     assert [record.samples for record in manifest.shards] == shards.samples_per_shard.tolist() == [8, 8, 4]
     assert manifest.total == shards.num_samples == 20
-    samples = all_samples(shards)
+    samples = samples_of(shards)
     assert sorted(samples) == [(number, number % CLASSES) for number in range(20)]
     assert samples != sorted(samples)  # shuffled
 
@@ -126,7 +87,7 @@ def test_webdataset_reads_our_shards(tmp_path: Path, codec: str, extension: str)
     urls = sorted(str(path) for path in tmp_path.glob("*.tar"))
     theirs = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple(extension, "cls", "__key__")
     samples = [(number_of(image), label, int(key)) for image, label, key in theirs]
-    assert [sample[:2] for sample in samples] == all_samples(ShardSet.open(tmp_path, CLASSES))
+    assert [sample[:2] for sample in samples] == samples_of(ShardSet.open(tmp_path, CLASSES))
     assert all(number == key for number, _, key in samples)
 
 
@@ -137,11 +98,13 @@ def test_we_read_webdataset_shards(tmp_path: Path) -> None:
             writer.write({"__key__": f"folder.v2/n{number:04d}", **sample})
     shards = ShardSet.open(tmp_path, CLASSES)
     assert shards.samples_per_shard.tolist() == [6, 6, 4]
-    assert all_samples(shards) == [(number, number % CLASSES) for number in range(16)]
+    assert samples_of(shards) == [(number, number % CLASSES) for number in range(16)]
 
 
 def test_dotted_keys_follow_webdataset(tmp_path: Path) -> None:
-    path = tar(tmp_path / "a.tar", ("x/a.b/k.JPEG", png()), ("x/a.b/k.cls", b"3\n"), (".hidden.png", png()))
+    path = write_tar(
+        tmp_path / "a.tar", ("x/a.b/k.JPEG", numbered_png()), ("x/a.b/k.cls", b"3\n"), (".hidden.png", numbered_png())
+    )
     (theirs,) = webdataset.WebDataset(str(path), shardshuffle=False)
     assert theirs["__key__"] == "x/a.b/k"
     assert index_tar(path)[["label", "extension"]].tolist() == [(3, b"jpeg")]
@@ -174,15 +137,21 @@ def test_the_hash_says_what_the_shards_hold(tmp_path: Path) -> None:
 
 
 def test_without_classes_labels_are_neither_needed_nor_returned(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", ("a.png", png()), ("b.png", png()), ("b.cls", b"seven"))
+    write_tar(tmp_path / "a.tar", ("a.png", numbered_png()), ("b.png", numbered_png()), ("b.cls", b"seven"))
     assert ShardSet.open(tmp_path, 0).read(0, 1)[1] == 0
     assert index_tar(tmp_path / "a.tar", with_labels=False)["label"].tolist() == [NO_LABEL, NO_LABEL]
     pack(tmp_path / "labelled")
-    assert {label for _, label in all_samples(ShardSet.open(tmp_path / "labelled", 0))} == {0}
+    assert {label for _, label in samples_of(ShardSet.open(tmp_path / "labelled", 0))} == {0}
 
 
 def test_larger_images_are_cropped_and_smaller_ones_refused(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", ("a.png", png(size=16, number=5)), ("a.cls", b"0"), ("b.png", png(size=4)), ("b.cls", b"0"))
+    write_tar(
+        tmp_path / "a.tar",
+        ("a.png", numbered_png(size=16, number=5)),
+        ("a.cls", b"0"),
+        ("b.png", numbered_png(size=4)),
+        ("b.cls", b"0"),
+    )
     shards = ShardSet.open(tmp_path, 1, 8)
     image, _ = shards.read(0, 0)
     assert image.shape == (8, 8, 3)
@@ -212,7 +181,7 @@ def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> Non
 
 def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp_path: Path) -> None:
     pack(tmp_path)
-    before = all_samples(ShardSet.open(tmp_path, CLASSES))
+    before = samples_of(ShardSet.open(tmp_path, CLASSES))
     path = tmp_path / "shard-000001.index.npy"
     index = np.load(path)
     np.save(path, index[:-1])
@@ -226,7 +195,7 @@ def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp
     with pytest.raises(DataError, match=r"index.npy: cannot be mapped.*remove it"):
         ShardSet.open(tmp_path, CLASSES)
     path.unlink()
-    assert all_samples(ShardSet.open(tmp_path, CLASSES)) == before
+    assert samples_of(ShardSet.open(tmp_path, CLASSES)) == before
 
 
 def test_patterns_and_manifests_that_make_no_sense_are_refused(tmp_path: Path) -> None:
@@ -273,7 +242,7 @@ def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
         shards = ShardSet.open(tmp_path, CLASSES)
-        assert sorted(number for number, _ in all_samples(shards)) == list(range(60))
+        assert sorted(number for number, _ in samples_of(shards)) == list(range(60))
         assert len(os.listdir("/proc/self/fd")) - before <= 32
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from jitscale.data.manifest import read_class_names
 from jitscale.data.sources import WHOLE_FILE, Inputs, Source, find_inputs
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.errors import DataError
+from tests.support.pictures import tar_bytes, write_tar
 
 CONTENT = b"not looked at"
 
@@ -24,21 +23,6 @@ def tree(folder: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CONTENT)
     return folder
-
-
-def tar_bytes(*members: tuple[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
-
-
-def tar(path: Path, *members: tuple[str, bytes]) -> Path:
-    path.write_bytes(tar_bytes(*members))
-    return path
 
 
 def found(inputs: Inputs, root: Path) -> list[tuple[str, int]]:
@@ -121,7 +105,7 @@ def test_a_mixture_is_refused(tmp_path: Path) -> None:
     tree(tmp_path, "a/1.png", "b/1.png", "2.png")
     refused(r"holds folders of classes \(2\) and images without a class \(1\); keep one kind", tmp_path)
     (tmp_path / "2.png").unlink()
-    tar(tmp_path / "x.tar", ("k.png", CONTENT))
+    write_tar(tmp_path / "x.tar", ("k.png", CONTENT))
     refused(r"holds folders of classes \(2\) and tars \(1\)", tmp_path)
 
 
@@ -143,7 +127,7 @@ def imagenet_like(path: Path) -> Path:
         label: tar_bytes(*[(f"{label}_{number}.JPEG", f"{label}/{number}".encode()) for number in (3, 1, 2)])
         for label in ("n02", "n01")
     }
-    return tar(path, ("n02.tar", inner["n02"]), ("n01.tar", inner["n01"]))
+    return write_tar(path, ("n02.tar", inner["n02"]), ("n01.tar", inner["n01"]))
 
 
 def test_a_tar_of_tars_is_read_in_place(tmp_path: Path) -> None:
@@ -212,7 +196,7 @@ def test_webdataset_tars_with_names_and_without_labels(tmp_path: Path) -> None:
 
 
 def test_raw_shards_can_be_packed_again(tmp_path: Path) -> None:
-    inputs = find_inputs([str(tar(tmp_path / "a.tar", ("k.npy", CONTENT), ("k.cls", b"1")))])
+    inputs = find_inputs([str(write_tar(tmp_path / "a.tar", ("k.npy", CONTENT), ("k.cls", b"1")))])
     assert (inputs[0].extension, inputs[0].label) == ("npy", 1)
 
 
@@ -301,14 +285,14 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
     refused(r"is given twice", tmp_path / "sub", tmp_path / "sub" / ".." / "sub")
     (tmp_path / "a.tar").write_bytes(b"")
     refused("a.tar: is empty", tmp_path / "a.tar")
-    refused("b.tar: no image in it", tar(tmp_path / "b.tar"))
+    refused("b.tar: no image in it", write_tar(tmp_path / "b.tar"))
 
 
 def test_labels_of_all_sources_are_of_one_kind(tmp_path: Path) -> None:
     tree(tmp_path / "folders", "cat/1.png")
-    tar(tmp_path / "a.tar", ("k.png", CONTENT), ("k.cls", b"3"))
+    write_tar(tmp_path / "a.tar", ("k.png", CONTENT), ("k.cls", b"3"))
     refused(r"a.tar: byte 1536: label '3' is a number, but .*cat.* is a name", tmp_path / "folders", tmp_path / "a.tar")
-    tar(tmp_path / "b.tar", ("k.png", CONTENT))
+    write_tar(tmp_path / "b.tar", ("k.png", CONTENT))
     refused(r"b.tar: byte 512: has no label, but .*1.png has one", tmp_path / "folders", tmp_path / "b.tar")
 
 
@@ -330,7 +314,7 @@ def test_class_names(tmp_path: Path) -> None:
 
 def test_inputs_are_stored_in_few_bytes_and_come_back(tmp_path: Path) -> None:
     tree(tmp_path / "in", "a/1.png", "b/2.jpeg")
-    tar(tmp_path / "in.tar", ("k.webp", CONTENT))
+    write_tar(tmp_path / "in.tar", ("k.webp", CONTENT))
     inputs = find_inputs([str(tmp_path / "in")])
     contents = []
     for name in ("one", "two"):

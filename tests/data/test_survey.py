@@ -39,9 +39,9 @@ from jitscale.data.survey import Survey, in_processes, survey
 from jitscale.data.tar_index import index_tar, scan_tar, write_index
 from jitscale.data.verification import verify
 from jitscale.errors import DataError
-from tests.data.test_shards import all_samples, number_of, numbered, png, tar
+from tests.support import ROOT
+from tests.support.pictures import number_of, numbered, numbered_png, samples_of, write_tar
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["cat", "dog", "bee"]
 
 
@@ -77,12 +77,12 @@ def tool(name: str, *arguments: str | Path, expect: int = 0) -> subprocess.Compl
 
 def test_tars_with_numbers_become_shards(tmp_path: Path) -> None:
     theirs(tmp_path, lambda number: {"cls": number % 3})
-    before = all_samples(ShardSet.open(tmp_path, 3))
+    before = samples_of(ShardSet.open(tmp_path, 3))
     manifest = index(tmp_path).manifest
     assert (manifest.codec, manifest.resolution, manifest.num_classes, manifest.class_names) == ("foreign", 8, 3, None)
     assert [record.samples for record in manifest.shards] == [4, 4, 2]
     shards = ShardSet.open(tmp_path, 3, 8)
-    assert all_samples(shards) == before == [(number, number % 3) for number in range(10)]
+    assert samples_of(shards) == before == [(number, number % 3) for number in range(10)]
     for path in tmp_path.glob("*.tar"):
         np.testing.assert_array_equal(np.load(path.with_suffix(".index.npy")), index_tar(path))
     assert defects(tmp_path) == []
@@ -101,7 +101,7 @@ def test_names_are_numbered_sorted_or_as_told(tmp_path: Path, given: list[str] |
     assert manifest.class_names == expected
     assert manifest.num_classes == 3
     samples = [(number, expected.index(NAMES[number % 3 if number < 4 else 1])) for number in range(10)]
-    assert all_samples(ShardSet.open(tmp_path, 3)) == samples
+    assert samples_of(ShardSet.open(tmp_path, 3)) == samples
     assert defects(tmp_path) == []
 
 
@@ -109,7 +109,7 @@ def test_tars_without_labels_become_unlabelled_shards(tmp_path: Path) -> None:
     theirs(tmp_path, lambda number: {"txt": f"image {number}"})
     manifest = index(tmp_path).manifest
     assert (manifest.num_classes, manifest.class_names) == (0, None)
-    assert all_samples(ShardSet.open(tmp_path, 0)) == [(number, 0) for number in range(10)]
+    assert samples_of(ShardSet.open(tmp_path, 0)) == [(number, 0) for number in range(10)]
     assert defects(tmp_path) == []
     with pytest.raises(DataError, match="the manifest says that there are no labels"):
         ShardSet.open(tmp_path, 3)
@@ -142,17 +142,17 @@ def offset(path: Path, row: int) -> int:
 
 def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
     """Kinds of labels in a mixture, and damaged tars between sound ones."""
-    image = png()
+    image = numbered_png()
     paths = {
-        "a": tar(
+        "a": write_tar(
             tmp_path / "a.tar", ("a.png", image), ("a.cls", b"1"), ("b.png", image), ("c.png", image), ("c.cls", b"cat")
         ),
-        "b": tar(tmp_path / "b.tar", ("a.png", image), ("a.cls", b"-1"), ("b.png", image), ("b.cls", b"")),
-        "c": tar(
+        "b": write_tar(tmp_path / "b.tar", ("a.png", image), ("a.cls", b"-1"), ("b.png", image), ("b.cls", b"")),
+        "c": write_tar(
             tmp_path / "c.tar",
             *[(f"{number}.{part}", data) for number in range(9) for part, data in (("png", image), ("cls", b"2"))],
         ),
-        "d": tar(
+        "d": write_tar(
             tmp_path / "d.tar",
             ("a.txt", b""),
             ("b.png", image),
@@ -199,16 +199,16 @@ def test_the_resolution_is_that_of_all_images(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(noise).save(stream, "JPEG", icc_profile=bytes(200_000))
     square = [("a.jpg", stream.getvalue()), ("b.npy", encode(noise, "raw")[1]), ("c.webp", encode(noise, "webp")[1])]
-    tar(tmp_path / "a.tar", *square)
-    tar(tmp_path / "b.tar", ("a.png", b"no image"))
+    write_tar(tmp_path / "a.tar", *square)
+    write_tar(tmp_path / "b.tar", ("a.png", b"no image"))
     found = index(tmp_path)
     assert (found.manifest.resolution, found.undecodable) == (16, 1)
-    for name, image in (("other", png(8)), ("oblong", encode(noise[:8], "png")[1])):
+    for name, image in (("other", numbered_png(8)), ("oblong", encode(noise[:8], "png")[1])):
         (tmp_path / name).mkdir()
-        tar(tmp_path / name / "a.tar", *square, ("d.png", image))
+        write_tar(tmp_path / name / "a.tar", *square, ("d.png", image))
         assert index(tmp_path / name).manifest.resolution is None
     (tmp_path / "all_oblong").mkdir()
-    tar(tmp_path / "all_oblong" / "a.tar", ("d.png", image))
+    write_tar(tmp_path / "all_oblong" / "a.tar", ("d.png", image))
     assert index(tmp_path / "all_oblong").manifest.resolution is None
 
 
@@ -416,7 +416,7 @@ def test_what_the_manifest_says_of_the_images_is_checked(tmp_path: Path) -> None
     assert len(lines) == 5
     assert sum("is 8 x 8 pixels, the manifest says 9 a side" in line for line in lines) == 3
     assert sum("has label '1', needs one in 0..0" in line for line in lines) == 2
-    tar(tmp_path / "more.tar", ("a.png", png()))
+    write_tar(tmp_path / "more.tar", ("a.png", numbered_png()))
     assert f"{tmp_path}/more.tar: is not named by manifest.json; choose another pattern or index the folder again" in (
         defects(tmp_path / "*.tar")
     )
@@ -442,8 +442,8 @@ def photographs() -> list[npt.NDArray[np.uint8]]:
 
 def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
     images = photographs()
-    tar(tmp_path / "a.tar", *[(f"{number}.npy", encode(image, "raw")[1]) for number, image in enumerate(images)])
-    tar(tmp_path / "b.tar", ("a.png", b"no image"), ("b.png", png(8, 3)))
+    write_tar(tmp_path / "a.tar", *[(f"{number}.npy", encode(image, "raw")[1]) for number, image in enumerate(images)])
+    write_tar(tmp_path / "b.tar", ("a.png", b"no image"), ("b.png", numbered_png(8, 3)))
     for workers in (1, 2):
         seen = look(collect(find_tars(str(tmp_path)), 1), 100, 0, workers)
         assert [str(defect).split("cannot")[0] for defect in seen.undecodable] == [f"{tmp_path}/b.tar: byte 512: "]
@@ -534,7 +534,7 @@ def test_the_contact_sheet_shows_every_kth_class(tmp_path: Path, classes: int) -
 def test_a_contact_sheet_of_noise_stays_small(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, TILE, TILE, 3), np.uint8)
     parts = [(f"{number:02d}.npy", encode(image, "raw")[1]) for number, image in enumerate(noise)]
-    tar(tmp_path / "a.tar", *parts[:-1], ("z.png", b"no image"))
+    write_tar(tmp_path / "a.tar", *parts[:-1], ("z.png", b"no image"))
     contact_sheet(collect(find_tars(str(tmp_path)), 1), tmp_path / "sheet.png", seed=0)
     assert (tmp_path / "sheet.png").stat().st_size < 1_000_000
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -572,7 +572,7 @@ def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
     done = tool("index_shards", tmp_path)
     assert done.stdout == f"{tmp_path}: is indexed already, 3 shards with 10 images\n"
     assert tool("index_shards", tmp_path, "--verify").stdout.endswith(" 0 defects\n")
-    tar(tmp_path / "more.tar", ("a.png", png()))
+    write_tar(tmp_path / "more.tar", ("a.png", numbered_png()))
     refused = tool("index_shards", tmp_path, expect=2)
     assert re.search(r"manifest.json: is there, but 1 tars .* \(more.tar, ...\); look with --verify", refused.stderr)
     assert "manifest.json does not name them: 1 tar of the folder" in tool("index_shards", tmp_path, "--verify").stdout
@@ -599,7 +599,7 @@ def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", *[(f"{number:03d}.png", b"") for number in range(60)])
+    write_tar(tmp_path / "a.tar", *[(f"{number:03d}.png", b"") for number in range(60)])
     tool("index_shards", tmp_path)
     lines = tool("index_shards", tmp_path, "--verify", expect=2).stdout.splitlines()
     assert len(lines) == 52
@@ -626,7 +626,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         Path(folder).mkdir()
         Path(folder, "other.txt").touch()
     for folder in ("a", "b"):
-        tar(Path(folder, "x.tar"), ("a.png", png()))
+        write_tar(Path(folder, "x.tar"), ("a.png", numbered_png()))
     with pytest.raises(DataError, match=message) as caught:
         find_tars(pattern)
     assert "\n" not in str(caught.value)

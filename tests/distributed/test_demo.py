@@ -13,7 +13,7 @@ from PIL import Image
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.tracking import read_metrics
-from tests.support.forking import ROOT
+from tests.support import ROOT
 
 
 def run(output: Path) -> str:

@@ -16,18 +16,19 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.packing import write_shards
 from jitscale.files import exclusive
-from tests.support.forking import ROOT
+from tests.support import FILES
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.runs import zero_samples
+from tests.support.tiny import model_yaml
 
-CHECKPOINT = ROOT / "tests/files/jit_tiny_heun.checkpoint-last.pth"
+CHECKPOINT = FILES / "jit_tiny_heun.checkpoint-last.pth"
 CONFIG = """
-model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 3, num_heads: 2, bottleneck_dim: 8, in_context_len: 4,
-  in_context_start: 1, num_classes: 10}
+MODEL
 engine: {precision: fp32}
 ema: {decays: [0.9999, 0.9996]}
 evaluation: {features: digits, num_images: 70, block_size: 8, steps: 3, guidance_scale: 2.0}
 run: {max_steps: 1, device: cpu}
-"""
+""".replace("MODEL", model_yaml(depth=3))
 
 
 class Evaluation:
@@ -518,13 +519,11 @@ def test_a_bad_reference_image_on_another_rank_is_said(evaluation: Evaluation) -
     folder = evaluation.folder / "bad_reference"
     shutil.copytree(evaluation.folder / "shards", folder, ignore=shutil.ignore_patterns("real_images"))
     tar = sorted(folder.glob("*.tar"))[0]
-    index = np.load(tar.with_suffix(".index.npy"))
-    with tar.open("r+b") as file:
-        file.seek(int(index[9]["offset"]))
-        file.write(bytes(int(index[9]["size"])))
+    zero_samples(tar, slice(9, 10))
+    offset = np.load(tar.with_suffix(".index.npy"))[9]["offset"]
     command = evaluation.command("bad", f"evaluation.reference={folder}")
     said = run_ranks(2, *command, expect=2)
-    assert f"error: {tar}: byte {index[9]['offset']}: sample 9 cannot be decoded" in said
+    assert f"error: {tar}: byte {offset}: sample 9 cannot be decoded" in said
 
 
 def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, alone: dict[str, Any]) -> None:

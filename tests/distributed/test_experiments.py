@@ -27,7 +27,8 @@ from jitscale.errors import UserError
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
-from tests.support.forking import PYTHONPATH, ROOT
+from tests.support import ROOT
+from tests.support.forking import PYTHONPATH
 from tests.support.processes import group_ended
 from tools.experiments import EXPERIMENTS
 

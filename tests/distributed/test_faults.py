@@ -15,8 +15,8 @@ import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.tracking import read_metrics
-from tests.distributed.test_training import BATCH, STEPS, Job, losses, same_state
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.runs import BATCH, STEPS, Job, losses, same_state
 
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0"]
 SLOW = pytest.mark.slow

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.forking import ROOT, Process
+from tests.support import ROOT
+from tests.support.forking import Process
 
 SAY = "import os, sys; print(__name__, sys.argv[1:], os.getcwd(), sorted(os.environ), os.environ['WORD'])"
 PROGRAMS = {

@@ -13,9 +13,10 @@ from jitscale.checkpoints.format import MARKER, Checkpoint, complete_checkpoints
 from jitscale.checkpoints.opening import read_weights
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.tracking import read_metrics
-from tests.distributed.test_training import BATCH, STEPS, Job, losses
-from tests.support.forking import ROOT, Process
+from tests.support import ROOT
+from tests.support.forking import Process
 from tests.support.processes import start_ranks
+from tests.support.runs import BATCH, STEPS, Job, losses
 
 # Without dropout, which is drawn by rank; a snapshot at the steps that cross a multiple of 27 images.
 SETTINGS = [

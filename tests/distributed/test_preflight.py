@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jitscale.errors import ExitCode
-from tests.support.forking import ROOT, Process
+from tests.support import ROOT
+from tests.support.forking import Process
 from tests.support.processes import rank_environments, run_ranks
 
 

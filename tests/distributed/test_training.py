@@ -7,10 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +18,11 @@ from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.support.forking import ROOT, Process
+from tests.support import ROOT
+from tests.support.forking import Process
 from tests.support.processes import run_ranks, start_ranks
-
-STEPS, BATCH = 24, 12
-CONFIG = f"""
-model: {{image_size: 16, patch_size: 4, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8, in_context_len: 4,
-  in_context_start: 1, num_classes: 10, attn_dropout: 0.1, proj_dropout: 0.1}}
-data: {{batch_size: {BATCH}, num_workers: 0, window: 16}}
-optim: {{lr: 1.0e-3, schedule: cosine, warmup_images: 48, grad_clip: 10.0}}
-engine: {{precision: fp32, micro_batch_size: 2}}
-ema: {{decays: [0.9, 0.99]}}
-checkpoint: {{every_images: {4 * BATCH}, keep_last: 100}}
-evaluation: {{weights: ema_0.9}}
-tracking: {{log_every_steps: 1}}
-run: {{max_steps: {STEPS}, device: cpu}}
-"""
-
-
-class Job:
-    """One configuration of the tiny run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        images = np.random.default_rng(0).integers(0, 256, (75, 16, 16, 3), np.uint8)
-        write_shards(images, np.arange(75) % 10, folder / "shards", samples_per_shard=20)
-        (folder / "config.yaml").write_text(CONFIG)
-
-    def command(self, run: str, *overrides: str) -> list[str]:
-        where = [f"run.dir={self.folder / run}", f"data.shards={self.folder / 'shards'}"]
-        return ["-m", "jitscale.train", "--config", str(self.folder / "config.yaml"), *where, *overrides]
-
-    def train(self, run: str, *overrides: str, world_size: int = 2, expect: int = 0) -> list[dict[str, Any]]:
-        run_ranks(world_size, *self.command(run, *overrides), expect=expect)
-        return read_metrics(self.folder / run)
-
-    def copy(self, source: str, target: str, steps: int) -> None:
-        """A run as it was at its checkpoint of `steps`."""
-        shutil.copytree(self.folder / source, self.folder / target)
-        for checkpoint in complete_checkpoints(self.folder / target):
-            if int(checkpoint.name.removeprefix("step_")) > steps:
-                shutil.rmtree(checkpoint)
+from tests.support.runs import BATCH, STEPS, Job, losses, same_state, wait_for_steps, zero_samples
+from tests.support.servers import serving
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +34,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def unbroken(job: Job) -> list[dict[str, Any]]:
     """The metrics of an uninterrupted run of two ranks in stage 1, profiled on the way."""
     return job.train("unbroken", "--profile")
-
-
-def losses(metrics: list[dict[str, Any]]) -> list[float]:
-    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
-    return [line["loss"] for line in metrics]
-
-
-def same_state(first: Path, second: Path) -> bool:
-    a, b = Checkpoint(first), Checkpoint(second)
-    assert a.progress == b.progress
-    assert a.sets == b.sets
-    assert {"model", "ema_0.9", "ema_0.99", "exp_avg", "exp_avg_sq"} <= set(a.sets)
-    return all(torch.equal(a.tensor(s, name), b.tensor(s, name)) for s in a.sets for name in a.shapes)
 
 
 def test_metrics_of_a_step(unbroken: list[dict[str, Any]]) -> None:
@@ -117,10 +64,7 @@ def test_config_is_dumped_into_the_run(job: Job, unbroken: list[dict[str, Any]])
 def test_resume_after_sigkill_is_the_same_command(job: Job, unbroken: list[dict[str, Any]]) -> None:
     """Killed anywhere, with dropout: the same batches, the same losses, bit-equal state at the end."""
     ranks = start_ranks(2, *job.command("killed"))
-    metrics = job.folder / "killed" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
-        time.sleep(0.002)
+    metrics = wait_for_steps(ranks, job.folder / "killed", 10)
     for rank in ranks:
         rank.kill()
         rank.wait()
@@ -176,10 +120,7 @@ def test_loading_is_exact(job: Job, unbroken: list[dict[str, Any]]) -> None:
 
 def test_a_signal_on_one_rank_saves_and_asks_for_a_requeue(job: Job, unbroken: list[dict[str, Any]]) -> None:
     ranks = start_ranks(2, *job.command("signalled"))
-    metrics = job.folder / "signalled" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
-        time.sleep(0.002)
+    metrics = wait_for_steps(ranks, job.folder / "signalled", 5)
     ranks[1].send_signal(signal.SIGUSR1)
     assert [rank.wait(timeout=60) for rank in ranks] == [75, 75]
     saved = int(complete_checkpoints(job.folder / "signalled")[-1].name.removeprefix("step_"))
@@ -189,14 +130,7 @@ def test_a_signal_on_one_rank_saves_and_asks_for_a_requeue(job: Job, unbroken: l
 
 def damage(folder: Path, every: int) -> int:
     """Overwrite every n-th image of the shards with zeros; returns how many."""
-    damaged = 0
-    for path in sorted(folder.glob("*.tar")):
-        with path.open("r+b") as file:
-            for entry in np.load(path.with_suffix(".index.npy"))[::every]:
-                file.seek(int(entry["offset"]))
-                file.write(bytes(int(entry["size"])))
-                damaged += 1
-    return damaged
+    return sum(zero_samples(path, slice(None, None, every)) for path in folder.glob("*.tar"))
 
 
 def test_bad_images_are_replaced_counted_and_do_not_break_a_resume(job: Job) -> None:
@@ -248,26 +182,15 @@ def test_other_shards_are_refused_unless_a_new_epoch_is_asked_for(job: Job, unbr
 
 def test_remote_shards_give_the_same_run(job: Job, unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
     """From an HTTP server, through a cache that both ranks share; each shard is fetched once."""
-    log = tmp_path / "server.log"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with log.open("w") as file:
-        command = [sys.executable, "-u", "-m", "http.server", str(port), "--directory", str(job.folder / "shards")]
-        server = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        while "Serving HTTP" not in log.read_text():
-            time.sleep(0.05)
-        remote = [f"data.shards=http://127.0.0.1:{port}", f"data.cache_dir={tmp_path / 'cache'}"]
+    fetched: list[str] = []
+    with serving(job.folder / "shards", fetched) as address:
+        remote = [f"data.shards={address}", f"data.cache_dir={tmp_path / 'cache'}"]
         too_small = run_ranks(1, *job.command("remote", *remote, "data.cache_gb=7e-5"), expect=2)
         assert "data.cache_gb=7e-05: this node reads" in too_small
         metrics = job.train("remote", *remote, "data.num_workers=1")
-    finally:
-        server.terminate()
-        server.wait()
     assert losses(metrics) == pytest.approx(losses(unbroken), rel=1e-6)
-    fetched = [line.split('"')[1] for line in log.read_text().splitlines() if ".tar" in line]
-    assert sorted(fetched) == [f"GET /shard-{number:06d}.tar HTTP/1.1" for number in range(4)]
+    tars = sorted(path for path in fetched if path.endswith(".tar"))
+    assert tars == [f"/shard-{number:06d}.tar" for number in range(4)]
 
 
 def test_a_finished_run_has_nothing_left_to_do(job: Job, unbroken: list[dict[str, Any]]) -> None:

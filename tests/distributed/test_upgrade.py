@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from jitscale.completion import is_complete
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.distributed.test_training import BATCH, STEPS, Job, same_state
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.runs import BATCH, STEPS, Job, same_state, wait_for_steps
 
 HALF = STEPS // 2
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0", f"run.max_steps={HALF}"]
@@ -77,10 +76,7 @@ def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -
         train(job, "high", *STILL, *HIGH)
     shards = f"data.shards={job.folder / 'large'}"
     ranks = start_ranks(2, *job.command("both", shards, *PROGRESSIVE))
-    metrics = job.folder / "both/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < HALF // 3:
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
-        time.sleep(0.002)
+    wait_for_steps(ranks, job.folder / "both", HALF // 3)
     ranks[1].send_signal(signal.SIGTERM)
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [75, 75], outputs

@@ -24,8 +24,9 @@ from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.evaluation.settings import final_settings
 from jitscale.parallel import World
+from tests.support import ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 MEASURED = sorted(
     path
     for path in CONFIGS.glob("*.yaml")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError
 from jitscale.evaluation.networks import PUBLISHED
 from jitscale.evaluation.published import Published, fetch, published_folder
+from tests.support.servers import serving
 from tools.fetch_weights import main
 
 CONTENT = bytes(range(256)) * 400
@@ -25,13 +23,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def url(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "served").mkdir()
     (tmp_path / "served/weights.pth").write_bytes(CONTENT)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/weights.pth"
-        server.shutdown()
-        thread.join()
+    with serving(tmp_path / "served") as address:
+        yield f"{address}/weights.pth"
 
 
 def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

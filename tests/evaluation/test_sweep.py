@@ -12,12 +12,13 @@ import jitscale
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import read_guide
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DiffusionConfig, ModelConfig, load_config
+from jitscale.config import Config, DiffusionConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import NoiseAhead, generate, generate_by_scale, labels_of, noise_of
 from jitscale.evaluation.settings import Setting, settings_of
 from jitscale.model.jit import JiT
+from tests.support.tiny import MODEL
 
 SETS = ["model", "ema_0.9"]
 
@@ -89,7 +90,7 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
 
 def network(seed: int) -> JiT:
     torch.manual_seed(seed)
-    model = JiT(ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10), DiffusionConfig()).eval()
+    model = JiT(MODEL, DiffusionConfig()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -127,7 +128,7 @@ def test_autoguidance_goes_away_from_the_guide() -> None:
 
 def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
     state = network(1).state_dict()
-    its = Config(model=ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10))
+    its = Config(model=MODEL)
     its.evaluation.weights, its.ema.decays, its.run.max_steps = "model", [], 1
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     folder = step_folder(tmp_path, 1)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,19 +24,10 @@ from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
 from jitscale.training.optim import parameter_groups
+from tests.support import ROOT, tiny
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=40,
-    depth=8,
-    num_heads=2,
-    bottleneck_dim=8,
-    in_context_len=4,
-    in_context_start=2,
-    num_classes=10,
-)
+MODEL = replace(tiny.MODEL, hidden_size=40, depth=8, in_context_start=2)
 ENGINE = EngineConfig(precision="fp32", attention="sdpa", align=False, compile=False)
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -459,7 +449,7 @@ def kernels(run: Callable[[], object]) -> tuple[int, int, int]:
 def test_how_few_kernels_a_block_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of JiT-H in bf16 arithmetic, as this version of torch compiles it: the numbers of docs/performance.md."""
     monkeypatch.setattr(torch._inductor.config.cpp, "enable_kernel_profile", True)
-    file = Path(__file__).parents[2] / "configs" / "jit_h_256.yaml"
+    file = ROOT / "configs/jit_h_256.yaml"
     model = load_config(file, ["run.max_steps=1", "model.depth=1", "model.in_context_start=0"]).model
     counts = []
     for compiled in (False, True):

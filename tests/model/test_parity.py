@@ -16,9 +16,7 @@ from jitscale.diffusion.objective import interpolate, sample_loss
 from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 from jitscale.training.optim import build_optimizer
-
-DATA = Path(__file__).parents[1] / "files"
-ROOT = Path(__file__).parents[2]
+from tests.support import FILES, ROOT
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -27,7 +25,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(params=["heun", "euler"])
 def case(request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    stem = DATA / f"jit_tiny_{request.param}"
+    stem = FILES / f"jit_tiny_{request.param}"
     stored = torch.load(f"{stem}.reference.pt", weights_only=True)
     return Path(f"{stem}.checkpoint-last.pth"), stored["config"], stored["reference"]
 
@@ -147,7 +145,7 @@ def test_paper_sizes_load_without_a_config(tmp_path: Path) -> None:
     expected = load_config(ROOT / "configs/jit_b_64.yaml").model
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in JiT(expected).named_parameters()}
-    stored = torch.load(DATA / "jit_tiny_heun.checkpoint-last.pth", weights_only=False)
+    stored = torch.load(FILES / "jit_tiny_heun.checkpoint-last.pth", weights_only=False)
     zeros = {f"net.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     stored["args"].model, stored["args"].img_size = "JiT-B/4", 64
     torch.save({"model": zeros, "model_ema1": zeros, "model_ema2": zeros, "args": stored["args"]}, tmp_path / "b.pth")

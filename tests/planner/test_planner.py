@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +17,9 @@ from jitscale.model.jit import JiT
 from jitscale.planner.choice import candidate, recommend
 from jitscale.planner.memory import BUCKET_ELEMENTS, activation_bytes, parameters_by_kind, state_memory
 from jitscale.planner.timing import Cluster, communication
+from tests.support import ROOT
+from tests.support.tools import run_tool
 
-ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
     image_size=64,
     patch_size=8,
@@ -283,10 +281,9 @@ def test_a_recommended_choice_is_the_fastest_of_its_stage() -> None:
 
 
 def plan(*arguments: str, expect: int = 0) -> str:
-    command = [sys.executable, "tools/plan.py", *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == expect, finished.stderr
-    return finished.stdout if expect == 0 else finished.stderr
+    finished = run_tool("plan", *arguments)
+    assert finished.code == expect, finished.err
+    return finished.out if expect == 0 else finished.err
 
 
 G = ("--config", "configs/jit_g_512.yaml", "--gpu-memory", "141GB")

@@ -17,23 +17,13 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
 from tests.slurm.cluster import SlurmCluster
+from tests.support import ROOT
 from tests.support.processes import run_ranks
+from tests.support.tiny import OVERRIDES
 
-ROOT = Path(__file__).parents[2]
 STEPS, BATCH, SAVE_EVERY = 60, 12, 5
 STEADY = f"slow:step=1:times={STEPS}:seconds="  # each step waits: time for something to happen to the run
 STILL = ("model.attn_dropout=0", "model.proj_dropout=0")
-SIZES = (
-    "model.image_size=16",
-    "model.patch_size=4",
-    "model.hidden_size=32",
-    "model.depth=2",
-    "model.num_heads=2",
-    "model.bottleneck_dim=8",
-    "model.in_context_len=4",
-    "model.in_context_start=1",
-    "model.num_classes=10",
-)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +44,7 @@ class Runs:
     def settings(self, run: str, *more: str) -> list[str]:
         """The words behind the script: small sizes, everything else as in the script's configuration."""
         return [
-            *SIZES,
+            *OVERRIDES,
             f"data.shards={self.folder / 'shards'}",
             f"data.batch_size={BATCH}",
             "data.num_workers=0",

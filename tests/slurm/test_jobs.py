@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import ROOT, SAVE_EVERY, STEADY, STILL, Runs, check, started, without_slurm
+from tests.slurm.conftest import SAVE_EVERY, STEADY, STILL, Runs, check, started, without_slurm
+from tests.support import ROOT
 
 pytestmark = pytest.mark.cluster
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.data.shards import ShardSet
-from tests.slurm.conftest import ROOT, Runs
+from tests.slurm.conftest import Runs
+from tests.support import ROOT
 
 pytestmark = pytest.mark.cluster
 

@@ -13,34 +13,19 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.data.packing import write_shards
 from jitscale.tracking import read_metrics
-from tests.slurm.conftest import ROOT, Runs
+from tests.slurm.conftest import Runs
+from tests.support import ROOT
+from tests.support.runs import write_chain_inputs
 
 pytestmark = pytest.mark.cluster
-
-TINY = """
-model: {image_size: SIZE, patch_size: PATCH, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8,
-  in_context_len: 4, in_context_start: 1, num_classes: 10}
-diffusion: {noise_scale: SCALE}
-data: {batch_size: 12, num_workers: 0, window: 16}
-engine: {precision: fp32}
-ema: {decays: [0.9]}
-evaluation: {weights: ema_0.9, num_images: 20, block_size: 5, steps: 2, features: digits}
-tracking: {log_every_steps: 1}
-run: {max_steps: 6, device: cpu}
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(runs: Runs) -> Path:
     folder = runs.folder / "submitted"
     folder.mkdir()
-    for size, patch in ((16, 4), (32, 8)):
-        text = TINY.replace("SIZE", str(size)).replace("PATCH", str(patch)).replace("SCALE", f"{size / 16}")
-        (folder / f"tiny_{size}.yaml").write_text(text)
-        images = np.random.default_rng(0).integers(0, 256, (30, size, size, 3), np.uint8)
-        write_shards(images, np.arange(30) % 10, folder / f"shards_{size}", samples_per_shard=20)
+    write_chain_inputs(folder, samples=20, steps=6)
     return folder
 
 

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
 MESSAGE_BYTES = 2**17  # of a request: the command and the environment; a datagram holds no more than about 200 KiB
 # What a run of training imports, at once or on the way. No file of the project whose commands run as `__main__`.

@@ -7,11 +7,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from tests.support import ROOT
 from tests.support.forking import PYTHONPATH, Process
 
-PROGRAMS = Path(__file__).parents[1] / "distributed/programs"
+PROGRAMS = ROOT / "tests/distributed/programs"
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:

@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TINY = (
-    "model.image_size=16",
-    "model.patch_size=4",
-    "model.hidden_size=32",
-    "model.depth=2",
-    "model.num_heads=2",
-    "model.bottleneck_dim=8",
-    "model.in_context_len=4",
-    "model.in_context_start=1",
-    "model.num_classes=10",
-)
+from tests.support import ROOT
+from tests.support.tiny import OVERRIDES
+
 ENVIRONMENT = {"device", "torch", "deepspeed", "torchao", "threads", "load", "date"}
 USED = {"tflops_per_second", "mfu", "mfu_of_matmul"}
 COMMON = {"config", "overrides", "batch", "images_per_second", "matmul_tflops_per_second", "peak_memory_mib"} | USED
@@ -42,7 +32,7 @@ def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -
 def test_rehearsal() -> None:
     """From photographs to result.json through Inception, with a small network."""
     counts = ["evaluation.num_images=10", "evaluation.sweep_images=10", "evaluation.block_size=10"]
-    small = [*TINY[2:8], "model.num_classes=20", "engine.precision=fp32", "data.num_workers=0", *counts]
+    small = [*OVERRIDES[2:8], "model.num_classes=20", "engine.precision=fp32", "data.num_workers=0", *counts]
     result = json.loads(benchmark("rehearsal", "--images", "20", "--batch", "4", "--json", *small))
     assert list(result["parts"]) == ["packing", "start", "steps", "save", "real", "sweep", "best"]
     assert all(seconds >= 0 and memory > 0 for seconds, memory in result["parts"].values())
@@ -53,7 +43,7 @@ def test_rehearsal() -> None:
 
 
 def test_step() -> None:
-    arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", "--json", *TINY]
+    arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", "--json", *OVERRIDES]
     result: dict[str, Any] = json.loads(benchmark(*arguments))
     own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network", "engine", "execution"}
     own |= {"host_waits", "reference", "ratio", "network_ratio"}
@@ -78,18 +68,18 @@ def test_step() -> None:
 
 
 def test_step_and_sample_need_torch_and_little_more() -> None:
-    result = json.loads(benchmark("step", "--steps", "1", "--warmup", "1", "--json", *TINY, without=FOREIGN))
+    result = json.loads(benchmark("step", "--steps", "1", "--warmup", "1", "--json", *OVERRIDES, without=FOREIGN))
     assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
     assert "--engine zero: the trainer needs wandb," in benchmark(
         "step", "--engine", "zero", without=("wandb",), expect=2
     )
     assert result["host_waits"] == {}
     assert "data" not in result["ms"]
-    assert "| images/s |" in benchmark("sample", "--batch", "1", "--sampler-steps", "2", *TINY, without=FOREIGN)
+    assert "| images/s |" in benchmark("sample", "--batch", "1", "--sampler-steps", "2", *OVERRIDES, without=FOREIGN)
 
 
 def test_sample() -> None:
-    arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "reference", "--json", *TINY]
+    arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "reference", "--json", *OVERRIDES]
     result: dict[str, Any] = json.loads(benchmark(*arguments))
     own = {"sampler_steps", "guidance", "seconds", "seconds_range", "evaluations_per_image", "network_calls"}
     own |= {"network_share", "reference", "ratio", "largest_difference", "largest_value"}
@@ -105,7 +95,7 @@ def test_sample() -> None:
 
 
 def test_attention() -> None:
-    result = json.loads(benchmark("attention", "--repeats", "2", "--json", *TINY))
+    result = json.loads(benchmark("attention", "--repeats", "2", "--json", *OVERRIDES))
     assert result["shape"] == [4, 20, 2, 16]
     assert set(result["kernels"]) == {"sdpa", "reference"}
     assert set(result["missing"]) == {"flash-attn", "flash-attn-4"}
@@ -115,7 +105,7 @@ def test_attention() -> None:
             flops = products * 2 * 4 * 2 * 20**2 * 16
             assert found[part]["tflops_per_second"] == pytest.approx(flops / found["ms"][part] / 1e9)
         assert found["images_per_second"] == pytest.approx(4e3 / (found["ms"]["forward"] + found["ms"]["backward"]))
-    assert "| sdpa: backward, of one large matrix product |" in benchmark("attention", "--repeats", "1", *TINY)
+    assert "| sdpa: backward, of one large matrix product |" in benchmark("attention", "--repeats", "1", *OVERRIDES)
 
 
 def test_metrics() -> None:
@@ -124,14 +114,14 @@ def test_metrics() -> None:
 
 
 def test_the_table_and_a_refusal() -> None:
-    table = benchmark("sample", "--batch", "1", "--sampler-steps", "1", *TINY)
+    table = benchmark("sample", "--batch", "1", "--sampler-steps", "1", *OVERRIDES)
     assert "| network evaluations an image | 1 |" in table
-    assert "run.device=cuda" in benchmark("step", "run.device=cuda", *TINY, expect=2)
+    assert "run.device=cuda" in benchmark("step", "run.device=cuda", *OVERRIDES, expect=2)
 
 
 @pytest.mark.slow
 def test_checkpoint() -> None:
-    result: dict[str, Any] = json.loads(benchmark("checkpoint", "--repeats", "1", "--json", *TINY))
+    result: dict[str, Any] = json.loads(benchmark("checkpoint", "--repeats", "1", "--json", *OVERRIDES))
     assert set(result) == {"config", "repeats", "bytes", "seconds", "range", "imports"} | ENVIRONMENT
     assert set(result["seconds"]) == {"stall_sync", "stall_async", "written_async", "verify", "load"}
     assert result["seconds"]["stall_async"] < result["seconds"]["written_async"]

@@ -17,9 +17,9 @@ from jitscale.checkpoints.hub import HubJiT
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.errors import CheckpointError, UserError
+from tests.support import FILES
 from tools.convert_checkpoint import main
 
-DATA = Path(__file__).parents[1] / "files"
 STEPS = 5
 
 
@@ -37,7 +37,7 @@ def convert(source: Path, to: str, output: Path, *more: object) -> Path:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The YAML file of the network in the authors' file."""
-    described = torch.load(DATA / "jit_tiny_euler.reference.pt", weights_only=True)["config"]
+    described = torch.load(FILES / "jit_tiny_euler.reference.pt", weights_only=True)["config"]
     model = {key: value for key, value in described.items() if key in vars(jitscale.config.ModelConfig())}
     settings = {
         "model": model,
@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def authors_file(tmp_path: Path, config: Path) -> Path:
     """A file of the authors with moments, which the stored one was relieved of."""
-    content = load(DATA / "jit_tiny_euler.checkpoint-last.pth")
+    content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
     parameters = [value for key, value in content["model"].items() if key != "net.pos_embed"]
     vectors = [p for p in parameters if p.ndim == 1]
     ordered = [*vectors, *(p for p in parameters if p.ndim > 1)]

@@ -11,25 +11,25 @@ from PIL import Image
 
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DiffusionConfig, EvaluationConfig, ModelConfig
+from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample
 from jitscale.model.jit import JiT
+from tests.support.tiny import MODEL
 from tools.sample import main
 
-SMALL = ModelConfig(16, 4, 32, 2, 2, 8, 4, 1, 10)
 SAMPLING = ["--steps", "3", "--guidance", "2.0", "--method", "euler", "--seed", "5"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JiT]:
     torch.manual_seed(0)
-    network = JiT(SMALL, DiffusionConfig()).eval()
+    network = JiT(MODEL, DiffusionConfig()).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    config = Config(model=SMALL)
+    config = Config(model=MODEL)
     config.evaluation.weights, config.ema.decays, config.run.max_steps = "model", [], 1
     state = network.state_dict()
     folder = tmp_path_factory.mktemp("run")
@@ -73,6 +73,6 @@ def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
 
 
 def test_cuda_graphs_are_refused_where_there_are_none() -> None:
-    config = Config(model=SMALL, evaluation=EvaluationConfig(cuda_graphs=True))
+    config = Config(model=MODEL, evaluation=EvaluationConfig(cuda_graphs=True))
     with pytest.raises(ConfigError, match=r"evaluation\.cuda_graphs=true: cpu has none"):
-        ready_to_sample(JiT(SMALL), config, torch.device("cpu"))
+        ready_to_sample(JiT(MODEL), config, torch.device("cpu"))

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from jitscale.data.packing import write_shards
 from jitscale.errors import UserError
 from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
+from tests.support import ROOT
+from tests.support.runs import write_chain_inputs
 from tools.submit import main
-
-ROOT = Path(__file__).parents[2]
-TINY = """
-model: {image_size: SIZE, patch_size: PATCH, hidden_size: 32, depth: 2, num_heads: 2, bottleneck_dim: 8,
-  in_context_len: 4, in_context_start: 1, num_classes: 10}
-diffusion: {noise_scale: SCALE}
-data: {batch_size: 12, num_workers: 0, window: 16}
-engine: {precision: fp32}
-ema: {decays: [0.9]}
-evaluation: {weights: ema_0.9, num_images: 10, block_size: 5, steps: 2, features: digits}
-tracking: {log_every_steps: 1}
-run: {max_steps: 3, device: cpu}
-"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for size, patch in ((16, 4), (32, 8)):
-        text = TINY.replace("SIZE", str(size)).replace("PATCH", str(patch)).replace("SCALE", f"{size / 16}")
-        (tmp_path / f"tiny_{size}.yaml").write_text(text)
-        images = np.random.default_rng(0).integers(0, 256, (30, size, size, 3), np.uint8)
-        write_shards(images, np.arange(30) % 10, tmp_path / f"shards_{size}", samples_per_shard=20)
+    write_chain_inputs(tmp_path, samples=10, steps=3)
     return tmp_path
 
 

@@ -9,7 +9,7 @@ from jitscale.config import OptimConfig
 from jitscale.model.jit import JiT
 from jitscale.training.muon import Muon, Piece, orthogonalize
 from jitscale.training.optim import build_optimizer
-from tests.training.test_optim import MODEL
+from tests.support.tiny import MODEL
 
 
 def whole(p: torch.Tensor) -> list[Piece]:

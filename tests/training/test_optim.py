@@ -7,21 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jitscale.config import ModelConfig, OptimConfig
+from jitscale.config import OptimConfig
 from jitscale.model.jit import JiT, parameter_kind
 from jitscale.training.optim import ALIGNED_ELEMENTS, learning_rate, parameter_groups
-
-MODEL = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=32,
-    depth=2,
-    num_heads=2,
-    bottleneck_dim=8,
-    in_context_len=4,
-    in_context_start=1,
-    num_classes=10,
-)
+from tests.support.tiny import MODEL
 
 
 def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:

@@ -15,8 +15,7 @@ import torch
 from jitscale.errors import DataError, ExitCode
 from jitscale.training.engine import StepOutcomes
 from jitscale.training.watch import BadSamples, HangWatch, LossSpikes
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 def test_a_rollback_counts_bad_samples_once() -> None:

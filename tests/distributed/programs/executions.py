@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,16 @@ import torch
 from torch._dynamo.utils import counters
 
 from jitscale import parallel
-from jitscale.config import Config, EngineConfig, ModelConfig
+from jitscale.config import Config, EngineConfig
 from jitscale.model.jit import JiT
 from jitscale.training.engine import ZeroEngine
+from tests.support import tiny
 from tests.support.processes import leave_after
 
 STEPS, BATCH = 4, 3
 # Padded, compiled, every k-th block recomputed.
 WAYS = {"plain": (False, False, 0), "padded": (True, False, 0), "compiled": (True, True, 0), "all": (True, True, 2)}
-MODEL = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=40,
-    depth=4,
-    num_heads=2,
-    bottleneck_dim=8,
-    in_context_len=4,
-    in_context_start=2,
-    num_classes=10,
-)
+MODEL = replace(tiny.MODEL, hidden_size=40, depth=4, in_context_start=2)
 
 
 def run(engine_config: EngineConfig, world: parallel.World) -> dict[str, Any]:

@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.memory import MICRO_BATCHES, state_bytes
 from jitscale import parallel
-from jitscale.config import Config, EmaConfig, EngineConfig, ModelConfig
+from jitscale.config import Config, EmaConfig, EngineConfig
+from tests.support import tiny
 from tests.support.processes import leave_after
 
 DECAYS = [0.9, 0.99]
-MODEL = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=320,
-    depth=4,
-    num_heads=4,
-    bottleneck_dim=32,
-    in_context_len=4,
-    in_context_start=1,
-    num_classes=10,
-)
+MODEL = replace(tiny.MODEL, hidden_size=320, depth=4, num_heads=4, bottleneck_dim=32)
 SETTINGS = [(0, "fp32")] + [(stage, p) for stage in (1, 2, 3) for p in ("fp32", "autocast", "bf16")]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from jitscale.config import (
     DiffusionConfig,
     EmaConfig,
     EngineConfig,
-    ModelConfig,
     OptimConfig,
     ema_name,
     power_name,
@@ -28,6 +28,7 @@ from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
+from tests.support import tiny
 from tests.support.processes import leave_after
 
 STAGES = (0, 1, 2, 3)
@@ -35,17 +36,7 @@ STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 20, 2  # in fp32, in bf16 arithmetic,
 GLOBAL_BATCH, DECAY, LR = 12, 0.9, 1e-3
 MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks: 3, 2 and 2 are accumulated
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
-MODEL = ModelConfig(
-    image_size=16,
-    patch_size=4,
-    hidden_size=64,
-    depth=2,
-    num_heads=2,
-    bottleneck_dim=8,
-    in_context_len=4,
-    in_context_start=1,
-    num_classes=10,
-)
+MODEL = replace(tiny.MODEL, hidden_size=64)
 
 
 def batch(step: int) -> tuple[torch.Tensor, ...]:
