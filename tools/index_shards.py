@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jitscale.command import Parser
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.survey import survey
@@ -34,7 +35,7 @@ MOST_LINES = 50  # of defects that are printed
 
 def main() -> int:
     """Parse the command line, then index or verify."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "shards", metavar="DIR_OR_GLOB", help="a folder, or a glob or brace pattern of tars in one folder"
     )
@@ -46,9 +47,7 @@ def main() -> int:
         "--class-names", type=Path, metavar="FILE", help="names, one a line, in the order of their numbers"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
-    parser.add_argument(
-        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help=WORKERS_HELP
-    )
+    parser.add_workers()
     options = parser.parse_args()
     if options.verify and (options.force or options.class_names):
         parser.error("--verify writes nothing: it takes neither --force nor --class-names")
@@ -143,15 +142,6 @@ def _print(defects: Sequence[Defect], report: Path | None, stream: TextIO) -> No
 def _many(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-WORKERS_HELP = "processes (default: the cores this process may use, %(default)s)"
 
 if __name__ == "__main__":
     exit_with_message(main, same_on_all_ranks=False)

@@ -9,12 +9,11 @@ tools/index_shards.py lists them.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from jitscale.command import Parser, markdown, positive
 from jitscale.data.find import find_tars
 from jitscale.data.inspection import Collection, balance, collect, contact_sheet, extensions, look, statistics
 from jitscale.errors import DataError, ExitCode, exit_with_message
@@ -24,21 +23,15 @@ MOST_NAMED = 5  # classes or bad inputs that the table names
 
 def main() -> int:
     """Parse the command line, look and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("shards", metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
     parser.add_argument(
-        "--samples", type=_positive, default=2000, metavar="N", help="random images to decode (default: %(default)s)"
+        "--samples", type=positive, default=2000, metavar="N", help="random images to decode (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random sample (default: %(default)s)")
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes (default: the cores this process may use, %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_workers()
+    parser.add_json()
     options = parser.parse_args()
     if options.contact_sheet is not None and options.contact_sheet.suffix.lower() != ".png":
         parser.error("--contact-sheet must be called .png")
@@ -68,7 +61,7 @@ def main() -> int:
     }
     if options.contact_sheet is not None:
         contact_sheet(collection, options.contact_sheet, options.seed)
-    print(json.dumps(result) if options.json else _table(_lines(result, collection)))
+    print(json.dumps(result) if options.json else markdown(_lines(result, collection)))
     return ExitCode.DONE
 
 
@@ -131,17 +124,6 @@ def _some(texts: list[str], *, count: bool = True) -> str:
 
 def _numbers(values: list[float], digits: int) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _table(lines: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in lines)])
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "keyed_random", "launcher_environment", "versions"},
+    {"command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
     {"parallel", "completion", "cautions"},
     {"model", "diffusion", "data"},

@@ -18,7 +18,7 @@ from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
-from tools.make_shards import _parser as packing_parser
+from tools.make_shards import parser as packing_parser
 
 ROOT = Path(__file__).parents[2]
 
