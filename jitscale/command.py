@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jitscale.errors import ExitCode
+from jitscale.errors import ExitCode, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +27,10 @@ class Parser(argparse.ArgumentParser):
     def add_overrides(self, meaning: str = "settings that win over the file") -> None:
         """Add the positional arguments `overrides`; `parse_intermixed_args` takes them between options too."""
         self.add_argument("overrides", nargs="*", metavar="group.key=value", help=meaning)
+
+    def add_count(self, name: str, default: int, meaning: str) -> None:
+        """Add an option that is a positive integer."""
+        self.add_argument(name, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
 
     def add_workers(self) -> None:
         """Add `--workers`, the number of processes."""
@@ -67,6 +74,29 @@ def part_of(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I in 1..N, for example 1/4 to 4/4")
     return int(number), int(parts)
+
+
+def refuse_existing(*outputs: Path) -> None:
+    """Refuse to write over files.
+
+    Raises:
+        UserError: one of `outputs` exists.
+    """
+    for path in outputs:
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another --output")
+
+
+def run_python(*arguments: str, cwd: Path, **environment: str) -> None:
+    """Run this Python in a process of its own, whose output is seen.
+
+    Raises:
+        UserError: it failed.
+    """
+    command, variables = [sys.executable, *arguments], {**os.environ, **environment}
+    finished = subprocess.run(command, cwd=cwd, env=variables, check=False)
+    if finished.returncode != 0:
+        raise UserError(f"{' '.join(arguments)}: ended with code {finished.returncode}; see above")
 
 
 def usable_cores() -> int:
