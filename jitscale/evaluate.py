@@ -1,16 +1,15 @@
 """Measure samples of a checkpoint: `python -m jitscale.evaluate --run DIR` or `--checkpoint FILE --config FILE`.
 
-It does the final evaluation that the configuration describes, with the sweep of `evaluation.sweep` if there is one. A
-weight set or guidance that the command names is measured alone.
+It does the final evaluation of the configuration, with the sweep of `evaluation.sweep` if there is one. If the command
+names a weight set or guidance, it measures only that.
 
-All ranks share the work, under torchrun, under srun, or in one process; started again, it goes on where it was. Every
-result is kept in RUN/results. RUN/result.json is the evaluation that the run's own config.yaml asks for; for a bare
-checkpoint file it is the last one. torchrun takes `--run` for an option of its own: with it, write `--run-dir`.
+All ranks share the work, under torchrun, under srun, or in one process; the same command continues an interrupted one.
+RUN/results keeps every result. RUN/result.json is the evaluation of the run's own config.yaml; for a bare checkpoint
+file it is the last one. torchrun takes `--run` for an option of its own: with it, write `--run-dir`.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from jitscale.cautions import start_caution
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
+from jitscale.command import Parser
 from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
@@ -42,19 +42,14 @@ SWEPT = ("evaluation.weights=", "evaluation.guidance_scale=", "evaluation.guidan
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and evaluate; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jitscale.evaluate", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m jitscale.evaluate")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
-    parser.add_argument(
-        "--weights",
-        metavar="NAME",
-        help="model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="group.key=value", help="settings that win, such as evaluation.num_images=5000"
-    )
+    sets = "model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)"
+    parser.add_argument("--weights", metavar="NAME", help=sets)
+    parser.add_overrides("settings that win over the file, such as evaluation.num_images=5000")
     options = parser.parse_intermixed_args(arguments)
     if options.checkpoint is not None and options.config is None:
         parser.error("--checkpoint needs --config")
@@ -110,8 +105,7 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
     is_configured_end = is_configured(run_dir, config)  # a run.dir whose config.yaml cannot be read is met now
     is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest, run_dir))
     tracked = described and is_end and config.tracking.wandb != "off" and is_configured_end
-    world = parallel.start(parallel.choose_device(config.run.device))
-    try:
+    with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
         check_measurable(config, world, stored.weight_sets)
         if world.is_main:
@@ -127,9 +121,6 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
             mark_complete(run_dir, "evaluate")
             if tracked:
                 _track(config, run_dir, result)
-        parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
-    finally:
-        parallel.stop()
     if world.is_main:
         print(table_of(result))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -46,16 +46,30 @@ def figure(
         plt.close(drawn)
 
 
-def curve(axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, **style: Any) -> None:
-    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars."""
+def curve(
+    axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, number: int = 0, **style: Any
+) -> None:
+    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars; `number` chooses the look."""
     values = np.asarray(by_seed, float)
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else None
-    axis.errorbar(x, values.mean(axis=0), yerr=deviation, label=label, capsize=2, linewidth=1.2, markersize=4, **style)
+    look = {"color": COLOURS[number], "marker": MARKERS[number], "capsize": 2, "linewidth": 1.2, "markersize": 4}
+    axis.errorbar(x, values.mean(axis=0), yerr=deviation, label=label, **{**look, **style})
+
+
+def curve_over(axis: Axes, by_x: Mapping[Any, Sequence[float]], label: str, number: int = 0) -> None:
+    """`curve` of the values of all seeds at each x."""
+    curve(axis, list(by_x), list(zip(*by_x.values(), strict=True)), label, number)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Over seeds; the deviation of one seed is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def plus_minus(values: Sequence[float], width: int = 0, digits: int = 2) -> str:
+    """The mean, `width` characters wide, and the deviation of `values` as text."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:{width}.{digits}f} ±{deviation:.{digits}f}"
 
 
 def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str], part: float = 1.0) -> None:

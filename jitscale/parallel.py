@@ -137,6 +137,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """Join the job's process group for the block, as `start` does, and leave it together with all ranks."""
+    world = start(device)
+    try:
+        yield world
+        barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+    finally:
+        stop()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     gather_objects(None)

@@ -1,12 +1,10 @@
 """Train a model: `python -m jitscale.train --config configs/jit_h_256.yaml [group.key=value ...]`.
 
-Starting the same command again resumes the run from its newest checkpoint. It runs alike in one process, under
-torchrun and under srun.
+The same command resumes the run from its newest checkpoint. It may be started as one process, by torchrun, or by srun.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +15,7 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.checkpoints.weights import StoredWeights
+from jitscale.command import Parser
 from jitscale.completion import mark_complete
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_configured
@@ -33,13 +32,11 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jitscale.train", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m jitscale.train")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print all settings, explained, and stop")
     parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="group.key=value", help="settings that win over the file, such as optim.lr=1e-4"
-    )
+    parser.add_overrides("settings that win over the file, such as optim.lr=1e-4")
     options = parser.parse_intermixed_args(arguments)
 
     world_size = adopt_launcher_environment()
@@ -55,18 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.DONE
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    world = parallel.start(parallel.choose_device(config.run.device))
-    try:
+    with parallel.joined(parallel.choose_device(config.run.device)) as world:
         # Only this rank records, and only its node may have the key.
         parallel.raise_together(lambda: check_wandb(config) if world.is_main else None)
         measured = check_training_measures(config, world)
         code = _train_through(stages_of(measured), world)
         if code == ExitCode.DONE and world.is_main:
             mark_complete(Path(config.run.dir), "train", config)
-        parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
         return code
-    finally:
-        parallel.stop()
 
 
 def _train_through(stages: Sequence[Config], world: World) -> ExitCode:

@@ -9,7 +9,7 @@ from tests.support import ROOT
 
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"errors", "files", "keyed_random", "launcher_environment", "versions"},
+    {"command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
     {"parallel", "completion", "cautions"},
     {"model", "diffusion", "data"},

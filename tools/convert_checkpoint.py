@@ -6,10 +6,9 @@
     python tools/convert_checkpoint.py --checkpoint checkpoint-last.pth --to run --output runs/continued \\
         --config configs/jit_h_256.yaml
 
-safetensors: a folder with one file a weight set, with the network's config in its metadata. huggingface: a folder
-for `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with
-the optimizer's moments. run: a checkpoint that `jitscale.train` goes on from, with the averages and moments that are
-there.
+safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
+`jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
+optimizer's moments. run: a checkpoint that `jitscale.train` continues, with all averages and moments of the source.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from jitscale.checkpoints.authors import write_authors_file
@@ -25,6 +25,7 @@ from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import StoredWeights, check_fits, write_safetensors
+from jitscale.command import Parser, natural, refuse_existing
 from jitscale.config import ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 
@@ -33,47 +34,26 @@ AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a run or step folder, .safetensors files, a Hugging Face folder, the authors' .pth",
-    )
-    writers: dict[str, Callable[[StoredWeights, argparse.Namespace], list[Path]]] = {
-        "safetensors": to_safetensors,
-        "huggingface": to_huggingface,
-        "authors": to_authors,
-        "run": to_run,
-    }
-    parser.add_argument("--to", required=True, choices=writers)
+    parser = Parser(__doc__)
+    sources = "a run or step folder, .safetensors files, a Hugging Face folder, the authors' .pth"
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help=sources)
+    parser.add_argument("--to", required=True, choices=WRITERS, help="the new form")
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        metavar="SET",
-        help="such as model ema_0.9999; default: all; for huggingface the one that the run samples from; for run the "
-        "one to go on from, default model",
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the network where PATH does not say it; for run")
+    sets = "such as model ema_0.9999 (default: all; huggingface: the one that the run samples from; run: model)"
+    parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="run; else the network if PATH does not say it")
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
-        parser.add_argument(
-            f"--ema{number}",
-            default=ema_name(decay),
-            metavar="SET",
-            help=f"authors: becomes model_ema{number}; default {ema_name(decay)}",
-        )
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="authors: the last complete epoch; default 0")
-    parser.add_argument(
-        "--images", type=int, default=0, metavar="N", help="run: images that the weights have seen; default 0"
-    )
+        meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
+        parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="authors: the last complete one (default: 0)")
+    seen = "run: images that the weights have seen (default: 0)"
+    parser.add_argument("--images", type=natural, default=0, metavar="N", help=seen)
     options = parser.parse_args(arguments)
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
     try:
-        written = writers[options.to](stored, options)
+        written = WRITERS[options.to](stored, options)
     except OSError as error:
         raise CheckpointError(f"{options.output}: cannot be written ({error}); choose another --output") from error
     print("\n".join([f"{stored.path}: read", "written:", *(f"  {path}" for path in written)]))
@@ -84,7 +64,7 @@ def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> list[P
     """One file a weight set."""
     names = [stored.choose(name) for name in options.weights or stored.weight_sets]
     files = [options.output / f"{name}.safetensors" for name in names]
-    _refuse_existing(*files)
+    refuse_existing(*files)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, file in zip(tqdm(names, unit="set", desc="write"), files, strict=True):
         write_safetensors(file, stored, name)
@@ -97,10 +77,9 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
         from jitscale.checkpoints.hub import HubJiT  # noqa: PLC0415
     except ImportError as error:
         raise UserError(f"--to huggingface needs {error.name}; pip install 'jitscale[hub]'") from error
-    if options.weights is not None and len(options.weights) > 1:
-        raise UserError(f"--weights {' '.join(options.weights)}: a Hugging Face folder holds one weight set; name one")
-    _refuse_existing(options.output / "model.safetensors", options.output / "config.json")
-    weights = stored.weight_set(options.weights[0] if options.weights else None)
+    chosen = _one_set(options, "a Hugging Face folder holds one weight set")
+    refuse_existing(options.output / "model.safetensors", options.output / "config.json")
+    weights = stored.weight_set(chosen)
     network = HubJiT(weights.model, weights.diffusion, weights.name)
     weights.load_into(network)
     network.save_pretrained(options.output)
@@ -111,13 +90,12 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
     """The authors' `checkpoint-last.pth`."""
     if options.weights is not None:
         raise UserError(
-            "--weights: the authors' file holds the model and two averages; choose these by --ema1 and --ema2"
+            "--weights: the authors' file holds the model and two averages; choose them by --ema1 and --ema2"
         )
-    _refuse_existing(options.output)
-    for option in ("ema1", "ema2"):
-        name = getattr(options, option)
-        if not name.startswith("ema_") or name not in stored.weight_sets:
-            averages = [held for held in stored.weight_sets if held.startswith("ema_")]
+    refuse_existing(options.output)
+    averages = [name for name in stored.weight_sets if name.startswith("ema_")]
+    for option, name in (("ema1", options.ema1), ("ema2", options.ema2)):
+        if name not in averages:
             raise UserError(
                 f"--{option} {name}: not among the averages of {stored.path}; choose one of "
                 f"{', '.join(averages) or 'none: the authors format needs an exponential average'}"
@@ -135,34 +113,36 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
         raise UserError("--to run needs --config, the YAML file that the run will be started with")
     config = load_config(options.config, [f"run.dir={options.output}"])
     check_fits(stored, config)
-    _refuse_existing(options.output / "checkpoints")
-    if options.weights is not None and len(options.weights) > 1:
-        raise UserError(f"--weights {' '.join(options.weights)}: one set becomes the run's model; name one")
-    begin = stored.choose(options.weights[0] if options.weights else "model" if "model" in stored.weight_sets else None)
+    refuse_existing(options.output / "checkpoints")
+    chosen = _one_set(options, "one set becomes the run's model")
+    begin = stored.choose(chosen or ("model" if "model" in stored.weight_sets else None))
     averages = [name for name in stored.weight_sets if name != "model"]
     moments = stored.moments if config.optim.name == "adamw" and begin == "model" else ()
     if not moments:
         print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
-    progress = Progress(
-        step=0, images=options.images, optimizer_step=stored.optimizer_step if moments else 0, data=None
-    )
+    progress = Progress(0, options.images, stored.optimizer_step if moments else 0, None)
     names = {"model": begin, **{name: name for name in (*averages, *moments)}}
-    folder = write_streamed(
-        step_folder(options.output, 0),
-        progress,
-        config,
-        stored.shapes,
-        list(names),
-        lambda name, parameter: stored.tensor(names[name], parameter),
-    )
+
+    def read(name: str, parameter: str) -> Tensor:
+        return stored.tensor(names[name], parameter)
+
+    folder = write_streamed(step_folder(options.output, 0), progress, config, stored.shapes, list(names), read)
     (options.output / "config.yaml").write_text(to_yaml(config))
     return [folder]
 
 
-def _refuse_existing(*paths: Path) -> None:
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path}: exists already; remove it or choose another --output")
+WRITERS: dict[str, Callable[[StoredWeights, argparse.Namespace], list[Path]]] = {
+    "safetensors": to_safetensors,
+    "huggingface": to_huggingface,
+    "authors": to_authors,
+    "run": to_run,
+}
+
+
+def _one_set(options: argparse.Namespace, why: str) -> str | None:
+    if options.weights is not None and len(options.weights) > 1:
+        raise UserError(f"--weights {' '.join(options.weights)}: {why}; name one")
+    return options.weights[0] if options.weights else None
 
 
 if __name__ == "__main__":

@@ -3,17 +3,13 @@
     python tools/demo.py
 
 Two processes on the CPU, or one for each GPU, train a small JiT on scikit-learn's handwritten digits at 32 px with
-the configuration configs/demo.yaml; the checkpoint is upgraded to 64 px and fine-tuned with configs/demo_64.yaml. The
-same command continues a demo that was interrupted.
+configs/demo.yaml. The checkpoint is upgraded to 64 px and fine-tuned with configs/demo_64.yaml. The same command
+continues an interrupted demo.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,10 @@ import torch
 
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import read_weights
+from jitscale.command import Parser, positive, run_python, usable_cores
 from jitscale.config import Config, load_config
 from jitscale.data.digits import DIGIT_CLASSES
-from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.model.jit import JiT
@@ -34,22 +31,26 @@ from jitscale.parallel import World
 from jitscale.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def main() -> int:
     """Parse the command line and run all stages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--images", type=int, help="images seen at 32 px; default: as configured")
-    parser.add_argument("--finetune-images", type=int, help="images seen at 64 px; default: as configured")
-    parser.add_argument("--samples", type=int, help="images generated for each evaluation; default: as configured")
+    for name, meaning in (
+        ("--images", "images seen at 32 px"),
+        ("--finetune-images", "images seen at 64 px"),
+        ("--samples", "images generated for each evaluation"),
+    ):
+        parser.add_argument(name, type=positive, metavar="N", help=f"{meaning}; default: as configured")
     options = parser.parse_args()
 
     started = time.perf_counter()
     output = options.output
     _say("write shards")
-    low_settings = _settings(output / "32px", _shards(output, 32), options.images, options.samples)
-    high_settings = _settings(output / "64px", _shards(output, 64), options.finetune_images, options.samples)
+    low_settings = _settings(output, 32, options.images, options.samples)
+    high_settings = _settings(output, 64, options.finetune_images, options.samples)
     low = load_config(ROOT / "configs/demo.yaml", low_settings)
     high = load_config(ROOT / "configs/demo_64.yaml", high_settings)
 
@@ -58,7 +59,7 @@ def main() -> int:
     if not complete_checkpoints(output / "64px"):
         _say("upgrade to 64 px")
         arguments = ["--checkpoint", low.run.dir, "--to", "configs/demo_64.yaml", "--output", high.run.dir]
-        _run([sys.executable, "tools/upgrade_resolution.py", *arguments, *high_settings])
+        run_python("tools/upgrade_resolution.py", *arguments, *high_settings, cwd=ROOT)
     _say("fine-tune at 64 px, then evaluate")
     _train("configs/demo_64.yaml", high_settings, high.data.batch_size)
     _say("evaluate the untrained network, for comparison")
@@ -80,36 +81,23 @@ def main() -> int:
     return ExitCode.DONE
 
 
-def _shards(output: Path, resolution: int) -> Path:
-    """Write the digits at one resolution unless they are there."""
-    folder = output.absolute() / f"shards_{resolution}px"
-    _run([sys.executable, "tools/make_digits.py", "--resolution", str(resolution), "--output", str(folder)])
-    return folder
-
-
-def _settings(run_dir: Path, shards: Path, images: int | None, samples: int | None) -> list[str]:
-    settings = [f"run.dir={run_dir.absolute()}", f"data.shards={shards}"]
-    if images is not None:
-        settings.append(f"run.max_images={images}")
-    if samples is not None:
-        settings.append(f"evaluation.num_images={samples}")
-    return settings
+def _settings(output: Path, resolution: int, images: int | None, samples: int | None) -> list[str]:
+    """The settings of the run at one resolution, whose shards are written unless they are there."""
+    output = output.absolute()
+    shards = output / f"shards_{resolution}px"
+    run_python("tools/make_digits.py", "--resolution", str(resolution), "--output", str(shards), cwd=ROOT)
+    counts = {"run.max_images": images, "evaluation.num_images": samples}
+    places = [f"run.dir={output / f'{resolution}px'}", f"data.shards={shards}"]
+    return places + [f"{key}={count}" for key, count in counts.items() if count is not None]
 
 
 def _train(config: str, settings: list[str], batch_size: int) -> None:
-    """Train on the GPUs, as many as can share a batch evenly, or in two processes on the CPU."""
+    """Train on as many GPUs as can share a batch evenly, or in two processes on the CPU."""
     most = torch.cuda.device_count() or 2
     processes = max(count for count in range(1, most + 1) if batch_size % count == 0)
-    threads = max(1, (os.cpu_count() or 1) // processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "jitscale.train", "--config", config, *settings]
-    _run(command, OMP_NUM_THREADS=str(threads))
-
-
-def _run(command: list[str], **environment: str) -> None:
-    finished = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
-    if finished.returncode != 0:
-        raise UserError(f"{' '.join(command)}: ended with code {finished.returncode}; see above")
+    threads = str(max(1, usable_cores() // processes))
+    run_python(*launcher, "-m", "jitscale.train", "--config", config, *settings, cwd=ROOT, OMP_NUM_THREADS=threads)
 
 
 def _say(what: str) -> None:
@@ -117,10 +105,9 @@ def _say(what: str) -> None:
 
 
 def _evaluate_untrained(config: Config, folder: Path) -> dict[str, Any]:
-    """The same measurement of the network as it was initialised."""
+    """The same measurement of the freshly initialised network."""
     torch.manual_seed(config.run.seed)
-    model = JiT(config.model, config.diffusion).eval()
-    return evaluate_model(model, "untrained", config, World(0, 1, 0, torch.device("cpu")), folder)
+    return evaluate_model(JiT(config.model, config.diffusion).eval(), "untrained", config, ALONE, folder)
 
 
 def _draw_samples(configs: list[Config], path: Path) -> None:
@@ -130,13 +117,12 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
         model = read_weights(config.run.dir).build()
         sampler = configured_sampler(config.evaluation, config.diffusion)
         size = config.model.image_size
-        grid = sample_grid(model, sampler, config.evaluation.seed, World(0, 1, 0, torch.device("cpu")))
+        grid = sample_grid(model, sampler, config.evaluation.seed, ALONE)
         axis.imshow(grid)
         axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
         axis.tick_params(length=0)
-        axis.set_xticks([])
-        axis.set_ylabel("class asked for")
-        axis.set_title(f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}")
+        title = f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}"
+        axis.set(xticks=[], ylabel="class asked for", title=title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -144,9 +130,8 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
 def _draw_losses(configs: list[Config], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for config in configs:
-        metrics = read_metrics(Path(config.run.dir))
-        label = f"{config.model.image_size} px"
-        axis.plot([line["images"] for line in metrics], [line["loss"] for line in metrics], label=label, linewidth=1)
+        images, losses = zip(*((m["images"], m["loss"]) for m in read_metrics(Path(config.run.dir))), strict=True)
+        axis.plot(images, losses, label=f"{config.model.image_size} px", linewidth=1)
     axis.set(xlabel="images seen", ylabel=f"training loss ({configs[0].diffusion.loss} space)", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=100)

@@ -3,19 +3,19 @@
     torchrun --nproc-per-node 8 tools/evaluate_fid.py --checkpoint runs/h \\
         --sweep guidance=1.0:4.0:0.1 ema=all interval=0.1:1.0,0.2:0.8 --coarse 5000 --fine 50000 --keep 3
 
-Without --sweep it does what the run's `evaluation.sweep` says, as the end of a training does. All ranks share the
-work; started again, it goes on where it was. It ends with a table; RUN/results has the numbers and a figure, and
-RUN/result.json is written where the sweep is the one that the run's config.yaml asks for.
+Without --sweep it does the run's `evaluation.sweep`, as the end of a training does. All ranks share the work; the same
+command continues an interrupted sweep. It ends with a table. RUN/results has the numbers and a figure; RUN/result.json
+is written if the sweep is that of the run's config.yaml.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
 from jitscale import parallel
+from jitscale.command import Parser
 from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluate import evaluate, without_sweep
@@ -25,23 +25,18 @@ from jitscale.launcher_environment import adopt_launcher_environment
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, sweep and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, or any stored weights")
     parser.add_argument("--config", type=Path, metavar="FILE", help="default: the run's config.yaml")
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        default=[],
-        metavar="AXIS=VALUES",
-        help=f"axes: {', '.join(AXES)}; default: evaluation.sweep",
-    )
+    known = f"axes: {', '.join(AXES)}; default: evaluation.sweep"
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="AXIS=VALUES", help=known)
     for flag, setting, what in (
         ("--coarse", "sweep_images", "images of each setting"),
         ("--fine", "num_images", "images of the best"),
         ("--keep", "sweep_keep", "how many settings are best"),
     ):
         parser.add_argument(flag, type=int, metavar="N", dest=setting, help=f"{what}; default: evaluation.{setting}")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win, after --")
+    parser.add_overrides("settings that win, after --")
     options = parser.parse_intermixed_args(arguments)
     settings = [text for text in options.sweep if "." in text.partition("=")[0]]
     axes = [text for text in options.sweep if "." not in text.partition("=")[0]]

@@ -2,7 +2,7 @@
 
     python tools/experiments.py upgrade --seeds 3
 
-Started again, it goes on where it was: what has been measured is kept under runs/experiments/. The results are
+The same command continues an interrupted experiment: outcomes are kept under runs/experiments/. The results are
 docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the former.
 """
 
@@ -12,14 +12,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
 
+from jitscale.command import Parser, run_python
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.files import atomic_write
 from studies import bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
@@ -27,39 +26,30 @@ from studies.run import ROOT
 from studies.tasks import Experiment, outcomes_of
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "manifold": manifold.EXPERIMENT,
-    "pairs": pairs.EXPERIMENT,
-    "bottleneck": bottleneck.EXPERIMENT,
-    "resolution": resolution.EXPERIMENT,
-    "upgrade": upgrade.EXPERIMENT,
-    "upsampling": upsampling.EXPERIMENT,
-    "failing": failing.EXPERIMENT,
-    "guidance": guidance.EXPERIMENT,
+    "manifold": manifold,
+    "pairs": pairs,
+    "bottleneck": bottleneck,
+    "resolution": resolution,
+    "upgrade": upgrade,
+    "upsampling": upsampling,
+    "failing": failing,
+    "guidance": guidance,
 }
 ALONE = "upgrade"  # takes as long as all others together
 
 
 def main() -> int:
-    """Parse the command line and run what it names."""
-    listed = "\n".join(f"  {name:12}{experiment.title}" for name, experiment in EXPERIMENTS.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "name",
-        choices=[*EXPERIMENTS, "all"],
-        metavar="NAME",
-        help=f"one of those above, or all: every one but {ALONE}, which takes two hours",
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="after which no further run is begun")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="side by side; default: %(default)s")
+    """Parse the command line, and measure or draw the experiments that it names."""
+    listed = "\n".join(f"  {name:12}{(module.__doc__ or '').splitlines()[0]}" for name, module in EXPERIMENTS.items())
+    parser = Parser(f"{__doc__}\n{listed}")
+    names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
+    parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
+    parser.add_count("--seeds", 3, "seeds of each run")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="after this time, no run begins")
+    parser.add_workers()
     parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
-    parser.add_argument("--figure-only", action="store_true", help="draw again from what DIR holds")
+    parser.add_argument("--figure-only", action="store_true", help="draw again from the numbers in DIR")
     options = parser.parse_args()
-    if options.seeds < 1 or options.workers < 1:
-        parser.error("--seeds and --workers must be at least 1")
     options.output = options.output.resolve()
     os.chdir(ROOT)  # the configurations name their shards from here
     started = time.monotonic()
@@ -67,8 +57,7 @@ def main() -> int:
         experiment, results = EXPERIMENTS[name], options.output / f"{name}.json"
         if not options.figure_only:
             spent = (time.monotonic() - started) / 60
-            left = None if options.budget is None else max(0.0, options.budget - spent)
-            measure(name, experiment, options, results, left)
+            measure(name, options, results, None if options.budget is None else max(0.0, options.budget - spent))
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
@@ -78,15 +67,18 @@ def main() -> int:
     return ExitCode.DONE
 
 
-def measure(
-    name: str, experiment: Experiment, options: argparse.Namespace, results: Path, minutes: float | None
-) -> None:
-    """Do what is left, beginning nothing after `minutes`, and write the numbers."""
-    for tool in experiment.tools:
-        finished = subprocess.run([sys.executable, *tool], check=False)
-        if finished.returncode != 0:
-            raise UserError(f"{' '.join(tool)}: ended with code {finished.returncode}; see above")
-    outcomes = outcomes_of(experiment.tasks(options.seeds), Path("runs/experiments") / name, options.workers, minutes)
+def measure(name: str, options: argparse.Namespace, results: Path, minutes: float | None) -> None:
+    """Do the work that is left, beginning nothing after `minutes`, and write the numbers.
+
+    Raises:
+        UserError: a task or a tool failed, or the time was not enough.
+    """
+    experiment = EXPERIMENTS[name]
+    for kind, size in experiment.SHARDS:
+        shards = ["--resolution", str(size), "--output", f"runs/{kind}/{size}px"]
+        run_python(f"tools/make_{kind}.py", *shards, cwd=ROOT)
+    tasks = [task for seed in range(options.seeds) for task in experiment.tasks(seed)]
+    outcomes = outcomes_of(tasks, Path("runs/experiments") / name, options.workers, minutes)
     facts = {
         "command": f"python tools/experiments.py {name} --seeds {options.seeds}",
         "date": date.today().isoformat(),

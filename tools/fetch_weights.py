@@ -1,16 +1,16 @@
 """Download published weights on a machine with a network, for compute nodes without one.
 
-    python tools/fetch_weights.py --config RUN/config.yaml     # what it needs, into its evaluation.features_dir
+    python tools/fetch_weights.py --config RUN/config.yaml     # weights that it needs, into evaluation.features_dir
     python tools/fetch_weights.py --output /shared/weights inception
 
-Files are compared with their sha256, also those that are there already.
+The sha256 of every file is compared, also of files that are there already.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from jitscale.command import Parser
 from jitscale.config import EvaluationConfig, load_config
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.networks import PUBLISHED
@@ -19,13 +19,12 @@ from jitscale.evaluation.published import fetch, published_folder
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and download."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, metavar="FILE", help="a run's; its evaluation.features_dir is the folder")
     where.add_argument("--output", type=Path, metavar="DIR", help="the folder; default: torch hub's")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)}; default: those of --config, or all"
-    )
+    names = f"one of {', '.join(PUBLISHED)} (default: those that --config needs, or all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PUBLISHED)
     if unknown:

@@ -3,12 +3,11 @@
     python tools/gallery.py runs/h                 # writes runs/h/gallery.html
     python tools/gallery.py runs/a runs/b --output compare.html
 
-It may be called while the run goes on.
+The runs may be still training.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -19,18 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jitscale.command import Parser
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 from jitscale.files import atomic_write
 from jitscale.tracking import BEST_SAMPLES, HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
-CURVES = {
-    "loss": "training loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "images_per_second": "images/s",
-}
-MEASURED = re.compile(r"(fid|inception_score)(_\d+k?)?")  # on few images by names that say on how many
+CURVES = {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images/s"}
+MEASURED = re.compile(r"(fid|inception_score)(_\d+k?)?")  # names of measurements on few images end with their number
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
@@ -40,11 +35,18 @@ img, svg { max-width: 100%; height: auto; } img.grid { image-rendering: pixelate
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
 td:first-child, th:first-child { text-align: left; } pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
 """
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>\
+<style>{style}</style></head>
+<body>
+{body}
+</body></html>
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="HTML", help="default: gallery.html in the first run's folder")
     options = parser.parse_args(arguments)
@@ -62,22 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def page_of(runs: Sequence[Path]) -> str:
     """The whole page."""
-    title = html.escape(", ".join(run.resolve().name for run in runs))
+    title = html.escape(", ".join(map(_name, runs)))
     parts = [f"<h1>{title}</h1>", "<h2>Results</h2>", results(runs), "<h2>Curves</h2>", curves(runs)]
     for run in runs:
-        name = html.escape(run.resolve().name)
+        name = html.escape(_name(run))
         if (run / BEST_SAMPLES).exists():
             parts += [f"<h2>Samples of the best setting: {name}</h2>", grids(run / BEST_SAMPLES, most=1)]
         parts += [f"<h2>Samples: {name}</h2>", grids(run / SAMPLES, most=MOST_GRIDS)]
         if (run / "sweep.svg").exists():
-            parts += [f"<h2>Sweep: {name}</h2>", f"<figure>{_inline(run / 'sweep.svg')}</figure>"]
+            parts += [f"<h2>Sweep: {name}</h2>", f"<figure>{_without_prolog((run / 'sweep.svg').read_text())}</figure>"]
         settings = html.escape((run / "config.yaml").read_text())
         parts.append(f"<details><summary>Settings: {name}</summary><pre>{settings}</pre></details>")
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
+    return PAGE.format(title=title, style=STYLE, body="\n".join(parts))
 
 
 def results(runs: Sequence[Path]) -> str:
@@ -91,19 +89,23 @@ def results(runs: Sequence[Path]) -> str:
     rows = []
     for run, result in found.items():
         best = result["best"]
-        cells = [run.resolve().name, best["weights"], _number(best["guidance_scale"])]
+        cells = [_name(run), best["weights"], _number(best["guidance_scale"])]
         cells += [_number(result.get(key)) for key in shown]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def curves(runs: Sequence[Path]) -> str:
-    """What metrics.jsonl and evaluations.jsonl hold, over images seen."""
-    lines = {run: read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
-    measured = {run: read_evaluations(run) for run in runs}
-    drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
+    """The values of metrics.jsonl and evaluations.jsonl over images seen."""
+    lines = {_name(run): read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
+    measured = {_name(run): read_evaluations(run) for run in runs}
     keys = {key for own in measured.values() for line in own for key in line}
-    drawn += [_curve(measured, key, key.replace("_", " ")) for key in sorted(filter(MEASURED.fullmatch, keys))]
+    few = {key: key.replace("_", " ") for key in sorted(filter(MEASURED.fullmatch, keys))}
+    drawn = [
+        _figure({run: _points(own, key) for run, own in found.items()}, name, log=key.startswith(("loss", "fid")))
+        for found, names in ((lines, CURVES), (measured, few))
+        for key, name in names.items()
+    ]
     drawn.append(_held_out(runs))
     return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
 
@@ -122,22 +124,15 @@ def grids(folder: Path, most: int) -> str:
     )
 
 
-def _curve(lines: dict[Path, list[dict[str, Any]]], key: str, name: str) -> str | None:
-    """One value of several runs."""
-    return _figure(
-        {run.resolve().name: _points(own, key) for run, own in lines.items()}, name, key.startswith(("loss", "fid"))
-    )
-
-
 def _held_out(runs: Sequence[Path]) -> str | None:
-    """The held-out losses of every weight set of several runs: their means over times."""
+    """The held-out losses of every weight set of several runs, averaged over times."""
     found: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         lines = read_held_out(run)
         for key in dict.fromkeys(key for line in lines for key in line if key.startswith(HELD_OUT)):
             name = key.removeprefix(HELD_OUT)
-            if "/" not in name:  # otherwise the loss at one of the times
-                found[name if len(runs) == 1 else f"{run.resolve().name}: {name}"] = _points(lines, key)
+            if "/" not in name:  # a name with / is the loss at one of the times
+                found[name if len(runs) == 1 else f"{_name(run)}: {name}"] = _points(lines, key)
     return _figure(found, "held-out loss", log=False)
 
 
@@ -146,7 +141,7 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _figure(found: dict[str, list[tuple[int, float]]], name: str, log: bool) -> str | None:
-    """Curves of (images, value) by their labels; None if there is no point. `log`: where all are positive."""
+    """Curves of (images, value) by their labels; None without points. `log` holds if all values are positive."""
     from jitscale.figures import figure  # noqa: PLC0415  # matplotlib belongs to an extra
 
     if not any(found.values()):
@@ -163,22 +158,22 @@ def _figure(found: dict[str, list[tuple[int, float]]], name: str, log: bool) -> 
     return _without_prolog(buffer.getvalue())
 
 
+def _name(run: Path) -> str:
+    return run.resolve().name
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
 def _number(value: float | int | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _inline(path: Path) -> str:
-    return _without_prolog(path.read_text())
-
-
 def _without_prolog(svg: str) -> str:
     return svg[svg.index("<svg") :]
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 if __name__ == "__main__":

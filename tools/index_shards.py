@@ -4,11 +4,11 @@
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
     python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
 
-Indexing reads all tars of one folder, and writes an index and the keys beside each and a manifest.json. Labels are the
-`cls` members: numbers, or names, which are numbered in sorted order or in that of --class-names; or there are none.
-With any defect nothing is written. Verifying compares with the manifest (size, sha256, samples, index, keys, labels)
-and decodes every image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2:
-defects.
+Indexing reads all tars of one folder. It writes an index and the keys next to each tar, and a manifest.json. Labels are
+the `cls` members, if there are any: numbers, or names, which are numbered in sorted order or in that of --class-names.
+If there is any defect, nothing is written. Verifying compares with the manifest (size, sha256, samples, index, keys,
+labels) and decodes every image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound;
+2: defects.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jitscale.command import Parser
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.survey import survey
@@ -34,21 +35,14 @@ MOST_LINES = 50  # of defects that are printed
 
 def main() -> int:
     """Parse the command line, then index or verify."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "shards", metavar="DIR_OR_GLOB", help="a folder, or a glob or brace pattern of tars in one folder"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("shards", metavar="DIR_OR_GLOB", help="a folder, or a pattern of tars in one folder")
     parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
-    parser.add_argument(
-        "--force", action="store_true", help="index again what has a manifest; one that came from packing is kept"
-    )
-    parser.add_argument(
-        "--class-names", type=Path, metavar="FILE", help="names, one a line, in the order of their numbers"
-    )
+    again = "index again although there is a manifest; a manifest of packing is kept"
+    parser.add_argument("--force", action="store_true", help=again)
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="names in the order of their numbers, by line")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
-    parser.add_argument(
-        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help=WORKERS_HELP
-    )
+    parser.add_workers()
     options = parser.parse_args()
     if options.verify and (options.force or options.class_names):
         parser.error("--verify writes nothing: it takes neither --force nor --class-names")
@@ -66,9 +60,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
         raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
     found = survey(tars, class_names, options.workers)
-    _report(found.defects, options.report)
+    _report(found.defects, options.report, sys.stderr)
     if found.defects:
-        _print(found.defects, options.report, sys.stderr)
         damaged = len({defect.path for defect in found.defects})
         raise DataError(
             f"{tars.folder}: {_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars; "
@@ -77,15 +70,10 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     found.write()
     manifest = found.manifest
     classes = _many(manifest.num_classes, "class", "classes") if manifest.num_classes else "no labels"
-    size = (
-        "of their own sizes"
-        if manifest.resolution is None
-        else f"of {manifest.resolution} x {manifest.resolution} pixels"
-    )
-    print(
-        f"{tars.folder}: indexed {_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')} {size}, "
-        f"{classes}"
-    )
+    side = manifest.resolution
+    size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
+    counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
+    print(f"{tars.folder}: indexed {counts} {size}, {classes}")
     if found.undecodable:
         print(f"{_many(found.undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
     return ExitCode.DONE
@@ -108,8 +96,7 @@ def _indexed_before(tars: Tars, manifest: Manifest) -> int:
 
 def _verify(tars: Tars, options: argparse.Namespace) -> int:
     result = verify(tars, options.workers)
-    _report(result.defects, options.report)
-    _print(result.defects, options.report, sys.stdout)
+    _report(result.defects, options.report, sys.stdout)
     outside = len(tars.not_in_manifest())
     if tars.whole_folder and outside:
         print(f"not looked at, since {MANIFEST} does not name them: {_many(outside, 'tar')} of the folder")
@@ -120,38 +107,25 @@ def _verify(tars: Tars, options: argparse.Namespace) -> int:
     return ExitCode.USER_ERROR if result.defects else ExitCode.DONE
 
 
-def _report(defects: Sequence[Defect], path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        with atomic_write(path) as file:
-            for defect in defects:
-                entry = {"shard": str(defect.path), "byte": defect.byte, "what": defect.what}
-                file.write(json.dumps(entry).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: the report cannot be written ({error}); choose another file") from error
-
-
-def _print(defects: Sequence[Defect], report: Path | None, stream: TextIO) -> None:
+def _report(defects: Sequence[Defect], path: Path | None, stream: TextIO) -> None:
+    """Write all defects to the file `path`, and print the first ones."""
+    entries = [{"shard": str(defect.path), "byte": defect.byte, "what": defect.what} for defect in defects]
+    if path is not None:
+        try:
+            with atomic_write(path) as file:
+                file.write("".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
+        except OSError as error:
+            raise DataError(f"{path}: the report cannot be written ({error}); choose another file") from error
     for defect in defects[:MOST_LINES]:
         print(defect, file=stream)
     if len(defects) > MOST_LINES:
-        where = "--report FILE writes all" if report is None else f"all are in {report}"
+        where = "--report FILE writes all" if path is None else f"all are in {path}"
         print(f"... and {len(defects) - MOST_LINES} more ({where})", file=stream)
 
 
 def _many(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-WORKERS_HELP = "processes (default: the cores this process may use, %(default)s)"
 
 if __name__ == "__main__":
     exit_with_message(main, same_on_all_ranks=False)

@@ -1,20 +1,18 @@
-"""What is in shards: counts, classes and their balance, sizes and colours of a random sample, and a contact sheet.
+"""Show what shards hold: counts, classes and their balance, sizes and colours of a random sample, a contact sheet.
 
     python tools/inspect_shards.py /data/imagenet_256 --contact-sheet imagenet.png
     python tools/inspect_shards.py '/data/theirs-{0000..0009}.tar' --samples 500 --json
 
-With or without a manifest. Images that cannot be decoded, and tars that are damaged, are counted;
-tools/index_shards.py lists them.
+No manifest is needed. Damaged tars and images that cannot be decoded are counted; tools/index_shards.py lists them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from jitscale.command import Parser, markdown
 from jitscale.data.find import find_tars
 from jitscale.data.inspection import Collection, balance, collect, contact_sheet, extensions, look, statistics
 from jitscale.errors import DataError, ExitCode, exit_with_message
@@ -24,21 +22,13 @@ MOST_NAMED = 5  # classes or bad inputs that the table names
 
 def main() -> int:
     """Parse the command line, look and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder")
+    parser = Parser(__doc__)
+    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a pattern of tars in one folder")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
-    parser.add_argument(
-        "--samples", type=_positive, default=2000, metavar="N", help="random images to decode (default: %(default)s)"
-    )
+    parser.add_count("--samples", 2000, "random images to decode")
     parser.add_argument("--seed", type=int, default=0, help="of the random sample (default: %(default)s)")
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes (default: the cores this process may use, %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_workers()
+    parser.add_json()
     options = parser.parse_args()
     if options.contact_sheet is not None and options.contact_sheet.suffix.lower() != ".png":
         parser.error("--contact-sheet must be called .png")
@@ -68,7 +58,7 @@ def main() -> int:
     }
     if options.contact_sheet is not None:
         contact_sheet(collection, options.contact_sheet, options.seed)
-    print(json.dumps(result) if options.json else _table(_lines(result, collection)))
+    print(json.dumps(result) if options.json else markdown(_lines(result, collection)))
     return ExitCode.DONE
 
 
@@ -113,8 +103,9 @@ def _class_lines(classes: dict[str, Any], collection: Collection) -> list[tuple[
         return [("classes", "none")]
     smallest, largest = classes["smallest"], classes["largest"]
     names = collection.class_names
+    named = f": {_first(names)}" if names else ", without names"
     return [
-        ("classes", f"{classes['number']:,}" + (f": {_some(names, count=False)}" if names else ", without names")),
+        ("classes", f"{classes['number']:,}{named}"),
         ("smallest class", f"{smallest['samples']:,} samples, {smallest['class']}"),
         ("median class", f"{classes['median_samples']:,g} samples"),
         ("largest class", f"{largest['samples']:,} samples, {largest['class']}"),
@@ -123,25 +114,17 @@ def _class_lines(classes: dict[str, Any], collection: Collection) -> list[tuple[
     ]
 
 
-def _some(texts: list[str], *, count: bool = True) -> str:
+def _first(texts: list[str]) -> str:
+    return "; ".join([*texts[:MOST_NAMED], *(["..."] if len(texts) > MOST_NAMED else [])])
+
+
+def _some(texts: list[str]) -> str:
     """How many there are, and the first ones."""
-    shown = "; ".join(texts[:MOST_NAMED]) + ("; ..." if len(texts) > MOST_NAMED else "")
-    return shown if not count else f"{len(texts):,} ({shown})" if texts else "0"
+    return f"{len(texts):,} ({_first(texts)})" if texts else "0"
 
 
 def _numbers(values: list[float], digits: int) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _table(lines: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in lines)])
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ python tools/make_digits.py --resolution 32 --output runs/digits_32px
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from jitscale.command import Parser, positive
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
 from jitscale.data.packing import write_shards_once
@@ -16,18 +16,14 @@ from jitscale.errors import ExitCode, exit_with_message
 
 def main() -> int:
     """Parse the command line and write, or find that it was done before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", type=int, default=32, help="pixels a side (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of the shards; made if needed"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("--resolution", type=positive, default=32, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--samples-per-shard", type=positive, default=256, metavar="N", help="default: %(default)s")
     options = parser.parse_args()
-    if options.resolution < 1:
-        parser.error("--resolution must be at least 1")
     images, labels = digit_images(options.resolution)
-    done = write_shards_once(
+    said = write_shards_once(
         images,
         options.output,
         labels=labels,
@@ -35,7 +31,7 @@ def main() -> int:
         samples_per_shard=options.samples_per_shard,
         class_names=DIGIT_CLASSES,
     )
-    print(done)
+    print(said)
     return ExitCode.DONE
 
 

@@ -8,9 +8,9 @@ together.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from jitscale.command import Parser, positive
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.images import CODECS
 from jitscale.data.packing import write_shards_once
@@ -19,21 +19,16 @@ from jitscale.errors import ExitCode, exit_with_message
 
 def main() -> int:
     """Parse the command line and write, or find that it was done before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=10_000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that tells glyphs apart (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of the shards; made if needed"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("--resolution", type=positive, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=10_000, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of letters, fonts, colours, places (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default: %(default)s")
     options = parser.parse_args()
-    for name in ("resolution", "count"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     glyphs = Glyphs(options.count, options.resolution, options.seed)
-    done = write_shards_once(
+    said = write_shards_once(
         glyphs,
         options.output,
         labels=glyphs.labels,
@@ -41,7 +36,7 @@ def main() -> int:
         samples_per_shard=options.samples_per_shard,
         class_names=GLYPH_CLASSES,
     )
-    print(done)
+    print(said)
     return ExitCode.DONE
 
 

@@ -4,19 +4,19 @@
         evaluation.features=inception data.shards=/data/imagenet_256
     python -m jitscale.evaluate --run runs/h evaluation.reference=imagenet_256.npz
 
-All ranks share the work, and started again it goes on where it was; what a run has kept beside the shards is used, and
-what is computed here is kept there. The file says from how many images, by which
-network (with the hash of its weights) and of which size it was made; an evaluation with another network refuses it.
+All ranks share the work; the same command continues an interrupted one. Features that a run has kept next to the shards
+are used, and new ones are kept there. The file names the number of images, the network (with the hash of its weights)
+and the size; an evaluation with another network refuses it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
 from jitscale import parallel
+from jitscale.command import Parser, refuse_existing
 from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
 from jitscale.evaluation.networks import Embedder
@@ -26,10 +26,10 @@ from jitscale.launcher_environment import adopt_launcher_environment
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, compute and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--output", type=Path, required=True, metavar="NPZ", help="the file to write")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
+    parser.add_overrides()
     options = parser.parse_intermixed_args(arguments)
 
     adopt_launcher_environment()
@@ -40,18 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError("evaluation.features is null; name the network, such as inception")
     if options.output.suffix != ".npz" or source.endswith(".npz"):
         raise UserError(f"--output {options.output}: must end in .npz, and be made from shards (data.shards={source})")
-    if options.output.exists():
-        raise UserError(f"{options.output}: exists already; remove it or choose another --output")
+    refuse_existing(options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    world = parallel.start(parallel.choose_device(config.run.device))
-    try:
+    with parallel.joined(parallel.choose_device(config.run.device)) as world:
         reference = reference_of(Embedder(evaluation, world), config, world, Path(config.run.dir))
         if reference is not None:
             write_statistics(options.output, reference)
             print(f"{options.output}: {json.dumps(reference.facts)}")
-        parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
-    finally:
-        parallel.stop()
     return ExitCode.DONE
 
 

@@ -21,7 +21,6 @@ and the last one to finish writes the manifest. Images that cannot be used are l
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from jitscale.command import Parser, natural, part_of
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.packing_job import (
     PACKING_CODECS,
@@ -41,7 +41,7 @@ from jitscale.data.packing_job import (
     finished,
     remove_leftovers,
 )
-from jitscale.errors import DataError, ExitCode, UserError, exit_with_message
+from jitscale.errors import DataError, ExitCode, exit_with_message
 
 BAD_SHOWN = 10
 
@@ -52,7 +52,7 @@ class Stopped(BaseException):
 
 def main() -> int:
     """Parse the command line, write what is missing of one part, and the manifest if nothing is missing any more."""
-    given = _parser().parse_args()
+    given = parser().parse_args()
     options = PackingOptions(
         input=given.input,
         codec=given.codec,
@@ -193,66 +193,26 @@ def _bytes(number: int) -> str:
     return tqdm.format_sizeof(number, "B", 1000)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="SRC", help="what to pack; several are put together"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of the shards; made if needed"
-    )
-    parser.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
-    parser.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument(
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(__doc__, allow_abbrev=False)
+    found.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
+    found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
+    found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
+    found.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
+    found.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    found.add_argument(
         "--class-names", type=Path, metavar="FILE", help="a name a line: their order gives the labels (default: sorted)"
     )
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        default=_cpus(),
-        metavar="N",
-        help="processes (default: this machine's %(default)s)",
+    found.add_workers()
+    found.add_argument(
+        "--part", type=part_of, default=(1, 1), metavar="I/N", help="do part I (1..N) of N (default: all)"
     )
-    parser.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N", help="do part I (1..N) of N (default: all)"
+    found.add_argument(
+        "--max-bad", type=natural, metavar="N", help="images that may be unusable (default: 10, or 0.01%% if more)"
     )
-    parser.add_argument(
-        "--max-bad", type=_natural, metavar="N", help="images that may be unusable (default: 10, or 0.01%% if more)"
-    )
-    return parser
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I in 1..N, for example 1/4 to 4/4")
-    return int(number), int(parts)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
-    return int(text)
-
-
-def _cpus() -> int:
-    """The CPUs that this process may use: on a cluster fewer than there are."""
-    return len(os.sched_getaffinity(0))
+    return found
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import argparse
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+from jitscale.command import Parser, positive
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
@@ -33,32 +35,7 @@ CAVEAT = "Counted from shapes; nothing was measured on a GPU."
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, plan and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml")
-    parser.add_argument("--gpus", required=True, metavar="N", help="ranks of the run")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of one GPU, such as 80GB or 141GB")
-    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--bandwidth-intra", default="450GB/s", metavar="B", help="of a GPU inside its node (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--bandwidth-inter", default="50GB/s", metavar="B", help="of a GPU's network card (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--peak", default="989", metavar="TFLOPS", help="a GPU's bf16 peak in TFLOP/s (default: %(default)s)"
-    )
-    parser.add_argument("--mfu", default="0.4", metavar="F", help="assumed fraction of the peak (default: %(default)s)")
-    parser.add_argument(
-        "--margin", default="0.1", metavar="F", help="fraction of memory left free (default: %(default)s)"
-    )
-    parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
-    parser.add_argument(
-        "--no-overlap", action="store_true", help="stages 0-2 wait for their reductions (overlap_comm: false)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over the file")
-    options = parser.parse_intermixed_args(arguments)
-
+    options = _parser().parse_intermixed_args(arguments)
     cluster = _cluster(options)
     config = load_config(options.config, options.overrides, world_size=cluster.gpus)
     plan = _plan(config, cluster)
@@ -70,24 +47,44 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     """The cluster of the command line.
 
     Raises:
-        ConfigError: a number that no cluster has.
+        ConfigError: nodes that are not full.
     """
-    gpus, per_node = _count("--gpus", options.gpus), _count("--gpus-per-node", options.gpus_per_node)
+    gpus, per_node = options.gpus, options.gpus_per_node
     if gpus > per_node and gpus % per_node:
         full = -(-gpus // per_node) * per_node
         raise ConfigError(f"--gpus {gpus}: must fill nodes of --gpus-per-node {per_node}; for example {full}")
-    return Cluster(
-        gpus=gpus,
-        gpu_memory=_bytes("--gpu-memory", options.gpu_memory, ""),
-        gpus_per_node=per_node,
-        intra=_bytes("--bandwidth-intra", options.bandwidth_intra, "/s"),
-        inter=_bytes("--bandwidth-inter", options.bandwidth_inter, "/s"),
-        peak=_number("--peak", options.peak, math.inf) * 1e12,
-        mfu=_number("--mfu", options.mfu, 1.0),
-        margin=_number("--margin", options.margin, 1.0, least=0.0),
-        hpz=options.hpz,
-        overlap=not options.no_overlap,
-    )
+    cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
+    return replace(cluster, peak=1e12 * options.peak)
+
+
+def _parser() -> Parser:
+    """The command line, with the fields of `Cluster` among its options."""
+    parser = Parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
+    size, rate = _bytes(""), _bytes("/s")
+    parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
+    parser.add_count("--gpus-per-node", 8, "GPUs of a node")
+    for option, field, default, meaning in (
+        ("--bandwidth-intra", "intra", "450GB/s", "of a GPU inside its node"),
+        ("--bandwidth-inter", "inter", "50GB/s", "of a GPU's network card"),
+    ):
+        described = f"{meaning} (default: {default})"
+        parser.add_argument(option, type=rate, dest=field, default=default, metavar="B", help=described)
+    for option, value, limit, meaning in (
+        ("--peak", 989.0, math.inf, "a GPU's bf16 peak in TFLOP/s"),
+        ("--mfu", 0.4, 1.0, "assumed fraction of the peak"),
+        ("--margin", 0.1, 1.0, "fraction of memory left free, or 0"),
+    ):
+        described = f"{meaning} (default: {value:g})"
+        number = _number(limit, zero=option == "--margin")
+        parser.add_argument(option, type=number, default=value, metavar="F", help=described)
+    parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
+    waits = "stages 0-2 wait for their reductions (overlap_comm: false)"
+    parser.add_argument("--no-overlap", action="store_false", dest="overlap", help=waits)
+    parser.add_json()
+    parser.add_overrides()
+    return parser
 
 
 def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
@@ -318,47 +315,33 @@ def _size(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _count(name: str, text: str) -> int:
-    """A number of things.
+def _number(most: float, *, zero: bool) -> Callable[[str], float]:
+    """The type of an option between 0 (included only with `zero`) and `most`."""
 
-    Raises:
-        ConfigError: it is not a whole number of at least 1.
-    """
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise ConfigError(f"{name} {text}: must be a whole number of at least 1; give such a number")
-    return int(text)
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value <= most or (zero and value == 0)) or math.isinf(value):
+            limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
+        return value
 
-
-def _number(name: str, text: str, most: float, *, least: float | None = None) -> float:
-    """A number between 0 (exclusive, unless `least` allows it) and `most`.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (0 < value <= most or value == least) or math.isinf(value):
-        raise ConfigError(f"{name} {text}: must be a number {limit}; give such a number")
-    return value
+    return parse
 
 
-def _bytes(name: str, text: str, suffix: str) -> float:
-    """Bytes from a number and a unit, with `suffix` behind it.
+def _bytes(suffix: str) -> Callable[[str], float]:
+    """The type of an option that is a positive number with a unit and `suffix`, in bytes."""
 
-    Raises:
-        ConfigError: the unit is unknown, or the number not positive.
-    """
-    units = "|".join(BYTES)
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units}){suffix}", text)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(
-            f"{name} {text}: must be a positive number and one of {', '.join(u + suffix for u in BYTES)}; "
-            f"for example 80GB{suffix}"
-        )
-    return float(match[1]) * BYTES[match[2]]
+    def parse(text: str) -> float:
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(BYTES)}){suffix}", text)
+        if match is None or float(match[1]) <= 0:
+            units = ", ".join(unit + suffix for unit in BYTES)
+            raise argparse.ArgumentTypeError(f"{text!r} must be a positive number and one of {units}")
+        return float(match[1]) * BYTES[match[2]]
+
+    return parse
 
 
 if __name__ == "__main__":

@@ -4,25 +4,23 @@
     python tools/posthoc_ema.py --run R --widths 0.03 0.05:0.25:0.05 --output R/posthoc
     python -m jitscale.evaluate --checkpoint R/posthoc/power_0.100.safetensors --config C.yaml run.dir=R/posthoc/0.100
 
-A width is the average's standard deviation relative to the length of the run: 0.1 at the end of 600 epochs is one of 60
-epochs. For each width one safetensors file is written, which evaluate and jitscale.load_model read.
+A width is the average's standard deviation relative to the length of the run: 0.1 after 600 epochs is 60 epochs. One
+safetensors file is written for each width; evaluate and jitscale.load_model read it.
 
 Printed for each width:
-  expected error  distance of the reconstructed weighting of the run's history to the wanted one, relative to the
-                  latter. It is the error of the weights' noise; what changes slowly comes out ten times nearer and
-                  more. Snapshots taken more often make it smaller, about with the square of their number.
-  sum error       by how much the coefficients of the snapshots missed the sum 1 before they were scaled to it
-  amplification   sum of their absolute values, by which the snapshots' float32 rounding grows
+  expected error  distance between the reconstructed weighting of the run's history and the wanted one, relative to the
+                  latter. It is the error of the weights' noise; slow changes are reconstructed ten times better and
+                  more. It falls about with the square of the number of snapshots.
+  sum error       difference between the sum of the snapshots' coefficients and 1, before they are scaled to 1
+  amplification   sum of the coefficients' absolute values, by which the snapshots' float32 rounding grows
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,8 @@ from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.power_averages import Reconstruction, solve
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.checkpoints.streams import atomic_safetensors
-from jitscale.checkpoints.weights import description, shape_differences
+from jitscale.checkpoints.weights import description, elements, shape_differences
+from jitscale.command import Parser, refuse_existing
 from jitscale.config import WIDEST_POWER, power_name
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 
@@ -44,33 +43,26 @@ MOST_WIDTHS = 200
 
 def main() -> int:
     """Parse the command line and write the averages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run's folder, with snapshots/")
-    parser.add_argument(
-        "--widths", nargs="+", required=True, metavar="WIDTH", help="such as 0.1, or FROM:TO:STEP with both ends"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the .safetensors files go")
-    parser.add_argument(
-        "--at-images",
-        type=int,
-        metavar="N",
-        help="the averages as they were after N images, a snapshot's point; default: the newest snapshot",
-    )
+    widths_help = "such as 0.1, or FROM:TO:STEP with both ends"
+    parser.add_argument("--widths", nargs="+", required=True, metavar="WIDTH", help=widths_help)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the .safetensors files")
+    at_help = "the averages after N images, where a snapshot was taken; default: the newest snapshot"
+    parser.add_argument("--at-images", type=int, metavar="N", help=at_help)
     options = parser.parse_args()
 
     widths = parse_widths(options.widths)
     files = [options.output / f"{power_name(width)}.safetensors" for width in widths]
-    existing = [file for file in files if file.exists()]
-    if existing:
-        raise UserError(f"{existing[0]}: exists already; remove it or choose another --output")
+    refuse_existing(*files)
     snapshots = open_snapshots(options.run, options.at_images)
 
     inputs = [(snapshot, name) for snapshot in snapshots for name in snapshot.weight_sets]
     images = np.array([snapshot.progress.images for snapshot, _ in inputs], np.float64)
-    solution = solve(images, np.array([_width(name) for _, name in inputs]), images.max(), np.array(widths))
-    report(
-        widths, solution, f"{options.run}: {len(snapshots)} snapshots of {int(images[0])} to {int(images[-1])} images"
-    )
+    stored = np.array([float(name.removeprefix("power_")) for _, name in inputs])
+    solution = solve(images, stored, images.max(), np.array(widths))
+    source = f"{options.run}: {len(snapshots)} snapshots of {int(images[0])} to {int(images[-1])} images"
+    report(widths, solution, source)
     write(files, inputs, widths, solution)
     print("\n".join(["written:", *(f"  {file}" for file in files)]))
     return ExitCode.DONE
@@ -132,8 +124,7 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     snapshots = [Checkpoint(folder) for folder in chosen]
     for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):
         snapshot.verify()
-        differing = shape_differences(snapshot.shapes, snapshots[-1].shapes)
-        if differing:
+        if differing := shape_differences(snapshot.shapes, snapshots[-1].shapes):
             raise CheckpointError(f"{snapshot.path}: weights of another network than {chosen[-1]} ({differing})")
     return snapshots
 
@@ -144,29 +135,24 @@ def report(widths: Sequence[float], solution: Reconstruction, source: str) -> No
     Raises:
         UserError: a width that the snapshots cannot express.
     """
-    lines = []
-    for width, error, sum_error, column in zip(
-        widths, solution.errors, solution.sum_errors, solution.coefficients.T, strict=True
-    ):
-        line = f"  {power_name(width):<14}{error:>16.1e}{sum_error:>12.1e}{np.abs(column).sum():>16.1f}"
+    lines = [source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}"]
+    amplifications = np.abs(solution.coefficients).sum(axis=0)
+    rows = zip(widths, solution.errors, solution.sum_errors, amplifications, strict=True)
+    for width, error, sum_error, amplification in rows:
+        line = f"  {power_name(width):<14}{error:>16.1e}{sum_error:>12.1e}{amplification:>16.1f}"
         if error > WORST_ERROR:
             raise UserError(
                 f"--widths {width}: {source} cannot express it (expected error {error:.0%}, at most "
                 f"{WORST_ERROR:.0%}); give a width nearer to the tracked ones, or take snapshots more often"
             )
         lines.append(line + ("  coarse: snapshots are far apart for this width" if error > COARSE_ERROR else ""))
-    print("\n".join([source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}", *lines]))
+    print("\n".join(lines))
 
 
 def write(
-    files: Sequence[Path],
-    inputs: Sequence[tuple[Checkpoint, str]],
-    widths: Sequence[float],
-    solution: Reconstruction,
+    files: Sequence[Path], inputs: Sequence[tuple[Checkpoint, str]], widths: Sequence[float], solution: Reconstruction
 ) -> None:
-    """Mix the stored sets, block by block of each parameter, into one file for each width.
-
-    No file appears before all are complete.
+    """Mix the stored sets, block by block of each parameter, into one file for each width; all files appear together.
 
     Raises:
         CheckpointError: a snapshot is damaged, or the output cannot be written.
@@ -181,12 +167,11 @@ def write(
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
                 metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
                 appends.append(stack.enter_context(atomic_safetensors(file, newest.shapes, metadata)))
-            progress = stack.enter_context(
-                tqdm(total=sum(map(prod, newest.shapes.values())), unit="elements", unit_scale=True, desc="mix")
-            )
+            bar = tqdm(total=elements(newest.shapes), unit="elements", unit_scale=True, desc="mix")
+            progress = stack.enter_context(bar)
             for parameter, shape in newest.shapes.items():
-                for low in range(0, prod(shape), BLOCK):
-                    high = min(low + BLOCK, prod(shape))
+                for low in range(0, math.prod(shape), BLOCK):
+                    high = min(low + BLOCK, math.prod(shape))
                     mixed = torch.zeros(len(files), high - low, dtype=torch.float64)
                     for row, (snapshot, name) in zip(coefficients, inputs, strict=True):
                         mixed.addr_(row, snapshot.read(name, parameter, low, high).double())
@@ -195,10 +180,6 @@ def write(
                     progress.update(high - low)
     except OSError as error:
         raise CheckpointError(f"{files[0].parent}: cannot be written ({error}); choose another --output") from error
-
-
-def _width(name: str) -> float:
-    return float(name.removeprefix("power_"))
 
 
 if __name__ == "__main__":

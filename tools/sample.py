@@ -2,9 +2,8 @@
 
     python tools/sample.py --checkpoint runs/b --classes 207 360 --per-class 8 --guidance 3.0 --output samples/
 
-The image with an id is the same whenever and with whatever others it is drawn, up to the rounding of another batch: its
-noise is a function of (seed, id), its class is id mod the number of classes. An evaluation with the same settings
-measures the same images.
+An id always gives the same image, up to the rounding of another batch: its noise is a function of (seed, id), its class
+is id mod the number of classes. An evaluation with the same settings measures the same images.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jitscale.checkpoints.opening import open_weights, read_guide
+from jitscale.command import Parser, positive
 from jitscale.config import CHOICES, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import to_uint8
@@ -28,27 +28,23 @@ from jitscale.parallel import choose_device
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="any form of stored weights")
     parser.add_argument("--config", type=Path, metavar="FILE", help="its network, where PATH does not say it")
     parser.add_argument("--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: the run's")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: the first 10")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_count("--per-class", 8, "images of each class")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with the N-th image of each class")
     parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
     parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: the run's")
+    parser.add_argument("--steps", type=positive, metavar="N", help="of the sampler; default: the run's")
     parser.add_argument("--guidance", type=float, metavar="W", help="scale, 1 for none; default: the run's")
     parser.add_argument("--interval", type=float, nargs=2, metavar="T", help="of guidance; default: the run's")
     parser.add_argument("--guide", metavar="PATH", help="autoguidance by these weights; default: the run's")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images together; default: %(default)s")
+    parser.add_count("--batch", 16, "images together")
     parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if it is not there")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")
     options = parser.parse_args(arguments)
-    for name in ("per_class", "batch", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
@@ -82,20 +78,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: int) -> list[int]:
-    """Ids of images of these classes, class by class.
+    """Ids of images of these classes, class by class; a network without classes counts as one of a single class.
 
     Raises:
         UserError: a class that the network does not have.
     """
-    wanted = list(range(min(10, max(1, num_classes)))) if classes is None else classes
-    wrong = [label for label in wanted if not 0 <= label < max(1, num_classes)]
+    num_classes = max(1, num_classes)
+    wanted = range(min(10, num_classes)) if classes is None else classes
+    wrong = [label for label in wanted if not 0 <= label < num_classes]
     if wrong:
-        raise UserError(f"--classes {wrong[0]}: the network has classes 0 to {max(1, num_classes) - 1}")
-    return [label + (first + n) * max(1, num_classes) for label in wanted for n in range(per_class)]
+        raise UserError(f"--classes {wrong[0]}: the network has classes 0 to {num_classes - 1}")
+    return [label + (first + n) * num_classes for label in wanted for n in range(per_class)]
 
 
 def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's way of sampling with what the command line changes.
+    """The run's settings of sampling, changed by the command line.
 
     Raises:
         UserError: an impossible interval.

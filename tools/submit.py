@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
@@ -45,33 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["status"]:
         return status(words[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of the (first) run")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the (first) run; default: the config's run.dir")
     parser.add_argument("--chain", metavar="STAGES", help="such as train:256,upgrade:512,train:512,evaluate")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUES",
-        help="several values make a sweep; 512/KEY=VALUE holds at one resolution of a chain",
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N")
-    parser.add_argument("--tasks-per-node", type=int, default=8, metavar="N", help="ranks; default: %(default)s")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: as many as tasks")
-    parser.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="default: %(default)s")
-    parser.add_argument("--minutes", type=int, default=24 * 60, metavar="N", help="time limit; default: %(default)s")
+    values = "several values make a sweep; 512/KEY=VALUE holds at one resolution of a chain"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUES", help=values)
+    parser.add_count("--nodes", 1, "nodes")
+    parser.add_count("--tasks-per-node", 8, "ranks of a node")
+    parser.add_argument("--gpus-per-node", type=natural, metavar="N", help="default: as many as tasks")
+    parser.add_count("--cpus-per-task", 12, "cores of a rank")
+    parser.add_count("--minutes", 24 * 60, "time limit")
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_argument(
-        "--signal-seconds", type=int, default=300, metavar="N", help="before the time limit; default: %(default)s"
-    )
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="more for sbatch, such as account=vision"
-    )
+    parser.add_count("--signal-seconds", 300, "time of the warning before the time limit")
+    more = "more options of sbatch, such as account=vision"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help=more)
     parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show the batch scripts and stop")
     parser.add_argument("--local", action="store_true", help="on this machine, without Slurm; one rank a task")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings of all stages")
+    parser.add_overrides("settings of all stages")
     options = parser.parse_intermixed_args(words)
 
     resources = Resources(
@@ -135,7 +128,7 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
 
 def status(words: list[str]) -> int:
     """Show the table of all submitted jobs, once or until interrupted."""
-    parser = argparse.ArgumentParser(prog="submit.py status", description="all submitted jobs, with their last metrics")
+    parser = Parser("All submitted jobs, with their last metrics.", prog="submit.py status")
     parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
     options = parser.parse_args(words)

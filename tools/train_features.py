@@ -1,15 +1,14 @@
-"""Train the feature network of the digits or of the glyphs, and print what its distance says about known damage.
+"""Train the feature network of the digits or of the glyphs, and print its distances for known damage.
 
     python tools/train_features.py digits --output digits_features.safetensors
     python tools/train_features.py glyphs --output glyphs_features.safetensors
 
-The files in jitscale/evaluation were made by these commands. Train one again only on purpose: distances of different
-weights do not compare, and every result names the hash of the file.
+These commands made the files in jitscale/evaluation. Do not train one again without need: distances of different
+weights do not compare, so every result names the hash of its file.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from tqdm import tqdm
 
+from jitscale.command import Parser, positive
 from jitscale.data.digits import digit_images
 from jitscale.data.glyphs import Glyphs
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -45,32 +45,32 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a network learns from.
+    """A network and its training images.
 
     Attributes:
         network: makes it, untrained.
         images: (N, R, R, 3) at the network's input size.
         labels: (N,) classes.
-        styles: (N,) a second thing to tell, whose answer is not kept; None for none.
         held_out: (N,) images that do not train.
         redrawn: N images at another resolution.
         others: resolutions of the sanity list.
         epochs: passes over the images.
-        shift: pixels by which they move at most, on black ground; glyphs were drawn off the centre.
-        noise: largest standard deviation, of [-1, 1], of white noise on them: on flat colours the network would
-            otherwise look at little else.
+        styles: (N,) classes of a second, auxiliary task, or None.
+        shift: pixels by which images move at most, on black ground; glyphs are off the centre already.
+        noise: largest standard deviation, of [-1, 1], of white noise on images. Without it the network would look at
+            little else than noise, because the colours are flat.
     """
 
     network: Callable[[], FeatureNetwork]
     images: UInt8Array
     labels: Int64Array
-    styles: Int64Array | None
     held_out: npt.NDArray[np.bool_]
     redrawn: Callable[[int], UInt8Array]
     others: Sequence[int]
     epochs: int
-    shift: int
-    noise: float
+    styles: Int64Array | None = None
+    shift: int = 0
+    noise: float = 0.0
 
 
 def digits() -> Lesson:
@@ -78,32 +78,20 @@ def digits() -> Lesson:
     images, labels = digit_images(DigitsFeatures.input_size)
     held_out = np.zeros(len(images), dtype=bool)
     held_out[DIGITS_HELD_OUT] = True
-    return Lesson(
-        DigitsFeatures,
-        images,
-        labels,
-        None,
-        held_out,
-        lambda size: digit_images(size)[0],
-        (64,),
-        epochs=30,
-        shift=2,
-        noise=0.0,
-    )
+    return Lesson(DigitsFeatures, images, labels, held_out, lambda size: digit_images(size)[0], (64,), 30, shift=2)
 
 
 def glyphs() -> Lesson:
-    """Ten letters, and the fonts they are drawn in: what tells fonts apart is detail."""
+    """Ten letters, and as the auxiliary task their fonts, which differ in detail."""
 
     def drawn(size: int) -> UInt8Array:
         sequence = Glyphs(GLYPHS, size, GLYPHS_SEED)
         return np.stack([sequence[index] for index in tqdm(range(GLYPHS), unit="img", desc=f"draw {size} px")])
 
-    sequence = Glyphs(GLYPHS, GlyphFeatures.input_size, GLYPHS_SEED)
-    held_out = np.arange(GLYPHS) >= GLYPHS * 4 // 5
-    images = drawn(GlyphFeatures.input_size)
+    size = GlyphFeatures.input_size
+    letters, held_out = Glyphs(GLYPHS, size, GLYPHS_SEED), np.arange(GLYPHS) >= GLYPHS * 4 // 5
     return Lesson(
-        GlyphFeatures, images, sequence.labels, sequence.fonts, held_out, drawn, (64, 32), epochs=18, shift=0, noise=0.3
+        GlyphFeatures, drawn(size), letters.labels, held_out, drawn, (64, 32), 18, styles=letters.fonts, noise=0.3
     )
 
 
@@ -157,7 +145,7 @@ def measure_scale(network: FeatureNetwork, images: torch.Tensor) -> None:
     network.train()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.momentum = 1.0  # the last batch alone counts, and it is the whole set
+            layer.momentum = 1.0  # only the last batch counts, and it is the whole set
     network(images)
 
 
@@ -208,40 +196,37 @@ def _as_pixels(values: Float32Array) -> UInt8Array:
     return pixels
 
 
-def command(arguments: argparse.Namespace) -> int:
-    """Train, write the file, print accuracy and sanity list."""
-    if not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}: no such folder {arguments.output.parent}; create it first")
-    if arguments.epochs is not None and arguments.epochs < 1:
-        raise UserError(f"--epochs {arguments.epochs}: at least 1 is needed")
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, train, write the file, print accuracy and sanity list."""
+    parser = Parser(__doc__)
+    parser.add_argument("images", choices=list(LESSONS), help="the images that the network learns")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    epochs = "passes over the training images; default: 30 digits, 18 glyphs"
+    parser.add_argument("--epochs", type=positive, metavar="N", help=epochs)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    output: Path = options.output
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: no such folder {output.parent}; create it first")
     torch.set_num_threads(1)  # the order of sums, and so the hash of the file, must not depend on the number of cores
     torch.use_deterministic_algorithms(True)
-    lesson = LESSONS[arguments.images]()
-    network = train(lesson, arguments.epochs or lesson.epochs, arguments.seed)
+    lesson = LESSONS[options.images]()
+    network = train(lesson, options.epochs or lesson.epochs, options.seed)
 
     content: bytes = safetensors.torch.save(network.state_dict())
-    arguments.output.write_bytes(content)
+    output.write_bytes(content)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     digest = hashlib.sha256(content).hexdigest()
-    print(f"{arguments.output}: {parameters} parameters, {len(content)} bytes, sha256 {digest}")
+    print(f"{output}: {parameters} parameters, {len(content)} bytes, sha256 {digest}")
     for name, part in (("training", ~lesson.held_out), ("held out", lesson.held_out)):
         agreement = label_agreement(embed(network, lesson.images[part])[1], lesson.labels[part])
         print(f"accuracy, {name}: {agreement:.2%} of {part.sum()}")
     print(f"{'':30}{'distance':>10}{'IS':>8}")
-    for name, (distance, score) in sanity_list(network, lesson, arguments.seed).items():
+    for name, (distance, score) in sanity_list(network, lesson, options.seed).items():
         print(f"{name:30}{distance:10.3f}{score:8.2f}")
     return ExitCode.DONE
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", choices=list(LESSONS), help="what the network looks at")
-    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--epochs", type=int, help="passes over the training images; default: 30 digits, 18 glyphs")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    exit_with_message(lambda: command(parse_arguments()), same_on_all_ranks=False)
+    exit_with_message(main, same_on_all_ranks=False)

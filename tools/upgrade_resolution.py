@@ -1,20 +1,21 @@
-"""Turn a checkpoint of one resolution into one of another that computes the same function through pooling.
+"""Turn a checkpoint of one resolution into one of another; averaged down, the new output equals the old one.
 
     python tools/upgrade_resolution.py --checkpoint runs/jit_h_256 --to configs/finetune_h_512.yaml --output runs/h_512
     python -m jitscale.train --config configs/finetune_h_512.yaml run.dir=runs/h_512
 
 PATH is a run or step folder, safetensors files, a Hugging Face folder, or the authors' .pth file. The output is a run
-folder at step 0, with all weight sets. The optimizer's moments of resized parameters start from zero, all others are
-kept. docs/upgrade.md derives it.
+folder at step 0, with all weight sets. The optimizer's moments start from zero for resized parameters; the others are
+kept. docs/upgrade.md derives the method.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+import jitscale
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import (
@@ -28,26 +29,27 @@ from jitscale.checkpoints.upgrade import (
     write_upgraded,
 )
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, elements
+from jitscale.command import Parser
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.model.jit import JiT
 
-LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is also checked as a whole: twice 0.8 GB
+LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is checked as a whole: twice 0.8 GB
 PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the upgraded checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="what is upgraded")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, where PATH does not say it")
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="the weights to upgrade")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
     parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the YAML file of the new resolution")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
-    parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: what CONFIG means")
+    parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: as CONFIG needs")
     parser.add_argument("--kernel", choices=KERNELS, default=KERNELS[0], help="of patches; default: %(default)s")
-    parser.add_argument("--reset-moments", action="store_true", help="the optimizer's moments all begin at zero")
+    parser.add_argument("--reset-moments", action="store_true", help="discard all moments of the optimizer")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that win over --to")
+    parser.add_overrides("settings that win over --to")
     options = parser.parse_intermixed_args(arguments)
 
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
@@ -95,10 +97,9 @@ def report(stored: StoredWeights, target: Config, upgrade: Upgrade, folder: Path
 
 @torch.no_grad()
 def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrade) -> str:
-    """The measured difference between pooled new and old function on random input, in words.
+    """The measured difference between the pooled new function and the old one on random input, in words.
 
-    Between the two layers that change nothing does, so that these are always checked, and the whole network where two
-    of it fit into little memory.
+    Only two layers change, so these are always checked. The whole network is checked if two of it fit into memory.
     """
     torch.manual_seed(0)
     if upgrade.mode == "tokens":
@@ -108,22 +109,18 @@ def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrad
     embedding = stored.tensor(name, PATCH_EMBEDDING)
     patches = torch.randn(16, 3, new_patch, new_patch)
     seen = torch.einsum("bcqr,iq,jr->bcij", patches, enter, enter)
-    ends = [
-        _difference(
-            torch.einsum("bcqr,dcqr->bd", patches, upgrade.tensor(PATCH_EMBEDDING, embedding)),
-            torch.einsum("bcij,dcij->bd", seen, embedding),
-        )
-    ]
+    embedded = torch.einsum("bcqr,dcqr->bd", patches, upgrade.tensor(PATCH_EMBEDDING, embedding))
+    entering = _difference(embedded, torch.einsum("bcij,dcij->bd", seen, embedding))
     weight, bias = stored.tensor(name, OUTPUT_WEIGHT), stored.tensor(name, OUTPUT_BIAS)
     hidden = torch.randn(16, weight.shape[1])
     before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, 3)
     after = hidden @ upgrade.tensor(OUTPUT_WEIGHT, weight).T + upgrade.tensor(OUTPUT_BIAS, bias)
     after = after.view(-1, new_patch, new_patch, 3)
-    if new_patch >= old_patch:  # pooling undoes what the new layer adds
-        ends.append(_difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before))
+    if new_patch >= old_patch:  # pooling reverses the new layer
+        leaving = _difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before)
     else:
-        ends.append(_difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave)))
-    text = f"patch embedding {ends[0]:.1e}, output layer {ends[1]:.1e}"
+        leaving = _difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave))
+    text = f"patch embedding {entering:.1e}, output layer {leaving:.1e}"
     if elements(stored.shapes) > LARGEST_WHOLE_CHECK or new_patch < old_patch:
         return text
     old, new = stored.weight_set(name).build(), upgraded_network(stored, name, target, upgrade)
@@ -141,11 +138,7 @@ def upgraded_network(stored: StoredWeights, name: str, target: Config, upgrade: 
 
 
 def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
-    """Samples of the old network, of the new one pooled, and of the new one, from the same noise."""
-    from PIL import Image  # noqa: PLC0415
-
-    import jitscale  # noqa: PLC0415
-
+    """Draw samples of the old network, and of the new one pooled and as they are, from the same noise."""
     name = stored.default
     new = upgraded_network(stored, name, target, upgrade)
     size = target.model.image_size
@@ -166,7 +159,7 @@ def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative to the norm of what is expected."""
+    """The norm of the difference relative to that of `expected`."""
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 

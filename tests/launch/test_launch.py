@@ -19,7 +19,7 @@ from jitscale.launch.preflight import Finding, compare
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
 from tests.support import ROOT
-from tools.make_shards import _parser as packing_parser
+from tools.make_shards import parser as packing_parser
 
 
 @pytest.fixture

@@ -322,15 +322,15 @@ def test_text() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--gpus", "8", "--gpu-memory", "141XB"), "--gpu-memory 141XB: must be"),
-        (("--gpus", "8", "--gpu-memory", "0GB"), "--gpu-memory 0GB: must be"),
-        (("--gpus", "0"), "--gpus 0: must be a whole number"),
-        (("--gpus", "many"), "--gpus many: must be a whole number"),
+        (("--gpus", "8", "--gpu-memory", "141XB"), "argument --gpu-memory: '141XB' must be"),
+        (("--gpus", "8", "--gpu-memory", "0GB"), "argument --gpu-memory: '0GB' must be"),
+        (("--gpus", "0"), "argument --gpus: '0' is not a positive integer"),
+        (("--gpus", "many"), "argument --gpus: 'many' is not a positive integer"),
         (("--gpus", "12"), "--gpus 12: must fill nodes of --gpus-per-node 8; for example 16"),
         (("--gpus", "7"), "data.batch_size=1024 must be a multiple of the number of ranks, 7"),
-        (("--gpus", "8", "--mfu", "1.5"), "--mfu 1.5: must be a number between 0 and 1"),
-        (("--gpus", "8", "--bandwidth-inter", "50GB"), "--bandwidth-inter 50GB: must be"),
-        (("--gpus", "8", "--peak", "inf"), "--peak inf: must be a number greater than 0"),
+        (("--gpus", "8", "--mfu", "1.5"), "argument --mfu: '1.5' must be a number between 0 and 1"),
+        (("--gpus", "8", "--bandwidth-inter", "50GB"), "argument --bandwidth-inter: '50GB' must be"),
+        (("--gpus", "8", "--peak", "inf"), "argument --peak: 'inf' must be a number greater than 0"),
         (("--gpus", "8", "optim.lrr=1"), "did you mean optim.lr?"),
     ],
 )

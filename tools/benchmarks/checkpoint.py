@@ -1,9 +1,8 @@
-"""Saving and loading the whole state of a run, and how long training stands still for it."""
+"""Saving and loading the whole state of a run, and how long training stalls for it."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import CPU, measured_config
+from benchmarks.stopwatch import Stopwatch
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save
@@ -22,83 +22,68 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 
 IMPORTS = ("import torch", "import jitscale.config", "import jitscale.training.trainer")
+LABELS = {
+    "stall_sync": "training stands still, synchronous",
+    "stall_async": "training stands still, asynchronous: copying the state",
+    "written_async": "until an asynchronous checkpoint is complete, nothing else running",
+    "verify": "verify: sha256 of all files",
+    "load": "load into the engine",
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of saving, of standing still for it, of verifying and loading, and of importing."""
-    config = measured_config(options, ["tracking.wandb=off"])
-    world = parallel.start(CPU)
-    try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-            times, size = _time_saves(config, world, Path(scratch), options.repeats)
-    finally:
-        parallel.stop()
+    """Seconds of saving, stalling, verifying, loading and importing."""
+    config, watch = measured_config(options, ["tracking.wandb=off"]), Stopwatch(CPU)
+    with parallel.joined(CPU) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        size = _time_saves(watch, config, world, Path(scratch), options.repeats)
     return {
         "config": options.config,
         "repeats": options.repeats,
         "bytes": size,
-        "seconds": {name: statistics.median(measured) for name, measured in times.items()},
-        "range": {name: [min(measured), max(measured)] for name, measured in times.items()},
+        "seconds": watch.medians(),
+        "range": {name: [min(measured), max(measured)] for name, measured in watch.times.items()},
         "imports": {line: _time_import(line) for line in IMPORTS},
     }
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table of `measure`."""
-    labels = {
-        "stall_sync": "training stands still, synchronous",
-        "stall_async": "training stands still, asynchronous: copying the state",
-        "written_async": "until an asynchronous checkpoint is complete, nothing else running",
-        "verify": "verify: sha256 of all files",
-        "load": "load into the engine",
-    }
     lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
-    for name, label in labels.items():
+    for name, label in LABELS.items():
         low, high = result["range"][name]
         lines.append((label, f"{result['seconds'][name]:.2f} s ({low:.2f} to {high:.2f})"))
-    lines += [(f"python -c '{line}'", f"{seconds:.2f} s") for line, seconds in result["imports"].items()]
-    return lines
+    return [*lines, *((f"python -c '{line}'", f"{seconds:.2f} s") for line, seconds in result["imports"].items())]
 
 
-def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tuple[dict[str, list[float]], int]:
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-
+def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, repeats: int) -> int:
+    """Save and load in both ways; returns the bytes of a checkpoint."""
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     ema = ShardedEma(config.ema, engine.masters())
     engine.prepare_to_load(1)  # makes the moments, as a first step would
     engine.finish_loading()
-    times: dict[str, list[float]] = {name: [] for name in ("stall_sync", "stall_async", "written_async")}
-    times |= {"verify": [], "load": []}
 
     def begin(step: int) -> Save:
         sets: dict[str, Flats] = {"model": engine.masters(), **ema.sets, **engine.moments()}
         return Save(step_folder(folder, step), Progress(step, step, 1, None), config, engine.fragments, sets)
 
     for repeat in range(repeats):
-        started = time.perf_counter()
-        save = begin(2 * repeat)
-        save.write()
-        save.finish()
-        times["stall_sync"].append(time.perf_counter() - started)
-
-        started = time.perf_counter()
-        save = begin(2 * repeat + 1)
-        save.write_in_background()
-        times["stall_async"].append(time.perf_counter() - started)
-        path = save.finish()
-        times["written_async"].append(time.perf_counter() - started)
-
+        with watch.part("stall_sync"):
+            save = begin(2 * repeat)
+            save.write()
+            save.finish()
+        with watch.part("written_async"):
+            with watch.part("stall_async"):
+                save = begin(2 * repeat + 1)
+                save.write_in_background()
+            path = save.finish()
         checkpoint = Checkpoint(path)
-        started = time.perf_counter()
-        checkpoint.verify()
-        times["verify"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        load_fragments(checkpoint, engine.fragments, {**engine.prepare_to_load(1), **ema.sets})
-        engine.finish_loading()
-        times["load"].append(time.perf_counter() - started)
-    size = sum(file.stat().st_size for file in path.iterdir())
+        with watch.part("verify"):
+            checkpoint.verify()
+        with watch.part("load"):
+            load_fragments(checkpoint, engine.fragments, {**engine.prepare_to_load(1), **ema.sets})
+            engine.finish_loading()
     engine.destroy()
-    return times, size
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _time_import(line: str) -> float:

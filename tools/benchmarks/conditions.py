@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import resource
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from jitscale.versions import version_of
 CPU = torch.device("cpu")
 DEFAULTS = ["run.max_steps=1"]  # the overrides win over these
 ON_CPU = ["engine.precision=fp32", "run.device=cpu"]
+PACKAGES = ("deepspeed", "flash-attn", "flash-attn-4", "torchao")
+CONDITIONS = ("device", "cuda", "cudnn", "torch", *PACKAGES, "threads", "load", "date")
 
 
 def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False) -> Config:
@@ -29,10 +31,10 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
     Args:
         options: of the command line.
         settings: dotted.
-        on_gpu: whether this measurement can run on a GPU; it does where there is one.
+        on_gpu: whether this measurement uses a GPU where there is one.
 
     Raises:
-        ConfigError: it is impossible, or asks for what is not measured here.
+        ConfigError: it is impossible, or is not measured here.
     """
     defaults = DEFAULTS if on_gpu and torch.cuda.is_available() else [*DEFAULTS, *ON_CPU]
     config = load_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
@@ -45,40 +47,36 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
 
 
 def environment(device: torch.device = CPU) -> dict[str, Any]:
-    """Device, versions, load and date, to be kept with every number."""
+    """Device, versions, load and date, to be kept with every number: those of `CONDITIONS` that exist."""
+    gpu = device.type == "cuda"
     known: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "cuda": torch.version.cuda if gpu else None,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
         "torch": torch.__version__,
+        **{package: version_of(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    if device.type == "cuda":
-        known |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    for package in ("deepspeed", "flash-attn", "flash-attn-4", "torchao"):
-        if (version := version_of(package)) is not None:
-            known[package] = version
-    return known
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _processor() -> str:
     """The processor's name as the kernel gives it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return named[1].strip() if named else platform.machine()
 
 
 def peak_memory_mib(device: torch.device = CPU) -> float:
-    """The most memory that tensors on a GPU, or on CPUs this process (ru_maxrss), have held at once."""
+    """The most memory held at once: by tensors on a GPU, or by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, in bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    # ru_maxrss of a started process begins with its parent's memory, so it is only the second choice.
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**10
 
 
 def arithmetic(config: Config) -> torch.dtype:
-    """What the matrix products of a configuration are computed in."""
+    """The type in which a configuration's matrix products are computed."""
     return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16

@@ -1,7 +1,7 @@
-"""Reading: each stored form beside stock webdataset with Pillow, the hand-off to the trainer, and a resume.
+"""Reading: each stored form next to stock webdataset with Pillow, the hand-off to the trainer, and a resume.
 
-The photographs are synthetic, 500 x 375, JPEG with quality 95: about 110 KB, as ImageNet's are. All readers put
-cropped uint8 images into one buffer, as a batch is filled, and take turns, so that they meet the same machine.
+The photographs are synthetic, 500 x 375, JPEG with quality 95: about 110 KB, as ImageNet's are. All readers put cropped
+uint8 images into one buffer, as a batch is filled. They take turns, so that they meet the same load of the machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.conditions import CPU, peak_memory_mib
+from benchmarks.stopwatch import Stopwatch
 from jitscale.data.images import CODECS, center_crop, decode, encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -52,7 +54,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             forms[resolution] = _time_forms(folder / str(resolution), photographs, resolution, options.seconds)
         first = options.resolutions[0]
         handed_over = _time_hand_off(ShardSet.open(folder / str(first) / "raw", 1), options.workers, options.seconds)
-        resume = _in_a_fresh_process(_time_resume, folder / "many", options.resume_samples)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its peak of memory is its own
+            resume = fresh.apply(_time_resume, (folder / "many", options.resume_samples))
     return {
         "images": options.images,
         "forms": forms,
@@ -69,28 +72,23 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         for name, form in forms.items():
             label = "original, stock webdataset + Pillow" if name == "stock" else name
             rate, (low, high) = form["images_per_second"], form["range"]
-            times = "" if name == "stock" else f", {rate / stock:.1f} x stock"
-            value = (
-                f"{rate:,.0f} images/s/core ({low:,.0f} to {high:,.0f}){times}, {form['bytes_per_image']:,.0f} bytes"
-            )
-            lines.append((f"{label} at {resolution} px", value))
+            value = f"{rate:,.0f} images/s/core ({low:,.0f} to {high:,.0f})"
+            value += "" if name == "stock" else f", {rate / stock:.1f} x stock"
+            lines.append((f"{label} at {resolution} px", f"{value}, {form['bytes_per_image']:,.0f} bytes"))
     for name, form in next(iter(result["forms"].values())).items():
         cores = ", ".join(f"{model} {aim / form['images_per_second']:.1f}" for model, aim in AIMS.items())
         lines.append((f"cores that read {name} for one GPU's aim", cores))
     hand_off, resume = result["hand_off"], result["resume"]
-    lines.append(
-        (
-            f"hand-off of raw at {hand_off['resolution']} px, {hand_off['workers']} workers, batch {BATCH}",
-            f"{hand_off['images_per_second']:,.0f} images/s",
-        )
-    )
-    lines.append(
-        (f"opening {resume['shards']:,} shards with {resume['samples']:,} samples", f"{resume['open_s']:.2f} s")
-    )
-    lines.append(("first batch at position 0", f"{1e3 * resume['first_s']:.0f} ms"))
-    lines.append(("first batch inside the epoch", f"{1e3 * resume['inside_s']:.0f} ms"))
-    lines.append(("memory for all that", f"{resume['mib']:.0f} MiB"))
-    return lines
+    handed_over = f"hand-off of raw at {hand_off['resolution']} px, {hand_off['workers']} workers, batch {BATCH}"
+    opened = f"opening {resume['shards']:,} shards with {resume['samples']:,} samples"
+    return [
+        *lines,
+        (handed_over, f"{hand_off['images_per_second']:,.0f} images/s"),
+        (opened, f"{resume['open_s']:.2f} s"),
+        ("first batch at position 0", f"{1e3 * resume['first_s']:.0f} ms"),
+        ("first batch inside the epoch", f"{1e3 * resume['inside_s']:.0f} ms"),
+        ("memory for all that", f"{resume['mib']:.0f} MiB"),
+    ]
 
 
 def _photograph(seed: int) -> bytes:
@@ -144,7 +142,7 @@ def _write(folder: Path, codec: str, resolution: int | None, samples: list[tuple
 
 
 def _stock(folder: Path, resolution: int) -> Iterator[None]:
-    """What a user of webdataset writes: its pipeline, its Pillow decoder, and the crop of the recipe."""
+    """The usual way with webdataset: its pipeline, its Pillow decoder, and the crop of the recipe."""
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     row = np.empty((resolution, resolution, 3), np.uint8)
     while True:
@@ -186,28 +184,15 @@ def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
 def _time_resume(folder: Path, samples: int) -> dict[str, float]:
     """Open a set of many samples, and read a batch from the beginning and one from the middle of its epoch."""
     links = _write_many(folder, samples)
-    before = _memory_mib()
-    started = time.perf_counter()
-    shards = ShardSet.open(folder, 1, 1)
-    opened = time.perf_counter()
-    order = EpochOrder(shards.samples_per_shard, seed=0)
-    _first_batch(shards, order, 0)
-    first = time.perf_counter()
-    fresh = EpochOrder(shards.samples_per_shard, seed=0)
-    _first_batch(shards, fresh, shards.num_samples // 2 + 12_345)
-    inside = time.perf_counter()
-    return {
-        "shards": links,
-        "samples": shards.num_samples,
-        "open_s": opened - started,
-        "first_s": first - opened,
-        "inside_s": inside - first,
-        "mib": _memory_mib() - before,
-    }
-
-
-def _first_batch(shards: ShardSet, order: EpochOrder, position: int) -> None:
-    next(iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, position, 0, pin_memory=False)))
+    before, watch = peak_memory_mib(), Stopwatch(CPU)
+    with watch.part("open_s"):
+        shards = ShardSet.open(folder, 1, 1)
+    for name, position in (("first_s", 0), ("inside_s", shards.num_samples // 2 + 12_345)):
+        with watch.part(name):
+            order = EpochOrder(shards.samples_per_shard, seed=0)
+            next(iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, position, 0, pin_memory=False)))
+    facts = {"shards": links, "samples": shards.num_samples, "mib": peak_memory_mib() - before}
+    return {**facts, **watch.medians()}
 
 
 def _write_many(folder: Path, samples: int) -> int:
@@ -227,16 +212,3 @@ def _write_many(folder: Path, samples: int) -> int:
         records.append(ShardRecord(path.name, record.samples, record.bytes, record.sha256))
     Manifest("raw", 1, 1, None, len(records) * len(contents), records).write(folder / MANIFEST)
     return len(records)
-
-
-def _memory_mib() -> float:
-    """The most memory that this process has held at once."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
-def _in_a_fresh_process(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)

@@ -53,8 +53,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table of `measure`."""
-    ranks = result["ranks"]
-    lines = [("ranks", str(ranks))]
+    lines = [("ranks", str(result["ranks"]))]
     for stage, found in result["stages"].items():
         most = max(rank["state"] for rank in found["bytes"])
         buckets = max(rank["buckets"] for rank in found["bytes"])
@@ -73,8 +72,6 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
     Returns:
         `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.
     """
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-
     before = _storages()  # of engines that are gone, and torch's own
     torch.manual_seed(0)
     size = config.model.image_size

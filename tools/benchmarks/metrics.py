@@ -1,16 +1,16 @@
-"""What the metrics of an evaluation cost, from features that are there already."""
+"""What the metrics of an evaluation cost, from features that are already there."""
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.conditions import peak_memory_mib
+from benchmarks.conditions import CPU, peak_memory_mib
+from benchmarks.stopwatch import Stopwatch
 from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.metrics import (
@@ -25,12 +25,10 @@ from jitscale.evaluation.metrics import (
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each metric for `options.images` random images, real and generated ones, of Inception's widths."""
     random = np.random.default_rng(0)
-
-    def drawn(width: int) -> Any:
-        return random.standard_normal((options.images, width), dtype=np.float32)
-
-    real, generated, logits = drawn(Inception.num_features), drawn(Inception.num_features), drawn(Inception.num_logits)
-    spatial = drawn(Inception.num_spatial)
+    widths = (Inception.num_features, Inception.num_features, Inception.num_logits, Inception.num_spatial)
+    real, generated, logits, spatial = (
+        random.standard_normal((options.images, width), dtype=np.float32) for width in widths
+    )
     distance = FrechetDistance(real.mean(axis=0, dtype=np.float64))
     distance.update(real, real=True)
 
@@ -46,12 +44,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "kid": lambda: kernel_distance(real, generated),
         "precision and recall": lambda: precision_recall(real[few], generated[few]),
     }
-    seconds = {}
+    watch = Stopwatch(CPU)
     for name, compute in tqdm(metrics.items(), unit="metric", desc="measure", disable=None):
-        started = time.perf_counter()
-        compute()
-        seconds[name] = time.perf_counter() - started
-    return {"images": options.images, "seconds": seconds, "peak_memory_mib": peak_memory_mib()}
+        with watch.part(name):
+            compute()
+    return {"images": options.images, "seconds": watch.medians(), "peak_memory_mib": peak_memory_mib()}
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """The authors' way of training and sampling, to compare with: what LTH14/JiT does on one GPU, on our network.
 
-Attention with float32 logits in memory, no padding, blocks compiled if ours are, AdamW as torch makes it by default,
-two averages kept whole and updated tensor by tensor, the loss read on the host in every step; guidance evaluated twice,
-one network call after the other, also where it does not act.
+Attention keeps float32 logits in memory. Nothing is padded. Blocks are compiled if ours are. AdamW is torch's default.
+Two whole averages are updated tensor by tensor. The host reads the loss in every step. Sampling calls the network twice
+for every velocity, also outside the guidance interval.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.plain import RandomBatch
 from benchmarks.stopwatch import Stopwatch
 from jitscale.config import Config
 from jitscale.diffusion.objective import sample_loss, to_spaces
@@ -19,7 +20,6 @@ from jitscale.diffusion.sampler import Sampler
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
-from jitscale.training.noise import add_noise
 from jitscale.training.optim import parameter_groups
 
 EMA_DECAYS = (0.9999, 0.9996)
@@ -27,7 +27,7 @@ BETAS = (0.9, 0.95)
 
 
 def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
-    """`network` on `device`, computing as the authors' does; changed in place."""
+    """`network` on `device`, changed in place to compute as the authors' does."""
     network = network.to(device)
     plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
     prepare(network, plain, device, training=training)
@@ -47,23 +47,11 @@ class ReferenceTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=BETAS)
         self.averages = [[p.detach().clone() for p in self.network.parameters()] for _ in EMA_DECAYS]
 
-    def step(
-        self,
-        images: torch.Tensor,
-        flip: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        watch: Stopwatch,
-    ) -> float:
-        """One step on uint8 images (B, S, S, 3), standard normal noise (B, 3, S, S), flips, times and labels (B,).
-
-        Returns:
-            The loss.
-        """
-        x, e, z = add_noise(images, flip, noise, t, self.config.diffusion.noise_scale)
+    def step(self, batch: RandomBatch, watch: Stopwatch) -> float:
+        """One step, whose parts are timed by `watch`; returns the loss."""
+        x, e, z, t = batch.noised()
         with watch.part("forward"), autocast(self.config, self.device):
-            loss = sample_loss(self.network(z, t, labels), x, e, z, t, self.config.diffusion).mean()
+            loss = sample_loss(self.network(z, t, batch.labels), x, e, z, t, self.config.diffusion).mean()
         value = loss.item()
         with watch.part("backward"):
             self.optimizer.zero_grad()
@@ -81,7 +69,7 @@ class ReferenceTraining:
 def reference_sample(
     network: Callable[..., torch.Tensor], sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, null_label: int
 ) -> torch.Tensor:
-    """Images (B, 3, S, S) from `noise`, already times the noise scale: by two calls for every velocity."""
+    """Images (B, 3, S, S) from `noise`, which is multiplied by the noise scale already."""
 
     def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.expand(len(z))

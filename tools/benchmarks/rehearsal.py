@@ -1,7 +1,7 @@
 """The whole path of an ImageNet recipe at its real sizes, with small counts: photographs, shards, steps, sweep, FID.
 
-Only counts of images and steps differ from the recipe, on CPUs the arithmetic (float32), and Inception's weights, which
-are random: the metrics mean nothing, the time and memory of each part do. scikit-learn brings the two photographs.
+The counts of images and steps are smaller than the recipe's, the arithmetic on CPUs is float32, and Inception's weights
+are random. So the metrics mean nothing, but the time and memory of each part do. scikit-learn has the two photographs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ from jitscale.keyed_random import Purpose, uniform
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.5
+LABELS = {
+    "packing": "crops to shards",
+    "start": "start: imports, checks, network, engine",
+    "steps": "2 steps of {batch} images",
+    "save": "the checkpoint",
+    "real": "statistics of the real images",
+    "sweep": "the sweep",
+    "best": "the best setting, metrics and pictures",
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,37 +51,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         torch.save(Inception().state_dict(), scratch / "inception.pth")
         packing = ["--input", str(scratch / "crops"), "--output", str(scratch / "shards"), "--codec=raw"]
-        pack = _Watched(["tools/make_shards.py", *packing, "--resolution=256"], ranks=1)
-        pack.wait()
-        run = scratch / "run"
-        train = _Watched(
-            ["-m", "jitscale.train", "--config", options.config, *_settings(options, scratch)], options.ranks
-        )
-        parts = _parts(train, run)
-        train.wait()
-        result = (run / "result.json").read_text()
+        parts = _watched(["tools/make_shards.py", *packing, "--resolution=256"], {"packing": lambda: False})
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+        train = ["-m", "jitscale.train", "--config", options.config, *_settings(options, scratch)]
+        parts |= _watched([*(launcher if options.ranks > 1 else []), *train], _ends(scratch / "run"))
+        result = (scratch / "run/result.json").read_text()
     return {
         "config": options.config,
         "ranks": options.ranks,
         "batch": options.batch,
-        "parts": {"packing": (pack.seconds, pack.peak()), **parts},
+        "parts": parts,
         "result": result,
     }
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table of `measure`."""
-    labels = {
-        "packing": "crops to shards",
-        "start": "start: imports, checks, network, engine",
-        "steps": f"2 steps of {result['batch']} images",
-        "save": "the checkpoint",
-        "real": "statistics of the real images",
-        "sweep": "the sweep",
-        "best": "the best setting, metrics and pictures",
-    }
     return [
-        (labels[name], f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
+        (LABELS[name].format(**result), f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
         for name, (seconds, memory) in result["parts"].items()
     ]
 
@@ -93,84 +89,25 @@ def write_crops(folder: Path, count: int) -> None:
 
 
 def _settings(options: argparse.Namespace, scratch: Path) -> list[str]:
-    """Counts, places and Inception's weights; all else is the recipe's, on CPUs but for the arithmetic."""
-    # A CPU without instructions for bfloat16 multiplies it seventy times slower than float32.
-    arithmetic = [] if torch.cuda.is_available() else ["engine.precision=fp32"]
-    return [
-        *arithmetic,
-        *(f"run.dir={scratch / 'run'}", f"data.shards={scratch / 'shards'}", "tracking.wandb=off"),
-        *("run.max_images=null", "run.max_steps=2", f"data.batch_size={options.batch}", "tracking.log_every_steps=1"),
-        *(
-            "evaluation.num_images=64",
-            "evaluation.sweep_images=64",
-            "evaluation.steps=4",
-            "evaluation.sweep_max_share=null",
-        ),
-        *('evaluation.sweep=["guidance=1,3"]', f"evaluation.features_file={scratch / 'inception.pth'}"),
-        *options.overrides,
-    ]
+    """Counts, places and Inception's weights, and the arithmetic on CPUs; all else is the recipe's."""
+    settings = {
+        "run": {"dir": scratch / "run", "max_images": "null", "max_steps": 2},
+        "data": {"shards": scratch / "shards", "batch_size": options.batch},
+        "tracking": {"wandb": "off", "log_every_steps": 1},
+        "evaluation": {
+            **{"num_images": 64, "steps": 4, "features_file": scratch / "inception.pth"},
+            **{"sweep": '["guidance=1,3"]', "sweep_images": 64, "sweep_max_share": "null"},
+        },
+        # A CPU without instructions for bfloat16 multiplies it seventy times slower than float32.
+        "engine": {} if torch.cuda.is_available() else {"precision": "fp32"},
+    }
+    dotted = [f"{group}.{key}={value}" for group, values in settings.items() for key, value in values.items()]
+    return [*dotted, *options.overrides]
 
 
-class _Watched:
-    """A command on some ranks, with the memory of all of them over time."""
-
-    def __init__(self, command: Sequence[str], ranks: int) -> None:
-        self.started = time.time()
-        self._samples: list[tuple[float, int]] = []
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        self._process = subprocess.Popen(
-            [sys.executable, *launcher, *command], cwd=ROOT, env=environment, stdout=sys.stderr
-        )
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        self.seconds = 0.0
-
-    @property
-    def runs(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
-
-    def wait(self) -> None:
-        """Until its end.
-
-        Raises:
-            UserError: it failed.
-        """
-        code = self._process.wait()
-        self._thread.join()
-        self.seconds = time.time() - self.started
-        if code != 0:
-            raise UserError(f"{' '.join(map(str, self._process.args))}: ended with code {code}; see above")  # type: ignore[arg-type]
-
-    def peak(self, begin: float = 0.0, end: float = float("inf")) -> int:
-        """Bytes that all ranks held together at most between two times."""
-        before = [held for at, held in self._samples if at < begin][-1:]  # a part may be shorter than a look
-        return max([*before, *(held for at, held in self._samples if begin <= at <= end)], default=0)
-
-    def _watch(self) -> None:
-        main = psutil.Process(self._process.pid)
-        while self.runs:
-            held = 0
-            for process in (main, *_children(main)):
-                try:
-                    held += process.memory_full_info().pss  # pages that processes share are divided among them
-                except psutil.Error:
-                    continue  # ended meanwhile
-            self._samples.append((time.time(), held))
-            time.sleep(POLL_SECONDS)
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _parts(train: _Watched, run: Path) -> dict[str, tuple[float, int]]:
-    """Where the time goes, by when the files of a run appear."""
-    marks = {
+def _ends(run: Path) -> dict[str, Callable[[], bool]]:
+    """Whether each part of a training has ended, by the files of its run, in the order of the parts."""
+    return {
         "start": (run / "config.yaml").exists,
         "steps": lambda: any((run / "checkpoints").glob("*")),
         "save": lambda: any((run / "checkpoints").glob("*/COMPLETE")),
@@ -178,11 +115,41 @@ def _parts(train: _Watched, run: Path) -> dict[str, tuple[float, int]]:
         "sweep": lambda: len(list((run / "evaluation").glob("samples_*/block_*.npz"))) >= 2,
         "best": (run / "complete_train.json").exists,
     }
-    found, begin = {}, train.started
-    for name, is_there in marks.items():
-        while train.runs and not is_there():
+
+
+def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> dict[str, tuple[float, int]]:
+    """Run a command of Python; seconds of each of its parts, and the most bytes that its processes held together.
+
+    Raises:
+        UserError: it fails.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=sys.stderr)
+    found, begin, held = {}, time.monotonic(), 0
+    for name, has_ended in ends.items():
+        peak = held  # a part may be shorter than the time between two looks
+        while process.poll() is None and not has_ended():
+            held = _memory_of(process.pid)
+            peak = max(peak, held)
             time.sleep(POLL_SECONDS)
-        end = time.time()
-        found[name] = (end - begin, train.peak(begin, end))
+        end = time.monotonic()
+        found[name] = (end - begin, peak)
         begin = end
+    code = process.wait()
+    if code != 0:
+        raise UserError(f"{' '.join(command)}: ended with code {code}; see above")
     return found
+
+
+def _memory_of(pid: int) -> int:
+    """Bytes of a process and those that it has started; pages that they share are divided among them."""
+    held = 0
+    try:
+        main = psutil.Process(pid)
+        processes = [main, *main.children(recursive=True)]
+    except psutil.Error:
+        return held  # ended meanwhile
+    for process in processes:
+        with suppress(psutil.Error):
+            held += process.memory_full_info().pss
+    return held

@@ -1,4 +1,4 @@
-"""Guided sampling of one batch, as evaluation does it; on demand beside the authors' way, in turns."""
+"""Guided sampling of one batch, as evaluation does it; with --compare, in turns with the authors' way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import trange
 
 from benchmarks.conditions import arithmetic, environment, measured_config, peak_memory_mib
 from benchmarks.reference import reference_network, reference_sample
-from benchmarks.stopwatch import wait_for
+from benchmarks.stopwatch import Stopwatch
 from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale.config import Config
 from jitscale.evaluation.generate import (
@@ -33,8 +33,9 @@ WEIGHTS_DEVIATION = 0.02  # of what a fresh network sets to zero, so that it pre
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Guided sampling of one batch, `options.repeats` times."""
-    settings = [f"evaluation.method={options.method}", f"evaluation.steps={options.sampler_steps}"]
-    config = measured_config(options, [*settings, f"evaluation.guidance_scale={options.guidance}"], on_gpu=True)
+    settings = {"method": options.method, "steps": options.sampler_steps, "guidance_scale": options.guidance}
+    dotted = [f"evaluation.{key}={value}" for key, value in settings.items()]
+    config = measured_config(options, dotted, on_gpu=True)
     device = choose_device(config.run.device)
     sampler = configured_sampler(config.evaluation, config.diffusion)
     ids = range(options.batch)
@@ -45,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ours = Sampling(network, lambda: sample_images(network, sampler, noise, labels))
         ours.warm_up(noise, labels)
         ours.draw()
-        peak = peak_memory_mib(device)  # before anything is built beside it
+        peak = peak_memory_mib(device)  # before another network is built
         theirs = None
         if options.compare == "reference":
             other = reference_network(_drawn(config), config, device, training=False)
@@ -55,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             ours.draw()
             if theirs is not None:
                 theirs.draw()
-        # The first was drawn before the turns; with it the device has warmed up.
+        # The first batch was drawn before the turns, to warm the device up.
         found = ours.result(after=1)
     tflops = found["images_per_second"] * found["evaluations_per_image"] * forward_flops(config.model) / 1e12
     product = matmul_tflops(device, arithmetic(config))
@@ -90,22 +91,22 @@ def _drawn(config: Config) -> JiT:
 
 
 class Sampling:
-    """A way to draw the batch, with the time of each draw, and how much of it the network took."""
+    """Draws the batch from `network` by `draw`, and times each draw and the network's part of it."""
 
     def __init__(self, network: JiT, draw: Callable[[], torch.Tensor]) -> None:
-        """`draw` draws the batch from `network`."""
         self.network, self._draw = network, draw
         self.device = network.pos_embed.device
         self.images = torch.empty(0)
         self._rows: list[int] = []
-        self._seconds: list[float] = []
+        self._watch = Stopwatch(self.device)
         self._network_seconds: list[float] = []
-        self._moments: list[tuple[Any, Any]] = []
-        network.register_forward_pre_hook(lambda *_: self._moments.append((self._now(), None)))
+        self._begins: list[Any] = []
+        self._ends: list[Any] = []
+        network.register_forward_pre_hook(lambda *_: self._begins.append(self._now()))
         network.register_forward_hook(self._after)
 
     def _now(self) -> Any:
-        """A moment on the device's own clock, that nobody waits for."""
+        """A moment on the device's own clock; the host does not wait for it."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -113,29 +114,26 @@ class Sampling:
         return event
 
     def _after(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self._moments[-1] = (self._moments[-1][0], self._now())
+        self._ends.append(self._now())
         self._rows.append(len(output))
 
     def warm_up(self, noise: torch.Tensor, labels: torch.Tensor) -> None:
-        """Both sizes of a batch: with and without guidance."""
+        """Call the network with both sizes of a batch: with guidance and without."""
         for times in (1, 2):
             zeros = torch.zeros_like(noise).repeat(times, 1, 1, 1)
             self.network(zeros, torch.zeros(len(zeros), device=self.device), labels.repeat(times))
 
     def draw(self) -> None:
         """Draw the batch once."""
-        self._rows.clear()
-        self._moments.clear()
-        wait_for(self.device)
-        started = time.perf_counter()
-        self.images = self._draw()
-        wait_for(self.device)
-        self._seconds.append(time.perf_counter() - started)
-        self._network_seconds.append(sum(_seconds_between(begin, end) for begin, end in self._moments))
+        for calls in (self._rows, self._begins, self._ends):
+            calls.clear()
+        with self._watch.part("batch"):
+            self.images = self._draw()
+        self._network_seconds.append(sum(map(_seconds_between, self._begins, self._ends)))
 
     def result(self, after: int) -> dict[str, Any]:
         """Of the draws after the first `after` ones."""
-        seconds, batch = self._seconds[after:], len(self.images)
+        seconds, batch = self._watch.times["batch"][after:], len(self.images)
         median = statistics.median(seconds)
         return {
             "images_per_second": batch / median,

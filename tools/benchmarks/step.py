@@ -1,4 +1,4 @@
-"""Training steps, and where their time goes; on demand beside the authors' way, in turns."""
+"""Training steps, and where their time goes; with --compare, in turns with the authors' steps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,10 @@ from benchmarks.stopwatch import Stopwatch, wait_for
 from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import UserError
-from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
 from jitscale.model.flops import training_flops
 from jitscale.model.jit import JiT
-from jitscale.training.noise import add_noise
 
 PARTS = {
     "data": "waiting for data",
@@ -42,14 +39,21 @@ PARTS = {
     "tracking": "tracking, logged every step",
     "rest": "rest: draws, noise, loss, engine around forward",
 }
-TRAINER_NEEDS = ("deepspeed", "fsspec", "PIL", "safetensors", "simplejpeg", "wandb")  # beside what all measurements do
+TRAINER_NEEDS = (
+    "deepspeed",
+    "fsspec",
+    "PIL",
+    "safetensors",
+    "simplejpeg",
+    "wandb",
+)  # besides the packages of every measurement
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
 class Training(Protocol):
-    """What is measured: training steps whose parts are timed by a stopwatch that was given to it."""
+    """Training steps whose parts are timed by a stopwatch that it was given."""
 
     execution: Execution
 
@@ -61,7 +65,7 @@ class Training(Protocol):
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Training steps, in turns with the plain network's forward and backward pass, and with the authors' steps."""
+    """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if options.engine == "zero" and missing:
         raise UserError(
@@ -85,19 +89,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(options.warmup):
                 ours.step()
             wait_for(device)
-            peak = peak_memory_mib(device)  # of training alone: what follows is built beside it
+            peak = peak_memory_mib(device)  # of training alone, before other networks are built
             result = _take_turns(ours, watch, options, config, device)
             ours.close()
         finally:
             parallel.stop()
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
     product = matmul_tflops(device, arithmetic(config))
+    lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
     return {
         "config": options.config,
         "overrides": options.overrides,
         "batch": options.batch,
         "steps": options.steps,
-        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else _plain(missing),
+        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else f"plain torch{lacks}",
         "execution": str(ours.execution),
         **result,
         **utilisation(tflops, device, product),
@@ -105,10 +110,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_mib": peak,
         **environment(device),
     }
-
-
-def _plain(missing: list[str]) -> str:
-    return "plain torch" + (f", since this machine lacks {', '.join(missing)}" if missing else "")
 
 
 def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,15 +124,11 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("engine", result["engine"]),
         ("execution", result["execution"]),
         ("times that the host waits in a step", "not counted" if waits is None else f"{sum(waits.values())}"),
-        *(
-            (
-                label,
-                f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}" if name in result["ms"] else "not there",
-            )
-            for name, label in PARTS.items()
-        ),
-        ("the engine's cost around the network", f"{result['around_network']:.1%}"),
     ]
+    for name, label in PARTS.items():
+        there = name in result["ms"]
+        lines.append((label, f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}" if there else "not there"))
+    lines.append(("the engine's cost around the network", f"{result['around_network']:.1%}"))
     theirs = result.get("reference")
     if theirs is not None:
         low, high = theirs["ms_per_step_range"]
@@ -152,81 +149,77 @@ def _take_turns(
     prepare(network, config.engine, device, training=True)
     theirs = ReferenceTraining(config, device) if options.compare == "reference" else None
     random = RandomBatch(config, device)
-    at_once = STEPS_AT_ONCE[device.type]
     their_watch = Stopwatch(device, enabled=False)
-    whole: list[float] = []
-    their_whole: list[float] = []
+    our_seconds: list[float] = []
+    their_seconds: list[float] = []
 
-    def plain_passes() -> None:
-        flip, noise, t = random.draw()
-        x, e, z = add_noise(random.images, flip, noise, t, config.diffusion.noise_scale)
-        with watch.part("forward"), autocast(config, device):
-            prediction = network(z, t, random.labels)
-        loss = sample_loss(prediction, x, e, z, t, config.diffusion).mean()
+    def passes() -> None:
+        loss = random.loss(network, watch.part("forward"))
         with watch.part("backward"):
             loss.backward()
         network.zero_grad()
 
     def their_step() -> None:
         if theirs is not None:
-            flip, noise, t = random.draw()
-            theirs.step(random.images, flip, noise, t, random.labels, their_watch)
+            theirs.step(random, their_watch)
 
-    def timed(step: Callable[[], None], into: list[float]) -> None:
+    def timed(step: Callable[[], None], seconds: list[float]) -> None:
         wait_for(device)
-        started = time.perf_counter()
+        started, at_once = time.perf_counter(), STEPS_AT_ONCE[device.type]
         for _ in range(at_once):
             step()
         wait_for(device)
-        into.append((time.perf_counter() - started) / at_once)
+        seconds.append((time.perf_counter() - started) / at_once)
 
-    plain_passes()
+    passes()
     their_step()
     waits = host_waits(ours.step, device, compiled=ours.execution.compiled)
     for _ in trange(options.steps, unit="step", desc="measure", disable=None):
-        timed(ours.step, whole)
+        timed(ours.step, our_seconds)
         if theirs is not None:
-            timed(their_step, their_whole)
+            timed(their_step, their_seconds)
         watch.enabled = their_watch.enabled = True
         their_step()
         with watch.part("step"):
             ours.step()
-        plain_passes()
+        passes()
         watch.enabled = their_watch.enabled = False
-    seconds = {name: statistics.median(measured) for name, measured in watch.times.items()}
-    step, detailed = statistics.median(whole), seconds.pop("step")
-    parts = {name: value for name, value in seconds.items() if name != "engine_backward"}
-    parts["zero_backward"] = seconds["engine_backward"] - seconds["backward"]
-    parts["rest"] = detailed - sum(parts.values())
+    seconds = watch.medians()
+    detailed, network_seconds = seconds.pop("step"), seconds["forward"] + seconds["backward"]
+    # The engine's backward pass contains that of the network, which is measured alone.
+    seconds["zero_backward"] = seconds.pop("engine_backward") - seconds["backward"]
+    seconds["rest"] = detailed - sum(seconds.values())
     result = {
-        "images_per_second": options.batch / step,
-        "ms_per_step": 1e3 * step,
-        "ms_per_step_range": [1e3 * min(whole), 1e3 * max(whole)],
+        **_speed(our_seconds, options.batch),
         "host_waits": waits,
-        "ms": {name: 1e3 * parts[name] for name in PARTS if name in parts},
-        "share": {name: parts[name] / detailed for name in PARTS if name in parts},
-        "around_network": (detailed - seconds["forward"] - seconds["backward"]) / detailed,
+        "ms": {name: 1e3 * seconds[name] for name in PARTS if name in seconds},
+        "share": {name: seconds[name] / detailed for name in PARTS if name in seconds},
+        "around_network": (detailed - network_seconds) / detailed,
     }
     if theirs is not None:
-        their_seconds = {name: statistics.median(measured) for name, measured in their_watch.times.items()}
-        their_step_seconds = statistics.median(their_whole)
-        result["reference"] = {
-            "images_per_second": options.batch / their_step_seconds,
-            "ms_per_step": 1e3 * their_step_seconds,
-            "ms_per_step_range": [1e3 * min(their_whole), 1e3 * max(their_whole)],
-            "ms": {name: 1e3 * value for name, value in their_seconds.items()},
-        }
-        result["ratio"] = their_step_seconds / step
-        their_network = their_seconds["forward"] + their_seconds["backward"]
-        result["network_ratio"] = their_network / (seconds["forward"] + seconds["backward"])
+        parts = their_watch.medians()
+        reference = {**_speed(their_seconds, options.batch), "ms": {name: 1e3 * value for name, value in parts.items()}}
+        result["reference"] = reference
+        result["ratio"] = reference["ms_per_step"] / result["ms_per_step"]
+        result["network_ratio"] = (parts["forward"] + parts["backward"]) / network_seconds
     return result
 
 
-def host_waits(step: Callable[[], object], device: torch.device, *, compiled: bool) -> dict[str, int] | None:
-    """How often the host waits for the device in `step`, by what makes it wait; None where it cannot be counted.
+def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
+    """Of steps that took `seconds`."""
+    median = statistics.median(seconds)
+    return {
+        "images_per_second": batch / median,
+        "ms_per_step": 1e3 * median,
+        "ms_per_step_range": [1e3 * min(seconds), 1e3 * max(seconds)],
+    }
 
-    On GPUs the calls of the driver's library. On CPUs, where nothing waits, the operators that would: these cannot be
-    seen in compiled code.
+
+def host_waits(step: Callable[[], object], device: torch.device, *, compiled: bool) -> dict[str, int] | None:
+    """How often the host waits for the device in `step`, by the cause; None where it cannot be counted.
+
+    On GPUs, calls of the driver's library are counted. On CPUs nothing waits, so operators are counted that would wait
+    on a GPU; compiled code hides them.
     """
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

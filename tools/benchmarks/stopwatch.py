@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import torch
 class Stopwatch:
     """Durations in seconds by name, one for each time that a part ran.
 
-    On GPUs a part ends when its kernels have: waiting for that slows a step down, so that the whole of it is measured
-    with `enabled` off.
+    On GPUs a part ends when its kernels have. This waiting slows a step down, so a whole step is measured with
+    `enabled` off.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
@@ -34,8 +35,12 @@ class Stopwatch:
         wait_for(self._device)
         self.times[name].append(time.perf_counter() - started)
 
+    def medians(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: statistics.median(measured) for name, measured in self.times.items()}
+
 
 def wait_for(device: torch.device) -> None:
-    """Until the kernels of a GPU have run."""
+    """Wait until the kernels of a GPU have run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -29,10 +29,10 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def utilisation(tflops: float, device: torch.device, product: float) -> dict[str, Any]:
-    """What share of the device `tflops` TFLOP/s are, `product` being those of a large matrix product.
+    """The share of the device that `tflops` TFLOP/s use; a large matrix product reaches `product`.
 
     Returns:
-        `tflops_per_second`, `mfu` (of the data sheet's bf16 peak; None where it is not known), `mfu_of_matmul`.
+        `tflops_per_second`, `mfu` (of the data sheet's bf16 peak; None if it is unknown), `mfu_of_matmul`.
     """
     peak = peak_tflops(device)
     return {
@@ -43,7 +43,7 @@ def utilisation(tflops: float, device: torch.device, product: float) -> dict[str
 
 
 def describe_utilisation(found: dict[str, Any], product: float) -> list[tuple[str, str]]:
-    """The lines of a table on what `utilisation` has found."""
+    """The lines of a table of `utilisation`."""
     return [
         ("TFLOP/s", f"{found['tflops_per_second']:.4g}"),
         ("of one large matrix product", f"{found['mfu_of_matmul']:.1%} of {product:.4g}"),

@@ -1,4 +1,4 @@
-"""The trainer itself, on shards of random images: what a user's step does, with its parts timed."""
+"""The trainer itself, on shards of random images, with the parts of its step timed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RandomImages:
 
 
 def settings_in(scratch: Path) -> list[str]:
-    """Of a run and its data in the folder `scratch`."""
+    """Settings of a run whose files and data are in the folder `scratch`."""
     places = [f"run.dir={scratch / 'run'}", f"data.shards={scratch / 'shards'}"]
     # The tiny steps at the beginning of a warm-up leave gradients in denormal numbers, on which CPUs are slow.
     return [*places, "run.max_steps=1000000", "optim.warmup_images=0"]
@@ -51,12 +51,10 @@ class WholeTraining:
         images = RandomImages(max(IMAGES_AT_LEAST, 2 * config.data.batch_size), config.model.image_size)
         labels = np.arange(len(images)) % max(1, config.model.num_classes)
         write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-len(images) // SHARDS))
-        run_dir = Path(config.run.dir)
-        run_dir.mkdir()
-        trainer = Trainer(config, world, open_configured(config))
-        trainer.part = watch.part
-        self._trainer, self._watch = trainer, watch
-        self.execution = trainer.engine.execution
+        Path(config.run.dir).mkdir()
+        self._trainer, self._watch = Trainer(config, world, open_configured(config)), watch
+        self._trainer.part = watch.part
+        self.execution = self._trainer.engine.execution
 
     def step(self) -> None:
         """One step; logged if its parts are timed, since a run does so every hundred steps only."""

@@ -1,7 +1,7 @@
 """Where v-prediction fails, and the one skip connection that makes the difference.
 
-x-prediction with the loss in v is v-prediction of a network with a long skip connection: v = (net - z) / (1 - t). The
-same digits, patches and loss; with the skip the network need not carry the noise, without it (net = v) it must.
+x-prediction with the loss in v is v-prediction of a network with a long skip connection: v = (net - z) / (1 - t).
+Digits, patches and loss are the same. With the skip the network need not carry the noise; without it (net = v) it must.
 """
 
 from __future__ import annotations
@@ -10,33 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation, show_png
-from studies.run import Run
-from studies.tasks import Experiment, Outcomes, by_seed
+from jitscale.figures import curve, figure, mean_and_deviation, plus_minus, show_png
+from studies.run import Run, seeded
+from studies.tasks import Outcomes, Shards, by_seed
 
+SHARDS: Shards = [("digits", 32)]
 IMAGES, POINTS = 128_000, 8
 WAYS = {"x": "x-prediction: v = (net - z) / (1 - t)", "v": "v-prediction: v = net"}
 STRIP = 10
 SHOWN = 0.6  # of a strip; noise makes large files
 
 
-def tasks(seeds: int) -> Sequence[Run]:
+def tasks(seed: int) -> Sequence[Run]:
     """Both ways, measured while they train."""
+    measured: dict[str, Any] = {"measured_every": IMAGES // POINTS, "strip": STRIP}
     return [
-        Run(
-            f"{way}_s{seed}",
-            "digits_32.yaml",
-            (
-                f"diffusion.prediction={way}",
-                "diffusion.loss=v",
-                f"run.seed={seed}",
-                f"evaluation.seed={seed}",
-                f"run.max_images={IMAGES}",
-            ),
-            measured_every=IMAGES // POINTS,
-            strip=STRIP,
-        )
-        for seed in range(seeds)
+        seeded(way, seed, "digits_32.yaml", IMAGES, f"diffusion.prediction={way}", "diffusion.loss=v", **measured)
         for way in WAYS
     ]
 
@@ -60,8 +49,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     images = [count / 1000 for count in summary["images"]]
     with figure(path, panels=3) as (distances, *samples):
         for number, (way, name) in enumerate(WAYS.items()):
-            style = {"color": COLOURS[number], "marker": MARKERS[number]}
-            curve(distances, images, summary["fid"][way], name, **style)
+            curve(distances, images, summary["fid"][way], name, number)
         distances.axhline(summary["floor"], color="black", linewidth=0.8, linestyle=":")
         distances.set(xlabel="thousand images seen", ylabel="digits-FID", yscale="log")
         distances.legend(fontsize=7)
@@ -74,17 +62,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """Where both ways end."""
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
-        mean, deviation = mean_and_deviation([seed[-1] for seed in summary["fid"][way]])
-        asked = mean_and_deviation(summary["label_agreement"][way])[0]
-        lines.append(f"{name:40} {mean:8.2f} ±{deviation:.2f} {asked:7.1%} as asked")
+        asked, _ = mean_and_deviation(summary["label_agreement"][way])
+        lines.append(f"{name:40} {plus_minus([s[-1] for s in summary['fid'][way]], 8)} {asked:7.1%} as asked")
     return lines
-
-
-EXPERIMENT = Experiment(
-    title="x- and v-prediction over training at a large patch; the skip connection",
-    tools=[["tools/make_digits.py", "--resolution", "32", "--output", "runs/digits/32px"]],
-    tasks=tasks,
-    summarise=summarise,
-    draw=draw,
-    describe=describe,
-)

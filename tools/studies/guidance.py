@@ -18,11 +18,12 @@ from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import measure_settings
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.settings import settings_of
-from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
+from jitscale.figures import curve_over, figure, mean_and_deviation, plus_minus
 from jitscale.model.jit import JiT
-from studies.run import Run
-from studies.tasks import Experiment, Outcomes, Task, by_seed
+from studies.run import Run, seeded
+from studies.tasks import Outcomes, Shards, Task, by_seed
 
+SHARDS: Shards = [("digits", 32)]
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 INTERVALS = ("0:1", "0.1:1", "0.3:0.9")
 DECAYS = (0.9, 0.99, 0.995, 0.999)
@@ -32,23 +33,23 @@ IMAGES, SAMPLES = 128_000, 500
 
 @dataclass(frozen=True)
 class Sweep:
-    """Measures all settings for the network of another task."""
+    """Measures all settings with the network of another task."""
 
     run: Run
     samples: int = SAMPLES
 
     @property
     def name(self) -> str:
-        """Its folder's."""
+        """See `Task`."""
         return self.run.name.replace("trained", "swept")
 
     @property
     def after(self) -> str | None:
-        """The training."""
+        """See `Task`."""
         return self.run.name
 
     def cost(self, folder: Path) -> int:
-        """In images trained, about."""
+        """See `Task`."""
         return self.samples * 10 * len(DECAYS) * (1 + (len(SCALES) - 1) * len(INTERVALS))
 
     def execute(self, folder: Path) -> dict[str, Any]:
@@ -80,88 +81,54 @@ def _key(weights: str, interval: Sequence[float], scale: float) -> str:
     return f"{weights} {interval[0]:g}:{interval[1]:g} {scale:g}"
 
 
-def tasks(seeds: int) -> Sequence[Task]:
-    """A training and its sweep for each seed."""
-    found: list[Task] = []
-    for seed in range(seeds):
-        run = Run(
-            f"trained_s{seed}",
-            "digits_32.yaml",
-            (
-                "model.patch_size=8",
-                f"ema.decays=[{','.join(f'{decay:g}' for decay in DECAYS)}]",
-                f"evaluation.weights={CHOSEN[0]}",
-                "evaluation.steps=10",
-                f"evaluation.num_images={SAMPLES}",
-                f"run.seed={seed}",
-                f"evaluation.seed={seed}",
-                f"run.max_images={IMAGES}",
-            ),
-        )
-        found += [run, Sweep(run)]
-    return found
+def tasks(seed: int) -> Sequence[Task]:
+    """A training and its sweep."""
+    averages = f"ema.decays=[{','.join(f'{decay:g}' for decay in DECAYS)}]"
+    measured = (f"evaluation.weights={CHOSEN[0]}", "evaluation.steps=10", f"evaluation.num_images={SAMPLES}")
+    run = seeded("trained", seed, "digits_32.yaml", IMAGES, "model.patch_size=8", averages, *measured)
+    return [run, Sweep(run)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
-    """Distances by setting and seed; the best setting on average and what others cost beside it."""
+    """Distances by setting and seed, and the best setting on average."""
     seeds = [outcome["fid"] for outcome in by_seed(outcomes, "swept")]
     fid = {key: [seed[key] for seed in seeds] for key in seeds[0]}
     best = min(fid, key=lambda key: mean_and_deviation(fid[key])[0])
     return {"images": IMAGES, "samples": SAMPLES, "fid": fid, "best": best}
 
 
-def of(summary: Mapping[str, Any], weights: str, interval: str, scale: float) -> list[float]:
-    """Distances of the seeds; without guidance there is one interval."""
+def distances(summary: Mapping[str, Any], weights: str, interval: str, scale: float) -> list[float]:
+    """Those of all seeds; without guidance there is one interval."""
     return summary["fid"][f"{weights} {INTERVALS[0] if scale == 1 else interval} {scale:g}"]
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """FID over guidance for every interval, and for every average."""
-    averages = [ema_name(decay) for decay in DECAYS]
     with figure(path, panels=2) as (by_interval, by_average):
         for number, interval in enumerate(INTERVALS):
-            seeds = list(zip(*(of(summary, CHOSEN[0], interval, scale) for scale in SCALES), strict=True))
-            curve(
-                by_interval,
-                SCALES,
-                seeds,
-                f"({interval.replace(':', ', ')})",
-                color=COLOURS[number],
-                marker=MARKERS[number],
-            )
-        for number, average in enumerate(averages):
-            seeds = list(zip(*(of(summary, average, CHOSEN[1], scale) for scale in SCALES), strict=True))
-            curve(by_average, SCALES, seeds, average, color=COLOURS[number], marker=MARKERS[number])
-        by_interval.set(xlabel="guidance scale", ylabel="digits-FID", title=f"interval, {CHOSEN[0]}")
-        by_average.set(
-            xlabel="guidance scale", ylabel="digits-FID", title=f"average, interval ({CHOSEN[1]})", yscale="log"
-        )
-        by_interval.legend()
-        by_average.legend()
+            found = {scale: distances(summary, CHOSEN[0], interval, scale) for scale in SCALES}
+            curve_over(by_interval, found, f"({interval.replace(':', ', ')})", number)
+        for number, average in enumerate(map(ema_name, DECAYS)):
+            found = {scale: distances(summary, average, CHOSEN[1], scale) for scale in SCALES}
+            curve_over(by_average, found, average, number)
+        for axis in (by_interval, by_average):
+            axis.set(xlabel="guidance scale", ylabel="digits-FID")
+            axis.legend()
+        by_interval.set_title(f"interval, {CHOSEN[0]}")
+        by_average.set(title=f"average, interval ({CHOSEN[1]})", yscale="log")
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
-    """The best setting, and what leaving one thing to chance costs."""
-    best = mean_and_deviation(summary["fid"][summary["best"]])
+    """The best setting, and the cost of changing one thing of it."""
     weights, interval, scale = summary["best"].split()
-    lines = [f"best: {summary['best']}: digits-FID {best[0]:.2f} ±{best[1]:.2f}"]
+    lines = [f"best: {summary['best']}: digits-FID {plus_minus(summary['fid'][summary['best']])}"]
     others = {
-        "no guidance": [of(summary, weights, interval, 1.0)],
-        "another scale": [of(summary, weights, interval, s) for s in SCALES if s != float(scale)],
-        "another interval": [of(summary, weights, i, float(scale)) for i in INTERVALS if i != interval],
-        "another average": [of(summary, ema_name(d), interval, float(scale)) for d in DECAYS if ema_name(d) != weights],
+        "no guidance": [(weights, interval, 1.0)],
+        "another scale": [(weights, interval, other) for other in SCALES if other != float(scale)],
+        "another interval": [(weights, other, float(scale)) for other in INTERVALS if other != interval],
+        "another average": [(other, interval, float(scale)) for other in map(ema_name, DECAYS) if other != weights],
     }
-    for name, found in others.items():
-        means = [mean_and_deviation(fid)[0] for fid in found]
+    for name, settings in others.items():
+        means = [mean_and_deviation(distances(summary, *setting))[0] for setting in settings]
         lines.append(f"{name}: {min(means):.2f} to {max(means):.2f}")
     return lines
-
-
-EXPERIMENT = Experiment(
-    title="guidance, its interval and the length of the average",
-    tools=[["tools/make_digits.py", "--resolution", "32", "--output", "runs/digits/32px"]],
-    tasks=tasks,
-    summarise=summarise,
-    draw=draw,
-    describe=describe,
-)

@@ -1,8 +1,8 @@
-"""What the network predicts, times the space of its loss: the paper's nine pairs, with a bottleneck and without.
+"""The nine pairs of prediction and loss, with large and with small patches.
 
-Digits at 32 px in four patches of 768 numbers, more than the network is wide: it can carry an image, which lies near a
-manifold of few dimensions, but not noise, which fills all of them. And at 16 px in patches of 48 numbers, fewer than
-the network is wide. Arrangement of the paper's table of ImageNet at 256 and 64 px (arXiv 2511.13720, table 2).
+Digits at 32 px have patches of 768 numbers, more than the network is wide: it can carry an image, which lies near a
+manifold of few dimensions, but not noise, which fills all of them. Digits at 16 px have patches of 48 numbers, fewer
+than the network is wide. The paper's table 2 (arXiv 2511.13720) does the same with ImageNet at 256 and 64 px.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jitscale.figures import COLOURS, MARKERS, figure, mean_and_deviation, show_png
-from studies.run import Run
-from studies.tasks import Experiment, Outcomes, by_seed
+from jitscale.figures import COLOURS, MARKERS, figure, mean_and_deviation, plus_minus, show_png
+from studies.run import Run, seeded
+from studies.tasks import Outcomes, Shards, ends
 
+SHARDS: Shards = [("digits", 16), ("digits", 32)]
 SPACES = ("x", "e", "v")
 STRIP = 10  # one sample of each digit
 SHOWN = 0.5  # of them; noise makes large files
@@ -32,51 +33,25 @@ PAPER = {  # FID on ImageNet, by loss and prediction
 }
 
 
-def tasks(seeds: int) -> Sequence[Run]:
-    """All pairs of a seed together."""
-    return [
-        Run(
-            f"{patches}_{prediction}_{loss}_s{seed}",
-            "digits_32.yaml",
-            (
-                *settings,
-                f"diffusion.prediction={prediction}",
-                f"diffusion.loss={loss}",
-                f"run.seed={seed}",
-                f"evaluation.seed={seed}",
-                f"run.max_images={IMAGES}",
-            ),
-            strip=STRIP,
-        )
-        for seed in range(seeds)
-        for patches, settings in WIDE.items()
-        for loss, prediction in product(SPACES, SPACES)
-    ]
+def tasks(seed: int) -> Sequence[Run]:
+    """All pairs, with both patches."""
+    found = []
+    for (patches, settings), loss, prediction in product(WIDE.items(), SPACES, SPACES):
+        pair = (f"diffusion.prediction={prediction}", f"diffusion.loss={loss}")
+        what = f"{patches}_{prediction}_{loss}"
+        found.append(seeded(what, seed, "digits_32.yaml", IMAGES, *settings, *pair, strip=STRIP))
+    return found
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances and labels by patch size, loss, prediction and seed; strips of the first seed."""
-    cells = {
-        patches: {
-            loss: {
-                prediction: {
-                    "fid": [m["fid"] for m in found],
-                    "label_agreement": [m["label_agreement"] for m in found],
-                    "strip": found[0]["strip"],
-                }
-                for prediction in SPACES
-                for found in [_ends(outcomes, f"{patches}_{prediction}_{loss}")]
-            }
-            for loss in SPACES
-        }
-        for patches in WIDE
-    }
-    floors = {patches: _ends(outcomes, f"{patches}_x_v")[0]["fid_floor"] for patches in WIDE}
+    cells: dict[str, dict[str, dict[str, Any]]] = {patches: {loss: {} for loss in SPACES} for patches in WIDE}
+    for patches, loss, prediction in product(WIDE, SPACES, SPACES):
+        found = ends(outcomes, f"{patches}_{prediction}_{loss}")
+        numbers = {key: [m[key] for m in found] for key in ("fid", "label_agreement")}
+        cells[patches][loss][prediction] = {**numbers, "strip": found[0]["strip"]}
+    floors = {patches: ends(outcomes, f"{patches}_x_v")[0]["fid_floor"] for patches in WIDE}
     return {"cells": cells, "floor": floors, "images": IMAGES}
-
-
-def _ends(outcomes: Outcomes, name: str) -> list[dict[str, Any]]:
-    return [outcome["measurements"][-1] for outcome in by_seed(outcomes, name)]
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
@@ -110,21 +85,7 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{patches} patches, digits-FID (floor {summary['floor'][patches]:.2f}); in brackets ImageNet's")
         lines.append(f"{'loss':8}" + "".join(f"{prediction + '-prediction':>28}" for prediction in SPACES))
         for loss, cells in rows.items():
-            words = []
-            for prediction, paper in zip(SPACES, PAPER[patches][loss], strict=True):
-                mean, deviation = mean_and_deviation(cells[prediction]["fid"])
-                words.append(f"{mean:.1f} ±{deviation:.1f} ({paper:g})")
+            papers = zip(SPACES, PAPER[patches][loss], strict=True)
+            words = [f"{plus_minus(cells[space]['fid'], digits=1)} ({paper:g})" for space, paper in papers]
             lines.append(f"{loss:8}" + "".join(f"{word:>28}" for word in words))
     return lines
-
-
-EXPERIMENT = Experiment(
-    title="the nine pairs of prediction and loss, with large and with small patches",
-    tools=[
-        ["tools/make_digits.py", "--resolution", str(size), "--output", f"runs/digits/{size}px"] for size in (16, 32)
-    ],
-    tasks=tasks,
-    summarise=summarise,
-    draw=draw,
-    describe=describe,
-)

@@ -17,46 +17,44 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.data.glyphs import Glyphs
-from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
-from studies.run import Run
-from studies.tasks import Experiment, Outcomes, by_seed
+from jitscale.figures import COLOURS, curve_over, figure, mean_and_deviation, plus_minus
+from studies.run import Run, seeded
+from studies.tasks import Outcomes, Shards, by_seed, ends
 
 SIZES = (32, 64, 128)
+SHARDS: Shards = [("glyphs", size) for size in SIZES]
 MUS = (0.0, -0.8, -1.6)
+DEFAULT_MU = -0.8
 IMAGES = 24_000
 SHOWN_TIME = 0.4
 GLYPH = 3
 
 
-def tasks(seeds: int) -> Sequence[Run]:
-    """For each seed: every resolution with its noise scale, without it, and two other means of the times."""
-    found = []
-    for seed in range(seeds):
-        own = (f"run.seed={seed}", f"evaluation.seed={seed}", f"run.max_images={IMAGES}", "optim.warmup_images=1600")
-        found += [Run(f"scaled_{size}_s{seed}", f"glyphs_{size}.yaml", own) for size in SIZES]
-        found += [
-            Run(f"unscaled_{size}_s{seed}", f"glyphs_{size}.yaml", (*own, "diffusion.noise_scale=1.0"))
-            for size in SIZES[1:]
-        ]
-        found += [
-            Run(f"mu_{mu:g}_s{seed}", "glyphs_64.yaml", (*own, f"diffusion.mu={mu}", "diffusion.noise_scale=1.0"))
-            for mu in MUS
-            if mu != -0.8  # which unscaled_64 has
-        ]
-    return found
+def tasks(seed: int) -> Sequence[Run]:
+    """Every resolution with its noise scale, without it, and two other means of the times."""
+
+    def run(what: str, size: int, *settings: str) -> Run:
+        return seeded(what, seed, f"glyphs_{size}.yaml", IMAGES, "optim.warmup_images=1600", *settings)
+
+    unscaled = "diffusion.noise_scale=1.0"
+    return [
+        *(run(f"scaled_{size}", size) for size in SIZES),
+        *(run(f"unscaled_{size}", size, unscaled) for size in SIZES[1:]),
+        *(run(f"mu_{mu:g}", 64, unscaled, f"diffusion.mu={mu}") for mu in MUS if mu != DEFAULT_MU),
+    ]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances and seconds by run and seed."""
 
-    def ends(name: str) -> list[float]:
-        return [outcome["measurements"][-1]["fid"] for outcome in by_seed(outcomes, name)]
+    def fid(name: str) -> list[float]:
+        return [measured["fid"] for measured in ends(outcomes, name)]
 
     return {
         "images": IMAGES,
-        "scaled": {str(size): ends(f"scaled_{size}") for size in SIZES},
-        "unscaled": {"32": ends("scaled_32"), **{str(size): ends(f"unscaled_{size}") for size in SIZES[1:]}},
-        "mu": {f"{mu:g}": ends("unscaled_64" if mu == -0.8 else f"mu_{mu:g}") for mu in MUS},
+        "scaled": {str(size): fid(f"scaled_{size}") for size in SIZES},
+        "unscaled": {"32": fid("scaled_32"), **{str(size): fid(f"unscaled_{size}") for size in SIZES[1:]}},
+        "mu": {f"{mu:g}": fid("unscaled_64" if mu == DEFAULT_MU else f"mu_{mu:g}") for mu in MUS},
         "floor": {str(size): outcomes[f"scaled_{size}_s0"]["measurements"][-1]["fid_floor"] for size in SIZES},
         "training_seconds": {
             str(size): [outcome["training_seconds"] for outcome in by_seed(outcomes, f"scaled_{size}")]
@@ -67,7 +65,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def noisy(size: int, noise_scale: float) -> Any:
-    """A glyph at SHOWN_TIME, pooled to the smallest size: (S, S, 3) in [0, 1]."""
+    """A glyph at SHOWN_TIME, pooled to the smallest size: (32, 32, 3) in [0, 1]."""
     image = torch.from_numpy(np.asarray(Glyphs(GLYPH + 1, size)[GLYPH])).permute(2, 0, 1)[None] / 127.5 - 1
     noise = noise_scale * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     pooled = F.avg_pool2d(SHOWN_TIME * image + (1 - SHOWN_TIME) * noise, size // SIZES[0])
@@ -77,11 +75,8 @@ def noisy(size: int, noise_scale: float) -> Any:
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """What pooling leaves of the noise; distances with and without noise scale; and over mu."""
     with figure(path, panels=4, width=3.6) as (seen, ratio, scales, means):
-        rows = [
-            np.concatenate([noisy(size, scale(size)) for size in SIZES], 1)
-            for scale in (lambda s: 1.0, lambda s: s / 32)
-        ]
-        seen.imshow(np.concatenate(rows), interpolation="nearest")
+        rows = [[noisy(size, 1.0) for size in SIZES], [noisy(size, size / SIZES[0]) for size in SIZES]]
+        seen.imshow(np.concatenate([np.concatenate(row, 1) for row in rows]), interpolation="nearest")
         seen.set_yticks([16, 48], ["scale 1", "scale k"])
         seen.set_xticks([16, 48, 80], [f"{size} px" for size in SIZES])
         seen.grid(visible=False)
@@ -93,17 +88,14 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         ratio.set(xlabel="t", ylabel="log SNR after pooling to 32 px")
         ratio.legend(fontsize=7)
         for number, (key, label) in enumerate((("scaled", "noise scale k"), ("unscaled", "noise scale 1"))):
-            seeds = list(zip(*(summary[key][str(size)] for size in SIZES), strict=True))
-            curve(scales, SIZES, seeds, label, color=COLOURS[number], marker=MARKERS[number])
+            curve_over(scales, {size: summary[key][str(size)] for size in SIZES}, label, number)
         scales.set_xticks(SIZES)
         scales.set(xlabel="pixels a side", ylabel="glyphs-FID", yscale="log")
         scales.legend()
-        seeds = list(zip(*(summary["mu"][f"{mu:g}"] for mu in MUS), strict=True))
-        curve(means, MUS, seeds, "64 px, noise scale 1", color=COLOURS[1], marker=MARKERS[1])
-        scaled = mean_and_deviation(summary["scaled"]["64"])
-        means.errorbar(
-            [-0.8], [scaled[0]], yerr=[scaled[1]], fmt="o", capsize=2, color=COLOURS[0], label="64 px, scale 2"
-        )
+        curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
+        mean, deviation = mean_and_deviation(summary["scaled"]["64"])
+        style: Any = {"fmt": "o", "capsize": 2, "color": COLOURS[0]}
+        means.errorbar([DEFAULT_MU], [mean], yerr=[deviation], label="64 px, scale 2", **style)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
         means.legend(fontsize=7)
 
@@ -112,25 +104,14 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """Distances, and what an image costs."""
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
-        cells = [mean_and_deviation(summary[key][str(size)]) for key in ("scaled", "unscaled")]
-        seconds = mean_and_deviation(summary["training_seconds"][str(size)])[0]
+        scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))
+        seconds, _ = mean_and_deviation(summary["training_seconds"][str(size)])
         flops = summary["flops_an_image"][str(size)]
         lines.append(
-            f"{size:4} px: noise scale {size // SIZES[0]}: {cells[0][0]:7.1f} ±{cells[0][1]:.1f}, noise scale 1: "
-            f"{cells[1][0]:7.1f} ±{cells[1][1]:.1f}; floor {summary['floor'][str(size)]:.2f}; "
-            f"{flops / 1e6:.0f} MFLOP and {1e3 * seconds / summary['images']:.2f} ms an image"
+            f"{size:4} px: noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; "
+            f"floor {summary['floor'][str(size)]:.2f}; {flops / 1e6:.0f} MFLOP and "
+            f"{1e3 * seconds / summary['images']:.2f} ms an image"
         )
     for mu in MUS:
-        mean, deviation = mean_and_deviation(summary["mu"][f"{mu:g}"])
-        lines.append(f"64 px, noise scale 1, mu {mu:g}: {mean:.1f} ±{deviation:.1f}")
+        lines.append(f"64 px, noise scale 1, mu {mu:g}: {plus_minus(summary['mu'][f'{mu:g}'], digits=1)}")
     return lines
-
-
-EXPERIMENT = Experiment(
-    title="noise scale, times and equal tokens at three resolutions",
-    tools=[["tools/make_glyphs.py", "--resolution", str(size), "--output", f"runs/glyphs/{size}px"] for size in SIZES],
-    tasks=tasks,
-    summarise=summarise,
-    draw=draw,
-    describe=describe,
-)

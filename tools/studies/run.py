@@ -28,7 +28,7 @@ from jitscale.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 ALL = 10**9
-SAMPLING_COST = 10  # images trained in the time in which one is sampled and measured, about
+SAMPLING_COST = 10  # about as many images are trained while one is sampled and measured
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Run:
     """One training run and where it is measured.
 
     Attributes:
-        name: unique in the experiment; its folder's.
+        name: see `Task`.
         config: a file of configs/.
-        settings: dotted, beside `run.dir`.
-        upgraded_from: the run whose end it starts from, at this run's resolution.
+        settings: dotted; `run.dir` is added.
+        upgraded_from: the run whose last checkpoint is upgraded to this run's resolution as the start.
         kernel: of the upgrade.
         keep_moments: over the upgrade.
-        as_initial: take the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
-        measured_every: images; measured where it begins, if upgraded, and at its end too. None: at its end only.
+        as_initial: use the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
+        measured_every: images between measurements, from the upgraded start to the end. None: at the end only.
         evaluation: settings of a measurement that differ from those of the training.
         strip: images of ids 0, 1, ... that a measurement also keeps as a picture, side by side.
     """
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def after(self) -> str | None:
-        """The run whose end it starts from."""
+        """See `Task`."""
         return self.upgraded_from
 
     def load(self, folder: Path, *more: str) -> Config:
@@ -69,18 +69,18 @@ class Run:
         return load_config(ROOT / "configs" / self.config, [*self.settings, *more, f"run.dir={folder / self.name}"])
 
     def cost(self, folder: Path) -> int:
-        """In images trained, about."""
+        """See `Task`."""
         config = self.load(folder)
         images = config.run.max_images or 0
         times = 1 if self.measured_every is None else 1 + images // self.measured_every
         return images + SAMPLING_COST * config.evaluation.num_images * times
 
     def execute(self, folder: Path) -> dict[str, Any]:
-        """Train it to its end, from where it was left, and measure it.
+        """Train to the end, from where it was interrupted, and measure.
 
         Returns:
-            `flops_an_image` of training, `training_seconds`, `measuring_seconds` and `measurements`, a list of what
-            evaluate_model returns, each with the `images` seen and the `strip`, a PNG in base64, if there is one.
+            `flops_an_image` of training, `training_seconds`, `measuring_seconds` and `measurements`, a list of results
+            of `evaluate_model`, each with the `images` seen, and with the `strip`, a PNG in base64, if there is one.
 
         Raises:
             UserError: it cannot be trained, or was asked to stop.
@@ -107,8 +107,14 @@ class Run:
         return outcome
 
 
+def seeded(what: str, seed: int, config: str, images: int, *settings: str, **options: Any) -> Run:
+    """The run of one seed over `images` images."""
+    own = (f"run.seed={seed}", f"evaluation.seed={seed}", f"run.max_images={images}")
+    return Run(f"{what}_s{seed}", config, (*settings, *own), **options)
+
+
 def _beginning(run: Run, folder: Path, config: Config) -> StoredWeights | None:
-    """Write the upgraded checkpoint that the run goes on from, or return the upgraded weights that it starts from."""
+    """Write the upgraded checkpoint that the run resumes, or return the upgraded weights that it starts from."""
     if run.upgraded_from is None:
         return None
     target = config

@@ -1,7 +1,7 @@
 """Experiments: many small tasks, most of them runs of the real trainer and evaluation, side by side on the cores.
 
-An experiment is a list of tasks and a figure of what was measured. What a task has measured is kept in its folder, so
-that an experiment that was stopped goes on, and a figure is drawn again without training anything.
+An experiment is a module of this folder: its tasks, a summary of their outcomes, a figure and a table. Each task's
+outcome is kept in its folder, so that an interrupted experiment continues, and a figure needs no new training.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,63 +25,60 @@ from jitscale.files import atomic_write
 
 OUTCOME = "outcome.json"
 
-Outcomes = Mapping[str, Any]  # name of a task -> what its execution returns
+Outcomes = Mapping[str, Any]  # by the name of the task
+Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
 class Task(Protocol):
-    """What a worker does in one go. Its outcome has `training_seconds` and `measuring_seconds`, and can be JSON."""
+    """A worker's piece of work. Its outcome has `training_seconds` and `measuring_seconds`, and can be JSON."""
 
     @property
     def name(self) -> str:
-        """Unique in the experiment; its folder's."""
+        """The name of its folder, unique in the experiment: WHAT_sSEED."""
 
     @property
     def after(self) -> str | None:
-        """The name of the task that must have been done before."""
+        """The name of a task that must be done before."""
 
     def cost(self, folder: Path) -> int:
-        """In images trained, about."""
+        """About how long it takes, in trained images."""
 
     def execute(self, folder: Path) -> dict[str, Any]:
-        """Do it in `folder` of the experiment, from where it was left; returns the outcome."""
+        """Do it in `folder` of the experiment, from where it was interrupted; returns the outcome."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What `tools/experiments.py NAME` does.
+class Experiment(Protocol):
+    """A module of this folder. The first line of its docstring is its title."""
 
-    Attributes:
-        title: one line.
-        tools: commands that write the shards, as the arguments of Python.
-        tasks: number of seeds -> all of them.
-        summarise: outcomes -> what docs/experiments/NAME.json holds.
-        draw: that and a path -> a figure.
-        describe: that -> lines to print.
-    """
+    SHARDS: Shards  # of its runs
 
-    title: str
-    tools: Sequence[Sequence[str]]
-    tasks: Callable[[int], Sequence[Task]]
-    summarise: Callable[[Outcomes], dict[str, Any]]
-    draw: Callable[[Mapping[str, Any], Path], None]
-    describe: Callable[[Mapping[str, Any]], list[str]]
+    def tasks(self, seed: int) -> Sequence[Task]:
+        """Those of one seed."""
+
+    def summarise(self, outcomes: Outcomes) -> dict[str, Any]:
+        """The content of docs/experiments/NAME.json."""
+
+    def draw(self, summary: Mapping[str, Any], path: Path) -> None:
+        """Draw the figure of a summary."""
+
+    def describe(self, summary: Mapping[str, Any]) -> list[str]:
+        """The lines of the table of a summary."""
 
 
 def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
-    """What was measured, by the name of the task, in as many processes as `workers`, each with one thread.
+    """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
     Args:
-        tasks: those that others come after among them.
+        tasks: all tasks, in the order in which they begin where nothing has to wait.
         folder: of the experiment.
         workers: processes.
-        minutes: after which no further task begins.
+        minutes: after this time, no task begins.
 
     Raises:
-        UserError: the time was not enough; the same call goes on. Or a task failed.
+        UserError: the time was not enough; the same call continues. Or a task failed.
     """
-    done = {
-        task.name: json.loads(path.read_text()) for task in tasks if (path := folder / task.name / OUTCOME).exists()
-    }
+    files = {task.name: folder / task.name / OUTCOME for task in tasks}
+    done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     left = [task for task in tasks if task.name not in done]
     if not left:
         return done
@@ -102,8 +99,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
                         active[pool.submit(_execute, task, folder)] = task
                 if not active:
                     break
-                finished, _ = wait(active, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in wait(active, return_when=FIRST_COMPLETED).done:
                     task = active.pop(future)
                     done[task.name] = future.result()
                     progress.set_postfix_str(task.name, refresh=False)
@@ -119,11 +115,14 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
 
 
 def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
-    """The outcomes of `name` over all seeds: tasks are named NAME_sSEED."""
-    found: list[Any] = []
-    while f"{name}_s{len(found)}" in outcomes:
-        found.append(outcomes[f"{name}_s{len(found)}"])
-    return found
+    """The outcomes of the tasks NAME_sSEED, from seed 0 on."""
+    names = takewhile(outcomes.__contains__, (f"{name}_s{seed}" for seed in count()))
+    return [outcomes[name] for name in names]
+
+
+def ends(outcomes: Outcomes, name: str) -> list[Any]:
+    """The last measurements of the runs NAME_sSEED, from seed 0 on."""
+    return [outcome["measurements"][-1] for outcome in by_seed(outcomes, name)]
 
 
 def _begin_worker(log: Path) -> None:
@@ -135,7 +134,7 @@ def _begin_worker(log: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker would otherwise train on to the end of its task when the parent is killed."""
+    """If the parent is killed, the worker ends too, instead of finishing its task."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
 """Are FID and Inception Score unchanged when small images are upsampled?
 
-Glyphs drawn at 128 px, made smaller by averaging and larger again; distances to the other half of the glyphs, in units
-of the distance between the halves. Nothing is trained but the feature network, which sees images of 128 px.
+Half of the glyphs, drawn at 128 px, are made smaller by averaging and larger again. Their distance to the other half is
+given in units of the distance between the halves. Nothing is trained; the feature network sees images of 128 px.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from jitscale.data.glyphs import Glyphs
 from jitscale.evaluation.metrics import frechet_distance, inception_score
 from jitscale.evaluation.networks import load_feature_network
 from jitscale.evaluation.small_networks import GlyphFeatures
-from jitscale.figures import COLOURS, MARKERS, curve, figure, mean_and_deviation
-from studies.tasks import Experiment, Outcomes, by_seed
+from jitscale.figures import curve_over, figure, plus_minus
+from studies.tasks import Outcomes, Shards, by_seed
 
+SHARDS: Shards = []
 SIZE = GlyphFeatures.input_size
 SOURCES = (16, 32, 64, 96)
 KERNELS = ("nearest", "bilinear", "bicubic")
@@ -44,11 +46,11 @@ class Resampling:
 
     @property
     def name(self) -> str:
-        """Its folder's."""
+        """See `Task`."""
         return f"resampled_s{self.seed}"
 
     def cost(self, folder: Path) -> int:
-        """In images trained, about."""
+        """See `Task`."""
         return self.images * (1 + len(SOURCES) * len(KERNELS))
 
     def execute(self, folder: Path) -> dict[str, Any]:
@@ -63,18 +65,15 @@ class Resampling:
             features, logits, _ = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             return features, logits
 
-        half = self.images // 2  # glyphs of all letters in both: their classes go round
+        half = self.images // 2  # both halves hold all letters, since the classes alternate
         real, _ = embed(drawn[:half])
         features, logits = embed(drawn[half:])
         floor = frechet_distance(features, real)
         found: dict[str, dict[str, dict[str, float]]] = {kernel: {} for kernel in KERNELS}
-        for kernel in KERNELS:
-            for source in SOURCES:
-                features, changed = embed(resampled(drawn[half:], source, kernel))
-                found[kernel][str(source)] = {
-                    "distance": frechet_distance(features, real) / floor,
-                    "inception_score": inception_score(changed)[0],
-                }
+        for kernel, source in product(KERNELS, SOURCES):
+            features, changed = embed(resampled(drawn[half:], source, kernel))
+            distance, score = frechet_distance(features, real) / floor, inception_score(changed)[0]
+            found[kernel][str(source)] = {"distance": distance, "inception_score": score}
         return {
             "floor": floor,
             "inception_score": inception_score(logits)[0],
@@ -94,69 +93,42 @@ def resampled(images: torch.Tensor, source: int, kernel: str) -> torch.Tensor:
     return torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
 
 
-def tasks(seeds: int) -> Sequence[Resampling]:
-    """One a seed."""
-    return [Resampling(seed) for seed in range(seeds)]
+def tasks(seed: int) -> Sequence[Resampling]:
+    """One task."""
+    return [Resampling(seed)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """By kernel, source and seed."""
     seeds = by_seed(outcomes, "resampled")
-    return {
-        "floor": [seed["floor"] for seed in seeds],
-        "inception_score": [seed["inception_score"] for seed in seeds],
-        "found": {
-            kernel: {
-                str(source): {
-                    key: [seed["found"][kernel][str(source)][key] for seed in seeds]
-                    for key in ("distance", "inception_score")
-                }
-                for source in SOURCES
-            }
-            for kernel in KERNELS
-        },
-    }
+    found: dict[str, dict[str, dict[str, list[float]]]] = {kernel: {} for kernel in KERNELS}
+    for kernel, source in product(KERNELS, map(str, SOURCES)):
+        cells = [seed["found"][kernel][source] for seed in seeds]
+        found[kernel][source] = {key: [cell[key] for cell in cells] for key in ("distance", "inception_score")}
+    return {**{key: [seed[key] for seed in seeds] for key in ("floor", "inception_score")}, "found": found}
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Distance and score over the source's size."""
     with figure(path, panels=2) as (distances, scores):
-        for axis, key, name in (
-            (distances, "distance", "distance / half against half"),
-            (scores, "inception_score", "IS"),
-        ):
+        for axis, key in ((distances, "distance"), (scores, "inception_score")):
             for number, kernel in enumerate(KERNELS):
-                seeds = list(zip(*(summary["found"][kernel][str(s)][key] for s in SOURCES), strict=True))
-                curve(axis, SOURCES, seeds, kernel, color=COLOURS[number], marker=MARKERS[number])
-            axis.set(xlabel="pixels of the source", ylabel=name)
+                curve_over(axis, {s: summary["found"][kernel][str(s)][key] for s in SOURCES}, kernel, number)
+            axis.set_xlabel("pixels of the source")
             axis.set_xticks(SOURCES)
             axis.legend()
         distances.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        distances.set(yscale="log")
+        distances.set(ylabel="distance / half against half", yscale="log")
+        scores.set_ylabel("IS")
         scores.axhline(np.mean(summary["inception_score"]), color="black", linewidth=0.8, linestyle=":")
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
     """A line for each source and kernel."""
-    floor = mean_and_deviation(summary["floor"])
-    score = mean_and_deviation(summary["inception_score"])
-    lines = [f"half against half {floor[0]:.2f} ±{floor[1]:.2f}; Inception Score {score[0]:.2f} ±{score[1]:.2f}"]
-    for kernel in KERNELS:
-        for source in SOURCES:
-            cell = summary["found"][kernel][str(source)]
-            distance, scored = mean_and_deviation(cell["distance"]), mean_and_deviation(cell["inception_score"])
-            lines.append(
-                f"{kernel:10}{source:4} -> {SIZE} px: distance {distance[0]:8.2f} ±{distance[1]:.2f} times that, IS "
-                f"{scored[0]:.2f} ±{scored[1]:.2f}"
-            )
+    floor, score = plus_minus(summary["floor"]), plus_minus(summary["inception_score"])
+    lines = [f"half against half {floor}; Inception Score {score}"]
+    for kernel, source in product(KERNELS, SOURCES):
+        cell = summary["found"][kernel][str(source)]
+        distance, score = plus_minus(cell["distance"], 8), plus_minus(cell["inception_score"])
+        lines.append(f"{kernel:10}{source:4} -> {SIZE} px: distance {distance} times that, IS {score}")
     return lines
-
-
-EXPERIMENT = Experiment(
-    title="FID and Inception Score of upsampled images",
-    tools=[],
-    tasks=tasks,
-    summarise=summarise,
-    draw=draw,
-    describe=describe,
-)
