@@ -137,6 +137,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def this_rank() -> int:
+    """This process's rank; 0 where there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     gather_objects(None)
@@ -200,8 +205,7 @@ def on_main(call: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank: what rank 0 met.
     """
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    return cast(T, broadcast_object(raise_together(lambda: call() if main else None)))
+    return cast(T, broadcast_object(raise_together(lambda: call() if this_rank() == 0 else None)))
 
 
 def _meet() -> Store:

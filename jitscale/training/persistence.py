@@ -136,15 +136,11 @@ class Persistence:
             return
         try:
             self._saving = self._begin_save()
-            if self._config.checkpoint.asynchronous and not last:
-                self._saving.write_in_background()
-                return
-            self._saving.write()
         except CheckpointError as error:
-            self._saving = None
             self._tolerate(error, last=last)
             return
-        self.finish_save(last=last)
+        if last or not self._config.checkpoint.asynchronous:
+            self.finish_save(last=last)
 
     def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
         """Complete the checkpoint that is being written, if there is one.

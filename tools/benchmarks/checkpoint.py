@@ -61,8 +61,6 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tuple[dict[str, list[float]], int]:
-    # After parallel.start, because DeepSpeed chooses its accelerator while it is imported.
-
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     ema = ShardedEma(config.ema, engine.masters())
     engine.prepare_to_load(1)  # makes the moments, as a first step would
@@ -76,14 +74,11 @@ def _time_saves(config: Config, world: World, folder: Path, repeats: int) -> tup
 
     for repeat in range(repeats):
         started = time.perf_counter()
-        save = begin(2 * repeat)
-        save.write()
-        save.finish()
+        begin(2 * repeat).finish()
         times["stall_sync"].append(time.perf_counter() - started)
 
         started = time.perf_counter()
         save = begin(2 * repeat + 1)
-        save.write_in_background()
         times["stall_async"].append(time.perf_counter() - started)
         path = save.finish()
         times["written_async"].append(time.perf_counter() - started)
