@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.completion import is_complete
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
+from jitscale.run_folder import is_complete
 from jitscale.tracking import read_metrics
 from tests.distributed.processes import run_ranks, start_ranks
 from tests.distributed.test_training import BATCH, STEPS, Job, same_state

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
-    {"parallel", "completion", "cautions"},
+    {"parallel", "run_folder"},
     {"model", "diffusion", "data"},
     {"figures", "planner", "progressive", "tracking"},
     {"checkpoints"},
