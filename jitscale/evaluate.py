@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from jitscale import parallel
-from jitscale.cautions import start_caution
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import Parser
-from jitscale.completion import mark_complete
 from jitscale.config import Config, load_config
+from jitscale.config.cautions import start_caution
 from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured, measure_finally
@@ -32,6 +31,7 @@ from jitscale.evaluation.requirements import check_measurable, images_of
 from jitscale.evaluation.settings import Setting, final_settings
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
+from jitscale.run_folder import mark_complete
 from jitscale.tracking import Tracker, check_wandb
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and what identifies their content."""
+"""Files that are either whole or not there, locks, and what identifies a file's content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO
 
 from jitscale.errors import UserError
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without locks answer
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _flush_folder(path.parent)
+        flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -38,11 +38,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def remove_durably(path: Path) -> None:
     """Remove a file, if it is there; it does not come back after a power cut."""
     path.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def flush(path: Path) -> None:
+    """Bring a file or a folder's list of names to the disk before anything depends on it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -55,19 +56,17 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
     Raises:
         UserError: another process holds it; `what` says what must not be done twice.
+        OSError: the file cannot be made, or the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise UserError(f"{path.parent}: {owner} is at work there, {what}; wait for it or end it") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with path.open("a+", errors="replace") as file:
+        if not _locked(file):
+            file.seek(0)
+            owner = file.read(200).strip() or "another process"
+            raise UserError(f"{path.parent}: {owner} is at work there, {what}; wait for it or end it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -77,19 +76,23 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
     Raises:
         OSError: the file cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with path.open("a+") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+            ours = _locked(file)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield True
-    finally:
-        os.close(descriptor)
+            ours = True
+        yield ours
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock `file` until it is closed; False if another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def aside_pattern(name: str) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 MEETING_SECONDS = 600.0  # for the slowest rank to come; JITSCALE_MEETING_SECONDS wins
 COLLECTIVE_LIMIT = timedelta(minutes=30)
+BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
 FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds of waiting for ranks after which rank 0 says so, and says so again
 OTHERS_WORD = 60.0  # the same for other ranks: hundreds of them would hide the rest of the log
 
@@ -148,6 +149,11 @@ def joined(device: torch.device) -> Iterator[World]:
         stop()
 
 
+def this_rank() -> int:
+    """This process's rank; 0 where there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     gather_objects(None)
@@ -188,6 +194,23 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def buckets(items: Iterable[T], elements: Callable[[T], int]) -> Iterator[list[T]]:
+    """Split `items`, in their order, into lists for one collective each, of at most `BUCKET_ELEMENTS` elements.
+
+    A larger item gets a list of its own.
+    """
+    bucket: list[T] = []
+    filled = 0
+    for item in items:
+        if bucket and filled + elements(item) > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled += elements(item)
+    if bucket:
+        yield bucket
+
+
 def raise_together(call: Callable[[], T]) -> T:
     """Call on every rank, and raise on every rank what any rank met, so that none waits for a rank that has left.
 
@@ -211,8 +234,7 @@ def on_main(call: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank: what rank 0 met.
     """
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    return cast(T, broadcast_object(raise_together(lambda: call() if main else None)))
+    return cast(T, broadcast_object(raise_together(lambda: call() if this_rank() == 0 else None)))
 
 
 def _meet() -> Store:

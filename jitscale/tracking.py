@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,21 @@ from jitscale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # of a result, what is no metric
+NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # keys of a result that are no metrics
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
-# Seconds to wait for the last uploads. A job that was asked to stop has saved by then, and must end by itself.
-WANDB_FINISH_TIMEOUT = 30.0
+WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a job that was asked to stop must end by itself
 SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
-HELD_OUT = "held_out/"  # how the numbers of a held-out loss are called
+HELD_OUT = "held_out/"  # prefix of the numbers of a held-out loss
 _KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
-SAMPLES = "samples"  # pictures of a run's samples, and their folder
-BEST_SAMPLES = "best_samples"  # those of the final evaluation's best setting
+# Names and folders of pictures: samples on the way, and samples of the final evaluation's best setting.
+SAMPLES, BEST_SAMPLES = "samples", "best_samples"
 
 
 def check_wandb(config: Config) -> None:
     """Refuse `tracking.wandb=online` where W&B finds no key: the run would record offline, which nobody asked for.
 
-    W&B looks where it always does (environment, netrc, its settings files). It asks no server, so a key that the server
-    rejects is only noticed when the run begins.
+    W&B looks into the environment, netrc and its settings files. It asks no server, so a key that the server rejects is
+    only noticed when the run begins.
 
     Raises:
         ConfigError: there is no key, or W&B cannot use what it finds.
@@ -66,61 +66,62 @@ class Tracker:
     """
 
     def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int | None) -> None:
-        """Open the run's record.
+        """Open the record of `config`'s run in `run_dir`.
 
         Args:
             config: of the run.
             run_dir: its folder.
             active: whether this is rank 0.
-            resumed_step: lines after it are dropped, for those steps will be run again. None: the files are left as
-                they are, another process may be writing them.
+            resumed_step: lines after it are dropped, since those steps will be run again. None leaves the files as they
+                are: another process may be writing them.
         """
         self._active = active
         self._record: Any = None  # W&B's, to the end
         self._wandb: Any = None  # the same until W&B fails
         self._offline = False
         self._unwritten = False
-        if not active:
-            return
-        self._path, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
+        self._metrics, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
+        if active:
+            self._open(resumed_step)
+            if config.tracking.wandb != "off":
+                self._start_wandb(config, run_dir)
+
+    def _open(self, resumed_step: int | None) -> None:
         if resumed_step is not None:
-            _drop_lines_after(self._path, resumed_step)
+            _drop_lines_after(self._metrics, resumed_step)
             _drop_lines_after(self._evaluations, resumed_step)
-        self._file = self._path.open("a")
-        if config.tracking.wandb != "off":
-            self._start_wandb(config, run_dir)
+        self._file = self._metrics.open("a")
 
     def log(self, values: dict[str, float | int | None]) -> None:
         """Record the numbers of a step, or of held-out samples after it; what is not finite becomes null."""
         if not self._active:
             return
         clean = {key: _finite(value) for key, value in values.items()}
-        self._write(json.dumps(clean) + "\n")
+        with self._tolerating_full_disks():
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
         self._to_wandb(_known(clean))
 
-    def _write(self, line: str) -> None:
-        """To metrics.jsonl; a full disk costs lines, not the run."""
+    @contextmanager
+    def _tolerating_full_disks(self) -> Iterator[None]:
+        """A full disk costs lines, not the run."""
         try:
-            self._file.write(line)
-            self._file.flush()
+            yield
         except OSError as error:
-            self._say_unwritten(error)
-
-    def _say_unwritten(self, error: OSError) -> None:
-        if not self._unwritten:
-            logger.error("%s: cannot be written (%s); lines will be missing, training goes on", self._path, error)
-        self._unwritten = True
+            if not self._unwritten:
+                logger.error(
+                    "%s: cannot be written (%s); lines will be missing, training goes on", self._metrics, error
+                )
+            self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
         """Record a picture (height, width, 3) taken after `images` images seen, as a PNG in the run's folder too."""
         if not self._active:
             return
-        path = self._path.parent / name / f"images_{images:012d}.png"
-        try:
+        path = self._metrics.parent / name / f"images_{images:012d}.png"
+        with self._tolerating_full_disks():
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        except OSError as error:
-            self._say_unwritten(error)
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log({name: wandb.Image(image), "images": images}))
 
@@ -130,18 +131,16 @@ class Tracker:
             return
         numbers = _numbers(result)
         line = {"step": step, "images": images, "weights": result["protocol"]["weights"], **numbers}
-        try:
-            with self._evaluations.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            self._say_unwritten(error)
+        with self._tolerating_full_disks(), self._evaluations.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         self._to_wandb({**{f"evaluation/{key}": value for key, value in _known(numbers).items()}, "images": images})
 
     def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
         """Record a measurement on few images while training, by names that say on how many: `fid_5k`."""
-        count = _short(result["num_images"])
-        of_samples = {key: key not in NOT_MEASURED and not key.endswith("_floor") for key in result}
-        named = {f"{key}_{count}" if of_samples[key] else key: value for key, value in result.items()}
+        images_used = result["num_images"]
+        count = f"{images_used // 1000}k" if images_used % 1000 == 0 else str(images_used)
+        of_samples = {key for key in result if key not in NOT_MEASURED and not key.endswith("_floor")}
+        named = {f"{key}_{count}" if key in of_samples else key: value for key, value in result.items()}
         self.log_result(named, step, images)
 
     def log_final(self, result: dict[str, Any]) -> None:
@@ -177,18 +176,14 @@ class Tracker:
         """Forget the lines after `step`: those steps will be run again."""
         if self._active:
             self._file.close()
-            _drop_lines_after(self._path, step)
-            _drop_lines_after(self._evaluations, step)
-            self._file = self._path.open("a")
+            self._open(step)
 
     def close(self) -> None:
         """End the record."""
         if not self._active:
             return
-        try:
+        with self._tolerating_full_disks():
             self._file.close()
-        except OSError as error:
-            self._say_unwritten(error)
         if self._record is not None:
             folder = Path(self._record.dir).parent
             sent = self._guarded(self._record.finish)
@@ -263,7 +258,6 @@ def read_held_out(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _is_held_out(line: dict[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is about held-out samples, and not about a step."""
     return any(key.startswith(HELD_OUT) for key in line)
 
 
@@ -274,7 +268,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, without those that a kill or a full disk cut short, or that are being written."""
+    """JSON lines, without any that a kill or a full disk cut short, or that is being written."""
     found = []
     for line in path.read_text().splitlines():
         try:
@@ -282,11 +276,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             logger.warning("%s: a line that was cut short is left out", path)
     return found
-
-
-def _short(count: int) -> str:
-    """A number of images in a name: 5000 as 5k."""
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:

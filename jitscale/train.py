@@ -16,7 +16,6 @@ from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import Parser
-from jitscale.completion import mark_complete
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, exit_with_message
@@ -24,6 +23,7 @@ from jitscale.evaluation.requirements import check_training_measures
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
+from jitscale.run_folder import mark_complete
 from jitscale.tracking import check_wandb
 from jitscale.training.trainer import train
 

@@ -11,7 +11,7 @@ from tests.support import ROOT
 LAYERS = [
     {"command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
-    {"parallel", "completion", "cautions"},
+    {"parallel", "run_folder"},
     {"model", "diffusion", "data"},
     {"figures", "planner", "progressive", "tracking"},
     {"checkpoints"},

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +35,6 @@ FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
 # One rank's flat tensors of a set; None where the set has nothing, as Muon has no second moment.
 Flats = Sequence[torch.Tensor | None]
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,16 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `images` + `skipped_images` is the position in the global sample sequence.
-
-    `data` holds what fixes that sequence (seed, streams, window, manifest hash, and the position where its epoch 0
-    begins); None before the first image. `bad_samples` counts the undecodable images that others stood in for,
-    `skipped_steps` the steps whose gradients were not finite, `skipped_images` what was jumped over after rolling back.
-    """
+    """How far a run is. `images` + `skipped_images` is the position in the global sample sequence."""
 
     step: int
     images: int
     optimizer_step: int
+    # Fixes the sequence: seed, streams, window, manifest hash, where its epoch 0 begins; None before the first image.
     data: dict[str, int | str] | None
-    bad_samples: int = 0
-    skipped_steps: int = 0
-    skipped_images: int = 0
+    bad_samples: int = 0  # images that could not be decoded, and were replaced by others
+    skipped_steps: int = 0  # whose gradients were not finite
+    skipped_images: int = 0  # jumped over after roll-backs
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -76,9 +70,13 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """All complete checkpoint folders of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    found = [(int(m[1]), f) for f in folders if (m := _STEP_FOLDER.fullmatch(f.name)) and (f / MARKER).exists()]
-    return [folder for _, folder in sorted(found)]
+    return list(complete_folders(run_dir / "checkpoints", r"step_(\d{8,})").values())
+
+
+def complete_folders(parent: Path, name: str) -> dict[int, Path]:
+    """Complete folders whose names match the pattern `name`, by the number that it captures, in its order."""
+    matches = ((re.fullmatch(name, folder.name), folder) for folder in parent.glob("*"))
+    return dict(sorted((int(match[1]), folder) for match, folder in matches if match and (folder / MARKER).exists()))
 
 
 class Checkpoint(StoredWeights):
@@ -100,50 +98,43 @@ class Checkpoint(StoredWeights):
             raise CheckpointError(f"{folder}: no complete checkpoint (no file {MARKER}); choose another step")
         try:
             for name, sha256 in json.loads((folder / MARKER).read_text() or "{}").items():
-                if sha256_of(folder / name) != sha256:
-                    raise _damaged(folder / name, folder, "its content is not what was written")
+                self._check_content(name, sha256)
             index = json.loads((folder / "index.json").read_text())
-            self._read_index(index)
+            if index["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
+                    "use the version of jitscale that wrote it"
+                )
+            self.progress = Progress(**index["progress"])
+            self.sets: list[str] = index["sets"]
+            self.weight_sets = [name for name in self.sets if name not in MOMENTS]
+            parameters = index["parameters"].items()
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in parameters}
+            self._fragments: dict[str, list[list[int]]] = {name: entry["fragments"] for name, entry in parameters}
+            self._files = list(index["files"])
+            self._sha256: dict[str, str] = index["sha256"]
+        except CheckpointError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise _damaged(folder / "index.json", folder, error) from error
+            raise self._damaged("index.json", error) from error
+        self._opened: dict[int, MappedSafetensors] = {}
         for name, size in index["files"].items():
             file = folder / name
             found = file.stat().st_size if file.exists() else 0
             if found != size:
-                raise _damaged(file, folder, f"{found} bytes where the index says {size}")
-
-    def _read_index(self, index: dict[str, Any]) -> None:
-        folder = self.path
-        if index["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
-                "use the version of jitscale that wrote it"
-            )
-        self.progress = Progress(**index["progress"])
-        self.sets: list[str] = index["sets"]
-        self.weight_sets = [name for name in self.sets if name not in MOMENTS]
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in index["parameters"].items()}
-        self._files = list(index["files"])
-        self._sha256: dict[str, str] = index["sha256"]
-        self._fragments: dict[str, list[list[int]]] = {
-            name: entry["fragments"] for name, entry in index["parameters"].items()
-        }
+                raise self._damaged(name, f"{found} bytes where the index says {size}")
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
-        """Compare the content of every `shares`-th file, from number `share` on, with what was written.
-
-        Raises:
-            CheckpointError: a file is damaged.
-        """
+        """See `StoredWeights`: every `shares`-th file, from number `share` on."""
         for name in self._files[share::shares]:
             try:
-                found = sha256_of(self.path / name)
+                self._check_content(name, self._sha256[name])
             except OSError as error:
-                raise _damaged(self.path / name, self.path, error) from error
-            if found != self._sha256[name]:
-                raise _damaged(self.path / name, self.path, "its content is not what was written")
+                raise self._damaged(name, error) from error
+
+    def _check_content(self, name: str, sha256: str) -> None:
+        if sha256_of(self.path / name) != sha256:
+            raise self._damaged(name, "its content is not what was written")
 
     @cached_property
     def config(self) -> Config:  # type: ignore[override]
@@ -174,10 +165,10 @@ class Checkpoint(StoredWeights):
                     name = f"{set_name}:{parameter}:{offset}"
                     out[low - start : high - start] = self._open(number).rows(name, low - offset, high - offset)
                 except (OSError, SafetensorError) as error:
-                    raise _damaged(self.path / self._files[number], self.path, error) from error
+                    raise self._damaged(self._files[number], error) from error
                 filled += high - low
         if filled != stop - start:
-            raise _damaged(self.path, self.path, f"{filled} of {stop - start} elements of {parameter}")
+            raise self._damaged("", f"{filled} of {stop - start} elements of {parameter}")
         return out
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
@@ -185,14 +176,16 @@ class Checkpoint(StoredWeights):
         shape = self.shapes[parameter]
         return self.read(set_name, parameter, 0, prod(shape)).view(shape)
 
-    def _open(self, file: int) -> MappedSafetensors:
-        if file not in self._handles:
-            self._handles[file] = MappedSafetensors(self.path / self._files[file])
-        return self._handles[file]
+    def _damaged(self, file: str, what: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path / file}: {' '.join(str(what).split())}; the file is damaged, remove {self.path} to fall back "
+            "to the checkpoint before it"
+        )
 
-    @cached_property
-    def _handles(self) -> dict[int, MappedSafetensors]:
-        return {}
+    def _open(self, file: int) -> MappedSafetensors:
+        if file not in self._opened:
+            self._opened[file] = MappedSafetensors(self.path / self._files[file])
+        return self._opened[file]
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -214,10 +207,3 @@ def load_fragments(source: StoredWeights, fragments: Sequence[Fragment], sets: M
 def whole_fragments(shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
     """Fragments that hold whole parameters, the i-th parameter in the i-th flat tensor."""
     return [Fragment(name, shape, i, 0, prod(shape), 0) for i, (name, shape) in enumerate(shapes.items())]
-
-
-def _damaged(path: Path, folder: Path, what: object) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {' '.join(str(what).split())}; the file is damaged, remove {folder} to fall back to the checkpoint "
-        "before it"
-    )

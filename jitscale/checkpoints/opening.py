@@ -16,9 +16,9 @@ from jitscale.checkpoints.weights import (
     StoredWeights,
     WeightSet,
     described_config,
-    read_metadata,
+    open_safetensors,
 )
-from jitscale.config import Config, DiffusionConfig, ModelConfig, check_model_config, from_dict, load_config
+from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
 from jitscale.errors import CheckpointError, ConfigError
 from jitscale.model.jit import JiT
 
@@ -76,45 +76,33 @@ def read_guide(config: Config) -> JiT | None:
 
     Raises:
         CheckpointError: it cannot be read.
-        ConfigError: it sees other images, classes or noise than the network that it shall guide.
+        ConfigError: it sees other images, classes or noise than the network that it must guide.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
         return None
     guide = read_weights(evaluation.guide, evaluation.guide_weights).build()
-    own, its = (
-        {
-            "model.image_size": model.image_size,
-            "model.num_classes": model.num_classes,
-            "diffusion.prediction": diffusion.prediction,
-            "diffusion.noise_scale": diffusion.noise_scale,
-        }
-        for model, diffusion in ((config.model, config.diffusion), (guide.config, guide.diffusion))
-    )
-    differing = [f"{key}: {its[key]} there, {own[key]} here" for key in own if its[key] != own[key]]
+    compared = [
+        ("model.image_size", guide.config.image_size, config.model.image_size),
+        ("model.num_classes", guide.config.num_classes, config.model.num_classes),
+        ("diffusion.prediction", guide.diffusion.prediction, config.diffusion.prediction),
+        ("diffusion.noise_scale", guide.diffusion.noise_scale, config.diffusion.noise_scale),
+    ]
+    differing = [f"{key}: {its} there, {own} here" for key, its, own in compared if its != own]
     if differing:
         raise ConfigError(f"evaluation.guide={evaluation.guide}: cannot guide this network ({'; '.join(differing)})")
     return guide
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint of a step folder, or the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
     if (folder / "index.json").exists():
         return Checkpoint(folder)
-    newest = latest_checkpoint(folder)
-    if newest is None:
-        raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
-    return newest
-
-
-def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
     files = sorted(folder.glob("*.safetensors"))
-    if (folder / "index.json").exists() or not files:
-        return open_checkpoint(folder)
+    if not files:
+        newest = latest_checkpoint(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
+        return newest
     if (folder / HUB_CONFIG).exists() and folder / HUB_WEIGHTS in files:
         return _open_hub_folder(folder)
     return _open_safetensors(folder, files, config)
@@ -127,17 +115,16 @@ def _open_hub_folder(folder: Path) -> StoredWeights:
         name = str(described.get("weights", "model"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / HUB_CONFIG}: does not describe a JiT ({error}); give its config") from error
-    return SafetensorsWeights(folder, {name: folder / HUB_WEIGHTS}, config)
+    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, config)
 
 
-def _open_safetensors(path: Path, files: list[Path], config: ConfigSource | None) -> StoredWeights:
-    metadata = {file: read_metadata(file) for file in files}
-    named = {metadata[file].get("weights", "model" if len(files) == 1 else file.stem): file for file in files}
+def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None) -> StoredWeights:
+    files = [open_safetensors(file) for file in paths]
+    named = {file.metadata.get("weights", "model" if len(files) == 1 else file.path.stem): file for file in files}
     if len(named) < len(files):
         raise CheckpointError(f"{path}: several files hold the same weight set; keep each set once")
-    # `model` first where it is there, as in a checkpoint
-    named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))
-    described = described_config(metadata[next(iter(named.values()))])
+    named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))  # `model` first, as in a checkpoint
+    described = described_config(next(iter(named.values())).metadata)
     if described is None:
         if config is None:
             raise CheckpointError(f"{path}: the file does not say the network's sizes; give its config")
@@ -153,7 +140,7 @@ def _interpret(config: ConfigSource) -> Config:
         CheckpointError: a mapping with fields that are not the network's.
     """
     if isinstance(config, str | Path):
-        config = load_config(config)
+        return load_config(config)
     if isinstance(config, Config):
         return config
     if isinstance(config, ModelConfig):
@@ -163,7 +150,7 @@ def _interpret(config: ConfigSource) -> Config:
         unknown = set(config) - known - _SAMPLING_FIELDS
         if unknown:
             raise CheckpointError(f"config: no model field {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-        model = from_dict({"model": {key: value for key, value in config.items() if key in known}}).model
-        described = Config(model=model, diffusion=DiffusionConfig(noise_scale=float(config.get("noise_scale", 1.0))))
+        described = from_dict({"model": {key: value for key, value in config.items() if key in known}})
+        described.diffusion.noise_scale = float(config.get("noise_scale", 1.0))
     check_model_config(described.model, "config")
     return described

@@ -3,24 +3,22 @@
     checkpoints/step_00001000/           the whole state, pruned as `checkpoint.keep_last` says
     snapshots/images_000001048576/       power averages only, never pruned; tools/posthoc_ema.py mixes them
 
-A snapshot's position is a function of the images seen, so that a resumed run writes those again that its checkpoint
-does not know of, in their place.
+A snapshot's position is a function of the images seen. So a resumed run writes again, in their place, the snapshots
+that its checkpoint does not know of.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,31 +33,29 @@ from jitscale.checkpoints.format import (
     Fragment,
     Progress,
     complete_checkpoints,
+    complete_folders,
     whole_fragments,
 )
 from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
-from jitscale.files import sha256_of
+from jitscale.files import flush, sha256_of
 from jitscale.versions import version_of
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Writer = Callable[[dict[str, torch.Tensor], Path], None]
 
-# A rank's file: name, bytes, sha256, and (parameter, shape, offset, length) of each fragment in it.
-_Part = tuple[str, int, str, list[tuple[str, tuple[int, ...], int, int]]]
-_SNAPSHOT_FOLDER = re.compile(r"images_(\d{12,})")
+_Written = tuple[str, int, str]  # a rank's file: its name, bytes, sha256
 
 
 class Save:
-    """One checkpoint on its way to the disk. The state is copied when it is made, so that training may go on.
+    """One checkpoint on its way to the disk: a copy of the state, which a thread writes while training goes on.
+
+    Every rank makes it and calls `finish`; both are collective.
 
     Attributes:
-        progress: the run's.
-
-    Every rank makes it and calls `finish`, both of which are collective; in between each writes its own file, by
-    `write` or in the background.
+        progress: of the run.
     """
 
     def __init__(
@@ -69,63 +65,38 @@ class Save:
         config: Config,
         fragments: Sequence[Fragment],
         sets: Mapping[str, Flats],
-        writer: Callable[[dict[str, torch.Tensor], Path], None] = save_file,
+        writer: Writer = save_file,
     ) -> None:
         """
         Args:
             final: the folder that it becomes.
-            progress: the run's.
-            config: the run's.
+            progress: of the run.
+            config: of the run.
             fragments: of this rank.
             sets: set name -> this rank's flat tensors.
-            writer: of this rank's file, from its tensors.
+            writer: writes this rank's tensors into its file.
 
         Raises:
-            CheckpointError: on every rank, if there is not enough room, or the folder cannot be made.
+            CheckpointError: on every rank: there is not enough room, or the folder cannot be made.
         """
-        self.progress = progress
-        self._writer = writer
-        self._config = config
-        self._final = final
-        self._aside = _aside(final)
-        self._file = self._aside / f"rank_{_this_rank():05d}.safetensors"
-        self._set_names = list(sets)
-        self._owned = [(f.name, f.shape, f.offset, f.length) for f in fragments]
-        self._thread: threading.Thread | None = None
-        self._result: tuple[int, str] | CheckpointError | None = None
-        needed = sum(parallel.gather_objects(sum(f.length for f in fragments) * len(sets) * 4))
-
-        def begin() -> None:
-            if _this_rank() == 0:
-                _make_room(self._aside, self._final, needed)
-
-        _saving(self._aside, begin)
+        self.progress, self._config, self._final = progress, config, final
+        self._sets, self._fragments = list(sets), fragments
+        needed = sum(parallel.gather_objects(_bytes(fragments, self._sets)))
+        parallel.on_main(lambda: _make_room(final, needed))
         # Copies, because slices of one flat tensor share its memory and training goes on in it.
-        self._tensors = {
+        tensors = {
             f"{name}:{f.name}:{f.offset}": flat.detach()[f.start : f.start + f.length].to("cpu", copy=True)
             for name, flats in sets.items()
             for f in fragments
             if (flat := flats[f.flat]) is not None
         }
-
-    def write(self) -> None:
-        """Write this rank's file; `finish` says whether that worked."""
-        try:
-            self._writer(self._tensors, self._file)
-            _flush(self._file)
-            self._result = (self._file.stat().st_size, sha256_of(self._file))
-        except (OSError, SafetensorError) as error:
-            self._result = _unwritable(self._aside, error)
-        self._tensors = {}
-
-    def write_in_background(self) -> None:
-        """`write`, while the caller goes on."""
-        self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written = thread.submit(_write, final, parallel.this_rank(), tensors, writer)
+        thread.shutdown(wait=False)
 
     def is_written(self) -> bool:
         """Whether every rank's file is written or has failed; a collective call."""
-        return not parallel.any_rank(self._thread is not None and self._thread.is_alive())
+        return not parallel.any_rank(not self._written.done())
 
     def finish(self) -> Path:
         """Wait for all files, and make the folder complete; a collective call.
@@ -136,48 +107,23 @@ class Save:
         Raises:
             CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
         """
-        if self._thread is not None:
-            self._thread.join()
-
-        def own() -> tuple[str, int, str]:
-            assert self._result is not None
-            if isinstance(self._result, CheckpointError):
-                raise self._result
-            return (self._file.name, *self._result)
-
-        def complete() -> None:
-            if _this_rank() == 0:
-                _complete(self._aside, self._final, self.progress, self._config, self._set_names, parts)
-
         # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
         try:
-            parts = parallel.gather_objects((*_saving(self._aside, own), self._owned))
-            _saving(self._aside, complete)
+            written = parallel.gather_objects(parallel.raise_together(self._written.result))
+            owned = parallel.gather_objects(self._fragments)
+            parallel.on_main(lambda: _complete(self._final, self.progress, self._config, self._sets, written, owned))
         except CheckpointError:
-            if _this_rank() == 0:
-                shutil.rmtree(self._aside, ignore_errors=True)  # a full disk needs its room
+            if parallel.this_rank() == 0:
+                shutil.rmtree(_aside(self._final), ignore_errors=True)  # a full disk needs its room
             raise
         return self._final
 
 
 def write_folder(
-    final: Path,
-    progress: Progress,
-    config: Config,
-    fragments: Sequence[Fragment],
-    sets: Mapping[str, Flats],
+    final: Path, progress: Progress, config: Config, fragments: Sequence[Fragment], sets: Mapping[str, Flats]
 ) -> Path:
-    """Make a `Save`, write it and finish it at once; a collective call.
-
-    Returns:
-        The complete folder.
-
-    Raises:
-        CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
-    """
-    save = Save(final, progress, config, fragments, sets)
-    save.write()
-    return save.finish()
+    """A `Save` that is finished at once; a collective call. Arguments, result and errors are those of `Save`."""
+    return Save(final, progress, config, fragments, sets).finish()
 
 
 def write_streamed(
@@ -188,7 +134,7 @@ def write_streamed(
     sets: Sequence[str],
     tensor: Callable[[str, str], torch.Tensor],
 ) -> Path:
-    """A checkpoint written by one process, one tensor in memory at a time.
+    """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
 
     Args:
         final: the folder, which appears complete or not at all.
@@ -201,29 +147,21 @@ def write_streamed(
     Raises:
         CheckpointError: there is not enough room, or the folder cannot be written.
     """
-    aside = _aside(final)
-    file = aside / "rank_00000.safetensors"
-    entries = {f"{name}:{parameter}:0": (prod(shape),) for parameter, shape in shapes.items() for name in sets}
-    whole = [(f.name, f.shape, f.offset, f.length) for f in whole_fragments(shapes)]
-
-    def write() -> Path:
-        _make_room(aside, final, 4 * sum(length for (length,) in entries.values()))
-        with atomic_safetensors(file, entries) as append:
+    fragments, file = whole_fragments(shapes), _file(final, 0)
+    entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
+    try:
+        _make_room(final, _bytes(fragments, sets))
+        with _unwritable(final), atomic_safetensors(file, entries) as append:
             for parameter in shapes:
                 for name in sets:
                     append(tensor(name, parameter))
-        parts = [(file.name, file.stat().st_size, sha256_of(file), whole)]
-        _complete(aside, final, progress, config, list(sets), parts)
-        return final
-
-    try:
-        return write()  # by one process alone, whether there are others or not: no collective
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise _unwritable(aside, error) from error
+        with _unwritable(final):
+            written = _described(file)
+        _complete(final, progress, config, sets, [written], [fragments])
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(_aside(final), ignore_errors=True)
         raise
+    return final
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -> None:
@@ -241,8 +179,7 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
             previous = images
     for folder in folders:
         if folder not in kept:
-            (folder / MARKER).unlink()  # first: a kill during the removal leaves no folder that looks complete
-            shutil.rmtree(folder)
+            _remove(folder)
     for leftover in (run_dir / "checkpoints").glob("step_*.partial"):
         shutil.rmtree(leftover)
 
@@ -254,9 +191,7 @@ def snapshot_folder(run_dir: Path, images: int) -> Path:
 
 def complete_snapshots(run_dir: Path) -> dict[int, Path]:
     """All complete snapshot folders of a run by the images seen, oldest first."""
-    folders = (run_dir / "snapshots").glob("images_*")
-    found = {int(m[1]): f for f in folders if (m := _SNAPSHOT_FOLDER.fullmatch(f.name)) and (f / MARKER).exists()}
-    return dict(sorted(found.items()))
+    return complete_folders(run_dir / "snapshots", r"images_(\d{12,})")
 
 
 def remove_snapshots_after(run_dir: Path, images: int) -> None:
@@ -267,103 +202,102 @@ def remove_snapshots_after(run_dir: Path, images: int) -> None:
     for seen, folder in complete_snapshots(run_dir).items():
         if seen > images:
             logger.info("%s: newer than the checkpoint the run goes on from; removed, to be written again", folder)
-            (folder / MARKER).unlink()  # first, so that a kill during the removal leaves nothing that looks complete
+            _remove(folder)
     for folder in (run_dir / "snapshots").glob("images_*"):
         if not (folder / MARKER).exists() or folder.suffix == ".partial":
             shutil.rmtree(folder)
+
+
+def _remove(folder: Path) -> None:
+    (folder / MARKER).unlink()  # first: a kill during the removal leaves no folder that looks complete
+    shutil.rmtree(folder)
 
 
 def _aside(final: Path) -> Path:
     return final.with_name(f"{final.name}.partial")
 
 
-def _make_room(aside: Path, final: Path, needed: int) -> None:
-    """An empty folder `aside` on a file system with `needed` free bytes."""
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    free = shutil.disk_usage(aside).free
-    if needed > free:
-        aside.rmdir()
-        raise CheckpointError(
-            f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the previous checkpoint "
-            "stays"
-        )
+def _file(final: Path, rank: int) -> Path:
+    return _aside(final) / f"rank_{rank:05d}.safetensors"
+
+
+def _bytes(fragments: Sequence[Fragment], sets: Sequence[str]) -> int:
+    return 4 * len(sets) * sum(f.length for f in fragments)
+
+
+def _make_room(final: Path, needed: int) -> None:
+    """An empty folder beside `final` on a file system with `needed` free bytes."""
+    aside = _aside(final)
+    with _unwritable(final):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        free = shutil.disk_usage(aside).free
+        if needed > free:
+            aside.rmdir()
+            raise CheckpointError(
+                f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the previous "
+                "checkpoint stays"
+            )
+
+
+def _write(final: Path, rank: int, tensors: dict[str, torch.Tensor], writer: Writer) -> _Written:
+    file = _file(final, rank)
+    with _unwritable(final):
+        writer(tensors, file)
+        flush(file)
+        return _described(file)
+
+
+def _described(file: Path) -> _Written:
+    return file.name, file.stat().st_size, sha256_of(file)
 
 
 def _complete(
-    aside: Path, final: Path, progress: Progress, config: Config, sets: list[str], parts: list[_Part]
-) -> None:
-    """Turn `aside`, which holds the ranks' files, into the complete checkpoint `final`."""
-    _write_index(aside / "index.json", progress, sets, parts)
-    (aside / "config.yaml").write_text(to_yaml(config))
-    _flush(aside / "config.yaml")
-    hashes = {name: sha256_of(aside / name) for name in ("index.json", "config.yaml")}
-    (aside / MARKER).write_text(json.dumps(hashes))
-    _flush(aside / MARKER)
-    shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
-    aside.rename(final)
-    _flush(final.parent)
-
-
-def _saving(path: Path, action: Callable[[], T]) -> T:
-    """One stage of a save on all ranks.
-
-    Raises:
-        CheckpointError: the file system failed on some rank.
-    """
-
-    def guarded() -> T:
-        try:
-            return action()
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(path, error) from error
-
-    return parallel.raise_together(guarded)
-
-
-def _unwritable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint stays")
-
-
-def _write_index(
-    path: Path,
+    final: Path,
     progress: Progress,
-    sets: list[str],
-    parts: list[_Part],
+    config: Config,
+    sets: Sequence[str],
+    written: Sequence[_Written],
+    owned: Sequence[Sequence[Fragment]],
 ) -> None:
-    parameters: dict[str, dict[str, list[object]]] = {}
-    for number, (_, _, _, owned) in enumerate(parts):
-        for name, shape, offset, length in owned:
-            entry = parameters.setdefault(name, {"shape": list(shape), "fragments": []})
-            entry["fragments"].append([number, offset, length])
+    """Turn the folder beside `final`, with the files `written` of the fragments `owned` by each rank, into `final`."""
+    parameters: dict[str, dict[str, Any]] = {}
+    for rank, fragments in enumerate(owned):
+        for f in fragments:
+            entry = parameters.setdefault(f.name, {"shape": list(f.shape), "fragments": []})
+            entry["fragments"].append([rank, f.offset, f.length])
     index = {
         "format": FORMAT,
         "progress": asdict(progress),
-        "sets": sets,
-        "files": {name: size for name, size, _, _ in parts},
-        "sha256": {name: sha256 for name, _, sha256, _ in parts},
+        "sets": list(sets),
+        "files": {name: size for name, size, _ in written},
+        "sha256": {name: sha256 for name, _, sha256 in written},
         "parameters": parameters,
-        "versions": dict(_versions()),
+        "versions": {
+            "python": platform.python_version(),
+            "jitscale": __version__,
+            "torch": torch.__version__,
+            "deepspeed": version_of("deepspeed") or "unknown",
+        },
     }
-    path.write_text(json.dumps(index))
-    _flush(path)
+    aside = _aside(final)
+    with _unwritable(final):
+        hashes = {}
+        for name, text in (("index.json", json.dumps(index)), ("config.yaml", to_yaml(config))):
+            (aside / name).write_text(text)
+            flush(aside / name)
+            hashes[name] = sha256_of(aside / name)
+        (aside / MARKER).write_text(json.dumps(hashes))
+        flush(aside / MARKER)
+        shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
+        aside.rename(final)
+        flush(final.parent)
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    yield "jitscale", __version__
-    yield "torch", torch.__version__
-    yield "deepspeed", version_of("deepspeed") or "unknown"
-
-
-def _flush(path: Path) -> None:
-    """Bring a file or folder to the disk before anything depends on it."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _unwritable(final: Path) -> Iterator[None]:
+    """An error of the file system becomes a CheckpointError."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _this_rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{_aside(final)}: cannot be written ({error}); the previous checkpoint stays") from error

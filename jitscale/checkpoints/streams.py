@@ -21,15 +21,14 @@ MOST_MAPPED = 2**30  # bytes
 class MappedSafetensors:
     """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
 
-    The pages that were read of a mapped file count as the process's memory for as long as it is mapped, so it is mapped
-    anew now and then.
+    Pages that were read count as the process's memory while the file is mapped. So it is mapped anew now and then.
 
     Raises:
         OSError, SafetensorError: here and in its methods: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._mapped = 0
         self._file = safe_open(path, framework="pt")
         self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -40,30 +39,25 @@ class MappedSafetensors:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One whole tensor, a copy, in its own precision."""
-        found: torch.Tensor = self._file.get_tensor(name).clone()
-        self._count(found)
-        return found
+        return self._copied(self._file.get_tensor(name))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of one tensor, a copy."""
-        found: torch.Tensor = self._file.get_slice(name)[start:stop].clone()
-        self._count(found)
-        return found
+        return self._copied(self._file.get_slice(name)[start:stop])
 
-    def _count(self, read: torch.Tensor) -> None:
-        self._mapped += read.numel() * read.element_size()
+    def _copied(self, mapped: torch.Tensor) -> torch.Tensor:
+        copy = mapped.clone()
+        self._mapped += copy.nbytes
         if self._mapped > MOST_MAPPED:
-            self._file = safe_open(self._path, framework="pt")
-            self._mapped = 0
+            self._file, self._mapped = safe_open(self.path, framework="pt"), 0
+        return copy
 
 
 @contextmanager
 def atomic_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[torch.Tensor], None]]:
-    """A safetensors file of float32 tensors whose values come one after the other.
-
-    The file gets its name when it is complete; an exception leaves nothing behind.
+    """A safetensors file of float32 tensors whose values come one after the other; whole or not there at all.
 
     Args:
         path: the file.
@@ -71,7 +65,7 @@ def atomic_safetensors(
         metadata: of the file.
 
     Yields:
-        A function that appends the next float32 values, of any number of elements, on the CPU.
+        A function that appends the next float32 values, any number of them, from the CPU.
 
     Raises:
         OSError: the file cannot be written.

@@ -27,19 +27,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
 
 @dataclass(frozen=True)
 class WeightSet:
-    """One set of weights with all that is needed to use it.
+    """One set of weights with all that is needed to use it."""
 
-    Attributes:
-        name: `model`, `ema_<decay>` or `power_<width>`.
-        tensors: parameter name -> float32 tensor.
-        model: sizes of the network.
-        diffusion: how it was trained.
-    """
-
-    name: str
-    tensors: dict[str, torch.Tensor]
-    model: ModelConfig
-    diffusion: DiffusionConfig
+    name: str  # `model`, `ema_<decay>` or `power_<width>`
+    tensors: dict[str, torch.Tensor]  # parameter name -> float32
+    model: ModelConfig  # sizes of the network
+    diffusion: DiffusionConfig  # how it was trained
 
     def build(self) -> JiT:
         """The network with these weights, in eval mode.
@@ -134,7 +127,7 @@ class StoredWeights(ABC):
 class SafetensorsWeights(StoredWeights):
     """safetensors files, one a set."""
 
-    def __init__(self, path: Path, files: Mapping[str, Path], config: Config) -> None:
+    def __init__(self, path: Path, files: Mapping[str, MappedSafetensors], config: Config) -> None:
         """
         Args:
             path: the file, or the folder.
@@ -142,19 +135,17 @@ class SafetensorsWeights(StoredWeights):
             config: with the sizes of the network.
 
         Raises:
-            CheckpointError: a file cannot be read, or the files hold different networks.
+            CheckpointError: the files hold different networks.
         """
-        self.path, self.config = path, config
+        self.path, self.config, self._files = path, config, files
         self.weight_sets = list(files)
         self.default = self.weight_sets[0]
-        self._files = {name: _open(file) for name, file in files.items()}
-        shapes = {name: file.shapes() for name, file in self._files.items()}
-        self.shapes = shapes[self.default]
-        for name, found in shapes.items():
-            differing = shape_differences(found, self.shapes)
+        self.shapes = files[self.default].shapes()
+        for file in files.values():
+            differing = shape_differences(file.shapes(), self.shapes)
             if differing:
                 raise CheckpointError(
-                    f"{files[name]}: another network than {files[self.default]} ({differing}); keep the sets of one "
+                    f"{file.path}: another network than {files[self.default].path} ({differing}); keep the sets of one "
                     "network in a folder"
                 )
 
@@ -166,13 +157,16 @@ class SafetensorsWeights(StoredWeights):
             raise CheckpointError(f"{self.path}: {parameter} cannot be read ({error}); the file is damaged") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself.
+def open_safetensors(path: Path) -> MappedSafetensors:
+    """A safetensors file.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    return _open(path).metadata
+    try:
+        return MappedSafetensors(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def described_config(metadata: Mapping[str, str]) -> Config | None:
@@ -211,9 +205,8 @@ def check_fits(stored: StoredWeights, config: Config) -> None:
     Raises:
         CheckpointError: naming what differs: settings, or else parameters.
     """
-    differing = "; ".join(network_differences(stored.config, config)) or shape_differences(
-        stored.shapes, shapes_of(config)
-    )
+    settings = "; ".join(network_differences(stored.config, config))
+    differing = settings or shape_differences(stored.shapes, shapes_of(config))
     if differing:
         raise CheckpointError(
             f"{stored.path}: weights of another network ({differing}); restore these settings, or choose other "
@@ -240,10 +233,3 @@ def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[st
 def elements(shapes: Mapping[str, Sequence[int]]) -> int:
     """Numbers in all tensors."""
     return sum(prod(shape) for shape in shapes.values())
-
-
-def _open(path: Path) -> MappedSafetensors:
-    try:
-        return MappedSafetensors(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error

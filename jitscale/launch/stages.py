@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.completion import forget_completion, is_complete
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
+from jitscale.run_folder import forget_completion, is_complete
 from jitscale.tracking import check_wandb
 
 KINDS = ("train", "upgrade", "evaluate")

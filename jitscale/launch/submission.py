@@ -18,11 +18,11 @@ from submitit.core.utils import pickle_load
 from submitit.local.local import LocalExecutor
 from submitit.slurm import slurm as submitit_slurm
 
-from jitscale.completion import is_complete
 from jitscale.errors import UserError
 from jitscale.files import atomic_write
 from jitscale.launch.slurm import ask
 from jitscale.launch.stages import Stage
+from jitscale.run_folder import is_complete
 
 SIGNAL_SECONDS = 300  # before the time limit
 # What a stage that takes one process asks for, whatever training takes.

@@ -24,7 +24,6 @@ from types import FrameType
 from typing import IO
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.completion import forget_completion, is_complete, is_complete_under
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
@@ -32,6 +31,7 @@ from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
+from jitscale.run_folder import forget_completion, is_complete, is_complete_under
 from jitscale.tracking import check_wandb
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """The DeepSpeed ZeRO engine: forward, backward and step of a sharded network. The only file that imports deepspeed.
 
-Beside training it says where each rank's fp32 masters lie, as fragments of the unsharded parameters. Averages and
+The engine also says where each rank's fp32 masters lie, as fragments of the unsharded parameters. Averages and
 checkpoints are built on that, because DeepSpeed's own checkpoints fit one world size and one stage only. The layout
-is read from private attributes of DeepSpeed 0.19.8, which is why pyproject.toml pins it.
+is read from private attributes of DeepSpeed 0.19.8; so pyproject.toml pins it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,6 @@ from jitscale.parallel import World
 from jitscale.training.muon import Muon, Piece
 from jitscale.training.optim import build_optimizer
 
-GATHER_ELEMENTS = 2**26  # parameters gathered in one collective: 256 MiB in float32
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
 SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
 
@@ -39,8 +38,8 @@ class ZeroEngine:
 
     def __init__(self, model: JiT, config: Config, world: World) -> None:
         """Shard `model`, which every rank has built alike, and the state of its optimizer."""
-        # Here, because DeepSpeed takes seconds to import and chooses its accelerator meanwhile. By itself it would
-        # take a GPU that this run must not use.
+        # Imported here, because DeepSpeed takes seconds to import and chooses its accelerator meanwhile: by itself it
+        # would take a GPU that this run must not use.
         os.environ["DS_ACCELERATOR"] = world.device.type
         import deepspeed  # noqa: PLC0415
         from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
@@ -55,7 +54,7 @@ class ZeroEngine:
         self.stage = config.engine.zero_stage
         self.execution = prepare(model, config.engine, world.device, training=True)
         if self.execution.by_block and self.stage == 3:
-            # Weights are gathered for a whole block, by hooks of the block, which are not part of its graph.
+            # Hooks of a block gather all its weights, and are not part of its graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.world = world
         share = config.data.batch_size // world.size
@@ -68,9 +67,9 @@ class ZeroEngine:
             config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches, world.size),
         )
         self._optimizer = self._engine.optimizer
+        self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
             self._optimizer.get_grad_norm_direct = partial(_gradient_norm, world.device)
-        self._stage0_masters = [p for p in model.parameters() if p.requires_grad] if self.stage == 0 else []
         self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)
@@ -81,7 +80,11 @@ class ZeroEngine:
         self._skips_on_device = on_device and not config.engine.offload_optimizer
         self._moved = torch.ones((), dtype=torch.bool)
         if self.stage == 0 and not self._skips_on_device:
-            self._skip_what_is_not_finite()
+            # The sharded stages skip gradients that are not finite by themselves; here DeepSpeed would apply them.
+            apply = self._optimizer.step
+            self._optimizer.step = lambda *arguments, **named: (
+                apply(*arguments, **named) if self._stage0_norm.isfinite() else None
+            )
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
@@ -102,7 +105,7 @@ class ZeroEngine:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             if self.stage == 0:
-                self._stage0_norm = self._stage0_gradient_norm()
+                self._stage0_norm = torch.nn.utils.get_total_norm([p.grad for p in self._flats() if p.grad is not None])
                 self._judge(self._stage0_norm)
         with self._judged_on_device():
             self._engine.step()
@@ -113,8 +116,7 @@ class ZeroEngine:
     def _judge(self, norm: torch.Tensor) -> bool:
         """Let the optimizer skip a step whose gradient `norm` is not finite, or negative as a sign of that.
 
-        Stands in for DeepSpeed's question to the device, which the host would wait for; the answer is always that the
-        norm is valid.
+        It replaces DeepSpeed's `is_invalid_grad_norm`, for which the host would wait, and always answers False.
         """
         self._moved = norm.isfinite() & (norm >= 0)
         if self._skips_on_device:
@@ -142,10 +144,7 @@ class ZeroEngine:
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's flat float32 master tensors, in the order that fragments count them."""
-        if self.stage == 0:
-            named = dict(self._named_parameters())
-            return [named[f.name].detach().view(-1)[f.offset : f.offset + f.length] for f in self.fragments]
-        return list(self._flats())
+        return cast(list[torch.Tensor], self._owned(self._flats()))
 
     def moments(self) -> dict[str, Flats]:
         """The optimizer's moments beside the masters, None where Muon has none; empty before the first step."""
@@ -153,7 +152,7 @@ class ZeroEngine:
         for name in MOMENTS:
             flats = [state.get(name) for state in self._optimizer_states()]
             if any(flat is not None for flat in flats):
-                found[name] = self._sliced([flat if flat is None else flat.view(-1) for flat in flats])
+                found[name] = self._owned(flats)
         return found
 
     def optimizer_step(self) -> int:
@@ -175,7 +174,7 @@ class ZeroEngine:
             for state in self._optimizer_states():
                 state.clear()
         else:
-            for flat, state, muon in zip(self._state_keys(), self._optimizer_states(), self._by_muon(), strict=True):
+            for flat, state, muon in zip(self._flats(), self._optimizer_states(), self._by_muon(), strict=True):
                 if muon:
                     state["exp_avg"] = torch.zeros_like(flat)
                     continue
@@ -188,32 +187,30 @@ class ZeroEngine:
     @torch.no_grad()
     def finish_loading(self) -> None:
         """Bring the loaded masters into the weights that the forward pass uses."""
-        if self.stage == 3:
-            optimizer = self._optimizer
-            for index, master in enumerate(self._flats()):
-                flat, parameters = (
-                    optimizer.fp16_partitioned_groups_flat[index],
-                    optimizer.fp16_partitioned_groups[index],
-                )
+        optimizer = self._optimizer
+        if self.stage == 0:
+            self._spread_stage0()
+        elif self.stage < 3:
+            optimizer.update_lp_params()
+        else:
+            weights, parameters_of = optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups
+            for master, flat, parameters in zip(self._flats(), weights, parameters_of, strict=True):
                 flat.copy_(master)
                 for parameter, part in zip(parameters, optimizer.unflatten(flat, parameters), strict=True):
                     parameter.data = part.data
             optimizer.checkpoint_event_epilogue()  # gathers the parameters that stay whole on every rank
-        elif self.stage > 0:
-            self._optimizer.update_lp_params()
-        else:
-            self._spread_stage0()
 
     @torch.no_grad()
     def gather(self, flats: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
 
-        Zeros stand for what is None. A collective call. Each element is owned by one rank, so that summing over ranks
-        is exact.
+        Zeros replace what is None. A collective call. Each element is owned by one rank, so that summing over ranks is
+        exact.
         """
         own = {f.name: f for f in self.fragments}
+        shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters]
         whole: dict[str, torch.Tensor] = {}
-        for bucket in self._buckets():
+        for bucket in parallel.buckets(shapes, lambda named: prod(named[1])):
             lengths = [prod(shape) for _, shape in bucket]
             buffer = torch.zeros(sum(lengths), device=self.world.device)
             for (name, shape), part in zip(bucket, buffer.split(lengths), strict=True):
@@ -234,33 +231,29 @@ class ZeroEngine:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
 
-    def _named_parameters(self) -> Iterator[tuple[str, Any]]:
-        return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
-
     def _fragments(self) -> Iterator[Fragment]:
         """Where this rank's part of each parameter lies in its flat masters."""
-        if self.stage == 3:
+        if self.stage == 0:
+            yield from self._even_shares()
+        elif self.stage < 3:
+            for name, p in self._parameters:
+                mapping = p._hp_mapping
+                if mapping is not None:
+                    master, offset = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+                    flat = mapping.param_group_index
+                    yield Fragment(name, tuple(p.shape), flat, master.start, master.numel, offset)
+        else:
             optimizer = self._optimizer
-            for name, p in self._named_parameters():
+            for name, p in self._parameters:
                 flat, start, length = optimizer.grad_position[optimizer.get_param_id(p)]
                 offset = optimizer._get_param_partition_rank(p) * length
                 owned = min(length, p.ds_numel - offset)  # the last ranks hold padding
                 if owned > 0:
                     yield Fragment(name, tuple(p.ds_shape), flat, start, owned, offset)
-        elif self.stage > 0:
-            for name, p in self._named_parameters():
-                mapping = p._hp_mapping
-                if mapping is not None:
-                    master, weight = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-                    yield Fragment(
-                        name, tuple(p.shape), mapping.param_group_index, master.start, master.numel, weight.start
-                    )
-        else:
-            yield from self._even_shares()
 
     def _even_shares(self) -> Iterator[Fragment]:
         """Stage 0 replicates the masters; each rank owns an even share of their concatenation, slice by slice."""
-        named = [(name, tuple(p.shape)) for name, p in self._named_parameters()]
+        named = [(name, tuple(p.shape)) for name, p in self._parameters]
         total = sum(prod(shape) for _, shape in named)
         low = self.world.rank * total // self.world.size
         high = (self.world.rank + 1) * total // self.world.size
@@ -274,36 +267,34 @@ class ZeroEngine:
             position += length
 
     def _flats(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer steps: flat masters, or in stage 0 the whole parameters."""
+        if self.stage == 0:
+            return [p for _, p in self._parameters]
         if self.stage == 3:
             return self._optimizer.fp32_partitioned_groups_flat
         if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
             return self._optimizer.single_partition_of_fp32_groups
         return self._optimizer.fp32_groups_flat_partition  # bf16 in stage 1
 
-    def _state_keys(self) -> list[torch.Tensor]:
-        """What the optimizer keeps its state by: flat masters, or in stage 0 the parameters of this rank's share."""
-        if self.stage == 0:
-            return list(self._stage0_masters)
-        return self._flats()
-
     def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:
-        return [self._base.state[key] for key in self._state_keys()]
+        return [self._base.state[flat] for flat in self._flats()]
 
-    def _sliced(self, flats: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """In stage 0 the slices of whole moments that belong to this rank's fragments."""
+    def _owned(self, flats: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Tensors beside `_flats`; in stage 0 the slices of them that belong to this rank's fragments."""
         if self.stage > 0:
-            return flats
-        whole = {name: flat for (name, _), flat in zip(self._named_parameters(), flats, strict=True)}
+            return list(flats)
+        whole = {name: flat for (name, _), flat in zip(self._parameters, flats, strict=True)}
         return [
-            None if (flat := whole[f.name]) is None else flat[f.offset : f.offset + f.length] for f in self.fragments
+            None if (flat := whole[f.name]) is None else flat.detach().view(-1)[f.offset : f.offset + f.length]
+            for f in self.fragments
         ]
 
     def _by_muon(self) -> list[bool]:
-        """For each of `_state_keys` whether Muon updates it."""
+        """For each of `_flats` whether Muon updates it."""
         groups = self._optimizer.param_groups
         if self.stage == 0:
             muon = {id(p) for group in groups if group["muon"] for p in group["params"]}
-            return [id(p) in muon for p in self._stage0_masters]
+            return [id(p) in muon for p in self._flats()]
         of_flat = self._optimizer.sub_group_to_group_id if self.stage == 3 else range(len(groups))
         return [bool(groups[of_flat[index]]["muon"]) for index in range(len(self._flats()))]
 
@@ -311,7 +302,7 @@ class ZeroEngine:
         """Tell the optimizer which matrices its flat tensors hold."""
         own = {f.name: f for f in self.fragments}
         if self.stage == 0:
-            whole = zip(self._state_keys(), self._by_muon(), strict=True)
+            whole = zip(self._flats(), self._by_muon(), strict=True)
             muon.lay_out({p: [Piece(p.shape, 0, p.numel(), 0)] for p, by_muon in whole if by_muon}, rank=0, ranks=1)
             return
         # All ranks must meet the same matrices in the same order, whichever of them they hold.
@@ -322,47 +313,21 @@ class ZeroEngine:
             if by_muon:
                 pieces[flats[index]] = [
                     Piece(shape, f.start, f.length, f.offset) if (f := own.get(name)) else Piece(shape, 0, 0, 0)
-                    for name, _ in self._named_parameters()
+                    for name, _ in self._parameters
                     for flat, shape in [everywhere[name]]
                     if flat == index
                 ]
         muon.lay_out(pieces, self.world.rank, self.world.size)
 
-    def _skip_what_is_not_finite(self) -> None:
-        """The sharded stages do that by themselves; in stage 0 DeepSpeed would apply the step."""
-        apply = self._optimizer.step
-
-        def step(*arguments: Any, **named: Any) -> Any:
-            return apply(*arguments, **named) if self._stage0_norm.isfinite() else None
-
-        self._optimizer.step = step
-
     def _spread_stage0(self) -> None:
         """Stage 0 keeps everything whole on every rank, and each rank has loaded its share only."""
         moments = self.moments()
-        for name, weight in self.gather(self.masters()).items():
-            dict(self._named_parameters())[name].copy_(weight)
+        for weight, whole in zip(self._flats(), self.gather(self.masters()).values(), strict=True):
+            weight.copy_(whole)
         for moment, flats in moments.items():
-            wholes = self.gather(flats).values()
-            for state, whole in zip(self._optimizer_states(), wholes, strict=True):
+            for state, whole in zip(self._optimizer_states(), self.gather(flats).values(), strict=True):
                 if moment in state:
                     state[moment].copy_(whole)
-
-    def _stage0_gradient_norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self._stage0_masters if p.grad is not None])
-
-    def _buckets(self) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-        bucket: list[tuple[str, tuple[int, ...]]] = []
-        size = 0
-        for name, p in self._named_parameters():
-            shape = tuple(getattr(p, "ds_shape", p.shape))
-            if bucket and size + prod(shape) > GATHER_ELEMENTS:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append((name, shape))
-            size += prod(shape)
-        if bucket:
-            yield bucket
 
 
 class StepOutcomes:

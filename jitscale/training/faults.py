@@ -1,10 +1,10 @@
-"""Faults on purpose, so that tests and drills see what a run does about them. Off unless JITSCALE_FAULTS is set.
+"""Injects faults, so that tests and drills see how a run handles them. Off unless JITSCALE_FAULTS is set.
 
     JITSCALE_FAULTS="nan:step=5:rank=1,kill:step=7:rank=0"
 
 Kinds: `nan` makes the rank's loss not finite, `kill` ends the process by SIGKILL, `hang` never returns, `slow` waits
-`seconds`, `unwritable` lets the rank's part of that step's checkpoint fail. Each strikes at `step` (counted from 1) on
-`rank` (every rank without it), and again at the following steps until it has struck `times` times (once without it).
+`seconds`, `unwritable` lets the rank's part of that step's checkpoint fail. Each is injected at `step` (counted from 1)
+on `rank` (default: every rank), and in the following steps until it was injected `times` times (default: 1).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from jitscale.checkpoints.saving import Writer
 from jitscale.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Fault:
     rank: int | None = None
     times: int = 1
     seconds: float = 0.0
-    struck: int = 0
+    injected: int = 0  # times
 
 
 class FaultInjection:
@@ -50,10 +50,10 @@ class FaultInjection:
 
     @classmethod
     def from_environment(cls, rank: int) -> FaultInjection:
-        """Those that the variable names for `rank`.
+        """The faults that the variable names for `rank`.
 
         Raises:
-            ConfigError: an entry that makes no sense.
+            ConfigError: an entry has no known kind, or a wrong setting.
         """
         faults = [_parse(entry) for entry in os.environ.get(VARIABLE, "").split(",") if entry]
         mine = [fault for fault in faults if fault.rank in (None, rank)]
@@ -62,26 +62,29 @@ class FaultInjection:
         return cls(mine)
 
     def begin_step(self, step: int) -> None:
-        """Choose what is due in this step."""
-        self._due = [fault for fault in self._faults if fault.step <= step and fault.struck < fault.times]
+        """Choose the faults of this step."""
+        self._due = [fault for fault in self._faults if fault.step <= step and fault.injected < fault.times]
         for fault in self._due:
-            fault.struck += 1
+            fault.injected += 1
 
     def inject(self) -> None:
-        """Once a step, end or delay the process if that is due."""
+        """End or delay the process if that is due, once a step."""
         for fault in [fault for fault in self._due if fault.kind in ("kill", "hang", "slow")]:
             self._due.remove(fault)
             if fault.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(fault.seconds if fault.kind == "slow" else 10**9)
 
-    def writer(self) -> Callable[[dict[str, torch.Tensor], Path], None]:
-        """What writes this rank's part of a checkpoint; it fails if that is due."""
-        return _fail_to_write if any(fault.kind == "unwritable" for fault in self._due) else save_file
+    def writer(self) -> Writer:
+        """A function that writes this rank's part of a checkpoint, or fails if that is due."""
+        return _fail_to_write if self._is_due("unwritable") else save_file
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """`loss`, or NaN where that is due."""
-        return loss * float("nan") if any(fault.kind == "nan" for fault in self._due) else loss
+        """`loss`, or NaN if that is due."""
+        return loss * float("nan") if self._is_due("nan") else loss
+
+    def _is_due(self, kind: str) -> bool:
+        return any(fault.kind == kind for fault in self._due)
 
 
 def _fail_to_write(tensors: dict[str, torch.Tensor], file: Path) -> None:

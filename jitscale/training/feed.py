@@ -1,4 +1,4 @@
-"""From shards to the tensors of a step: micro-batches on the device, with everything that is drawn for them.
+"""From shards to the tensors of a step: micro-batches on the device, with their random draws.
 
 Every draw is a function of the run's seed and a sample's position in the global sequence, so that a resumed run repeats
 nothing and skips nothing, on any number of ranks.
@@ -8,8 +8,9 @@ Shapes: B images of a micro-batch, S pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
 from jitscale.parallel import World
 from jitscale.training.noise import add_noise, seeded_noise
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -35,7 +38,7 @@ class MicroBatch:
     z: torch.Tensor  # float32 (B, 3, S, S), t x + (1 - t) e
     t: torch.Tensor  # float32 (B,) in [0, 1]
     labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
-    bad_samples: list[str]  # why images could not be decoded; others stand in for them
+    bad_samples: list[str]  # why images could not be decoded; others replace them
 
 
 class Feed:
@@ -84,16 +87,16 @@ class Feed:
         parallel.raise_together(lambda: check_shared_memory(needed, world.local_size, data.num_workers))
         parallel.raise_together(lambda: self._shards.check_cache(loader.shards_side_by_side(world.local_size)))
         self._batches = iter(loader)
-        self._drawn = _copy_ahead((_draw(batch, self._config) for batch in self._batches), world.device)
+        self._prepared = _copied((_prepared(batch, self._config) for batch in self._batches), world.device)
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch; images that could not be decoded are named in it."""
-        drawn, config = next(self._drawn), self._config
-        t = times_from_normal(drawn.normal, config.diffusion)
-        seeds = generator_seeds(config.run.seed, Purpose.NOISE, drawn.positions)
+        batch, config = next(self._prepared), self._config
+        t = times_from_normal(batch.normal, config.diffusion)
+        seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions)
         noise = seeded_noise(seeds, config.model.image_size, self._generator)
-        x, e, z = self._add_noise(drawn.images, drawn.flip, noise, t, config.diffusion.noise_scale)
-        return MicroBatch(x, e, z, t, drawn.labels, drawn.bad_samples)
+        x, e, z = self._add_noise(batch.images, batch.flip, noise, t, config.diffusion.noise_scale)
+        return MicroBatch(x, e, z, t, batch.labels, batch.bad_samples)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -101,9 +104,18 @@ class Feed:
             self._batches.close()
 
 
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; each is asked for before the one before it is handed out."""
+    ahead: list[T] = []
+    for item in items:
+        yield from ahead
+        ahead = [item]
+    yield from ahead
+
+
 @dataclass
-class _Drawn:
-    """A batch and what was drawn for it, but the noise, which is drawn on the device."""
+class _Prepared:
+    """A batch with its random draws, except the noise, which is drawn on the device."""
 
     images: torch.Tensor  # uint8 (B, S, S, 3)
     labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
@@ -116,10 +128,10 @@ class _Drawn:
 _COPIED = ("images", "labels", "flip", "normal")  # to the device
 
 
-def _draw(batch: Batch, config: Config) -> _Drawn:
+def _prepared(batch: Batch, config: Config) -> _Prepared:
     seed, positions = config.run.seed, batch.positions.numpy()
     dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
-    return _Drawn(
+    return _Prepared(
         images=batch.images,
         labels=batch.labels.masked_fill(dropped, config.model.num_classes),
         flip=torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5)),
@@ -129,34 +141,25 @@ def _draw(batch: Batch, config: Config) -> _Drawn:
     )
 
 
-def _copy_ahead(drawn: Iterator[_Drawn], device: torch.device) -> Iterator[_Drawn]:
-    """The same batches on `device`; a GPU's next one is drawn and copied while the current one is used.
+def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
+    """The same batches on `device`; a GPU's next one is prepared and copied while the current one is used.
 
     Copies are made from page-locked memory, or they would wait for the GPU. Images that lie there already are not
     moved.
     """
     if device.type != "cuda":
-        yield from drawn
+        yield from batches
         return
     stream = torch.cuda.Stream(device)
 
-    def copy(one: _Drawn) -> tuple[_Drawn, torch.cuda.Event]:
+    def copy(batch: _Prepared) -> tuple[_Prepared, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            copies = {name: getattr(one, name).pin_memory().to(device, non_blocking=True) for name in _COPIED}
-            return replace(one, **copies), stream.record_event()
+            copies = {name: getattr(batch, name).pin_memory().to(device, non_blocking=True) for name in _COPIED}
+            return replace(batch, **copies), stream.record_event()
 
-    def ready(one: _Drawn, copied: torch.cuda.Event) -> _Drawn:
+    for batch, copied in one_ahead(map(copy, batches)):
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
         for name in _COPIED:
-            getattr(one, name).record_stream(current)  # its memory is not given away while the step uses it
-        return one
-
-    ahead = None
-    for one in drawn:
-        following = copy(one)
-        if ahead is not None:
-            yield ready(*ahead)
-        ahead = following
-    if ahead is not None:
-        yield ready(*ahead)
+            getattr(batch, name).record_stream(current)  # its memory is not given away while the step uses it
+        yield batch

@@ -1,9 +1,8 @@
 """The loss on samples that are never trained on, at fixed times and with fixed noise.
 
-The loss of training changes with the times and the noise of every batch, and falls on images that the network has seen.
-Here the samples, their times and their noise are the same at every measurement and for every weight set, so that the
-numbers of a run, and of several runs, can be compared. They tell whether the network generalises, and which average is
-the best one.
+The training loss changes with the times and the noise of every batch, and falls on images that the network has seen.
+Here the samples, their times and their noise are the same at every measurement and for every weight set. So the numbers
+can be compared within a run and between runs: they tell whether the network generalises, and which average is best.
 
 Shapes: B samples of a block, K times, H rows, W columns.
 """
@@ -14,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from jitscale.keyed_random import Float64Array, Int64Array, Purpose, generator_s
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import HELD_OUT
+from jitscale.training.feed import one_ahead
 from jitscale.training.noise import add_noise, seeded_noise
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,14 @@ _MOST_REASONS = 10  # of bad images that a rank names
 class _Block:
     """Samples that go through the network together."""
 
-    ids: Int64Array  # (B,), of the held-out samples in their order; beyond the last one the block is filled up
+    ids: Int64Array  # (B,), numbers of held-out samples; the last block is filled up with numbers of none
     images: UInt8Array  # (B, H, W, 3)
     labels: Int64Array  # (B,)
     sound: Int64Array  # the rows that hold a sample whose image could be decoded
     bad: list[str]  # what is wrong with the others
 
 
+@dataclass(eq=False)
 class HeldOutLoss:
     """Measures weight sets on held-out samples.
 
@@ -58,16 +59,10 @@ class HeldOutLoss:
     depends on the number of ranks. Nothing here draws from a generator that training uses.
     """
 
-    def __init__(self, config: Config, world: World, samples: ShardSet) -> None:
-        """
-        Args:
-            config: loss, noise scale, precision, block size and seed.
-            world: this rank.
-            samples: the held-out ones.
-        """
-        self._config, self._world, self._samples = config, world, samples
-        self._generator = torch.Generator(world.device)
-        self._reasons: set[str] = set()
+    config: Config
+    world: World
+    samples: ShardSet  # the held-out ones
+    _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
         """The losses of one weight set; a collective call.
@@ -78,9 +73,9 @@ class HeldOutLoss:
 
         Returns:
             On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
-            means over samples at each of `TIMES`; `held_out_samples` that were measured and `held_out_bad_samples` that
-            could not be decoded. The loss is that of training, in the space `diffusion.loss`, without flips, dropped
-            labels and dropout.
+            means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and
+            `held_out_bad_samples` of undecodable ones. The loss is that of training, in the space `diffusion.loss`,
+            without flips, dropped labels and dropout.
 
         Raises:
             DataError: on every rank: a shard cannot be read, or no image can be decoded.
@@ -88,7 +83,7 @@ class HeldOutLoss:
         started = time.perf_counter()
         losses, bad = self._losses(network)
         mean = float(losses.mean())
-        if self._world.is_main:
+        if self.world.is_main:
             seconds = time.perf_counter() - started
             logger.info("held-out loss of %s: %.4g on %d samples (%.1f s)", name, mean, len(losses), seconds)
         by_time = zip(TIMES, losses.mean(axis=0).tolist(), strict=True)
@@ -101,8 +96,8 @@ class HeldOutLoss:
 
     def _losses(self, network: JiT) -> tuple[Float64Array, int]:
         """The loss of every sound sample at every time, (samples, K), in their order, and how many are not sound."""
-        size, world = self._config.evaluation.block_size, self._world
-        count = -(-self._samples.num_samples // size)
+        size, world = self.config.evaluation.block_size, self.world
+        count = -(-self.samples.num_samples // size)
 
         def own() -> list[tuple[Float64Array, int]]:
             numbers = range(world.rank, count, world.size)
@@ -113,7 +108,7 @@ class HeldOutLoss:
         losses, bad = np.concatenate([part for part, _ in in_order]), sum(bad for _, bad in in_order)
         if not len(losses):
             raise DataError(
-                f"data.held_out={self._config.data.held_out}: none of {bad} images can be decoded; check the shards "
+                f"data.held_out={self.config.data.held_out}: none of {bad} images can be decoded; check the shards "
                 "with tools/index_shards.py --verify"
             )
         return losses, bad
@@ -121,17 +116,11 @@ class HeldOutLoss:
     def _blocks(self, numbers: Sequence[int]) -> Iterator[_Block]:
         """The blocks of `numbers`; a thread reads the next one while the device is busy with this one."""
         with ThreadPoolExecutor(1) as thread:
-            reading = [thread.submit(self._read, number) for number in numbers[:1]]
-            for following in [*numbers[1:], None]:
-                if not reading:
-                    return
-                block = reading.pop().result()
-                if following is not None:
-                    reading.append(thread.submit(self._read, following))
-                yield block
+            for block in one_ahead(thread.submit(self._read, number) for number in numbers):
+                yield block.result()
 
     def _read(self, number: int) -> _Block:
-        samples, size = self._samples, self._config.evaluation.block_size
+        samples, size = self.samples, self.config.evaluation.block_size
         ids = np.arange(number * size, (number + 1) * size)
         images = np.zeros((size, samples.image_size, samples.image_size, 3), np.uint8)
         labels, sound, bad = np.zeros(size, np.int64), [], []
@@ -151,14 +140,15 @@ class HeldOutLoss:
     @torch.no_grad()
     def _block_losses(self, network: JiT, block: _Block) -> Float64Array:
         """(sound, K)"""
-        config, device = self._config, self._world.device
+        config, device = self.config, self.world.device
+        generator = torch.Generator(device)
         images, labels = torch.from_numpy(block.images).to(device), torch.from_numpy(block.labels).to(device)
         unflipped = torch.zeros(len(images), dtype=torch.bool, device=device)
         losses = []
         for number, time_of_all in enumerate(TIMES):
             t = torch.full((len(images),), time_of_all, device=device)
             seeds = generator_seeds(config.evaluation.seed, Purpose.HELD_OUT_NOISE, block.ids, number)
-            noise = seeded_noise(seeds, config.model.image_size, self._generator)
+            noise = seeded_noise(seeds, config.model.image_size, generator)
             x, e, z = add_noise(images, unflipped, noise, t, config.diffusion.noise_scale)
             with autocast(config, device):
                 prediction = network(z, t, labels)

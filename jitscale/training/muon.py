@@ -11,7 +11,7 @@ so that the clipping and the logged norm would be the updates'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
@@ -23,7 +23,6 @@ from jitscale import parallel
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
-BUCKET_ELEMENTS = 2**26  # of matrices put together at a time
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Muon(torch.optim.AdamW):
         weights.mul_(1 - lr * weight_decay)
         # On the wire as in the product: what one rank sends is what it would compute with.
         dtype = torch.bfloat16 if flat.device.type == "cuda" else torch.float32
-        for bucket in _buckets(self._pieces[flat]):
+        for bucket in parallel.buckets(self._pieces[flat], lambda piece: prod(piece.shape)):
             lengths = [prod(piece.shape) for piece in bucket]
             whole = torch.zeros(sum(lengths), dtype=dtype, device=flat.device)
             matrices = whole.split(lengths)
@@ -125,16 +124,3 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
-
-
-def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    bucket: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if bucket and size + prod(piece.shape) > BUCKET_ELEMENTS:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += prod(piece.shape)
-    if bucket:
-        yield bucket

@@ -1,9 +1,10 @@
-"""What a run leaves on disk and goes on from: its lock, resuming, saving, rolling back."""
+"""What a run leaves on disk and goes on from: resuming, saving, rolling back."""
 
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jitscale import parallel
@@ -20,7 +21,7 @@ from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
 from jitscale.data.shards import ShardSet
 from jitscale.errors import CheckpointError, DataError, UserError
-from jitscale.files import NO_LOCKS, atomic_write, exclusive
+from jitscale.files import atomic_write
 from jitscale.parallel import World
 from jitscale.tracking import Tracker
 from jitscale.training.ema import ShardedEma
@@ -37,37 +38,26 @@ MOST_FAILED_SAVES = 3  # in a row
 DataIdentity = dict[str, int | str]
 
 
+@dataclass(eq=False)
 class Persistence:
     """Loads, saves and rolls back the state of a run; every method is a collective call."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        engine: ZeroEngine,
-        ema: ShardedEma,
-        state: RunState,
-        bad_samples: BadSamples,
-        faults: FaultInjection,
-        data: DataIdentity,
-    ) -> None:
-        """
-        Args:
-            config: the run's.
-            world: this rank.
-            engine: the weights and moments that are saved.
-            ema: the averages that are saved.
-            state: the counters that are saved.
-            bad_samples: whose count is saved.
-            faults: what fails on purpose.
-            data: what fixes the sample sequence.
-        """
-        self._config, self._world, self._run_dir = config, world, Path(config.run.dir)
-        self._engine, self._ema, self._state, self._bad_samples = engine, ema, state, bad_samples
-        self._faults, self._data = faults, data
-        self.saved_step: int | None = None
-        self._saving: Save | None = None
-        self._failed_saves = self._rollbacks = 0
+    config: Config
+    world: World
+    engine: ZeroEngine  # its weights and moments are saved
+    ema: ShardedEma
+    state: RunState
+    bad_samples: BadSamples  # their count is saved
+    faults: FaultInjection
+    data: DataIdentity
+    saved_step: int | None = None
+    _saving: Save | None = field(default=None, init=False)
+    _failed_saves: int = field(default=0, init=False)
+    _rollbacks: int = field(default=0, init=False)
+
+    @property
+    def _run_dir(self) -> Path:
+        return Path(self.config.run.dir)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`.
@@ -75,25 +65,16 @@ class Persistence:
         Raises:
             CheckpointError: on every rank: it is damaged.
         """
-        progress, averages, fragments = checkpoint.progress, self._ema.sets, self._engine.fragments
-        sets = self._engine.prepare_to_load(progress.optimizer_step)
-        missing = [name for name in averages if name not in checkpoint.sets]
-        if missing and self._world.is_main:
+        progress, state = checkpoint.progress, self.state
+        missing = [name for name in self.ema.sets if name not in checkpoint.sets]
+        if missing and self.world.is_main:
             logger.warning("%s has no %s; starting from its weights", checkpoint.path, ", ".join(missing))
-
-        def fill() -> None:
-            load_fragments(checkpoint, fragments, {k: v for k, v in sets.items() if k in checkpoint.sets})
-            for name, flats in averages.items():
-                load_fragments(checkpoint, fragments, {"model" if name in missing else name: flats})
-
-        parallel.raise_together(fill)  # ranks read different files, and any may be damaged
-        self._engine.finish_loading()
-        state = self._state
+        self._fill(checkpoint, progress.optimizer_step, dict.fromkeys(missing, "model"))
         state.step, state.images = progress.step, progress.images
         state.skipped_steps, state.skipped_images = progress.skipped_steps, progress.skipped_images
-        self._bad_samples.begin_again(progress.bad_samples)
+        self.bad_samples.begin_again(progress.bad_samples)
         self.saved_step = progress.step
-        if self._world.is_main:
+        if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.path, state.step, state.images)
 
     def begin_with(self, initial: StoredWeights) -> None:
@@ -102,29 +83,29 @@ class Persistence:
         Raises:
             CheckpointError: on every rank: they are damaged, or lack `run.init_weights`.
         """
-        run, fragments = self._config.run, self._engine.fragments
-        weights = run.init_weights
-        if weights is None and "model" in initial.weight_sets:
-            weights = "model"
-        weights = initial.choose(weights)
+        run, default = self.config.run, "model" if "model" in initial.weight_sets else None
+        weights = initial.choose(run.init_weights or default)
         # A power-function average weighs the whole run, which begins here: nothing of it can be taken over.
-        own = [name for name in self._ema.sets if name not in self._ema.power_sets]
+        own = [name for name in self.ema.sets if name not in self.ema.power_sets]
         kept = [name for name in own if run.init_ema and name in initial.weight_sets]
-        sets = self._engine.prepare_to_load(0)
-
-        def fill() -> None:
-            load_fragments(initial, fragments, {weights: sets["model"]})
-            for name, flats in self._ema.sets.items():
-                load_fragments(initial, fragments, {name if name in kept else weights: flats})
-
-        parallel.raise_together(fill)
-        self._engine.finish_loading()
-        if self._world.is_main:
+        self._fill(initial, 0, {name: weights for name in ("model", *self.ema.sets) if name not in kept})
+        if self.world.is_main:
             averages = ", ".join(kept) or "no average"
             logger.info("starting from %s of %s; taken over: %s", weights, initial.path, averages)
 
+    def _fill(self, source: StoredWeights, optimizer_step: int, stored_name: Mapping[str, str]) -> None:
+        """Load all sets from `source`, by their own names or those that `stored_name` gives them there."""
+        sets = {**self.engine.prepare_to_load(optimizer_step), **self.ema.sets}
+
+        def fill() -> None:
+            for name, flats in sets.items():
+                load_fragments(source, self.engine.fragments, {stored_name.get(name, name): flats})
+
+        parallel.raise_together(fill)  # ranks read different files, and any may be damaged
+        self.engine.finish_loading()
+
     def save(self, *, last: bool = False) -> None:
-        """Write the state unless it is on disk; in the background if configured, and synchronously if it is the `last`.
+        """Write the state unless it is on disk: in the background if configured, but the `last` save is synchronous.
 
         A save that fails leaves the previous checkpoint, and training goes on for a few more attempts.
 
@@ -132,19 +113,17 @@ class Persistence:
             CheckpointError: on every rank: the last save failed, or several in a row.
         """
         self.finish_save()
-        if self.saved_step == self._state.step:
+        if self.saved_step == self.state.step:
             return
+        sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
+        progress, folder = self._progress(self.bad_samples.total()), step_folder(self._run_dir, self.state.step)
         try:
-            self._saving = self._begin_save()
-            if self._config.checkpoint.asynchronous and not last:
-                self._saving.write_in_background()
-                return
-            self._saving.write()
+            self._saving = Save(folder, progress, self.config, self.engine.fragments, sets, self.faults.writer())
         except CheckpointError as error:
-            self._saving = None
             self._tolerate(error, last=last)
             return
-        self.finish_save(last=last)
+        if last or not self.config.checkpoint.asynchronous:
+            self.finish_save(last=last)
 
     def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
         """Complete the checkpoint that is being written, if there is one.
@@ -165,10 +144,10 @@ class Persistence:
             self._tolerate(error, last=last)
             return
         self.saved_step, self._failed_saves = save.progress.step, 0
-        if self._world.is_main:
-            config = self._config
+        if self.world.is_main:
+            keep = self.config.checkpoint
             try:
-                prune(self._run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every_images)
+                prune(self._run_dir, keep.keep_last, keep.keep_every_images)
             except (OSError, CheckpointError) as error:
                 logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
@@ -178,9 +157,9 @@ class Persistence:
         Raises:
             CheckpointError: on every rank: several saves failed in a row.
         """
-        folder = snapshot_folder(self._run_dir, self._state.images)
+        folder = snapshot_folder(self._run_dir, self.state.images)
         try:
-            write_folder(folder, self._progress(0), self._config, self._engine.fragments, self._ema.power_sets)
+            write_folder(folder, self._progress(0), self.config, self.engine.fragments, self.ema.power_sets)
         except CheckpointError as error:
             self._tolerate(error)
 
@@ -192,9 +171,9 @@ class Persistence:
         """
         self.finish_save()
         self._rollbacks += 1
-        state, limit = self._state, self._config.run.max_rollbacks
+        state, limit = self.state, self.config.run.max_rollbacks
         step, position, skipped = state.step, state.position, state.skipped_in_a_row
-        checkpoint = newest_sound_checkpoint(self._run_dir, self._world)
+        checkpoint = newest_sound_checkpoint(self._run_dir, self.world)
         if checkpoint is None or self._rollbacks > limit:
             raise UserError(
                 f"step {step}: no finite gradient in {skipped} steps, and "
@@ -203,7 +182,7 @@ class Persistence:
             )
         self.load(checkpoint)
         state.skipped_images, state.skipped_in_a_row = position - state.images, 0
-        if self._world.is_main:
+        if self.world.is_main:
             remove_snapshots_after(self._run_dir, state.images)
             logger.warning(
                 "step %d: no finite gradient in %d steps; back to step %d, %d images are jumped over",
@@ -213,72 +192,34 @@ class Persistence:
                 state.skipped_images,
             )
 
-    def _begin_save(self) -> Save:
-        sets: dict[str, Flats] = {"model": self._engine.masters(), **self._ema.sets, **self._engine.moments()}
-        progress = self._progress(self._bad_samples.total())
-        folder = step_folder(self._run_dir, self._state.step)
-        return Save(folder, progress, self._config, self._engine.fragments, sets, self._faults.writer())
-
     def _progress(self, bad_samples: int) -> Progress:
-        state = self._state
-        return Progress(
-            state.step,
-            state.images,
-            self._engine.optimizer_step(),
-            self._data,
-            bad_samples,
-            state.skipped_steps,
-            state.skipped_images,
-        )
+        state, updates = self.state, self.engine.optimizer_step()
+        skipped = state.skipped_steps, state.skipped_images
+        return Progress(state.step, state.images, updates, self.data, bad_samples, *skipped)
 
     def _tolerate(self, error: CheckpointError, *, last: bool = False) -> None:
         """Go on after a failed save, unless it was the `last` one or one of several in a row; alike on all ranks."""
         self._failed_saves += 1
         if last or self._failed_saves >= MOST_FAILED_SAVES:
             raise error
-        if self._world.is_main:
+        if self.world.is_main:
             logger.error("%s; training goes on, and the next save may work", error)
-
-
-def claim(run_dir: Path, world: World, held: ExitStack) -> None:
-    """Lock the run's folder until `held` is closed; a collective call.
-
-    Raises:
-        UserError: on every rank: another process is at work there, or it cannot be written.
-    """
-
-    def lock() -> None:
-        if not world.is_main:
-            return
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
-            logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
-
-    parallel.raise_together(lock)
 
 
 def open_records(config: Config, world: World, state: RunState, end: int) -> tuple[Tracker, HangWatch]:
     """Begin to write into the run's folder: only after all checks, so that a refused start leaves the run as it was.
 
-    Args:
-        config: the run's.
-        world: this rank.
-        state: where the run goes on.
-        end: images seen when it is complete.
+    The run goes on at `state` and is complete after `end` images.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     run_dir = Path(config.run.dir)
     try:
         if world.is_main:
             with atomic_write(run_dir / "config.yaml") as file:
                 file.write(to_yaml(config).encode())
-            if state.images < end:  # what was the end of the run is so no longer; results/ keeps it
+            if state.images < end:  # the result is no longer that of the run's end; results/ keeps it
                 (run_dir / "result.json").unlink(missing_ok=True)
             remove_snapshots_after(run_dir, state.images)
         tracker = Tracker(config, run_dir, world.is_main, state.step)
@@ -312,12 +253,12 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     }
     if shards.held_out is not None:
         now["held_out"] = str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
-    if checkpoint is None or checkpoint.progress.data is None:
-        return {**now, "origin": 0}
-    before, progress = checkpoint.progress.data, checkpoint.progress
-    if _differing(before, now):
-        return {**now, "origin": progress.images + progress.skipped_images}
-    return {**now, "origin": before.get("origin", 0)}
+    origin: int | str = 0
+    if checkpoint is not None and checkpoint.progress.data is not None:
+        progress, before = checkpoint.progress, checkpoint.progress.data
+        changed = bool(_differing(before, now))
+        origin = progress.images + progress.skipped_images if changed else before.get("origin", 0)
+    return {**now, "origin": origin}
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:
@@ -327,19 +268,18 @@ def check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) ->
         DataError: naming what differs.
         CheckpointError: the network, the noise scale or the optimizer differs.
     """
-    before = checkpoint.progress.data
     now = data_identity(config, shards)
-    if before is not None:
-        differing = _differing(before, now)
-        changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
-        if differing == ["manifest"] and config.data.accept_new_shards:
-            logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
-        elif differing:
-            raise DataError(
-                f"{checkpoint.path}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
-                "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
-                "with data.accept_new_shards=true"
-            )
+    before = checkpoint.progress.data or now  # none before the first image
+    differing = _differing(before, now)
+    changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
+    if differing == ["manifest"] and config.data.accept_new_shards:
+        logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
+    elif differing:
+        raise DataError(
+            f"{checkpoint.path}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
+            "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
+            "with data.accept_new_shards=true"
+        )
     check_fits(checkpoint, config)
     if checkpoint.config.optim.name != config.optim.name:
         raise CheckpointError(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from jitscale import parallel
-from jitscale.cautions import start_caution
 from jitscale.config import Config, EvaluationConfig, weight_set_names
+from jitscale.config.cautions import start_caution
 from jitscale.data.shards import ShardSet
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import measure_finally
@@ -33,39 +32,23 @@ logger = logging.getLogger(__name__)
 Measurement = Callable[[], None]
 
 
+@dataclass(eq=False)
 class Previews:
     """Measures the weights of a run as they are; every method but `due` is a collective call."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        shards: ShardSet,
-        engine: ZeroEngine,
-        ema: ShardedEma,
-        state: RunState,
-        tracker: Tracker,
-        guide: JiT | None,
-    ) -> None:
-        """
-        Args:
-            config: the run's.
-            world: this rank.
-            shards: the training samples, which know the held-out ones.
-            engine: the weights.
-            ema: the averages.
-            state: where the run is.
-            tracker: what is measured goes there.
-            guide: the network of `evaluation.guide`, in eval mode.
-        """
-        self._config, self._world, self._shards = config, world, shards
-        self._engine, self._ema, self._state = engine, ema, state
-        self._tracker, self._guide = tracker, guide
-        self._cautioned: set[str] = set()
+    config: Config
+    world: World
+    shards: ShardSet  # for training; they know the held-out samples
+    engine: ZeroEngine
+    ema: ShardedEma
+    state: RunState
+    tracker: Tracker
+    guide: JiT | None  # the network of `evaluation.guide`, in eval mode
+    _warned: set[str] = field(default_factory=set)  # of averages that are mostly the start of the run
 
     def due(self, end: int) -> list[Measurement]:
         """What is measured after this step of a run that ends after `end` images."""
-        evaluation, state, batch = self._config.evaluation, self._state, self._config.data.batch_size
+        evaluation, state, batch = self.config.evaluation, self.state, self.config.data.batch_size
         # The last step is measured on few images only where no final evaluation follows.
         few = state.images < end or not evaluation.at_end
         due = [self.few] if few and state.crossed(evaluation.every_images, batch) else []
@@ -73,28 +56,29 @@ class Previews:
 
     def cut_short(self, end: int) -> list[Measurement]:
         """What is due after this step and is not recorded: the run was killed between its save and its measurement."""
-        if self._state.images == 0:
+        state, run_dir = self.state, Path(self.config.run.dir)
+        if state.images == 0:
             return []
-        records = {self.few: read_evaluations, self.held_out: read_held_out}
-        return [measure for measure in self.due(end) if not self._is_recorded(records[measure])]
+        due, readers = self.due(end), {self.few: read_evaluations, self.held_out: read_held_out}
 
-    def _is_recorded(self, read: Callable[[Path], list[dict[str, Any]]]) -> bool:
-        main, run_dir = self._world.is_main, Path(self._config.run.dir)
-        return parallel.broadcast_object(main and any(line["step"] == self._state.step for line in read(run_dir)))
+        def recorded() -> list[bool]:
+            return [any(line["step"] == state.step for line in readers[measure](run_dir)) for measure in due]
+
+        return [measure for measure, done in zip(due, parallel.on_main(recorded), strict=True) if not done]
 
     def grid(self) -> None:
         """Record a picture of samples."""
-        self._log_grid(SAMPLES, self._config.evaluation)
+        self._log_grid(SAMPLES, self.config.evaluation)
 
     def few(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""
-        evaluation, state = self._config.evaluation, self._state
+        evaluation, state = self.config.evaluation, self.state
         few = replace(evaluation, num_images=evaluation.few_images)
         self.caution_about(evaluation.weights, state.step)
         network = self._network(evaluation.weights)
         (result,) = self._evaluator.measure(network, evaluation.weights, [few], neighbours=False, keep_blocks=False)
-        if self._world.is_main:
-            self._tracker.log_few(result, state.step, state.images)
+        if self.world.is_main:
+            self.tracker.log_few(result, state.step, state.images)
             logger.info("%d images: FID %.4g on %d samples", state.images, result["fid"], result["num_images"])
         parallel.barrier()
 
@@ -102,27 +86,27 @@ class Previews:
         """Record the loss of the weights and of every average on the held-out samples."""
         measured: dict[str, float | int | None] = {}
         network = self._network("model")
-        for name in ("model", *self._ema.sets):
+        for name in ("model", *self.ema.sets):
             if name != "model":
                 network.load_state_dict(self._weights(name))  # building a large network takes longer
             measured |= self._held_out_loss.measure(network, name)
-        self._tracker.log({"step": self._state.step, "images": self._state.images, **measured})
+        self.tracker.log({"step": self.state.step, "images": self.state.images, **measured})
 
     def final(self) -> None:
         """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
-        state, run_dir = self._state, Path(self._config.run.dir)
-        weight_sets = weight_set_names(self._config)
+        state, run_dir = self.state, Path(self.config.run.dir)
+        weight_sets = weight_set_names(self.config)
         result = measure_finally(self._network, weight_sets, self._evaluator, run_dir, is_end=True)
-        self._log_grid(BEST_SAMPLES, replace(self._config.evaluation, **result["best"]))
-        if self._world.is_main:
+        self._log_grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
+        if self.world.is_main:
             recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]
             if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
-                self._tracker.log_result(result, state.step, state.images)
-            self._tracker.log_final(result)
+                self.tracker.log_result(result, state.step, state.images)
+            self.tracker.log_final(result)
 
     def caution_about_final(self, end: int) -> None:
         """Say which averages of the final evaluation will be mostly the start of a run that ends after `end` images."""
-        state, config = self._state, self._config
+        state, config = self.state, self.config
         if config.evaluation.at_end:
             last_step = state.step + (end - state.images) // config.data.batch_size
             for setting in final_settings(config, weight_set_names(config)):
@@ -131,44 +115,41 @@ class Previews:
     def caution_about(self, weights: str, steps: int) -> None:
         """Say once for each average that it is mostly the start of the run, when it is sampled after `steps`."""
         # The averages of an upgraded run had a start of their own.
-        continued = self._engine.optimizer_step() > self._state.step
-        caution = None if continued else start_caution(self._config, weights, steps)
-        if caution is not None and weights not in self._cautioned and self._world.is_main:
-            self._cautioned.add(weights)
+        continued = self.engine.optimizer_step() > self.state.step
+        caution = None if continued else start_caution(self.config, weights, steps)
+        if caution is not None and weights not in self._warned and self.world.is_main:
+            self._warned.add(weights)
             logger.warning("%s", caution)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
         """It knows the real images, which are computed once."""
-        return Evaluator(self._config, self._world, Path(self._config.run.dir), self._guide_copy())
+        return Evaluator(self.config, self.world, Path(self.config.run.dir), copy.deepcopy(self.guide))
 
     @cached_property
     def _held_out_loss(self) -> HeldOutLoss:
-        assert self._shards.held_out is not None
-        return HeldOutLoss(self._config, self._world, self._shards.held_out)
+        assert self.shards.held_out is not None
+        return HeldOutLoss(self.config, self.world, self.shards.held_out)
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
         """The whole parameters of the weight set `name`."""
-        return self._engine.gather(self._engine.masters() if name == "model" else self._ema.sets[name])
+        return self.engine.gather(self.engine.masters() if name == "model" else self.ema.sets[name])
 
     def _network(self, name: str) -> JiT:
         """A plain copy of the network with the weight set `name`, ready to sample."""
-        network = JiT(self._config.model, self._config.diffusion)
+        network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self._weights(name))
-        return ready_to_sample(network, self._config, self._world.device)
-
-    def _guide_copy(self) -> JiT | None:
-        """On the device only while it is needed."""
-        return copy.deepcopy(self._guide)
+        return ready_to_sample(network, self.config, self.world.device)
 
     def _log_grid(self, name: str, evaluation: EvaluationConfig) -> None:
         """Record a picture of samples under `name`."""
-        network, guide = self._network(evaluation.weights), self._guide_copy()
-        self.caution_about(evaluation.weights, self._state.step)
+        network = self._network(evaluation.weights)
+        guide = copy.deepcopy(self.guide)  # on the device only while it is needed
+        self.caution_about(evaluation.weights, self.state.step)
         sampler = configured_sampler(evaluation, network.diffusion)
         if guide is not None:
-            ready_to_sample(guide, self._config, self._world.device)
-        with autocast(self._config, self._world.device):
-            grid = sample_grid(network, sampler, evaluation.seed, self._world, guide)
-        self._tracker.log_image(name, grid, self._state.images)
+            ready_to_sample(guide, self.config, self.world.device)
+        with autocast(self.config, self.world.device):
+            grid = sample_grid(network, sampler, evaluation.seed, self.world, guide)
+        self.tracker.log_image(name, grid, self.state.images)
         parallel.barrier()

@@ -43,14 +43,13 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled; a run that is too short is said."""
-        if self._profiler is None:
-            if self._active and 0 < self._step < FIRST:
-                logger.warning("run.profile: %d steps only, profiling begins at step %d", self._step, FIRST)
-            self._active = False
-            return
+        """Write what was profiled; if the run was too short, say so."""
         profiler, self._profiler = self._profiler, None
-        self._active = False
+        active, self._active = self._active, False
+        if profiler is None:
+            if active and 0 < self._step < FIRST:
+                logger.warning("run.profile: %d steps only, profiling begins at step %d", self._step, FIRST)
+            return
         profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))

@@ -1,7 +1,7 @@
 """The training loop: step, log, save, measure, stop.
 
-Around it stand `feed` (what a step takes), `persistence` (what a run leaves on disk and goes on from) and `previews`
-(what is measured and drawn on the way).
+It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `previews`
+(measurements and pictures during the run).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.cautions import cautions
 from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config
+from jitscale.config.cautions import cautions
 from jitscale.data.loader import naming_dead_workers
 from jitscale.data.shards import ShardSet, open_configured
 from jitscale.diffusion.objective import sample_loss
@@ -28,6 +28,7 @@ from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.flops import peak_tflops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
+from jitscale.run_folder import claim
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import StepOutcomes, ZeroEngine
 from jitscale.training.faults import FaultInjection
@@ -36,7 +37,6 @@ from jitscale.training.optim import learning_rate
 from jitscale.training.persistence import (
     Persistence,
     check_resumable,
-    claim,
     data_identity,
     newest_sound_checkpoint,
     open_records,
@@ -48,7 +48,7 @@ from jitscale.training.watch import BadSamples, Clock, LossByTime, LossSpikes, R
 
 logger = logging.getLogger(__name__)
 
-BATCH_LOG_SECONDS = 10.0  # between two lines of progress where nobody looks at a terminal
+BATCH_LOG_SECONDS = 10.0  # between two lines of progress where there is no terminal
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
@@ -65,7 +65,7 @@ def train(config: Config, world: World, initial: StoredWeights | None = None, gu
         DONE, or REQUEUE after a signal asked to stop and the state was saved.
 
     Raises:
-        UserError: on every rank alike, for what a user can mend: before the first step where it can be known then.
+        UserError: on every rank: a mistake that a user can mend, found before the first step where possible.
     """
     run_dir = Path(config.run.dir)
     with ExitStack() as held:
@@ -88,7 +88,7 @@ class Trainer:
     """One run on one rank.
 
     Attributes:
-        part: gives the context of a named part of a step (data, optimizer, ema), for measurements; by default nothing.
+        part: the context of a named part of a step (data, optimizer, ema), for measurements; the default does nothing.
     """
 
     def __init__(
@@ -112,9 +112,8 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection.from_environment(world.rank)
         data = data_identity(config, shards, checkpoint)
-        self.persistence = Persistence(
-            config, world, self.engine, self.ema, self.state, self.bad_samples, self.faults, data
-        )
+        saved = (self.engine, self.ema, self.state, self.bad_samples)
+        self.persistence = Persistence(config, world, *saved, self.faults, data)
         if checkpoint is not None:
             self.persistence.load(checkpoint)
         elif initial is not None:
@@ -122,18 +121,11 @@ class Trainer:
         self.end = self.state.images_at_end(config)
         self.loss_by_time, self.spikes = LossByTime(world.device), LossSpikes()
         self.outcomes, self.rank_times = StepOutcomes(world.device), RankTimes(world.device, self.engine.micro_batches)
-        self.profile = StepProfile(
-            Path(config.run.dir) / "profile", world.device, active=config.run.profile and world.is_main
-        )
+        profiled = config.run.profile and world.is_main
+        self.profile = StepProfile(Path(config.run.dir) / "profile", world.device, active=profiled)
         self.part: Callable[[str], AbstractContextManager[object]] = nullcontext
-        self.feed = Feed(
-            config,
-            world,
-            shards,
-            micro_batches=self.engine.micro_batches,
-            origin=int(data["origin"]),
-            compiled=compiled,
-        )
+        origin, micro_batches = int(data["origin"]), self.engine.micro_batches
+        self.feed = Feed(config, world, shards, micro_batches=micro_batches, origin=origin, compiled=compiled)
         self.feed.start(self.state.position)
         self.clock = Clock(self.state.images)
         self.stop_requested = StopSignal()
@@ -245,10 +237,8 @@ class Trainer:
         if self.world.is_main:
             if spike:
                 logger.warning("step %d: the loss %.4g stands far above the last ones", state.step, mean_loss)
-            for rank, seconds, median in slow_ranks:
-                logger.warning(
-                    "rank %d is slow: %.3f s to its first collective, the median %.3f s", rank, seconds, median
-                )
+            for slow in slow_ranks:
+                logger.warning("rank %d is slow: %.3f s to its first collective, the median %.3f s", *slow)
         values: dict[str, float | int | None] = {
             "step": state.step,
             "images": state.images,
@@ -307,7 +297,7 @@ class Trainer:
         with self.clock.stopped():
             self.feed.close()
             self.persistence.roll_back()
-            self.outcomes.settle()  # of steps that are taken back
+            self.outcomes.settle()  # and forget them: those steps are taken back
             self.spikes = LossSpikes()
             self.feed.start(self.state.position)
             self.tracker.rewind(self.state.step)
@@ -315,6 +305,6 @@ class Trainer:
 
 
 def _agree_every(rate: float, config: Config) -> int:
-    """Steps between two questions whether to stop: the same on all ranks, and a few seconds apart."""
+    """Steps between two agreements on whether to stop: the same on all ranks, and a few seconds apart."""
     seconds = parallel.broadcast_object(config.data.batch_size / rate)
     return max(1, min(config.tracking.log_every_steps, int(AGREE_SECONDS / seconds)))

@@ -1,4 +1,4 @@
-"""What a run watches: signals, bad samples, the loss by time and its spikes, its rate, slow ranks, ranks that hang."""
+"""What a run watches: signals, bad samples, the loss by time and its spikes, its rate, slow ranks, hanging ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop.
-
-    Nothing is interrupted: between two steps the ranks agree on whether any of them was asked.
-    """
+    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop; the ranks look between two steps."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -36,10 +33,7 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def exit_at_once(self) -> None:
-        """From now on a signal ends the process with the code that asks for a requeue: everything is saved.
-
-        One that has come already does so too.
-        """
+        """Everything is saved: let a signal, or one that was noted, end the process with the code for a requeue."""
         for number in self.SIGNALS:
             signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
         if self.received:
@@ -56,7 +50,7 @@ class StopSignal:
                 signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Put the former handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -65,20 +59,20 @@ class StopSignal:
 
 
 class BadSamples:
-    """Counts the images that could not be decoded, and ends the run on all ranks together when they are too many."""
+    """Counts the images that could not be decoded, and ends the run on all ranks if they are too many."""
 
     ALWAYS_ALLOWED = 10
 
     def __init__(self, fraction: float) -> None:
         """`fraction` of the images seen is allowed."""
-        self.fraction = fraction
-        self.before = 0  # counted by all ranks until the checkpoint that this process began from
+        self._fraction = fraction
+        self._before = 0  # counted by all ranks until the checkpoint that this process began from
         self._here = 0
         self._reasons: list[str] = []
 
     def begin_again(self, before: int) -> None:
         """Count from a checkpoint that has counted `before`."""
-        self.before, self._here = before, 0
+        self._before, self._here = before, 0
 
     def note(self, reasons: list[str]) -> None:
         """Count this rank's bad samples, and say what is wrong with the first ones."""
@@ -89,7 +83,7 @@ class BadSamples:
 
     def total(self) -> int:
         """Over all ranks since the beginning of the run; a collective call."""
-        return self.before + sum(parallel.gather_objects(self._here))
+        return self._before + sum(parallel.gather_objects(self._here))
 
     def check(self, images: int) -> int:
         """The total after `images` images; a collective call.
@@ -98,39 +92,39 @@ class BadSamples:
             DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
         """
         total = self.total()
-        if total > max(self.ALWAYS_ALLOWED, self.fraction * images):
+        if total > max(self.ALWAYS_ALLOWED, self._fraction * images):
             reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
             raise DataError(
-                f"data.max_bad_fraction={self.fraction:g}: {total} of {images} images could not be decoded, such as "
+                f"data.max_bad_fraction={self._fraction:g}: {total} of {images} images could not be decoded, such as "
                 f"{'; '.join(reasons[:3])}. Check the shards with tools/index_shards.py --verify, or raise the limit"
             )
         return total
 
 
 class LossByTime:
-    """Mean loss in ten equal intervals of t since it was last asked for, kept on the device."""
+    """The mean loss in ten equal intervals of t since the last log point, kept on the device."""
 
     BINS = 10
 
     def __init__(self, device: torch.device) -> None:
-        self._sums, self._counts = torch.zeros(2, self.BINS, device=device)
+        self._sums_and_counts = torch.zeros(2, self.BINS, device=device)
 
     def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Count the `losses` (B,) of samples at times `t` (B,)."""
         bins = (t * self.BINS).long().clamp(0, self.BINS - 1)
-        self._sums.index_add_(0, bins, losses.detach().float())
-        self._counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+        sums, counts = self._sums_and_counts
+        sums.index_add_(0, bins, losses.detach().float())
+        counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
     def means(self) -> dict[str, float | None]:
         """`loss_t0` for t in [0, 0.1), ..., None where there was no sample; then from zero. A collective call."""
-        sums, counts = parallel.sum_over_ranks(torch.stack([self._sums, self._counts])).tolist()
-        self._sums.zero_()
-        self._counts.zero_()
+        sums, counts = parallel.sum_over_ranks(self._sums_and_counts).tolist()
+        self._sums_and_counts.zero_()
         return {f"loss_t{k}": s / n if n else None for k, (s, n) in enumerate(zip(sums, counts, strict=True))}
 
 
 class LossSpikes:
-    """Tells a loss that stands far above the last ones."""
+    """Finds a loss that is far above the last ones."""
 
     LEAST, MOST = 20, 100  # logged losses to compare with
     DEVIATIONS = 10.0
@@ -141,11 +135,10 @@ class LossSpikes:
     def is_spike(self, loss: float) -> bool:
         """Whether `loss` lies more than `DEVIATIONS` robust standard deviations above the median of the last ones.
 
-        The robust standard deviation is 1.4826 times the median absolute deviation, which spikes themselves do not
-        widen.
+        The robust standard deviation is 1.4826 times the median absolute deviation, which spikes do not widen.
         """
         if not math.isfinite(loss):
-            return False  # such steps are skipped and counted by themselves
+            return False  # such a step is skipped, and counted elsewhere
         spike = False
         if len(self._losses) >= self.LEAST:
             median = statistics.median(self._losses)
@@ -158,19 +151,15 @@ class LossSpikes:
 class RankTimes:
     """Compares the ranks by the time until their first collective of a step: waiting for data, and the forward pass.
 
-    The whole step takes equally long everywhere, since the ranks wait for the slowest. In ZeRO stage 3 the forward pass
-    itself has collectives, so that only waiting for data tells there.
+    A whole step takes equally long on all ranks, since they wait for the slowest. In ZeRO stage 3 the forward pass has
+    collectives too, so only the waiting for data differs there.
     """
 
     FACTOR = 1.5  # of the median
     LEAST_SECONDS = 0.01  # less than this is noise
 
     def __init__(self, device: torch.device, parts: int) -> None:
-        """
-        Args:
-            device: of the ranks.
-            parts: measured in a step.
-        """
+        """`parts` are measured in a step."""
         self._on_gpu = device.type == "cuda"
         self._parts_in_step, self._parts = parts, 0
         self._seconds = 0.0
@@ -192,10 +181,9 @@ class RankTimes:
             self._seconds += time.perf_counter() - started
 
     def slow_ranks(self) -> list[tuple[int, float, float]]:
-        """Those much slower than the median in the steps since the last call; a collective call.
+        """(rank, its seconds a step, the median over ranks) of ranks that are much slower than the median.
 
-        Returns:
-            (rank, its seconds a step, the median over ranks)
+        Over the steps since the last call; a collective call.
         """
         for begin, end in self._events:
             end.synchronize()
@@ -236,21 +224,16 @@ class Clock:
 
 
 class HangWatch:
-    """Ends the process when nobody has said for long that it is alive, and leaves the stacks of all its threads.
+    """Ends the process if `alive()` was not called for `seconds`, and leaves the stacks of all its threads.
 
-    A rank that waits in a collective for one that died would wait for ever, and the job would pay for it. The watch is
-    a thread of the interpreter's own that needs no lock of Python's.
+    A rank that waits in a collective for a dead rank would wait for ever, and the job would pay for it. The watch is a
+    thread of the interpreter itself, which needs no lock of Python's.
     """
 
     def __init__(self, seconds: float, stacks: Path) -> None:
-        """
-        Args:
-            seconds: without a sign of life; 0 for no watch.
-            stacks: a file for the stacks.
-        """
-        self._seconds = seconds
-        self._path = stacks
-        self._file = stacks.open("a") if seconds > 0 else None  # what an earlier hang has left stays
+        """Append stacks to the file `stacks`, after those of earlier hangs; `seconds` of 0 watch nothing."""
+        self._seconds, self._path = seconds, stacks
+        self._file = stacks.open("a") if seconds > 0 else None
 
     def alive(self) -> None:
         """Count from here."""
@@ -258,7 +241,7 @@ class HangWatch:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
 
     def pause(self) -> None:
-        """Stop counting until the next sign of life."""
+        """Stop counting until the next `alive()`."""
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.completion import is_complete
 from jitscale.config import load_config
 from jitscale.data.packing import write_shards
+from jitscale.run_folder import is_complete
 from jitscale.tracking import read_metrics
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.runs import BATCH, STEPS, Job, same_state, wait_for_steps

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.cautions import cautions, start_caution
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
+from jitscale.config.cautions import cautions, start_caution
 from jitscale.data.digits import digit_images
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet

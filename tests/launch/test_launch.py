@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import wandb
 
-from jitscale.completion import forget_completion, is_complete, is_complete_under, mark_complete
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
+from jitscale.run_folder import forget_completion, is_complete, is_complete_under, mark_complete
 from tests.support import ROOT
 from tools.make_shards import parser as packing_parser
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jitscale.config import Config, ema_name
+from jitscale.config.schema import Config, ema_name
 
 START_SHARE = 0.5  # of an average; from here on its samples are those of the network that the run began with
 LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # JiT-H's (arXiv 2511.13720, table 9), which trains with dropout 0.2
