@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jitscale.errors import LauncherError
@@ -28,14 +28,13 @@ def adopt_launcher_environment() -> int:
     Raises:
         LauncherError: the variables are incomplete, or contradict each other.
     """
-    environment = os.environ
-    if "SLURM_STEP_ID" in environment and "RANK" not in environment:
-        found = _of_srun(environment)
-    elif any(name in environment for name in IDENTITY):
-        found = _of_torchrun(environment)
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        found = _of_srun()
+    elif any(name in os.environ for name in IDENTITY):
+        found = _of_torchrun()
     else:
         found = _alone()
-    environment.update(found)
+    os.environ.update(found)
     return int(found["WORLD_SIZE"])
 
 
@@ -63,11 +62,10 @@ def hosts_in(variable: str) -> list[str]:
     return hosts
 
 
-def required(environment: Mapping[str, str], names: Sequence[str], because: str, remedy: str) -> list[str]:
+def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
     """The values of variables that must all be there.
 
     Args:
-        environment: of the process.
         names: of the variables.
         because: why they are expected, as the beginning of a sentence.
         remedy: what the user can do.
@@ -75,10 +73,10 @@ def required(environment: Mapping[str, str], names: Sequence[str], because: str,
     Raises:
         LauncherError: some are missing or empty; the message names them all.
     """
-    missing = [name for name in names if not environment.get(name)]
+    missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise LauncherError(f"{because}, but there is no value of {', '.join(missing)}; {remedy}")
-    return [environment[name] for name in names]
+    return [os.environ[name] for name in names]
 
 
 def integer(name: str, value: str, least: int = 0, most: int | None = None) -> int:
@@ -112,29 +110,30 @@ def positive_setting(name: str, default: float) -> float:
     return value
 
 
-def _of_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    set_ones = [f"{name}={environment[name]}" for name in IDENTITY if name in environment]
+def _of_torchrun() -> dict[str, str]:
+    set_ones = [f"{name}={os.environ[name]}" for name in IDENTITY if name in os.environ]
     remedy = f"start with torchrun, or set all of {', '.join(TORCHRUN)}, or for one process unset {', '.join(IDENTITY)}"
-    values = required(environment, TORCHRUN, f"{' '.join(set_ones)} is set", remedy)
+    values = required(TORCHRUN, f"{' '.join(set_ones)} is set", remedy)
     return _checked(dict(zip(TORCHRUN, values, strict=True)), IDENTITY)
 
 
-def _of_srun(environment: Mapping[str, str]) -> dict[str, str]:
-    step = f"SLURM_STEP_ID={environment['SLURM_STEP_ID']} is set, as in a task of srun"
+def _of_srun() -> dict[str, str]:
+    step = f"SLURM_STEP_ID={os.environ['SLURM_STEP_ID']} is set, as in a task of srun"
     remedy = "pass all SLURM_* variables into the container, or for one process unset SLURM_STEP_ID"
-    found = dict(zip(IDENTITY, required(environment, SRUN, step, remedy), strict=True))
+    found = dict(zip(IDENTITY, required(SRUN, step, remedy), strict=True))
     for name, slurm in zip(IDENTITY, SRUN, strict=True):
-        if environment.get(name, found[name]) != found[name]:
-            raise LauncherError(f"{name}={environment[name]}, but {slurm}={found[name]} in this task; unset {name}")
+        other = os.environ.get(name, found[name])
+        if other != found[name]:
+            raise LauncherError(f"{name}={other}, but {slurm}={found[name]} in this task; unset {name}")
     if found["WORLD_SIZE"] == "1":
         # Other steps of the job may run on the same node: the job's own port would be taken.
         return _alone()
-    found |= {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+    found |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     if "MASTER_ADDR" not in found:
-        required(environment, ["SLURM_STEP_NODELIST"], step, remedy)
+        required(["SLURM_STEP_NODELIST"], step, remedy)
         found["MASTER_ADDR"] = hosts_in("SLURM_STEP_NODELIST")[0]
     if "MASTER_PORT" not in found:
-        job = integer("SLURM_JOB_ID", required(environment, ["SLURM_JOB_ID"], step, remedy)[0])
+        job = integer("SLURM_JOB_ID", required(["SLURM_JOB_ID"], step, remedy)[0])
         found["MASTER_PORT"] = str(20_000 + job % 20_000)
     return _checked(found, SRUN)
 

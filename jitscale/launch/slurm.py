@@ -44,18 +44,17 @@ class SlurmJob:
         Raises:
             UserError: this is not one, or only a part of its environment is here.
         """
-        environment = os.environ
-        if "SLURM_JOB_ID" not in environment:
+        if "SLURM_JOB_ID" not in os.environ:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
         names = ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION"]
-        if "SLURM_ARRAY_TASK_ID" in environment:
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
             # The job id of one of an array's tasks may be the array's own, by which Slurm would requeue them all.
             names += ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"]
-        because = f"SLURM_JOB_ID={environment['SLURM_JOB_ID']} is set, as in a batch script"
-        job, _, partition, *array = required(environment, names, because, "submit the script with sbatch")
+        because = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']} is set, as in a batch script"
+        job, _, partition, *array = required(names, because, "submit the script with sbatch")
         nodes = hosts_in("SLURM_JOB_NODELIST")
-        tasks = integer("SLURM_NTASKS", environment.get("SLURM_NTASKS", str(len(nodes))), 1)
-        restarts = integer("SLURM_RESTART_COUNT", environment.get("SLURM_RESTART_COUNT", "0"))
+        tasks = integer("SLURM_NTASKS", os.environ.get("SLURM_NTASKS", str(len(nodes))), 1)
+        restarts = integer("SLURM_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls("_".join(array) or job, tuple(nodes), tasks, restarts, partition)
 
     def state(self) -> str:
@@ -100,10 +99,10 @@ def usable_nodes(partition: str) -> set[str]:
     Raises:
         UserError: Slurm does not answer.
     """
-    lines = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t").splitlines()
+    listed = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t")
+    pairs = [line.split() for line in listed.splitlines()]
     gone = ("down", "drain", "drng", "fail", "maint", "unk", "inval")
-    pairs = [line.split() for line in lines]
-    return {name for name, state in pairs if not state.rstrip("*~#$@+-").startswith(gone) and not state.endswith("*")}
+    return {name for name, state in pairs if not (state.startswith(gone) or state.endswith("*"))}
 
 
 def failed_tasks(text: str) -> list[str]:
