@@ -85,34 +85,31 @@ class Stage:
         """Do the work to its end; returns what was done.
 
         Raises:
-            UserError: it cannot be done.
+            UserError: it has failed.
         """
         if self.kind == "upgrade":
-            self._upgrade()
-        elif self.ranks is None:
-            self._supervise()
+            code = self._upgrade()
         else:
-            self._run_here(self.ranks)
+            code = self._supervise() if self.ranks is None else self._run_here(self.ranks)
+        if code != ExitCode.DONE:
+            raise UserError(f"{self.name}: ended with code {code}; see the lines above")
         return f"{self.name} is complete"
 
-    def _upgrade(self) -> None:
+    def _upgrade(self) -> int:
         if complete_checkpoints(self.run_dir):
-            return  # an earlier start of this job has done it
+            return ExitCode.DONE  # by an earlier start of this job
         command = [sys.executable, str(self.home / "tools/upgrade_resolution.py"), *self.arguments]
-        code = subprocess.run(command, cwd=self.home, check=False).returncode
-        if code != ExitCode.DONE:
-            raise UserError(f"{self.name}: the upgrade ended with code {code}; see the lines above")
+        return subprocess.run(command, cwd=self.home, check=False).returncode
 
-    def _supervise(self) -> None:
+    def _supervise(self) -> int:
         job = SlurmJob.current()
         code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
         if code == ExitCode.REQUEUE:
             time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
-        if code != ExitCode.DONE:
-            raise UserError(f"{self.name}: ended with code {code}; see the lines above")
+        return code
 
-    def _run_here(self, ranks: int) -> None:
-        """Without Slurm: start the ranks until the work is complete, as long as each few starts bring progress."""
+    def _run_here(self, ranks: int) -> int:
+        """Without Slurm: start the ranks until the work is complete, as long as starts bring progress."""
         work = work_of(self.kind, self.arguments, ranks)
         forget_completion(work.run_dir, work.command)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -123,6 +120,7 @@ class Stage:
             finally:
                 attempts.write(work.run_dir)
             subprocess.run([*launcher, "-m", f"jitscale.{self.kind}", *self.arguments], cwd=self.home, check=False)
+        return ExitCode.DONE
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:
@@ -168,8 +166,8 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
 def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
     """--set options as variants of a sweep, and as settings of single resolutions of a chain.
 
-    `optim.lr=1e-4,2e-4` makes two variants; several such options make one for every combination. `512/optim.lr=1e-5`
-    holds at 512 px only.
+    `optim.lr=1e-4,2e-4` makes two variants, and several such options one for each combination. `512/optim.lr=1e-5` is
+    for 512 px only.
 
     Returns:
         The end of a variant's run folder -> its settings; resolution -> its settings.

@@ -171,14 +171,8 @@ class Supervisor:
             self.attempts.begin(work.position, int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
         finally:
             self.attempts.write(work.run_dir)
-        logger.info(
-            "job %s, start %d of %s at position %d on %s",
-            self.job.id,
-            self.attempts.starts,
-            work.run_dir,
-            self.attempts.position,
-            ",".join(self.job.nodes),
-        )
+        start = f"start {self.attempts.starts} of {work.run_dir} at position {self.attempts.position}"
+        logger.info("job %s, %s on %s", self.job.id, start, ",".join(self.job.nodes))
         code, output = self._srun("preflight", "jitscale.launch.preflight", work.config, limit=PREFLIGHT_SECONDS)
         if code == ExitCode.USER_ERROR:
             return code
@@ -237,7 +231,12 @@ class Supervisor:
             logger.info("%s; Slurm has ended this start", reason)
             return ExitCode.REQUEUE
         new = self.attempts.exclude([node for node in nodes if node in self.job.nodes])
-        self._drop_unaffordable()
+        excluded = self.attempts.excluded
+        if len(usable_nodes(self.job.partition) - set(excluded)) < len(self.job.nodes):
+            # A failed node may be better than none.
+            missing = f"the partition has no {len(self.job.nodes)} nodes without {', '.join(excluded)}"
+            logger.warning("%s; they are tried again", missing)
+            self.attempts.excluded = []
         self.attempts.write(self.work.run_dir)
         named = f"; excluded: {', '.join(new)}" if new else ""
         logger.info("%s%s; back into the queue", reason, named)
@@ -247,17 +246,6 @@ class Supervisor:
         if self.attempts.excluded:
             self.job.exclude(self.attempts.excluded)
         return ExitCode.REQUEUE
-
-    def _drop_unaffordable(self) -> None:
-        """Forget exclusions where the partition has no other nodes: a failed node may be better than none."""
-        usable = usable_nodes(self.job.partition)
-        if len(usable - set(self.attempts.excluded)) < len(self.job.nodes):
-            logger.warning(
-                "the partition has no %d nodes without %s; they are tried again",
-                len(self.job.nodes),
-                ", ".join(self.attempts.excluded),
-            )
-            self.attempts.excluded = []
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop = True
