@@ -21,7 +21,7 @@ from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
-from jitscale.planner.choice import WORTH, Candidate, candidate, recommend, zero_stages
+from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, recommend, zero_stages
 from jitscale.planner.memory import parameters_by_kind
 from jitscale.planner.timing import Cluster
 
@@ -168,7 +168,7 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
             candidate(config, cluster, stage=stage, micro_batch=size, activation_checkpointing=every)
             for stage in range(1, choice.stage)
         ]
-        slower = f"lower stages fit too, but their steps take over {WORTH:.0%} longer"
+        slower = f"lower stages fit too, but their steps take over {MIN_GAIN:.0%} longer"
         reasons.append(slower if any(option.fits for option in lower) else "lower stages do not fit so")
     whole = "a GPU's whole share of the batch" if parts == 1 else f"1/{parts} of a GPU's share"
     reasons.append(f"{size} images at a time are {whole}")

@@ -9,8 +9,8 @@ from jitscale.model.flops import image_tokens
 from jitscale.planner.memory import Memory, activation_bytes, objective_bytes, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication, pass_seconds
 
-BUSY_TOKENS = 2048  # a micro-batch that keeps a GPU's matrix units busy: an assumption
-WORTH = 0.1  # a higher stage must shorten the step by so much: an assumption
+BUSY_TOKENS = 2048  # of a micro-batch that keeps a GPU's matrix units busy: an assumption
+MIN_GAIN = 0.1  # a higher stage must shorten the step by so much: an assumption
 CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
 
 
@@ -77,7 +77,7 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     It tries stages 1 to 3 (0 is for comparison), all micro-batches that divide a rank's share of the batch, and
     checkpointing of no block, every 4th, every 2nd and all. The best of a stage is the fastest; if several are equally
     fast, the one with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU idle, which the model of
-    time ignores: they are taken only if nothing else fits. The lowest stage wins that is at most `WORTH` slower than
+    time ignores: they are taken only if nothing else fits. The lowest stage wins that is at most `MIN_GAIN` slower than
     the fastest, because a higher one costs latency and bookkeeping, which the model ignores too.
     """
     share = config.data.batch_size // cluster.gpus
@@ -97,4 +97,4 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     if not busy:
         return None
     fastest = min(option.step_seconds for option in busy)
-    return next(option for option in busy if option.step_seconds <= (1 + WORTH) * fastest)
+    return next(option for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest)

@@ -89,20 +89,20 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     whole = sum(sizes.values())
     shard = whole / ranks
-    moments_whole = 2 * whole
+    all_moments = 2 * whole
     if config.optim.name == "muon":  # one moment for each hidden matrix
-        moments_whole -= sum(sizes[name] for name in shapes if parameter_kind(name, len(shapes[name])) == "matrices")
+        all_moments -= sum(sizes[name] for name in shapes if parameter_kind(name, len(shapes[name])) == "matrices")
     width = WEIGHT_BYTES[precision]
     averages = FP32 * shard * (len(config.ema.decays) + len(config.ema.power_widths))
     if stage == 0:
         # The masters are the weights themselves; only the averages are sharded.
         buckets = FP32 * min(whole, BUCKET_ELEMENTS) if ranks > 1 else 0.0
-        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * moments_whole, averages, buckets)
-    masters, moments = FP32 * shard, FP32 * moments_whole / ranks
+        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * all_moments, averages, buckets)
+    masters, moments = FP32 * shard, FP32 * all_moments / ranks
     if stage == 3:
-        kept_whole = sum(size for size in sizes.values() if size <= PERSISTENT_ELEMENTS)
-        second_copy = width * whole / group if group > 1 else 0.0
-        weights = width * (shard + kept_whole) + second_copy
+        persistent = sum(size for size in sizes.values() if size <= PERSISTENT_ELEMENTS)
+        secondary_copy = width * whole / group if group > 1 else 0.0
+        weights = width * (shard + persistent) + secondary_copy
         buckets = width * (BUCKET_ELEMENTS + min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS))
         return Memory(weights, FP32 * shard, masters, moments, averages, buckets)
     flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
@@ -137,14 +137,14 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
     kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
     kept += (2 * FP32 + 2 * a) * block_tokens(model, model.depth - 1) * width  # final layer
     kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
-    copies = 0
+    casts = 0
     if precision == "autocast":
-        copies = sum(
+        casts = sum(
             math.prod(shape)
             for name, shape in parameter_shapes(model).items()
             if len(shape) > 1 and "embedding_table" not in name and name != "in_context_posemb"
         )
-    return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * copies
+    return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * casts
 
 
 def objective_bytes(model: ModelConfig, micro_batch: int) -> float:

@@ -100,31 +100,31 @@ def communication(config: Config, cluster: Cluster) -> Communication:
     micro_batch = config.engine.micro_batch_size or share
     micro_batches = share // micro_batch
     size = float(WEIGHT_BYTES[precision] * sum(math.prod(shape) for shape in parameter_shapes(config.model).values()))
-    one_way = cluster.collective_seconds(size)
+    gather = cluster.collective_seconds(size)
     forward, backward = pass_seconds(config, cluster, 1)
     if n == 1:
         return Communication(0.0, 0.0, 0.0, 0.0, 1)
     if stage == 3:
-        in_backward = cluster.collective_seconds(size, within_node=cluster.hpz) + one_way
-        regathering = min(n, cluster.gpus_per_node) if cluster.hpz else n
+        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
+        group = min(n, cluster.gpus_per_node) if cluster.hpz else n
         return Communication(
-            bytes=micro_batches * (size * (2 * _ring(n) + _ring(regathering))),
-            seconds=micro_batches * (one_way + in_backward),
+            bytes=micro_batches * (size * (2 * _ring(n) + _ring(group))),
+            seconds=micro_batches * (gather + gather_and_scatter),
             exposed=micro_batches
-            * (_exposed(one_way, forward * micro_batch, d) + _exposed(in_backward, backward * micro_batch, d)),
+            * (_exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)),
             after_step=0.0,
-            hiding_batch=max(1, math.ceil(one_way / forward), math.ceil(in_backward / backward)),
+            hiding_batch=max(1, math.ceil(gather / forward), math.ceil(gather_and_scatter / backward)),
         )
     reductions = micro_batches if stage == 2 else 1
-    after_step = one_way if stage > 0 else 0.0
-    hides = cluster.overlap and not (stage == 1 and precision == "bf16")
-    waits = _exposed(2 * one_way, backward * micro_batch, d) if hides else 2 * one_way
+    after_step = gather if stage > 0 else 0.0
+    overlaps = cluster.overlap and not (stage == 1 and precision == "bf16")
+    exposed = _exposed(2 * gather, backward * micro_batch, d) if overlaps else 2 * gather
     return Communication(
         bytes=(2 * reductions + (stage > 0)) * _ring(n) * size,
-        seconds=2 * reductions * one_way + after_step,
-        exposed=reductions * waits + after_step,
+        seconds=2 * reductions * gather + after_step,
+        exposed=reductions * exposed + after_step,
         after_step=after_step,
-        hiding_batch=max(1, math.ceil(2 * one_way / backward)) if hides else None,
+        hiding_batch=max(1, math.ceil(2 * gather / backward)) if overlaps else None,
     )
 
 
