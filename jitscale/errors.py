@@ -1,4 +1,4 @@
-"""What a user can cause, and what the process says about it when it ends."""
+"""The errors that a user can cause, and the exit codes and messages with which a process ends."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class UserError(ValueError):
 
 
 class LauncherError(UserError):
-    """The launcher's variables do not say which rank this process is; so each process says it."""
+    """The launcher's variables do not say which rank this process is, so every process prints it."""
 
 
 class MeetingError(RuntimeError):
-    """Ranks that did not come, in one line. No mistake of the user's in general: a new start may succeed."""
+    """Some ranks did not come. In general this is no mistake of the user's: a new start may succeed."""
 
 
 class ConfigError(UserError):
@@ -45,29 +45,27 @@ class CheckpointError(UserError):
 
 
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
-    """Run `command` and leave the process with its exit code; a `UserError` becomes one message and exit code 2.
+    """Run `command` and leave the process with its exit code.
 
-    A `MeetingError` becomes one message too, and exit code 1.
+    A `UserError` becomes one message and exit code 2, a `MeetingError` one message and exit code 1.
 
     Args:
         command: returns an exit code.
         same_on_all_ranks: every rank of a job meets the same mistakes, and only global rank 0 prints. For commands that
-            `adopt_launcher_environment` only: before it RANK may be left over from anything.
+            `adopt_launcher_environment` only: before it, RANK may be left over from another command.
     """
     try:
         code = command()
-    except UserError as error:
-        if not same_on_all_ranks or isinstance(error, LauncherError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = ExitCode.USER_ERROR
-    except MeetingError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = ExitCode.FAILED
+    except (UserError, MeetingError) as error:
+        code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
+        of_one_rank = isinstance(error, (LauncherError, MeetingError)) or not same_on_all_ranks
+        if of_one_rank or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
-    # Past the interpreter's teardown: there, threads of communication libraries that are still running can abort a
-    # process whose work is done, and turn its exit code 0 into a failure.
+    # Without the interpreter's teardown, in which threads of communication libraries can abort a finished process and
+    # turn its exit code 0 into a failure.
     os._exit(int(code))

@@ -1,7 +1,7 @@
 """Who this process is among the ranks of a job: from the variables of torchrun, of srun, or of neither.
 
-The variables of a launcher are believed as one set. A part of a set is left over from another command, or is what got
-into a container; to guess the rest would give a run that waits for ranks that nobody starts.
+The variables of a launcher are believed as one set. If only a part is set, it is left over from another command, or the
+rest did not get into a container. A guess of the rest would give a run that waits for ranks that nobody starts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import ClassVar
 
 from jitscale.errors import LauncherError
 
@@ -27,42 +28,44 @@ def adopt_launcher_environment() -> int:
     Raises:
         LauncherError: the variables are incomplete, or contradict each other.
     """
-    environment = os.environ
-    if "SLURM_STEP_ID" in environment and "RANK" not in environment:
-        found = _of_srun(environment)
-    elif any(name in environment for name in IDENTITY):
-        found = _of_torchrun(environment)
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        found = _of_srun()
+    elif any(name in os.environ for name in IDENTITY):
+        found = _of_torchrun()
     else:
         found = _alone()
-    environment.update(found)
+    os.environ.update(found)
     return int(found["WORLD_SIZE"])
 
 
-def hosts_of(nodelist: str) -> list[str]:
-    """The names in a list of nodes as Slurm writes it: n[1-2,5] is n1, n2 and n5.
+def hosts_in(variable: str) -> list[str]:
+    """The names in one of Slurm's variables for a list of nodes: n[1-2,5] is n1, n2 and n5.
 
     scontrol would say the same, but is not there in a container.
 
     Raises:
-        LauncherError: it is no such list.
+        LauncherError: the variable holds no such list.
     """
-    # Slow to import, and needed on clusters only. The function is private, which is why pyproject.toml pins submitit.
-    from submitit.slurm.slurm import SlurmParseException, _parse_node_list  # noqa: PLC0415
+    # Slow to import, and needed on clusters only.
+    from submitit.slurm.slurm import SlurmJobEnvironment, SlurmParseException  # noqa: PLC0415
+
+    class Environment(SlurmJobEnvironment):
+        _env: ClassVar[dict[str, str]] = {"nodes": variable}  # documented in the base class
 
     try:
-        hosts = _parse_node_list(nodelist)
+        hosts = Environment().hostnames
     except SlurmParseException as error:
+        nodelist = os.environ[variable]
         raise LauncherError(f"{nodelist!r}: no list of nodes as Slurm writes it, such as n[1-2,5]") from error
     if not hosts or not all(hosts):
-        raise LauncherError(f"{nodelist!r}: a list of nodes without a name; Slurm writes n[1-2,5]")
+        raise LauncherError(f"{os.environ[variable]!r}: a list of nodes without a name; Slurm writes n[1-2,5]")
     return hosts
 
 
-def required(environment: Mapping[str, str], names: Sequence[str], because: str, remedy: str) -> list[str]:
+def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
     """The values of variables that must all be there.
 
     Args:
-        environment: of the process.
         names: of the variables.
         because: why they are expected, as the beginning of a sentence.
         remedy: what the user can do.
@@ -70,10 +73,10 @@ def required(environment: Mapping[str, str], names: Sequence[str], because: str,
     Raises:
         LauncherError: some are missing or empty; the message names them all.
     """
-    missing = [name for name in names if not environment.get(name)]
+    missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise LauncherError(f"{because}, but there is no value of {', '.join(missing)}; {remedy}")
-    return [environment[name] for name in names]
+    return [os.environ[name] for name in names]
 
 
 def integer(name: str, value: str, least: int = 0, most: int | None = None) -> int:
@@ -82,8 +85,8 @@ def integer(name: str, value: str, least: int = 0, most: int | None = None) -> i
     Raises:
         LauncherError: it is none, or outside [least, most].
     """
-    number = int(value) if value.isascii() and value.isdigit() else None
-    if number is None or number < least or (most is not None and number > most):
+    number = int(value) if value.isascii() and value.isdigit() else -1
+    if number < least or (most is not None and number > most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
         raise LauncherError(
             f"{name}={value}: must be a whole number, {limit}; start with srun or torchrun, or unset it"
@@ -97,9 +100,7 @@ def positive_setting(name: str, default: float) -> float:
     Raises:
         LauncherError: it is no such number.
     """
-    text = os.environ.get(name, "")
-    if not text:
-        return default
+    text = os.environ.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
@@ -109,57 +110,49 @@ def positive_setting(name: str, default: float) -> float:
     return value
 
 
-def _of_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    set_ones = [f"{name}={environment[name]}" for name in IDENTITY if name in environment]
+def _of_torchrun() -> dict[str, str]:
+    set_ones = [f"{name}={os.environ[name]}" for name in IDENTITY if name in os.environ]
     remedy = f"start with torchrun, or set all of {', '.join(TORCHRUN)}, or for one process unset {', '.join(IDENTITY)}"
-    values = required(environment, TORCHRUN, f"{' '.join(set_ones)} is set", remedy)
-    found = dict(zip(TORCHRUN, values, strict=True))
-    _check(found, dict(zip(TORCHRUN, TORCHRUN, strict=True)))
-    return found
+    values = required(TORCHRUN, f"{' '.join(set_ones)} is set", remedy)
+    return _checked(dict(zip(TORCHRUN, values, strict=True)), IDENTITY)
 
 
-def _of_srun(environment: Mapping[str, str]) -> dict[str, str]:
-    step = f"SLURM_STEP_ID={environment['SLURM_STEP_ID']} is set, as in a task of srun"
+def _of_srun() -> dict[str, str]:
+    step = f"SLURM_STEP_ID={os.environ['SLURM_STEP_ID']} is set, as in a task of srun"
     remedy = "pass all SLURM_* variables into the container, or for one process unset SLURM_STEP_ID"
-    found = dict(zip(IDENTITY, required(environment, SRUN, step, remedy), strict=True))
+    found = dict(zip(IDENTITY, required(SRUN, step, remedy), strict=True))
     for name, slurm in zip(IDENTITY, SRUN, strict=True):
-        if environment.get(name, found[name]) != found[name]:
-            raise LauncherError(f"{name}={environment[name]}, but {slurm}={found[name]} in this task; unset {name}")
+        other = os.environ.get(name, found[name])
+        if other != found[name]:
+            raise LauncherError(f"{name}={other}, but {slurm}={found[name]} in this task; unset {name}")
     if found["WORLD_SIZE"] == "1":
         # Other steps of the job may run on the same node: the job's own port would be taken.
         return _alone()
-    if "MASTER_ADDR" in environment:
-        found["MASTER_ADDR"] = environment["MASTER_ADDR"]
-    else:
-        found["MASTER_ADDR"] = hosts_of(required(environment, ["SLURM_STEP_NODELIST"], step, remedy)[0])[0]
-    if "MASTER_PORT" in environment:
-        found["MASTER_PORT"] = environment["MASTER_PORT"]
-    else:
-        job = integer("SLURM_JOB_ID", required(environment, ["SLURM_JOB_ID"], step, remedy)[0])
+    found |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    if "MASTER_ADDR" not in found:
+        required(["SLURM_STEP_NODELIST"], step, remedy)
+        found["MASTER_ADDR"] = hosts_in("SLURM_STEP_NODELIST")[0]
+    if "MASTER_PORT" not in found:
+        job = integer("SLURM_JOB_ID", required(["SLURM_JOB_ID"], step, remedy)[0])
         found["MASTER_PORT"] = str(20_000 + job % 20_000)
-    _check(found, {**dict(zip(IDENTITY, SRUN, strict=True)), "MASTER_PORT": "MASTER_PORT"})
-    return found
+    return _checked(found, SRUN)
 
 
 def _alone() -> dict[str, str]:
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    with socket.socket() as probe:  # for a free port
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return dict(zip(TORCHRUN, ("0", "1", "0", "127.0.0.1", port), strict=True))
 
 
-def _check(found: Mapping[str, str], names: Mapping[str, str]) -> None:
-    """Refuse numbers that cannot be; `names` are those the launcher gives to the variables."""
+def _checked(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Refuse numbers that cannot be; `names` are the launcher's own for those of IDENTITY."""
+    rank, size, local_rank = names
     if not found["MASTER_ADDR"]:
         raise LauncherError("MASTER_ADDR is empty; set it to the host of rank 0, or unset it under srun")
-    size = integer(names["WORLD_SIZE"], found["WORLD_SIZE"], 1)
-    for name in ("RANK", "LOCAL_RANK"):
-        if integer(names[name], found[name]) >= size:
-            raise LauncherError(
-                f"{names[name]}={found[name]} is not below {names['WORLD_SIZE']}={size}; unset what is left over from "
-                "another command"
-            )
-    integer(names["MASTER_PORT"], found["MASTER_PORT"], 1, 65535)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    ranks = integer(size, found["WORLD_SIZE"], 1)
+    for name, value in ((rank, found["RANK"]), (local_rank, found["LOCAL_RANK"])):
+        if integer(name, value) >= ranks:
+            raise LauncherError(f"{name}={value} is not below {size}={ranks}; unset what another command has left over")
+    integer("MASTER_PORT", found["MASTER_PORT"], 1, 65535)
+    return found

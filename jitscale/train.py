@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
-        # Only this rank records, and only its node may have the key.
-        parallel.raise_together(lambda: check_wandb(config) if world.is_main else None)
+        parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
         measured = check_training_measures(config, world)
         code = _train_through(stages_of(measured), world)
         if code == ExitCode.DONE and world.is_main:
@@ -63,34 +62,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
-    """Train every stage to its end, from the first one after which nothing has begun yet."""
-    begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
+    """Train every stage to its end, beginning with the last one that has a checkpoint, or the first."""
     for stage in stages[1:]:  # before time is spent on the first one
         parallel.raise_together(partial(open_configured, stage))
-    number = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
-    while True:
-        stage = stages[number]
+    begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
+    first = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
+    for number, stage in enumerate(stages[first:], first):
+        if number > first:
+            parallel.on_main(partial(_upgrade, stages[number - 1], stage))
         initial = parallel.raise_together(partial(_initial_weights, stage, world))
         guide = parallel.raise_together(partial(read_guide, stage))
         code = train(stage, world, initial, guide)
-        number += 1
-        if code != ExitCode.DONE or number == len(stages):
+        if code != ExitCode.DONE:
             return code
-        if world.is_main:
-            logger.info("from %d to %d px", stage.model.image_size, stages[number].model.image_size)
-        parallel.raise_together(partial(_upgrade, stage, stages[number], world))
+    return ExitCode.DONE
 
 
-def _upgrade(low: Config, high: Config, world: World) -> None:
-    """Write the next stage's first checkpoint from the newest one of the stage before, on one rank."""
-    if world.is_main:
-        stored = open_weights(low.run.dir)
-        stored.verify()
-        write_upgraded(stored, high, plan_upgrade(stored.config, high))
+def _upgrade(low: Config, high: Config) -> None:
+    """Write the first checkpoint of the next stage from the newest one of the stage before."""
+    logger.info("from %d to %d px", low.model.image_size, high.model.image_size)
+    stored = open_weights(low.run.dir)
+    stored.verify()
+    write_upgraded(stored, high, plan_upgrade(stored.config, high))
 
 
 def _initial_weights(config: Config, world: World) -> StoredWeights | None:
-    """What `run.init_from` names, unless the run has a checkpoint to go on from."""
+    """The weights that `run.init_from` names, or None if it names none or the run has a checkpoint to resume from."""
     if config.run.init_from is None or complete_checkpoints(Path(config.run.dir)):
         return None
     weights = open_weights(config.run.init_from, config)

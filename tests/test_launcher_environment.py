@@ -10,7 +10,7 @@ import pytest
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
-from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_of, positive_setting
+from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_in, positive_setting
 from tests.support import ROOT
 
 TASK = {
@@ -107,6 +107,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, vari
         (without(TASK, SLURM_JOB_ID="12_3"), "SLURM_JOB_ID=12_3: must be a whole number"),
         (without(TASK, SLURM_PROCID="8"), "SLURM_PROCID=8 is not below SLURM_STEP_NUM_TASKS=8"),
         (without(TASK, SLURM_STEP_NODELIST="node[1-"), "'node[1-': no list of nodes as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST="node[2-1]"), "'node[2-1]': a list of nodes without a name"),
         (without(TASK, MASTER_ADDR=""), "MASTER_ADDR is empty"),
         (without(TASK, WORLD_SIZE="4"), "WORLD_SIZE=4, but SLURM_STEP_NUM_TASKS=8 in this task; unset WORLD_SIZE"),
     ],
@@ -129,8 +130,11 @@ def test_a_part_of_a_set_is_refused_in_one_line(
         ("rack[1-2]-n[08,10]", ["rack1-n08", "rack1-n10", "rack2-n08", "rack2-n10"]),
     ],
 )
-def test_lists_of_nodes_are_read_as_scontrol_reads_them(nodelist: str, hosts: list[str]) -> None:
-    assert hosts_of(nodelist) == hosts
+def test_lists_of_nodes_are_read_as_scontrol_reads_them(
+    monkeypatch: pytest.MonkeyPatch, nodelist: str, hosts: list[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
+    assert hosts_in("SLURM_JOB_NODELIST") == hosts
 
 
 def test_a_job_needs_the_whole_environment_of_its_script(monkeypatch: pytest.MonkeyPatch) -> None:

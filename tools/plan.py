@@ -23,7 +23,7 @@ from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
-from jitscale.planner.choice import WORTH, Candidate, candidate, recommend, zero_stages
+from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, recommend, zero_stages
 from jitscale.planner.memory import parameters_by_kind
 from jitscale.planner.timing import Cluster
 
@@ -92,17 +92,17 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     share = config.data.batch_size // cluster.gpus
     micro_batch = config.engine.micro_batch_size or share
     kinds = parameters_by_kind(config.model)
-    choice = recommend(config, cluster)
-    stages = [
-        _described(
-            config,
-            cluster,
-            candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every),
-        )
-        for stage in zero_stages(config.engine.precision)
+    stages = zero_stages(config.engine.precision)
+    shown = [
+        candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
+        for stage in stages
         for every in SHOWN_CHECKPOINTING
     ]
+    paper = replace(cluster, gpus=PAPER_GPUS)
+    at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
+    at_papers_batch = [candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE) for stage in stages]
     cost = measuring_cost(config, weight_set_names(config))
+    choice = recommend(config, cluster)
     return {
         "caveat": CAVEAT,
         "cluster": asdict(cluster),
@@ -115,8 +115,15 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "measuring": {"what": str(cost), "share": cost.share},
         "parameters": {"total": sum(kinds.values())} | kinds,
         "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
-        "stages": stages,
-        "paper_batch": _at_the_papers_batch(config, cluster),
+        "stages": [_described(config, cluster, option) for option in shown],
+        "paper_batch": [
+            {
+                "stage": option.stage,
+                "step_seconds": option.step_seconds,
+                "communication": asdict(option.communication),
+            }
+            for option in at_papers_batch
+        ],
         "recommended": None if choice is None else _described(config, cluster, choice),
         "reason": _reason(config, cluster, choice),
     }
@@ -142,19 +149,6 @@ def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str,
     }
 
 
-def _at_the_papers_batch(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
-    """Communication of one step of each stage with 16 images on each of 64 GPUs of this kind, in one micro-batch."""
-    paper = replace(cluster, gpus=PAPER_GPUS)
-    at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
-    found = []
-    for stage in zero_stages(config.engine.precision):
-        option = candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE)
-        found.append(
-            {"stage": stage, "step_seconds": option.step_seconds, "communication": asdict(option.communication)}
-        )
-    return found
-
-
 def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
     """Why these settings are recommended, or why none are."""
     room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} of {_size(cluster.gpu_memory)}"
@@ -163,125 +157,89 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
             f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: take more GPUs, "
             "larger ones, or fewer ema.decays."
         )
-    share = config.data.batch_size // cluster.gpus
+    size, every = choice.micro_batch, choice.activation_checkpointing
+    parts = config.data.batch_size // cluster.gpus // size
     reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
     if choice.stage > 1:
         lower = [
-            candidate(
-                config,
-                cluster,
-                stage=stage,
-                micro_batch=choice.micro_batch,
-                activation_checkpointing=choice.activation_checkpointing,
-            )
+            candidate(config, cluster, stage=stage, micro_batch=size, activation_checkpointing=every)
             for stage in range(1, choice.stage)
         ]
-        reasons.append(
-            f"lower stages fit too, but their steps take over {WORTH:.0%} longer"
-            if any(option.fits for option in lower)
-            else "lower stages do not fit so"
-        )
-    whole = (
-        "a GPU's whole share of the batch"
-        if choice.micro_batch == share
-        else f"1/{share // choice.micro_batch} of a GPU's share"
-    )
-    reasons.append(f"{choice.micro_batch} images at a time are {whole}")
-    reasons.append(
-        "no block has to be computed again"
-        if choice.activation_checkpointing == 0
-        else "computing blocks again is what makes it fit"
-    )
+        slower = f"lower stages fit too, but their steps take over {MIN_GAIN:.0%} longer"
+        reasons.append(slower if any(option.fits for option in lower) else "lower stages do not fit so")
+    whole = "a GPU's whole share of the batch" if parts == 1 else f"1/{parts} of a GPU's share"
+    reasons.append(f"{size} images at a time are {whole}")
+    reasons.append("computing blocks again is what makes it fit" if every else "no block has to be computed again")
     return "; ".join(reasons) + "."
 
 
 def _text(plan: dict[str, Any]) -> str:
-    cluster, parameters, flops = plan["cluster"], plan["parameters"], plan["flops_per_image"]
+    cluster, parameters, flops, stages = (plan[key] for key in ("cluster", "parameters", "flops_per_image", "stages"))
     kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in parameters.items() if kind != "total")
     hidden = "hidden behind backward where it can be" if cluster["overlap"] else "not overlapped in stages 0-2"
-    head = [
+    per_gpu = f"{plan['images_per_gpu']} a GPU, {plan['micro_batch_size']} at a time"
+    tflop = f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training"
+    run = [
+        ["parameters", f"{parameters['total']:,} (millions: {kinds})"],
+        ["TFLOP an image", tflop],
+        ["batch", f"{plan['batch_size']} over {cluster['gpus']} GPUs: {per_gpu}"],
+        ["precision", f"{plan['precision']}, {plan['averages']} averages"],
+        ["run", f"{plan['images_of_run']:,} images"],
+        ["measuring", plan["measuring"]["what"]],
+    ]
+    parts = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
+    memory = [
+        [*_settings(s), *(f"{s['memory'][part] / 1e9:.2f}" for part in parts), "yes" if s["fits"] else "NO"]
+        for s in stages
+    ]
+    time = [
+        [
+            *_settings(s),
+            f"{s['step_seconds'] * 1e3:.1f}",
+            f"{s['images_per_second']:.0f}",
+            f"{s['images_per_second_per_gpu']:.1f}",
+            f"{s['days']:.2f}",
+            f"{s['gpu_hours']:.0f}",
+        ]
+        for s in stages
+    ]
+    lines = [
         plan["caveat"],
         f"Assumed: matrix products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
         "",
-        *_table(
-            ["", ""],
-            [
-                ["parameters", f"{parameters['total']:,} (millions: {kinds})"],
-                [
-                    "TFLOP an image",
-                    f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
-                ],
-                [
-                    "batch",
-                    f"{plan['batch_size']} over {cluster['gpus']} GPUs: {plan['images_per_gpu']} a GPU, "
-                    f"{plan['micro_batch_size']} at a time",
-                ],
-                ["precision", f"{plan['precision']}, {plan['averages']} averages"],
-                ["run", f"{plan['images_of_run']:,} images"],
-                ["measuring", plan["measuring"]["what"]],
-            ],
-        ),
+        *_table(["", ""], run),
         "",
         "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
         "",
+        *_table(["stage", "checkpointing", *parts, "fits"], memory),
+        "",
+        f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
+        "",
+        *_communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
+        "",
+        f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
+        "",
+        *_communication_table(plan["paper_batch"]),
+        "",
+        "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.",
+        "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
+        "",
+        "Time, at the assumed utilisation:",
+        "",
+        *_table(["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"], time),
+        "",
+        f"Recommended: {plan['reason']}",
     ]
-    parts = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
-    memory = _table(
-        ["stage", "checkpointing", *parts, "fits"],
-        [
-            [*_settings(s), *(f"{s['memory'][part] / 1e9:.2f}" for part in parts), "yes" if s["fits"] else "NO"]
-            for s in plan["stages"]
-        ],
-    )
-    time = _table(
-        ["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"],
-        [
-            [
-                *_settings(s),
-                f"{s['step_seconds'] * 1e3:.1f}",
-                f"{s['images_per_second']:.0f}",
-                f"{s['images_per_second_per_gpu']:.1f}",
-                f"{s['days']:.2f}",
-                f"{s['gpu_hours']:.0f}",
-            ]
-            for s in plan["stages"]
-        ],
-    )
-    own = [s for s in plan["stages"] if s["activation_checkpointing"] == 0]
-    recommended = plan["recommended"]
-    end = ["", f"Recommended: {plan['reason']}"]
-    if recommended is not None:
-        end += [
-            f"Expected: {recommended['images_per_second']:.0f} images/s "
-            f"({recommended['images_per_second_per_gpu']:.1f} a GPU), {recommended['days']:.2f} days, "
-            f"{recommended['gpu_hours']:.0f} GPU-hours, if the assumptions hold.",
+    if (choice := plan["recommended"]) is not None:
+        lines += [
+            f"Expected: {choice['images_per_second']:.0f} images/s ({choice['images_per_second_per_gpu']:.1f} a GPU), "
+            f"{choice['days']:.2f} days, {choice['gpu_hours']:.0f} GPU-hours, if the assumptions hold.",
             "",
-            " ".join(recommended["overrides"]),
+            " ".join(choice["overrides"]),
         ]
-    return "\n".join(
-        [
-            *head,
-            *memory,
-            "",
-            f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
-            "",
-            *_communication_table(own),
-            "",
-            f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
-            "",
-            *_communication_table(plan["paper_batch"]),
-            "",
-            "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.",
-            "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
-            "",
-            "Time, at the assumed utilisation:",
-            "",
-            *time,
-            *end,
-        ]
-    )
+    return "\n".join(lines)
 
 
 def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
@@ -289,17 +247,10 @@ def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
     rows = []
     for stage in stages:
         traffic = stage["communication"]
-        rows.append(
-            [
-                str(stage["stage"]),
-                f"{traffic['bytes'] / 1e9:.2f}",
-                f"{traffic['seconds'] * 1e3:.2f}",
-                f"{traffic['exposed'] * 1e3:.2f}",
-                f"{traffic['after_step'] * 1e3:.2f}",
-                f"{traffic['exposed'] / stage['step_seconds']:.1%}",
-                str(traffic["hiding_batch"] or "none"),
-            ]
-        )
+        milliseconds = [f"{traffic[part] * 1e3:.2f}" for part in ("seconds", "exposed", "after_step")]
+        share = f"{traffic['exposed'] / stage['step_seconds']:.1%}"
+        hiding = str(traffic["hiding_batch"] or "none")
+        rows.append([str(stage["stage"]), f"{traffic['bytes'] / 1e9:.2f}", *milliseconds, share, hiding])
     return _table([*columns, "images/GPU that hide the rest"], rows)
 
 

@@ -25,16 +25,8 @@ from rich.table import Table
 from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
-from jitscale.launch.submission import (
-    Resources,
-    batch_script,
-    check_partition,
-    records,
-    state_of,
-    submit,
-    submit_here,
-)
+from jitscale.launch.stages import Stage, parse_chain, parse_settings
+from jitscale.launch.submission import Resources, batch_script, check_partition, records, state_of, submit, submit_here
 
 HOME = Path(__file__).parents[1]
 REFRESH_SECONDS = 5.0
@@ -68,14 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(words)
 
     resources = Resources(
-        options.nodes,
-        options.tasks_per_node,
-        options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node,
-        options.cpus_per_task,
-        options.minutes,
-        options.partition,
-        options.signal_seconds,
-        tuple(tuple(option.split("=", 1)) for option in options.sbatch),
+        nodes=options.nodes,
+        tasks_per_node=options.tasks_per_node,
+        gpus_per_node=options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node,
+        cpus_per_task=options.cpus_per_task,
+        minutes=options.minutes,
+        partition=options.partition,
+        signal_seconds=options.signal_seconds,
+        options=dict(option.split("=", 1) for option in options.sbatch),
     )
     chains = plan(options)
     for chain in chains:
@@ -111,11 +103,11 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
     run_dir = options.run_dir or Path(load_config(options.config).run.dir)
     ranks = options.tasks_per_node if options.local else None
     chains = []
-    for variant in variants:
+    for suffix, variant in variants.items():
         stage = Stage(
             kind="train",
             config=options.config.resolve(),
-            run_dir=Path(f"{run_dir}{variant_suffix(variant, options.set)}").absolute(),
+            run_dir=Path(f"{run_dir}{suffix}").absolute(),
             overrides=(*options.overrides, *variant),
             home=HOME.resolve(),
             ranks=ranks,
@@ -161,25 +153,13 @@ def table(folder: Path) -> Table:
     found.add_column("reason")
     everything = records(folder)
     colours = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow"}
+    forms = {"step": "d", "images": ",d", "loss": ".4f", "images_per_second": ".1f"}
     for record in everything:
         now = state_of(record, everything)
-        colour = colours.get(now["state"], "red")
-        found.add_row(
-            record.job,
-            record.stage,
-            f"[{colour}]{now['state']}[/]",
-            str(now["restarts"] + 1),
-            _number(now.get("step"), "d"),
-            _number(now.get("images"), ",d"),
-            _number(now.get("loss"), ".4f"),
-            _number(now.get("images_per_second"), ".1f"),
-            now["reason"],
-        )
+        state = f"[{colours.get(now['state'], 'red')}]{now['state']}[/]"
+        numbers = ["" if now.get(name) is None else format(now[name], form) for name, form in forms.items()]
+        found.add_row(record.job, record.stage, state, str(now["restarts"] + 1), *numbers, now["reason"])
     return found
-
-
-def _number(value: float | int | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a field of the schema says of itself besides its type, and the check of one value against it."""
+"""What a field of the schema says about its setting besides the type, and the check of one value against it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting. Limits and choices of a list hold for its elements; null (None) is always allowed.
+    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed.
 
     Attributes:
         default: where neither a file nor an override gives a value.
@@ -34,7 +34,7 @@ class Setting:
         at_most: the largest value.
         reason: of the limit, where the meaning does not give it.
         choices: all allowed values.
-        check: what can be wrong with the value as a whole.
+        check: yields what is wrong with the value as a whole.
     """
 
     default: Any
@@ -68,7 +68,7 @@ class Setting:
         return f"{self.meaning} ({details})" if details else self.meaning
 
     def problems(self, key: str, value: Any) -> Iterator[Problem]:
-        """Everything that is wrong with `value` of the setting `key`, without a look at other settings."""
+        """Everything that is wrong with `value` of the setting `key`, whatever the other settings are."""
         if value is None:
             return
         elements = value if isinstance(value, list) else [value]

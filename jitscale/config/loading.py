@@ -8,9 +8,9 @@ Importing this file does not import torch, so that a mistake is reported at once
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any, cast
 
 import yaml
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
-from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig, values_of
+from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
 from jitscale.errors import ConfigError
 
 
@@ -43,30 +43,28 @@ def load_config(
     Raises:
         ConfigError: everything that is wrong, together, each with its value, its limit and the remedy.
     """
-    lines: list[str] = []
+    unread: dict[str, str] = {}  # override -> why
     user = OmegaConf.create(_compose(Path(path), ()))
     for override in overrides:
+        if "=" not in override:
+            unread[override] = "has no '='"
+            continue
         try:
             user.merge_with_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            lines.append(f"{override} is not key=value ({_first_line(error)}); write group.key=value")
-        else:
-            if "=" not in override:
-                lines.append(f"{override} has no '='; write group.key=value")
+            unread[override] = f"is not key=value ({_first_line(error)})"
     try:
         values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
 
     typed = OmegaConf.structured(Config)
-    problems = [
-        problem for key, value in _leaves(values, "") if key not in overrides for problem in _assign(typed, key, value)
-    ]
-    config = cast(Config, OmegaConf.to_object(typed))
-    start = {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
-    problems += problems_of(values_of(config) | start, {problem.key for problem in problems})
-    _refuse(str(path), problems, lines)
-    return config
+    problems = [problem for key, value in _leaves(values, "") for problem in _assign(typed, key, value)]
+    known = dict(_leaves(cast(dict[str, Any], OmegaConf.to_container(typed)), ""))
+    known |= {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
+    problems += problems_of(known, {problem.key for problem in problems})
+    _refuse(str(path), problems, [f"{override} {why}; write group.key=value" for override, why in unread.items()])
+    return cast(Config, OmegaConf.to_object(typed))
 
 
 def check_model_config(model: ModelConfig, source: str) -> None:
@@ -85,16 +83,13 @@ def to_yaml(config: Config) -> str:
 
 def explained_yaml(config: Config) -> str:
     """`to_yaml` with a comment above each setting: its meaning, its unit, and its limit or choices."""
-    lines: list[str] = []
-    group = ""
-    for line in to_yaml(config).splitlines():
-        name = re.match(r"( *)(\w+):", line)
-        if name is not None and len(name[1]) == 0:
-            group = name[2]
-        elif name is not None and len(name[1]) == 2:
-            lines.append(f"  # {SETTINGS[f'{group}.{name[2]}'].described}")
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    text = ""
+    for group, values in to_dict(config).items():
+        text += f"{group}:\n"
+        for name, value in values.items():
+            written = OmegaConf.to_yaml(OmegaConf.create({name: value}))
+            text += f"  # {SETTINGS[f'{group}.{name}'].described}\n{indent(written, '  ')}"
+    return text
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -154,18 +149,17 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
     """Put one value into the typed configuration, or say why not."""
-    if key not in SETTINGS:
-        if key in typed:
-            yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
-            return
+    if key in SETTINGS:
+        if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
+            value = "on" if value else "off"  # YAML 1.1 reads a bare off as false
+        try:
+            OmegaConf.update(typed, key, value)
+        except OmegaConfBaseException as error:
+            usual = f"the default is {shown(SETTINGS[key].default)}"
+            yield Problem(key, value, f"has the wrong type ({_first_line(error)})", usual)
+    elif key in typed:
+        yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
+    else:
         close = difflib.get_close_matches(key, SETTINGS, n=1)
         remedy = f"did you mean {close[0]}?" if close else "see jitscale/config/schema.py for all settings"
         yield Problem(key, value, "is not a setting", remedy)
-        return
-    if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
-        value = "on" if value else "off"  # YAML 1.1 reads a bare off as false
-    try:
-        OmegaConf.update(typed, key, value)
-    except OmegaConfBaseException as error:
-        usual = f"the default is {shown(SETTINGS[key].default)}"
-        yield Problem(key, value, f"has the wrong type ({_first_line(error)})", usual)

@@ -1,8 +1,8 @@
-"""What is refused of several settings together; what is refused of one stands beside it in schema.py.
+"""The limits of several settings together; those of one setting stand in schema.py.
 
-A rule is a function of the settings that its decorator names, and yields what is wrong with the first of them. A rule
-is skipped if one of its settings is refused already. Besides settings it can name what `load_config` knows of the
-start, such as `world_size`.
+A rule is a function of the settings that its decorator names, and yields what is wrong with the first of them. If one
+of them is refused already, the rule is skipped. It may also name what `load_config` knows about the start, such as
+`world_size`.
 """
 
 from __future__ import annotations
@@ -78,15 +78,13 @@ def _micro_batches(micro: int | None, batch: int, ranks: int) -> Faults:
 @rule("engine.zero_stage", "engine.precision")
 def _stage_0_in_fp32(stage: int, precision: str) -> Faults:
     if stage == 0 and precision != "fp32":
-        limit = "works in fp32 only (its bf16 path has no fp32 masters to average or save)"
-        yield limit, "set engine.zero_stage=1 or engine.precision=fp32"
+        yield "works in fp32 only (in bf16 it has no fp32 masters)", "set engine.zero_stage=1 or engine.precision=fp32"
 
 
 @rule("engine.hpz_group_size", "engine.zero_stage")
 def _hpz_in_stage_3(group_size: int, stage: int) -> Faults:
     if group_size > 1 and stage != 3:
-        limit = "needs ZeRO stage 3, whose weights it keeps near"
-        yield limit, "set engine.zero_stage=3 or engine.hpz_group_size=1"
+        yield "needs ZeRO stage 3 and its shards", "set engine.zero_stage=3 or engine.hpz_group_size=1"
 
 
 @rule("engine.hpz_group_size", "world_size")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from jitscale.config.limits import Faults, Setting, distinct, setting
 
@@ -76,14 +75,11 @@ class DataConfig:
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
     held_out: str | None = setting(
         None,
-        "never trained on: shards, named as in shards, or a fraction chosen by the keys; null: train on all",
+        "never trained on: shards, or a fraction chosen by the keys; null: none",
         check=_fraction_or_shards,
     )
     max_bad_fraction: float = setting(
-        1e-4,
-        "largest share of undecodable images (10 are always allowed); each is replaced by another",
-        at_least=0,
-        below=1,
+        1e-4, "largest share of undecodable images (10 are always allowed); others replace them", at_least=0, below=1
     )
     cache_dir: str | None = setting(None, "node-local folder for remote shards; null: a folder of the user in $TMPDIR")
     cache_gb: float = setting(100.0, "largest size of that folder", unit="10^9 bytes", above=0)
@@ -120,16 +116,12 @@ class EngineConfig:
     )
     micro_batch_size: int | None = setting(None, "images a rank and pass; null: the rank's whole share", at_least=1)
     attention: str = setting(
-        "auto",
-        "kernel; auto: the fastest that works",
-        choices=("auto", "flash-attn-4", "flash-attn", "sdpa", "reference"),
+        "auto", "auto: the fastest that works", choices=("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
     )
     align: bool | None = setting(None, "pad feed-forward products with zeros to multiples of 64; null: on GPUs")
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")
     float8: bool = setting(False, "products of the blocks in float8, by torchao: GPUs from Hopper on")
-    activation_checkpointing: int = setting(
-        0, "recompute every k-th block in backward; 0: keep activations", at_least=0
-    )
+    activation_checkpointing: int = setting(0, "recompute every k-th block in backward; 0: none", at_least=0)
     offload_optimizer: bool = setting(False, "optimizer state and masters in the CPU's memory")
     hpz_group_size: int = setting(
         1, "stage 3: ranks of a group that keeps a second copy of the weights (ZeRO++ hpZ); 1: none", at_least=1
@@ -235,9 +227,7 @@ class RunConfig:
     )
     init_weights: str | None = setting(None, "the weight set to start from; null: model, or the only one")
     init_ema: bool = setting(True, "averages of init_from go on where ema.* has them; false: start from init_weights")
-    rollback_after: int = setting(
-        10, "steps in a row without a finite gradient: back to the last checkpoint, on in the data", at_least=1
-    )
+    rollback_after: int = setting(10, "steps in a row without a finite gradient, after which to roll back", at_least=1)
     max_rollbacks: int = setting(3, "in one process; the next one ends the run", at_least=0)
     profile: bool = setting(False, "steps 20 to 25 of the first rank: RUN/profile/trace.json.gz and kernels.txt")
     hang_timeout: float = setting(
@@ -276,12 +266,6 @@ SETTINGS: dict[str, Setting] = {  # every setting by its dotted name, such as `o
     for one in fields(group.default_factory)  # type: ignore[arg-type]
 }
 CHOICES = {key: known.choices for key, known in SETTINGS.items() if known.choices}
-
-
-def values_of(config: Config) -> dict[str, Any]:
-    """The value of every dotted setting."""
-    groups = vars(config).items()
-    return {f"{group}.{name}": value for group, settings in groups for name, value in vars(settings).items()}
 
 
 def ema_name(decay: float) -> str:

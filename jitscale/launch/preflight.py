@@ -2,9 +2,9 @@
 
     srun python -m jitscale.launch.preflight --config configs/jit_h_256.yaml data.shards=/data/imagenet_256
 
-Each rank checks its own machine, then all compare. What is wrong is printed as one line that names the node, and every
-rank ends with exit code 1; what is wrong on all of them is a mistake of the configuration, and exit code 2. A rank that
-does not come to the comparison is named by the others.
+Each rank checks its own machine, then all compare. A fault is printed as one line that names the node, and every rank
+ends with exit code 1; a fault of all machines is a mistake of the configuration, and exit code 2. The others name a
+rank that does not come to the comparison.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,14 +44,14 @@ PRODUCT_SIZE = 1024
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank has to say: where it is, what is wrong there, and what must be alike everywhere."""
+    """What one rank found on its node, and what must be the same everywhere: code, configuration, kind of device."""
 
     node: str
     faults: tuple[str, ...]
     code: str
     config: str
     device: str
-    mistake: str = ""  # of the user's, that no other rank need see
+    mistake: str = ""  # of the user's, which other ranks may not see
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,22 +66,25 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
     node = socket.gethostname()
-    faults = [fault for check in (_gpu, _folders, _shards) if (fault := _fault(check, config))]
+    faults = []
+    for check in (_gpu, _folders, _shards):
+        try:
+            check(config)
+        except (UserError, OSError, RuntimeError) as error:
+            faults.append(" ".join(str(error).split()))
     hash_of_config = hashlib.sha256(to_yaml(config).encode()).hexdigest()
     device_type = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
     mistake = parallel.shared_gpu() if device_type == "cuda" else ""
     finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type, mistake)
 
-    store = _meet(rank, world_size, node)
+    store = _meet(rank, world_size)
     if store is None:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
     findings = parallel.gather_objects(finding)
-    mistakes = sorted({finding.mistake for finding in findings if finding.mistake})
-    if mistakes:
+    if mistakes := sorted({finding.mistake for finding in findings if finding.mistake}):
         raise UserError(mistakes[0])  # the same on all nodes
-    everywhere = set.intersection(*(set(finding.faults) for finding in findings))
-    if everywhere:
+    if everywhere := set.intersection(*(set(finding.faults) for finding in findings)):
         raise UserError("; ".join(sorted(everywhere)))  # no node's fault
     problems = compare(findings)
     if rank == 0:
@@ -93,15 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.work == "train":  # an evaluation checks by itself what it needs
         local_rank = int(os.environ["LOCAL_RANK"])
         check_training_measures(config, World(rank, world_size, local_rank, torch.device("cpu")))
-    rate = _bandwidth(parallel.choose_device(config.run.device))
-    rates = parallel.gather_objects(rate)
+    slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device))))
     if rank == 0:
-        nodes = len({finding.node for finding in findings})
-        print(
-            f"preflight: {world_size} ranks on {nodes} nodes are fit; all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at "
-            f"{min(rates):.2f} GB/s",
-            flush=True,
-        )
+        where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"
+        speed = f"all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at {slowest:.2f} GB/s"
+        print(f"preflight: {where} are fit; {speed}", flush=True)
     parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
     parallel.stop()
     return ExitCode.DONE
@@ -110,17 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     """(node, fault) for what is wrong on the ranks' machines, each once, and for what differs from the majority."""
     problems = [(finding.node, fault) for finding in findings for fault in finding.faults]
-    for what, values in (
-        ("code", [finding.code for finding in findings]),
-        ("configuration", [finding.config for finding in findings]),
-        ("kind of device (cuda or cpu)", [finding.device for finding in findings]),
-    ):
-        common, _ = Counter(values).most_common(1)[0]
-        problems += [
-            (finding.node, f"another {what} than most ranks have; install and mount the same there")
-            for finding, value in zip(findings, values, strict=True)
-            if value != common
-        ]
+    for name, what in (("code", "code"), ("config", "configuration"), ("device", "kind of device (cuda or cpu)")):
+        common, _ = Counter(getattr(finding, name) for finding in findings).most_common(1)[0]
+        other = f"another {what} than most ranks have; install and mount the same there"
+        problems += [(finding.node, other) for finding in findings if getattr(finding, name) != common]
     return list(dict.fromkeys(problems))
 
 
@@ -128,61 +119,38 @@ def _timeout() -> timedelta:
     return timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
 
 
-def _meet(rank: int, world_size: int, node: str) -> TCPStore | None:
-    """Wait for all ranks; None, and a line about each that is missing, where one does not come."""
-    nodes = _nodes_of_ranks(world_size) or ["unknown"] * world_size
+def _meet(rank: int, world_size: int) -> TCPStore | None:
+    """Wait for all ranks; if one does not come, None, and a line about each that is missing."""
+    nodes, limit = _nodes_of_ranks(world_size), _timeout()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with parallel.waiting_for_ranks():
         try:
-            store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                world_size,
-                is_master=rank == 0,
-                wait_for_workers=False,
-                timeout=_timeout(),
-            )
+            store = TCPStore(address, port, world_size, is_master=rank == 0, wait_for_workers=False, timeout=limit)
         except dist.DistError as error:  # rank 0 did not come, or its port is taken
             what = f"rank 0 does not serve {parallel.meeting_place()} ({parallel.first_line(error)})"
             print(f"{FAULT} {nodes[0]}: {what}", flush=True)
             return None
         try:
-            missing = _missing(store, rank, world_size, node)
+            store.set(f"here/{rank}", "")
+            deadline = time.monotonic() + limit.total_seconds()
+            missing = set(range(world_size))
+            while missing and time.monotonic() < deadline:
+                missing -= {other for other in missing if store.check([f"here/{other}"])}
+                time.sleep(0.05)
         except dist.DistError:  # rank 0 has left: its time was over first, and it has said who is missing
             return None
-    if not missing:
-        return store
     if rank == 0:
         for other in sorted(missing):
-            seconds = _timeout().total_seconds()
-            print(f"{FAULT} {nodes[other]}: rank {other} did not come within {seconds:.0f} s", flush=True)
-    return None
-
-
-def _missing(store: TCPStore, rank: int, world_size: int, node: str) -> set[int]:
-    """The ranks that have not come when all have, or when the time is over."""
-    store.set(f"here/{rank}", node)
-    deadline = time.monotonic() + _timeout().total_seconds()
-    missing = set(range(world_size))
-    while missing and time.monotonic() < deadline:
-        missing -= {other for other in missing if store.check([f"here/{other}"])}
-        time.sleep(0.05)
-    return missing
+            print(f"{FAULT} {nodes[other]}: rank {other} did not come within {limit.total_seconds():.0f} s", flush=True)
+    return None if missing else store
 
 
 def _nodes_of_ranks(world_size: int) -> list[str]:
-    """Where each rank is, if the launcher has said so."""
-    listed = os.environ.get("JITSCALE_NODES", "").split(",")
-    if len(listed) == 0 or world_size % len(listed) or listed == [""]:
-        return []
+    """Where each rank is, if the supervisor has said so."""
+    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")
+    if world_size % len(listed):
+        return ["unknown"] * world_size
     return [node for node in listed for _ in range(world_size // len(listed))]
-
-
-def _fault(check: Callable[[Config], None], config: Config) -> str | None:
-    try:
-        check(config)
-    except (UserError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def _gpu(config: Config) -> None:
@@ -192,9 +160,9 @@ def _gpu(config: Config) -> None:
         RuntimeError: it is not, or the driver fails.
     """
     if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
-        if torch.version.cuda is not None:
-            raise RuntimeError("Slurm gave it GPUs and PyTorch sees none; look at nvidia-smi there")
-        return  # a CPU build
+        if torch.version.cuda is None:
+            return  # a CPU build
+        raise RuntimeError("Slurm gave it GPUs and PyTorch sees none; look at nvidia-smi there")
     device = parallel.choose_device(config.run.device)
     if device.type != "cuda":
         return
@@ -207,16 +175,13 @@ def _gpu(config: Config) -> None:
 
 
 def _folders(config: Config) -> None:
-    """What the run writes to can be written and read back.
+    """The folders that the run writes to can be written and read back.
 
     Raises:
         RuntimeError: one of the folders cannot.
     """
-    folders = [Path(config.run.dir), Path(tempfile.gettempdir())]
-    if config.data.cache_dir is not None:
-        folders.append(Path(config.data.cache_dir))
     content = os.urandom(DISK_BYTES)
-    for folder in folders:
+    for folder in map(Path, filter(None, (config.run.dir, tempfile.gettempdir(), config.data.cache_dir))):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight") as file:
@@ -242,7 +207,7 @@ def _shards(config: Config) -> None:
 
 
 def _hash_of_code() -> str:
-    """Of the package's source files."""
+    """The hash of the package's source files."""
     digest = hashlib.sha256()
     root = Path(jitscale.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -253,7 +218,7 @@ def _hash_of_code() -> str:
 
 def _bandwidth(device: torch.device) -> float:
     """Bytes of an all-reduce over its time, in GB/s, the best of three."""
-    # Next to the group that is there: to meet again would need the port that its store still holds.
+    # Next to the existing group: to meet again would need the port that its store still holds.
     group = dist.new_group(backend="nccl", timeout=_timeout()) if device.type == "cuda" else None
     values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = float("inf")

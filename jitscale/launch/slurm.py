@@ -1,4 +1,4 @@
-"""What we ask of Slurm's commands. Each call has a time limit: a controller that is busy must not hold a job."""
+"""Requests to Slurm. Each has a time limit: a controller that is busy must not hold a job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jitscale.errors import UserError
-from jitscale.launcher_environment import hosts_of, integer, required
+from jitscale.launcher_environment import hosts_in, integer, required
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class SlurmJob:
     """The job that this process runs in.
 
     Attributes:
-        id: the job's; of an array's task with the number of the task, as 17_3.
+        id: the job's; an array's task has its number behind it, as in 17_3.
         nodes: their names.
         tasks: of the whole job.
         restarts: how often Slurm has started it again.
@@ -44,18 +44,17 @@ class SlurmJob:
         Raises:
             UserError: this is not one, or only a part of its environment is here.
         """
-        environment = os.environ
-        if "SLURM_JOB_ID" not in environment:
+        if "SLURM_JOB_ID" not in os.environ:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
         names = ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION"]
-        if "SLURM_ARRAY_TASK_ID" in environment:
-            # One task of an array has the array's own number, by which Slurm would requeue them all.
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            # The job id of one of an array's tasks may be the array's own, by which Slurm would requeue them all.
             names += ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"]
-        because = f"SLURM_JOB_ID={environment['SLURM_JOB_ID']} is set, as in a batch script"
-        job, nodelist, partition, *array = required(environment, names, because, "submit the script with sbatch")
-        nodes = hosts_of(nodelist)
-        tasks = integer("SLURM_NTASKS", environment.get("SLURM_NTASKS", str(len(nodes))), 1)
-        restarts = integer("SLURM_RESTART_COUNT", environment.get("SLURM_RESTART_COUNT", "0"))
+        because = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']} is set, as in a batch script"
+        job, _, partition, *array = required(names, because, "submit the script with sbatch")
+        nodes = hosts_in("SLURM_JOB_NODELIST")
+        tasks = integer("SLURM_NTASKS", os.environ.get("SLURM_NTASKS", str(len(nodes))), 1)
+        restarts = integer("SLURM_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls("_".join(array) or job, tuple(nodes), tasks, restarts, partition)
 
     def state(self) -> str:
@@ -100,16 +99,16 @@ def usable_nodes(partition: str) -> set[str]:
     Raises:
         UserError: Slurm does not answer.
     """
-    lines = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t").splitlines()
+    listed = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t")
+    pairs = [line.split() for line in listed.splitlines()]
     gone = ("down", "drain", "drng", "fail", "maint", "unk", "inval")
-    pairs = [line.split() for line in lines]
-    return {name for name, state in pairs if not state.rstrip("*~#$@+-").startswith(gone) and not state.endswith("*")}
+    return {name for name, state in pairs if not (state.startswith(gone) or state.endswith("*"))}
 
 
 def failed_tasks(text: str) -> list[str]:
-    """The nodes that srun's messages name for tasks that ended by themselves, the first one first.
+    """The nodes that srun's messages name for failed tasks, in order.
 
-    Tasks that srun ended because of another one are not meant.
+    Tasks that srun killed as a consequence are ignored.
     """
     found = re.findall(r"^srun: error: ([\w.-]+): tasks? [\d,\-]+: (.+)$", text, re.MULTILINE)
     return list(dict.fromkeys(node for node, what in found if "Terminated" not in what))

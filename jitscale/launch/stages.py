@@ -1,4 +1,4 @@
-"""What a chain of jobs consists of: train at a resolution, upgrade to another, train there, evaluate."""
+"""The stages of a chain of jobs: train at a resolution, upgrade to another, train there, evaluate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.config import load_config
+from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError
 from jitscale.launch.attempts import Attempts
 from jitscale.launch.slurm import SlurmJob
@@ -54,14 +55,18 @@ class Stage:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command behind it."""
-        settings = [*self.overrides, f"run.dir={self.run_dir}"]
+        """Of the command that does the work."""
+        config, run_dir = str(self.config), str(self.run_dir)
         if self.kind == "upgrade":
-            low = ["--checkpoint", str(self.source), "--to", str(self.config), "--output", str(self.run_dir)]
-            return [*low, *self.overrides]
+            return ["--checkpoint", str(self.source), "--to", config, "--output", run_dir, *self.overrides]
         if self.kind == "evaluate":
-            return ["--run-dir", str(self.run_dir), *self.overrides]  # torchrun takes --run for one of its own
-        return ["--config", str(self.config), *settings]
+            return ["--run-dir", run_dir, *self.overrides]  # torchrun takes --run for one of its own
+        return ["--config", config, *self.settings]
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides, and the run's folder."""
+        return [*self.overrides, f"run.dir={self.run_dir}"]
 
     def check(self, tasks: int) -> None:
         """Refuse what can be known to fail before anything is queued.
@@ -69,12 +74,8 @@ class Stage:
         Raises:
             UserError: the configuration is impossible, its shards are not there, or W&B has no key.
         """
-        from jitscale.data.shards import open_configured  # noqa: PLC0415  # torch is not needed before
-
         trains = self.kind == "train"
-        config = load_config(
-            self.config, [*self.overrides, f"run.dir={self.run_dir}"], world_size=tasks, needs_shards=trains
-        )
+        config = load_config(self.config, self.settings, world_size=tasks, needs_shards=trains)
         if trains:
             open_configured(config)
             if not {"JITSCALE_SETUP", "JITSCALE_RANK_PYTHON"} & os.environ.keys():  # either may set the job's key
@@ -84,34 +85,31 @@ class Stage:
         """Do the work to its end; returns what was done.
 
         Raises:
-            UserError: it cannot be done.
+            UserError: it has failed.
         """
         if self.kind == "upgrade":
-            self._upgrade()
-        elif self.ranks is None:
-            self._supervise()
+            code = self._upgrade()
         else:
-            self._run_here(self.ranks)
+            code = self._supervise() if self.ranks is None else self._run_here(self.ranks)
+        if code != ExitCode.DONE:
+            raise UserError(f"{self.name}: ended with code {code}; see the lines above")
         return f"{self.name} is complete"
 
-    def _upgrade(self) -> None:
+    def _upgrade(self) -> int:
         if complete_checkpoints(self.run_dir):
-            return  # an earlier start of this job has done it
+            return ExitCode.DONE  # by an earlier start of this job
         command = [sys.executable, str(self.home / "tools/upgrade_resolution.py"), *self.arguments]
-        code = subprocess.run(command, cwd=self.home, check=False).returncode
-        if code != ExitCode.DONE:
-            raise UserError(f"{self.name}: the upgrade ended with code {code}; see the lines above")
+        return subprocess.run(command, cwd=self.home, check=False).returncode
 
-    def _supervise(self) -> None:
+    def _supervise(self) -> int:
         job = SlurmJob.current()
         code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
         if code == ExitCode.REQUEUE:
-            time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # to return would be to say that the job is over
-        if code != ExitCode.DONE:
-            raise UserError(f"{self.name}: ended with code {code}; see the lines above")
+            time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
+        return code
 
-    def _run_here(self, ranks: int) -> None:
-        """Without Slurm: start the ranks again as long as that leads somewhere."""
+    def _run_here(self, ranks: int) -> int:
+        """Without Slurm: start the ranks until the work is complete, as long as starts bring progress."""
         work = work_of(self.kind, self.arguments, ranks)
         forget_completion(work.run_dir, work.command)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -122,6 +120,7 @@ class Stage:
             finally:
                 attempts.write(work.run_dir)
             subprocess.run([*launcher, "-m", f"jitscale.{self.kind}", *self.arguments], cwd=self.home, check=False)
+        return ExitCode.DONE
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:
@@ -146,28 +145,32 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
         previous, resolution = resolution, given or resolution
         if not resolution:
             raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
-        at = replace(
-            stage,
-            kind=kind,
-            config=_at(stage.config, resolution),
-            run_dir=_at(stage.run_dir, resolution),
-            overrides=(*stage.overrides, *overrides.get(resolution, [])),
+        if kind == "upgrade" and previous in ("", resolution):
+            raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
+        config = _at(stage.config, resolution)
+        if not config.exists():
+            raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
+        stages.append(
+            replace(
+                stage,
+                kind=kind,
+                config=config,
+                run_dir=_at(stage.run_dir, resolution),
+                overrides=(*stage.overrides, *overrides.get(resolution, [])),
+                source=_at(stage.run_dir, previous) if kind == "upgrade" else None,
+            )
         )
-        if kind == "upgrade":
-            if not previous or previous == resolution:
-                raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
-            at = replace(at, source=_at(stage.run_dir, previous))
-        if not at.config.exists():
-            raise UserError(f"--chain {text}: {at.config}: no such config file, for {word}")
-        stages.append(at)
     return stages
 
 
-def parse_settings(texts: Sequence[str]) -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
+def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
     """--set options as variants of a sweep, and as settings of single resolutions of a chain.
 
-    `optim.lr=1e-4,2e-4` are two variants; every combination of several such options is one. `512/optim.lr=1e-5` holds
-    at 512 px only.
+    `optim.lr=1e-4,2e-4` makes two variants, and several such options one for each combination. `512/optim.lr=1e-5` is
+    for 512 px only.
+
+    Returns:
+        The end of a variant's run folder -> its settings; resolution -> its settings.
 
     Raises:
         UserError: not key=value.
@@ -181,15 +184,13 @@ def parse_settings(texts: Sequence[str]) -> tuple[list[tuple[str, ...]], dict[st
         resolution, slash, rest = key.partition("/")
         if slash and resolution.isdigit():
             at.setdefault(resolution, []).append(f"{rest}={values}")
-        else:
+        else:  # a comma inside brackets is part of a value
             axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
-    return [tuple(variant) for variant in itertools.product(*axes)], at
-
-
-def variant_suffix(variant: Sequence[str], texts: Sequence[str]) -> str:
-    """What tells a variant's run folder from the others: the settings that have several values."""
-    several = {text.partition("=")[0] for text in texts if len(re.split(r",(?![^\[]*\])", text)) > 1}
-    return "".join(f"_{setting}" for setting in variant if setting.partition("=")[0] in several)
+    variants = {}
+    for variant in itertools.product(*axes):
+        varying = (f"_{setting}" for setting, axis in zip(variant, axes, strict=True) if len(axis) > 1)
+        variants["".join(varying)] = variant
+    return variants, at
 
 
 def _at(path: Path, resolution: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -24,10 +23,6 @@ from jitscale.launch.slurm import ask
 from jitscale.launch.stages import Stage
 from jitscale.run_folder import is_complete
 
-SIGNAL_SECONDS = 300  # before the time limit
-# What a stage that takes one process asks for, whatever training takes.
-SINGLE = {"nodes": 1, "ntasks_per_node": 1}
-
 
 @dataclass(frozen=True)
 class Resources:
@@ -41,17 +36,17 @@ class Resources:
         minutes: the time limit; a job that meets it goes on in its next start.
         partition: None for Slurm's default.
         signal_seconds: before the limit, for the last checkpoint.
-        options: more of sbatch's, as {"account": "vision"}.
+        options: more options of sbatch, as {"account": "vision"}.
     """
 
-    nodes: int = 1
-    tasks_per_node: int = 8
-    gpus_per_node: int = 8
-    cpus_per_task: int = 12
-    minutes: int = 24 * 60
-    partition: str | None = None
-    signal_seconds: int = SIGNAL_SECONDS
-    options: tuple[tuple[str, str], ...] = ()
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    minutes: int
+    partition: str | None
+    signal_seconds: int
+    options: dict[str, str]
 
     @property
     def tasks(self) -> int:
@@ -93,53 +88,49 @@ def check_partition(partition: str | None) -> None:
         raise UserError(f"--partition {partition}: not on this cluster; choose one of {', '.join(sorted(names))}")
 
 
-def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> list[Record]:
-    """Submit chains of stages; where each chain is one stage, all of them as one array.
+def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
+    """Submit chains of stages; if each chain is one stage, all of them as one array.
 
     Args:
         chains: stages that wait for each other's success.
         resources: of each job.
         folder: for logs, submitit's pickles and the records.
-
-    Returns:
-        The record of each job, also written to the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    records: list[Record] = []
     if len(chains) > 1 and all(len(chain) == 1 for chain in chains):
-        executor = _executor(folder, resources, chains[0][0], None)
+        stages = [chain[0] for chain in chains]
+        executor = _executor(folder, resources, stages[0], None)
         with executor.batch():
-            jobs = [executor.submit(chain[0]) for chain in chains]
-        records = [_record(job.job_id, chain[0], None, folder) for job, chain in zip(jobs, chains, strict=True)]
-    else:
-        for chain in chains:
-            after = None
-            for stage in chain:
-                job = _executor(folder, resources, stage, after).submit(stage)
-                records.append(_record(job.job_id, stage, after, folder))
-                after = job.job_id
-    return records
+            jobs = [executor.submit(stage) for stage in stages]
+        for job, stage in zip(jobs, stages, strict=True):
+            _record(job.job_id, stage, None, folder)
+        return
+    for chain in chains:
+        after = None
+        for stage in chain:
+            job = _executor(folder, resources, stage, after).submit(stage)
+            _record(job.job_id, stage, after, folder)
+            after = job.job_id
 
 
-def submit_here(chain: Sequence[Stage], folder: Path) -> list[Record]:
+def submit_here(chain: Sequence[Stage], folder: Path) -> None:
     """Do a chain on this machine without Slurm, one stage after another, each in a process of submitit's.
 
     Raises:
         UserError: a stage has failed; those after it are not begun.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    records: list[Record] = []
+    after = None
     for stage in chain:
         executor = LocalExecutor(folder)
         executor.update_parameters(timeout_min=60 * 24 * 365)
         job = executor.submit(stage)
-        records.append(_record(f"local_{job.job_id}", stage, records[-1].job if records else None, folder))
+        name = f"local_{job.job_id}"
+        _record(name, stage, after, folder)
+        after = name
         print(f"{stage.name}: process {job.job_id}, log {job.paths.stdout}", flush=True)
         error = job.exception()
         if error is not None:
             last = [line for line in str(error).splitlines() if line.strip()][-1]
             raise UserError(f"{stage.name}: {last}; its log is {job.paths.stderr}")
-    return records
 
 
 def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | None = None) -> str:
@@ -178,19 +169,12 @@ def _executor(folder: Path, resources: Resources, stage: Stage, after: str | Non
 
 
 def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[str, Any]:
-    """submitit's names for what sbatch shall be told."""
-    additional: dict[str, Any] = {
-        "requeue": True,
-        "signal": f"B:USR1@{resources.signal_seconds}",
-        **dict(resources.options),
-    }
-    if after is not None:
-        additional["kill-on-invalid-dep"] = "yes"
-    layout = (
-        SINGLE if stage.kind == "upgrade" else {"nodes": resources.nodes, "ntasks_per_node": resources.tasks_per_node}
-    )
+    """What sbatch must be told, by submitit's names."""
+    signal = f"B:USR1@{resources.signal_seconds}"
+    additional: dict[str, Any] = {"requeue": True, "signal": signal, **resources.options}
     parameters: dict[str, Any] = {
-        **layout,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
         "job_name": stage.name.replace(" ", "-"),
         "time": resources.minutes,
         "cpus_per_task": resources.cpus_per_task,
@@ -199,36 +183,36 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
         "setup": [f"cd {shlex.quote(str(stage.home))}", "source slurm/launch.sh"],
         "additional_parameters": additional,
     }
-    if resources.gpus_per_node and stage.kind != "upgrade":
+    if stage.kind == "upgrade":  # one process on a CPU, whatever training takes
+        parameters |= {"nodes": 1, "ntasks_per_node": 1}
+    elif resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
     if resources.partition is not None:
         parameters["partition"] = resources.partition
     if after is not None:
         parameters["dependency"] = f"afterok:{after}"
+        additional["kill-on-invalid-dep"] = "yes"
     return parameters
 
 
-def _record(job: str, stage: Stage, after: str | None, folder: Path) -> Record:
+def _record(job: str, stage: Stage, after: str | None, folder: Path) -> None:
     log = folder / f"{job.removeprefix('local_')}_0_log.out"
     submitted = datetime.now(timezone.utc).isoformat()
     record = Record(job, stage.name, stage.kind, str(stage.run_dir), after, str(log), submitted)
     (folder / "jobs").mkdir(exist_ok=True)
     with atomic_write(folder / "jobs" / f"{job}.json") as file:
         file.write(json.dumps(asdict(record)).encode())
-    return record
 
 
 def _state(record: Record) -> tuple[str, int, str]:
-    """State, restarts and reason: from the controller, else from the accounting, else unknown.
-
-    Without Slurm from what submitit's process has left.
-    """
+    """State, restarts and reason: from the controller or the accounting; without Slurm from submitit's files."""
     job = record.job
     if job.startswith("local_"):
         result = Path(record.log.removesuffix("_log.out") + "_result.pkl")
-        if not result.exists():
-            return ("RUNNING" if _is_alive(int(job.removeprefix("local_"))) else "UNKNOWN"), 0, ""
-        return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
+        if result.exists():
+            return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
+        is_alive = Path("/proc", job.removeprefix("local_")).exists()
+        return ("RUNNING" if is_alive else "UNKNOWN"), 0, ""
     try:
         text = ask("scontrol", "show", "job", job)
     except UserError:
@@ -242,20 +226,9 @@ def _state(record: Record) -> tuple[str, int, str]:
     return fields["JobState"], int(fields.get("Restarts", 0)), "" if reason == "None" else reason
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The last record of training, if the last lines of metrics.jsonl hold one."""
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return {}
     lines = subprocess.run(["tail", "-n", "3", str(path)], capture_output=True, text=True, check=False).stdout
     for line in reversed(lines.splitlines()):
         try:

@@ -18,7 +18,8 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -39,11 +40,12 @@ logger = logging.getLogger(__name__)
 COMMANDS = ("train", "evaluate")
 LEFT_OVER = set(TORCHRUN) - {"MASTER_PORT"}  # slurm/launch.sh sets the port
 PREFLIGHT_SECONDS = 600.0  # after which the preflight itself hangs
+TAIL_LINES = 2000  # of the ranks' output, in which failed tasks are looked for
 
 
 @dataclass
 class Work:
-    """What the ranks shall do.
+    """What the ranks must do.
 
     Attributes:
         command: train or evaluate.
@@ -58,23 +60,22 @@ class Work:
     arguments: list[str]
     run_dir: Path
     config: list[str]
-    caches: list[Path] = field(default_factory=list)
-    is_done: bool = False
+    caches: list[Path]
+    is_done: bool
 
     @property
     def position(self) -> int:
-        """How far it is: the newest checkpoints' steps in all stages, and what evaluations have finished so far."""
-        if self.command == "evaluate":
-            return self._measured
-        newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
-        return sum(1 + int(folder.name.removeprefix("step_")) for folder in newest) + self._measured
+        """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations.
 
-    @property
-    def _measured(self) -> int:
-        """Finished blocks of evaluations that are kept, and parts of statistics of real images that are being made."""
+        These parts are blocks of samples, and statistics of real images that are being made.
+        """
         patterns = ("*_*/part_*.npz", "real_images/*/part_*.npz")
         parts = [path for cache in self.caches for pattern in patterns for path in cache.glob(pattern)]
-        return len(parts) + sum(1 for _ in self.run_dir.glob("evaluation/samples_*/block_*.npz"))
+        parts += self.run_dir.glob("evaluation/samples_*/block_*.npz")
+        newest: list[Path] = []
+        if self.command == "train":
+            newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
+        return len(parts) + sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,28 +109,28 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
         parser.add_argument("--weights")
     known, rest = parser.parse_known_args(arguments)
     overrides = [word for word in rest if not word.startswith("-")]
+    done, path = False, known.config
     if command == "train":
-        if known.config is None:
+        if path is None:
             raise UserError("train needs --config FILE")
-        path = known.config
         config = load_config(path, overrides, world_size=tasks, needs_shards=True)
         done = is_complete_under(config)
         if not done and "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks look
             check_wandb(config)
     else:
-        if known.run is None and (known.checkpoint is None or known.config is None):
-            folders = [word for word in overrides if "=" not in word]
-            meant = f"; write --run {folders[0]}" if folders else ""
-            raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
         if known.run is not None:
             overrides.append(f"run.dir={known.run}")
             if not (known.run / "config.yaml").exists():
                 raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
-        path = known.config or known.run / "config.yaml"
-        config, done = load_config(path, overrides), False
-    caches = [Path(config.run.dir) / "evaluation", _cache_of_real_images(config)]
-    described = ["--work", command, "--config", str(path), *overrides]
-    return Work(command, arguments, Path(config.run.dir), described, caches, done)
+            path = path or known.run / "config.yaml"
+        elif known.checkpoint is None or path is None:
+            folders = [word for word in overrides if "=" not in word]
+            meant = f"; write --run {folders[0]}" if folders else ""
+            raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
+        config = load_config(path, overrides)
+    run_dir = Path(config.run.dir)
+    caches = [run_dir / "evaluation", _cache_of_real_images(config)]
+    return Work(command, arguments, run_dir, ["--work", command, "--config", str(path), *overrides], caches, done)
 
 
 def _cache_of_real_images(config: Config) -> Path:
@@ -152,9 +153,8 @@ class Supervisor:
         self.forwards = False  # the preflight is short, and has nothing to save
         self.asked_to_stop = False  # by the time limit's warning, or by the user
         self.ended_by_slurm = False  # cancelled or preempted: Slurm decides what comes next
-        signal.signal(signal.SIGUSR1, self._forward)
-        signal.signal(signal.SIGUSR2, self._forward)
-        signal.signal(signal.SIGTERM, self._forward)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._forward)
 
     def run(self) -> int:
         """Check, start, decide; returns the exit code of the batch script.
@@ -171,14 +171,8 @@ class Supervisor:
             self.attempts.begin(work.position, int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
         finally:
             self.attempts.write(work.run_dir)
-        logger.info(
-            "job %s, start %d of %s at position %d on %s",
-            self.job.id,
-            self.attempts.starts,
-            work.run_dir,
-            self.attempts.position,
-            ",".join(self.job.nodes),
-        )
+        start = f"start {self.attempts.starts} of {work.run_dir} at position {self.attempts.position}"
+        logger.info("job %s, %s on %s", self.job.id, start, ",".join(self.job.nodes))
         code, output = self._srun("preflight", "jitscale.launch.preflight", work.config, limit=PREFLIGHT_SECONDS)
         if code == ExitCode.USER_ERROR:
             return code
@@ -205,28 +199,29 @@ class Supervisor:
         """Start a module on all ranks; returns its exit code and what srun and the ranks printed last."""
         if self.asked_to_stop:
             return ExitCode.REQUEUE, ""
-        # The ranks are srun's tasks. What the shell that submitted the job had of another launcher came along.
+        # The ranks are srun's tasks: they must not have the variables of another launcher.
         environment = {name: value for name, value in os.environ.items() if name not in LEFT_OVER}
         environment["JITSCALE_NODES"] = ",".join(self.job.nodes)
         self.forwards = limit is None
-        # A first rank that ends badly ends all: the others would wait for it in a collective.
         python = os.environ.get("JITSCALE_RANK_PYTHON", sys.executable)
+        # If a rank fails, srun ends all: the others would wait for it in a collective.
         command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", python, "-u", "-m", module, *arguments]
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as self.srun:
             assert self.srun.stdout is not None
-            tail = Tail(self.srun.stdout)
-            timer = threading.Timer(limit, self.srun.kill) if limit is not None else None
-            if timer is not None:
-                timer.start()
-            code = self.srun.wait()
-            if timer is not None:
-                timer.cancel()
-            text = tail.finish()
+            reader = threading.Thread(target=_pass_on, args=(self.srun.stdout, tail), daemon=True)
+            reader.start()
+            try:
+                code = self.srun.wait(limit)
+            except subprocess.TimeoutExpired:
+                self.srun.kill()
+                code = self.srun.wait()
+            reader.join(timeout=10.0)
         self.srun = None
         logger.info("%s: srun ended with code %d", what, code)
-        return code, text
+        return code, "".join(tail)
 
     def _again(self, reason: str, nodes: list[str]) -> int:
         """Back into the queue, without the nodes that failed."""
@@ -236,27 +231,21 @@ class Supervisor:
             logger.info("%s; Slurm has ended this start", reason)
             return ExitCode.REQUEUE
         new = self.attempts.exclude([node for node in nodes if node in self.job.nodes])
-        self._drop_unaffordable()
+        excluded = self.attempts.excluded
+        if len(usable_nodes(self.job.partition) - set(excluded)) < len(self.job.nodes):
+            # A failed node may be better than none.
+            missing = f"the partition has no {len(self.job.nodes)} nodes without {', '.join(excluded)}"
+            logger.warning("%s; they are tried again", missing)
+            self.attempts.excluded = []
         self.attempts.write(self.work.run_dir)
         named = f"; excluded: {', '.join(new)}" if new else ""
         logger.info("%s%s; back into the queue", reason, named)
-        # Requeuing sends SIGTERM to all that runs in this script, and scontrol shall still do its work.
+        # Requeuing sends SIGTERM to all processes of this script, and scontrol still has work to do.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.job.requeue()
         if self.attempts.excluded:
             self.job.exclude(self.attempts.excluded)
         return ExitCode.REQUEUE
-
-    def _drop_unaffordable(self) -> None:
-        """Forget exclusions where the partition has no other nodes: a failed node may be better than none."""
-        usable = usable_nodes(self.job.partition)
-        if len(usable - set(self.attempts.excluded)) < len(self.job.nodes):
-            logger.warning(
-                "the partition has no %d nodes without %s; they are tried again",
-                len(self.job.nodes),
-                ", ".join(self.attempts.excluded),
-            )
-            self.attempts.excluded = []
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop = True
@@ -265,26 +254,11 @@ class Supervisor:
             self.srun.send_signal(number)
 
 
-class Tail:
-    """Passes a stream on to our own output, and keeps its last lines."""
-
-    LINES = 2000
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
-        self._thread.start()
-
-    def finish(self) -> str:
-        """The last lines, once the stream has ended."""
-        self._thread.join(timeout=10.0)
-        return "".join(self._lines)
-
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            self._lines = [*self._lines[-self.LINES :], line]
+def _pass_on(stream: IO[str], tail: deque[str]) -> None:
+    """Print a stream as it comes, and keep its last lines."""
+    for line in stream:
+        print(line, end="", flush=True)
+        tail.append(line)
 
 
 if __name__ == "__main__":

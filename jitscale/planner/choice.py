@@ -9,8 +9,8 @@ from jitscale.model.flops import image_tokens
 from jitscale.planner.memory import Memory, activation_bytes, objective_bytes, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication, pass_seconds
 
-BUSY_TOKENS = 2048  # a micro-batch that keeps a GPU's matrix units busy: an assumption
-WORTH = 0.1  # a higher stage must shorten the step by so much: an assumption
+BUSY_TOKENS = 2048  # of a micro-batch that keeps a GPU's matrix units busy: an assumption
+MIN_GAIN = 0.1  # a higher stage must shorten the step by so much: an assumption
 CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
 
 
@@ -48,42 +48,22 @@ class Candidate:
 
 
 def candidate(
-    config: Config,
-    cluster: Cluster,
-    *,
-    stage: int,
-    micro_batch: int,
-    activation_checkpointing: int = 0,
+    config: Config, cluster: Cluster, *, stage: int, micro_batch: int, activation_checkpointing: int = 0
 ) -> Candidate:
-    """What `config` costs on `cluster` when run so."""
-    model, precision = config.model, config.engine.precision
-    share = config.data.batch_size // cluster.gpus
-    state = state_memory(
-        model,
-        stage=stage,
-        precision=precision,
-        ranks=cluster.gpus,
-        decays=len(config.ema.decays) + len(config.ema.power_widths),
-        hpz=min(cluster.gpus, cluster.gpus_per_node) if cluster.hpz else 1,
-        overlap=cluster.overlap,
-        muon=config.optim.name == "muon",
-    )
-    activations = activation_bytes(
-        model, micro_batch, precision=precision, activation_checkpointing=activation_checkpointing
-    )
-    memory = replace(state, activations=activations + objective_bytes(model, micro_batch))
-    traffic = communication(
-        model,
-        cluster,
-        stage=stage,
-        precision=precision,
-        micro_batch=micro_batch,
-        micro_batches=share // micro_batch,
+    """What `config` costs on `cluster` in a ZeRO stage, with a micro-batch, checkpointing every k-th block."""
+    settings = replace(
+        config.engine,
+        zero_stage=stage,
+        micro_batch_size=micro_batch,
         activation_checkpointing=activation_checkpointing,
+        hpz_group_size=min(cluster.gpus, cluster.gpus_per_node) if cluster.hpz else 1,
     )
+    run = replace(config, engine=settings)
+    activations = activation_bytes(run, micro_batch) + objective_bytes(run.model, micro_batch)
+    memory = replace(state_memory(run, cluster.gpus, overlap=cluster.overlap), activations=activations)
+    compute = sum(pass_seconds(run, cluster, run.data.batch_size // cluster.gpus))
     fits = memory.total <= cluster.gpu_memory * (1 - cluster.margin)
-    compute = sum(pass_seconds(model, cluster, share, activation_checkpointing))
-    return Candidate(stage, micro_batch, activation_checkpointing, memory, traffic, compute, fits)
+    return Candidate(stage, micro_batch, activation_checkpointing, memory, communication(run, cluster), compute, fits)
 
 
 def zero_stages(precision: str) -> tuple[int, ...]:
@@ -94,30 +74,27 @@ def zero_stages(precision: str) -> tuple[int, ...]:
 def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     """The fastest way to run that fits; None where none does.
 
-    Tried are stages 1 to 3 (0 is for comparison), all micro-batches that divide a rank's share of the batch, and
-    checkpointing of no block, every 4th, every 2nd and all. Of each stage the fastest is taken, of equally fast ones
-    that with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU idle, which the model of time does
-    not see: they are taken only if nothing else fits. Of the stages the lowest wins that is at most `WORTH` slower
-    than the fastest, because a higher one costs latency and bookkeeping that the model does not see either.
+    It tries stages 1 to 3 (0 is for comparison), all micro-batches that divide a rank's share of the batch, and
+    checkpointing of no block, every 4th, every 2nd and all. The best of a stage is the fastest; if several are equally
+    fast, the one with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU idle, which the model of
+    time ignores: they are taken only if nothing else fits. The lowest stage wins that is at most `MIN_GAIN` slower than
+    the fastest, because a higher one costs latency and bookkeeping, which the model ignores too.
     """
     share = config.data.batch_size // cluster.gpus
     enough = min(share, -(-BUSY_TOKENS // image_tokens(config.model)))
     best: list[Candidate] = []
     for stage in (1, 2, 3):
-        fitting = [
-            option
-            for micro_batch in (divisor for divisor in range(1, share + 1) if share % divisor == 0)
+        tried = [
+            candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
+            for micro_batch in range(1, share + 1)
+            if share % micro_batch == 0
             for every in CHECKPOINTING
-            if (
-                option := candidate(
-                    config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every
-                )
-            ).fits
         ]
+        fitting = [option for option in tried if option.fits]
         if fitting:
             best.append(min(fitting, key=lambda c: (c.micro_batch < enough, round(c.step_seconds, 9), -c.micro_batch)))
     busy = [option for option in best if option.micro_batch >= enough] or best
     if not busy:
         return None
     fastest = min(option.step_seconds for option in busy)
-    return next(option for option in busy if option.step_seconds <= (1 + WORTH) * fastest)
+    return next(option for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jitscale.config import ModelConfig
+from jitscale.config import Config, ModelConfig
 from jitscale.model.flops import block_tokens, image_tokens
 from jitscale.model.jit import JiT, parameter_kind
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
@@ -46,9 +46,9 @@ class Memory:
     The copy of the gradients that the update makes is not counted: buckets and activations are free by then.
 
     Attributes:
-        weights: those of the forward pass; in stage 3 this rank's part and the small ones that stay whole.
+        weights: of the forward pass; in stage 3 this rank's shard and the small ones that stay whole.
         gradients: what backward accumulates, before the optimizer step.
-        masters: float32 weights of the optimizer beside `weights`.
+        masters: the optimizer's float32 weights, next to `weights`.
         moments: the optimizer's.
         averages: the EMAs.
         buckets: DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too.
@@ -65,7 +65,7 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What does not depend on the micro-batch, without buffers."""
+        """What neither micro-batch nor buffers add to."""
         return self.weights + self.gradients + self.masters + self.moments + self.averages
 
     @property
@@ -74,59 +74,37 @@ class Memory:
         return self.state + self.buckets + self.activations
 
 
-def state_memory(
-    model: ModelConfig,
-    *,
-    stage: int,
-    precision: str,
-    ranks: int,
-    decays: int,
-    hpz: int = 1,
-    overlap: bool = True,
-    muon: bool = False,
-) -> Memory:
+def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
-    The layout is that of DeepSpeed 0.19.8 as engine.py configures it. Sharding is taken as even: the padding of a
-    shard to a few bytes is left out.
+    The layout is that of DeepSpeed 0.19.8 as engine.py configures it. The padding of shards to a few bytes is left out.
 
     Args:
-        stage: of ZeRO.
-        precision: as `engine.precision`.
+        config: the run.
         ranks: of the run.
-        decays: number of averages.
-        hpz: GPUs that hold a second whole copy of the weights among them (ZeRO++, stage 3); 1 for none.
         overlap: DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
-        muon: hidden matrices have one moment instead of two.
     """
-    sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
-    whole = sum(sizes)
+    stage, precision, group = config.engine.zero_stage, config.engine.precision, config.engine.hpz_group_size
+    shapes = parameter_shapes(config.model)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    whole = sum(sizes.values())
     shard = whole / ranks
-    matrices = sum(
-        math.prod(shape)
-        for name, shape in parameter_shapes(model).items()
-        if muon and parameter_kind(name, len(shape)) == "matrices"
-    )
-    moments_whole = 2 * whole - matrices
+    all_moments = 2 * whole
+    if config.optim.name == "muon":  # one moment for each hidden matrix
+        all_moments -= sum(sizes[name] for name in shapes if parameter_kind(name, len(shapes[name])) == "matrices")
     width = WEIGHT_BYTES[precision]
-    averages = FP32 * shard * decays
+    averages = FP32 * shard * (len(config.ema.decays) + len(config.ema.power_widths))
     if stage == 0:
-        # Masters are the weights themselves; nothing but the averages is sharded.
+        # The masters are the weights themselves; only the averages are sharded.
         buckets = FP32 * min(whole, BUCKET_ELEMENTS) if ranks > 1 else 0.0
-        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * moments_whole, averages, buckets)
-    masters, moments = FP32 * shard, FP32 * moments_whole / ranks
+        return Memory(FP32 * whole, FP32 * whole, 0.0, FP32 * all_moments, averages, buckets)
+    masters, moments = FP32 * shard, FP32 * all_moments / ranks
     if stage == 3:
-        kept_whole = sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
-        second_copy = width * whole / hpz if hpz > 1 else 0.0
-        gathered = width * min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS)
-        return Memory(
-            width * (shard + kept_whole) + second_copy,
-            FP32 * shard,
-            masters,
-            moments,
-            averages,
-            width * BUCKET_ELEMENTS + gathered,
-        )
+        persistent = sum(size for size in sizes.values() if size <= PERSISTENT_ELEMENTS)
+        secondary_copy = width * whole / group if group > 1 else 0.0
+        weights = width * (shard + persistent) + secondary_copy
+        buckets = width * (BUCKET_ELEMENTS + min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS))
+        return Memory(weights, FP32 * shard, masters, moments, averages, buckets)
     flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
     if stage == 1 and precision == "bf16":
         # BF16_Optimizer adds bf16 gradients to whole float32 ones, and reduces them after backward, without buckets.
@@ -137,43 +115,36 @@ def state_memory(
     return Memory(width * whole, gradients, masters, moments, averages, buckets)
 
 
-def activation_bytes(
-    model: ModelConfig, micro_batch: int, *, precision: str, activation_checkpointing: int = 0
-) -> float:
-    """Bytes that one forward pass in training keeps for backward, from shapes, with fused attention.
+def activation_bytes(config: Config, micro_batch: int) -> float:
+    """Bytes that one forward pass of `micro_batch` images keeps for backward, from shapes, with fused attention.
 
     Under autocast that includes the bf16 copies of all weight matrices, which backward multiplies by: they are whole
     in stage 3 too. Dropout masks count one byte an element, as on GPUs. A checkpointed block keeps its input; one
     such block at a time is computed again in full.
-
-    Args:
-        model: the network.
-        micro_batch: images of a forward pass.
-        precision: as `engine.precision`.
-        activation_checkpointing: every k-th block (0, k, 2k, ...) is checkpointed; 0 for none.
     """
+    model, precision, every = config.model, config.engine.precision, config.engine.activation_checkpointing
     a = WEIGHT_BYTES["bf16"] if precision != "fp32" else FP32  # bytes of an activation
     width, tokens = model.hidden_size, image_tokens(model)
-    pixels = 3 * model.image_size**2
     kept = recomputed = 0.0
     for index in range(model.depth):
         block = _block_bytes(model, index, a)
-        if activation_checkpointing > 0 and index % activation_checkpointing == 0:
+        if every > 0 and index % every == 0:
             kept += a * block_tokens(model, index) * width
             recomputed = max(recomputed, block)
         else:
             kept += block
+    pixels = 3 * model.image_size**2
     kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
     kept += (2 * FP32 + 2 * a) * block_tokens(model, model.depth - 1) * width  # final layer
     kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
-    copies = 0
+    casts = 0
     if precision == "autocast":
-        copies = sum(
+        casts = sum(
             math.prod(shape)
             for name, shape in parameter_shapes(model).items()
             if len(shape) > 1 and "embedding_table" not in name and name != "in_context_posemb"
         )
-    return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * copies
+    return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * casts
 
 
 def objective_bytes(model: ModelConfig, micro_batch: int) -> float:

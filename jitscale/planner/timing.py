@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jitscale.config import ModelConfig
+from jitscale.config import Config
 from jitscale.model.flops import TRAINING_PASSES, forward_flops
 from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
 
@@ -79,16 +79,7 @@ class Communication:
     hiding_batch: int | None
 
 
-def communication(
-    model: ModelConfig,
-    cluster: Cluster,
-    *,
-    stage: int,
-    precision: str,
-    micro_batch: int,
-    micro_batches: int = 1,
-    activation_checkpointing: int = 0,
-) -> Communication:
+def communication(config: Config, cluster: Cluster) -> Communication:
     """Traffic of one optimizer step, its time, and the part that computation cannot hide.
 
     What is sent: float32 in fp32 and in autocast, bf16 in bf16, both weights and gradients. Stages 0, 1 and 2
@@ -97,53 +88,56 @@ def communication(
     the update. Stage 3 gathers the weights in forward and again in backward and reduce-scatters gradients, every
     micro-batch; with `hpz` (ZeRO++) the gather of backward stays within a node.
 
-    The model of overlap: communication runs beside computation without slowing it, in as many equal pieces as there
-    are blocks; the first piece has nothing to hide behind. With c seconds of communication beside t seconds of
+    The model of overlap: communication runs next to computation without slowing it, in as many equal pieces as there
+    are blocks; the first piece has nothing to hide behind. With c seconds of communication and t seconds of
     computation in d pieces, max(c/d, c - t (d - 1)/d) is exposed. Backward hides the reduction of gradients and stage
     3's second gather; forward hides stage 3's first. Nothing hides the gather after the update. Nothing is hidden
     without `overlap` in stages 0-2, nor in bf16 in stage 1, whose reduction comes after backward.
     """
-    weight_count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    size = float(WEIGHT_BYTES[precision] * weight_count)
+    stage, precision, d = config.engine.zero_stage, config.engine.precision, config.model.depth
     n = cluster.gpus
-    one_way = cluster.collective_seconds(size)
-    forward, backward = pass_seconds(model, cluster, 1, activation_checkpointing)
-    d = model.depth
+    share = config.data.batch_size // n
+    micro_batch = config.engine.micro_batch_size or share
+    micro_batches = share // micro_batch
+    size = float(WEIGHT_BYTES[precision] * sum(math.prod(shape) for shape in parameter_shapes(config.model).values()))
+    gather = cluster.collective_seconds(size)
+    forward, backward = pass_seconds(config, cluster, 1)
     if n == 1:
         return Communication(0.0, 0.0, 0.0, 0.0, 1)
     if stage == 3:
-        second = cluster.collective_seconds(size, within_node=cluster.hpz)
-        in_backward = second + one_way
-        local = min(n, cluster.gpus_per_node)
-        sent = size * (2 * _ring(n) + (_ring(local) if cluster.hpz else _ring(n)))
-        exposed = _exposed(one_way, forward * micro_batch, d) + _exposed(in_backward, backward * micro_batch, d)
-        batch = max(math.ceil(one_way / forward), math.ceil(in_backward / backward))
+        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
+        group = min(n, cluster.gpus_per_node) if cluster.hpz else n
         return Communication(
-            micro_batches * sent, micro_batches * (one_way + in_backward), micro_batches * exposed, 0.0, max(1, batch)
+            bytes=micro_batches * (size * (2 * _ring(n) + _ring(group))),
+            seconds=micro_batches * (gather + gather_and_scatter),
+            exposed=micro_batches
+            * (_exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)),
+            after_step=0.0,
+            hiding_batch=max(1, math.ceil(gather / forward), math.ceil(gather_and_scatter / backward)),
         )
     reductions = micro_batches if stage == 2 else 1
-    after_step = one_way if stage > 0 else 0.0
-    hides = cluster.overlap and not (stage == 1 and precision == "bf16")
-    waits = _exposed(2 * one_way, backward * micro_batch, d) if hides else 2 * one_way
+    after_step = gather if stage > 0 else 0.0
+    overlaps = cluster.overlap and not (stage == 1 and precision == "bf16")
+    exposed = _exposed(2 * gather, backward * micro_batch, d) if overlaps else 2 * gather
     return Communication(
-        (2 * reductions + (stage > 0)) * _ring(n) * size,
-        2 * reductions * one_way + after_step,
-        reductions * waits + after_step,
-        after_step,
-        max(1, math.ceil(2 * one_way / backward)) if hides else None,
+        bytes=(2 * reductions + (stage > 0)) * _ring(n) * size,
+        seconds=2 * reductions * gather + after_step,
+        exposed=reductions * exposed + after_step,
+        after_step=after_step,
+        hiding_batch=max(1, math.ceil(2 * gather / backward)) if overlaps else None,
     )
 
 
-def pass_seconds(
-    model: ModelConfig, cluster: Cluster, images: int, activation_checkpointing: int
-) -> tuple[float, float]:
+def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, float]:
     """Seconds of forward and of backward for `images` images; backward computes checkpointed blocks again."""
-    forward = forward_flops(model) * images / (cluster.peak * cluster.mfu)
-    again = len(range(0, model.depth, activation_checkpointing)) / model.depth if activation_checkpointing else 0.0
-    return forward, forward * (TRAINING_PASSES - 1 + again)
+    depth, every = config.model.depth, config.engine.activation_checkpointing
+    forward = forward_flops(config.model) * images / (cluster.peak * cluster.mfu)
+    recomputed = len(range(0, depth, every)) / depth if every else 0.0
+    return forward, forward * (TRAINING_PASSES - 1 + recomputed)
 
 
 def _ring(n: int) -> float:
+    """The part of a tensor that each of `n` ranks sends in a gather or a scatter."""
     return (n - 1) / n
 
 

@@ -1,4 +1,4 @@
-"""The planner's memory beside the tensors that ranks hold, in every stage and precision."""
+"""The planner's memory next to the tensors that ranks hold, in every stage and precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jitscale.planner.memory import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
-from tests.distributed.programs.planner_memory import DECAYS, MODEL, SETTINGS
+from tests.distributed.programs.planner_memory import SETTINGS, measured_run
 from tests.support.processes import PROGRAMS, run_ranks
 
 ALONE = ("2-autocast", "3-autocast")  # measured at 1 and 3 ranks too
@@ -24,7 +24,7 @@ def measured(path: Path, ranks: int, *setting: str) -> dict[str, Any]:
 
 
 def predicted(stage: int, precision: str, ranks: int) -> Memory:
-    return state_memory(MODEL, stage=stage, precision=precision, ranks=ranks, decays=len(DECAYS))
+    return state_memory(measured_run(stage, precision), ranks)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jitscale.errors import UserError
-from jitscale.launch.stages import Stage, parse_chain, parse_settings, variant_suffix
+from jitscale.launch.stages import Stage, parse_chain, parse_settings
 from tests.support import ROOT
 from tests.support.runs import write_chain_inputs
 from tools.submit import main
@@ -38,9 +38,12 @@ def shards(folder: Path) -> list[str]:
 
 def test_settings_make_variants() -> None:
     variants, at = parse_settings(["optim.lr=1e-4,2e-4", "ema.decays=[0.9,0.99]", "512/optim.lr=1e-5"])
-    assert variants == [("optim.lr=1e-4", "ema.decays=[0.9,0.99]"), ("optim.lr=2e-4", "ema.decays=[0.9,0.99]")]
+    assert variants == {
+        "_optim.lr=1e-4": ("optim.lr=1e-4", "ema.decays=[0.9,0.99]"),
+        "_optim.lr=2e-4": ("optim.lr=2e-4", "ema.decays=[0.9,0.99]"),
+    }
     assert at == {"512": ["optim.lr=1e-5"]}
-    assert variant_suffix(variants[1], ["optim.lr=1e-4,2e-4", "ema.decays=[0.9,0.99]"]) == "_optim.lr=2e-4"
+    assert parse_settings([])[0] == {"": ()}
 
 
 def test_a_chain_goes_through_resolutions() -> None:

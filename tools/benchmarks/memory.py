@@ -33,16 +33,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
             config = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
             held = parallel.gather_objects(state_bytes(config, world))
-            averages = len(config.ema.decays) + len(config.ema.power_widths)
-            predicted = state_memory(
-                config.model,
-                stage=stage,
-                precision=config.engine.precision,
-                ranks=world_size,
-                decays=averages,
-                muon=config.optim.name == "muon",
-            )
-            stages[str(stage)] = {"bytes": held, "predicted": predicted.state}
+            stages[str(stage)] = {"bytes": held, "predicted": state_memory(config, world_size).state}
         parallel.barrier()
     finally:
         parallel.stop()

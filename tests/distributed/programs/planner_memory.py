@@ -18,17 +18,17 @@ from jitscale.config import Config, EmaConfig, EngineConfig
 from tests.support import tiny
 from tests.support.processes import leave_after
 
-DECAYS = [0.9, 0.99]
 MODEL = replace(tiny.MODEL, hidden_size=320, depth=4, num_heads=4, bottleneck_dim=32)
 SETTINGS = [(0, "fp32")] + [(stage, p) for stage in (1, 2, 3) for p in ("fp32", "autocast", "bf16")]
 
 
+def measured_run(stage: int, precision: str) -> Config:
+    engine = EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=1)
+    return Config(model=MODEL, engine=engine, ema=EmaConfig(decays=[0.9, 0.99]))
+
+
 def measure(stage: int, precision: str, world: parallel.World) -> dict[str, int]:
-    config = Config(
-        model=MODEL,
-        engine=EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=1),
-        ema=EmaConfig(decays=DECAYS),
-    )
+    config = measured_run(stage, precision)
     config.data.batch_size = MICRO_BATCHES * world.size
     return state_bytes(config, world)
 
