@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     real, generated, logits = drawn(Inception.num_features), drawn(Inception.num_features), drawn(Inception.num_logits)
     spatial = drawn(Inception.num_spatial)
-    distance = FrechetDistance(real.mean(axis=0, dtype=np.float64))
+    distance = FrechetDistance(Inception.num_features)
     distance.update(real, real=True)
 
     def fid() -> None:
