@@ -38,7 +38,8 @@ def compute_blocks(
     size: int,
     compute: Callable[[int, Sequence[int], int | None], Iterable[Block]],
     world: World,
-    description: str,
+    *,
+    keep: bool,
 ) -> list[Block]:
     """Compute the blocks that are not on disk yet, by turns; a collective call.
 
@@ -49,57 +50,53 @@ def compute_blocks(
         compute: from a block's number and indices into `folders`, the contents of the block there; the third argument
             is the number of the block that follows on this rank, None after the last one.
         world: this rank.
-        description: of the progress bar.
+        keep: False computes all blocks and sends them to rank 0 instead of writing files: for few images.
 
     Returns:
-        On rank 0 for each folder all blocks, concatenated; on the others empty features.
+        On rank 0 for each folder all blocks, concatenated; on the others nothing.
     """
-    if world.is_main:
-        for folder in folders:
+
+    def path(setting: int, number: int) -> Path:
+        return folders[setting] / f"block_{number:06d}.npz"
+
+    def missing_blocks() -> list[tuple[int, list[int]]]:
+        """Block numbers, and the settings for which each is missing."""
+        for folder in folders if keep else ():
             folder.mkdir(parents=True, exist_ok=True)
+        every = range(len(folders))
+        found = [(n, [index for index in every if not (keep and path(index, n).exists())]) for n in range(count)]
+        return [(number, settings) for number, settings in found if settings]
+
     # Listed by one rank: what the others see may have changed before they look.
-    missing = parallel.broadcast_object(_missing(folders, count))
+    missing = parallel.on_main(missing_blocks)
     images = size * sum(len(settings) for _, settings in missing)
+    passing: dict[tuple[int, int], Block] = {}
 
     def share() -> None:
-        try:
-            own_blocks()
-        except UserError as error:
-            logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
-            raise
-
-    def own_blocks() -> None:
         for turn in range(world.rank, len(missing), world.size):
             number, settings = missing[turn]
             following = missing[turn + world.size][0] if turn + world.size < len(missing) else None
-            for setting, content in zip(settings, compute(number, settings, following), strict=True):
-                with atomic_write(_block_path(folders[setting], number)) as file:
-                    np.savez(file, **content)  # type: ignore[arg-type]
+            try:
+                for setting, content in zip(settings, compute(number, settings, following), strict=True):
+                    if not keep:
+                        passing[setting, number] = content
+                        continue
+                    with atomic_write(path(setting, number)) as file:
+                        np.savez(file, **content)  # type: ignore[arg-type]
+            except UserError as error:
+                logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
+                raise
             others = missing[turn : turn + world.size]  # the other ranks are as far
             progress.update(size * sum(len(settings) for _, settings in others))
 
     total = count * size * len(folders)
-    with tqdm(total=total, initial=total - images, unit="img", desc=description, disable=not world.is_main) as progress:
+    with tqdm(total=total, initial=total - images, unit="img", desc="generate", disable=not world.is_main) as progress:
         parallel.raise_together(share)
-    if not world.is_main:
-        return [{"features": np.empty((0, 0))} for _ in folders]
-    return [_read(folder, count) for folder in folders]
+    gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
 
+    def whole(setting: int) -> Block:
+        places = [(setting, number) for number in range(count)]
+        parts = [dict(np.load(path(*place))) if keep else gathered[place] for place in places]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-def _missing(folders: Sequence[Path], count: int) -> list[tuple[int, list[int]]]:
-    """Block numbers, and where each is missing."""
-    found = []
-    for number in range(count):
-        settings = [index for index, folder in enumerate(folders) if not _block_path(folder, number).exists()]
-        if settings:
-            found.append((number, settings))
-    return found
-
-
-def _read(folder: Path, count: int) -> Block:
-    parts = [dict(np.load(_block_path(folder, number))) for number in range(count)]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _block_path(folder: Path, number: int) -> Path:
-    return folder / f"block_{number:06d}.npz"
+    return [whole(setting) for setting in range(len(folders))] if world.is_main else []
