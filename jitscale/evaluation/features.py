@@ -97,7 +97,7 @@ class FeatureNetwork(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"expected (B, 3, height, width) uint8, got {tuple(images.shape)} {images.dtype}")
-        # The caller's precision is no part of a protocol, and TF32 would move every distance on newer GPUs.
+        # The caller's precision is no part of a protocol, and TF32 would change every distance on newer GPUs.
         with torch.autocast(images.device.type, enabled=False), without_tf32():
             return self.embed(images.float())
 
