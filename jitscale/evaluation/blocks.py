@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 Block = dict[str, npt.NDArray[Any]]
 
 
+class Missing(NamedTuple):
+    """A block by its number, and the settings under which it is not on disk, as indices."""
+
+    number: int
+    settings: list[int]
+
+
 def digest_of(identity: dict[str, Any]) -> str:
     """A short hash for a folder's name."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -36,7 +43,7 @@ def compute_blocks(
     folders: Sequence[Path],
     count: int,
     size: int,
-    compute: Callable[[int, Sequence[int], int | None], Iterable[Block]],
+    compute: Callable[[Sequence[Missing]], Iterator[Block]],
     world: World,
     *,
     keep: bool,
@@ -47,8 +54,7 @@ def compute_blocks(
         folders: of the files: several for blocks of the same images under several settings, which are made together.
         count: how many blocks.
         size: images of a block, for the progress bar.
-        compute: from a block's number and indices into `folders`, the contents of the block there; the third argument
-            is the number of the block that follows on this rank, None after the last one.
+        compute: from the missing blocks of this rank their contents, in order.
         world: this rank.
         keep: False computes all blocks and sends them to rank 0 instead of writing files: for few images.
 
@@ -59,38 +65,35 @@ def compute_blocks(
     def path(setting: int, number: int) -> Path:
         return folders[setting] / f"block_{number:06d}.npz"
 
-    def missing_blocks() -> list[tuple[int, list[int]]]:
-        """Block numbers, and the settings for which each is missing."""
+    def list_missing() -> list[Missing]:
         for folder in folders if keep else ():
             folder.mkdir(parents=True, exist_ok=True)
         every = range(len(folders))
-        found = [(n, [index for index in every if not (keep and path(index, n).exists())]) for n in range(count)]
-        return [(number, settings) for number, settings in found if settings]
+        blocks = [Missing(n, [i for i in every if not (keep and path(i, n).exists())]) for n in range(count)]
+        return [block for block in blocks if block.settings]
 
     # Listed by one rank: what the others see may have changed before they look.
-    missing = parallel.on_main(missing_blocks)
-    images = size * sum(len(settings) for _, settings in missing)
+    missing = parallel.on_main(list_missing)
     passing: dict[tuple[int, int], Block] = {}
 
     def share() -> None:
-        for turn in range(world.rank, len(missing), world.size):
-            number, settings = missing[turn]
-            following = missing[turn + world.size][0] if turn + world.size < len(missing) else None
-            try:
-                for setting, content in zip(settings, compute(number, settings, following), strict=True):
-                    if not keep:
-                        passing[setting, number] = content
-                        continue
-                    with atomic_write(path(setting, number)) as file:
+        own = missing[world.rank :: world.size]
+        places = [(setting, block.number) for block in own for setting in block.settings]
+        try:
+            for place, content in zip(places, compute(own), strict=True):
+                if keep:
+                    with atomic_write(path(*place)) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
-            except UserError as error:
-                logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
-                raise
-            others = missing[turn : turn + world.size]  # the other ranks are as far
-            progress.update(size * sum(len(settings) for _, settings in others))
+                else:
+                    passing[place] = content
+                progress.update(min(size * world.size, total - progress.n))  # the other ranks are as far
+        except UserError as error:
+            logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
+            raise
 
-    total = count * size * len(folders)
-    with tqdm(total=total, initial=total - images, unit="img", desc="generate", disable=not world.is_main) as progress:
+    total = size * count * len(folders)
+    done = total - size * sum(len(block.settings) for block in missing)
+    with tqdm(total=total, initial=done, unit="img", desc="generate", disable=not world.is_main) as progress:
         parallel.raise_together(share)
     gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
 

@@ -17,15 +17,15 @@ from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
 from jitscale.data.shards import open_labelled
 from jitscale.errors import ConfigError
-from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
+from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
-    NoiseAhead,
     RandomLabels,
     autocast,
     configured_sampler,
     generate_by_scale,
     labels_of,
+    noise_ahead,
     ready_to_sample,
 )
 from jitscale.evaluation.networks import Embedder, identity_of
@@ -96,21 +96,20 @@ class Evaluator:
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
         evaluation = settings[0]
         size = evaluation.block_size
-        noise = NoiseAhead(evaluation.seed, model.config.image_size)
 
-        def block(number: int, wanted: Sequence[int], following: int | None) -> Iterator[Block]:
+        def blocks(missing: Sequence[Missing]) -> Iterator[Block]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
-            ids = range(number * size, (number + 1) * size)
-            ahead = None if following is None else range(following * size, (following + 1) * size)
-            labels = self._labels(ids)
-            with autocast(self.config, self.world.device):
-                chosen = [samplers[index] for index in wanted]
-                for images in generate_by_scale(model, chosen, labels, noise.of(ids, ahead), self.guide):
-                    yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
+            ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
+            noises = noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
+            for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
+                labels, chosen = self._labels(ids), [samplers[index] for index in block.settings]
+                with autocast(self.config, self.world.device):
+                    for images in generate_by_scale(model, chosen, labels, noise, self.guide):
+                        yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
         folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
         count = -(-evaluation.num_images // size)
-        found = compute_blocks(folders, count, size, block, self.world, keep=keep_blocks)
+        found = compute_blocks(folders, count, size, blocks, self.world, keep=keep_blocks)
         results: list[dict[str, Any]] = []
         if self.reference is not None:
             for samples, protocol in zip(found, protocols, strict=True):
