@@ -64,7 +64,7 @@ class FrechetDistance(FrechetInceptionDistance):
         network = nn.Identity()  # the features are there already
         network.num_features = num_features  # type: ignore[assignment]
         super().__init__(network, reset_real_features=False, sync_on_compute=False, compute_with_cache=False)
-        self._root: tuple[int, Float64Array] = 0, np.empty((0, 0))
+        self._root: Float64Array | None = None  # of the covariance of the real features
 
     @classmethod
     def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:
@@ -106,6 +106,7 @@ class FrechetDistance(FrechetInceptionDistance):
             self._add(name, _sums_of(incoming_state, name))
 
     def _add(self, name: str, sums: _Sums) -> None:
+        self._root = self._root if name == "fake" else None
         merged = _sums_of(self.metric_state, name).merged(sums)
         for key, value in zip(STATES, merged, strict=True):
             setattr(self, f"{name}_features_{key}", torch.as_tensor(value))
@@ -136,14 +137,14 @@ class FrechetDistance(FrechetInceptionDistance):
         """
         mean_a, a = self.gaussian("fake")
         mean_b, b = self.gaussian("real")
-        images, real_images = int(self.fake_features_num_samples), int(self.real_features_num_samples)
+        images = int(self.fake_features_num_samples)
         if images < len(mean_a):
             logger.warning("%d images for %d features: their covariance is singular", images, len(mean_a))
-        if self._root[0] != real_images:
+        if self._root is None:
             values, vectors = np.linalg.eigh(b)
             # A covariance has negative eigenvalues by round-off only.
-            self._root = real_images, (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-        product = self._root[1] @ a @ self._root[1]
+            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+        product = self._root @ a @ self._root
         cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
         difference = mean_a - mean_b
         return torch.tensor(difference @ difference + np.trace(a) + np.trace(b) - 2.0 * cross)
@@ -216,19 +217,14 @@ def kernel_distance(
     Raises:
         ValueError: different F, fewer than two images in a set, or values that are not finite.
     """
-    for features in (features_a, features_b):
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
-            raise ValueError(f"expected features (N, F), got shapes {features_a.shape} and {features_b.shape}")
-        _refuse_non_finite(features, "features")
+    _refuse_sets(features_a, features_b, fewest=2)
     size = min(subset_size, len(features_a), len(features_b))
     random = np.random.RandomState(KERNEL_SUBSETS_SEED)
-    found = []
-    for _ in range(subsets):
-        a, b = (
-            torch.from_numpy(features[random.choice(len(features), size, replace=False)].astype(np.float64))
-            for features in (features_a, features_b)
-        )
-        found.append(float(poly_mmd(a, b)))
+
+    def subset(features: Array) -> torch.Tensor:
+        return torch.from_numpy(features[random.choice(len(features), size, replace=False)].astype(np.float64))
+
+    found = [float(poly_mmd(subset(features_a), subset(features_b))) for _ in range(subsets)]
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -242,13 +238,17 @@ def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple
     Raises:
         ValueError: different F, no more than `neighbour` images in a set, or values that are not finite.
     """
-    for features in (real, generated):
-        if features.ndim != 2 or len(features) <= neighbour or features.shape[1] != real.shape[1]:
-            raise ValueError(
-                f"expected features of more than {neighbour} images, got shapes {real.shape} and {generated.shape}"
-            )
-        _refuse_non_finite(features, "features")
+    _refuse_sets(real, generated, fewest=neighbour + 1)
     return _covered(generated, real, neighbour), _covered(real, generated, neighbour)
+
+
+def _covered(points: Array, members: Array, neighbour: int) -> float:
+    """Share of `points` that the set of `members` covers."""
+    asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
+    # The nearest member of the set is the member itself.
+    radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
+    covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
+    return float(torch.cat(covered).double().mean())
 
 
 def label_agreement(logits: Array, labels: Array) -> float:
@@ -271,13 +271,11 @@ def label_agreement(logits: Array, labels: Array) -> float:
     return correct / images
 
 
-def _covered(points: Array, members: Array, neighbour: int) -> float:
-    """Share of `points` that the set of `members` covers."""
-    asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
-    # The nearest member of the set is the member itself.
-    radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
-    covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
-    return float(torch.cat(covered).double().mean())
+def _refuse_sets(a: Array, b: Array, fewest: int) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < fewest:
+        raise ValueError(f"expected features (N, F) of at least {fewest} images, got shapes {a.shape} and {b.shape}")
+    _refuse_non_finite(a, "features")
+    _refuse_non_finite(b, "features")
 
 
 def _refuse_non_finite(values: Array, what: str) -> None:

@@ -155,26 +155,24 @@ def choose_kernel(
 
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    failures: dict[str, str] = {}
+    failures: list[str] = []
     for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
             for length in sorted(set(tokens)):
                 for dropout in sorted(set(dropouts)):
                     _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
         except Exception as error:  # compilers of kernels raise what they like; it is said
-            failures[name] = [*str(error).strip().splitlines(), type(error).__name__][0]
+            line = [*str(error).strip().splitlines(), type(error).__name__][0]
+            failures.append(f"{name}: {line}" if asked == "auto" else line)
             continue
-        tried = "; ".join(f"{other}: {reason}" for other, reason in failures.items())
-        return ChosenKernel(
-            name, _version(name), (tried or "the first that was tried") if asked == "auto" else "asked for"
-        )
-    if asked != "auto":
-        raise ConfigError(
-            f"engine.attention={asked} does not work here ({failures[asked]}); head dim {head_dim}, {dtype}, dropout "
-            f"{max(dropouts)}, {device}; choose auto"
-        )
-    tried = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-    raise ConfigError(f"engine.attention=auto: no kernel works here ({tried})")
+        reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
+        return ChosenKernel(name, _version(name), reason)
+    if asked == "auto":
+        raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+    raise ConfigError(
+        f"engine.attention={asked} does not work here ({failures[0]}); head dim {head_dim}, {dtype}, dropout "
+        f"{max(dropouts)}, {device}; choose auto"
+    )
 
 
 def _probe(
