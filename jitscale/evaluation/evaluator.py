@@ -40,13 +40,13 @@ MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the pr
 
 
 class Evaluator:
-    """A feature network and real images, with which samples are measured."""
+    """Feature networks and real images, with which samples are measured."""
 
     def __init__(self, config: Config, world: World, run_dir: Path, guide: JiT | None = None) -> None:
-        """Load the network, and what is known of the real images, or compute that; a collective call.
+        """Load the networks, and what is known of the real images, or compute that; a collective call.
 
         Args:
-            config: feature network, reference, labels, precision.
+            config: feature networks, reference, labels, precision.
             world: this rank.
             run_dir: for the blocks, in `evaluation`.
             guide: the network of `evaluation.guide`, the same on every rank; made ready to sample.

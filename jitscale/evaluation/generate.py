@@ -65,14 +65,7 @@ class RandomLabels:
     """Classes drawn at random, that of an image as a function of (seed, id) alone."""
 
     def __init__(self, seed: int, counts: Sequence[int]) -> None:
-        """
-        Args:
-            seed: of the draws.
-            counts: what the probability of each class is proportional to.
-
-        Raises:
-            ValueError: all are zero.
-        """
+        """The probability of each class is proportional to its count; ValueError if all counts are zero."""
         total = sum(counts)
         if total < 1:
             raise ValueError(f"counts: need a class with samples, got {list(counts)}")
@@ -110,13 +103,13 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
             raise ConfigError(f"evaluation.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
         model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign]
         text += ", CUDA graphs"
-    _say_once(text)
+    _log_once(text)
     return model
 
 
 @cache
-def _say_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _log_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
         logger.info("%s", text)
 
 
@@ -181,6 +174,7 @@ def sample_grid(
     """
     classes = max(1, model.config.num_classes)
     ids = [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
+
     own = ids[world.rank :: world.size]
 
     def sampled() -> torch.Tensor | None:

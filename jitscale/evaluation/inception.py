@@ -78,7 +78,7 @@ class Mixed(nn.Module):
 
 
 def block_a(width: int, pooled: int) -> Mixed:
-    """35 x 35, to 224 + `pooled` channels: kernels of 1, 5 and twice 3."""
+    """35 x 35, to 224 + `pooled` channels."""
     return Mixed(
         width,
         "average",
@@ -91,8 +91,7 @@ def block_a(width: int, pooled: int) -> Mixed:
 
 def block_b(width: int) -> Mixed:
     """35 x 35 to 17 x 17, and 480 channels more."""
-    double: list[Layer] = [(64, 1), (96, 3), (96, 3)]
-    return Mixed(width, "maximum", 2, branch3x3=[(384, 3)], branch3x3dbl=double, branch_pool=[])
+    return Mixed(width, "maximum", 2, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[])
 
 
 def block_c(width: int, inner: int) -> Mixed:

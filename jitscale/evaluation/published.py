@@ -37,7 +37,7 @@ class Published:
         return self.url.rsplit("/", maxsplit=1)[-1]
 
     def remedy(self, folder: Path) -> str:
-        """The command that brings the file into `folder`."""
+        """The command that downloads the file into `folder`."""
         return f"on a machine with a network: python tools/fetch_weights.py --output {folder} {self.name}".rstrip()
 
 
