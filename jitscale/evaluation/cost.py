@@ -19,26 +19,16 @@ class MeasuringCost:
     """What the generated images cost, in images trained on.
 
     The feature networks are not counted: Inception's forward pass of an image is 0.1% of sampling it with JiT-B.
-
-    Attributes:
-        evaluation: how many images each measurement generates.
-        trained: images that the run sees.
-        on_the_way: how often few images are measured while training.
-        few: the cost of all those.
-        pictures: the cost of all pictures of samples while training.
-        settings: of the sweep; 1 for none.
-        sweep: its cost.
-        final: the cost of the images of the best settings, beyond what the sweep has generated.
     """
 
-    evaluation: EvaluationConfig
-    trained: int = 0
-    on_the_way: int = 0
-    few: float = 0.0
-    pictures: float = 0.0
-    settings: int = 0
-    sweep: float = 0.0
-    final: float = 0.0
+    evaluation: EvaluationConfig  # how many images each measurement generates
+    trained: int = 0  # images that the run sees
+    on_the_way: int = 0  # how often few images are measured while training
+    few: float = 0.0  # the cost of all those
+    pictures: float = 0.0  # the cost of all pictures of samples while training
+    settings: int = 0  # of the sweep; 1 for none
+    sweep: float = 0.0  # its cost
+    final: float = 0.0  # the cost of the images of the best settings, beyond what the sweep has generated
 
     @property
     def share(self) -> float:
@@ -68,11 +58,7 @@ def percent(share: float) -> str:
 
 
 def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
-    """Cost of the measurements of a training.
-
-    Args:
-        config: of the training, with all its stages.
-        weight_sets: that it writes.
+    """Cost of the measurements of a training, of all its stages, that writes `weight_sets`.
 
     Raises:
         ConfigError: `evaluation.sweep` is impossible.

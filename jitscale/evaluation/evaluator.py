@@ -45,11 +45,7 @@ class Evaluator:
     def __init__(self, config: Config, world: World, run_dir: Path, guide: JiT | None = None) -> None:
         """Load the networks, and what is known of the real images, or compute that; a collective call.
 
-        Args:
-            config: feature networks, reference, labels, precision.
-            world: this rank.
-            run_dir: for the blocks, in `evaluation`.
-            guide: the network of `evaluation.guide`, the same on every rank; made ready to sample.
+        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide` is made ready to sample.
 
         Raises:
             ConfigError: no feature network is configured, or there is no reference.

@@ -49,14 +49,9 @@ def measure_settings(
     *,
     neighbours: bool = False,
 ) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Each setting with what `Evaluator.measure` says about it, in their order; a collective call.
+    """Each setting with what `Evaluator.measure` says about `num_images` of it, in their order; a collective call.
 
-    Args:
-        settings: those of one network together.
-        network: gives the weight sets, on the device.
-        evaluator: measures.
-        num_images: of each.
-        neighbours: see `Evaluator.measure`.
+    Settings of one network must lie together; `network` puts a weight set on the device.
     """
     evaluation = evaluator.config.evaluation
     for weights, own in groupby(settings, key=lambda setting: setting.weights):
@@ -72,18 +67,9 @@ def measure_settings(
 def evaluate_model(
     model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
 ) -> dict[str, Any]:
-    """The final evaluation of one network under the configured setting; a collective call.
+    """`measure_finally` of the weight set `weights` alone, under the configured setting; a collective call.
 
-    Args:
-        model: made by `ready_to_sample`; the same weights on every rank.
-        weights: name of the weight set, for the record.
-        config: sampler, feature network, reference and number of images.
-        world: this rank.
-        run_dir: where the results go.
-        guide: for autoguidance, see `Evaluator`.
-
-    Returns:
-        See `measure_finally`.
+    `model` was made by `ready_to_sample` and has the same weights on every rank.
 
     Raises:
         UserError: see `Evaluator` and `measure_finally`.
@@ -99,7 +85,7 @@ def measure_finally(
     """Do the evaluation that the configuration describes, and write what came out; a collective call.
 
     Args:
-        network: gives the weight sets, ready to sample, on the device.
+        network: from the name of one of `weight_sets` the network, ready to sample, on the device.
         weight_sets: those that there are.
         evaluator: has the configuration.
         run_dir: where the results go.

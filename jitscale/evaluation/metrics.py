@@ -201,15 +201,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
 
-    The unbiased estimate, for random subsets of both sets of features (N, F), drawn with a fixed seed; unlike the
-    Fréchet distance it does not depend on N in the mean. torchmetrics' own metric draws its subsets from torch's global
-    generator.
-
-    Args:
-        features_a: (N, F).
-        features_b: (M, F).
-        subsets: how many pairs of subsets.
-        subset_size: of each; all images where there are fewer.
+    The unbiased estimate, for `subsets` random subsets of features (N, F) and (M, F), of `subset_size` or all images,
+    drawn with a fixed seed; unlike the Fréchet distance it does not depend on N in the mean. torchmetrics' own metric
+    draws its subsets from torch's global generator.
 
     Returns:
         Mean and population standard deviation over the subsets; multiply by 1000 for what some papers print.

@@ -35,19 +35,12 @@ PUBLISHED = {name: n.weights for name, n in FEATURE_NETWORKS.items() if isinstan
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A feature network as an evaluation names it, before its weights are in memory.
+    """A feature network as an evaluation names it, before its weights are in memory."""
 
-    Attributes:
-        name: in `FEATURE_NETWORKS`.
-        path: of its weights.
-        sha256: of that file.
-        suffix: of its parts in a block: empty for the network of `evaluation.features`.
-    """
-
-    name: str
-    path: Path
-    sha256: str
-    suffix: str
+    name: str  # in `FEATURE_NETWORKS`
+    path: Path  # of its weights
+    sha256: str  # of that file
+    suffix: str  # of its parts in a block: empty for the network of `evaluation.features`
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -124,12 +117,7 @@ def _find(name: str, evaluation: EvaluationConfig, *, main: bool) -> NetworkFile
 
 
 class Embedder:
-    """The feature networks of an evaluation, all applied to the same images.
-
-    Attributes:
-        files: the networks, the main one first.
-        networks: the same, with their weights.
-    """
+    """The feature networks of an evaluation, all applied to the same images: the main one first."""
 
     def __init__(self, evaluation: EvaluationConfig, world: World) -> None:
         """Load the networks; a collective call. Raises what `network_files` and `NetworkFile.load` raise."""

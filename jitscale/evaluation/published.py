@@ -19,13 +19,7 @@ ANSWER_SECONDS = 30.0  # a download is given up after so long without a byte
 
 @dataclass(frozen=True)
 class Published:
-    """A file on the web.
-
-    Attributes:
-        url: where it is; its last part is the file's name.
-        sha256: how its hash begins.
-        name: of the network, for tools/fetch_weights.py.
-    """
+    """A file on the web, how its hash begins, and the name that tools/fetch_weights.py has for it."""
 
     url: str
     sha256: str

@@ -55,13 +55,9 @@ class Reference:
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
-    """The real images that `config` names; a collective call. None on ranks other than 0.
+    """The real images that `config` names, a statistics file or shards; a collective call. None on ranks other than 0.
 
-    Args:
-        embedder: gives the features.
-        config: `evaluation.reference`, a statistics file or shards, or else `data.shards`.
-        world: this rank.
-        run_dir: where the cache is if it can be neither next to the shards nor in `evaluation.cache_dir`.
+    The cache is in `run_dir` if it can be neither next to the shards nor in `evaluation.cache_dir`.
 
     Raises:
         ConfigError: there is no reference, or too few images.
@@ -144,11 +140,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
 
 
 def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
-    """The statistics of a file, of those parts of the networks that it has.
-
-    Args:
-        path: the .npz.
-        files: the networks of the evaluation, the main one first.
+    """The statistics of an .npz file, of those parts of the networks, the main one first, that it has.
 
     Raises:
         DataError: it cannot be read, is of another network, or lacks one that is asked for.

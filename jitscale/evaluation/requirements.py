@@ -63,11 +63,7 @@ def check_training_measures(config: Config, world: World) -> Config:
 def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *, at_end: bool = True) -> None:
     """Feature networks, real images, labels, settings of the sweep and room are there; a collective call.
 
-    Args:
-        config: with `evaluation.features`.
-        world: this rank.
-        weight_sets: those that can be measured.
-        at_end: whether there will be a final evaluation, or measurements on few images alone.
+    `weight_sets` can be measured. Without `at_end` there are measurements on few images alone.
 
     Raises:
         ConfigError: on every rank: no feature network or reference is configured, the sweep is impossible, or there is

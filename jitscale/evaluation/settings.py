@@ -44,11 +44,8 @@ def final_settings(config: Config, weight_sets: Sequence[str]) -> list[Setting]:
 def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str]) -> list[Setting]:
     """Every combination of what the axes name, those of one network together.
 
-    Args:
-        axes: `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`)
-            or names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
-        config: of the evaluation.
-        weight_sets: those that there are.
+    Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
+    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
 
     Raises:
         ConfigError: an unknown axis or weight set, or impossible numbers.
