@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from jitscale.config import DiffusionConfig
 
@@ -19,23 +20,23 @@ from jitscale.config import DiffusionConfig
 class Spaces(NamedTuple):
     """One prediction expressed in all three spaces, (B, 3, height, width) each."""
 
-    x: torch.Tensor
-    e: torch.Tensor
-    v: torch.Tensor
+    x: Tensor
+    e: Tensor
+    v: Tensor
 
 
-def per_image(t: torch.Tensor) -> torch.Tensor:
+def per_image(t: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1)"""
     return t.view(-1, 1, 1, 1)
 
 
-def interpolate(x: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
     """z_t = t x + (1 - t) e"""
     t = per_image(t)
     return t * x + (1 - t) * e
 
 
-def to_spaces(prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor, space: str, t_eps: float) -> Spaces:
+def to_spaces(prediction: Tensor, z: Tensor, t: Tensor, space: str, t_eps: float) -> Spaces:
     """Express a `prediction` made in `space` (x, e or v) at noisy images `z` in all three spaces (paper, table 1)."""
     t = per_image(t)
     noise_share = (1 - t).clamp_min(t_eps)
@@ -50,14 +51,7 @@ def to_spaces(prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor, space:
     return Spaces(z + (1 - t) * v, z - t * v, v)
 
 
-def sample_loss(
-    prediction: torch.Tensor,
-    x: torch.Tensor,
-    e: torch.Tensor,
-    z: torch.Tensor,
-    t: torch.Tensor,
-    config: DiffusionConfig,
-) -> torch.Tensor:
+def sample_loss(prediction: Tensor, x: Tensor, e: Tensor, z: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
     """Mean squared error over the pixels of each image, (B,), in float32, in the space `config.loss`.
 
     The target is the same map applied to the true image, noise or velocity: for x-prediction with v-loss it is
@@ -70,6 +64,6 @@ def sample_loss(
     return difference.square().mean(dim=(1, 2, 3))
 
 
-def times_from_normal(n: torch.Tensor, config: DiffusionConfig) -> torch.Tensor:
+def times_from_normal(n: Tensor, config: DiffusionConfig) -> Tensor:
     """t = sigmoid(mu + sigma n) for standard normal `n` (paper, section 4.1: logit-normal times)."""
     return torch.sigmoid(config.mu + config.sigma * n)

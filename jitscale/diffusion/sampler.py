@@ -11,10 +11,11 @@ from itertools import pairwise
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from jitscale.diffusion.objective import to_spaces
 
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,8 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self,
-        network: Network,
-        noise: torch.Tensor,
-        labels: torch.Tensor,
-        null_label: int,
-        guide: Network | None = None,
-    ) -> torch.Tensor:
+        self, network: Network, noise: Tensor, labels: Tensor, null_label: int, guide: Network | None = None
+    ) -> Tensor:
         """Carry `noise` (already times the noise scale) from t = 0 to t = 1.
 
         The state stays in float32 whatever the network computes in. `network(z, t, y)` sees conditional and
@@ -91,12 +87,12 @@ class Sampler:
     def carry(
         self,
         network: Network,
-        z: torch.Tensor,
-        labels: torch.Tensor,
+        z: Tensor,
+        labels: Tensor,
         null_label: int,
         steps: range,
         guide: Network | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Do some of the steps, as `sample` does all: from the state `z` (B, 3, height, width) before the first one."""
         grid = self._grid()
         for index in steps:
@@ -122,14 +118,8 @@ class Sampler:
         return self.method == "heun" and index < self.steps - 1
 
     def _velocity(
-        self,
-        network: Network,
-        z: torch.Tensor,
-        t: float,
-        labels: torch.Tensor,
-        null_label: int,
-        guide: Network | None,
-    ) -> torch.Tensor:
+        self, network: Network, z: Tensor, t: float, labels: Tensor, null_label: int, guide: Network | None
+    ) -> Tensor:
         if not self.guides_at(t):
             return self._of(network, z, t, labels)
         if guide is not None:
@@ -139,7 +129,7 @@ class Sampler:
             strong, weak = self._of(network, torch.cat([z, z]), t, both).chunk(2)
         return weak + self.guidance_scale * (strong - weak)
 
-    def _of(self, network: Network, z: torch.Tensor, t: float, labels: torch.Tensor) -> torch.Tensor:
+    def _of(self, network: Network, z: Tensor, t: float, labels: Tensor) -> Tensor:
         """The velocity that a network predicts."""
         times = torch.full((len(z),), t, device=z.device)
         return to_spaces(network(z, times, labels).float(), z, times, self.prediction, self.t_eps).v

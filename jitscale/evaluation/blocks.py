@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 Block = dict[str, npt.NDArray[Any]]
 
 
+class Missing(NamedTuple):
+    """A block by its number, and the settings under which it is not on disk, as indices."""
+
+    number: int
+    settings: list[int]
+
+
 def digest_of(identity: dict[str, Any]) -> str:
     """A short hash for a folder's name."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -36,9 +43,10 @@ def compute_blocks(
     folders: Sequence[Path],
     count: int,
     size: int,
-    compute: Callable[[int, Sequence[int], int | None], Iterable[Block]],
+    compute: Callable[[Sequence[Missing]], Iterator[Block]],
     world: World,
-    description: str,
+    *,
+    keep: bool,
 ) -> list[Block]:
     """Compute the blocks that are not on disk yet, by turns; a collective call.
 
@@ -46,60 +54,52 @@ def compute_blocks(
         folders: of the files: several for blocks of the same images under several settings, which are made together.
         count: how many blocks.
         size: images of a block, for the progress bar.
-        compute: from a block's number and indices into `folders`, the contents of the block there; the third argument
-            is the number of the block that follows on this rank, None after the last one.
+        compute: from the missing blocks of this rank their contents, in order.
         world: this rank.
-        description: of the progress bar.
+        keep: False computes all blocks and sends them to rank 0 instead of writing files: for few images.
 
     Returns:
-        On rank 0 for each folder all blocks, concatenated; on the others empty features.
+        On rank 0 for each folder all blocks, concatenated; on the others nothing.
     """
-    if world.is_main:
-        for folder in folders:
+
+    def path(setting: int, number: int) -> Path:
+        return folders[setting] / f"block_{number:06d}.npz"
+
+    def list_missing() -> list[Missing]:
+        for folder in folders if keep else ():
             folder.mkdir(parents=True, exist_ok=True)
+        every = range(len(folders))
+        blocks = [Missing(n, [i for i in every if not (keep and path(i, n).exists())]) for n in range(count)]
+        return [block for block in blocks if block.settings]
+
     # Listed by one rank: what the others see may have changed before they look.
-    missing = parallel.broadcast_object(_missing(folders, count))
-    images = size * sum(len(settings) for _, settings in missing)
+    missing = parallel.on_main(list_missing)
+    passing: dict[tuple[int, int], Block] = {}
 
     def share() -> None:
+        own = missing[world.rank :: world.size]
+        places = [(setting, block.number) for block in own for setting in block.settings]
         try:
-            own_blocks()
+            for place, content in zip(places, compute(own), strict=True):
+                if keep:
+                    with atomic_write(path(*place)) as file:
+                        np.savez(file, **content)  # type: ignore[arg-type]
+                else:
+                    passing[place] = content
+                progress.update(min(size * world.size, total - progress.n))  # the other ranks are as far
         except UserError as error:
             logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
             raise
 
-    def own_blocks() -> None:
-        for turn in range(world.rank, len(missing), world.size):
-            number, settings = missing[turn]
-            following = missing[turn + world.size][0] if turn + world.size < len(missing) else None
-            for setting, content in zip(settings, compute(number, settings, following), strict=True):
-                with atomic_write(_block_path(folders[setting], number)) as file:
-                    np.savez(file, **content)  # type: ignore[arg-type]
-            others = missing[turn : turn + world.size]  # the other ranks are as far
-            progress.update(size * sum(len(settings) for _, settings in others))
-
-    total = count * size * len(folders)
-    with tqdm(total=total, initial=total - images, unit="img", desc=description, disable=not world.is_main) as progress:
+    total = size * count * len(folders)
+    done = total - size * sum(len(block.settings) for block in missing)
+    with tqdm(total=total, initial=done, unit="img", desc="generate", disable=not world.is_main) as progress:
         parallel.raise_together(share)
-    if not world.is_main:
-        return [{"features": np.empty((0, 0))} for _ in folders]
-    return [_read(folder, count) for folder in folders]
+    gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
 
+    def whole(setting: int) -> Block:
+        places = [(setting, number) for number in range(count)]
+        parts = [dict(np.load(path(*place))) if keep else gathered[place] for place in places]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-def _missing(folders: Sequence[Path], count: int) -> list[tuple[int, list[int]]]:
-    """Block numbers, and where each is missing."""
-    found = []
-    for number in range(count):
-        settings = [index for index, folder in enumerate(folders) if not _block_path(folder, number).exists()]
-        if settings:
-            found.append((number, settings))
-    return found
-
-
-def _read(folder: Path, count: int) -> Block:
-    parts = [dict(np.load(_block_path(folder, number))) for number in range(count)]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _block_path(folder: Path, number: int) -> Path:
-    return folder / f"block_{number:06d}.npz"
+    return [whole(setting) for setting in range(len(folders))] if world.is_main else []

@@ -14,60 +14,42 @@ from jitscale.progressive import stages_of
 FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class MeasuringCost:
-    """The images that are generated, and what they cost in images trained on.
+    """What the generated images cost, in images trained on.
 
     The feature networks are not counted: Inception's forward pass of an image is 0.1% of sampling it with JiT-B.
-
-    Attributes:
-        trained: images that the run sees.
-        on_the_way: how often few images are measured while training.
-        few_images: generated each time.
-        few: the cost of all those.
-        pictures: the cost of all pictures of samples while training.
-        settings: of the sweep; 1 for none.
-        sweep_images: generated for each setting.
-        sweep: its cost.
-        final_images: generated for each of the best settings.
-        final: their cost, beyond what the sweep has generated.
     """
 
-    trained: int
-    on_the_way: int
-    few_images: int
-    few: float
-    pictures: float
-    settings: int
-    sweep_images: int
-    sweep: float
-    final_images: int
-    final: float
+    evaluation: EvaluationConfig  # how many images each measurement generates
+    trained: int = 0  # images that the run sees
+    on_the_way: int = 0  # how often few images are measured while training
+    few: float = 0.0  # the cost of all those
+    pictures: float = 0.0  # the cost of all pictures of samples while training
+    settings: int = 0  # of the sweep; 1 for none
+    sweep: float = 0.0  # its cost
+    final: float = 0.0  # the cost of the images of the best settings, beyond what the sweep has generated
 
     @property
     def share(self) -> float:
         """Of the compute of training."""
-        return (self.few + self.pictures + self.sweep + self.final) / max(1, self.trained)
+        return self.share_of(self.few + self.pictures + self.sweep + self.final)
 
-    @property
-    def sweep_share(self) -> float:
-        """What the sweep alone takes of it."""
-        return self.sweep / max(1, self.trained)
+    def share_of(self, cost: float) -> float:
+        """What one of the costs is of the compute of training."""
+        return cost / max(1, self.trained)
 
     def __str__(self) -> str:
-        parts = []
-        if self.on_the_way:
-            parts.append(f"{self.on_the_way} x {self.few_images:,} images on the way ({self._percent(self.few)})")
-        if self.pictures:
-            parts.append(f"pictures of samples ({self._percent(self.pictures)})")
-        if self.settings > 1:
-            parts.append(f"{self.settings} settings x {self.sweep_images:,} in a sweep ({self._percent(self.sweep)})")
-        if self.settings:
-            parts.append(f"{self.final_images:,} at the end ({self._percent(self.final)})")
+        evaluation, parts = self.evaluation, []
+        for count, text, cost in (
+            (self.on_the_way, f"{self.on_the_way} x {evaluation.few_images:,} images on the way", self.few),
+            (self.pictures, "pictures of samples", self.pictures),
+            (self.settings > 1, f"{self.settings} settings x {sweep_images(evaluation):,} in a sweep", self.sweep),
+            (self.settings, f"{evaluation.num_images:,} at the end", self.final),
+        ):
+            if count:
+                parts.append(f"{text} ({percent(self.share_of(cost))})")
         return f"{', '.join(parts) or 'nothing'}; {percent(self.share)} of the run's compute"
-
-    def _percent(self, cost: float) -> str:
-        return percent(cost / max(1, self.trained))
 
 
 def percent(share: float) -> str:
@@ -76,52 +58,33 @@ def percent(share: float) -> str:
 
 
 def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
-    """Cost of the measurements of a training.
-
-    Args:
-        config: of the training, with all its stages.
-        weight_sets: that it writes.
+    """Cost of the measurements of a training, of all its stages, that writes `weight_sets`.
 
     Raises:
         ConfigError: `evaluation.sweep` is impossible.
     """
-    evaluation, batch = config.evaluation, config.data.batch_size
-    trained = on_the_way = 0
-    few = pictures = 0.0
-    stages = stages_of(config)
-    for stage in stages:
-        images = images_of_run(stage)
-        trained += images
+    evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
+    for stage in stages_of(config):
+        images, image_cost = images_of_run(stage), _image_cost(stage, stage.evaluation)
+        cost.trained += images
         if evaluation.every_images:
             # The final evaluation takes the place of a measurement at the last step.
-            last = images - batch if stage.evaluation.at_end else images
+            last = images - config.data.batch_size if stage.evaluation.at_end else images
             times = max(0, last) // evaluation.every_images
-            on_the_way += times
-            few += times * evaluation.few_images * _image_cost(stage, stage.evaluation)
+            cost.on_the_way += times
+            cost.few += times * evaluation.few_images * image_cost
         if evaluation.grid_every_images:
-            count = images // evaluation.grid_every_images * grid_images(stage.model.num_classes)
-            pictures += count * _image_cost(stage, stage.evaluation)
-    sweep = final = 0.0
-    settings: list[Setting] = []
+            grids = images // evaluation.grid_every_images
+            cost.pictures += grids * grid_images(stage.model.num_classes) * image_cost
     if evaluation.at_end:
         settings = final_settings(config, weight_sets)
+        cost.settings, beyond = len(settings), evaluation.num_images
         if len(settings) > 1:
-            sweep = sweep_images(evaluation) * _sweep_cost(config, settings)
-        beyond = evaluation.num_images - (sweep_images(evaluation) if len(settings) > 1 else 0)
+            cost.sweep = sweep_images(evaluation) * _sweep_cost(config, settings)
+            beyond -= sweep_images(evaluation)
         dearest = max(_image_cost(config, setting.applied_to(evaluation, 1)) for setting in settings)
-        final = min(evaluation.sweep_keep, len(settings)) * beyond * dearest
-    return MeasuringCost(
-        trained,
-        on_the_way,
-        evaluation.few_images,
-        few,
-        pictures,
-        len(settings),
-        sweep_images(evaluation),
-        sweep,
-        evaluation.num_images,
-        final,
-    )
+        cost.final = min(evaluation.sweep_keep, len(settings)) * beyond * dearest
+    return cost
 
 
 def _image_cost(config: Config, evaluation: EvaluationConfig) -> float:
@@ -133,8 +96,8 @@ def _sweep_cost(config: Config, settings: Sequence[Setting]) -> float:
     """Of one image under every setting: those that differ in the scale alone share the steps before guidance."""
     total = 0.0
     for _, together in groupby(settings, key=lambda setting: (setting.weights, setting.interval)):
-        group = list(together)
-        samplers = [configured_sampler(setting.applied_to(config.evaluation, 1), config.diffusion) for setting in group]
+        group = [setting.applied_to(config.evaluation, 1) for setting in together]
+        samplers = [configured_sampler(evaluation, config.diffusion) for evaluation in group]
         shared = range(samplers[0].steps_before_guidance())
         total += sum(sum(sampler.evaluations()) for sampler in samplers)
         total -= (len(samplers) - 1) * sum(replace(samplers[0], guidance_scale=1.0).evaluations(shared))

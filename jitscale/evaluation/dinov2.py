@@ -7,6 +7,8 @@ Shapes: B batch, N tokens (the class token first), C width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,17 +47,6 @@ class _Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class _Feedforward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) to the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -63,23 +54,14 @@ class _Block(nn.Module):
         self.attn = _Attention(width, heads)
         self.ls1 = _LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _Feedforward(width)
+        layers = {"fc1": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.ls2 = _LayerScale(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to the same."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class _PatchEmbedding(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) to (B, N - 1, C)."""
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class DinoV2(FeatureNetwork):
@@ -96,7 +78,7 @@ class DinoV2(FeatureNetwork):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))  # of the training; in the published file
-        self.patch_embed = _PatchEmbedding(width)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, PATCH)))
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -105,7 +87,7 @@ class DinoV2(FeatureNetwork):
         size = (self.input_size, self.input_size)
         x = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True) / 255.0
         mean, deviation = (x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-        tokens = self.patch_embed((x - mean) / deviation)
+        tokens = self.patch_embed((x - mean) / deviation).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self._positions()
         for block in self.blocks:
             tokens = block(tokens)

@@ -6,7 +6,6 @@ RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L)
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,18 +17,18 @@ from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
 from jitscale.data.shards import open_labelled
 from jitscale.errors import ConfigError
-from jitscale.evaluation.blocks import Block, compute_blocks, digest_of
+from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
-    NoiseAhead,
     RandomLabels,
     autocast,
     configured_sampler,
     generate_by_scale,
     labels_of,
+    noise_ahead,
     ready_to_sample,
 )
-from jitscale.evaluation.networks import Embedder
+from jitscale.evaluation.networks import Embedder, identity_of
 from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -41,16 +40,12 @@ MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the pr
 
 
 class Evaluator:
-    """A feature network and real images, with which samples are measured."""
+    """Feature networks and real images, with which samples are measured."""
 
     def __init__(self, config: Config, world: World, run_dir: Path, guide: JiT | None = None) -> None:
-        """Load the network, and what is known of the real images, or compute that; a collective call.
+        """Load the networks, and what is known of the real images, or compute that; a collective call.
 
-        Args:
-            config: feature network, reference, labels, precision.
-            world: this rank.
-            run_dir: for the blocks, in `evaluation`.
-            guide: the network of `evaluation.guide`, the same on every rank; made ready to sample.
+        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide` is made ready to sample.
 
         Raises:
             ConfigError: no feature network is configured, or there is no reference.
@@ -58,7 +53,7 @@ class Evaluator:
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide = None if guide is None else ready_to_sample(guide, config, world.device)
-        self._guide_digest = None if self.guide is None else weights_digest(self.guide)
+        self._guide_digest = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
         self._distances: dict[str, FrechetDistance] = {}
@@ -80,7 +75,7 @@ class Evaluator:
             weights: name of the weight set, for the record.
             settings: how to sample, and how many images.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
-            keep_blocks: False removes the files of this call again, and those of one that was cut short.
+            keep_blocks: False writes no files: for few images.
 
         Returns:
             On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
@@ -92,45 +87,48 @@ class Evaluator:
         Raises:
             UserError: an image with values that are not finite.
         """
-        named = {"weights": weights, "weights_sha256": weights_digest(model)}
-        if self._guide_digest is not None:
-            named["guide_sha256"] = self._guide_digest
-        protocols = [
-            {
-                **named,
-                **self._labels_identity,
-                **_protocol(model, self.embedder, self.config, setting, self.world.device),
-            }
-            for setting in settings
-        ]
+        named = {"weights": weights, "weights_sha256": weights_digest(model), **self._guide_digest}
+        protocols = [{**named, **self._labels_identity, **self._protocol(model, setting)} for setting in settings]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
         evaluation = settings[0]
         size = evaluation.block_size
 
-        noise = NoiseAhead(evaluation.seed, model.config.image_size)
-
-        def block(number: int, wanted: Sequence[int], following: int | None) -> Iterator[Block]:
+        def blocks(missing: Sequence[Missing]) -> Iterator[Block]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
-            ids = range(number * size, (number + 1) * size)
-            ahead = None if following is None else range(following * size, (following + 1) * size)
-            labels = self._labels(ids)
-            with autocast(self.config, self.world.device):
-                chosen = [samplers[index] for index in wanted]
-                for images in generate_by_scale(model, chosen, labels, noise.of(ids, ahead), self.guide):
-                    yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
+            ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
+            noises = noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
+            for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
+                labels, chosen = self._labels(ids), [samplers[index] for index in block.settings]
+                with autocast(self.config, self.world.device):
+                    for images in generate_by_scale(model, chosen, labels, noise, self.guide):
+                        yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
-        parent = self.folder if keep_blocks else self.folder / "passing"
-        folders = [parent / f"samples_{digest_of(protocol)}" for protocol in protocols]
+        folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
         count = -(-evaluation.num_images // size)
-        found = compute_blocks(folders, count, size, block, self.world, "generate")
+        found = compute_blocks(folders, count, size, blocks, self.world, keep=keep_blocks)
         results: list[dict[str, Any]] = []
         if self.reference is not None:
             for samples, protocol in zip(found, protocols, strict=True):
                 first = {key: values[: evaluation.num_images] for key, values in samples.items()}
                 results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
-            if not keep_blocks:
-                shutil.rmtree(parent)
         return parallel.broadcast_object(results)
+
+    def _protocol(self, model: JiT, setting: EvaluationConfig) -> dict[str, Any]:
+        """All that determines the generated images and their features, besides weights and labels.
+
+        Not what only changes the order of sums (attention kernels, compilation, padding).
+        """
+        return {
+            "model": asdict(model.config),
+            "noise_scale": model.diffusion.noise_scale,
+            "sampler": asdict(configured_sampler(setting, model.diffusion)),
+            "seed": setting.seed,
+            "block_size": setting.block_size,
+            "precision": self.config.engine.precision,
+            "float8": self.config.engine.float8,
+            "device": self.world.device.type,
+            **identity_of(self.embedder.files),
+        }
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
         from jitscale.evaluation import metrics  # noqa: PLC0415 (slow)
@@ -138,7 +136,8 @@ class Evaluator:
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
         for part, real in reference.statistics.items():
-            name = distance_name(part)
+            # Fréchet distances: fid, sfid, and fd_<name> of further networks.
+            name = {"features": "fid", "spatial": "sfid"}.get(part, part.replace("features", "fd"))
             if part not in self._distances:
                 self._distances[part] = metrics.FrechetDistance.from_statistics(real.mean, real.covariance)
             distance = self._distances[part]
@@ -157,14 +156,9 @@ class Evaluator:
                 real_features[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS]
             )
             result["kid_floor"] = reference.floors["kid"]
-        if self.embedder.main.num_logits == model.config.num_classes:
+        if self.embedder.networks[0].num_logits == model.config.num_classes:
             result["label_agreement"] = metrics.label_agreement(samples["logits"], samples["labels"])
         return result
-
-
-def distance_name(part: str) -> str:
-    """Of the Fréchet distance in one part of a block: fid, sfid, and fd_<name> of further networks."""
-    return {"features": "fid", "spatial": "sfid"}.get(part, part.replace("features", "fd"))
 
 
 def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.Tensor], dict[str, Any]]:
@@ -193,23 +187,3 @@ def weights_digest(model: JiT) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _protocol(
-    model: JiT, embedder: Embedder, config: Config, setting: EvaluationConfig, device: torch.device
-) -> dict[str, Any]:
-    """All that determines the generated images and their features, beside the weights.
-
-    Not what only changes the order of sums (attention kernels, compilation, padding).
-    """
-    return {
-        "model": asdict(model.config),
-        "noise_scale": model.diffusion.noise_scale,
-        "sampler": asdict(configured_sampler(setting, model.diffusion)),
-        "seed": setting.seed,
-        "block_size": setting.block_size,
-        "precision": config.engine.precision,
-        "float8": config.engine.float8,
-        "device": device.type,
-        **embedder.identity,
-    }

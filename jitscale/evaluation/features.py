@@ -57,37 +57,22 @@ def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Te
 
 
 class Embedding(NamedTuple):
-    """What a network says about images, float32; of width 0 what it does not give.
+    """What a network says about images, float32; of width 0 what it does not give."""
 
-    Attributes:
-        features: (B, F).
-        logits: (B, L).
-        spatial: (B, R), of a layer that knows where things are.
-    """
-
-    features: torch.Tensor
-    logits: torch.Tensor
-    spatial: torch.Tensor
+    features: torch.Tensor  # (B, F)
+    logits: torch.Tensor  # (B, L)
+    spatial: torch.Tensor  # (B, R), of a layer that knows where things are
 
 
 class FeatureNetwork(nn.Module):
-    """What a feature network has to bring: the attributes, and `embed`.
+    """What a feature network has to bring: the attributes, and `embed`."""
 
-    Attributes:
-        name: as `evaluation.features` knows it.
-        weights: the file of this repository, or the published one.
-        num_features: F.
-        num_logits: L.
-        num_spatial: R.
-        input_size: side in pixels to which every image is resized.
-    """
-
-    name: str
-    weights: Path | Published
-    num_features: int
-    num_logits: int = 0
-    num_spatial: int = 0
-    input_size: int
+    name: str  # as `evaluation.features` knows it
+    weights: Path | Published  # the file of this repository, or the published one
+    num_features: int  # F
+    num_logits: int = 0  # L
+    num_spatial: int = 0  # R
+    input_size: int  # side in pixels to which every image is resized
 
     def forward(self, images: torch.Tensor) -> Embedding:
         """Embed uint8 `images` (B, 3, height, width) of any size.
@@ -97,7 +82,7 @@ class FeatureNetwork(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"expected (B, 3, height, width) uint8, got {tuple(images.shape)} {images.dtype}")
-        # The caller's precision is no part of a protocol, and TF32 would move every distance on newer GPUs.
+        # The caller's precision is no part of a protocol, and TF32 would change every distance on newer GPUs.
         with torch.autocast(images.device.type, enabled=False), without_tf32():
             return self.embed(images.float())
 

@@ -49,14 +49,9 @@ def measure_settings(
     *,
     neighbours: bool = False,
 ) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Each setting with what `Evaluator.measure` says about it, in their order; a collective call.
+    """Each setting with what `Evaluator.measure` says about `num_images` of it, in their order; a collective call.
 
-    Args:
-        settings: those of one network together.
-        network: gives the weight sets, on the device.
-        evaluator: measures.
-        num_images: of each.
-        neighbours: see `Evaluator.measure`.
+    Settings of one network must lie together; `network` puts a weight set on the device.
     """
     evaluation = evaluator.config.evaluation
     for weights, own in groupby(settings, key=lambda setting: setting.weights):
@@ -66,28 +61,18 @@ def measure_settings(
             configured = [setting.applied_to(evaluation, num_images) for setting in group]
             results = evaluator.measure(model, weights, configured, neighbours=neighbours)
             yield from zip(group, results, strict=True)
-        del model  # before the next one is built: two large networks may not fit beside an engine
+        del model  # before the next one is built: two large networks may not fit next to an engine
 
 
 def evaluate_model(
     model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
 ) -> dict[str, Any]:
-    """The final evaluation of one network under the configured setting; a collective call.
+    """`measure_finally` of the weight set `weights` alone, under the configured setting; a collective call.
 
-    Args:
-        model: made by `ready_to_sample`; the same weights on every rank.
-        weights: name of the weight set, for the record.
-        config: sampler, feature network, reference and number of images.
-        world: this rank.
-        run_dir: where the results go.
-        guide: for autoguidance, see `Evaluator`.
-
-    Returns:
-        See `measure_finally`.
+    `model` was made by `ready_to_sample` and has the same weights on every rank.
 
     Raises:
-        ConfigError: no feature network is configured, or there is no reference.
-        DataError: the reference is missing or damaged.
+        UserError: see `Evaluator` and `measure_finally`.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
     evaluator = Evaluator(alone, world, run_dir, guide)
@@ -100,7 +85,7 @@ def measure_finally(
     """Do the evaluation that the configuration describes, and write what came out; a collective call.
 
     Args:
-        network: gives the weight sets, ready to sample, on the device.
+        network: from the name of one of `weight_sets` the network, ready to sample, on the device.
         weight_sets: those that there are.
         evaluator: has the configuration.
         run_dir: where the results go.
@@ -116,34 +101,32 @@ def measure_finally(
         UserError: an image with values that are not finite.
     """
     config = evaluator.config
-    evaluation = config.evaluation
-    chosen = final_settings(config, weight_sets)
+    few, images = sweep_images(config.evaluation), config.evaluation.num_images
+    settings = chosen = final_settings(config, weight_sets)
     coarse: list[tuple[Setting, dict[str, Any]]] = []
-    if len(chosen) > 1:
+    if len(settings) > 1:
         if evaluator.world.is_main:
-            logger.info("sweep: %d settings, %d images each", len(chosen), sweep_images(evaluation))
-        order = chosen.index
-        coarse = list(measure_settings(chosen, network, evaluator, sweep_images(evaluation)))
-        best = sorted(coarse, key=lambda measured: measured[1]["fid"])[: evaluation.sweep_keep]
-        chosen = sorted((setting for setting, _ in best), key=order)  # those of one network together
-    precise = list(measure_settings(chosen, network, evaluator, evaluation.num_images, neighbours=True))
-    precise.sort(key=lambda measured: measured[1]["fid"])
-    setting, metrics = precise[0]
-    repeated = bool(coarse) and sweep_images(evaluation) == evaluation.num_images  # the best are rows of the sweep
-    rows = [_row(*measured) for measured in (*coarse, *([] if repeated else precise))]
-    result = {"best": setting.as_dict(), **metrics, "table": rows}
-    parallel.on_main(lambda: write_result(run_dir, result, config, is_end=is_end))
+            logger.info("sweep: %d settings, %d images each", len(settings), few)
+        coarse = list(measure_settings(settings, network, evaluator, few))
+        kept = sorted(coarse, key=_fid)[: config.evaluation.sweep_keep]
+        chosen = sorted((setting for setting, _ in kept), key=settings.index)  # those of one network together
+    precise = sorted(measure_settings(chosen, network, evaluator, images, neighbours=True), key=_fid)
+    # With as many images, the best settings are rows of the sweep.
+    rows = coarse if coarse and few == images else [*coarse, *precise]
+    said = ("num_images", "fid", "inception_score")
+    table = [{**setting.as_dict(), **{key: measured[key] for key in said}} for setting, measured in rows]
+    best, metrics = precise[0]
+    result = {"best": best.as_dict(), **metrics, "table": table}
+    parallel.on_main(lambda: _write_result(run_dir, result, config, is_end=is_end))
     return result
 
 
-def write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
-    """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
+def _fid(measured: tuple[Setting, dict[str, Any]]) -> float:
+    return float(measured[1]["fid"])
 
-    Args:
-        run_dir: where the results go.
-        result: of `measure_finally`.
-        config: of the evaluation.
-        is_end: see `measure_finally`.
+
+def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
+    """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
 
     Raises:
         DataError: it cannot be written; what was measured stays in the blocks.
@@ -202,7 +185,3 @@ def _name(result: dict[str, Any]) -> str:
     identity = {"protocol": result["protocol"], "reference": result["reference"], "settings": settings}
     kind = "sweep_" if len(settings) > 1 else ""
     return f"{kind}{result['protocol']['features']}_{result['num_images']}_{digest_of(identity)}"
-
-
-def _row(setting: Setting, measured: dict[str, Any]) -> dict[str, Any]:
-    return {**setting.as_dict(), **{key: measured[key] for key in ("num_images", "fid", "inception_score")}}

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -46,26 +46,18 @@ def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-class NoiseAhead:
-    """Noise of blocks of images, drawn by a thread while the device is busy with the block before."""
-
-    def __init__(self, seed: int, image_size: int) -> None:
-        self._draw = partial(noise_of, seed, image_size=image_size)
-        self._thread = ThreadPoolExecutor(1)
-        self._drawn: dict[Sequence[int], Future[torch.Tensor]] = {}
-
-    def of(self, ids: range, following: range | None) -> torch.Tensor:
-        """What `noise_of` gives for `ids`; that for `following` is begun."""
-        ahead = self._drawn.pop(ids, None)
-        noise = self._draw(ids) if ahead is None else ahead.result()
-        if following is not None:
-            self._drawn[following] = self._thread.submit(self._draw, following)
-        return noise
+def noise_ahead(seed: int, blocks: Sequence[Sequence[int]], image_size: int) -> Iterator[torch.Tensor]:
+    """`noise_of` the ids of each block, drawn by a thread while the device is busy with the block before."""
+    with ThreadPoolExecutor(1) as thread:
+        draws = (thread.submit(noise_of, seed, ids, image_size) for ids in blocks)  # none before it is asked for
+        ahead = next(draws, None)
+        while ahead is not None:
+            noise, ahead = ahead.result(), next(draws, None)
+            yield noise
 
 
 def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Class id mod classes, (B,): balanced in every prefix that is a multiple of the classes; 0 where there are none,
-    which is then the null label."""
+    """Class id mod classes, (B,): balanced in every multiple of the classes; 0, the null label, if there are none."""
     return torch.tensor([i % num_classes if num_classes else 0 for i in ids])
 
 
@@ -73,14 +65,7 @@ class RandomLabels:
     """Classes drawn at random, that of an image as a function of (seed, id) alone."""
 
     def __init__(self, seed: int, counts: Sequence[int]) -> None:
-        """
-        Args:
-            seed: of the draws.
-            counts: what the probability of each class is proportional to.
-
-        Raises:
-            ValueError: all are zero.
-        """
+        """The probability of each class is proportional to its count; ValueError if all counts are zero."""
         total = sum(counts)
         if total < 1:
             raise ValueError(f"counts: need a class with samples, got {list(counts)}")
@@ -118,13 +103,13 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
             raise ConfigError(f"evaluation.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
         model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign]
         text += ", CUDA graphs"
-    _say_once(text)
+    _log_once(text)
     return model
 
 
 @cache
-def _say_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _log_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
         logger.info("%s", text)
 
 
@@ -189,6 +174,7 @@ def sample_grid(
     """
     classes = max(1, model.config.num_classes)
     ids = [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
+
     own = ids[world.rank :: world.size]
 
     def sampled() -> torch.Tensor | None:

@@ -18,13 +18,18 @@ from jitscale.evaluation.published import Published
 
 SPATIAL_CHANNELS = 7
 
+Kernel = int | tuple[int, int]
+Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and a kernel or two that see the same input
+
 
 class BasicConv(nn.Module):
     """Convolution, batch norm with the statistics of the training, ReLU."""
 
-    def __init__(self, width_in: int, width_out: int, kernel: int | tuple[int, int], **layout: int | tuple[int, int]):
+    def __init__(self, width_in: int, width_out: int, kernel: Kernel, stride: int = 1, *, padded: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width_in, width_out, kernel, bias=False, **layout)  # type: ignore[arg-type]
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = (height // 2, width // 2) if padded else (0, 0)
+        self.conv = nn.Conv2d(width_in, width_out, (height, width), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width_out, eps=0.001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,120 +37,93 @@ class BasicConv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def _average(x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+class Mixed(nn.Module):
+    """Branches of convolutions over the same input, their outputs one behind the other.
 
+    Names are the published ones: the only layer of a branch has the name of the branch, several are numbered, and
+    layers that see the same input have letters. The branch `branch_pool` begins with the pooling.
+    """
 
-class BlockA(nn.Module):
-    """35 x 35: branches of 1, 5 and twice 3."""
-
-    def __init__(self, width: int, pooled: int) -> None:
+    def __init__(self, width: int, pool: str, stride: int = 1, **branches: list[Layer]) -> None:
         super().__init__()
-        self.branch1x1 = BasicConv(width, 64, 1)
-        self.branch5x5_1 = BasicConv(width, 48, 1)
-        self.branch5x5_2 = BasicConv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = BasicConv(width, 64, 1)
-        self.branch3x3dbl_2 = BasicConv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv(96, 96, 3, padding=1)
-        self.branch_pool = BasicConv(width, pooled, 1)
+        self.pool, self.stride = pool, stride
+        self.branches: dict[str, list[list[str]]] = {}
+        for branch, layers in branches.items():
+            self.branches[branch] = []
+            width_in = width
+            for number, (width_out, *kernels) in enumerate(layers, start=1):
+                name = branch if len(layers) == 1 else f"{branch}_{number}"
+                names = [name] if len(kernels) == 1 else [f"{name}a", f"{name}b"]
+                own_stride = stride if number == len(layers) else 1
+                for layer, kernel in zip(names, kernels, strict=True):
+                    self.add_module(layer, BasicConv(width_in, width_out, kernel, own_stride, padded=own_stride == 1))
+                self.branches[branch].append(names)
+                width_in = width_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, 35, 35) to (B, 224 + pooled, 35, 35)."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        branches = [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average(x))]
-        return torch.cat(branches, 1)
+        """(B, C, H, W) to (B, C', H / stride, W / stride), rounded down."""
+        outputs = []
+        for branch, layers in self.branches.items():
+            found = [self._pooled(x) if branch == "branch_pool" else x]
+            for names in layers:
+                found = [self.get_submodule(name)(found[0]) for name in names]
+            outputs += found
+        return torch.cat(outputs, 1)
+
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        padding = 1 if self.stride == 1 else 0
+        if self.pool == "maximum":
+            return F.max_pool2d(x, 3, self.stride, padding)
+        return F.avg_pool2d(x, 3, self.stride, padding, count_include_pad=False)
 
 
-class BlockB(nn.Module):
-    """35 x 35 to 17 x 17."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.branch3x3 = BasicConv(width, 384, 3, stride=2)
-        self.branch3x3dbl_1 = BasicConv(width, 64, 1)
-        self.branch3x3dbl_2 = BasicConv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv(96, 96, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, 35, 35) to (B, 480 + C, 17, 17)."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
+def block_a(width: int, pooled: int) -> Mixed:
+    """35 x 35, to 224 + `pooled` channels."""
+    return Mixed(
+        width,
+        "average",
+        branch1x1=[(64, 1)],
+        branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(pooled, 1)],
+    )
 
 
-class BlockC(nn.Module):
-    """17 x 17: 7 x 7 kernels as a row and a column."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        row: dict[str, tuple[int, int]] = {"padding": (0, 3)}
-        column: dict[str, tuple[int, int]] = {"padding": (3, 0)}
-        self.branch1x1 = BasicConv(width, 192, 1)
-        self.branch7x7_1 = BasicConv(width, inner, 1)
-        self.branch7x7_2 = BasicConv(inner, inner, (1, 7), **row)
-        self.branch7x7_3 = BasicConv(inner, 192, (7, 1), **column)
-        self.branch7x7dbl_1 = BasicConv(width, inner, 1)
-        self.branch7x7dbl_2 = BasicConv(inner, inner, (7, 1), **column)
-        self.branch7x7dbl_3 = BasicConv(inner, inner, (1, 7), **row)
-        self.branch7x7dbl_4 = BasicConv(inner, inner, (7, 1), **column)
-        self.branch7x7dbl_5 = BasicConv(inner, 192, (1, 7), **row)
-        self.branch_pool = BasicConv(width, 192, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 768, 17, 17) to the same."""
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average(x))], 1)
+def block_b(width: int) -> Mixed:
+    """35 x 35 to 17 x 17, and 480 channels more."""
+    return Mixed(width, "maximum", 2, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[])
 
 
-class BlockD(nn.Module):
-    """17 x 17 to 8 x 8."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = BasicConv(width, 192, 1)
-        self.branch3x3_2 = BasicConv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = BasicConv(width, 192, 1)
-        self.branch7x7x3_2 = BasicConv(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = BasicConv(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = BasicConv(192, 192, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 768, 17, 17) to (B, 1280, 8, 8)."""
-        large = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), large, F.max_pool2d(x, 3, stride=2)], 1)
+def block_c(width: int, inner: int) -> Mixed:
+    """17 x 17, to 768 channels: kernels of 7 x 7 as a row and a column."""
+    row, column = (1, 7), (7, 1)
+    return Mixed(
+        width,
+        "average",
+        branch1x1=[(192, 1)],
+        branch7x7=[(inner, 1), (inner, row), (192, column)],
+        branch7x7dbl=[(inner, 1), (inner, column), (inner, row), (inner, column), (192, row)],
+        branch_pool=[(192, 1)],
+    )
 
 
-class BlockE(nn.Module):
-    """8 x 8: branches that spread; `pools_by_maximum` in the last one, as in TensorFlow's graph."""
+def block_d(width: int) -> Mixed:
+    """17 x 17 to 8 x 8, and 512 channels more."""
+    large: list[Layer] = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]
+    return Mixed(width, "maximum", 2, branch3x3=[(192, 1), (320, 3)], branch7x7x3=large, branch_pool=[])
 
-    def __init__(self, width: int, *, pools_by_maximum: bool) -> None:
-        super().__init__()
-        self.branch1x1 = BasicConv(width, 320, 1)
-        self.branch3x3_1 = BasicConv(width, 384, 1)
-        self.branch3x3_2a = BasicConv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = BasicConv(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = BasicConv(width, 448, 1)
-        self.branch3x3dbl_2 = BasicConv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = BasicConv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = BasicConv(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = BasicConv(width, 192, 1)
-        self.pools_by_maximum = pools_by_maximum
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, 8, 8) to (B, 2048, 8, 8)."""
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pools_by_maximum else _average(x)
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(pooled),
-        ]
-        return torch.cat(branches, 1)
+def block_e(width: int, pool: str) -> Mixed:
+    """8 x 8, to 2048 channels: branches that spread."""
+    spread: Layer = (384, (1, 3), (3, 1))
+    return Mixed(
+        width,
+        pool,
+        branch1x1=[(320, 1)],
+        branch3x3=[(384, 1), spread],
+        branch3x3dbl=[(448, 1), (384, 3), spread],
+        branch_pool=[(192, 1)],
+    )
 
 
 class Inception(FeatureNetwork):
@@ -171,20 +149,20 @@ class Inception(FeatureNetwork):
         super().__init__()
         self.Conv2d_1a_3x3 = BasicConv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = BasicConv(32, 32, 3)
-        self.Conv2d_2b_3x3 = BasicConv(32, 64, 3, padding=1)
+        self.Conv2d_2b_3x3 = BasicConv(32, 64, 3, padded=True)
         self.Conv2d_3b_1x1 = BasicConv(64, 80, 1)
         self.Conv2d_4a_3x3 = BasicConv(80, 192, 3)
-        self.Mixed_5b = BlockA(192, 32)
-        self.Mixed_5c = BlockA(256, 64)
-        self.Mixed_5d = BlockA(288, 64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, 128)
-        self.Mixed_6c = BlockC(768, 160)
-        self.Mixed_6d = BlockC(768, 160)
-        self.Mixed_6e = BlockC(768, 192)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280, pools_by_maximum=False)
-        self.Mixed_7c = BlockE(2048, pools_by_maximum=True)
+        self.Mixed_5b = block_a(192, 32)
+        self.Mixed_5c = block_a(256, 64)
+        self.Mixed_5d = block_a(288, 64)
+        self.Mixed_6a = block_b(288)
+        self.Mixed_6b = block_c(768, 128)
+        self.Mixed_6c = block_c(768, 160)
+        self.Mixed_6d = block_c(768, 160)
+        self.Mixed_6e = block_c(768, 192)
+        self.Mixed_7a = block_d(768)
+        self.Mixed_7b = block_e(1280, "average")
+        self.Mixed_7c = block_e(2048, "maximum")
         self.fc = nn.Linear(2048, 1008)
 
     def embed(self, images: torch.Tensor) -> Embedding:
@@ -195,7 +173,7 @@ class Inception(FeatureNetwork):
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_6e(self.Mixed_6d(x))
         features = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
         return Embedding(features, features @ self.fc.weight.T, spatial)

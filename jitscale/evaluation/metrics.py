@@ -8,8 +8,9 @@ Shapes: N images, F features, L logits.
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,40 +23,48 @@ from torchmetrics.image.kid import poly_mmd
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
+SETS = ("real", "fake")
+STATES = ("num_samples", "sum", "cov_sum")  # torchmetrics' names of what is kept of a set
 KERNEL_SUBSETS_SEED = 2020
-ROWS = 1000  # images of which a float64 copy, or a matrix of distances, is in memory at once
+ROWS = 1000  # images whose distances to all others are in memory at once
 INCEPTION_SCORE_SEED = 2020  # the published protocol shuffles with numpy.random.RandomState(2020)
 
 logger = logging.getLogger(__name__)
 
 
-class _Stored(nn.Module):
-    """Takes the place of the feature network: the features are there already."""
+class _Sums(NamedTuple):
+    """What is kept of a set of features: their number, their sum (F,), and the sum (F, F) of centred products."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+    images: int
+    total: Float64Array
+    products: Float64Array
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
+    @property
+    def mean(self) -> Float64Array:
+        return self.total / max(1, self.images)
+
+    def merged(self, other: _Sums) -> _Sums:
+        """Those of both sets (Chan, Golub and LeVeque 1983, equation 2.1), which loses no digits at a large mean."""
+        images = self.images + other.images
+        between = np.outer(other.mean - self.mean, other.mean - self.mean)
+        products = self.products + other.products + between * (self.images * other.images / max(1, images))
+        return _Sums(images, self.total + other.total, products)
 
 
 class FrechetDistance(FrechetInceptionDistance):
     """Fréchet distance between "real" and "fake" stored features; the FID where they are Inception's pool features.
 
-    torchmetrics sums the features and their products. One rank updates, in the order of the images: the result does not
-    depend on the number of GPUs. `reset` keeps the real features.
+    torchmetrics keeps and resets the sums of both sets; `reset` keeps the real ones. `..._cov_sum` is the sum of
+    centred products, by numpy's arithmetic: torchmetrics' own products of plain features differ in the last bits, and a
+    singular covariance turns these into the 8th digit of the distance. One rank updates, in the order of the images, so
+    that the result does not depend on the number of GPUs.
     """
 
-    def __init__(self, origin: Float64Array) -> None:
-        """Of no images.
-
-        Args:
-            origin: (F,), subtracted from all features. The sums of products lose digits where the mean is far from it.
-        """
-        super().__init__(_Stored(len(origin)), reset_real_features=False, sync_on_compute=False)
-        self.origin = origin
-        self._root: tuple[int, Float64Array] = 0, np.empty((0, 0))
+    def __init__(self, num_features: int) -> None:
+        network = nn.Identity()  # the features are there already
+        network.num_features = num_features  # type: ignore[assignment]
+        super().__init__(network, reset_real_features=False, sync_on_compute=False, compute_with_cache=False)
+        self._root: Float64Array | None = None  # of the covariance of the real features
 
     @classmethod
     def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:
@@ -68,9 +77,8 @@ class FrechetDistance(FrechetInceptionDistance):
             raise ValueError(f"statistics do not fit: mean {mean.shape}, covariance {covariance.shape}")
         _refuse_non_finite(mean, "means")
         _refuse_non_finite(covariance, "covariances")
-        metric = cls(mean.astype(np.float64))
-        metric.real_features_cov_sum = torch.from_numpy(covariance.astype(np.float64))  # that of two images
-        metric.real_features_num_samples = torch.tensor(2)
+        metric = cls(len(mean))
+        metric._add("real", _Sums(2, 2 * mean.astype(np.float64), covariance.astype(np.float64)))  # as of two images
         return metric
 
     @property
@@ -78,19 +86,30 @@ class FrechetDistance(FrechetInceptionDistance):
         """torchmetrics warns without it; sums may also come from `merge_state` or `from_statistics`."""
         return True
 
-    def update(self, imgs: Array | torch.Tensor, real: bool) -> None:
-        """Add stored features `imgs` (N, F).
+    def update(self, imgs: Array, real: bool) -> None:  # type: ignore[override]
+        """Add stored features `imgs` (N, F); all of a set in one call give the covariance that `numpy.cov` gives.
 
         Raises:
             ValueError: another shape, or values that are not finite.
         """
-        if imgs.ndim != 2 or imgs.shape[1] != len(self.origin):
-            raise ValueError(f"features {tuple(imgs.shape)} do not fit: expected (N, {len(self.origin)})")
-        features = np.asarray(imgs)
-        _refuse_non_finite(features, "features")
-        for start in range(0, len(features), ROWS):
-            part = features[start : start + ROWS].astype(np.float64) - self.origin
-            super().update(torch.from_numpy(part), real)
+        if imgs.ndim != 2 or imgs.shape[1:] != self.real_features_sum.shape:
+            raise ValueError(f"features {imgs.shape} do not fit: expected (N, {len(self.real_features_sum)})")
+        _refuse_non_finite(imgs, "features")
+        centred = imgs.astype(np.float64)
+        total = centred.sum(axis=0)
+        centred -= total / max(1, len(imgs))
+        self._add("real" if real else "fake", _Sums(len(imgs), total, centred.T @ centred))
+
+    def merge_state(self, incoming_state: dict[str, torch.Tensor]) -> None:  # type: ignore[override]
+        """Add the images of another metric, of which this is the `metric_state`."""
+        for name in SETS:
+            self._add(name, _sums_of(incoming_state, name))
+
+    def _add(self, name: str, sums: _Sums) -> None:
+        self._root = self._root if name == "fake" else None
+        merged = _sums_of(self.metric_state, name).merged(sums)
+        for key, value in zip(STATES, merged, strict=True):
+            setattr(self, f"{name}_features_{key}", torch.as_tensor(value))
 
     def gaussian(self, *sets: Literal["real", "fake"]) -> tuple[Float64Array, Float64Array]:
         """Mean (F,) and unbiased covariance (F, F) of one set, or of both together.
@@ -98,13 +117,10 @@ class FrechetDistance(FrechetInceptionDistance):
         Raises:
             ValueError: fewer than two images.
         """
-        count = sum(int(getattr(self, f"{name}_features_num_samples")) for name in sets)
-        if count < 2:
-            raise ValueError(f"a covariance needs at least two images, got {count}")
-        sums: Float64Array = sum(getattr(self, f"{name}_features_sum") for name in sets).numpy()
-        products: Float64Array = sum(getattr(self, f"{name}_features_cov_sum") for name in sets).numpy()
-        mean = sums / count
-        return self.origin + mean, (products - np.outer(sums, mean)) / (count - 1)
+        sums = functools.reduce(_Sums.merged, (_sums_of(self.metric_state, name) for name in sets))
+        if sums.images < 2:
+            raise ValueError(f"a covariance needs at least two images, got {sums.images}")
+        return sums.mean, sums.products * (1 / (sums.images - 1))
 
     def compute(self) -> torch.Tensor:
         """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
@@ -121,17 +137,23 @@ class FrechetDistance(FrechetInceptionDistance):
         """
         mean_a, a = self.gaussian("fake")
         mean_b, b = self.gaussian("real")
-        images, real_images = int(self.fake_features_num_samples), int(self.real_features_num_samples)
+        images = int(self.fake_features_num_samples)
         if images < len(mean_a):
             logger.warning("%d images for %d features: their covariance is singular", images, len(mean_a))
-        if self._root[0] != real_images:
+        if self._root is None:
             values, vectors = np.linalg.eigh(b)
             # A covariance has negative eigenvalues by round-off only.
-            self._root = real_images, (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-        product = self._root[1] @ a @ self._root[1]
+            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+        product = self._root @ a @ self._root
         cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
         difference = mean_a - mean_b
         return torch.tensor(difference @ difference + np.trace(a) + np.trace(b) - 2.0 * cross)
+
+
+def _sums_of(state: dict[str, Any], name: str) -> _Sums:
+    """One set's part of a `metric_state`."""
+    images, total, products = (state[f"{name}_features_{key}"] for key in STATES)
+    return _Sums(int(images), total.numpy(), products.numpy())
 
 
 def frechet_distance(features_a: Array, features_b: Array) -> float:
@@ -140,7 +162,7 @@ def frechet_distance(features_a: Array, features_b: Array) -> float:
     Raises:
         ValueError: different F, fewer than two images in a set, or values that are not finite.
     """
-    metric = FrechetDistance(features_b.mean(axis=0, dtype=np.float64))
+    metric = FrechetDistance(features_b.shape[1])
     metric.update(features_b, real=True)
     metric.update(features_a, real=False)
     return float(metric.compute())
@@ -179,15 +201,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
 
-    The unbiased estimate, for random subsets of both sets of features (N, F), drawn with a fixed seed; unlike the
-    Fréchet distance it does not depend on N in the mean. torchmetrics' own metric draws its subsets from torch's global
-    generator.
-
-    Args:
-        features_a: (N, F).
-        features_b: (M, F).
-        subsets: how many pairs of subsets.
-        subset_size: of each; all images where there are fewer.
+    The unbiased estimate, for `subsets` random subsets of features (N, F) and (M, F), of `subset_size` or all images,
+    drawn with a fixed seed; unlike the Fréchet distance it does not depend on N in the mean. torchmetrics' own metric
+    draws its subsets from torch's global generator.
 
     Returns:
         Mean and population standard deviation over the subsets; multiply by 1000 for what some papers print.
@@ -195,19 +211,14 @@ def kernel_distance(
     Raises:
         ValueError: different F, fewer than two images in a set, or values that are not finite.
     """
-    for features in (features_a, features_b):
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
-            raise ValueError(f"expected features (N, F), got shapes {features_a.shape} and {features_b.shape}")
-        _refuse_non_finite(features, "features")
+    _refuse_sets(features_a, features_b, fewest=2)
     size = min(subset_size, len(features_a), len(features_b))
     random = np.random.RandomState(KERNEL_SUBSETS_SEED)
-    found = []
-    for _ in range(subsets):
-        a, b = (
-            torch.from_numpy(features[random.choice(len(features), size, replace=False)].astype(np.float64))
-            for features in (features_a, features_b)
-        )
-        found.append(float(poly_mmd(a, b)))
+
+    def subset(features: Array) -> torch.Tensor:
+        return torch.from_numpy(features[random.choice(len(features), size, replace=False)].astype(np.float64))
+
+    found = [float(poly_mmd(subset(features_a), subset(features_b))) for _ in range(subsets)]
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -221,13 +232,17 @@ def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple
     Raises:
         ValueError: different F, no more than `neighbour` images in a set, or values that are not finite.
     """
-    for features in (real, generated):
-        if features.ndim != 2 or len(features) <= neighbour or features.shape[1] != real.shape[1]:
-            raise ValueError(
-                f"expected features of more than {neighbour} images, got shapes {real.shape} and {generated.shape}"
-            )
-        _refuse_non_finite(features, "features")
+    _refuse_sets(real, generated, fewest=neighbour + 1)
     return _covered(generated, real, neighbour), _covered(real, generated, neighbour)
+
+
+def _covered(points: Array, members: Array, neighbour: int) -> float:
+    """Share of `points` that the set of `members` covers."""
+    asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
+    # The nearest member of the set is the member itself.
+    radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
+    covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
+    return float(torch.cat(covered).double().mean())
 
 
 def label_agreement(logits: Array, labels: Array) -> float:
@@ -250,13 +265,11 @@ def label_agreement(logits: Array, labels: Array) -> float:
     return correct / images
 
 
-def _covered(points: Array, members: Array, neighbour: int) -> float:
-    """Share of `points` that the set of `members` covers."""
-    asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
-    # The nearest member of the set is the member itself.
-    radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
-    covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
-    return float(torch.cat(covered).double().mean())
+def _refuse_sets(a: Array, b: Array, fewest: int) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < fewest:
+        raise ValueError(f"expected features (N, F) of at least {fewest} images, got shapes {a.shape} and {b.shape}")
+    _refuse_non_finite(a, "features")
+    _refuse_non_finite(b, "features")
 
 
 def _refuse_non_finite(values: Array, what: str) -> None:

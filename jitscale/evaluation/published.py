@@ -14,18 +14,12 @@ from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
 
-ANSWER_SECONDS = 30.0  # without a byte, after which a download is given up
+ANSWER_SECONDS = 30.0  # a download is given up after so long without a byte
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file on the web.
-
-    Attributes:
-        url: where it is; its last part is the file's name.
-        sha256: how its hash begins.
-        name: of the network, for tools/fetch_weights.py.
-    """
+    """A file on the web, how its hash begins, and the name that tools/fetch_weights.py has for it."""
 
     url: str
     sha256: str
@@ -37,7 +31,7 @@ class Published:
         return self.url.rsplit("/", maxsplit=1)[-1]
 
     def remedy(self, folder: Path) -> str:
-        """The command that brings the file into `folder`."""
+        """The command that downloads the file into `folder`."""
         return f"on a machine with a network: python tools/fetch_weights.py --output {folder} {self.name}".rstrip()
 
 
@@ -48,7 +42,7 @@ def published_folder(evaluation: EvaluationConfig) -> Path:
 
 
 def fetch(published: Published, folder: Path) -> Path:
-    """Download unless it is there, and compare with the hash; the file appears whole or not at all.
+    """Download the file unless it is there, and compare its hash; the file appears whole or not at all.
 
     Raises:
         DataError: no network, another content than expected, or the folder cannot be written.
@@ -63,10 +57,9 @@ def fetch(published: Published, folder: Path) -> Path:
         socket.setdefaulttimeout(ANSWER_SECONDS)  # urllib would wait for a network that drops packets for minutes
         torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        reason = f"{published.url}: {getattr(error, 'reason', error)}"
         raise DataError(
-            f"{path}: is not there, and cannot be downloaded here ({published.url}: {reason}); "
-            f"{published.remedy(folder)}"
+            f"{path}: is not there, and cannot be downloaded here ({reason}); {published.remedy(folder)}"
         ) from error
     except RuntimeError as error:
         raise DataError(f"{published.url}: not the file with sha256 {published.sha256}... ({error})") from error

@@ -223,8 +223,7 @@ class RealImages:
         """Of no images, for each part of a block."""
         from jitscale.evaluation.metrics import FrechetDistance  # noqa: PLC0415 (slow)
 
-        # All parts of the work must have the same origin, and the mean of the images is not known yet.
-        return {name: FrechetDistance(np.zeros(width)) for name, width in self.file.sizes.items()}
+        return {name: FrechetDistance(width) for name, width in self.file.sizes.items()}
 
     def _features(
         self, network: Callable[[torch.Tensor], Block], ids: range, on_images: Callable[[int], None]

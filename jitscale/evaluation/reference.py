@@ -42,7 +42,7 @@ class Reference:
     """What generated images are compared with.
 
     Attributes:
-        statistics: mean and covariance of each part of `Embedder.sizes`; of a file, of those that it has.
+        statistics: mean and covariance of each part of `NetworkFile.sizes`; of a file, of those parts that it has.
         features: (M, F) of the main network in a random order, where they are known: some of the images.
         floors: the distance of one half of the real images to the other, by part, and `kid` and `kid_std`; where known.
         facts: where it comes from, for the record.
@@ -55,13 +55,9 @@ class Reference:
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
-    """The real images that `config` names; a collective call. None on ranks other than 0.
+    """The real images that `config` names, a statistics file or shards; a collective call. None on ranks other than 0.
 
-    Args:
-        embedder: gives the features.
-        config: `evaluation.reference`, a statistics file or shards, or else `data.shards`.
-        world: this rank.
-        run_dir: where the cache is if it can be neither beside the shards nor in `evaluation.cache_dir`.
+    The cache is in `run_dir` if it can be neither next to the shards nor in `evaluation.cache_dir`.
 
     Raises:
         ConfigError: there is no reference, or too few images.
@@ -107,24 +103,23 @@ def open_real_images(config: Config) -> ShardSet:
 
 
 def _combined(kept: Sequence[RealImages], source: str) -> Reference:
-    """One reference of what all networks say.
+    """One reference of what all networks say, the main one first.
 
     Raises:
         DataError: the cache is damaged.
     """
+    contents = [images.read() for images in kept]
     statistics, floors = {}, {}
-    features, facts = None, {}
-    for images in kept:
-        arrays, own, said = images.read()
+    for images, (arrays, _, facts) in zip(kept, contents, strict=True):
         for part in images.file.sizes:
             statistics[part] = FeatureStatistics(arrays[f"all/{part}/mean"], arrays[f"all/{part}/covariance"])
-            floors[part] = float(said["floors"][part])
-        if features is None:
-            features = own
-            floors |= {name: float(said["floors"][name]) for name in ("kid", "kid_std")}
-            facts = {key: said[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
-    facts |= {"source": source, **identity_of([images.file for images in kept])}
-    return Reference(statistics, features, floors, facts)
+            floors[part] = float(facts["floors"][part])
+    _, features, main = contents[0]
+    floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
+    said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
+    return Reference(
+        statistics, features, floors, {**said, "source": source, **identity_of([images.file for images in kept])}
+    )
 
 
 def write_statistics(path: Path, reference: Reference) -> None:
@@ -133,38 +128,30 @@ def write_statistics(path: Path, reference: Reference) -> None:
     Raises:
         DataError: it cannot be written.
     """
+    arrays = {"facts": np.array(json.dumps({**reference.facts, "floors": reference.floors}))}
+    for part, statistics in reference.statistics.items():
+        arrays |= dict(zip(_names(part), statistics, strict=True))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**reference.facts, "floors": reference.floors}
-        arrays = {"facts": np.array(json.dumps(facts))}
-        for part, statistics in reference.statistics.items():
-            arrays |= dict(zip(_names(part), statistics, strict=True))
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); choose another --output") from error
 
 
-def read_statistics(path: Path, files: list[NetworkFile]) -> Reference:
-    """The statistics of a file, of those parts of the networks that it has.
-
-    Args:
-        path: the .npz.
-        files: the networks of the evaluation, the main one first.
+def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
+    """The statistics of an .npz file, of those parts of the networks, the main one first, that it has.
 
     Raises:
         DataError: it cannot be read, is of another network, or lacks one that is asked for.
     """
-    statistics = {}
-    sizes, identity = sizes_of(files), identity_of(files)
+    statistics, sizes = {}, sizes_of(files)
     try:
         with np.load(path, allow_pickle=False) as content:
             for part in sizes:
-                mean, covariance = _names(part)
-                if part != "spatial" or mean in content:  # the authors' files are without
-                    statistics[part] = FeatureStatistics(
-                        content[mean].astype(np.float64), content[covariance].astype(np.float64)
-                    )
+                names = _names(part)
+                if part != "spatial" or names[0] in content:  # the authors' files are without
+                    statistics[part] = FeatureStatistics(*(content[name].astype(np.float64) for name in names))
             described = json.loads(str(content["facts"])) if "facts" in content else {}
             facts: dict[str, Any] = described or {"source": path.name}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -172,20 +159,18 @@ def read_statistics(path: Path, files: list[NetworkFile]) -> Reference:
             f"evaluation.reference={path}: no statistics with {' and '.join(_names('features'))} ({error}); make them "
             "with tools/make_reference.py, or name shards"
         ) from error
-    for part, found in statistics.items():
+    for part, (mean, covariance) in statistics.items():
         size = sizes[part]
-        if (found.mean.shape, found.covariance.shape) != ((size,), (size, size)):
-            names = _names(part)
+        if (mean.shape, covariance.shape) != ((size,), (size, size)):
             raise DataError(
-                f"evaluation.reference={path}: {names[0]} and {names[1]} have the shapes {found.mean.shape} and "
-                f"{found.covariance.shape}, the network {files[0].name} has {size} {part}; choose the one they "
-                "were made with"
+                f"evaluation.reference={path}: {' and '.join(_names(part))} have the shapes {mean.shape} and "
+                f"{covariance.shape}, the network {files[0].name} has {size} {part}; choose the one they were made with"
             )
-    for key, expected in identity.items():
+    for key, expected in identity_of(files).items():
         if facts.get(key, expected) != expected:
             raise DataError(
-                f"evaluation.reference={path}: made with {key}={_short(facts[key])}, evaluation.features="
-                f"{files[0].name} has {_short(expected)}; make it again"
+                f"evaluation.reference={path}: made with {key}={str(facts[key])[:40]}, evaluation.features="
+                f"{files[0].name} has {str(expected)[:40]}; make it again"
             )
     floors: dict[str, float] = facts.pop("floors", {})
     return Reference(statistics, None, floors, {**facts, "file_sha256": sha256_of(path)})
@@ -195,7 +180,3 @@ def _names(part: str) -> tuple[str, str]:
     """Of mean and covariance in a file: ADM's where ADM has any."""
     suffix = {"features": "", "spatial": "_s"}.get(part, part.removeprefix("features"))
     return f"mu{suffix}", f"sigma{suffix}"
-
-
-def _short(identity: Any) -> str:
-    return str(identity)[:40]

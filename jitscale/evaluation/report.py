@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ def table_of(result: dict[str, Any]) -> str:
         )
     best = result["best"]
     lines.append(f"best: {best['weights']}, guidance {best['guidance_scale']:g}, {result['num_images']} images")
-    for key in (*METRICS, *(key for key in result if key.startswith("fd_") and not key.endswith("_floor"))):
-        if key in result:
-            floor = (
-                f"   (real half against real half: {result[f'{key}_floor']:.4g})" if f"{key}_floor" in result else ""
-            )
-            lines.append(f"  {key:18}{result[key]:.6g}{floor}")
+    further = [key for key in result if key.startswith("fd_") and not key.endswith("_floor")]
+    for key in (key for key in (*METRICS, *further) if key in result):
+        floor = result.get(f"{key}_floor")
+        said = "" if floor is None else f"   (real half against real half: {floor:.4g})"
+        lines.append(f"  {key:18}{result[key]:.6g}{said}")
     return "\n".join(lines)
 
 
@@ -42,21 +42,18 @@ def draw_sweep(result: dict[str, Any], path: Path) -> bool:
     from jitscale.figures import MARKERS, figure  # noqa: PLC0415  # matplotlib belongs to an extra
 
     fewest = min(row["num_images"] for row in result["table"])
-    coarse = [row for row in result["table"] if row["num_images"] == fewest]
     precise = [row for row in result["table"] if row["num_images"] > fewest]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in result["table"]:
+        if row["num_images"] == fewest:
+            low, high = row["guidance_interval"]
+            lines.setdefault(f"{row['weights']}, {low:g} to {high:g}", []).append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = list(dict.fromkeys((row["weights"], tuple(row["guidance_interval"])) for row in coarse))
     with figure(path, panels=2) as panels:
         for axis, key, name in zip(panels, ("fid", "inception_score"), ("FID", "IS"), strict=True):
-            for number, line in enumerate(lines):
-                weights, interval = line
-                own = sorted(
-                    (row["guidance_scale"], row[key])
-                    for row in coarse
-                    if (row["weights"], tuple(row["guidance_interval"])) == line
-                )
-                label = f"{weights}, {interval[0]:g} to {interval[1]:g}"
-                axis.plot(*zip(*own, strict=True), label=label, marker=MARKERS[number % len(MARKERS)], markersize=4)
+            for (label, rows), marker in zip(lines.items(), cycle(MARKERS), strict=False):
+                points = sorted((row["guidance_scale"], row[key]) for row in rows)
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
             if precise:
                 scales = [row["guidance_scale"] for row in precise]
                 axis.plot(scales, [row[key] for row in precise], "k*", label=f"{precise[0]['num_images']} images")

@@ -13,7 +13,7 @@ from jitscale.config import Config, weight_set_names
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
-from jitscale.evaluation.networks import FEATURE_NETWORKS, NetworkFile, network_files, sizes_of
+from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
 from jitscale.evaluation.reference import open_real_images, read_statistics, reference_source
 from jitscale.evaluation.settings import final_settings, sweep_images
@@ -21,11 +21,6 @@ from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
 logger = logging.getLogger(__name__)
-
-
-def will_measure(config: Config) -> bool:
-    """Whether a training with this configuration generates images and compares them."""
-    return config.evaluation.at_end or config.evaluation.every_images > 0
 
 
 def check_training_measures(config: Config, world: World) -> Config:
@@ -40,7 +35,7 @@ def check_training_measures(config: Config, world: World) -> Config:
     Raises:
         UserError: on every rank.
     """
-    if not config.evaluation.at_end and will_measure(config):
+    if not config.evaluation.at_end and config.evaluation.every_images:
         try:
             network_files(config.evaluation, world)
         except DataError as error:
@@ -48,14 +43,14 @@ def check_training_measures(config: Config, world: World) -> Config:
                 logger.warning("evaluation.at_end=false: nothing is measured on the way either: %s", error)
             config = replace(config, evaluation=replace(config.evaluation, every_images=0))
     weight_sets = weight_set_names(config)
-    measured = [stage for stage in stages_of(config) if will_measure(stage)]
+    measured = [stage for stage in stages_of(config) if stage.evaluation.at_end or stage.evaluation.every_images]
     if not measured:
         return config
     cost = parallel.raise_together(lambda: measuring_cost(config, weight_sets))
-    limit = config.evaluation.sweep_max_share
-    if limit is not None and cost.sweep_share > limit:
+    limit, sweep_share = config.evaluation.sweep_max_share, cost.share_of(cost.sweep)
+    if limit is not None and sweep_share > limit:
         raise ConfigError(
-            f"evaluation.sweep_max_share={limit:g}: the sweep would take {percent(cost.sweep_share)} of the run's "
+            f"evaluation.sweep_max_share={limit:g}: the sweep would take {percent(sweep_share)} of the run's "
             f"compute (measuring: {cost}); lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
         )
     for stage in measured:
@@ -68,11 +63,7 @@ def check_training_measures(config: Config, world: World) -> Config:
 def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *, at_end: bool = True) -> None:
     """Feature networks, real images, labels, settings of the sweep and room are there; a collective call.
 
-    Args:
-        config: with `evaluation.features`.
-        world: this rank.
-        weight_sets: those that can be measured.
-        at_end: whether there will be a final evaluation, or measurements on few images alone.
+    `weight_sets` can be measured. Without `at_end` there are measurements on few images alone.
 
     Raises:
         ConfigError: on every rank: no feature network or reference is configured, the sweep is impossible, or there is
@@ -80,24 +71,36 @@ def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *
         DataError: on every rank: weights are missing and cannot be downloaded now, or are no such network; the
             reference does not open or fit.
     """
-    evaluation = config.evaluation
-    files = network_files(evaluation, world)
-    if evaluation.features_file is not None:  # published files are known by their hash
-        parallel.on_main(lambda: _load_once(files[0]))
-    source = reference_source(config)
-    if source.endswith(".npz"):
-        parallel.on_main(lambda: _check_statistics(Path(source), files))
-    else:
+    evaluation, run_dir = config.evaluation, Path(config.run.dir)
+    files, source = network_files(evaluation, world), reference_source(config)
+    kept: list[RealImages] = []
+    if not source.endswith(".npz"):
         shards = parallel.raise_together(lambda: open_real_images(config))
-        folders = cache_folders(config, shards, Path(config.run.dir), world)
+        folders = cache_folders(config, shards, run_dir, world)
         kept = [RealImages(file, shards, folders) for file in files]
-        parallel.on_main(lambda: _check_cache_room(kept))
-    parallel.raise_together(lambda: _check_settings(config))
-    images = parallel.raise_together(lambda: images_of(config, weight_sets) if at_end else evaluation.few_images)
-    parallel.on_main(lambda: _check_room(config, files, images))
-    if world.is_main:
-        swept = at_end and len(final_settings(config, weight_sets)) > 1
-        _say_few_images(config, sizes_of(files), at_end=at_end, swept=swept)
+
+    def check() -> None:
+        if evaluation.features_file is not None:  # published files are known by their hash
+            files[0].load("cpu")
+        if kept:
+            needed, folder = sum(images.bytes_to_write() for images in kept), kept[0].folder
+            purpose = "computing the statistics of the real images takes"
+            _check_room(folder, needed, f"{folder}", purpose, "set evaluation.cache_dir")
+        else:
+            read_statistics(Path(source), files)
+        configured_labels(config)
+        if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
+            raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")
+        if at_end:
+            images, folder = images_of(config, weight_sets), run_dir / "evaluation"
+            values = sum(sizes_of(files).values()) + FEATURE_NETWORKS[files[0].name].num_logits
+            needed = 4 * values * images - sum(path.stat().st_size for path in folder.glob("samples_*/block_*.npz"))
+            purpose = f"the features of {images} images take"
+            remedy = "lower evaluation.num_images or evaluation.sweep_images"
+            _check_room(folder, needed, f"run.dir={config.run.dir}", purpose, remedy)
+        _warn_of_few_images(config, sizes_of(files), weight_sets, at_end=at_end)
+
+    parallel.on_main(check)
 
 
 def images_of(config: Config, weight_sets: Sequence[str]) -> int:
@@ -109,69 +112,29 @@ def images_of(config: Config, weight_sets: Sequence[str]) -> int:
     evaluation, settings = config.evaluation, final_settings(config, weight_sets)
     if len(settings) == 1:
         return evaluation.num_images
-    kept = min(evaluation.sweep_keep, len(settings))
     few = sweep_images(evaluation)
-    return len(settings) * few + kept * (evaluation.num_images - few)
+    return len(settings) * few + min(evaluation.sweep_keep, len(settings)) * (evaluation.num_images - few)
 
 
-def _load_once(file: NetworkFile) -> None:
-    file.load("cpu")
-
-
-def _check_statistics(path: Path, files: list[NetworkFile]) -> None:
-    read_statistics(path, files)
-
-
-def _check_settings(config: Config) -> None:
-    """What an evaluation would refuse only when it samples."""
-    configured_labels(config)
-    if config.evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
-        raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")
-
-
-def _check_room(config: Config, files: Sequence[NetworkFile], images: int) -> None:
-    """Refuse to begin where the blocks of features will not fit.
+def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str) -> None:
+    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet.
 
     Raises:
         ConfigError: naming what is needed.
     """
-    folder = Path(config.run.dir) / "evaluation"
-    values = sum(size for file in files for size in file.sizes.values()) + FEATURE_NETWORKS[files[0].name].num_logits
-    there = sum(path.stat().st_size for path in folder.glob("samples_*/block_*.npz"))
-    needed, free = 4 * values * images - there, _free(folder)
-    if needed > free:
-        raise ConfigError(
-            f"run.dir={config.run.dir}: {free / 1e9:.3g} GB are free, the features of {images} images take "
-            f"{needed / 1e9:.3g} GB; make room, or lower evaluation.num_images or evaluation.sweep_images"
-        )
-
-
-def _check_cache_room(kept: Sequence[RealImages]) -> None:
-    """Refuse to begin where the statistics of real images will not fit.
-
-    Raises:
-        ConfigError: naming what is needed.
-    """
-    needed, folder = sum(images.bytes_to_write() for images in kept), kept[0].folder
-    free = _free(folder)
-    if needed > free:
-        raise ConfigError(
-            f"{folder}: {free / 1e9:.3g} GB are free, computing the statistics of the real images takes "
-            f"{needed / 1e9:.3g} GB; make room, or set evaluation.cache_dir"
-        )
-
-
-def _free(folder: Path) -> int:
-    """Bytes, where `folder` is or will be."""
     absolute = folder.absolute()
-    return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+    free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+    if needed > free:
+        raise ConfigError(
+            f"{named}: {free / 1e9:.3g} GB are free, {purpose} {needed / 1e9:.3g} GB; make room, or {remedy}"
+        )
 
 
-def _say_few_images(config: Config, sizes: dict[str, int], *, at_end: bool, swept: bool) -> None:
+def _warn_of_few_images(config: Config, sizes: dict[str, int], weight_sets: Sequence[str], *, at_end: bool) -> None:
     """Warn where covariances will be singular: the distance then depends mostly on the number of images."""
     evaluation = config.evaluation
     counts = {"num_images": evaluation.num_images} if at_end else {}
-    if swept:
+    if at_end and len(final_settings(config, weight_sets)) > 1:
         counts["sweep_images"] = sweep_images(evaluation)
     if evaluation.every_images:
         counts["few_images"] = evaluation.few_images

@@ -24,30 +24,11 @@ class Setting:
 
     def applied_to(self, evaluation: EvaluationConfig, num_images: int) -> EvaluationConfig:
         """The configuration with this setting."""
-        return replace(
-            evaluation,
-            weights=self.weights,
-            guidance_scale=self.scale,
-            guidance_interval=list(self.interval),
-            num_images=num_images,
-        )
+        return replace(evaluation, num_images=num_images, **self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """By the names of the configuration."""
         return {"weights": self.weights, "guidance_scale": self.scale, "guidance_interval": list(self.interval)}
-
-
-def final_settings(config: Config, weight_sets: Sequence[str]) -> list[Setting]:
-    """What the final evaluation tries: all that `evaluation.sweep` names, or the configured setting alone.
-
-    Args:
-        config: of the evaluation.
-        weight_sets: those that there are.
-
-    Raises:
-        ConfigError: an unknown axis or weight set, or impossible numbers.
-    """
-    return settings_of(config.evaluation.sweep or [], config, weight_sets)
 
 
 def sweep_images(evaluation: EvaluationConfig) -> int:
@@ -55,14 +36,16 @@ def sweep_images(evaluation: EvaluationConfig) -> int:
     return min(evaluation.sweep_images, evaluation.num_images)
 
 
+def final_settings(config: Config, weight_sets: Sequence[str]) -> list[Setting]:
+    """What the final evaluation tries: `settings_of` the configured axes."""
+    return settings_of(config.evaluation.sweep or [], config, weight_sets)
+
+
 def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str]) -> list[Setting]:
     """Every combination of what the axes name, those of one network together.
 
-    Args:
-        axes: `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`)
-            or names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
-        config: of the evaluation.
-        weight_sets: those that there are.
+    Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
+    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
 
     Raises:
         ConfigError: an unknown axis or weight set, or impossible numbers.
@@ -71,28 +54,26 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
     low, high = evaluation.guidance_interval
     scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [(low, high)]
     for text in axes:
-        axis, equals, values = text.partition("=")
-        if axis not in AXES or not equals or not values:
-            raise ConfigError(
-                f"evaluation.sweep: {text}: write one of guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8"
-            )
+        axis, _, values = text.partition("=")
+        if axis not in AXES or not values:
+            raise _mistake(text, "write one of guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8")
         if axis == "guidance":
             scales = _scales(text, values)
-        elif axis == "ema":
-            names = _names(values, weight_sets)
-        else:
+        elif axis == "interval":
             intervals = [_interval(text, part) for part in values.split(",")]
-    unknown = [name for name in names if name not in weight_sets]
-    if unknown:
-        raise ConfigError(
-            f"evaluation.sweep: ema={','.join(names)}: no weight set {unknown[0]}; there are {', '.join(weight_sets)}"
-        )
+        elif values == "all":
+            names = list(weight_sets)
+        elif values == "averages":
+            names = [name for name in weight_sets if name != "model"] or list(weight_sets)
+        else:
+            names = values.split(",")
+    for name in names:
+        if name not in weight_sets:
+            raise _mistake(f"ema={','.join(names)}", f"no weight set {name}; there are {', '.join(weight_sets)}")
     unguided = evaluation.guide is None and (config.model.num_classes == 0 or config.diffusion.label_drop == 0)
     if unguided and any(scale != 1.0 for scale in scales):
-        raise ConfigError(
-            "evaluation.sweep: guidance: the network is trained with labels only, or with none, so that nothing guides "
-            "it; leave the axis out"
-        )
+        remedy = "so that nothing guides it; leave the axis out"
+        raise _mistake("guidance", f"the network is trained with labels only, or with none, {remedy}")
     return [
         Setting(name, interval, scale)
         for name in names
@@ -102,12 +83,8 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
     ]
 
 
-def _names(values: str, weight_sets: Sequence[str]) -> list[str]:
-    if values == "all":
-        return list(weight_sets)
-    if values == "averages":
-        return [name for name in weight_sets if name != "model"] or list(weight_sets)
-    return values.split(",")
+def _mistake(text: str, fault: str) -> ConfigError:
+    return ConfigError(f"evaluation.sweep: {text}: {fault}")
 
 
 def _scales(text: str, values: str) -> list[float]:
@@ -121,7 +98,7 @@ def _scales(text: str, values: str) -> list[float]:
     except (ValueError, ZeroDivisionError):
         found = []
     if not found or not all(0 <= scale < math.inf for scale in found):
-        raise ConfigError(f"evaluation.sweep: {text}: write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
+        raise _mistake(text, f"write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
     return list(dict.fromkeys(found))
 
 
@@ -131,5 +108,5 @@ def _interval(text: str, part: str) -> tuple[float, float]:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low < high <= 1:
-        raise ConfigError(f"evaluation.sweep: {text}: {part} must be two times LOW:HIGH, 0 <= low < high <= 1")
+        raise _mistake(text, f"{part} must be two times LOW:HIGH, 0 <= low < high <= 1")
     return low, high

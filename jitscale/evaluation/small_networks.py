@@ -33,11 +33,8 @@ class _PooledConvolutions(FeatureNetwork):
         super().__init__()
         layers: list[nn.Module] = []
         for width_in, width_out, stride in zip(self.channels, self.channels[1:], self.strides, strict=False):
-            layers += [
-                nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width_out),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.scale = nn.BatchNorm1d(self.num_features, affine=False)
         self.classes = nn.Linear(self.num_features, self.num_logits)

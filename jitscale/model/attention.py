@@ -8,33 +8,29 @@ Shapes: B batch, N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from jitscale.errors import ConfigError
 from jitscale.versions import version_of
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 FLASH_4_PADDED = {104: 128}  # head dims whose backward pass does not compile, and the next that does
 PROBE_TOLERANCE = 0.05  # of the largest element, in bf16
 
-logger = logging.getLogger(__name__)
 
-
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """PyTorch's fused kernel for the device: cuDNN's or FlashAttention-2 on GPUs."""
-    out_bhnd = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout
-    )
-    return out_bhnd.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def unfused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """The authors' way, for comparison: logits in float32, materialised (B, H, N, N)."""
     with torch.autocast(q.device.type, enabled=False):
         logits = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * q.shape[-1] ** -0.5
@@ -42,7 +38,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float)
     return torch.einsum("bhnm,bmhd->bnhd", weights.to(v.dtype), v)
 
 
-def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """FlashAttention-2, the package flash-attn: bf16 on GPUs, with dropout."""
     # An extra; flash-attn-4 alone makes `import flash_attn` succeed.
     from flash_attn import flash_attn_func  # noqa: PLC0415
@@ -50,7 +46,7 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
     return flash_attn_func(q, k, v, dropout_p=dropout)
 
 
-def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """FlashAttention-4, the package flash-attn-4: bf16 on Hopper and newer, without dropout."""
     if dropout > 0:
         raise ValueError("has no dropout")
@@ -63,10 +59,10 @@ def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: flo
     return out[..., :head_dim] if padding else out
 
 
-_operators: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+_operators: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
-def _register() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _register() -> Callable[..., tuple[Tensor, Tensor]]:
     """Make an operator of torch, inside which torch.compile does not look, of private functions of flash-attn-4.
 
     Before anything is compiled: `choose_kernel` calls the kernel.
@@ -74,38 +70,26 @@ def _register() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: PLC0415
 
     @torch.library.custom_op("jitscale::flash_attn_4", mutates_args=())
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
         return out, lse
 
     @forward.register_fake
-    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         batch, tokens, heads, _ = q.shape
         return q.new_empty(v.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
     @torch.library.custom_op("jitscale::flash_attn_4_backward", mutates_args=())
     def backward(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        gradient: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, gradient: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, gradient, lse, scale)
         return dq, dk, dv
 
     @backward.register_fake
     def _(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        gradient: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, gradient: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -125,7 +109,7 @@ KERNELS: dict[str, Kernel] = {
     "flash-attn-4": flash_attn_4,
     "flash-attn": flash_attn,
     "sdpa": sdpa,
-    "reference": reference,
+    "reference": unfused,
 }
 FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa")
 
@@ -163,39 +147,32 @@ def choose_kernel(
     """The kernel `asked`, or for "auto" the first of `FASTEST_FIRST` that passes a probe at the real shape.
 
     The probe runs forward and backward at every number of tokens and every dropout that the network has, and compares
-    with `reference` where nothing is dropped.
+    with `unfused` where nothing is dropped.
 
     Raises:
         ConfigError: the kernel that was asked for does not pass; the message says why.
     """
 
-    def failure(name: str) -> str | None:
+    if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
+        return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
+    failures: list[str] = []
+    for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
             for length in sorted(set(tokens)):
                 for dropout in sorted(set(dropouts)):
                     _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
         except Exception as error:  # compilers of kernels raise what they like; it is said
-            text = str(error).strip()
-            return text.splitlines()[0] if text else type(error).__name__
-        return None
-
-    if asked != "auto":
-        reason = failure(asked)
-        if reason is not None:
-            raise ConfigError(
-                f"engine.attention={asked} does not work here ({reason}); head dim {head_dim}, {dtype}, dropout "
-                f"{max(dropouts)}, {device}; choose auto"
-            )
-        return ChosenKernel(asked, _version(asked), "asked for")
-    if device.type != "cuda" or dtype == torch.float32:
-        return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    failures: list[str] = []
-    for name in FASTEST_FIRST:
-        reason = failure(name)
-        if reason is None:
-            return ChosenKernel(name, _version(name), "; ".join(failures) or "the first that was tried")
-        failures.append(f"{name}: {reason}")
-    raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+            line = [*str(error).strip().splitlines(), type(error).__name__][0]
+            failures.append(f"{name}: {line}" if asked == "auto" else line)
+            continue
+        reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
+        return ChosenKernel(name, _version(name), reason)
+    if asked == "auto":
+        raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+    raise ConfigError(
+        f"engine.attention={asked} does not work here ({failures[0]}); head dim {head_dim}, {dtype}, dropout "
+        f"{max(dropouts)}, {device}; choose auto"
+    )
 
 
 def _probe(
@@ -209,7 +186,7 @@ def _probe(
         out = kernel(q, k, v, dropout)
         found = (out, *torch.autograd.grad(out, (q, k, v), gradient.detach()))
         if dropout == 0:
-            expected_out = reference(q, k, v, 0.0)
+            expected_out = unfused(q, k, v, 0.0)
             expected = (expected_out, *torch.autograd.grad(expected_out, (q, k, v), gradient.detach()))
             for name, a, b in zip(("output", "gradient of q", "of k", "of v"), found, expected, strict=True):
                 off = float((a - b).detach().float().abs().max() / b.detach().float().abs().max())

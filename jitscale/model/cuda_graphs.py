@@ -9,16 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARM_UPS = 3  # passes before recording: what is compiled or tuned at first use must not be recorded
 
 
 @dataclass(frozen=True)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    output: torch.Tensor
+    inputs: tuple[Tensor, Tensor, Tensor]
+    output: Tensor
 
 
 class CudaGraphs:
@@ -32,7 +33,7 @@ class CudaGraphs:
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
 
     @torch.no_grad()
-    def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction (B, 3, S, S) for z (B, 3, S, S), t and y (B,), in memory of its own."""
         key = (len(z), torch.is_autocast_enabled("cuda"))
         if key not in self._recorded:
@@ -43,7 +44,7 @@ class CudaGraphs:
         recorded.graph.replay()
         return recorded.output.clone()
 
-    def _record(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> _Recorded:
+    def _record(self, z: Tensor, t: Tensor, y: Tensor) -> _Recorded:
         inputs = (z.clone(), t.clone(), y.clone())
         # Weights that autocast has cast are forgotten when its region ends, and a graph would go on reading them.
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):

@@ -5,29 +5,27 @@ Nothing here is part of a checkpoint: parameters keep their names and shapes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig
 from jitscale.errors import ConfigError
 from jitscale.model.attention import ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
+from jitscale.model.flops import image_tokens
 from jitscale.model.jit import Block, JiT
-
-logger = logging.getLogger(__name__)
-
 
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
 GRAPHS = 32
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class Execution:
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
-    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs, and
-    alignment also for float8.
+    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs, alignment also for float8.
 
     Args:
         model: changed in place: the way its blocks compute.
@@ -75,12 +72,11 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
             without alignment.
     """
     on_gpu = device.type == "cuda"
-    config = model.config
-    image_tokens = (config.image_size // config.patch_size) ** 2
+    config, length = model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
     attention = choose_kernel(
         engine.attention,
-        tokens=[image_tokens, image_tokens + config.in_context_len],
+        tokens=[length, length + config.in_context_len],
         heads=config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
         dropouts=sorted({block.attn.attn_dropout if training else 0.0 for block in blocks}),
@@ -100,29 +96,28 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         if every > 0 and index % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compiled:
-            compile_forward = _compiled_for_its_batch if training else _compiled_for_any_batch
-            block.forward = compile_forward(block.forward)  # type: ignore[method-assign, assignment]
+            block.forward = _compile(block.forward, training=training)  # type: ignore[method-assign, assignment]
     return Execution(attention, aligned, compiled, engine.float8)
 
 
-def _compiled_for_its_batch(forward: Forward) -> Forward:
+def _compile(forward: Forward, *, training: bool) -> Forward:
     """One graph without breaks for each shape; blocks of the same shape share theirs.
 
-    Training has one size of a batch. Where it is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
-    dropout into forward and backward pass ("Node was invalid, but is output").
+    Training has one size of a batch. If the size is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
+    dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
+    since it ends with what is left over.
 
     The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside of it.
     """
-    _allow_graphs()
-    return torch.compile(forward, fullgraph=True, dynamic=False, backend=_with_parameters_anywhere)
+    limits = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
+    setattr(limits, limit, max(GRAPHS, getattr(limits, limit)))
+    dynamic = False if training else None
+    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic, backend=_with_parameters_anywhere)
+    if training:
+        return compiled
 
-
-def _compiled_for_any_batch(forward: Forward) -> Forward:
-    """The same, one graph for whatever batch: sampling ends with what is left over."""
-    _allow_graphs()
-    compiled = torch.compile(forward, fullgraph=True, backend=_with_parameters_anywhere)
-
-    def call(x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    def call(x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         if len(x) > 1:  # a batch of one is a graph of its own to torch
             for tensor in (x, condition):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -131,7 +126,7 @@ def _compiled_for_any_batch(forward: Forward) -> Forward:
     return call
 
 
-def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile with Inductor, but do not let it assume that all blocks' parameters are aligned as the first block's.
 
     Blocks share a graph. Inductor treats parameters as static inputs and decides at compile time whether it may read 16
@@ -144,9 +139,3 @@ def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[torch.Te
     for node in graph.graph.find_nodes(op="placeholder"):
         node.meta.get("tensor_dict", {}).pop("_dynamo_static_input_type", None)
     return compile_fx(graph, inputs)  # type: ignore[return-value]
-
-
-def _allow_graphs() -> None:
-    config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
-    setattr(config, name, max(GRAPHS, getattr(config, name)))

@@ -7,6 +7,7 @@ work; sums, norms, modulation and the two ends of the network stay as they are.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from jitscale.errors import ConfigError
 from jitscale.model.layers import Product, in_arithmetic_of
@@ -34,7 +35,7 @@ def float8_product(device: torch.device) -> Product:
         object.__setattr__(config, "emulate", True)
     products = Float8Linear(SMALLEST, SMALLEST, config=config, device="meta").linear_mm_config
 
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = in_arithmetic_of(x, x)
         out = matmul_with_hp_or_float8_args.apply(x, in_arithmetic_of(x, weight).t(), products, config)
         return out + bias.to(out.dtype)

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, C hidden size, P patch size, G = image_size / P token
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jitscale.config import DiffusionConfig, ModelConfig
 from jitscale.model.layers import (
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, proj_dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
@@ -51,7 +51,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, config.patch_size**2 * 3)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -65,8 +65,8 @@ class JiT(nn.Module):
         diffusion: how it was trained; samplers take the noise scale and the meaning of the prediction from it.
     """
 
-    pos_embed: torch.Tensor
-    rope: torch.Tensor
+    pos_embed: Tensor
+    rope: Tensor
 
     def __init__(self, config: ModelConfig, diffusion: DiffusionConfig | None = None) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class JiT(nn.Module):
         """The label index that means "no class"."""
         return self.config.num_classes
 
-    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -147,7 +147,7 @@ class JiT(nn.Module):
         x = x[:, prefix:] if prefix > 0 else x
         return self.unpatchify(self.final_layer(x, condition))
 
-    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+    def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, N, P * P * 3) -> (B, 3, G P, G P)"""
         size, patch = self.config.image_size, self.config.patch_size
         grid = size // patch

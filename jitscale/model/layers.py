@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from jitscale.model.attention import Kernel, sdpa
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIMESTEP_FREQUENCIES = 256
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as torch.nn.functional.linear
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # as torch.nn.functional.linear
 ALIGNMENT = 64  # of the inner width of feed-forward layers
 
 
@@ -29,13 +29,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
         return (x32 * self.weight.float()).to(x.dtype)
 
 
-def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) -> torch.Tensor:
+def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) -> Tensor:
     """Fixed 2-D sine-cosine embedding, the column (w) in the first half: (G * G, C) float32.
 
     The positions of the G tokens of an axis span `span`, by default G itself: token i lies at i span / G.
@@ -49,12 +49,12 @@ def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) 
     return torch.cat([column, row], dim=2).reshape(grid * grid, hidden_size).float()
 
 
-def _positions(grid: int, span: int | None) -> torch.Tensor:
+def _positions(grid: int, span: int | None) -> Tensor:
     positions = torch.arange(grid, dtype=torch.float64)
     return positions if span is None else positions * (span / grid)
 
 
-def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -> torch.Tensor:
+def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -> Tensor:
     """Cosine and sine of the 2-D axial rotation: (2, prefix + G * G, D) float32.
 
     Half of the head dim turns with the row, half with the column; neighbouring channels form a pair, and the sine of
@@ -71,7 +71,7 @@ def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -
     return torch.stack([angle.cos(), sign * angle.sin()])
 
 
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Apply rotary positions in float32 to `x` (B, N, H, D) with `rope` (2, N, D); keeps the dtype of `x`."""
     cos, sin = rope[:, :, None]  # (N, 1, D) each
     x32 = x.float()
@@ -87,7 +87,7 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj1 = nn.Conv2d(3, bottleneck_dim, patch_size, stride=patch_size, bias=False)
         self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """(B, 3, G P, G P) -> (B, N, C)"""
         return self.proj2(self.proj1(image)).flatten(2).transpose(1, 2)
 
@@ -101,9 +101,9 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(TIMESTEP_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, C)"""
-        weight: torch.Tensor = self.mlp[0].weight  # type: ignore[assignment]
+        weight: Tensor = self.mlp[0].weight  # type: ignore[assignment]
         half = TIMESTEP_FREQUENCIES // 2
         frequency = torch.exp(-math.log(10_000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angle = t.float()[:, None] * frequency
@@ -118,7 +118,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, labels: Tensor) -> Tensor:
         """(B,) -> (B, C)"""
         return self.embedding_table(labels)
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         self.product: Product | None = None
         self.proj_drop = nn.Dropout(proj_dropout)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (2, N, D) -> (B, N, C)"""
         q, k, v = (
             multiply(self.product, x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -168,14 +168,14 @@ class SwiGLU(nn.Module):
         self.aligned = False  # model/execution.py chooses
         self.product: Product | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
         if self.aligned and self.padding:
             return self._padded(x)
         gate, value = multiply(self.product, x, self.w12).chunk(2, dim=-1)
         return multiply(self.product, self.drop(F.silu(gate) * value), self.w3)
 
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+    def _padded(self, x: Tensor) -> Tensor:
         w12, b12, w3 = (in_arithmetic_of(x, p) for p in (self.w12.weight, self.w12.bias, self.w3.weight))
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # gate and value each
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, self.padding)).flatten()
@@ -184,12 +184,12 @@ class SwiGLU(nn.Module):
         return product(self.drop(F.silu(gate) * value), F.pad(w3, (0, self.padding)), self.w3.bias)
 
 
-def multiply(product: Product | None, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+def multiply(product: Product | None, x: Tensor, layer: nn.Linear) -> Tensor:
     """`layer` of `x` by another product than torch's, where one was chosen."""
     return layer(x) if product is None else product(x, layer.weight, layer.bias)
 
 
-def in_arithmetic_of(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def in_arithmetic_of(x: Tensor, parameter: Tensor) -> Tensor:
     """`parameter` in the dtype in which autocast would use it, so that the cast is not repeated on the padded one."""
     device = x.device.type
     return parameter.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else parameter
@@ -200,6 +200,6 @@ def swiglu_width(hidden_size: int) -> int:
     return int(4 * hidden_size * 2 / 3)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm (Peebles and Xie 2023): (B, N, C) with (B, C) each."""
     return x * (1 + scale[:, None]) + shift[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
+from jitscale.evaluation.blocks import Missing, compute_blocks
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.generate import RandomLabels
@@ -213,16 +215,31 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
         whole = FrechetDistance.from_statistics(mean, covariance)
         whole.update(other, real=False)
         for ends in ([100], [1, 2, 3], [0, len(features) - 1]):
-            merged = FrechetDistance(np.zeros(features.shape[1]))
+            merged = FrechetDistance(features.shape[1])
             for part in np.split(features, ends):
-                sums = FrechetDistance(np.zeros(features.shape[1]))
+                sums = FrechetDistance(features.shape[1])
                 sums.update(part, real=True)
                 merged.merge_state(sums.metric_state)
             merged.update(other, real=False)
             found_mean, found_covariance = merged.gaussian("real")
             np.testing.assert_allclose(found_mean, mean, rtol=1e-12)
-            np.testing.assert_allclose(found_covariance, covariance, rtol=1e-9, atol=1e-8)
+            np.testing.assert_allclose(found_covariance, covariance, rtol=1e-9, atol=1e-12)
             assert float(merged.compute()) == pytest.approx(float(whole.compute()), rel=digits)
+
+
+def test_blocks_are_the_same_without_files(tmp_path: Path) -> None:
+    def compute(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
+        for block in missing:
+            for setting in block.settings:
+                yield {"features": np.full((2, 1), 10.0 * setting + block.number)}
+
+    world = World(0, 1, 0, torch.device("cpu"))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    passing = compute_blocks(folders, 3, 2, compute, world, keep=False)
+    assert not list(tmp_path.iterdir())
+    kept = compute_blocks(folders, 3, 2, compute, world, keep=True)
+    assert [found["features"][:, 0].tolist() for found in passing] == [[0, 0, 1, 1, 2, 2], [10, 10, 11, 11, 12, 12]]
+    assert all(np.array_equal(a["features"], b["features"]) for a, b in zip(passing, kept, strict=True))
 
 
 def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -> None:

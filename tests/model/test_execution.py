@@ -116,7 +116,7 @@ def test_kernels_agree_on_a_gpu(name: str, head_dim: int) -> None:
         return torch.einsum("bhnm,bmhd->bnhd", weights, v)
 
     exact = passes(written_out, qkv.detach().double().requires_grad_())
-    for found, theirs, right in zip(passes(KERNELS[name], qkv), passes(attention.reference, qkv), exact, strict=True):
+    for found, theirs, right in zip(passes(KERNELS[name], qkv), passes(attention.unfused, qkv), exact, strict=True):
         assert float((found - right).norm()) <= 2 * float((theirs - right).norm())
 
 
@@ -153,7 +153,7 @@ def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) 
     for name in ("flash-attn", "flash-attn-4"):
         with pytest.raises(ConfigError, match=rf"engine.attention={name} does not work here \(."):
             chosen(name)
-    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, dropout: attention.reference(q, k, 1.1 * v, dropout))
+    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, dropout: attention.unfused(q, k, 1.1 * v, dropout))
     with pytest.raises(ConfigError, match=r"output is off by 0\.1 of the largest element"):
         chosen("sdpa")
 
@@ -185,7 +185,7 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_kernel_without_package_metadata_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that was built in place and put on PYTHONPATH has no version that can be asked for."""
-    monkeypatch.setitem(KERNELS, "flash-attn", attention.reference)
+    monkeypatch.setitem(KERNELS, "flash-attn", attention.unfused)
     found = chosen("flash-attn")
     assert (found.name, found.version) == ("flash-attn", "flash-attn of unknown version")
 
@@ -202,7 +202,7 @@ def test_head_dims_are_padded_exactly_for_flash_attn_4(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     for head_dim in (80, 104):
         q, k, v = torch.randn(3, 1, 16, 2, head_dim).unbind(0)
-        torch.testing.assert_close(attention.flash_attn_4(q, k, v, 0.0), attention.reference(q, k, v, 0.0))
+        torch.testing.assert_close(attention.flash_attn_4(q, k, v, 0.0), attention.unfused(q, k, v, 0.0))
     assert seen == [80, 128]
 
 
@@ -247,7 +247,7 @@ def test_flash_attn_4_is_an_operator_with_a_derivative(monkeypatch: pytest.Monke
     results = []
     compiled = torch.compile(lambda *x: attention.flash_attn_4(*x, 0.0), fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(attention, "_operators", {})
-    for kernel in (attention.reference, attention.flash_attn_4, lambda *x: compiled(*x[:3])):
+    for kernel in (attention.unfused, attention.flash_attn_4, lambda *x: compiled(*x[:3])):
         out = kernel(q, k, v, 0.0)
         results.append((out, *torch.autograd.grad(out, (q, k, v), gradient)))
     for found in results[1:]:

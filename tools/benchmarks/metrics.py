@@ -29,7 +29,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     real, generated, logits, spatial = (
         random.standard_normal((options.images, width), dtype=np.float32) for width in widths
     )
-    distance = FrechetDistance(real.mean(axis=0, dtype=np.float64))
+    distance = FrechetDistance(Inception.num_features)
     distance.update(real, real=True)
 
     def fid() -> None:
