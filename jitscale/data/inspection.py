@@ -17,7 +17,8 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
 from jitscale.data.manifest import BadInput, content_hash
-from jitscale.data.survey import by_place, in_processes, number_labels, scan_shards
+from jitscale.data.processes import in_processes
+from jitscale.data.survey import by_place, number_labels, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
 from jitscale.errors import DataError
 from jitscale.files import atomic_write

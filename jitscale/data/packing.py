@@ -1,16 +1,14 @@
-"""Writing shards: tars that webdataset reads, each with its index beside it, and the manifest of all."""
+"""Writing shards: tars by webdataset, each with its index beside it, and the manifest of all."""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
-import tarfile
 import tempfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
-from jitscale.data.lru import remembered
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
 from jitscale.data.tar_index import (
@@ -39,9 +36,9 @@ from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
 
-_MOST_BYTES = 1 << 30  # of one image's file; what is larger is none, and must not fill the memory
+_MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
 _MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
-# Not the fault of the file that was to be opened: going on would drop good images.
+# The process is at fault, not the file: going on would drop good images.
 _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Sample = dict[str, "str | bytes"]  # as webdataset writes it: __key__, the image under its extension, and maybe cls
@@ -54,7 +51,7 @@ class ShardTask:
     path: Path  # of the shard
     root: str  # what the relative paths of the sources are relative to
     numbers: list[int]  # of the sources: their keys
-    sources: list[Source]
+    sources: list[Source]  # one a number
     codec: str  # one of CODECS, or ORIGINAL
     resolution: int  # pixels a side; ORIGINAL: only what counts as smaller
     most_bad: int  # inputs that may be bad
@@ -91,16 +88,21 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+def shard_number(name: str) -> int:
+    """The number of the shard that `shard_name` gave this name."""
+    return int(Path(name).stem.removeprefix("shard-"))
+
+
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
     """Write one shard with its index and keys; equal samples give equal bytes.
 
     A shard without samples is a whole tar too.
     """
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    from webdataset import TarWriter  # noqa: PLC0415  # imports torch, which only processes that write shards need
+
+    with atomic_write(path) as file, TarWriter(file, mtime=0) as tar:
         for sample in samples:
-            key = str(sample["__key__"])
-            for extension in sorted(sample.keys() - {"__key__"}):
-                _add_member(tar, f"{key}.{extension}", sample[extension])
+            tar.write(sample)
     found = scan_tar(path)
     write_keys(path, key_hashes(found))
     write_index(path, index_of(found, class_numbers(path, found)))
@@ -120,10 +122,10 @@ def pack_shard(task: ShardTask) -> PackedShard:
 
     def samples() -> Iterator[Sample]:
         nonlocal enlarged
-        reader = _SourceReader(task.root)
+        open_file = lru_cache(_MOST_OPEN_FILES)(partial(_open, task.root))
         for number, source in zip(task.numbers, task.sources, strict=True):
             try:
-                data = reader.read(source)
+                data = _read(source, open_file)
                 image = decode(data, source.extension)
                 if task.codec == ORIGINAL:
                     extension = content_extension(data)
@@ -192,7 +194,7 @@ def write_shards(
                     "crop all of them to squares of one size"
                 )
             extension, data = encode(image, codec)
-            yield {"__key__": f"{source:09d}", extension: data, "cls": str(int(labels[source])).encode()}
+            yield {"__key__": f"{source:09d}", extension: data, "cls": str(int(labels[source]))}
 
     with tqdm(total=len(order), unit="img", desc="write", delay=1) as progress:
         records = [
@@ -222,57 +224,37 @@ def write_shards_once(images: Images, output: Path, **options: Any) -> str:
     return f"{output}: is there already"
 
 
-class _SourceReader:
-    """Reads images out of files, of which it keeps some open."""
+def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
+    """The bytes of one image.
 
-    def __init__(self, root: str) -> None:
-        self._root = root
-        self._opened: OrderedDict[str, OffsetReader] = OrderedDict()
-
-    def read(self, source: Source) -> bytes:
-        """The bytes of one image.
-
-        Raises:
-            ImageError: it cannot be read; other images may be sound.
-            DataError: it cannot be read for a reason that lies in this process.
-        """
-        path, whole = source.path, source.size == WHOLE_FILE
-        try:
-            file = (
-                self._open(path)
-                if whole
-                else remembered(self._opened, path, lambda: self._open(path), _MOST_OPEN_FILES)
-            )
-            size = file.status().st_size if whole else source.size
-            if size > _MOST_BYTES:
-                raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
-            return file.read(source.offset, size)
-        except ShortReadError as error:
-            raise ImageError(str(error)) from error
-        except OSError as error:
-            if error.errno in _OUR_FAULT:
-                raise DataError(
-                    f"{source.place}: cannot be read ({error.strerror}); raise the limits of the process, or use fewer "
-                    "workers"
-                ) from error
-            raise ImageError(f"cannot be read ({error.strerror})") from error
-
-    def _open(self, path: str) -> OffsetReader:
-        if "\0" in path:
-            raise ImageError("has a name that no file can have")
-        file = OffsetReader(os.path.join(self._root, path))
-        if not stat.S_ISREG(file.status().st_mode):
-            raise ImageError("is no regular file")
-        return file
+    Raises:
+        ImageError: it cannot be read; other images may be sound.
+        DataError: it cannot be read for a reason that lies in this process.
+    """
+    try:
+        file = open_file(source.path)
+        size = file.status().st_size if source.size == WHOLE_FILE else source.size
+        if size > _MOST_BYTES:
+            raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
+        return file.read(source.offset, size)
+    except ShortReadError as error:
+        raise ImageError(str(error)) from error
+    except OSError as error:
+        if error.errno in _OUR_FAULT:
+            raise DataError(
+                f"{source.place}: cannot be read ({error.strerror}); raise the limits of the process, or use fewer "
+                "workers"
+            ) from error
+        raise ImageError(f"cannot be read ({error.strerror})") from error
 
 
-def _add_member(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:
-    data = content.encode() if isinstance(content, str) else content
-    member = tarfile.TarInfo(name)  # of time 0
-    # As webdataset's TarWriter has it, whose import would take torch's memory in every process that writes shards.
-    member.mode, member.uname, member.gname = 0o444, "bigdata", "bigdata"
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+def _open(root: str, path: str) -> OffsetReader:
+    if "\0" in path:
+        raise ImageError("has a name that no file can have")
+    file = OffsetReader(os.path.join(root, path))
+    if not stat.S_ISREG(file.status().st_mode):
+        raise ImageError("is no regular file")
+    return file
 
 
 def _check_labels(labels: Sequence[int] | Int64Array, images: int, class_names: list[str] | None) -> None:

@@ -12,31 +12,32 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from jitscale.data.images import CODECS, MOST_PIXELS
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
-from jitscale.data.packing import ORIGINAL, PackedShard, ShardTask, TooManyBadError, pack_shard, shard_name
+from jitscale.data.packing import (
+    ORIGINAL,
+    PackedShard,
+    ShardTask,
+    TooManyBadError,
+    pack_shard,
+    shard_name,
+    shard_number,
+)
+from jitscale.data.processes import WorkerDiedError, in_processes
 from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
@@ -48,17 +49,6 @@ PACKING_CODECS = (*CODECS, ORIGINAL)
 _FOLDER = ".packing"
 _PLAN, _INPUTS = "plan.json", "inputs.npz"
 _PACKED = "packing.json"  # stays beside the manifest: by which command the shards were made
-_OPTIONS = {
-    "input": "--input",
-    "codec": "--codec",
-    "resolution": "--resolution",
-    "samples_per_shard": "--samples-per-shard",
-    "seed": "--seed",
-    "class_names": "--class-names",
-}
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_STOP_SECONDS = 10.0  # one image is finished within
-_SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
 _REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
 _NPY_HEADER = 128  # bytes
@@ -112,7 +102,7 @@ class PackingJob:
         self._root = root
         self._order = permutation(len(inputs), options.seed, Purpose.PACKING_ORDER)
         self._packed: dict[int, PackedShard] = {}
-        self._num_bad = 0
+        self._bad: list[BadInput] = []  # left out of the shards written so far
         self._refreshed = 0.0
         self.refresh()
 
@@ -141,18 +131,14 @@ class PackingJob:
         """Look for what this and other tasks have written."""
         self._refreshed = time.monotonic()
         for name in os.listdir(self.folder / _FOLDER):
-            if name.startswith("shard-") and name.endswith(".json") and _number_of(name) not in self._packed:
+            if name.startswith("shard-") and name.endswith(".json") and shard_number(name) not in self._packed:
                 packed = _read_record(self.folder / _FOLDER / name)
-                if packed is not None and self._is_there(packed.record):
+                if packed is not None and _is_there(self.folder, packed.record):
                     self._note(packed)
 
     def missing(self, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are not written, as far as is known."""
         return [shard for shard in shards if shard not in self._packed]
-
-    def bad(self) -> list[BadInput]:
-        """The inputs that were left out of the shards written so far."""
-        return [bad for packed in self._packed.values() for bad in packed.bad]
 
     def run(self, shards: Sequence[int], workers: int, most_bad: int, on_progress: OnProgress) -> None:
         """Write those of `shards` that are missing, in `workers` processes.
@@ -167,23 +153,27 @@ class PackingJob:
             DataError: more inputs are bad, or a shard cannot be written. What is finished stays.
             UserError: a worker died. What is finished stays.
         """
-        missing = self.missing(shards)
-        self._check_bad([], most_bad)
-        if not missing:
-            return
-        tasks = (self._task(shard, most_bad - self._num_bad) for shard in missing)
+        self._check_bad(most_bad)
+        tasks = (self._task(shard, most_bad - len(self._bad)) for shard in self.missing(shards))
         try:
-            with closing(_packed(tasks, min(workers, len(missing)), self.folder)) as finished_shards:
-                for packed in finished_shards:
+            with closing(in_processes(_pack, tasks, workers, preload=["webdataset"])) as results:
+                for _, packed in results:
                     self._note(packed)
                     stored = map_index(index_path(self.folder / packed.record.name))["size"]
                     on_progress(packed.record.samples + len(packed.bad), int(stored.sum()))
                     if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
                         self.refresh()
-                    self._check_bad([], most_bad)
+                    self._check_bad(most_bad)
         except TooManyBadError as error:
-            self._check_bad(error.bad, most_bad)
+            self._check_bad(most_bad, error.bad)
             raise
+        except WorkerDiedError as error:
+            left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
+            shard = "nothing yet" if left is None else shard_name(shard_number(left.name[1:].partition(".")[0]))
+            raise UserError(
+                f"{error.what} while it wrote {shard}; all finished shards stay: give the same command again to go on, "
+                f"maybe with fewer --workers than {workers}"
+            ) from error
 
     def finish(self, most_bad: int) -> Manifest | None:
         """Write the manifest if all shards are there; None if other tasks still have to write some.
@@ -194,11 +184,12 @@ class PackingJob:
             DataError: more than `most_bad` inputs are bad, or all are.
         """
         self.refresh()
-        self._check_bad([], most_bad)
+        self._check_bad(most_bad)
         if self.missing(range(self.num_shards)):
             return None
         packed = [self._packed[shard] for shard in range(self.num_shards)]
-        bad = sorted(self.bad(), key=lambda one: (one.source, one.reason))
+        indexes = (map_index(index_path(self.folder / one.record.name)) for one in packed)
+        bad = sorted(self._bad, key=lambda one: (one.source, one.reason))
         original = self.options.codec == ORIGINAL
         manifest = Manifest(
             codec=self.options.codec,
@@ -210,15 +201,12 @@ class PackingJob:
             crop=None if original else "adm",
             enlarged=sum(one.enlarged for one in packed),
             bad=bad,
-            class_counts=count_classes(
-                (map_index(index_path(self.folder / one.record.name)) for one in packed), self.inputs.num_classes
-            ),
+            class_counts=count_classes(indexes, self.inputs.num_classes),
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
         with atomic_write(self.folder / _PACKED) as file:
-            paths = [os.path.normpath(os.path.join(self._root, path)) for path in self.options.input]
-            record = {"options": {**asdict(self.options), "input": paths}, "root": "/"}
+            record = {"options": _from_root(asdict(self.options), self._root), "root": "/"}
             file.write(json.dumps(record, indent=1).encode())
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
@@ -229,15 +217,15 @@ class PackingJob:
         missing = self.missing(range(self.num_shards))
         cropped = _NPY_HEADER + 3 * self.options.resolution**2
         image = self._mean_size() if self.options.codec == ORIGINAL else cropped
-        sample = _TAR_BLOCK + _in_units(image, _TAR_BLOCK)
+        sample = _TAR_BLOCK + _padded(image, _TAR_BLOCK)
         if self.inputs.num_classes:
             sample += 2 * _TAR_BLOCK
-        return sum(_in_units(len(self._slice(shard)) * sample + 2 * _TAR_BLOCK, _TAR_RECORD) for shard in missing)
+        return sum(_padded(len(self._slice(shard)) * sample + 2 * _TAR_BLOCK, _TAR_RECORD) for shard in missing)
 
     def _note(self, packed: PackedShard) -> None:
-        if (shard := _number_of(packed.record.name)) not in self._packed:
+        if (shard := shard_number(packed.record.name)) not in self._packed:
             self._packed[shard] = packed
-            self._num_bad += len(packed.bad)
+            self._bad += packed.bad
 
     def _mean_size(self) -> int:
         """Bytes of an input, from a sample of them."""
@@ -267,22 +255,14 @@ class PackingJob:
         size = self.options.samples_per_shard
         return self._order[shard * size : (shard + 1) * size]
 
-    def _is_there(self, record: ShardRecord) -> bool:
-        return _is_there(self.folder, record)
-
-    def _check_bad(self, running: list[BadInput], most_bad: int) -> None:
-        count = self._num_bad + len(running)
-        if count > most_bad:
+    def _check_bad(self, most_bad: int, running: Sequence[BadInput] = ()) -> None:
+        bad = [*self._bad, *running]
+        if (count := len(bad)) > most_bad:
             raise DataError(
                 f"{self.folder}: {count} of {len(self.inputs)} images cannot be used, the limit is {most_bad} "
-                f"({_few([*self.bad(), *running])}); what was written stays: mend --input, or go on by the same "
+                f"({_few(bad)}); what was written stays: mend --input, or go on by the same "
                 f"command with --max-bad {count} or more"
             )
-
-
-def _is_there(folder: Path, record: ShardRecord) -> bool:
-    tar = folder / record.name
-    return tar.exists() and tar.stat().st_size == record.bytes and index_path(tar).exists()
 
 
 def default_most_bad(images: int) -> int:
@@ -406,16 +386,22 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], Inputs]:
 
 
 def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str, Any]) -> None:
-    begun, given = plan["options"], asdict(options)
-    was_absolute = [os.path.normpath(os.path.join(plan["root"], path)) for path in begun["input"]]
-    same_input = was_absolute == [os.path.abspath(path) for path in given["input"]]
-    other = [key for key in _OPTIONS if (not same_input if key == "input" else begun.get(key) != given[key])]
+    begun, given = _from_root(plan["options"], plan["root"]), _from_root(asdict(options), os.getcwd())
+    other = [key for key in given if begun.get(key) != given[key]]
     if other:
-        was = " ".join(f"{_OPTIONS[key]} {_shown(begun.get(key))}" for key in other)
-        now = " ".join(f"{_OPTIONS[key]} {_shown(given[key])}" for key in other)
+        was, now = (" ".join(f"{_flag(key)} {_shown(values.get(key))}" for key in other) for values in (begun, given))
         raise DataError(
             f"{folder}: was begun with {was}, not with {now}; give the same options or choose another --output"
         )
+
+
+def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
+    """`options` with the paths of the input, which are relative to `folder`, as absolute ones."""
+    return {**options, "input": [os.path.normpath(os.path.join(folder, path)) for path in options["input"]]}
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _shown(value: object) -> str:
@@ -426,12 +412,31 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-# Commit records
+# Commit records, and the shards that they vouch for
 
 
-def _write_record(packed: PackedShard, folder: Path) -> None:
-    with atomic_write(folder / f"{Path(packed.record.name).stem}.json") as file:
-        file.write(json.dumps(asdict(packed), indent=1).encode())
+def _pack(task: ShardTask) -> PackedShard:
+    """Write one shard and its commit record, in any process.
+
+    Raises:
+        TooManyBadError: see `pack_shard`.
+        DataError: it cannot be written.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
+    try:
+        packed = pack_shard(task)
+        with atomic_write(task.path.parent / _FOLDER / f"{task.path.stem}.json") as file:
+            file.write(json.dumps(asdict(packed), indent=1).encode())
+    except MemoryError as error:
+        raise DataError(
+            f"{task.path}: too little memory to write it; give the same command with fewer --workers"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{task.path}: cannot be written ({error.strerror}); all finished shards stay: make room or mend the "
+            "storage, and give the same command again"
+        ) from error
+    return packed
 
 
 def _read_record(path: Path) -> PackedShard | None:
@@ -444,141 +449,14 @@ def _read_record(path: Path) -> PackedShard | None:
         return None
 
 
-# Worker processes
+def _is_there(folder: Path, record: ShardRecord) -> bool:
+    tar = folder / record.name
+    return tar.exists() and tar.stat().st_size == record.bytes and index_path(tar).exists()
 
 
-def _packed(tasks: Iterator[ShardTask], workers: int, folder: Path) -> Generator[PackedShard, None, None]:
-    """The shards of `tasks` as `workers` processes finish them. The processes end with this generator.
-
-    Raises:
-        TooManyBadError: a shard has more bad inputs than its task allows.
-        DataError: a shard cannot be written.
-        UserError: a worker died.
-    """
-    others = set(multiprocessing.active_children())
-    team: set[BaseProcess] = set()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-    def submit(count: int) -> set[Future[PackedShard]]:
-        with _signals_blocked():  # this may start processes, which inherit that
-            futures = {pool.submit(_pack, task) for task in islice(tasks, count)}
-            team.update(set(multiprocessing.active_children()) - others)
-        return futures
-
-    try:
-        running = submit(2 * workers)
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= submit(len(done))
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool as error:
-        _stop(team)
-        raise _death(team, folder) from error
-    except BaseException:
-        _stop(team)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _stop(team: Iterable[BaseProcess]) -> None:
-    for process in team:
-        process.terminate()
-    for process in team:
-        process.join(_STOP_SECONDS)
-        process.kill()
-
-
-def _death(team: set[BaseProcess], folder: Path) -> UserError:
-    dead = next((process for process in team if process.exitcode), None)
-    if dead is None:
-        time.sleep(_SIGNAL_SECONDS)  # all were asked to stop, and so is this process: its own signal may come later
-    process = dead or min(team, key=lambda one: one.pid or 0)
-    code = process.exitcode or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    why = " (often: too little memory)" if -code == signal.SIGKILL else ""
-    left = next(folder.glob(f".shard-*.{process.pid}.partial"), None)  # see `atomic_write`
-    shard = "nothing yet" if left is None else shard_name(_number_of(left.name.removeprefix(".").partition(".")[0]))
-    return UserError(
-        f"worker process {process.pid}: {how}{why} while it wrote {shard}; all finished shards stay: give the same "
-        f"command again to go on, maybe with fewer --workers than {len(team)}"
-    )
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Signals that ask the whole group to stop wait; in processes that start here too, until they handle them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _StopError(BaseException):
-    """This worker is to end."""
-
-
-def _start_worker() -> None:
-    """End on SIGTERM, which the main process sends, and with the main process, however that ends."""
-    warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(0)
-
-
-def _leave_shard(number: int, frame: FrameType | None) -> None:
-    raise _StopError
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-
-def _pack(task: ShardTask) -> PackedShard:
-    """Write one shard and its commit record, in a worker process.
-
-    Raises:
-        TooManyBadError: see `pack_shard`.
-        DataError: it cannot be written.
-    """
-    signal.signal(signal.SIGTERM, _leave_shard)
-    try:
-        packed = pack_shard(task)
-        _write_record(packed, task.path.parent / _FOLDER)
-    except _StopError:
-        os._exit(0)
-    except MemoryError as error:
-        raise DataError(
-            f"{task.path}: too little memory to write it; give the same command with fewer --workers"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{task.path}: cannot be written ({error.strerror}); all finished shards stay: make room or mend the "
-            "storage, and give the same command again"
-        ) from error
-    finally:
-        signal.signal(signal.SIGTERM, _leave)
-    return packed
-
-
-def _in_units(size: int, unit: int) -> int:
+def _padded(size: int, unit: int) -> int:
     """The multiple of `unit` that is at least `size`."""
     return -(-size // unit) * unit
-
-
-def _number_of(name: str) -> int:
-    """The number of the shard that `shard_name` gave this name."""
-    return int(Path(name).stem.removeprefix("shard-"))
 
 
 def _few(bad: list[BadInput]) -> str:

@@ -4,14 +4,10 @@ and every tar an index beside it, the folder a manifest. The tars themselves are
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +16,7 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.processes import in_processes
 from jitscale.data.tar_index import (
     LARGEST_LABEL,
     NO_LABEL,
@@ -45,9 +42,6 @@ _HEAD = 1 << 16  # bytes of an image that nearly always hold its header
 # In an index whose class names have no numbers yet, name k of the shard is the label _FIRST_NAME - k.
 _FIRST_NAME = NO_LABEL - 1
 _REFUSED = int(np.iinfo(np.int32).min)  # a label that is neither number nor name; a defect says so
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 class _Kind(IntEnum):
@@ -112,32 +106,6 @@ class Survey:
             self.manifest.write(manifest)
         except OSError as error:
             raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
-
-
-def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Result]]:
-    """`work(task)` of every task with the task's number, as they are finished, by at most `workers` processes.
-
-    The processes are spawned, so `work` must be a function of a module. One worker is this process itself.
-
-    Raises:
-        DataError: a process died.
-    """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from enumerate(map(work, tasks))
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(work, task): number for number, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} worker processes died: it was killed, or memory ran out; "
-            "start again, maybe with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) -> list[ShardScan]:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.survey import by_place, in_processes
+from jitscale.data.processes import in_processes
+from jitscale.data.survey import by_place
 from jitscale.data.tar_index import (
     NO_LABEL,
     Defect,

@@ -1,0 +1,154 @@
+"""Worker processes: each does one task at a time, none outlives this process, and any of them may die at any time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import chain, islice
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import TypeVar
+
+from jitscale.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SECONDS = 10.0  # a worker finishes the image at hand within this
+_SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
+
+
+class WorkerDiedError(DataError):
+    """A worker process died.
+
+    Attributes:
+        pid: of the worker.
+        what: how it died, to begin a message with.
+    """
+
+    def __init__(self, pid: int, what: str, workers: int) -> None:
+        super().__init__(f"{what}; start again, maybe with fewer --workers than {workers}")
+        self.pid = pid
+        self.what = what
+
+
+def in_processes(
+    work: Callable[[Task], Result], tasks: Iterable[Task], workers: int, preload: Sequence[str] = ()
+) -> Generator[tuple[int, Result], None, None]:
+    """`work(task)` of every task with the task's number, as they are finished, by at most `workers` processes.
+
+    One worker, or the worker of a single task, is this process itself. The processes end with the generator.
+
+    Args:
+        work: a function of a module. What it raises is raised here, and ends the other tasks.
+        tasks: read as they are needed.
+        workers: processes.
+        preload: modules that `work` imports. They are imported once, and all workers share their memory.
+
+    Raises:
+        WorkerDiedError: a process died.
+    """
+    numbered = enumerate(tasks)
+    first = list(islice(numbered, 2 * workers))
+    if workers == 1 or len(first) <= 1:
+        for number, task in chain(first, numbered):
+            yield number, work(task)
+        return
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__, *preload])
+    resource_tracker.ensure_running()  # starting it unblocks the signals
+    others = set(multiprocessing.active_children())
+    team: set[BaseProcess] = set()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    running: dict[Future[Result], int] = {}
+
+    def submit(more: Iterable[tuple[int, Task]]) -> None:
+        with _signals_blocked():  # this may start processes, which inherit that
+            running.update((pool.submit(_run, work, task), number) for number, task in more)
+            team.update(set(multiprocessing.active_children()) - others)
+
+    try:
+        submit(first)
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            submit(islice(numbered, len(done)))
+            for future in done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        _stop(team)
+        raise _death(team) from error
+    finally:
+        _stop(team)
+        pool.shutdown(cancel_futures=True)
+
+
+def _stop(team: Iterable[BaseProcess]) -> None:
+    for process in team:
+        process.terminate()
+    for process in team:
+        process.join(_STOP_SECONDS)
+        process.kill()
+
+
+def _death(team: set[BaseProcess]) -> WorkerDiedError:
+    dead = next((process for process in team if process.exitcode not in (None, 0, -signal.SIGTERM)), None)
+    if dead is None:
+        time.sleep(_SIGNAL_SECONDS)  # all were asked to stop, and so is this process: its own signal may come later
+    process = dead or min(team, key=lambda one: one.pid or 0)
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = " (often: too little memory)" if -code == signal.SIGKILL else ""
+    return WorkerDiedError(process.pid or 0, f"worker process {process.pid}: {how}{why}", len(team))
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Signals that ask the whole group to stop wait; in processes that start here too, until they handle them.
+
+    The server that forks the workers never handles them, and so ends after this process and its workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    """End on SIGTERM, which the main process sends, and with the main process, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def _run(work: Callable[[Task], Result], task: Task) -> Result:
+    """`work(task)` in a worker process; SIGTERM unwinds it, so that it leaves no partial files."""
+    signal.signal(signal.SIGTERM, _unwind)
+    try:
+        return work(task)
+    except SystemExit:
+        os._exit(0)  # the executor would go on with the next task
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    raise SystemExit
