@@ -8,7 +8,6 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
-from jitscale.data.lru import remembered
+from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
 from jitscale.data.tar_index import (
@@ -227,7 +226,7 @@ class _SourceReader:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._opened: OrderedDict[str, OffsetReader] = OrderedDict()
+        self._opened: LRUCache[str, OffsetReader] = LRUCache()
 
     def read(self, source: Source) -> bytes:
         """The bytes of one image.
@@ -241,7 +240,7 @@ class _SourceReader:
             file = (
                 self._open(path)
                 if whole
-                else remembered(self._opened, path, lambda: self._open(path), _MOST_OPEN_FILES)
+                else self._opened.get_or_compute(path, lambda: self._open(path), _MOST_OPEN_FILES)
             )
             size = file.status().st_size if whole else source.size
             if size > _MOST_BYTES:
