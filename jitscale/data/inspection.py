@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
-from jitscale.data.manifest import BadInput, content_hash
+from jitscale.data.manifest import BadInput, ShardRecord, content_hash
 from jitscale.data.processes import in_processes
 from jitscale.data.survey import by_place, number_labels, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
@@ -129,9 +129,10 @@ def collect(tars: Tars, workers: int) -> Collection:
         if manifest is None:
             class_names, num_classes = labels.class_names, labels.num_classes
     sizes = [path.stat().st_size for path in paths]
-    hashes = [records[path].sha256 if path in records else None for path in paths]
+    hashes = [records[path].sha256 if path in records else "" for path in paths]
     identity = [
-        (path.name, len(indices[path]), size, sha) for path, size, sha in zip(paths, sizes, hashes, strict=True)
+        ShardRecord(path.name, len(indices[path]), size, sha256)
+        for path, size, sha256 in zip(paths, sizes, hashes, strict=True)
     ]
     return Collection(
         paths,

@@ -13,11 +13,12 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array, Purpose, hash64
+
+T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave their batches
 
@@ -97,38 +100,27 @@ class ShardLoader:
             )
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        closing = multiprocessing.get_context(self.start_method).Event()
-        loader: DataLoader[Batch | DataError] = DataLoader(
-            _MicroBatches(self.shard_set, self.order),
-            sampler=_RankPositions(self),
-            batch_size=None,
-            num_workers=self.num_workers,  # one endless epoch, so the workers live as long as the iterator
-            pin_memory=self.pin_memory,
-            prefetch_factor=_BATCHES_AHEAD if self.num_workers else None,
-            multiprocessing_context=self.start_method if self.num_workers else None,
-            worker_init_fn=partial(_leave_signals_to_the_trainer, closing),
-            generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
-        )
-        others = multiprocessing.active_children()
-        batches = iter(loader)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
+        dataset = _MicroBatches(self.shard_set, self.order)
+        sampler, method = self._positions(), self.start_method
+        # One endless epoch, so the workers live as long as the iterator.
+        batches = start_workers(dataset, self.num_workers, method, sampler=sampler, pin_memory=self.pin_memory)
         # After the workers, which must not inherit a lock that one of its threads holds.
         ahead = _FetchAhead(self) if self.shard_set.is_remote else None
         try:
             for start in count(self.start_position, self.global_batch_size):
                 if ahead is not None:
                     ahead.of(start)
-                for _ in range(self.global_batch_size // (self.world_size * self.micro_batch_size)):
-                    batch = _next_or_error(batches, workers)
-                    if isinstance(batch, DataError):
-                        raise batch
-                    yield batch
+                yield from islice(batches, self.global_batch_size // (self.world_size * self.micro_batch_size))
         finally:
-            closing.set()
-            del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
-            _end(workers)
+            batches.close()
             if ahead is not None:
                 ahead.close()
+
+    def _positions(self) -> Iterator[Int64Array]:
+        """The positions (B,) of each micro-batch in turn."""
+        for start in count(self.start_position, self.global_batch_size):
+            mine = np.arange(start + self.rank, start + self.global_batch_size, self.world_size)
+            yield from mine.reshape(-1, self.micro_batch_size)
 
     def shards_side_by_side(self, local_ranks: int) -> int:
         """About how many shards `local_ranks` ranks of one node read at the same time: two for each of its streams."""
@@ -141,106 +133,6 @@ class ShardLoader:
         """Bytes of `SHARED_MEMORY` that the batches between the workers and this process take at most."""
         image = self.shard_set.image_size**2 * 3
         return self.num_workers * (_BATCHES_AHEAD + 1) * self.micro_batch_size * (image + 16)
-
-
-def check_shared_memory(needed: int, local_ranks: int, num_workers: int) -> None:
-    """Refuse to start where the workers of one node would run out of shared memory, which kills them by SIGBUS.
-
-    Args:
-        needed: bytes of one rank, see `ShardLoader.shared_memory_needed`.
-        local_ranks: ranks on this node.
-        num_workers: of one rank, for the message.
-
-    Raises:
-        DataError: the file system is smaller than that.
-    """
-    if needed == 0 or not SHARED_MEMORY.exists():
-        return
-    total, free = needed * local_ranks, shutil.disk_usage(SHARED_MEMORY).free
-    if total > free:
-        raise DataError(
-            f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {num_workers} workers need "
-            f"{-(-total >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
-        )
-
-
-@contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise _dead_worker(str(error)) from error
-
-
-class _FetchAhead:
-    """Fetches the remote shards that one rank needs next, about one window of every stream ahead."""
-
-    def __init__(self, loader: ShardLoader) -> None:
-        self._loader = loader
-        self._prefetcher = Prefetcher(loader.shard_set.fetch)
-        self._next_look = 0
-
-    def of(self, position: int) -> None:
-        """Look ahead of the global batch at `position`, if the last look does not reach far enough."""
-        if position < self._next_look:
-            return
-        order = self._loader.order
-        reach = max(order.streams * order.window, 4 * self._loader.global_batch_size)
-        shards, _ = order.locate(np.arange(position + self._loader.rank, position + reach, self._loader.world_size))
-        _, first = np.unique(shards, return_index=True)
-        self._prefetcher.want(shards[np.sort(first)].tolist())
-        self._next_look = position + reach // 4
-
-    def close(self) -> None:
-        """Begin no more downloads."""
-        self._prefetcher.close()
-
-
-@dataclass(frozen=True)
-class _RankPositions:
-    """The sampler: the positions (B,) of each micro-batch in turn."""
-
-    loader: ShardLoader
-
-    def __iter__(self) -> Iterator[Int64Array]:
-        of = self.loader
-        for start in count(of.start_position, of.global_batch_size):
-            mine = np.arange(start + of.rank, start + of.global_batch_size, of.world_size)
-            yield from mine.reshape(-1, of.micro_batch_size)
-
-
-def _next_or_error(batches: Iterator[Batch | DataError], workers: list[BaseProcess]) -> Batch | DataError:
-    """The next batch, or what is wrong, without a traceback that would keep `batches` alive."""
-    try:
-        return next(batches)
-    except (RuntimeError, OSError, EOFError):  # the last two: of a connection to a worker that has just died
-        for worker in workers:
-            worker.join(timeout=0.5)
-            if worker.exitcode is not None:
-                return _dead_worker(f"DataLoader worker (pid {worker.pid}) ended with exit code {worker.exitcode}")
-        raise
-
-
-def _end(workers: list[BaseProcess]) -> None:
-    """End those that PyTorch left: it does its part when the last reference to its iterator goes, and a traceback that
-    somebody keeps may hold one."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.terminate()
-            worker.join(_SECONDS_TO_END)
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
-
-
-def _dead_worker(what: str) -> DataError:
-    return DataError(
-        f"data.num_workers: {' '.join(what.split()).rstrip('.')}. Out of memory is the usual cause: lower "
-        "data.num_workers or engine.micro_batch_size, then start the same command again"
-    )
 
 
 class _MicroBatches(Dataset["Batch | DataError"]):
@@ -275,6 +167,110 @@ class _MicroBatches(Dataset["Batch | DataError"]):
         )
 
 
+class _FetchAhead:
+    """Fetches the remote shards that one rank needs next, about one window of every stream ahead."""
+
+    def __init__(self, loader: ShardLoader) -> None:
+        self._loader = loader
+        self._prefetcher = Prefetcher(loader.shard_set.fetch)
+        self._next_look = 0
+        self.close = self._prefetcher.close
+
+    def of(self, position: int) -> None:
+        """Look ahead of the global batch at `position`, if the last look does not reach far enough."""
+        if position < self._next_look:
+            return
+        order = self._loader.order
+        reach = max(order.streams * order.window, 4 * self._loader.global_batch_size)
+        shards, _ = order.locate(np.arange(position + self._loader.rank, position + reach, self._loader.world_size))
+        _, first = np.unique(shards, return_index=True)
+        self._prefetcher.want(shards[np.sort(first)].tolist())
+        self._next_look = position + reach // 4
+
+
+def start_workers(
+    dataset: Dataset[T | DataError], num_workers: int, start_method: str | None = None, **options: Any
+) -> Generator[T, None, None]:
+    """Start processes that read ahead; they end with the generator that is returned.
+
+    Args:
+        dataset: what the processes read. It returns a `DataError` instead of raising it, since PyTorch would wrap it
+            in a worker's traceback.
+        num_workers: processes; 0 reads in this one.
+        start_method: fork, spawn or forkserver; None for the platform's.
+        options: of the `DataLoader`.
+
+    Raises:
+        DataError: while iterating: that of the dataset, or a dead worker.
+    """
+    closing = multiprocessing.get_context(start_method).Event()
+    loader: DataLoader[T | DataError] = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=_BATCHES_AHEAD if num_workers else None,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=partial(_leave_signals_to_the_trainer, closing),
+        generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
+        **options,
+    )
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    return _until_closed(batches, workers, closing)
+
+
+def _until_closed(
+    batches: Iterator[T | DataError], workers: list[BaseProcess], closing: Event
+) -> Generator[T, None, None]:
+    try:
+        while (batch := _next_or_error(batches, workers)) is not None:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        closing.set()
+        del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
+        for worker in workers:
+            # PyTorch has ended it, unless a traceback that somebody keeps holds its iterator.
+            if worker.is_alive():
+                worker.terminate()
+                worker.join(_SECONDS_TO_END)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+def _next_or_error(batches: Iterator[T | DataError], workers: list[BaseProcess]) -> T | DataError | None:
+    """The next batch, or None after the last one, or what is wrong, without a traceback that would keep `batches`."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, OSError, EOFError):  # the last two: of a connection to a worker that has just died
+        for worker in workers:
+            worker.join(timeout=0.5)
+            if worker.exitcode is not None:
+                return _dead_worker(f"DataLoader worker (pid {worker.pid}) ended with exit code {worker.exitcode}")
+        raise
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _dead_worker(str(error)) from error
+
+
+def _dead_worker(what: str) -> DataError:
+    return DataError(
+        f"data.num_workers: {' '.join(what.split()).rstrip('.')}. Out of memory is the usual cause: lower "
+        "data.num_workers or engine.micro_batch_size, then start the same command again"
+    )
+
+
 def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
     """A scheduler signals every process of a job; the training process saves, and needs batches until it has.
 
@@ -288,3 +284,24 @@ def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
     signal.signal(signal.SIGTERM, obey_if_closing)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def check_shared_memory(needed: int, local_ranks: int, num_workers: int) -> None:
+    """Refuse to start where the workers of one node would run out of shared memory, which kills them by SIGBUS.
+
+    Args:
+        needed: bytes of one rank, see `ShardLoader.shared_memory_needed`.
+        local_ranks: ranks on this node.
+        num_workers: of one rank, for the message.
+
+    Raises:
+        DataError: the file system is smaller than that.
+    """
+    if needed == 0 or not SHARED_MEMORY.exists():
+        return
+    total, free = needed * local_ranks, shutil.disk_usage(SHARED_MEMORY).free
+    if total > free:
+        raise DataError(
+            f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {num_workers} workers need "
+            f"{-(-total >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
+        )

@@ -1,20 +1,23 @@
-"""A bounded memory of computed values; a plain dictionary, so that its owner can be pickled."""
+"""A cache of the most recently used values."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TypeVar
 
-K = TypeVar("K", bound=Hashable)
+K = TypeVar("K")
 V = TypeVar("V")
 
 
-def remembered(cache: OrderedDict[K, V], key: K, compute: Callable[[], V], capacity: int) -> V:
-    """`compute()`, from `cache` if it is among the `capacity` most recently used keys."""
-    if key not in cache:
-        while len(cache) >= capacity:
-            cache.popitem(last=False)
-        cache[key] = compute()
-    cache.move_to_end(key)
-    return cache[key]
+class LRUCache(OrderedDict[K, V]):
+    """Values by key. Unlike `functools.lru_cache` it can be pickled with its owner, and its capacity may change."""
+
+    def get_or_compute(self, key: K, compute: Callable[[], V], capacity: int) -> V:
+        """The value of `key`, or `compute()` where it is not there; only the last `capacity` used keys are kept."""
+        if key not in self:
+            while len(self) >= capacity:
+                self.popitem(last=False)
+            self[key] = compute()
+        self.move_to_end(key)
+        return self[key]

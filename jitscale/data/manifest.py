@@ -24,7 +24,7 @@ class ShardRecord:
     name: str  # of the file in the manifest's folder
     samples: int
     bytes: int
-    sha256: str
+    sha256: str  # empty: not known
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def read_class_names(path: Path) -> list[str]:
     return names
 
 
-def content_hash(shards: Sequence[tuple[str, int, int, str | None]]) -> str:
-    """A sha256 over what identifies the samples and their order: name, samples, bytes maybe sha256 of each shard."""
-    return hashlib.sha256(json.dumps([list(shard) for shard in shards]).encode()).hexdigest()
+def content_hash(shards: Sequence[ShardRecord]) -> str:
+    """A sha256 over what identifies the samples and their order: name, samples, bytes, maybe sha256 of each shard."""
+    identity = [[shard.name, shard.samples, shard.bytes, shard.sha256 or None] for shard in shards]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

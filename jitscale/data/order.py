@@ -5,13 +5,12 @@ Letters: N samples of an epoch, C canonical streams, B positions asked for at on
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from jitscale.data.lru import remembered
+from jitscale.data.lru import LRUCache
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array, Purpose, hash64, permutation
 
@@ -51,8 +50,8 @@ class EpochOrder:
         while streams > 1 and (streams > len(self._samples) or self.num_samples < streams * window):
             streams //= 2
         self.seed, self.streams, self.window, self.origin = seed, streams, window, origin
-        self._lines: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
+        self._lines: LRUCache[int, tuple[Int64Array, Int64Array]] = LRUCache()
+        self._windows: LRUCache[tuple[int, int], npt.NDArray[np.int32]] = LRUCache()
 
     def locate(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
         """The shard numbers and the indices inside the shards of `positions` (B,), both (B,)."""
@@ -77,7 +76,7 @@ class EpochOrder:
             lengths = self._samples[order]
             return order, np.cumsum(lengths) - lengths
 
-        return remembered(self._lines, epoch, lay, 2)
+        return self._lines.get_or_compute(epoch, lay, 2)
 
     def _stream_starts(self, streams: Int64Array) -> Int64Array:
         shortest, longer = divmod(self.num_samples, self.streams)
@@ -94,4 +93,4 @@ class EpochOrder:
             draws[slots >= lengths[:, None]] = np.iinfo(np.uint64).max  # stays last: a shorter stream never asks for it
             return np.argsort(draws, axis=1, kind="stable").astype(np.int32)
 
-        return remembered(self._windows, (epoch, window), shuffle, 3)
+        return self._windows.get_or_compute((epoch, window), shuffle, 3)

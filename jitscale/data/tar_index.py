@@ -30,7 +30,7 @@ INDEX = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4"), ("extens
 NO_LABEL = -1
 LARGEST_LABEL = int(np.iinfo(np.int32).max)
 
-_END_OF_ARCHIVE = bytes(1024)  # POSIX.1-2001, pax: two blocks of zeros
+_END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)  # POSIX.1-2001, pax: two blocks of zeros
 _CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there are less than 10 KiB
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
@@ -353,6 +353,11 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
             return Defect(path, at, what)
         at += len(chunk)
     return None
+
+
+def is_image(name: str) -> bool:
+    """Whether a member of this name is the image of a sample."""
+    return _split_name(name)[1] in EXTENSIONS
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -1,0 +1,81 @@
+"""Each sample of some shards read once, in tar order, by webdataset's reader in worker processes.
+
+Training reads by position instead (`loader`). So does --verify (`verification`), which goes on behind damage, names
+bytes, and must not wait for torch, which webdataset imports.
+
+Shapes: B images of a block, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Generator
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import webdataset
+from webdataset.tariterators import tar_file_iterator
+
+from jitscale.data.images import UInt8Array
+from jitscale.data.loader import start_workers
+from jitscale.data.shards import ShardSet
+from jitscale.data.tar_index import is_image
+from jitscale.errors import DataError
+
+FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded by the time that workers have started
+
+
+def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) -> Generator[UInt8Array, None, None]:
+    """The images of `samples`, which are counted over all shards in turn, in order.
+
+    Args:
+        shards: with all samples of their tars.
+        samples: one or more.
+        block: images of every block but the last.
+        num_workers: processes that decode many images; 0, or a few images: this process decodes.
+
+    Yields:
+        uint8 (B, S, S, 3).
+
+    Raises:
+        DataError: an image cannot be decoded, a tar does not hold what its index says, or a worker died.
+    """
+    blocks = [samples[first : first + block] for first in range(0, len(samples), block)]
+    # The order stays: workers take blocks by turns, and PyTorch collects them by turns.
+    read = webdataset.map(partial(_read_block, shards))
+    pipeline = webdataset.DataPipeline(partial(iter, blocks), webdataset.split_by_worker, read)
+    return start_workers(pipeline, num_workers if len(samples) >= FEWEST_FOR_WORKERS else 0)
+
+
+def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
+    """(B, S, S, 3), as an array: that goes through a pipe, where a tensor would need shared memory."""
+    images: list[UInt8Array] = []
+    try:
+        while samples:
+            shard, first = shards.shard_and_index(samples[0])
+            rows = range(first, min(first + len(samples), int(shards.samples_per_shard[shard])))
+            images += [shards.decode(shard, row, data) for row, data in _files(shards, shard, rows)]
+            samples = samples[len(rows) :]
+    except DataError as error:
+        return error
+    return np.stack(images)
+
+
+def _files(shards: ShardSet, shard: int, rows: range) -> list[tuple[int, bytes]]:
+    """The images' files of some neighbours in one tar.
+
+    Raises:
+        DataError: they cannot be read. webdataset ends silently at a damaged header, so the files are counted.
+    """
+    try:
+        with shards.open_tar(shard, rows.start) as tar:
+            images = tar_file_iterator(tar, skip_meta=None, select_files=is_image)
+            files = [member["data"] for member in islice(images, len(rows))]
+    except (OSError, tarfile.TarError) as error:
+        what = f"cannot be read, or one behind it ({error}); copy the shard again"
+        raise DataError(f"{shards.place(shard, rows.start)} {what}") from error
+    if len(files) < len(rows):
+        what = "is not where the index says, since a header is damaged; copy the shard again"
+        raise DataError(f"{shards.place(shard, rows[len(files)])} {what}")
+    return list(zip(rows, files, strict=True))

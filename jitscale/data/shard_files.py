@@ -1,0 +1,181 @@
+"""The shards that a pattern means: found, and checked as far as possible without reading the images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jitscale.data.find import find_remote_shards, find_shards
+from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.remote import is_remote, read_remote
+from jitscale.data.tar_index import (
+    NO_LABEL,
+    IndexArray,
+    index_path,
+    index_tar,
+    key_hashes,
+    keys_path,
+    map_index,
+    parse_keys,
+    scan_tar,
+)
+from jitscale.errors import DataError
+from jitscale.keyed_random import UInt64Array
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard, and what reading it takes."""
+
+    location: str  # a path, or a URL
+    record: ShardRecord  # of the manifest; without one, what a scan found, and no sha256
+    index: IndexArray | None  # of a scan; None: the index lies beside the tar
+
+    def identities(self) -> Iterator[object]:
+        """What two names of the same shard have in common: the file, and the hash in a manifest."""
+        if is_remote(self.location):
+            yield self.location
+        else:
+            status = os.stat(self.location)
+            yield status.st_dev, status.st_ino
+        if self.record.sha256:
+            yield self.record.sha256
+
+    def has_keys(self) -> bool:
+        """Whether a file beside the tar holds them; where no manifest names the tar, it may be of another tar."""
+        return is_remote(self.location) or (self.index is None and keys_path(Path(self.location)).exists())
+
+    def keys(self) -> UInt64Array:
+        """The hashes of the keys of its samples.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        samples = self.record.samples
+        if is_remote(self.location):
+            url = f"{self.location.removesuffix('.tar')}.keys.npy"
+            try:
+                return parse_keys(read_remote(url), url, samples)
+            except DataError as error:
+                raise DataError(
+                    f"data.held_out: a fraction is chosen by the samples' keys, and {error} (tools/index_shards.py "
+                    "writes it); or name shards to hold out"
+                ) from error
+        path = Path(self.location)
+        if not self.has_keys():
+            return key_hashes(scan_tar(path))
+        beside = keys_path(path)
+        try:
+            return parse_keys(beside.read_bytes(), str(beside), samples)
+        except OSError as error:
+            raise DataError(f"{beside}: cannot be read ({error}); start again when the storage works") from error
+
+
+def local_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[ShardFile], list[Manifest]]:
+    """The shards in folders of this machine, and the manifests of these folders.
+
+    Tars that no manifest names, or that have no index, are scanned.
+
+    Args:
+        pattern: see `ShardSet.open`, as the other arguments.
+        num_classes: of the model.
+        image_size: of the model.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    paths, found = find_shards(pattern)
+    manifests = list(found.values())
+    _check_manifests(pattern, manifests, num_classes, image_size)
+    records = {folder / record.name: record for folder, manifest in found.items() for record in manifest.shards}
+    unindexed = {path for path in paths if path not in records or not index_path(path).exists()}
+    if unindexed:
+        logger.info("%s: %d of %d shards have no index; scanning their headers", pattern, len(unindexed), len(paths))
+    names = manifests[0].class_names if manifests else None
+    shards = []
+    for path in paths:
+        size, record, scan = path.stat().st_size, records.get(path), path in unindexed
+        if record is not None and size != record.bytes:
+            raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
+        labelled = num_classes > 0
+        index = index_tar(path, with_labels=labelled, class_names=names) if scan else map_index(index_path(path))
+        if record is None:
+            record = ShardRecord(path.name, len(index), size, "")
+            if not len(index):
+                raise DataError(f"{path}: holds no samples; remove it or write it again")
+        check_index(str(path), index, record, num_classes)
+        shards.append(ShardFile(str(path), record, index if scan else None))
+    return shards, manifests
+
+
+def remote_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[ShardFile], list[Manifest]]:
+    """Shards of remote storage as their manifest describes them; their content is checked when it is fetched.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    folder, names = find_remote_shards(pattern)
+    manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
+    _check_manifests(pattern, [manifest], num_classes, image_size)
+    records = {record.name: record for record in manifest.shards}
+    unknown = [name for name in names or [] if name not in records]
+    if unknown:
+        raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
+    return [ShardFile(f"{folder}/{name}", records[name], None) for name in names or records], [manifest]
+
+
+def check_index(location: str, index: IndexArray, record: ShardRecord, num_classes: int) -> None:
+    """Compare the index of a tar with what is known of it.
+
+    Raises:
+        DataError: it has another number of samples, points behind the tar's end, or has a label out of range.
+    """
+    if len(index) != record.samples:
+        raise DataError(f"{location}: holds {len(index)} samples, the manifest says {record.samples}; write it again")
+    if int((index["offset"] + index["size"]).max(initial=0)) > record.bytes:
+        raise DataError(
+            f"{index_path(Path(location))}: points behind the tar's {record.bytes} bytes; remove it, the tar is then "
+            "scanned"
+        )
+    wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= num_classes))
+    if num_classes and len(wrong):
+        offset, _, label, _ = index[wrong[0]].item()
+        found = "no label" if label == NO_LABEL else f"label {label}"
+        raise DataError(
+            f"{location}: byte {offset}: sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}; "
+            "correct model.num_classes or the shard"
+        )
+
+
+def _check_manifests(pattern: str, manifests: Sequence[Manifest], num_classes: int, image_size: int | None) -> None:
+    if any(manifest.class_names != manifests[0].class_names for manifest in manifests):
+        raise DataError(f"{pattern}: its folders name different classes; a label must mean one thing, open one folder")
+    for manifest in manifests:
+        classes, names, resolution = manifest.num_classes, manifest.class_names, manifest.resolution
+        if names is not None and len(names) != classes:
+            what = f"names {len(names)} classes and says that there are {classes}; write it again"
+        elif num_classes and classes > num_classes:
+            what = (
+                f"says {classes} classes, the model has {num_classes}; set model.num_classes={classes} or choose other "
+                "shards"
+            )
+        elif num_classes and not classes:
+            what = (
+                "says that there are no labels; set model.num_classes=0 for unconditional training, or write the "
+                "shards with labels"
+            )
+        elif image_size is not None and resolution is not None and resolution < image_size:
+            what = (
+                f"says {resolution} pixels a side, the model has {image_size}; lower model.image_size or write larger "
+                "shards"
+            )
+        else:
+            continue
+        raise DataError(f"{pattern}: the manifest {what}")
