@@ -237,7 +237,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert contents(tmp_path / "out") == contents(clean)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
     """To the whole group, as a terminal and some schedulers send it."""
     tree, clean = slow

@@ -17,7 +17,7 @@ from tests.support import ROOT
 
 
 def run(output: Path) -> str:
-    small = ["--images", "1280", "--finetune-images", "256", "--samples", "16"]
+    small = ["--images", "1280", "--finetune-images", "256", "--samples", "64"]
     finished = subprocess.run(
         [sys.executable, "tools/demo.py", "--output", str(output), *small],
         cwd=ROOT,
