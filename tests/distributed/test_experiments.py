@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -45,6 +46,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.shards={folder}/{{resolution}}"
 
 
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks of one process that has imported what they need, instead of new interpreters."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jitscale.training.trainer", "studies.tasks"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards)
     low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",))
@@ -193,6 +203,7 @@ def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
     assert 10 * fid["x"] < fid["e"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> None:
     run = Run("trained_s0", "glyphs_32.yaml", (*TINY, shards, "ema.decays=[0.9,0.99,0.995,0.999]"))
     sweep = guidance.Sweep(run, samples=16)
