@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
 from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_in, positive_setting
-from tests.support import ROOT
+from tests.support.forking import PYTHONPATH, Process
 
 TASK = {
     "SLURM_STEP_ID": "0",
@@ -191,19 +189,19 @@ exit_with_message(lambda: parallel.start(torch.device("cpu")).size)
 """
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever(rank: int) -> None:
-    """One of four, as in `srun -n4 --pty bash`."""
-    own = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587"}
-    environment = {**os.environ, **own, "JITSCALE_MEETING_SECONDS": "3", "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [sys.executable, "-c", MEET], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert finished.returncode == ExitCode.FAILED
-    assert finished.stderr.count("waiting for 4 ranks at 127.0.0.1:29587\n") >= 2
-    assert "Traceback" not in finished.stderr
-    last = finished.stderr.splitlines()[-1]
-    assert last.startswith("error: 4 ranks did not meet at 127.0.0.1:29587 within 3 s (")
+def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever() -> None:
+    """One of four, as in `srun -n4 --pty bash`: the one that the others would ask, and another one; each alone."""
+    started = {}
+    for rank, port in ((0, 29587), (3, 29588)):
+        own = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "JITSCALE_MEETING_SECONDS": "3"}
+        started[port] = Process(["-c", MEET], {**os.environ, **own, "PYTHONPATH": PYTHONPATH})
+    for port, process in started.items():
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == ExitCode.FAILED
+        assert said.count(f"waiting for 4 ranks at 127.0.0.1:{port}\n") >= 2
+        assert "Traceback" not in said
+        assert said.splitlines()[-1].startswith(f"error: 4 ranks did not meet at 127.0.0.1:{port} within 3 s (")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf"])

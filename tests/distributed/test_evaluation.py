@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -13,61 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.packing import write_shards
-from jitscale.files import exclusive
-from tests.support import FILES
+from tests.support.evaluations import CHECKPOINT, Evaluation
 from tests.support.processes import run_ranks, start_ranks
-from tests.support.runs import zero_samples
-from tests.support.tiny import model_yaml
-
-CHECKPOINT = FILES / "jit_tiny_heun.checkpoint-last.pth"
-CONFIG = """
-MODEL
-engine: {precision: fp32}
-ema: {decays: [0.9999, 0.9996]}
-evaluation: {features: digits, num_images: 70, block_size: 8, steps: 3, guidance_scale: 2.0}
-run: {max_steps: 1, device: cpu}
-""".replace("MODEL", model_yaml(depth=3))
-
-
-class Evaluation:
-    """The authors' checkpoint measured against digits of 16 px."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        images, labels = digit_images(16)
-        write_shards(images[:200], labels[:200], folder / "shards", samples_per_shard=64, class_names=DIGIT_CLASSES)
-        (folder / "config.yaml").write_text(CONFIG)
-
-    def command(self, output: str, *overrides: str) -> list[str]:
-        return [
-            "-m",
-            "jitscale.evaluate",
-            f"--checkpoint={CHECKPOINT}",
-            f"--config={self.folder / 'config.yaml'}",
-            f"run.dir={self.folder / output}",
-            f"evaluation.reference={self.folder / 'shards'}",
-            *overrides,
-        ]
-
-    def run(self, output: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
-        run_ranks(world_size, *self.command(output, *overrides))
-        return json.loads((self.folder / output / "result.json").read_text())
-
-    def blocks(self, output: str) -> dict[str, Path]:
-        return {str(path.relative_to(self.folder / output)): path for path in self.folder.glob(f"{output}/**/*.npz")}
-
-
-@pytest.fixture(scope="module")
-def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    return Evaluation(tmp_path_factory.mktemp("evaluation"))
-
-
-@pytest.fixture(scope="module")
-def alone(evaluation: Evaluation) -> dict[str, Any]:
-    return evaluation.run("alone")
 
 
 def assert_same_features(evaluation: Evaluation, first: str, second: str) -> None:
@@ -214,92 +160,6 @@ def guided(row: dict[str, Any]) -> bool:
     return row["guidance_scale"] == 2.0 and row["guidance_interval"] == [0.1, 1.0]
 
 
-def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
-    """On few images, without leaving their blocks; and a resumed run does not measure twice."""
-    shards = f"data.shards={evaluation.folder / 'shards'}"
-    on_the_way = ["evaluation.every_images=24", "evaluation.few_images=16", "tracking.log_every_steps=1"]
-    sizes = [
-        "run.max_steps=null",
-        "data.batch_size=8",
-        "data.num_workers=0",
-        "checkpoint.every_images=24",
-        "engine.zero_stage=2",
-    ]
-    command = ["-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", shards, *on_the_way, *sizes]
-    folder = evaluation.folder / "measured"
-    command.append(f"run.dir={folder}")
-    said = run_ranks(2, *command, "run.max_images=48")
-    assert "24 images: FID " in said
-
-    def lines() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-
-    assert [(line["step"], line["images"], line["num_images"]) for line in lines()] == [(3, 24, 16), (6, 48, 16)]
-    assert all(line["fid_16"] > 0 and "fid" not in line for line in lines()), "named by the number of images"
-    assert not list(folder.glob("evaluation/*")), (
-        "no blocks are left; the real images' statistics lie beside the shards"
-    )
-    first, second = lines()
-    # As if it had been killed between the save of step 6 and the end of its measurement.
-    (folder / "evaluations.jsonl").write_text(json.dumps(first) + "\n")
-    run_ranks(2, *command, "run.max_images=72")
-    assert [line["images"] for line in lines()] == [24, 48, 72]
-    assert lines()[:2] == [first, second]
-
-
-def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -> None:
-    """result.json is that one, whoever writes it; what else is measured is kept by protocol and replaces nothing."""
-    folder = evaluation.folder / "finished"
-    command = [
-        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
-        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0", "run.max_steps=3"),
-        *(
-            "evaluation.at_end=true",
-            "evaluation.every_images=8",
-            "evaluation.few_images=10",
-            "evaluation.sweep_images=16",
-        ),
-        'evaluation.sweep=[ema=averages,"guidance=1,2"]',
-    ]
-    said = run_ranks(2, *command)
-    assert "measuring: 2 x 10 images on the way" in said
-    assert "4 settings x 16 in a sweep" in said
-    assert "ema_0.9999 after 3 steps is 100% the weights that the run began with" in said
-    assert "evaluation.num_images=70 is fewer" not in said
-    result = json.loads((folder / "result.json").read_text())
-    assert len(result["table"]) == 4 + 1
-    assert {row["weights"] for row in result["table"]} == {"ema_0.9999", "ema_0.9996"}
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3], "the last step is measured by the final evaluation alone"
-    assert lines[2]["fid"] == result["fid"]
-    assert len(list((folder / "best_samples").glob("*.png"))) == 1
-    written = (folder / "result.json").stat().st_mtime_ns
-    run = ["--run-dir", str(folder)]
-    run_ranks(1, "-m", "jitscale.evaluate", *run, "--weights=model", "evaluation.num_images=40")
-    run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder), "--sweep", "guidance=1,3", "--coarse", "10")
-    assert (folder / "result.json").stat().st_mtime_ns == written
-    assert len(list((folder / "results").glob("*.json"))) == 3
-    # The finished run is asked for another evaluation: its number replaces none, and is recorded.
-    run_ranks(2, *command, "evaluation.num_images=60")
-    other = json.loads((folder / "result.json").read_text())
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert [(line["fid"], line["num_images"]) for line in lines[2:]] == [(result["fid"], 70), (other["fid"], 60)]
-    assert {line["step"] for line in lines[2:]} == {3}
-    # A run that shall go on has not ended with its newest checkpoint.
-    (folder / "result.json").unlink()
-    longer = (folder / "config.yaml").read_text().replace("max_steps: 3", "max_steps: 30")
-    (folder / "config.yaml").write_text(longer.replace("num_images: 60", "num_images: 70"))
-    run_ranks(1, "-m", "jitscale.evaluate", *run)
-    assert not (folder / "result.json").exists()
-    (folder / "config.yaml").write_text(longer.replace("max_steps: 30", "max_steps: 3").replace("s: 60", "s: 70"))
-    run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder))
-    assert json.loads((folder / "result.json").read_text()) == result
-    (folder / "result.json").unlink()
-    run_ranks(1, "-m", "jitscale.evaluate", *run)
-    assert json.loads((folder / "result.json").read_text()) == result
-    assert len(list((folder / "results").glob("*.json"))) == 4
-
-
 GRID = """
 import sys
 import numpy, torch
@@ -334,103 +194,6 @@ def test_ranks_share_a_picture_of_samples(evaluation: Evaluation, tmp_path: Path
     assert all(np.abs(first - other).max() <= 1 for other in others), "up to the rounding of another batch"
 
 
-def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Evaluation) -> None:
-    """On two ranks; the other refusals are in tests/evaluation/test_measuring.py."""
-    command = [
-        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", "data.batch_size=8"),
-        *(
-            f"run.dir={evaluation.folder / 'never'}",
-            f"data.shards={evaluation.folder / 'shards'}",
-            "data.num_workers=0",
-        ),
-        *("evaluation.features=inception", "evaluation.features_dir=/tmp/no_weights_here", "evaluation.every_images=8"),
-    ]
-    said = run_ranks(2, *command, "evaluation.at_end=true", expect=2)
-    message = "on a machine with a network: python tools/fetch_weights.py --output /tmp/no_weights_here inception"
-    assert sum(line.startswith("error: ") and message in line for line in said.splitlines()) == 1, said
-    assert not (evaluation.folder / "never").exists()
-    assert "at_end: true" in run_ranks(1, *command, "evaluation.at_end=true", "--print-config"), "nothing is measured"
-    said = run_ranks(2, *command, "evaluation.at_end=false")
-    assert "evaluation.at_end=false: nothing is measured on the way either: /tmp/no_weights_here/weights-incept" in said
-    assert not (evaluation.folder / "never/evaluations.jsonl").exists()
-    assert not (evaluation.folder / "never/result.json").exists()
-
-
-def test_real_images_are_computed_once_by_runs_side_by_side(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Both wait while a third one has the lock, as a run that computes has; then one of them computes."""
-    (name,) = (path.name for path in (evaluation.folder / "shards/real_images").iterdir() if path.name.startswith("d"))
-    shards = evaluation.folder / "side_by_side_shards"
-    shutil.copytree(evaluation.folder / "shards", shards, ignore=shutil.ignore_patterns("real_images"))
-    folder = shards / "real_images" / name
-    folder.mkdir(parents=True)
-    commands = [evaluation.command(f"side_{side}", f"evaluation.reference={shards}") for side in "ab"]
-    with exclusive(folder / ".lock", ""):
-        ranks = [rank for command in commands for rank in start_ranks(2, *command)]
-        said = ""
-        while said.count("another run computes the statistics of these real images; waiting") < 1:
-            line = ranks[0].stdout.readline()  # type: ignore[union-attr]
-            assert line, said
-            said += line
-        assert not (folder / "facts.json").exists()
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * 4, outputs
-    assert sum("real images, digits" in output for output in (said + outputs[0], outputs[2])) == 1
-    assert {path.name for path in folder.iterdir()} == {".lock", "statistics.npz", "features.npy", "facts.json"}
-    for side in "ab":
-        result = json.loads((evaluation.folder / f"side_{side}/result.json").read_text())
-        source = {"source": str(shards)}
-        assert {**result, "reference": {**result["reference"], **source}} == {
-            **alone,
-            "reference": {**alone["reference"], **source},
-        }
-    (folder / "features.npy").write_bytes((folder / "features.npy").read_bytes()[:-1] + b"x")
-    assert "features.npy has another sha256" in run_ranks(1, *commands[0], expect=2)
-
-
-def test_real_images_go_on_after_a_kill(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Parts that are there are not made again, by another number of ranks either; the result has the same bits."""
-    shards = evaluation.folder / "killed_shards"
-    images, labels = digit_images(16)
-    write_shards(images, labels, shards, samples_per_shard=300, class_names=DIGIT_CLASSES)
-    asked = f"evaluation.reference={shards}"
-    whole = evaluation.run("whole", asked, f"evaluation.cache_dir={evaluation.folder / 'whole_cache'}")
-
-    ranks = start_ranks(2, *evaluation.command("killed", asked))
-    while len(parts := sorted(shards.glob("real_images/*/part_*.npz"))) < 2:
-        assert all(rank.poll() is None for rank in ranks)
-        time.sleep(0.001)
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.communicate()
-    assert len(list(shards.glob("real_images/*/part_*.npz"))) < 15, "the kill came in the middle"
-    shutil.copytree(shards, evaluation.folder / "changed_shards")
-    result = evaluation.run("killed", asked, world_size=3)
-    assert result == whole
-    left = {path.name for path in shards.glob("real_images/*/*")}
-    assert left == {".lock", "statistics.npz", "features.npy", "facts.json"}, "parts are gone in the end"
-    (changed,) = (evaluation.folder / "changed_shards").glob(f"real_images/*/{parts[0].name}")
-    content = dict(np.load(changed))
-    np.savez(changed, **{**content, "features/real_features_sum": content["features/real_features_sum"] + 100.0})
-    other = evaluation.run("changed", f"evaluation.reference={evaluation.folder / 'changed_shards'}")
-    assert other["fid_floor"] > whole["fid_floor"], "a part that is there is used as it is"
-
-
-def test_real_images_are_kept_where_it_is_possible(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """In evaluation.cache_dir; in the run's folder where nothing can be written beside the shards."""
-    shards = evaluation.folder / "unwritable_shards"
-    shutil.copytree(evaluation.folder / "shards", shards, ignore=shutil.ignore_patterns("real_images"))
-    (shards / "real_images").write_text("a file, where even root can make no folder")
-    own = evaluation.run("own_cache", f"evaluation.reference={shards}")
-    assert list((evaluation.folder / "own_cache/evaluation/real_images").glob("digits_*/facts.json"))
-    asked = evaluation.folder / "asked_for"
-    there = evaluation.run("asked", f"evaluation.reference={shards}", f"evaluation.cache_dir={asked}")
-    assert list(asked.glob("digits_*/facts.json"))
-    assert own["fid"] == there["fid"] == alone["fid"]
-    command = evaluation.command("bad", f"evaluation.cache_dir={shards / 'real_images' / 'below'}")
-    assert "cannot be used" in run_ranks(1, *command, expect=2)
-
-
 def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     """Balanced by id, at random, or as frequent as in the data, which the manifest counts; and t_eps is a setting."""
     counts = json.loads((evaluation.folder / "shards/manifest.json").read_text())["class_counts"]
@@ -448,50 +211,6 @@ def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any])
     assert not np.array_equal(found["random"], found["data"])
     command = evaluation.command("lacking", "evaluation.labels=data", "evaluation.reference=tests/files/no.npz")
     assert "tests/files/no.npz: no statistics" in run_ranks(1, *command, expect=2)
-
-
-def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:
-    """At once, with the step saved; the next start makes up for the measurement."""
-    folder = evaluation.folder / "signalled"
-    command = [
-        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
-        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
-        *("run.max_steps=5", "evaluation.every_images=24"),
-    ]
-    (rank,) = start_ranks(1, *command, "evaluation.few_images=100000")
-    said = line = ""
-    while re.match(r"generate: .* [1-9]\d*/", line) is None:  # an image is made
-        line = rank.stdout.readline()  # type: ignore[union-attr]
-        assert line, said
-        said += line
-    rank.terminate()
-    assert rank.wait(timeout=5) == 75, rank.communicate()[0]
-    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000003"]
-    run_ranks(2, *command, "evaluation.few_images=16")
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["num_images"]) for line in lines] == [(3, 16)]
-
-
-def test_only_the_end_of_a_run_is_its_result(evaluation: Evaluation) -> None:
-    """Weights of others and earlier steps replace no result.json of a run; a run that goes on has none."""
-    folder = evaluation.folder / "whose"
-    command = [
-        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
-        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
-        *("checkpoint.every_images=8", "evaluation.at_end=true", "evaluation.num_images=10"),
-    ]
-    run_ranks(1, *command)
-    written = (folder / "result.json").read_bytes()
-    config = f"--config={folder / 'config.yaml'}"
-    said = run_ranks(1, "-m", "jitscale.evaluate", f"--checkpoint={CHECKPOINT}", config)
-    assert "result.json is not written: these weights are not the end of the run" in said
-    assert (folder / "result.json").read_bytes() == written
-    run_ranks(1, *command, "run.max_steps=2", "evaluation.at_end=false")
-    assert not (folder / "result.json").exists(), "the run has gone on"
-    said = run_ranks(1, "tools/evaluate_fid.py", f"--checkpoint={folder / 'checkpoints/step_00000001'}", config)
-    assert "these weights are not the end of the run" in said
-    assert not (folder / "result.json").exists()
-    assert len(list((folder / "results").glob("*.json"))) == 2, "the first step's, twice the same, and theirs"
 
 
 def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
@@ -515,18 +234,6 @@ def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluati
     assert_same_features(evaluation, "alone", "interrupted")
     now = evaluation.blocks("interrupted")
     assert all(now[name].stat().st_mtime_ns == time for name, time in kept.items()), "what was there is not made again"
-
-
-def test_a_bad_reference_image_on_another_rank_is_said(evaluation: Evaluation) -> None:
-    """Its block is rank 1's; rank 0 must neither wait for ever nor lose the message."""
-    folder = evaluation.folder / "bad_reference"
-    shutil.copytree(evaluation.folder / "shards", folder, ignore=shutil.ignore_patterns("real_images"))
-    tar = sorted(folder.glob("*.tar"))[0]
-    zero_samples(tar, slice(9, 10))
-    offset = np.load(tar.with_suffix(".index.npy"))[9]["offset"]
-    command = evaluation.command("bad", f"evaluation.reference={folder}")
-    said = run_ranks(2, *command, expect=2)
-    assert f"error: {tar}: byte {offset}: sample 9 cannot be decoded" in said
 
 
 def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, alone: dict[str, Any]) -> None:

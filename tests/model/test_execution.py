@@ -1,4 +1,7 @@
-"""How the network computes does not change what it computes: kernels, padding, compilation."""
+"""How the network computes does not change what it computes: kernels, padding, compilation.
+
+One long file, because tests/conftest.py shows GPUs to this file alone.
+"""
 
 from __future__ import annotations
 

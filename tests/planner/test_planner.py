@@ -18,9 +18,11 @@ from jitscale.planner.choice import candidate, recommend
 from jitscale.planner.memory import BUCKET_ELEMENTS, activation_bytes, parameters_by_kind, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication
 from tests.support import ROOT
+from tests.support.tiny import MODEL
 from tests.support.tools import run_tool
 
-TINY = ModelConfig(
+TINY = replace(
+    MODEL,
     image_size=64,
     patch_size=8,
     hidden_size=96,
@@ -28,8 +30,6 @@ TINY = ModelConfig(
     num_heads=3,
     bottleneck_dim=24,
     in_context_len=8,
-    in_context_start=1,
-    num_classes=10,
 )
 # Parameters: spec of the authors' code, for G from its layer sizes; GFLOP forward and TFLOP in training, rounded.
 KNOWN = {

@@ -1,0 +1,101 @@
+"""tools/make_shards.py, started by tests, and photographs to pack."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from jitscale.data.manifest import Manifest
+from tests.support import ROOT
+from tests.support.pictures import file_bytes, noise
+from tests.support.tools import run_tool
+
+RESOLUTION = 16
+CLASSES = ["ant", "bee", "cat"]
+PER_CLASS = 14
+PER_SHARD = 4
+SLOW = ("--samples-per-shard", "2")
+
+
+def write_tree(folder: Path, *, dirty: bool, size: int = 20) -> Path:
+    """Images in folders of classes; of the dirty ones two cannot be used."""
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(PER_CLASS):
+            image = noise(label * PER_CLASS + number, size, size + number)
+            (folder / name / f"{number:02d}.png").write_bytes(file_bytes(image))
+    if dirty:
+        (folder / "ant" / "03.png").write_bytes(file_bytes(noise(3))[:100])
+        (folder / "cat" / "05.png").write_bytes(b"no image")
+        (folder / "bee" / "07.png").write_bytes(file_bytes(noise(5, 8, 9)))  # smaller than the resolution
+    return folder
+
+
+def command(source: Path | str, output: Path, *more: str, codec: str = "raw") -> list[str]:
+    sizes = ["--resolution", str(RESOLUTION), "--samples-per-shard", str(PER_SHARD), "--workers", "2"]
+    tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "--input", str(source), "--output", str(output)]
+    return [*tool, "--codec", codec, *sizes, *more]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """In a process group of its own, as a shell or a scheduler starts it."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output, and what was said about errors without the progress bar."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, said(err)
+
+
+def said(errors: str) -> str:
+    """Without the progress bar."""
+    progress = ("image/s", "s/image")  # the second one on a busy machine
+    return "\n".join(line for line in errors.splitlines() if not any(word in line for word in progress)).strip()
+
+
+def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Manifest:
+    code, _, errors = finish(start(command(source, output, *more, codec=codec)))
+    assert (code, errors) == (0, "")
+    return Manifest.read(output / "manifest.json")
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a wrong command gets."""
+    finished = run_tool("make_shards", *arguments[2:])
+    errors = said(finished.err)
+    assert finished.code == 2, errors
+    assert errors.startswith("error: ")
+    assert "\n" not in errors
+    return errors
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, hidden ones too; without packing.json, which names the input."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "packing.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def samples(folder: Path) -> dict[int, dict[str, bytes]]:
+    """All members of all shards: number of the input to extension to content."""
+    found: dict[int, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, extension = member.name.split(".")
+                content = archive.extractfile(member)
+                assert content is not None
+                found.setdefault(int(key), {})[extension] = content.read()
+    return found
+
+
+def committed(output: Path) -> dict[str, int]:
+    """Finished shards, and when they were written."""
+    records = output.glob(".packing/shard-*.json")
+    tars = [output / f"{record.stem}.tar" for record in records]
+    return {tar.name: tar.stat().st_mtime_ns for tar in tars}

@@ -1,0 +1,279 @@
+"""Packing jobs in several parts, killed, stopped and continued: dying does not matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitscale.data import packing_job
+from jitscale.data.manifest import Manifest
+from jitscale.data.packing_job import PackingJob, PackingOptions
+from jitscale.data.sources import Inputs, find_inputs
+from jitscale.data.tar_index import scan_tar
+from jitscale.errors import DataError
+from tests.data.packing_jobs import (
+    PER_SHARD,
+    RESOLUTION,
+    SLOW,
+    command,
+    committed,
+    contents,
+    finish,
+    packed,
+    refused,
+    start,
+    write_tree,
+)
+from tests.support import ROOT
+from tests.support.pictures import file_bytes, noise
+from tests.support.processes import group_ended
+from tests.support.tools import run_tool
+
+
+def test_parts_at_once_do_what_one_does(tree: Path, clean: Path, tmp_path: Path) -> None:
+    """They begin together, so that all make a plan, and end about together, so that several finish."""
+    parts = [start(command(tree, tmp_path / "out", "--part", f"{part}/3", "--workers", "1")) for part in (1, 2, 3)]
+    ends = [finish(part) for part in parts]
+    assert [code for code, _, _ in ends] == [0, 0, 0], ends
+    assert any("done:" in out for _, out, _ in ends)
+    assert contents(tmp_path / "out") == contents(clean)
+
+
+def test_parts_in_turn_do_what_one_does(tree: Path, clean: Path, tmp_path: Path) -> None:
+    """From other folders, too: the plan knows what a relative path meant."""
+    output = tmp_path / "out"
+    here = os.path.relpath(tree, ROOT)
+    code, out, _ = finish(start(command(here, output, "--part", "2/2")))
+    assert (code, (output / "manifest.json").exists()) == (0, False)
+    assert "part 2/2 is done; 6 of 11 shards are left to other parts" in out
+    process = subprocess.run(
+        command(tree.name, output, "--part", "1/2"),
+        cwd=tree.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "done: 40 images in 11 shards" in process.stdout
+    for name in contents(clean).keys() - {"manifest.json"}:
+        assert (output / name).read_bytes() == (clean / name).read_bytes()
+    assert Manifest.read(output / "manifest.json").bad[0].source == f"{here}/ant/03.png"
+
+
+def test_a_finished_job_is_left_alone(tree: Path, clean: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in clean.iterdir()}
+    (clean / ".packing").mkdir()  # as if killed between the manifest and this
+    (clean / ".shard-000001.tar.host.1.partial").write_bytes(b"")
+    code, out, errors = finish(start(command(tree, clean, "--part", "2/7")))
+    assert (code, errors) == (0, "")
+    assert "is there already: 40 images in 11 shards" in out
+    assert {path: path.stat().st_mtime_ns for path in clean.iterdir()} == before
+    assert "another --codec (codec raw, resolution 16" in refused(*command(tree, clean, codec="png"))
+    assert "another --resolution" in refused(*command(tree, clean, "--resolution", "32"))
+    assert "another --samples-per-shard" in refused(*command(tree, clean, "--samples-per-shard", "5"))
+    assert "was begun with --seed 0, not with --seed 5" in refused(*command(tree, clean, "--seed", "5"))
+    assert "not with --input" in refused(*command(tree / "ant", clean))
+    lost = clean / "shard-000002.tar"
+    lost.rename(clean / "elsewhere")
+    assert "shard-000002.tar: missing, without its index, or of another size (1 of 11" in refused(*command(tree, clean))
+    (clean / "elsewhere").rename(lost)
+
+
+def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert finish(start(command(tree, output, "--part", "1/3")))[0] == 0
+    before = contents(output)
+    message = refused(*command(tree, output, "--seed", "4", codec="webp"))
+    assert "was begun with --codec raw --seed 0, not with --codec webp --seed 4; give the same options" in message
+    assert "--input" in refused(*command(tree / "ant", output))
+    assert contents(output) == before
+    (output / ".packing" / "inputs.npz").write_bytes(b"")
+    assert "inputs.npz is not what plan.json describes; remove it" in refused(*command(tree, output)).replace(")", "")
+
+
+def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert finish(start(command(tree, output, "--part", "1/3")))[0] == 0
+    (output / "shard-000000.tar").write_bytes(b"")
+    (output / "shard-000003.index.npy").unlink()
+    (output / ".packing" / "shard-000006.json").write_text("{")
+    packed(tree, output)
+    assert contents(output) == contents(clean)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Let something happen while a task looks for its images."""
+
+    def find(*arguments: Any) -> Inputs:
+        monkeypatch.undo()
+        action()
+        return find_inputs(*arguments)
+
+    monkeypatch.setattr(packing_job, "find_inputs", find)
+
+
+def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0, None)
+    theirs = replace(ours, seed=5)
+    for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
+        output = tmp_path / str(number)
+        meanwhile(monkeypatch, partial(PackingJob.begin, output, first))
+        if first == second:
+            assert PackingJob.begin(output, second).num_shards == 11
+        else:
+            with pytest.raises(DataError, match="was begun with --seed 5, not with --seed 0"):
+                PackingJob.begin(output, second)
+        plan = json.loads((output / ".packing" / "plan.json").read_text())
+        assert plan["options"]["seed"] == first.seed
+        assert {path.name for path in output.rglob("*")} == {".packing", "plan.json", "inputs.npz"}
+
+
+def test_a_task_that_comes_too_late_finds_the_job_done(
+    tree: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others planned, packed and removed their plan while it looked for its images."""
+    meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
+    finished = run_tool("make_shards", *command(tree, tmp_path / "out")[2:])
+    assert finished.code == 0
+    assert "is there already" in finished.out
+    assert contents(tmp_path / "out") == contents(clean)
+
+
+def begun(process: subprocess.Popen[str], output: Path, shards: int) -> None:
+    """Wait until so many shards are finished, or the process is."""
+    while process.poll() is None and len(committed(output)) < shards:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An input that takes a while (21 shards, about 0.1 s each), and what an undisturbed command makes of it."""
+    tree = write_tree(tmp_path_factory.mktemp("slow") / "photos", dirty=True)
+    large = [file_bytes(noise(number, 1400, 1300 + number)) for number in range(4)]
+    for number, path in enumerate(sorted(tree.rglob("*.png"))):
+        if path.stat().st_size > 500:  # the spoiled ones stay
+            path.write_bytes(large[number % 4])
+    packed(tree, tree.parent / "clean", *SLOW)
+    return tree, tree.parent / "clean"
+
+
+def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> list[int]:
+    """Kill the whole group at random moments until the job is done, at most `kills` times; finished shards at each."""
+    killed = []
+    while not (output / "manifest.json").exists():
+        process = start(command(tree, output, *SLOW))
+        before = committed(output)
+        if len(killed) < kills:
+            if killed and rng.random() < 0.8:
+                begun(process, output, len(before) + rng.randrange(1, 4))
+                time.sleep(rng.uniform(0.0, 0.1))
+            else:  # while it starts, maybe while the plan is made
+                time.sleep(rng.uniform(0.1, 0.5))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed.append(len(committed(output)))
+            for path in output.glob("*.tar"):
+                scan_tar(path)  # what has its name is whole
+        finish(process)
+        after = committed(output)
+        if not (output / "manifest.json").exists():
+            assert {name: after.get(name) for name in before} == before, "a finished shard was written again"
+    code, _, errors = finish(start(command(tree, output, *SLOW)))  # what a kill after the manifest left is removed now
+    assert (code, errors) == (0, "")
+    return killed
+
+
+def test_a_killed_job_ends_as_if_nothing_had_happened(slow: tuple[Path, Path], tmp_path: Path) -> None:
+    tree, clean = slow
+    killed = kill_and_go_on(tree, tmp_path / "out", 3, random.Random(1))
+    assert len(killed) == 3
+    assert any(0 < finished < 21 for finished in killed), killed
+    assert contents(tmp_path / "out") == contents(clean)
+
+
+@pytest.mark.slow
+def test_twenty_kills(slow: tuple[Path, Path], tmp_path: Path) -> None:
+    tree, clean = slow
+    killed: list[int] = []
+    jobs = 0
+    while len(killed) < 20:
+        killed += kill_and_go_on(tree, tmp_path / str(jobs), 20 - len(killed), random.Random(100 + jobs))
+        assert contents(tmp_path / str(jobs)) == contents(clean)
+        jobs += 1
+    assert sum(0 < finished < 21 for finished in killed) >= 5, killed
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The forks of its server."""
+    return [pid for child in children_of(process.pid) for pid in children_of(child)]
+
+
+def test_torch_is_loaded_once_for_all_workers(slow: tuple[Path, Path], tmp_path: Path) -> None:
+    """webdataset imports it: 200 MB in each worker, if they did not share that memory. The main process is without."""
+    process = start(command(slow[0], tmp_path / "out", *SLOW))
+    begun(process, tmp_path / "out", 1)
+    for pid in workers_of(process):
+        assert "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+        sizes = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+        assert sum(int(size) for name, size, *_ in sizes if name.startswith("Private_")) < 150_000  # kB
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    process.kill()
+    finish(process)
+
+
+def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path], tmp_path: Path) -> None:
+    tree, clean = slow
+    process = start(command(tree, tmp_path / "out", *SLOW))
+    begun(process, tmp_path / "out", 2)
+    victim = workers_of(process)[0]
+    os.kill(victim, signal.SIGKILL)
+    code, _, errors = finish(process)
+    assert code == 2
+    assert errors.startswith(f"error: worker process {victim}: was killed by SIGKILL (often: too little memory)")
+    assert "give the same command again to go on, maybe with fewer --workers than 2" in errors
+    assert "\n" not in errors
+    assert group_ended(process.pid)
+    before = committed(tmp_path / "out")
+    assert len(before) >= 2
+    packed(tree, tmp_path / "out", *SLOW)
+    assert contents(tmp_path / "out") == contents(clean)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
+    """To the whole group, as a terminal and some schedulers send it."""
+    tree, clean = slow
+    process = start(command(tree, tmp_path / "out", *SLOW))
+    begun(process, tmp_path / "out", 1)
+    os.killpg(process.pid, number)
+    code, _, errors = finish(process)
+    assert code == 75, errors
+    assert errors == f"{tmp_path}/out: stopped by {number.name}; give the same command again to go on"
+    assert group_ended(process.pid)
+    assert not list((tmp_path / "out").glob(".shard-*.partial"))
+    packed(tree, tmp_path / "out", *SLOW)
+    assert contents(tmp_path / "out") == contents(clean)
+
+
+def test_workers_end_when_the_main_process_is_killed(slow: tuple[Path, Path], tmp_path: Path) -> None:
+    process = start(command(slow[0], tmp_path / "out", *SLOW))
+    begun(process, tmp_path / "out", 1)
+    process.kill()
+    finish(process)
+    assert group_ended(process.pid)
+    assert not (tmp_path / "out" / "manifest.json").exists()

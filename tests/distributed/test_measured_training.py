@@ -1,0 +1,163 @@
+"""Trainings that are measured on the way and at their end."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jitscale.checkpoints.format import complete_checkpoints
+from tests.support.evaluations import CHECKPOINT, Evaluation
+from tests.support.processes import run_ranks, start_ranks
+
+
+def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
+    """On few images, without leaving their blocks; and a resumed run does not measure twice."""
+    shards = f"data.shards={evaluation.folder / 'shards'}"
+    on_the_way = ["evaluation.every_images=24", "evaluation.few_images=16", "tracking.log_every_steps=1"]
+    sizes = [
+        "run.max_steps=null",
+        "data.batch_size=8",
+        "data.num_workers=0",
+        "checkpoint.every_images=24",
+        "engine.zero_stage=2",
+    ]
+    command = ["-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", shards, *on_the_way, *sizes]
+    folder = evaluation.folder / "measured"
+    command.append(f"run.dir={folder}")
+    said = run_ranks(2, *command, "run.max_images=48")
+    assert "24 images: FID " in said
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+    assert [(line["step"], line["images"], line["num_images"]) for line in lines()] == [(3, 24, 16), (6, 48, 16)]
+    assert all(line["fid_16"] > 0 and "fid" not in line for line in lines()), "named by the number of images"
+    assert not list(folder.glob("evaluation/*")), (
+        "no blocks are left; the real images' statistics lie beside the shards"
+    )
+    first, second = lines()
+    # As if it had been killed between the save of step 6 and the end of its measurement.
+    (folder / "evaluations.jsonl").write_text(json.dumps(first) + "\n")
+    run_ranks(2, *command, "run.max_images=72")
+    assert [line["images"] for line in lines()] == [24, 48, 72]
+    assert lines()[:2] == [first, second]
+
+
+def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -> None:
+    """result.json is that one, whoever writes it; what else is measured is kept by protocol and replaces nothing."""
+    folder = evaluation.folder / "finished"
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
+        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0", "run.max_steps=3"),
+        *(
+            "evaluation.at_end=true",
+            "evaluation.every_images=8",
+            "evaluation.few_images=10",
+            "evaluation.sweep_images=16",
+        ),
+        'evaluation.sweep=[ema=averages,"guidance=1,2"]',
+    ]
+    said = run_ranks(2, *command)
+    assert "measuring: 2 x 10 images on the way" in said
+    assert "4 settings x 16 in a sweep" in said
+    assert "ema_0.9999 after 3 steps is 100% the weights that the run began with" in said
+    assert "evaluation.num_images=70 is fewer" not in said
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["table"]) == 4 + 1
+    assert {row["weights"] for row in result["table"]} == {"ema_0.9999", "ema_0.9996"}
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3], "the last step is measured by the final evaluation alone"
+    assert lines[2]["fid"] == result["fid"]
+    assert len(list((folder / "best_samples").glob("*.png"))) == 1
+    written = (folder / "result.json").stat().st_mtime_ns
+    run = ["--run-dir", str(folder)]
+    run_ranks(1, "-m", "jitscale.evaluate", *run, "--weights=model", "evaluation.num_images=40")
+    run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder), "--sweep", "guidance=1,3", "--coarse", "10")
+    assert (folder / "result.json").stat().st_mtime_ns == written
+    assert len(list((folder / "results").glob("*.json"))) == 3
+    # The finished run is asked for another evaluation: its number replaces none, and is recorded.
+    run_ranks(2, *command, "evaluation.num_images=60")
+    other = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["fid"], line["num_images"]) for line in lines[2:]] == [(result["fid"], 70), (other["fid"], 60)]
+    assert {line["step"] for line in lines[2:]} == {3}
+    # A run that shall go on has not ended with its newest checkpoint.
+    (folder / "result.json").unlink()
+    longer = (folder / "config.yaml").read_text().replace("max_steps: 3", "max_steps: 30")
+    (folder / "config.yaml").write_text(longer.replace("num_images: 60", "num_images: 70"))
+    run_ranks(1, "-m", "jitscale.evaluate", *run)
+    assert not (folder / "result.json").exists()
+    (folder / "config.yaml").write_text(longer.replace("max_steps: 30", "max_steps: 3").replace("s: 60", "s: 70"))
+    run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder))
+    assert json.loads((folder / "result.json").read_text()) == result
+    (folder / "result.json").unlink()
+    run_ranks(1, "-m", "jitscale.evaluate", *run)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert len(list((folder / "results").glob("*.json"))) == 4
+
+
+def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Evaluation) -> None:
+    """On two ranks; the other refusals are in tests/evaluation/test_measuring.py."""
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", "data.batch_size=8"),
+        *(
+            f"run.dir={evaluation.folder / 'never'}",
+            f"data.shards={evaluation.folder / 'shards'}",
+            "data.num_workers=0",
+        ),
+        *("evaluation.features=inception", "evaluation.features_dir=/tmp/no_weights_here", "evaluation.every_images=8"),
+    ]
+    said = run_ranks(2, *command, "evaluation.at_end=true", expect=2)
+    message = "on a machine with a network: python tools/fetch_weights.py --output /tmp/no_weights_here inception"
+    assert sum(line.startswith("error: ") and message in line for line in said.splitlines()) == 1, said
+    assert not (evaluation.folder / "never").exists()
+    assert "at_end: true" in run_ranks(1, *command, "evaluation.at_end=true", "--print-config"), "nothing is measured"
+    said = run_ranks(2, *command, "evaluation.at_end=false")
+    assert "evaluation.at_end=false: nothing is measured on the way either: /tmp/no_weights_here/weights-incept" in said
+    assert not (evaluation.folder / "never/evaluations.jsonl").exists()
+    assert not (evaluation.folder / "never/result.json").exists()
+
+
+def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:
+    """At once, with the step saved; the next start makes up for the measurement."""
+    folder = evaluation.folder / "signalled"
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
+        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
+        *("run.max_steps=5", "evaluation.every_images=24"),
+    ]
+    (rank,) = start_ranks(1, *command, "evaluation.few_images=100000")
+    said = line = ""
+    while re.match(r"generate: .* [1-9]\d*/", line) is None:  # an image is made
+        line = rank.stdout.readline()  # type: ignore[union-attr]
+        assert line, said
+        said += line
+    rank.terminate()
+    assert rank.wait(timeout=5) == 75, rank.communicate()[0]
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000003"]
+    run_ranks(2, *command, "evaluation.few_images=16")
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["num_images"]) for line in lines] == [(3, 16)]
+
+
+def test_only_the_end_of_a_run_is_its_result(evaluation: Evaluation) -> None:
+    """Weights of others and earlier steps replace no result.json of a run; a run that goes on has none."""
+    folder = evaluation.folder / "whose"
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
+        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
+        *("checkpoint.every_images=8", "evaluation.at_end=true", "evaluation.num_images=10"),
+    ]
+    run_ranks(1, *command)
+    written = (folder / "result.json").read_bytes()
+    config = f"--config={folder / 'config.yaml'}"
+    said = run_ranks(1, "-m", "jitscale.evaluate", f"--checkpoint={CHECKPOINT}", config)
+    assert "result.json is not written: these weights are not the end of the run" in said
+    assert (folder / "result.json").read_bytes() == written
+    run_ranks(1, *command, "run.max_steps=2", "evaluation.at_end=false")
+    assert not (folder / "result.json").exists(), "the run has gone on"
+    said = run_ranks(1, "tools/evaluate_fid.py", f"--checkpoint={folder / 'checkpoints/step_00000001'}", config)
+    assert "these weights are not the end of the run" in said
+    assert not (folder / "result.json").exists()
+    assert len(list((folder / "results").glob("*.json"))) == 2, "the first step's, twice the same, and theirs"
