@@ -1,4 +1,4 @@
-"""Make webdataset tars that another program wrote into shards, or verify shards, whoever wrote them.
+"""Make the webdataset tars of another program into shards, or verify any shards.
 
     python tools/index_shards.py /data/imagenet_wds
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
