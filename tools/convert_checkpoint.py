@@ -8,7 +8,7 @@
 
 safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
 `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
-optimizer's moments. run: a checkpoint that `jitscale.train` continues, with all averages and moments of the source.
+optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the source.
 """
 
 from __future__ import annotations

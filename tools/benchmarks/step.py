@@ -200,7 +200,7 @@ def _take_turns(
 
 
 def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
-    """Of steps that took `seconds`."""
+    """The speed of steps that took `seconds` each."""
     median = statistics.median(seconds)
     return {
         "images_per_second": batch / median,
