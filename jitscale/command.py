@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,9 +28,12 @@ class Parser(argparse.ArgumentParser):
         """Add the positional arguments `overrides`; `parse_intermixed_args` takes them between options too."""
         self.add_argument("overrides", nargs="*", metavar="group.key=value", help=meaning)
 
-    def add_count(self, name: str, default: int, meaning: str) -> None:
-        """Add an option that is a positive integer."""
-        self.add_argument(name, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
+    def add_number(
+        self, name: str, default: object, meaning: str, kind: Callable[[str], object] | None = None, **more: Any
+    ) -> None:
+        """Add an option with a default: a positive integer, unless `kind` is another type."""
+        described = f"{meaning} (default: %(default)s)"
+        self.add_argument(name, type=kind or positive, default=default, metavar="N", help=described, **more)
 
     def add_workers(self) -> None:
         """Add `--workers`, the number of processes."""

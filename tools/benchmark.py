@@ -46,50 +46,49 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     step = commands.add_parser("step", help="training steps through the ZeRO engine")
-    step.add_count("--steps", 10, "measured steps")
-    step.add_count("--warmup", 2, "steps before them")
-    step.add_argument(
-        "--engine", choices=("auto", "zero", "plain"), default="auto", help="auto: zero where deepspeed is, else plain"
-    )
+    step.add_number("--steps", 10, "measured steps")
+    step.add_number("--warmup", 2, "steps before them")
+    engines = "auto: zero where deepspeed is, else plain"
+    step.add_argument("--engine", choices=("auto", "zero", "plain"), default="auto", help=engines)
 
     sample = commands.add_parser("sample", help="guided sampling")
     sample.add_argument("--method", choices=("heun", "euler"), default="heun", help="default: %(default)s")
-    sample.add_count("--sampler-steps", 10, "steps of the sampler")
-    sample.add_argument("--guidance", type=float, default=3.0, metavar="W", help="scale (default: %(default)s)")
-    sample.add_count("--repeats", 1, "measured batches")
+    sample.add_number("--sampler-steps", 10, "steps of the sampler")
+    sample.add_number("--guidance", 3.0, "scale", float)
+    sample.add_number("--repeats", 1, "measured batches")
 
     attention = commands.add_parser("attention", help="attention kernels, forward and backward")
     attention.add_argument("--dropout", type=float, metavar="P", help="default: the configuration's")
-    attention.add_count("--repeats", 20, "measured passes of each kernel")
+    attention.add_number("--repeats", 20, "measured passes of each kernel")
 
     data = commands.add_parser("data", help="reading shards: each codec next to stock webdataset, hand-off, resume")
     data.add_argument(
         "--resolutions", type=positive, nargs="+", default=[256, 512], metavar="R", help="default: 256 512"
     )
-    data.add_count("--images", 400, "photographs")
-    data.add_argument("--seconds", type=float, default=3.0, metavar="S", help="shortest time of each reader")
-    data.add_count("--workers", 2, "processes of the hand-off")
-    data.add_count("--resume-samples", 100_000_000, "samples of the set that is resumed")
+    data.add_number("--images", 400, "photographs")
+    data.add_number("--seconds", 3.0, "shortest time of each reader", float)
+    data.add_number("--workers", 2, "processes of the hand-off")
+    data.add_number("--resume-samples", 100_000_000, "samples of the set that is resumed")
 
     metrics = commands.add_parser("metrics", help="FID and the other numbers, from features")
-    metrics.add_count("--images", 50_000, "real images, and as many generated ones")
+    metrics.add_number("--images", 50_000, "real images, and as many generated ones")
 
     save = commands.add_parser("checkpoint", help="saving, verifying and loading; how long training stalls; imports")
     save.set_defaults(batch=1)
-    save.add_count("--repeats", 3, "measured saves of each kind")
+    save.add_number("--repeats", 3, "measured saves of each kind")
 
     memory = commands.add_parser("memory", help="bytes that ranks hold in each ZeRO stage; start it with torchrun")
     memory.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="default: all")
 
     rehearsal = commands.add_parser("rehearsal", help="the whole path at full shape with small counts")
-    rehearsal.add_count("--images", 1000, "crops")
-    rehearsal.add_count("--ranks", 2, "processes that train")
-    rehearsal.add_count("--batch", 8, "images of a step")
+    rehearsal.add_number("--images", 1000, "crops")
+    rehearsal.add_number("--ranks", 2, "processes that train")
+    rehearsal.add_number("--batch", 8, "images of a step")
 
     for command in (save, rehearsal):
         command.add_argument("--folder", metavar="DIR", help="where files are written (default: the temporary folder)")
     for command in (step, sample, attention):
-        command.add_count("--batch", 4, "images")
+        command.add_number("--batch", 4, "images")
     for command in (step, sample):
         command.add_argument("--compare", choices=("reference",), help="measure the authors' way too")
     for command in (step, sample, attention, save, memory, rehearsal):

@@ -8,7 +8,7 @@
 
 safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
 `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
-optimizer's moments. run: a checkpoint that `jitscale.train` continues, with all averages and moments of the source.
+optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the source.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
         meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
         parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="authors: the last complete one (default: 0)")
-    seen = "run: images that the weights have seen (default: 0)"
-    parser.add_argument("--images", type=natural, default=0, metavar="N", help=seen)
+    parser.add_number("--epoch", 0, "authors: the last complete one", int)
+    parser.add_number("--images", 0, "run: images that the weights have seen", natural)
     options = parser.parse_args(arguments)
 
     stored = open_weights(options.checkpoint, options.config)

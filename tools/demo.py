@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -26,6 +25,7 @@ from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
+from jitscale.figures import figure
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import read_metrics
@@ -112,30 +112,25 @@ def _evaluate_untrained(config: Config, folder: Path) -> dict[str, Any]:
 
 def _draw_samples(configs: list[Config], path: Path) -> None:
     """A labelled grid, one row a class, the resolutions side by side."""
-    figure, axes = plt.subplots(1, len(configs), figsize=(5.2 * len(configs), 6.6), layout="constrained")
-    for axis, config in zip(axes, configs, strict=True):
-        model = read_weights(config.run.dir).build()
-        sampler = configured_sampler(config.evaluation, config.diffusion)
-        size = config.model.image_size
-        grid = sample_grid(model, sampler, config.evaluation.seed, ALONE)
-        axis.imshow(grid)
-        axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
-        axis.tick_params(length=0)
-        title = f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}"
-        axis.set(xticks=[], ylabel="class asked for", title=title)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
+        for axis, config in zip(axes, configs, strict=True):
+            sampler = configured_sampler(config.evaluation, config.diffusion)
+            grid = sample_grid(read_weights(config.run.dir).build(), sampler, config.evaluation.seed, ALONE)
+            axis.imshow(grid)
+            axis.grid(visible=False)
+            axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
+            size = config.model.image_size
+            title = f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}"
+            axis.set(xticks=[], ylabel="class asked for", title=title)
 
 
 def _draw_losses(configs: list[Config], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for config in configs:
-        images, losses = zip(*((m["images"], m["loss"]) for m in read_metrics(Path(config.run.dir))), strict=True)
-        axis.plot(images, losses, label=f"{config.model.image_size} px", linewidth=1)
-    axis.set(xlabel="images seen", ylabel=f"training loss ({configs[0].diffusion.loss} space)", yscale="log")
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with figure(path, panels=1, width=7, height=4) as (axis,):
+        for config in configs:
+            points = [(line["images"], line["loss"]) for line in read_metrics(Path(config.run.dir))]
+            axis.plot(*zip(*points, strict=True), label=f"{config.model.image_size} px", linewidth=1)
+        axis.set(xlabel="images seen", ylabel=f"training loss ({configs[0].diffusion.loss} space)", yscale="log")
+        axis.legend()
 
 
 def _print_summary(result: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def main() -> int:
     parser = Parser(f"{__doc__}\n{listed}")
     names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
-    parser.add_count("--seeds", 3, "seeds of each run")
+    parser.add_number("--seeds", 3, "seeds of each run")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="after this time, no run begins")
     parser.add_workers()
     parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")

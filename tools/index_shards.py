@@ -1,4 +1,4 @@
-"""Make webdataset tars that another program wrote into shards, or verify shards, whoever wrote them.
+"""Make the webdataset tars of another program into shards, or verify any shards.
 
     python tools/index_shards.py /data/imagenet_wds
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
@@ -36,7 +36,8 @@ MOST_LINES = 50  # of defects that are printed
 def main() -> int:
     """Parse the command line, then index or verify."""
     parser = Parser(__doc__)
-    parser.add_argument("shards", metavar="DIR_OR_GLOB", help="a folder, or a pattern of tars in one folder")
+    where = "a folder, or a glob or brace pattern of tars in one folder"
+    parser.add_argument("shards", metavar="DIR_OR_GLOB", help=where)
     parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
     again = "index again although there is a manifest; a manifest of packing is kept"
     parser.add_argument("--force", action="store_true", help=again)

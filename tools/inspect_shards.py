@@ -23,10 +23,10 @@ MOST_NAMED = 5  # classes or bad inputs that the table names
 def main() -> int:
     """Parse the command line, look and print."""
     parser = Parser(__doc__)
-    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a pattern of tars in one folder")
+    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
-    parser.add_count("--samples", 2000, "random images to decode")
-    parser.add_argument("--seed", type=int, default=0, help="of the random sample (default: %(default)s)")
+    parser.add_number("--samples", 2000, "random images to decode")
+    parser.add_number("--seed", 0, "of the random sample", int)
     parser.add_workers()
     parser.add_json()
     options = parser.parse_args()

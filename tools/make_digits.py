@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jitscale.command import Parser, positive
+from jitscale.command import Parser
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
 from jitscale.data.packing import write_shards_once
@@ -17,10 +17,10 @@ from jitscale.errors import ExitCode, exit_with_message
 def main() -> int:
     """Parse the command line and write, or find that it was done before."""
     parser = Parser(__doc__)
-    parser.add_argument("--resolution", type=positive, default=32, help="pixels a side (default: %(default)s)")
+    parser.add_number("--resolution", 32, "pixels a side")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=positive, default=256, metavar="N", help="default: %(default)s")
+    parser.add_number("--samples-per-shard", 256, "images of a shard")
     options = parser.parse_args()
     images, labels = digit_images(options.resolution)
     said = write_shards_once(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jitscale.command import Parser, positive
+from jitscale.command import Parser
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.images import CODECS
 from jitscale.data.packing import write_shards_once
@@ -20,12 +20,12 @@ from jitscale.errors import ExitCode, exit_with_message
 def main() -> int:
     """Parse the command line and write, or find that it was done before."""
     parser = Parser(__doc__)
-    parser.add_argument("--resolution", type=positive, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--count", type=positive, default=10_000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of letters, fonts, colours, places (default: %(default)s)")
+    parser.add_number("--resolution", 64, "pixels a side")
+    parser.add_number("--count", 10_000, "images")
+    parser.add_number("--seed", 0, "of letters, fonts, colours and places", int)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_number("--samples-per-shard", 1000, "images of a shard")
     options = parser.parse_args()
     glyphs = Glyphs(options.count, options.resolution, options.seed)
     said = write_shards_once(

@@ -7,15 +7,15 @@
 
 An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
 in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label. Codecs: raw is decoded fastest and suits local disks, webp is lossless and half the size, png is lossless
-too, jpeg is smallest but changes pixels, original keeps the files as they are, to be cropped while training.
+maybe label. Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too;
+jpeg is smallest but changes pixels; original keeps the files, and training crops the images.
 
-Killed or failed? The same command again writes what is missing; the result is the same as if nothing had happened.
-Many machines: give each a part, in a Slurm array for example
+If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
+machines, give a part to each, for example in a Slurm array
 
     sbatch --array=1-16 --wrap 'python tools/make_shards.py ... --part $SLURM_ARRAY_TASK_ID/16'
 
-and the last one to finish writes the manifest. Images that cannot be used are left out and listed in the manifest.
+The last part to finish writes the manifest. Images that cannot be used are left out and listed in the manifest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Stopped(BaseException):
 
 
 def main() -> int:
-    """Parse the command line, write what is missing of one part, and the manifest if nothing is missing any more."""
+    """Parse the command line, write the missing shards of one part, and the manifest if no part is missing."""
     given = parser().parse_args()
     options = PackingOptions(
         input=given.input,
@@ -72,12 +72,12 @@ def main() -> int:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # it is stopping
+        signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the stop
     raise Stopped(signal.Signals(number).name)
 
 
 def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
-    """Pack, or find that it was done: before, or meanwhile by other tasks, which then removed what this one uses."""
+    """Pack, unless it is done: before, or meanwhile by other tasks, which then removed the files that this one uses."""
     output: Path = given.output
     manifest = finished(output, options)
     if manifest is None:
@@ -111,13 +111,9 @@ def _pack(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
 
     total, to_do = job.images_of(shards), job.images_of(missing)
     stored = 0
-    with tqdm(
-        total=total,
-        initial=total - to_do,
-        unit="image",
-        desc="pack" if parts == 1 else f"pack {part}/{parts}",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs fewer lines
-    ) as bar:
+    name = "pack" if parts == 1 else f"pack {part}/{parts}"
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines
+    with tqdm(total=total, initial=total - to_do, unit="image", desc=name, mininterval=interval) as bar:
 
         def show(images: int, stored_bytes: int) -> None:
             nonlocal stored
@@ -162,10 +158,10 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
 
 
 def _check_space(job: PackingJob) -> None:
-    """Compare what will be written with what is free.
+    """Compare the size of the missing shards with the free space.
 
     Raises:
-        DataError: there is not enough for raw, whose size is known.
+        DataError: raw shards, whose size is known, do not fit.
     """
     needed, free = job.bytes_to_write(), shutil.disk_usage(job.folder).free
     exact = job.options.codec == "raw"
@@ -200,18 +196,14 @@ def parser() -> Parser:
     found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
-    found.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
-    found.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    found.add_argument(
-        "--class-names", type=Path, metavar="FILE", help="a name a line: their order gives the labels (default: sorted)"
-    )
+    found.add_number("--samples-per-shard", 1000, "images of a shard")
+    found.add_number("--seed", 0, "of the order", int)
+    names = "names by line; their order gives the labels (default: sorted)"
+    found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
     found.add_workers()
-    found.add_argument(
-        "--part", type=part_of, default=(1, 1), metavar="I/N", help="do part I (1..N) of N (default: all)"
-    )
-    found.add_argument(
-        "--max-bad", type=natural, metavar="N", help="images that may be unusable (default: 10, or 0.01%% if more)"
-    )
+    found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
+    most = "images that may be unusable (default: 10, or 0.01%% if more)"
+    found.add_argument("--max-bad", type=natural, metavar="N", help=most)
     return found
 
 

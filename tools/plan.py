@@ -64,21 +64,12 @@ def _parser() -> Parser:
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
     size, rate = _bytes(""), _bytes("/s")
     parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
-    parser.add_count("--gpus-per-node", 8, "GPUs of a node")
-    for option, field, default, meaning in (
-        ("--bandwidth-intra", "intra", "450GB/s", "of a GPU inside its node"),
-        ("--bandwidth-inter", "inter", "50GB/s", "of a GPU's network card"),
-    ):
-        described = f"{meaning} (default: {default})"
-        parser.add_argument(option, type=rate, dest=field, default=default, metavar="B", help=described)
-    for option, value, limit, meaning in (
-        ("--peak", 989.0, math.inf, "a GPU's bf16 peak in TFLOP/s"),
-        ("--mfu", 0.4, 1.0, "assumed fraction of the peak"),
-        ("--margin", 0.1, 1.0, "fraction of memory left free, or 0"),
-    ):
-        described = f"{meaning} (default: {value:g})"
-        number = _number(limit, zero=option == "--margin")
-        parser.add_argument(option, type=number, default=value, metavar="F", help=described)
+    parser.add_number("--gpus-per-node", 8, "GPUs of a node")
+    parser.add_number("--bandwidth-intra", "450GB/s", "of a GPU inside its node", rate, dest="intra")
+    parser.add_number("--bandwidth-inter", "50GB/s", "of a GPU's network card", rate, dest="inter")
+    parser.add_number("--peak", 989, "a GPU's bf16 peak in TFLOP/s", _number(math.inf))
+    parser.add_number("--mfu", 0.4, "assumed fraction of the peak", _number(1.0))
+    parser.add_number("--margin", 0.1, "fraction of memory left free, or 0", _number(1.0, zero=True))
     parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
     waits = "stages 0-2 wait for their reductions (overlap_comm: false)"
     parser.add_argument("--no-overlap", action="store_false", dest="overlap", help=waits)
@@ -266,7 +257,7 @@ def _size(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _number(most: float, *, zero: bool) -> Callable[[str], float]:
+def _number(most: float, *, zero: bool = False) -> Callable[[str], float]:
     """The type of an option between 0 (included only with `zero`) and `most`."""
 
     def parse(text: str) -> float:

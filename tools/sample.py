@@ -30,18 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, draw and write."""
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="any form of stored weights")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, where PATH does not say it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
     parser.add_argument("--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: the run's")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: the first 10")
-    parser.add_count("--per-class", 8, "images of each class")
+    parser.add_number("--per-class", 8, "images of each class")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with the N-th image of each class")
     parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
     parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
     parser.add_argument("--steps", type=positive, metavar="N", help="of the sampler; default: the run's")
-    parser.add_argument("--guidance", type=float, metavar="W", help="scale, 1 for none; default: the run's")
-    parser.add_argument("--interval", type=float, nargs=2, metavar="T", help="of guidance; default: the run's")
+    scale = "scale, 1 for none; default: the run's"
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="W", help=scale)
+    times = "times between which guidance acts; default: the run's"
+    parser.add_argument("--interval", type=float, nargs=2, dest="guidance_interval", metavar="T", help=times)
     parser.add_argument("--guide", metavar="PATH", help="autoguidance by these weights; default: the run's")
-    parser.add_count("--batch", 16, "images together")
+    parser.add_number("--batch", 16, "images together")
     parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")
     options = parser.parse_args(arguments)
@@ -97,15 +99,9 @@ def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> 
     Raises:
         UserError: an impossible interval.
     """
-    asked = {
-        "method": options.method,
-        "steps": options.steps,
-        "guidance_scale": options.guidance,
-        "guidance_interval": options.interval,
-        "seed": options.seed,
-        "guide": options.guide,
-    }
-    chosen = replace(evaluation, **{key: value for key, value in asked.items() if value is not None})
+    names = ("method", "steps", "guidance_scale", "guidance_interval", "seed", "guide")
+    asked = {name: getattr(options, name) for name in names}
+    chosen = replace(evaluation, **{name: value for name, value in asked.items() if value is not None})
     low, high = chosen.guidance_interval
     if not 0 <= low < high <= 1:
         raise UserError(f"--interval {low} {high}: must be two times 0 <= low < high <= 1")

@@ -44,13 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chain", metavar="STAGES", help="such as train:256,upgrade:512,train:512,evaluate")
     values = "several values make a sweep; 512/KEY=VALUE holds at one resolution of a chain"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUES", help=values)
-    parser.add_count("--nodes", 1, "nodes")
-    parser.add_count("--tasks-per-node", 8, "ranks of a node")
+    parser.add_number("--nodes", 1, "nodes")
+    parser.add_number("--tasks-per-node", 8, "ranks of a node")
     parser.add_argument("--gpus-per-node", type=natural, metavar="N", help="default: as many as tasks")
-    parser.add_count("--cpus-per-task", 12, "cores of a rank")
-    parser.add_count("--minutes", 24 * 60, "time limit")
+    parser.add_number("--cpus-per-task", 12, "cores of a rank")
+    parser.add_number("--minutes", 24 * 60, "time limit")
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_count("--signal-seconds", 300, "time of the warning before the time limit")
+    parser.add_number("--signal-seconds", 300, "time of the warning before the time limit")
     more = "more options of sbatch, such as account=vision"
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help=more)
     parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     epochs = "passes over the training images; default: 30 digits, 18 glyphs"
     parser.add_argument("--epochs", type=positive, metavar="N", help=epochs)
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (default: %(default)s)")
+    parser.add_number("--seed", 0, "of weights, order and shifts", int)
     options = parser.parse_args(arguments)
 
     output: Path = options.output

@@ -138,7 +138,7 @@ def upgraded_network(stored: StoredWeights, name: str, target: Config, upgrade: 
 
 
 def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
-    """Draw samples of the old network, and of the new one pooled and as they are, from the same noise."""
+    """Draw samples of the old network, of the new one pooled, and of the new one, from the same noise."""
     name = stored.default
     new = upgraded_network(stored, name, target, upgrade)
     size = target.model.image_size

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def _time_forms(folder: Path, photographs: list[bytes], resolution: int, seconds
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in tqdm(range(ROUNDS), unit="round", desc=f"read at {resolution} px"):
         for name, reader in readers.items():
-            rates[name].append(_rate(lambda reader=reader: next(reader), seconds / ROUNDS))  # type: ignore[misc]
+            rates[name].append(_rate(reader, seconds / ROUNDS))
     sizes = {codec: float(np.mean([len(data) for _, data in samples])) for codec, samples in stored.items()}
     sizes["stock"] = sizes["original"]
     return {
@@ -159,14 +159,14 @@ def _ours(shards: ShardSet) -> Iterator[None]:
         yield
 
 
-def _rate(step: Callable[[], object], seconds: float) -> float:
-    """Calls a second of `step`."""
-    step()
-    started, calls = time.perf_counter(), 0
+def _rate(items: Iterator[object], seconds: float) -> float:
+    """Items a second, measured for `seconds` or more."""
+    next(items)
+    started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        step()
-        calls += 1
-    return calls / (time.perf_counter() - started)
+        next(items)
+        count += 1
+    return count / (time.perf_counter() - started)
 
 
 def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
@@ -176,7 +176,7 @@ def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
     batches = iter(loader)
     for _ in range(4 * workers):
         next(batches)
-    rates = [_rate(lambda: next(batches), seconds / ROUNDS) * BATCH for _ in range(ROUNDS)]
+    rates = [_rate(batches, seconds / ROUNDS) * BATCH for _ in range(ROUNDS)]
     batches.close()
     return float(np.median(rates))
 

@@ -23,7 +23,7 @@ MICRO_BATCHES = 2
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of every rank in each of `options.stages`, beside what the planner says."""
+    """Bytes of every rank in each of `options.stages`, and the planner's."""
     world_size = adopt_launcher_environment()
     world = parallel.start(CPU)
     # Between two micro-batches of a step, gradients are there and activations are not.

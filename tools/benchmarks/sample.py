@@ -132,7 +132,7 @@ class Sampling:
         self._network_seconds.append(sum(map(_seconds_between, self._begins, self._ends)))
 
     def result(self, after: int) -> dict[str, Any]:
-        """Of the draws after the first `after` ones."""
+        """The speed of the draws after the first `after` ones."""
         seconds, batch = self._watch.times["batch"][after:], len(self.images)
         median = statistics.median(seconds)
         return {

@@ -39,14 +39,8 @@ PARTS = {
     "tracking": "tracking, logged every step",
     "rest": "rest: draws, noise, loss, engine around forward",
 }
-TRAINER_NEEDS = (
-    "deepspeed",
-    "fsspec",
-    "PIL",
-    "safetensors",
-    "simplejpeg",
-    "wandb",
-)  # besides the packages of every measurement
+# Packages that only the trainer needs.
+TRAINER_NEEDS = ("deepspeed", "fsspec", "PIL", "safetensors", "simplejpeg", "wandb")
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
@@ -206,7 +200,7 @@ def _take_turns(
 
 
 def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
-    """Of steps that took `seconds`."""
+    """The speed of steps that took `seconds` each."""
     median = statistics.median(seconds)
     return {
         "images_per_second": batch / median,

@@ -1,4 +1,4 @@
-"""Times of the parts of what is measured."""
+"""Times of the parts of a measurement."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def distances(summary: Mapping[str, Any], weights: str, interval: str, scale: float) -> list[float]:
-    """Those of all seeds; without guidance there is one interval."""
+    """The distances of all seeds; without guidance, there is one interval."""
     return summary["fid"][f"{weights} {INTERVALS[0] if scale == 1 else interval} {scale:g}"]
 
 

@@ -53,7 +53,7 @@ class Experiment(Protocol):
     SHARDS: Shards  # of its runs
 
     def tasks(self, seed: int) -> Sequence[Task]:
-        """Those of one seed."""
+        """The tasks of one seed."""
 
     def summarise(self, outcomes: Outcomes) -> dict[str, Any]:
         """The content of docs/experiments/NAME.json."""
