@@ -99,7 +99,7 @@ def results(runs: Sequence[Path]) -> str:
 
 def curves(runs: Sequence[Path]) -> str:
     """What metrics.jsonl and evaluations.jsonl hold, over images seen."""
-    lines = {run: read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
+    lines = {run: read_metrics(run) for run in runs}
     measured = {run: read_evaluations(run) for run in runs}
     drawn = [_curve(lines, key, name) for key, name in CURVES.items()]
     keys = {key for own in measured.values() for line in own for key in line}

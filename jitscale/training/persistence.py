@@ -126,11 +126,9 @@ class Persistence:
             self.finish_save(last=last)
 
     def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
-        """Complete the checkpoint that is being written, if there is one.
+        """Complete the checkpoint that is being written, if there is one; a failure of the `last` one ends the run.
 
-        Args:
-            last: whether the run needs it.
-            only_if_written: do not wait for it.
+        With `only_if_written` it does not wait.
 
         Raises:
             CheckpointError: on every rank: the last save failed, or several in a row.
