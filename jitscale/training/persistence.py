@@ -1,4 +1,4 @@
-"""What a run leaves on disk and goes on from: resuming, saving, rolling back."""
+"""A run's state on disk: resuming, saving, rolling back."""
 
 from __future__ import annotations
 
