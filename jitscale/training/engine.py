@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -20,13 +21,13 @@ from typing import Any, cast
 import torch
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Flats, Fragment
+from jitscale.checkpoints.format import Flats, Fragment, whole_fragments
 from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config
 from jitscale.model.execution import prepare
 from jitscale.model.jit import Block, JiT
 from jitscale.parallel import World
-from jitscale.training.muon import Muon, Piece
+from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
 
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
@@ -300,23 +301,20 @@ class ZeroEngine:
 
     def _lay_out(self, muon: Muon) -> None:
         """Tell the optimizer which matrices its flat tensors hold."""
-        own = {f.name: f for f in self.fragments}
+        flats, by_muon = self._flats(), self._by_muon()
         if self.stage == 0:
-            whole = zip(self._flats(), self._by_muon(), strict=True)
-            muon.lay_out({p: [Piece(p.shape, 0, p.numel(), 0)] for p, by_muon in whole if by_muon}, rank=0, ranks=1)
+            whole = whole_fragments({name: tuple(p.shape) for name, p in self._parameters})
+            muon.lay_out({flats[f.flat]: [f] for f in whole if by_muon[f.flat]}, rank=0, ranks=1)
             return
         # All ranks must meet the same matrices in the same order, whichever of them they hold.
-        everywhere = {f.name: (f.flat, f.shape) for part in parallel.gather_objects(self.fragments) for f in part}
-        flats = self._flats()
-        pieces: dict[torch.Tensor, list[Piece]] = {}
-        for index, by_muon in enumerate(self._by_muon()):
-            if by_muon:
-                pieces[flats[index]] = [
-                    Piece(shape, f.start, f.length, f.offset) if (f := own.get(name)) else Piece(shape, 0, 0, 0)
-                    for name, _ in self._parameters
-                    for flat, shape in [everywhere[name]]
-                    if flat == index
-                ]
+        own = {f.name: f for f in self.fragments}
+        everywhere = {f.name: f for fragments in parallel.gather_objects(self.fragments) for f in fragments}
+        pieces: dict[torch.Tensor, list[Fragment]] = {}
+        for name, _ in self._parameters:
+            other = everywhere[name]
+            if by_muon[other.flat]:
+                nothing = replace(other, start=0, length=0, offset=0)
+                pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
         muon.lay_out(pieces, self.world.rank, self.world.size)
 
     def _spread_stage0(self) -> None:

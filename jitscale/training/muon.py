@@ -12,27 +12,17 @@ would clip, and log the norm of, the updates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
 import torch
 
 from jitscale import parallel
+from jitscale.checkpoints.format import Fragment
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A matrix, and where this rank's slice of it lies in a flat tensor: [start, start + length), from `offset` on."""
-
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    offset: int
 
 
 class Muon(torch.optim.AdamW):
@@ -44,14 +34,15 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self._momentum = momentum
-        self._pieces: Mapping[torch.Tensor, Sequence[Piece]] | None = None
+        self._pieces: Mapping[torch.Tensor, Sequence[Fragment]] | None = None
         self._rank, self._ranks = 0, 1
 
-    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Piece]], rank: int, ranks: int) -> None:
+    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Fragment]], rank: int, ranks: int) -> None:
         """Say which matrices the flat tensors hold, before the first step.
 
         Args:
-            pieces: flat tensor -> its matrices, also those with nothing on this rank, in the same order on every rank.
+            pieces: flat tensor -> this rank's fragments of its matrices, also empty ones, in the same order on every
+                rank.
             rank: this rank among those that share the matrices.
             ranks: how many; 1 where matrices are whole.
         """

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jitscale import parallel
-from jitscale.checkpoints.format import (
-    Checkpoint,
-    Flats,
-    Progress,
-    complete_checkpoints,
-    load_fragments,
-    step_folder,
-)
+from jitscale.checkpoints.format import Checkpoint, Flats, Progress, complete_checkpoints, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
