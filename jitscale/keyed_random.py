@@ -1,8 +1,7 @@
 """Random draws as functions of (seed, purpose, position).
 
-A draw depends on nothing that happened before it, so a resumed run repeats and skips nothing, and the number of
-GPUs, workers or micro-batches cannot change it. Only integer hashing is used: no generator whose stream may change
-with a library version.
+A draw depends on nothing that happened before it. So a resumed run repeats and skips nothing, and the number of GPUs,
+workers or micro-batches changes no draw. Only integer hashing is used, no generator whose stream a library may change.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Purpose(IntEnum):
 
 def splitmix64(values: UInt64Array) -> UInt64Array:
     """One step of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that mixes every bit."""
-    with np.errstate(over="ignore"):  # wrapping around is the arithmetic that is meant
+    with np.errstate(over="ignore"):  # overflow is intended: arithmetic modulo 2^64
         z = values + _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

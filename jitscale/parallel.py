@@ -1,4 +1,4 @@
-"""Ranks: who we are, and how ranks agree. Every function works in a single process too."""
+"""Ranks: which one this process is, and how ranks agree. Every function works in a single process too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 MEETING_SECONDS = 600.0  # for the slowest rank to come; JITSCALE_MEETING_SECONDS wins
 COLLECTIVE_LIMIT = timedelta(minutes=30)
 BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
-FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds of waiting for ranks after which rank 0 says so, and says so again
+FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds after which rank 0 says that it waits for ranks, and says so again
 OTHERS_WORD = 60.0  # the same for other ranks: hundreds of them would hide the rest of the log
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of malloc.h
@@ -69,7 +69,7 @@ def choose_device(setting: str) -> torch.device:
 def shared_gpu() -> str:
     """Why this rank would share a GPU with another one, as a message; empty if it has its own."""
     local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if not 1 < seen <= local_rank:  # where a task sees one GPU, that is its own
+    if not 1 < seen <= local_rank:  # a task that sees one GPU has it for itself
         return ""
     return (
         f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; start {seen} tasks a node "
@@ -108,13 +108,10 @@ def start(device: torch.device) -> World:
 @contextmanager
 def waiting_for_ranks() -> Iterator[None]:
     """Say in intervals that ranks are awaited, and where, for as long as the block takes."""
-    environment = os.environ
-    if environment["RANK"] == "0":
-        words = f"waiting for {environment['WORLD_SIZE']} ranks at {meeting_place()}"
-        first, again = FIRST_WORD, NEXT_WORD
-    else:
-        words = f"rank {environment['RANK']} is waiting for {environment['WORLD_SIZE']} ranks at {meeting_place()}"
-        first, again = OTHERS_WORD, OTHERS_WORD
+    rank, words = os.environ["RANK"], f"waiting for {os.environ['WORLD_SIZE']} ranks at {meeting_place()}"
+    first, again = FIRST_WORD, NEXT_WORD
+    if rank != "0":
+        words, first, again = f"rank {rank} is {words}", OTHERS_WORD, OTHERS_WORD
     met = threading.Event()
 
     def speak() -> None:
@@ -222,14 +219,14 @@ def raise_together(call: Callable[[], T]) -> T:
         result = call()
     except UserError as met:
         error = met
-    errors = [met for met in gather_objects(error) if met is not None]
-    if errors:
-        raise errors[0]
+    for other in gather_objects(error):
+        if other is not None:
+            raise other
     return cast(T, result)
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """What `call` returns on rank 0, where alone it is called, on every rank; a collective call.
+    """Call on rank 0 alone; returns the result on every rank. A collective call.
 
     Raises:
         UserError: on every rank: what rank 0 met.
@@ -238,10 +235,10 @@ def on_main(call: Callable[[], T]) -> T:
 
 
 def _meet() -> Store:
-    """The store that all ranks share, once all have come.
+    """The store that all ranks share, when all have come.
 
     Raises:
-        MeetingError: they have not within the limit, or cannot.
+        MeetingError: they did not come within the limit, or cannot.
     """
     seconds = positive_setting("JITSCALE_MEETING_SECONDS", MEETING_SECONDS)
     try:
@@ -262,15 +259,15 @@ def meeting_place() -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the stack that torch writes below it."""
+    """The message of an error, without the stack that torch writes below it."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse what a step frees, where it would give it back to the kernel and fault every page in again.
+    """Let glibc keep freed memory, which it would give back to the kernel and fault in again page by page.
 
-    A step frees and asks for all gradients several times; on a CPU those page faults cost more than the optimizer
+    A step frees and allocates all gradients several times; on a CPU those page faults cost more than the optimizer
     (docs/performance.md).
     """
     if platform.libc_ver()[0] == "glibc":

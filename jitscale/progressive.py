@@ -1,9 +1,9 @@
 """Training through rising resolutions: the stages that `progressive.*` adds before the run's own resolution.
 
-All stages have as many tokens, and so the same cost an image; patches and noise scale grow with the resolution
-(jitscale/upgrade.py), and the learning rate of the patch embedding falls with its square (docs/upgrade.md). Each lower
-stage is a run of its own in a subfolder, so that it can be looked at, resumed and evaluated like any other; the last
-one is the run itself.
+All stages have the same number of tokens, and so the same cost an image. Patches and noise scale grow with the
+resolution (checkpoints/upgrade.py), and the learning rate of the patch embedding falls with its square
+(docs/upgrade.md). Each lower stage is a run in a subfolder, to be looked at, resumed and evaluated like any other; the
+last one is the run itself.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from jitscale.config import Config, EvaluationConfig, OptimConfig, ProgressiveConfig
+from jitscale.config import Config, OptimConfig, ProgressiveConfig
 
 LOWER_STAGES = "at_*px"
 
 
 def stages_of(config: Config) -> list[Config]:
     """One configuration a stage, the lowest resolution first and the run's own last."""
-    resolutions, final = config.progressive.resolutions, replace(config, progressive=ProgressiveConfig())
-    stages = [_stage(final, *lower) for lower in zip(resolutions, config.progressive.images, strict=True)]
-    stages.append(final)
+    lower, final = config.progressive, replace(config, progressive=ProgressiveConfig())
+    stages = [_stage(final, *each) for each in zip(lower.resolutions, lower.images, strict=True)] + [final]
     return [replace(stage, optim=_optim(stage, stages[0].model.image_size)) for stage in stages]
 
 
@@ -36,22 +35,16 @@ def _optim(stage: Config, lowest: int) -> OptimConfig:
     return replace(stage.optim, lr_factor_patch_embedding=factor)
 
 
-def _evaluated(final: Config) -> EvaluationConfig:
-    """Not at the end of a lower stage; and a guide sees images of the last one."""
-    evaluation = final.evaluation
-    if evaluation.guide is not None:
-        evaluation = replace(evaluation, guide=None, guidance_scale=1.0)
-    return replace(evaluation, at_end=False)
-
-
 def _stage(final: Config, resolution: int, images: int) -> Config:
-    model, run = final.model, final.run
+    model, run, evaluation = final.model, final.run, replace(final.evaluation, at_end=False)
+    if evaluation.guide is not None:  # it sees images of the last stage
+        evaluation = replace(evaluation, guide=None, guidance_scale=1.0)
     folder = Path(run.dir) / LOWER_STAGES.replace("*", str(resolution))
     return replace(
         final,
         model=replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size),
         diffusion=replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size),
-        evaluation=_evaluated(final),
+        evaluation=evaluation,
         tracking=replace(final.tracking, name=f"{final.tracking.name or Path(run.dir).name}_{resolution}px"),
         run=replace(run, dir=str(folder), max_images=images, max_steps=None),
     )

@@ -18,12 +18,11 @@ from jitscale import parallel
 from jitscale.config import Config, to_yaml
 from jitscale.errors import UserError
 from jitscale.files import NO_LOCKS, atomic_write, exclusive
-from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
 
-def claim(run_dir: Path, world: World, held: ExitStack) -> None:
+def claim(run_dir: Path, held: ExitStack) -> None:
     """Lock the run's folder until `held` is closed; a collective call.
 
     Raises:
@@ -31,8 +30,6 @@ def claim(run_dir: Path, world: World, held: ExitStack) -> None:
     """
 
     def lock() -> None:
-        if not world.is_main:
-            return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
@@ -41,7 +38,7 @@ def claim(run_dir: Path, world: World, held: ExitStack) -> None:
                 raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
             logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
 
-    parallel.raise_together(lock)
+    parallel.on_main(lock)
 
 
 def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> None:

@@ -66,14 +66,10 @@ class Tracker:
     """
 
     def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int | None) -> None:
-        """Open the record of `config`'s run in `run_dir`.
+        """Open the record of the run in `run_dir`, if `active`: on rank 0.
 
-        Args:
-            config: of the run.
-            run_dir: its folder.
-            active: whether this is rank 0.
-            resumed_step: lines after it are dropped, since those steps will be run again. None leaves the files as they
-                are: another process may be writing them.
+        Lines after `resumed_step` are dropped, since those steps will be run again. None leaves the files as they are:
+        another process may be writing them.
         """
         self._active = active
         self._record: Any = None  # W&B's, to the end
@@ -146,10 +142,8 @@ class Tracker:
     def log_final(self, result: dict[str, Any]) -> None:
         """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
 
-        Args:
-            result: the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval);
-                `table`, a row for each measured setting with the columns SWEEP_COLUMNS; FID and Inception Score of a
-                row may be None.
+        `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval); and
+        `table`, a row of SWEEP_COLUMNS for each measured setting, where FID and Inception Score may be None.
         """
         if self._wandb is not None:
             self._guarded(lambda: self._send_final(result))
@@ -252,9 +246,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_held_out(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are about held-out samples; nothing if there is no file."""
-    path = run_dir / "metrics.jsonl"
-    return [line for line in read_lines(path) if _is_held_out(line)] if path.exists() else []
+    """The lines of a run's metrics.jsonl that are about held-out samples."""
+    return [line for line in read_lines(run_dir / "metrics.jsonl") if _is_held_out(line)]
 
 
 def _is_held_out(line: dict[str, Any]) -> bool:
@@ -262,13 +255,14 @@ def _is_held_out(line: dict[str, Any]) -> bool:
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """What was measured while the run trained; nothing if there is no file."""
-    path = run_dir / "evaluations.jsonl"
-    return read_lines(path) if path.exists() else []
+    """Measurements made while the run trained."""
+    return read_lines(run_dir / "evaluations.jsonl")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, without any that a kill or a full disk cut short, or that is being written."""
+    """JSON lines, without any that was cut short or is being written; nothing if there is no file."""
+    if not path.exists():
+        return []
     found = []
     for line in path.read_text().splitlines():
         try:

@@ -97,7 +97,7 @@ def results(runs: Sequence[Path]) -> str:
 
 def curves(runs: Sequence[Path]) -> str:
     """The values of metrics.jsonl and evaluations.jsonl over images seen."""
-    lines = {_name(run): read_metrics(run) if (run / "metrics.jsonl").exists() else [] for run in runs}
+    lines = {_name(run): read_metrics(run) for run in runs}
     measured = {_name(run): read_evaluations(run) for run in runs}
     keys = {key for own in measured.values() for line in own for key in line}
     few = {key: key.replace("_", " ") for key in sorted(filter(MEASURED.fullmatch, keys))}

@@ -1,8 +1,8 @@
 """The authors' `checkpoint-last.pth` (repository LTH14/JiT): {model, model_ema1, model_ema2, optimizer, epoch, args}.
 
-Nothing is unpickled but tensors, plain containers and the argparse namespace that the file carries. Its keys have the
-prefix `net.`, the fixed position table is stored among the weights, and the optimizer counts parameters in the order
-of the authors' modules: first those without weight decay, then the others.
+Only tensors, plain containers and the file's argparse namespace are unpickled. Keys have the prefix `net.`, the weights
+include the fixed position table, and the optimizer counts parameters in the order of the authors' modules: first those
+without weight decay, then the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jitscale.errors import CheckpointError
 from jitscale.files import atomic_write
 from jitscale.model.layers import sincos_position_table
 
-# Where the in-context tokens enter cannot be read from shapes; the authors' files name a size instead.
+# The block where the in-context tokens enter, which no shape says; so the size that the file names decides it.
 IN_CONTEXT_START = {"JiT-B": 4, "JiT-L": 8, "JiT-H": 10, "JiT-G": 10}
 _SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # by depth and width
 _MODULES = ("in_context_posemb", "t_embedder.", "y_embedder.", "x_embedder.", "blocks.", "final_layer.")
@@ -34,10 +34,10 @@ class AuthorsWeights(StoredWeights):
         """
         Args:
             path: the file.
-            model: the sizes of a network that is not one of the paper's, whose sizes can be read from shapes.
+            model: the sizes, only needed if the network is not one of the paper's.
 
         Raises:
-            CheckpointError: the file cannot be read, is of another format, or its model is not one of the paper's.
+            CheckpointError: the file cannot be read, has another format, or its network's sizes are not known.
         """
         self.path = path
         try:
@@ -61,9 +61,8 @@ class AuthorsWeights(StoredWeights):
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
         except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not the authors' format ({error}); it has model, model_ema1, args"
-            ) from error
+            what = f"{path}: not the authors' format ({error}); it has model, model_ema1, args"
+            raise CheckpointError(what) from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._sets["model"].items()}
         size = named.split("/", maxsplit=1)[0]
@@ -87,7 +86,7 @@ class AuthorsWeights(StoredWeights):
 
 
 def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, epoch: int) -> None:
-    """What the authors' `--resume` reads, with the optimizer's moments where `stored` has them.
+    """Write a file for the authors' `--resume`, with the optimizer's moments where `stored` has them.
 
     Args:
         path: the file.
@@ -136,7 +135,7 @@ def _optimizer_state(stored: StoredWeights) -> dict[str, Any]:
     order = optimizer_order(stored.shapes)
     optim = stored.config.optim
     vectors = sum(_undecayed(name, stored.shapes) for name in order)
-    # torch fills in the settings of a group; its parameters only have to be numbered as the authors' are.
+    # torch fills in the settings of a group; only the numbers of the parameters matter.
     parameters = [torch.nn.Parameter(torch.empty(0)) for _ in order]
     groups = [
         {"params": parameters[:vectors], "weight_decay": 0.0},
@@ -144,13 +143,9 @@ def _optimizer_state(stored: StoredWeights) -> dict[str, Any]:
     ]
     state: dict[str, Any] = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2)).state_dict()
     if stored.optimizer_step > 0:
-        state["state"] = {
-            index: {
-                "step": torch.tensor(float(stored.optimizer_step)),
-                **{moment: stored.tensor(moment, name) for moment in MOMENTS},
-            }
-            for index, name in enumerate(order)
-        }
+        for index, name in enumerate(order):
+            moments = {moment: stored.tensor(moment, name) for moment in MOMENTS}
+            state["state"][index] = {"step": torch.tensor(float(stored.optimizer_step)), **moments}
     return state
 
 

@@ -2,10 +2,10 @@
 
 After N images the average of width sigma_rel weighs the weights of image n in proportion to (n / N)^gamma: its profile
 p(n) = (gamma + 1) / N * (n / N)^gamma integrates to 1 over [0, N]. sigma_rel is the standard deviation of n / N under
-it. Because weights change only between steps, the tracked averages equal the integrals of these profiles exactly, at
-any batch size and when it changes; what follows is therefore free of an error of discretisation.
+it. Weights change only between steps, so the tracked averages equal the integrals of these profiles exactly, at any
+batch size and also if it changes: there is no discretisation error.
 
-I snapshots, O wanted averages.
+Shapes: I snapshots, O wanted averages.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Reconstruction:
 
     Attributes:
         coefficients: (I, O); each column sums to 1.
-        errors: (O,) expected relative error: the distance between the mixed and the wanted profile as a fraction of
-            the wanted profile's length, in L2 over the images. It is the relative error of what averaging leaves of
-            weights that are independent from image to image, and an upper estimate where they change slowly.
-        sum_errors: (O,) how far the coefficients were from the sum 1 before they were scaled to it.
+        errors: (O,) expected relative error: the L2 distance over the images between the mixed and the wanted profile,
+            relative to the wanted profile's norm. It is exact for weights that are independent from image to image, and
+            an upper estimate where they change slowly.
+        sum_errors: (O,) distance of the coefficients' sum from 1 before they were scaled to it.
     """
 
     coefficients: Array

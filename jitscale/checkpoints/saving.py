@@ -67,14 +67,9 @@ class Save:
         sets: Mapping[str, Flats],
         writer: Writer = save_file,
     ) -> None:
-        """
-        Args:
-            final: the folder that it becomes.
-            progress: of the run.
-            config: of the run.
-            fragments: of this rank.
-            sets: set name -> this rank's flat tensors.
-            writer: writes this rank's tensors into its file.
+        """Begin to save this rank's `fragments` of `sets` (set name -> flat tensors) into what becomes `final`.
+
+        `writer` writes the tensors into this rank's file.
 
         Raises:
             CheckpointError: on every rank: there is not enough room, or the folder cannot be made.
@@ -138,8 +133,7 @@ def write_streamed(
 
     Args:
         final: the folder, which appears complete or not at all.
-        progress: of the run.
-        config: of the run.
+        progress, config: of the run.
         shapes: parameter name -> shape.
         sets: names of weight sets and moments.
         tensor: the float32 values of (set, parameter), asked for once each.

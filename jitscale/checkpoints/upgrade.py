@@ -1,19 +1,19 @@
 """From one resolution to another: resize the two layers that see the patch size, preserving the function.
 
-For a higher resolution let U enlarge a patch by k = new patch / old patch, and D pool it, so that D U = 1. The new
-patch embedding is W D and the new output layer U V. The new network, before any training, is the old one seen through
-D:
+For a higher resolution let k = new patch / old patch, D average pooling of a patch by k, and U an upsampling that D
+reverses (D U = 1). The new patch embedding is W D, the new output layer U V. Before any training, averaging down the
+new network's output gives the old network's:
 
     D net'(z', t, y) = net(D z', t, y)
 
-For the kernels `nearest` and `smooth` D is the mean over areas. Noise of standard deviation k pools to standard
-deviation 1 then, which is why the noise scale is multiplied by k. `nearest` has its pseudo-inverse for U, for whole k
-the repetition of pixels; `smooth` bicubic interpolation, corrected so that D U = 1. For `pi-bilinear` and `pi-bicubic`
-U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not keep the noise's
-deviation. For a lower resolution the two change places: W U and D V.
+The kernels `nearest` and `smooth` pool by the mean over areas. It turns noise of standard deviation k into noise of
+standard deviation 1, so the noise scale is multiplied by k. In `nearest` U is the pseudo-inverse of D (for whole k the
+repetition of pixels); in `smooth` it is bicubic interpolation, corrected so that D U = 1. In `pi-bilinear` and
+`pi-bicubic` U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not
+preserve the noise's deviation. For a lower resolution D and U change places: W U and D V.
 
-An upgrade is linear in the weights: it applies to every average as it does to the weights themselves. The new
-checkpoint is written one tensor at a time.
+An upgrade is linear in the weights, so it applies to every average too. The new checkpoint is written one tensor at a
+time.
 
 Shapes: P old patch, Q new patch (pixels a side), C hidden size.
 """
@@ -51,8 +51,8 @@ class Upgrade:
     Attributes:
         mode: `patch` resizes patches and keeps the number of tokens; `tokens` keeps patches and adds tokens.
         ratio: new resolution / old resolution.
-        enter: (P, Q) float64, from a row of new pixels to old ones; the patch embedding looks through it.
-        leave: (Q, P) float64, from a row of old pixels to new ones; the output layer ends in it.
+        enter: (P, Q) float64, from a row of new pixels to old ones, before the patch embedding.
+        leave: (Q, P) float64, from a row of old pixels to new ones, after the output layer.
     """
 
     mode: str
@@ -66,10 +66,10 @@ class Upgrade:
         return RESIZED if self.mode == "patch" and self.ratio != 1 else ()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """One parameter of the new network, in its precision; sums are taken in float64.
+        """The parameter `name` of the new network, in the precision of `tensor`; sums are taken in float64.
 
         Args:
-            name: the parameter's name in the network.
+            name: of the parameter in the network.
             tensor: the patch embedding (bottleneck, 3, P, P), the output layer's weight (P * P * 3, C) or bias
                 (P * P * 3,) with rows in the order row, column, channel; every other parameter is returned as it is.
         """
@@ -96,9 +96,9 @@ class Upgrade:
         return pooled.reshape(*images.shape[:2], images.shape[2] // new * old, images.shape[3] // new * old)
 
     def noise_deviation(self) -> float:
-        """Root mean square of the pooled noise's standard deviation, in units of what the old network was trained on.
+        """Root mean square of the standard deviation of pooled noise, relative to the noise of the old training.
 
-        1 is in distribution. It is for noise scaled by `ratio`, as the configurations must have it.
+        1 is in distribution. The noise is scaled by `ratio`, as the configurations must scale it.
         """
         if self.mode == "tokens":
             return float(self.ratio)
@@ -106,17 +106,17 @@ class Upgrade:
 
 
 def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str | None = None) -> Upgrade:
-    """What turns the network of `old` into that of `new`.
+    """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
 
     Args:
-        old: how the weights were trained.
+        old: the source.
         new: the target.
         kernel: one of `KERNELS`, for patches.
         mode: one of `MODES`; None for the one that the two patch sizes mean.
 
     Raises:
-        ConfigError: everything that differs beside resolution and patch size; sizes that are of no mode; a noise
-            scale that is not the ratio times the old one.
+        ConfigError: settings other than resolution and patch size differ; the sizes fit no mode; the noise scale is not
+            the ratio times the old one.
     """
     differing = network_differences(old, new, ignored=("image_size", "patch_size", "position_grid"))
     if differing:
@@ -158,21 +158,21 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
 def write_upgraded(
     stored: StoredWeights, target: Config, upgrade: Upgrade, *, keep_moments: bool = True
 ) -> tuple[Path, list[str]]:
-    """A run at step 0 in `target.run.dir`, with all weight sets, and the moments of what was not resized.
+    """Write a run at step 0 into `target.run.dir`: all weight sets, and moments (zero for resized parameters).
 
     Args:
         stored: the source, verified.
         target: the new run.
         upgrade: from the network of `stored` to that of `target`.
-        keep_moments: False leaves all the optimizer's moments out.
+        keep_moments: False discards all of the optimizer's moments.
 
     Returns:
         The checkpoint's folder, and the names of the sets in it, moments included.
 
     Raises:
         UserError: the target's folder holds checkpoints.
-        CheckpointError: the source is damaged or not the network that it says it is, there is no room, or the target
-            cannot be written.
+        CheckpointError: the source is damaged or not the network of its config, there is no room, or the target cannot
+            be written.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):

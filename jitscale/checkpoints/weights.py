@@ -1,7 +1,6 @@
 """Weight sets on disk, read tensor by tensor: checkpoints of this project and safetensors files.
 
-A set is named `model`, `ema_<decay>` or `power_<width>`; an optimizer's moments are stored beside them where a file
-keeps them.
+A set is named `model`, `ema_<decay>` or `power_<width>`; some files also hold the optimizer's moments.
 """
 
 from __future__ import annotations
@@ -60,23 +59,14 @@ class WeightSet:
 
 
 class StoredWeights(ABC):
-    """What lies in one place, read when it is asked for.
-
-    Attributes:
-        path: where it lies.
-        config: of the run that made it, as far as it is known: `model` and `diffusion` always are.
-        shapes: parameter name -> shape.
-        weight_sets: the names of the sets.
-        default: the set that is meant when none is named.
-        optimizer_step: updates that the stored moments have seen; 0 where there are none.
-    """
+    """The weight sets of a file or folder, read when they are asked for."""
 
     path: Path
-    config: Config
-    shapes: dict[str, tuple[int, ...]]
-    weight_sets: list[str]
-    default: str
-    optimizer_step: int = 0
+    config: Config  # of the run that made them, as far as it is known: `model` and `diffusion` always are
+    shapes: dict[str, tuple[int, ...]]  # by parameter
+    weight_sets: list[str]  # their names
+    default: str  # the set that is meant when none is named
+    optimizer_step: int = 0  # updates that the stored moments have seen; 0 where there are none
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -128,11 +118,7 @@ class SafetensorsWeights(StoredWeights):
     """safetensors files, one a set."""
 
     def __init__(self, path: Path, files: Mapping[str, MappedSafetensors], config: Config) -> None:
-        """
-        Args:
-            path: the file, or the folder.
-            files: set name -> file; the first one is the default.
-            config: with the sizes of the network.
+        """The sets in `files` (set name -> file, the first one is the default) at `path`, of the network in `config`.
 
         Raises:
             CheckpointError: the files hold different networks.

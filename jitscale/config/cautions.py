@@ -1,20 +1,15 @@
-"""Warnings about settings that are allowed and hardly ever meant."""
+"""Warnings about settings that are allowed but rarely intended."""
 
 from __future__ import annotations
 
 from jitscale.config.schema import Config, ema_name
 
-START_SHARE = 0.5  # of an average; from here on its samples are those of the network that the run began with
+START_SHARE = 0.5  # of an average: with more of it, samples are those of the network that the run began with
 LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # JiT-H's (arXiv 2511.13720, table 9), which trains with dropout 0.2
 
 
 def cautions(config: Config, images: int) -> list[str]:
-    """One line for each thing that a training with this configuration is hardly meant to do.
-
-    Args:
-        config: of the training.
-        images: that it sees.
-    """
+    """One line for each setting that is rarely intended in a training on `images` images."""
     found = []
     if config.optim.warmup_images > images:
         found.append(
@@ -31,10 +26,10 @@ def cautions(config: Config, images: int) -> list[str]:
 
 
 def start_share(config: Config, weights: str, steps: int) -> float:
-    """How much of the weights that the run began with is left in an average after `steps`, in [0, 1]; 0 if unknown.
+    """The share of the run's first weights in an average after `steps`, in [0, 1]; 0 if unknown.
 
-    An exponential average without warm-up keeps decay^steps of them. A run that took its averages over from other
-    weights (`run.init_from`) began with an average.
+    In an exponential average without warm-up it is decay^steps. A run that took its averages over from other weights
+    (`run.init_from`) began with an average.
     """
     decays = {ema_name(decay): decay for decay in config.ema.decays}
     taken_over = config.run.init_from is not None and config.run.init_ema

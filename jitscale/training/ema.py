@@ -1,8 +1,7 @@
-"""Averages of the fp32 master weights, kept in shards.
+"""EMA weights of the fp32 masters, split across ranks.
 
-Every rank averages only the slices of the masters that it owns, so an average costs 4 bytes x parameters / ranks. What
-an update does is a function of the step's position in the run alone, so that a resumed run averages as the unbroken
-one.
+Every rank averages only the slices of the masters that it owns, so an average costs 4 bytes x parameters / ranks. An
+update is a function of the step's position in the run alone, so a resumed run averages as the unbroken one does.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from jitscale.config import EmaConfig, ema_name, power_name
 class ShardedEma:
     """Averages of one rank's flat master tensors.
 
-    An average that is added in the middle of a run takes all weights before for what they were then.
+    An average that is added in the middle of a run begins with the weights of that moment.
 
     Attributes:
-        sets: for each average (`ema_0.9999`, `power_0.050`, ...) one float32 tensor beside every flat master, of the
-            same shape.
+        sets: for each average (`ema_0.9999`, `power_0.050`, ...) a float32 tensor for each flat master, of its shape.
     """
 
     def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
@@ -49,12 +47,11 @@ class ShardedEma:
             masters: this rank's flat masters after the step.
             step: optimizer steps of the run, this one included.
             images: images that the run had seen before this step, and has seen after it.
-            moved: False for a step that was skipped, which a GPU may know before the host does: a boolean (). Decays
-                count steps that moved the weights; power functions weigh every image, with the weights as they were at
-                it.
+            moved: False for a skipped step; a boolean (), which a GPU may know before the host does. Decays count only
+                steps that moved the weights; power functions weigh every image with the weights of its step.
         """
         live = list(masters)
-        # Weights on the device: the host does not wait to know whether the step was skipped.
+        # The weights of the averages are on the device: the host does not wait to know whether the step was skipped.
         kind: dict[str, Any] = {"dtype": live[0].dtype, "device": live[0].device} if live else {}
         moved = torch.as_tensor(moved, **kind)
         weights = [moved * (1.0 - self._decay_at(decay, step)) for decay in self._decays.values()]
@@ -62,22 +59,22 @@ class ShardedEma:
         self._follow(list(self.sets.values()), live, weights)
 
     def _decay_at(self, decay: float, step: int) -> float:
-        """The decay of a step: with warm-up that of TensorFlow's ExponentialMovingAverage(num_updates=step).
+        """The decay of a step; warm-up as in TensorFlow's ExponentialMovingAverage(num_updates=step).
 
-        It lets the average follow the weights while `step` is small against 9 / (1 - decay).
+        With warm-up the average follows the weights while `step` is small against 9 / (1 - decay).
         """
         return min(decay, (1 + step) / (10 + step)) if self._warmup else decay
 
 
-Averages = list[list[torch.Tensor]]
+Tensors = list[torch.Tensor]
 
 
-def _follow(averages: Averages, live: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+def _follow(averages: list[Tensors], live: Tensors, weights: Tensors) -> None:
     for average, weight in zip(averages, weights, strict=True):
         torch._foreach_lerp_(average, live, [weight] * len(live))
 
 
-def _follow_at_once(averages: Averages, live: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+def _follow_at_once(averages: list[Tensors], live: Tensors, weights: Tensors) -> None:
     for average, weight in zip(averages, weights, strict=True):
         for mean, master in zip(average, live, strict=True):
             mean.lerp_(master, weight)

@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -20,13 +21,13 @@ from typing import Any, cast
 import torch
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Flats, Fragment
+from jitscale.checkpoints.format import Flats, Fragment, whole_fragments
 from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config
 from jitscale.model.execution import prepare
 from jitscale.model.jit import Block, JiT
 from jitscale.parallel import World
-from jitscale.training.muon import Muon, Piece
+from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
 
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
@@ -98,8 +99,8 @@ class ZeroEngine:
         """End a micro-batch; after the last one of a step, update the weights with learning rate `lr`.
 
         Returns:
-            A boolean () on the device: whether the weights moved in the last step, where no gradient may be infinite or
-            NaN. To read it waits for the device.
+            A boolean () on the device: whether the last step moved the weights, as it does if no gradient is infinite
+            or NaN. Reading it waits for the device.
         """
         if lr is not None:
             for group in self._optimizer.param_groups:
@@ -300,23 +301,20 @@ class ZeroEngine:
 
     def _lay_out(self, muon: Muon) -> None:
         """Tell the optimizer which matrices its flat tensors hold."""
-        own = {f.name: f for f in self.fragments}
+        flats, by_muon = self._flats(), self._by_muon()
         if self.stage == 0:
-            whole = zip(self._flats(), self._by_muon(), strict=True)
-            muon.lay_out({p: [Piece(p.shape, 0, p.numel(), 0)] for p, by_muon in whole if by_muon}, rank=0, ranks=1)
+            whole = whole_fragments({name: tuple(p.shape) for name, p in self._parameters})
+            muon.lay_out({flats[f.flat]: [f] for f in whole if by_muon[f.flat]}, rank=0, ranks=1)
             return
         # All ranks must meet the same matrices in the same order, whichever of them they hold.
-        everywhere = {f.name: (f.flat, f.shape) for part in parallel.gather_objects(self.fragments) for f in part}
-        flats = self._flats()
-        pieces: dict[torch.Tensor, list[Piece]] = {}
-        for index, by_muon in enumerate(self._by_muon()):
-            if by_muon:
-                pieces[flats[index]] = [
-                    Piece(shape, f.start, f.length, f.offset) if (f := own.get(name)) else Piece(shape, 0, 0, 0)
-                    for name, _ in self._parameters
-                    for flat, shape in [everywhere[name]]
-                    if flat == index
-                ]
+        own = {f.name: f for f in self.fragments}
+        everywhere = {f.name: f for fragments in parallel.gather_objects(self.fragments) for f in fragments}
+        pieces: dict[torch.Tensor, list[Fragment]] = {}
+        for name, _ in self._parameters:
+            other = everywhere[name]
+            if by_muon[other.flat]:
+                nothing = replace(other, start=0, length=0, offset=0)
+                pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
         muon.lay_out(pieces, self.world.rank, self.world.size)
 
     def _spread_stage0(self) -> None:
@@ -331,7 +329,7 @@ class ZeroEngine:
 
 
 class StepOutcomes:
-    """Whether steps moved the weights, read some steps later on GPUs, where the host would wait for the newest one."""
+    """Whether steps moved the weights; on GPUs read some steps later, since the host would wait for the newest one."""
 
     LATE = 2  # steps
 
@@ -366,7 +364,7 @@ class StepOutcomes:
 def _name_device_as_deepspeed_does(device: torch.device) -> None:
     """Let DeepSpeed find this rank's GPU: it takes LOCAL_RANK for its index, now and in the steps of stage 3.
 
-    A task that sees its own GPU only has index 0, whatever its local rank. `World` keeps the local rank.
+    A task that sees only its own GPU has index 0, whatever its local rank. `World` keeps the local rank.
     """
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)
@@ -379,9 +377,9 @@ def _gradient_norm(
 ) -> torch.Tensor:
     """The global 2-norm of sharded gradients; -1, DeepSpeed's sentinel, where it is not finite.
 
-    It stands in for DeepSpeed's own in stages 1 and 2, which copies every gradient to float64 first (on CPUs a fifth of
-    the time around the network) and lets the host wait for a GPU. Here short blocks are summed in float32 and the
-    blocks in float64, as exact and in one pass; GPUs sum in float32 by blocks of their own.
+    It replaces DeepSpeed's own in stages 1 and 2, which copies every gradient to float64 first (on CPUs a fifth of the
+    time around the network) and lets the host wait for a GPU. Here short blocks are summed in float32 and the blocks in
+    float64, as exactly and in one pass; GPUs sum in float32 by blocks of their own.
     """
     assert norm_type == 2
     summed = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
@@ -405,31 +403,32 @@ def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
 def _deepspeed_config(
     config: Config, device: torch.device, micro_batch: int, micro_batches: int, ranks: int
 ) -> dict[str, Any]:
+    engine, cpu = config.engine, device.type == "cpu"
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 1 and (cpu or ranks == 1):
+        # Without this, each step copies all gradients into two new buffers before they are flattened.
+        zero |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
+    if engine.zero_stage in (1, 2) and not cpu and ranks > 1:
+        zero["overlap_comm"] = True  # by default in stage 3 only
+    if engine.hpz_group_size > 1:
+        zero["zero_hpz_partition_size"] = engine.hpz_group_size
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": zero,
         "steps_per_print": 10**12,  # the tracker prints
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in a micro-batch
         "zero_allow_untested_optimizer": True,
     }
-    if config.engine.zero_stage == 1 and (device.type == "cpu" or ranks == 1):
-        # Without this, each step copies all gradients into two new buffers before they are flattened.
-        settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
-    if config.engine.zero_stage in (1, 2) and device.type == "cuda" and ranks > 1:
-        settings["zero_optimization"]["overlap_comm"] = True  # by default in stage 3 only
-    if config.engine.hpz_group_size > 1:
-        settings["zero_optimization"]["zero_hpz_partition_size"] = config.engine.hpz_group_size
-    if config.engine.offload_optimizer:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not cpu}
         # torch's fused AdamW runs on CPUs too; DeepSpeed's own would be compiled first.
         settings["zero_force_ds_cpu_optimizer"] = False
-    if config.engine.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif config.engine.precision == "autocast":
+    if engine.precision == "bf16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif engine.precision == "autocast":
         # An empty list of modules keeps gradients (and stage-3 weights) in fp32 on the wire.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings

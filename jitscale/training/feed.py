@@ -47,14 +47,9 @@ class Feed:
     def __init__(
         self, config: Config, world: World, shards: ShardSet, *, micro_batches: int, origin: int, compiled: bool
     ) -> None:
-        """
-        Args:
-            config: the run's.
-            world: this rank.
-            shards: the training samples.
-            micro_batches: in a step.
-            origin: the position where epoch 0 of these shards begins.
-            compiled: whether noise is added by a compiled kernel.
+        """`shards` hold the training samples; their epoch 0 begins at position `origin`.
+
+        A step has `micro_batches`; if `compiled`, a compiled kernel adds the noise.
         """
         self._config, self._world, self._shards = config, world, shards
         self._micro_batch_size = config.data.batch_size // world.size // micro_batches

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -101,7 +100,10 @@ class HeldOutLoss:
 
         def own() -> list[tuple[Float64Array, int]]:
             numbers = range(world.rank, count, world.size)
-            return [(self._block_losses(network, block), len(block.bad)) for block in self._blocks(numbers)]
+            with ThreadPoolExecutor(1) as thread:  # it reads the next block while the device is busy with this one
+                reading = one_ahead(thread.submit(self._read, number) for number in numbers)
+                blocks = (block.result() for block in reading)
+                return [(self._block_losses(network, block), len(block.bad)) for block in blocks]
 
         by_rank = parallel.gather_objects(parallel.raise_together(own))
         in_order = [by_rank[number % world.size][number // world.size] for number in range(count)]
@@ -112,12 +114,6 @@ class HeldOutLoss:
                 "with tools/index_shards.py --verify"
             )
         return losses, bad
-
-    def _blocks(self, numbers: Sequence[int]) -> Iterator[_Block]:
-        """The blocks of `numbers`; a thread reads the next one while the device is busy with this one."""
-        with ThreadPoolExecutor(1) as thread:
-            for block in one_ahead(thread.submit(self._read, number) for number in numbers):
-                yield block.result()
 
     def _read(self, number: int) -> _Block:
         samples, size = self.samples, self.config.evaluation.block_size

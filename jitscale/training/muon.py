@@ -1,38 +1,28 @@
 """Muon for the hidden matrices under ZeRO, AdamW for the rest.
 
 Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix (Jordan et al. 2024, "Muon: An optimizer
-for hidden layers in neural networks"); scaled by 0.2 sqrt(max(rows, columns)) its root mean square is AdamW's, so that
-both take the same learning rate (Liu et al. 2025, arXiv 2502.16982, equation 4).
+for hidden layers in neural networks"). Scaled by 0.2 sqrt(max(rows, columns)), its root mean square is that of AdamW's
+updates, so both take the same learning rate (Liu et al. 2025, arXiv 2502.16982, equation 4).
 
-The momentum stays in the engine's shards, where clipped gradients arrive. Only in a step are matrices put together:
-each is orthogonalised by one rank. DeepSpeed's own Muon writes its updates over the gradients before they are clipped,
-so that the clipping and the logged norm would be the updates'.
+The momentum stays in the engine's shards, where clipped gradients arrive. Matrices are gathered in a step only, and one
+rank orthogonalises each. DeepSpeed's own Muon overwrites the gradients with its updates before they are clipped; so it
+would clip, and log the norm of, the updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
 import torch
 
 from jitscale import parallel
+from jitscale.checkpoints.format import Fragment
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A matrix, and where this rank's slice of it lies in a flat tensor: [start, start + length), from `offset` on."""
-
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    offset: int
 
 
 class Muon(torch.optim.AdamW):
@@ -44,14 +34,14 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self._momentum = momentum
-        self._pieces: Mapping[torch.Tensor, Sequence[Piece]] | None = None
+        self._pieces: Mapping[torch.Tensor, Sequence[Fragment]] | None = None
         self._rank, self._ranks = 0, 1
 
-    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Piece]], rank: int, ranks: int) -> None:
-        """Say what the flat tensors hold, before the first step.
+    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Fragment]], rank: int, ranks: int) -> None:
+        """Say which matrices the flat tensors hold, before the first step.
 
         Args:
-            pieces: flat tensor -> its matrices, those with nothing on this rank included, in the same order on every
+            pieces: flat tensor -> this rank's fragments of its matrices, also empty ones, in the same order on every
                 rank.
             rank: this rank among those that share the matrices.
             ranks: how many; 1 where matrices are whole.
@@ -74,17 +64,16 @@ class Muon(torch.optim.AdamW):
         return None
 
     def _step_matrices(self, flat: torch.Tensor, lr: float, weight_decay: float) -> None:
-        assert self._pieces is not None
-        gradient = flat.grad
+        gradient, state = flat.grad, self.state[flat]
         assert gradient is not None
-        state = self.state[flat]
+        assert self._pieces is not None
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(flat)
         momentum = state["exp_avg"].lerp_(gradient.to(flat.dtype), 1 - self._momentum)
         update = torch.lerp(gradient.to(flat.dtype), momentum, self._momentum).view(-1)  # Nesterov
         weights = flat.view(-1)
         weights.mul_(1 - lr * weight_decay)
-        # On the wire as in the product: what one rank sends is what it would compute with.
+        # Sent in the precision of the products.
         dtype = torch.bfloat16 if flat.device.type == "cuda" else torch.float32
         for bucket in parallel.buckets(self._pieces[flat], lambda piece: prod(piece.shape)):
             lengths = [prod(piece.shape) for piece in bucket]

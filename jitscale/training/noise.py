@@ -1,4 +1,4 @@
-"""From pixels to noisy images; it needs torch alone.
+"""From pixels to noisy images.
 
 Shapes: B images, S pixels a side.
 """
@@ -34,8 +34,8 @@ def add_noise(
 def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     """float32 (B, 3, S, S) in [-1, 1] from uint8 `images` (B, S, S, 3), mirrored where `flip` (B,) is true.
 
-    It is computed in float32 whatever precision follows, since bf16 arithmetic gives other pixels. The result is
-    contiguous, since noise that is drawn like it must not depend on a memory layout.
+    Computed in float32 whatever precision follows, since bf16 arithmetic gives other pixels. Contiguous, so that noise
+    of its layout does not depend on that of the images.
     """
     flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
     channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Groups of equal weight decay and learning rate.
 
     Matrices and convolution kernels decay, vectors (biases, norm weights) do not. A group's `lr_factor` multiplies the
-    learning rate of the step; `muon` says that its matrices are orthogonalised.
+    learning rate of the step; if `muon` is true, its matrices are orthogonalised.
     """
     factors = {
         "patch_embedding": config.lr_factor_patch_embedding,
@@ -29,22 +29,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "matrices": 1.0,
     }
     members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
-    # ZeRO concatenates a group's parameters. Odd sizes come last, so that all others start at multiples of 16 bytes,
-    # which GPU kernels assume.
+    # ZeRO concatenates a group's parameters. Odd sizes come last: the others start at the multiples of 16 bytes that
+    # GPU kernels assume.
     for name, p in sorted(model.named_parameters(), key=lambda named: named[1].numel() % ALIGNED_ELEMENTS != 0):
         if p.requires_grad:
             kind = parameter_kind(name, p.ndim)
             muon = config.name == "muon" and kind == "matrices"
             members.setdefault((p.ndim >= 2, factors[kind], muon), []).append(p)
     return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "lr_factor": factor,
-            "muon": muon,
-        }
-        for (decays, factor, muon), parameters in members.items()
-        if parameters
+        {"params": found, "weight_decay": config.weight_decay if decays else 0.0, "lr_factor": factor, "muon": muon}
+        for (decays, factor, muon), found in members.items()
+        if found
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and goes on from: resuming, saving, rolling back."""
+"""A run's state on disk: resuming, saving, rolling back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jitscale import parallel
-from jitscale.checkpoints.format import (
-    Checkpoint,
-    Flats,
-    Progress,
-    complete_checkpoints,
-    load_fragments,
-    step_folder,
-)
+from jitscale.checkpoints.format import Checkpoint, Flats, Progress, complete_checkpoints, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
@@ -126,11 +119,9 @@ class Persistence:
             self.finish_save(last=last)
 
     def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
-        """Complete the checkpoint that is being written, if there is one.
+        """Complete the checkpoint that is being written, if there is one; a failure of the `last` one ends the run.
 
-        Args:
-            last: whether the run needs it.
-            only_if_written: do not wait for it.
+        With `only_if_written` it does not wait.
 
         Raises:
             CheckpointError: on every rank: the last save failed, or several in a row.

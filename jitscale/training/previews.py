@@ -1,4 +1,4 @@
-"""What a run measures and draws while it trains, and at its end: grids, few images, held-out loss, the final FID."""
+"""Measurements and pictures of a run, during training and at its end: grids, few images, held-out loss, final FID."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Previews:
     _warned: set[str] = field(default_factory=set)  # of averages that are mostly the start of the run
 
     def due(self, end: int) -> list[Measurement]:
-        """What is measured after this step of a run that ends after `end` images."""
+        """The measurements after this step of a run that ends after `end` images."""
         evaluation, state, batch = self.config.evaluation, self.state, self.config.data.batch_size
         # The last step is measured on few images only where no final evaluation follows.
         few = state.images < end or not evaluation.at_end
@@ -55,7 +55,7 @@ class Previews:
         return due + ([self.held_out] if state.crossed(evaluation.held_out_every_images, batch) else [])
 
     def cut_short(self, end: int) -> list[Measurement]:
-        """What is due after this step and is not recorded: the run was killed between its save and its measurement."""
+        """Due measurements that are not recorded: the run was killed between its save and its measurement."""
         state, run_dir = self.state, Path(self.config.run.dir)
         if state.images == 0:
             return []

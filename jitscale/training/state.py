@@ -10,21 +10,13 @@ from jitscale.config import Config
 
 @dataclass
 class RunState:
-    """Counters of a run.
+    """Counters of a run."""
 
-    Attributes:
-        step: steps taken, skipped ones included.
-        images: images seen.
-        skipped_steps: steps whose gradients were not finite.
-        skipped_images: images that were jumped over after roll-backs.
-        skipped_in_a_row: steps skipped since the last one that moved the weights.
-    """
-
-    step: int = 0
-    images: int = 0
-    skipped_steps: int = 0
-    skipped_images: int = 0
-    skipped_in_a_row: int = 0
+    step: int = 0  # taken, skipped ones included
+    images: int = 0  # seen
+    skipped_steps: int = 0  # whose gradients were not finite
+    skipped_images: int = 0  # jumped over after roll-backs
+    skipped_in_a_row: int = 0  # steps since the last one that moved the weights
 
     @property
     def position(self) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -69,7 +70,7 @@ def train(config: Config, world: World, initial: StoredWeights | None = None, gu
     """
     run_dir = Path(config.run.dir)
     with ExitStack() as held:
-        claim(run_dir, world, held)
+        claim(run_dir, held)
         shards = parallel.raise_together(lambda: open_configured(config))
         checkpoint = newest_sound_checkpoint(run_dir, world)
         if checkpoint is not None:
@@ -142,15 +143,9 @@ class Trainer:
         batch, log_every = config.data.batch_size, config.tracking.log_every_steps
         agree_every = 1
         save_is_due = False
-        with tqdm(
-            total=self.end,
-            initial=state.images,
-            unit="img",
-            unit_scale=True,
-            desc="train",
-            mininterval=0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS,
-            disable=not self.world.is_main,
-        ) as progress:
+        interval = 0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS
+        shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
+        with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
             if not self._measure(self.previews.cut_short(self.end)):
                 return ExitCode.REQUEUE
             while state.images < self.end:

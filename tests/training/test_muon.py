@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jitscale.checkpoints.format import whole_fragments
 from jitscale.config import OptimConfig
 from jitscale.model.jit import JiT
-from jitscale.training.muon import Muon, Piece, orthogonalize
+from jitscale.training.muon import Muon, orthogonalize
 from jitscale.training.optim import build_optimizer
 from tests.support.tiny import MODEL
-
-
-def whole(p: torch.Tensor) -> list[Piece]:
-    return [Piece(tuple(p.shape), 0, p.numel(), 0)]
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
@@ -39,7 +36,8 @@ def test_steps_are_those_of_torch_and_adamw(monkeypatch: pytest.MonkeyPatch) -> 
         {"params": ours[2:], "weight_decay": 0.0, "muon": False},
     ]
     optimizer = Muon(groups, momentum=0.9, lr=0.02, betas=(0.9, 0.95))
-    optimizer.lay_out({p: whole(p) for p in ours[:2]}, rank=0, ranks=1)
+    whole = whole_fragments({str(index): tuple(p.shape) for index, p in enumerate(ours[:2])})
+    optimizer.lay_out({ours[f.flat]: [f] for f in whole}, rank=0, ranks=1)
     muon = torch.optim.Muon(theirs[:2], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(theirs[2:], lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
     monkeypatch.setattr("jitscale.training.muon.orthogonalize", lambda m: orthogonalize(m.bfloat16()))

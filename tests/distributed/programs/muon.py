@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Checkpoint, Progress, load_fragments, step_folder
+from jitscale.checkpoints.format import Checkpoint, Progress, load_fragments, step_folder, whole_fragments
 from jitscale.checkpoints.saving import write_folder
 from jitscale.config import Config, EngineConfig, OptimConfig
 from jitscale.model.jit import JiT
 from jitscale.training.engine import ZeroEngine
-from jitscale.training.muon import Muon, Piece
+from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, MODEL, batch, loss_of
 from tests.support.processes import leave_after
@@ -46,7 +46,8 @@ def plain() -> list[float]:
     optimizer = build_optimizer(model, config.optim)
     assert isinstance(optimizer, Muon)
     matrices = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
-    optimizer.lay_out({p: [Piece(p.shape, 0, p.numel(), 0)] for p in matrices}, rank=0, ranks=1)
+    whole = whole_fragments({str(index): tuple(p.shape) for index, p in enumerate(matrices)})
+    optimizer.lay_out({matrices[f.flat]: [f] for f in whole}, rank=0, ranks=1)
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, *images_of(step))
