@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from jitscale.config import Config, EvaluationConfig, images_of_run
-from jitscale.evaluation.generate import configured_sampler, grid_images
+from jitscale.evaluation.generate import configured_sampler, grid_ids
 from jitscale.evaluation.settings import Setting, final_settings, sweep_images
 from jitscale.progressive import stages_of
 
@@ -75,7 +75,7 @@ def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
             cost.few += times * evaluation.few_images * image_cost
         if evaluation.grid_every_images:
             grids = images // evaluation.grid_every_images
-            cost.pictures += grids * grid_images(stage.model.num_classes) * image_cost
+            cost.pictures += grids * len(grid_ids(stage.model.num_classes)) * image_cost
     if evaluation.at_end:
         settings = final_settings(config, weight_sets)
         cost.settings, beyond = len(settings), evaluation.num_images

@@ -157,9 +157,10 @@ def sample_images(
     return sampler.sample(model, noise.to(device), labels.to(device), model.null_label, guide)
 
 
-def grid_images(num_classes: int) -> int:
-    """Images in a picture of samples, of a network with so many classes."""
-    return min(GRID_ROWS, max(1, num_classes)) * GRID_COLUMNS
+def grid_ids(num_classes: int) -> list[int]:
+    """The images in a picture of samples, of a network with so many classes: one row a class."""
+    classes = max(1, num_classes)
+    return [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
 
 
 def sample_grid(
@@ -172,9 +173,7 @@ def sample_grid(
     Raises:
         UserError: on every rank: an image with values that are not finite.
     """
-    classes = max(1, model.config.num_classes)
-    ids = [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
-
+    ids = grid_ids(model.config.num_classes)
     own = ids[world.rank :: world.size]
 
     def sampled() -> torch.Tensor | None:

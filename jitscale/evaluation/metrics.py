@@ -23,7 +23,6 @@ from torchmetrics.image.kid import poly_mmd
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
-SETS = ("real", "fake")
 STATES = ("num_samples", "sum", "cov_sum")  # torchmetrics' names of what is kept of a set
 KERNEL_SUBSETS_SEED = 2020
 ROWS = 1000  # images whose distances to all others are in memory at once
@@ -102,11 +101,12 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def merge_state(self, incoming_state: dict[str, torch.Tensor]) -> None:  # type: ignore[override]
         """Add the images of another metric, of which this is the `metric_state`."""
-        for name in SETS:
+        for name in ("real", "fake"):
             self._add(name, _sums_of(incoming_state, name))
 
     def _add(self, name: str, sums: _Sums) -> None:
-        self._root = self._root if name == "fake" else None
+        if name == "real":
+            self._root = None
         merged = _sums_of(self.metric_state, name).merged(sums)
         for key, value in zip(STATES, merged, strict=True):
             setattr(self, f"{name}_features_{key}", torch.as_tensor(value))

@@ -116,17 +116,11 @@ FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa")
 
 @dataclass(frozen=True)
 class ChosenKernel:
-    """A kernel that was tried at the shape it is for.
+    """A kernel that was tried at the shape it is for."""
 
-    Attributes:
-        name: of `KERNELS`.
-        version: of the package that it comes from.
-        reason: why it and not another.
-    """
-
-    name: str
-    version: str
-    reason: str
+    name: str  # of `KERNELS`
+    version: str  # of the package that it comes from
+    reason: str  # why it and not another
 
     @property
     def kernel(self) -> Kernel:

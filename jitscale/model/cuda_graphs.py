@@ -6,7 +6,7 @@ Shapes: B images of a batch, S image size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARM_UPS = 3  # passes before recording: what is compiled or tuned at first use must not be recorded
 
 
-@dataclass(frozen=True)
-class _Recorded:
+class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, Tensor, Tensor]
     output: Tensor
@@ -38,11 +37,11 @@ class CudaGraphs:
         key = (len(z), torch.is_autocast_enabled("cuda"))
         if key not in self._recorded:
             self._recorded[key] = self._record(z, t, y)
-        recorded = self._recorded[key]
-        for kept, given in zip(recorded.inputs, (z, t, y), strict=True):
+        graph, inputs, output = self._recorded[key]
+        for kept, given in zip(inputs, (z, t, y), strict=True):
             kept.copy_(given)
-        recorded.graph.replay()
-        return recorded.output.clone()
+        graph.replay()
+        return output.clone()
 
     def _record(self, z: Tensor, t: Tensor, y: Tensor) -> _Recorded:
         inputs = (z.clone(), t.clone(), y.clone())

@@ -30,19 +30,12 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Execution:
-    """What was resolved, for the record.
-
-    Attributes:
-        attention: the kernel.
-        aligned: whether feed-forward products are padded to multiples of ALIGNMENT.
-        compiled: whether blocks are compiled.
-        float8: whether products are in float8.
-    """
+    """What was resolved, for the record."""
 
     attention: ChosenKernel
-    aligned: bool
-    compiled: bool
-    float8: bool
+    aligned: bool  # whether feed-forward products are padded to multiples of ALIGNMENT
+    compiled: bool  # whether blocks are compiled
+    float8: bool  # whether products are in float8
 
     @property
     def by_block(self) -> bool:
@@ -59,13 +52,9 @@ class Execution:
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
-    """Let `model` compute as `engine` says, on `device`; what is None there is on for GPUs, alignment also for float8.
+    """Let the blocks of `model` compute as `engine` says, on `device`; changed in place.
 
-    Args:
-        model: changed in place: the way its blocks compute.
-        engine: attention, align, compile, float8, activation_checkpointing, precision.
-        device: where it will compute.
-        training: False for sampling: nothing is dropped or recomputed.
+    A setting of None is on for GPUs, and alignment also for float8. For sampling, nothing is dropped or recomputed.
 
     Raises:
         ConfigError: an attention kernel that was asked for does not work, there is no float8, or it is asked for
