@@ -38,7 +38,7 @@ from jitscale.data.packing import (
     shard_number,
 )
 from jitscale.data.processes import WorkerDiedError, in_processes
-from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
+from jitscale.data.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
 from jitscale.files import aside_pattern, atomic_write, sha256_of
@@ -94,7 +94,7 @@ class PackingJob:
         num_shards: of the whole job.
     """
 
-    def __init__(self, folder: Path, options: PackingOptions, inputs: Inputs, root: str) -> None:
+    def __init__(self, folder: Path, options: PackingOptions, inputs: SourceTable, root: str) -> None:
         self.folder = folder
         self.options = options
         self.inputs = inputs
@@ -320,7 +320,7 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
     """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan.
 
     Raises:
-        DataError: see `find_inputs`; or the folder cannot be used.
+        DataError: see `find_sources`; or the folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,7 +331,7 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
     if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
         raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
-    inputs = find_inputs(options.input, options.class_names, on_found)
+    inputs = find_sources(options.input, options.class_names, on_found)
     # A folder gets its name in one step and only if there is none yet: that decides between tasks, on any file system.
     aside = folder / f"{_FOLDER}.{socket.gethostname()}.{os.getpid()}.partial"
     try:
@@ -366,13 +366,13 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read_plan(folder: Path) -> tuple[dict[str, Any], Inputs]:
+def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
     path = folder / _FOLDER
     try:
         plan = json.loads((path / _PLAN).read_bytes())
         if sha256_of(path / _INPUTS) != plan["inputs_sha256"]:
             raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
-        inputs = Inputs.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
+        inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
         inputs.ignored.update(plan["ignored"])
     except FileNotFoundError:
         if (folder / MANIFEST).exists():

@@ -6,25 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
+from jitscale.data.labels import REFUSED, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.processes import in_processes
 from jitscale.data.tar_index import (
     LARGEST_LABEL,
-    NO_LABEL,
     Defect,
     IndexArray,
     OffsetReader,
     TarSample,
-    class_number,
     count_classes,
     index_of,
     key_hashes,
@@ -39,18 +35,6 @@ from jitscale.keyed_random import UInt64Array
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
 _HEAD = 1 << 16  # bytes of an image that nearly always hold its header
-# In an index whose class names have no numbers yet, name k of the shard is the label _FIRST_NAME - k.
-_FIRST_NAME = NO_LABEL - 1
-_REFUSED = int(np.iinfo(np.int32).min)  # a label that is neither number nor name; a defect says so
-
-
-class _Kind(IntEnum):
-    """What a sample has for a label. Of two kinds with as many samples, the first is taken for what is meant."""
-
-    NUMBER = 0
-    NAME = 1
-    NONE = 2
-    REFUSED = 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class ShardScan:
     path: Path
     bytes: int
     sha256: str | None  # None: not asked for, or the tar is damaged
-    index: IndexArray  # where a label is text, its number is below NO_LABEL and means one of `names`
+    index: IndexArray  # labels are codes, see `CodedLabels`
     names: list[str]
     keys: UInt64Array  # hashes of the samples' keys
     image_sizes: set[tuple[int, int]]  # width and height: the one that all images have, or two of several
@@ -129,41 +113,17 @@ def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) ->
 
 
 def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> Labels:
-    """Give every sample of `scans` the number of its class.
-
-    Labels are all numbers, or all class names, or there are none; what differs from most samples is a defect. Names
-    are numbered in the order of `class_names`, and where that is None in sorted order.
-    """
-    kinds = [_kinds(scan.index["label"]) for scan in scans]
-    counts = sum((np.bincount(kind, minlength=len(_Kind)) for kind in kinds), np.zeros(len(_Kind), np.int64))
-    # Who names the classes has labels: then samples without one are not what is meant, however many.
-    usual = _Kind(int(np.argmax(counts[: _Kind.REFUSED if class_names is None else _Kind.NONE])))
-    if usual == _Kind.NAME and class_names is None:
-        class_names = sorted({name for scan in scans for name in scan.names})
-    if usual == _Kind.NONE:
-        class_names, num_classes = None, 0
-    elif class_names is not None:
-        num_classes = len(class_names)
-    else:
-        num_classes = 1 + max((int(scan.index["label"].max(initial=NO_LABEL)) for scan in scans), default=NO_LABEL)
-
-    numbers = {name: number for number, name in enumerate(class_names or [])}
+    """Give every sample of `scans` the number of its class, see `find_classes`; a label of another kind is a defect."""
+    coded = [CodedLabels(scan.index["label"], scan.names) for scan in scans]
+    classes = find_classes(coded, class_names)
     indices, defects = [], []
-    for scan, kind in zip(scans, kinds, strict=True):
+    for scan, labels in zip(scans, coded, strict=True):
         index = scan.index.copy()
-        for row in np.flatnonzero((kind != usual) & (kind != _Kind.REFUSED)):
-            what = f"has {_label_text(scan, row)} where {_EXPECTED[usual]} is expected; make all labels of one kind"
-            defects.append(_sample_defect(scan, row, what))
-        named = kind == _Kind.NAME
-        table = np.array([numbers.get(name, _REFUSED) for name in scan.names], np.int64)
-        index["label"][named] = table[_FIRST_NAME - index["label"][named].astype(np.int64)]
-        if usual != _Kind.NONE:
-            unknown = (kind == usual) & ((index["label"] < 0) | (index["label"] >= num_classes))
-            for row in np.flatnonzero(unknown):
-                what = f"has {_label_text(scan, row)}, none of the {num_classes} classes; correct it or their file"
-                defects.append(_sample_defect(scan, row, what))
+        index["label"] = labels.numbers(classes)
         indices.append(index)
-    return Labels(indices, class_names, num_classes, defects)
+        for row, what, remedy in labels.wrong(classes):
+            defects.append(Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}; {remedy}"))
+    return Labels(indices, classes.names, classes.number, defects)
 
 
 def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
@@ -219,9 +179,6 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
     return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
 
 
-_EXPECTED = {_Kind.NUMBER: "a number", _Kind.NAME: "a class name", _Kind.NONE: "none"}
-
-
 def _scan_content(path: Path) -> ShardScan:
     return _scan(path, content=True)
 
@@ -237,14 +194,16 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     labels: list[int] = []
     names: dict[str, int] = {}
     for row, sample in enumerate(tar.samples):
-        label = NO_LABEL if sample.label is None else class_number(sample.label, {})
-        if label is None and (wrong := _no_name(sample.label or "")):
+        label = parse_label(sample.label)
+        wrong = ""
+        if label is None and sample.label is not None:
+            wrong = f"a number outside 0..{LARGEST_LABEL}" if sample.label else "nothing"
+        elif isinstance(label, str) and ("\ufffd" in label or not label.isprintable()):
+            wrong = "not printable UTF-8"
+        if wrong:
             what = f"sample {row} has label {sample.label!r}, {wrong}; write the class number or name"
             defects.append(Defect(path, sample.offset, what))
-            label = _REFUSED
-        elif label is None:
-            label = _FIRST_NAME - names.setdefault(sample.label or "", len(names))
-        labels.append(label)
+        labels.append(REFUSED if wrong else label_code(label, names))
     sha256, size, undecodable = None, 0, 0
     image_sizes: set[tuple[int, int]] = set()
     try:
@@ -257,21 +216,6 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     index, keys = index_of(tar.samples, labels), key_hashes(tar.samples)
     return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
-
-
-def _no_name(text: str) -> str:
-    """Why `text`, which is no class number, is no class name either; empty if it is one."""
-    if not text:
-        return "nothing"
-    if "\ufffd" in text or not text.isprintable():
-        return "not printable UTF-8"
-    if text.lstrip("+-")[:1].isdigit():
-        try:
-            float(text)
-        except ValueError:
-            return ""
-        return f"a number outside 0..{LARGEST_LABEL}"
-    return ""
 
 
 def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, int]], int]:
@@ -298,19 +242,3 @@ def _image_size(file: OffsetReader, sample: TarSample) -> tuple[int, int]:
         if len(head) == sample.size:
             raise
         return dimensions(file.read(sample.offset, sample.size), sample.extension)
-
-
-def _kinds(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    conditions = [labels >= 0, labels == NO_LABEL, labels == _REFUSED]
-    return np.select(conditions, [_Kind.NUMBER, _Kind.NONE, _Kind.REFUSED], _Kind.NAME)
-
-
-def _label_text(scan: ShardScan, row: np.intp) -> str:
-    label = int(scan.index["label"][row])
-    if label == NO_LABEL:
-        return "no label"
-    return f"label {label}" if label >= 0 else f"label {scan.names[_FIRST_NAME - label]!r}"
-
-
-def _sample_defect(scan: ShardScan, row: np.intp, what: str) -> Defect:
-    return Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}")
