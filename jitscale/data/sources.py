@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
-from jitscale.data.labels import CodedLabels, find_classes, label_code, parse_label
+from jitscale.data.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.tar_index import LARGEST_LABEL, scan_tar, wrong_end
 from jitscale.errors import DataError
 
@@ -30,7 +31,7 @@ WHOLE_FILE = -1  # as a size
 
 # 28 bytes an image: 100 million of them in webdataset tars take 2.8 GB.
 _SOURCE = np.dtype([("path", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("extension", "S4")])
-_REPORT_EVERY = 1000  # images
+_CHUNK = 1000  # images between two reports
 _REMEDY = "give a folder of images, tars or a pattern of them, or a .csv or .jsonl with paths"
 
 OnFound = Callable[[int], object]
@@ -117,16 +118,19 @@ def find_sources(
     Raises:
         DataError: an input is missing, damaged or none of these, holds no images, or its labels make no sense.
     """
-    finder, builder = _Finder(class_names or []), _TableBuilder()
     _refuse_twice([Path(name) for name in inputs])
-    for name in inputs:
-        for image in finder.images(name):
-            builder.add(image)
-            if len(builder) % _REPORT_EVERY == 0:
-                on_found(_REPORT_EVERY)
-    if not len(builder):
+    finder, encoder = _Finder(class_names or []), _Encoder()
+    images = chain.from_iterable(map(finder.images, inputs))
+    chunks = []
+    while rows := [encoder.row(image) for image in islice(images, _CHUNK)]:
+        chunks.append(np.array(rows, _SOURCE))
+        on_found(len(rows))
+    if not chunks:
         raise DataError(f"{', '.join(inputs)}: no image in {'it' if len(inputs) == 1 else 'them'}; {_REMEDY}")
-    return builder.table(class_names, finder.ignored)
+    table = np.concatenate(chunks)
+    classes = encoder.number(table["label"], class_names)
+    paths, ends = np.frombuffer(bytes(encoder.paths), np.uint8), np.array(encoder.path_ends, np.int64)
+    return SourceTable(table, paths, ends, classes.number, classes.names, finder.ignored)
 
 
 class _Found(NamedTuple):
@@ -140,56 +144,43 @@ class _Found(NamedTuple):
     size: int = WHOLE_FILE
 
 
-class _TableBuilder:
-    """The images found so far, and where every label was met first."""
+class _Encoder:
+    """Makes a record of every image, and keeps what the records refer to: paths, and names of classes."""
 
     def __init__(self) -> None:
-        self._paths = bytearray()
-        self._path_ends = array("q")
+        self.paths = bytearray()
+        self.path_ends = array("q")
         self._last_path: str | None = None
-        self._path_numbers, self._offsets, self._sizes = array("i"), array("q"), array("q")
-        self._labels, self._extensions = array("i"), array("b")
         self._names: dict[str, int] = {}
         self._places: dict[int, str] = {}  # of the first label with each code
 
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def add(self, image: _Found) -> None:
-        """Add one image."""
+    def row(self, image: _Found) -> tuple[int, int, int, int, bytes]:
+        """The record of one image; its label is a code, see `CodedLabels`."""
         if image.path != self._last_path:
-            self._paths += os.fsencode(image.path)
-            self._path_ends.append(len(self._paths))
+            self.paths += os.fsencode(image.path)
+            self.path_ends.append(len(self.paths))
             self._last_path = image.path
-        self._path_numbers.append(len(self._path_ends) - 1)
-        self._offsets.append(image.offset)
-        self._sizes.append(image.size)
         code = label_code(image.label, self._names)
-        self._labels.append(code)
         self._places.setdefault(code, image.place)
-        self._extensions.append(EXTENSIONS.index(image.extension))
+        return len(self.path_ends) - 1, image.offset, image.size, code, image.extension.encode()
 
-    def table(self, class_names: list[str] | None, ignored: Counter[str]) -> SourceTable:
-        """All of them, with numbers for labels.
+    def number(self, codes: npt.NDArray[np.int32], class_names: list[str] | None) -> Classes:
+        """Replace `codes` by the numbers of their classes.
 
         Raises:
             DataError: some have labels and some have none, or a label makes no sense.
         """
-        labels = CodedLabels(np.array(self._labels, np.int32), list(self._names))
+        labels = CodedLabels(codes, list(self._names))
         classes = find_classes([labels], class_names)
         usual = labels.kinds() == classes.kind
         for row, what, remedy in labels.wrong(classes):
-            place = self._places[int(labels.codes[row])]
+            place = self._places[int(codes[row])]
             if not usual.any():
                 raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
-            like = "" if usual[row] else f", as in {self._places[int(labels.codes[usual][0])]}"
+            like = "" if usual[row] else f", as in {self._places[int(codes[usual][0])]}"
             raise DataError(f"{place}: {what}{like}; {remedy}")
-        table = np.empty(len(self), _SOURCE)
-        table["path"], table["offset"], table["size"] = self._path_numbers, self._offsets, self._sizes
-        table["label"] = labels.numbers(classes)
-        table["extension"] = np.array(EXTENSIONS, "S4")[np.asarray(self._extensions)]
-        paths, ends = np.frombuffer(bytes(self._paths), np.uint8), np.array(self._path_ends, np.int64)
-        return SourceTable(table, paths, ends, classes.number, classes.names, ignored)
+        codes[:] = labels.numbers(classes)
+        return classes
 
 
 def _refuse_twice(paths: list[Path]) -> None:

@@ -1,11 +1,12 @@
-"""Making tars that another program wrote into shards: their headers are scanned in parallel, labels get their numbers,
-and every tar an index beside it, the folder a manifest. The tars themselves are only read.
+"""Makes the tars of another program into shards: scans them in parallel, numbers their labels, and writes an index
+beside every tar and a manifest. The tars themselves are only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,11 +44,11 @@ class ShardScan:
 
     path: Path
     bytes: int
-    sha256: str | None  # None: not asked for, or the tar is damaged
+    sha256: str  # empty: not asked for, or the tar is damaged
     index: IndexArray  # labels are codes, see `CodedLabels`
     names: list[str]
     keys: UInt64Array  # hashes of the samples' keys
-    image_sizes: set[tuple[int, int]]  # width and height: the one that all images have, or two of several
+    image_sizes: set[tuple[int, int]]  # width and height
     undecodable: int  # images without a readable header
     defects: list[Defect]
 
@@ -101,12 +102,12 @@ def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) ->
         content: also read the content: sha256 and the sizes of the images.
 
     Raises:
-        DataError: a process died. What is wrong with a tar is among its defects.
+        DataError: a process died. Mistakes in a tar are among its defects.
     """
     scans: dict[int, ShardScan] = {}
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan") as progress:
-        for number, scan in in_processes(_scan_content if content else _scan_headers, paths, workers):
+        for number, scan in in_processes(partial(_scan, content=content), paths, workers, preload=[__name__]):
             scans[number] = scan
             progress.update(sizes[number])
     return [scans[number] for number in range(len(paths))]
@@ -129,8 +130,7 @@ def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> 
 def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     """Scan `tars` for what makes them shards; nothing is written.
 
-    Where the folder's manifest is that of a packing, it stays as it is, since it holds what no scan can find; the tars
-    must then be those that it names.
+    The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
 
     Args:
         tars: from `find_tars`.
@@ -138,10 +138,10 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         workers: processes at most.
 
     Raises:
-        DataError: no sample at all; class names for a packing; a process died. What is wrong with tars and labels is
-            among the defects.
+        DataError: no sample at all; class names for a packing; a process died. Mistakes in tars and labels are among
+            the defects.
     """
-    packed = tars.manifest if tars.manifest is not None and tars.manifest.codec != FOREIGN else None
+    packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
         if class_names is not None:
             raise DataError(
@@ -152,7 +152,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     scans = scan_shards(tars.paths, workers)
     labels = number_labels(scans, class_names)
     defects = [defect for scan in scans for defect in scan.defects] + labels.defects
-    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256 or "") for scan in scans]
+    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256) for scan in scans]
     total = sum(record.samples for record in records)
     if packed is not None:
         manifest = packed
@@ -169,9 +169,14 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         )
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
-    undecodable = sum(scan.undecodable for scan in scans)
-    keys = [scan.keys for scan in scans]
-    return Survey(tars, manifest, labels.indices, keys, undecodable, by_place(defects))
+    return Survey(
+        tars,
+        manifest,
+        labels.indices,
+        keys=[scan.keys for scan in scans],
+        undecodable=sum(scan.undecodable for scan in scans),
+        defects=by_place(defects),
+    )
 
 
 def by_place(defects: Iterable[Defect]) -> list[Defect]:
@@ -179,16 +184,8 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
     return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
 
 
-def _scan_content(path: Path) -> ShardScan:
-    return _scan(path, content=True)
-
-
-def _scan_headers(path: Path) -> ShardScan:
-    return _scan(path, content=False)
-
-
 def _scan(path: Path, *, content: bool) -> ShardScan:
-    """One shard, in any process; what is wrong with it is a defect."""
+    """One shard, in any process; mistakes in it are defects."""
     tar = survey_tar(path)
     defects = list(tar.defects)
     labels: list[int] = []
@@ -204,7 +201,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             what = f"sample {row} has label {sample.label!r}, {wrong}; write the class number or name"
             defects.append(Defect(path, sample.offset, what))
         labels.append(REFUSED if wrong else label_code(label, names))
-    sha256, size, undecodable = None, 0, 0
+    sha256, size, undecodable = "", 0, 0
     image_sizes: set[tuple[int, int]] = set()
     try:
         size = path.stat().st_size
@@ -212,25 +209,22 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             sha256 = sha256_of(path)
             image_sizes, undecodable = _image_sizes(path, tar.samples)
     except OSError as error:
-        if tar.complete:  # otherwise the scan has said it
+        if tar.complete:  # otherwise the scan has listed a defect already
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     index, keys = index_of(tar.samples, labels), key_hashes(tar.samples)
     return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
 
 
 def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, int]], int]:
-    """The sizes of the images as far as they matter, and how many images have no readable header."""
+    """The sizes that images have, and how many images have no readable header."""
     sizes: set[tuple[int, int]] = set()
     undecodable = 0
     file = OffsetReader(path)
     for sample in samples:
         try:
-            size = _image_size(file, sample)
+            sizes.add(_image_size(file, sample))
         except ImageError:
             undecodable += 1
-        else:
-            if len(sizes) < 2:
-                sizes.add(size)
     return sizes, undecodable
 
 
