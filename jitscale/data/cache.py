@@ -3,10 +3,10 @@
     <sha256>.tar                  a complete shard, compared with the manifest before it got this name
     <sha256>.<names>.index.npy    its index; <names> stands for the class names that its labels were read with
     <sha256>.partial              a shard that is being downloaded; as large as the whole from the start
-    <sha256>.lock                 held by who downloads, scans or evicts the shard; never deleted
+    <sha256>.lock                 held while the shard is downloaded, scanned or evicted; never deleted
     cache.lock                    held while room is made, and while a download gets its name
 
-Locks are `flock`s: the kernel releases those of a process that is killed. The folder must lie on a disk of this node.
+Locks are `flock`s: the kernel releases the locks of a killed process. The folder must lie on a disk of this node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,35 +35,37 @@ from jitscale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-
 _ROOM_WAIT = 0.2  # seconds between two attempts to make room while others download
 _MARK_EVERY = 10.0  # seconds; more often than this a process does not mark a shard as used
 _REPEAT_AFTER = 30.0  # seconds; sooner than this a prefetcher does not fetch a shard again
 
-_TAR, _PARTIAL = ".tar", ".partial"
+_TAR, _PARTIAL, _LOCK = ".tar", ".partial", ".lock"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CACHED = re.compile(r"\.?([0-9a-f]{64})(\..*)")
+_CACHED = re.compile(rf"([0-9a-f]{{64}})({re.escape(_TAR)}|{re.escape(_PARTIAL)})")
 
 
 class ShardCache:
     """Complete and verified copies of remote shards in one folder.
 
     Any number of processes and threads of one node may use the folder at the same time, through this object or through
-    others; the object can be pickled. The capacity bounds the tars, complete or partial; indexes come on top. An
-    evicted tar occupies the disk until the last descriptor of it is closed.
+    others; the object can be pickled. An evicted tar occupies the disk until the last descriptor of it is closed.
+
+    Attributes:
+        capacity: bytes that all tars may take, complete or partial; indexes come on top.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
         """
         Args:
             folder: made if it is not there.
-            capacity: bytes.
+            capacity: see the attribute.
 
         Raises:
             DataError: the folder can neither be made nor written.
         """
+        self.capacity = capacity
         self._folder = folder.absolute()
-        self._capacity = capacity
+        self._everything_lock = self._folder / "cache.lock"
         self._marked: dict[str, float] = {}  # sha256 to when this process marked the shard as used
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ class ShardCache:
         while True:
             self.fetch(url, record)
             try:
-                return os.open(self._tar(record), os.O_RDONLY | os.O_CLOEXEC)
+                return os.open(self._file(record, _TAR), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 logger.warning("%s: evicted before it was opened; fetching it again", url)
 
@@ -93,11 +95,11 @@ class ShardCache:
         """Make sure that the shard is there, and mark it as used.
 
         Raises:
-            DataError: it is missing, access is refused, the storage cannot be reached, its content is not what `record`
-                says; or it is larger than the cache, or the disk is full.
+            DataError: it is missing, access is refused, the storage cannot be reached, its content differs from
+                `record`; it is larger than the cache, or the disk is full.
         """
         if not self._is_here(record):
-            with _locked(self._lock(record)):
+            with _locked(self._file(record, _LOCK)):
                 self._fetch_locked(url, record)
 
     def index(
@@ -109,16 +111,16 @@ class ShardCache:
             DataError: see `fetch` and `index_tar`.
         """
         meaning = hashlib.sha256(json.dumps([class_names, with_labels]).encode()).hexdigest()[:8]
-        path = self._folder / f"{_checked_sha256(record)}.{meaning}.index.npy"
+        path = self._file(record, f".{meaning}.index.npy")
         index = _load_index(path, record)
         if index is not None:
             return index
-        with _locked(self._lock(record)):
+        with _locked(self._file(record, _LOCK)):
             index = _load_index(path, record)
             if index is None:
                 self._fetch_locked(url, record)
                 try:
-                    index = index_tar(self._tar(record), with_labels=with_labels, class_names=class_names)
+                    index = index_tar(self._file(record, _TAR), with_labels=with_labels, class_names=class_names)
                 except DataError as error:
                     raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
                 with self._writing(url, index.nbytes), atomic_write(path) as file:
@@ -128,27 +130,16 @@ class ShardCache:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_marked": {}}  # by this process's clock
 
-    @property
-    def capacity(self) -> int:
-        """Bytes."""
-        return self._capacity
-
-    @property
-    def _everything_lock(self) -> Path:
-        return self._folder / "cache.lock"
-
-    def _lock(self, record: ShardRecord) -> Path:
-        return self._folder / f"{_checked_sha256(record)}.lock"
-
-    def _tar(self, record: ShardRecord) -> Path:
-        return self._folder / f"{_checked_sha256(record)}{_TAR}"
-
-    def _partial(self, record: ShardRecord) -> Path:
-        return self._folder / f"{_checked_sha256(record)}{_PARTIAL}"
+    def _file(self, record: ShardRecord, suffix: str) -> Path:
+        if not _SHA256.fullmatch(str(record.sha256)):  # a damaged manifest must not choose the names of files
+            raise DataError(
+                f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write the manifest again"
+            )
+        return self._folder / f"{record.sha256}{suffix}"
 
     def _is_here(self, record: ShardRecord) -> bool:
-        """Whether the complete tar is there. A file that was cut afterwards has another size, and is not."""
-        path = self._tar(record)
+        """Whether the complete tar is there; a file of another size was cut afterwards, and does not count."""
+        path = self._file(record, _TAR)
         try:
             if path.stat().st_size != record.bytes:
                 return False
@@ -165,30 +156,27 @@ class ShardCache:
         """`fetch`, while the shard's lock is held."""
         if self._is_here(record):
             return
-        if record.bytes > self._capacity:
+        if record.bytes > self.capacity:
             raise DataError(
-                f"{url}: has {record.bytes} bytes, the cache {self._folder} holds {self._capacity}; raise "
+                f"{url}: has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}; raise "
                 f"data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller shards"
             )
-        tar, partial = self._tar(record), self._partial(record)
+        tar, partial = self._file(record, _TAR), self._file(record, _PARTIAL)
+        start = time.monotonic()
         with self._writing(url, record.bytes):
             tar.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)  # a killed process left it; it must not take room from its successor
-        start = time.monotonic()
-        try:
-            with self._writing(url, record.bytes):
-                descriptor = self._reserve(url, record)
             try:
-                retried(url, lambda: self._download(url, record, descriptor))
-                with self._writing(url, record.bytes):
+                descriptor = self._reserve(url, record)
+                try:
+                    retried(url, lambda: self._download(url, record, descriptor))
                     os.fsync(descriptor)  # the name must not outlive a crash that the content did not
+                finally:
+                    os.close(descriptor)
+                with _locked(self._everything_lock):  # a process that sums up the folder must see the file once
+                    partial.replace(tar)
             finally:
-                os.close(descriptor)
-            # Whoever sums up the folder must see the file once, under its one or its other name.
-            with self._writing(url, record.bytes), _locked(self._everything_lock):
-                partial.replace(tar)
-        finally:
-            partial.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         self._marked[record.sha256] = time.monotonic()
         logger.info("%s: fetched %d bytes in %.1f s", url, record.bytes, self._marked[record.sha256] - start)
 
@@ -201,7 +189,7 @@ class ShardCache:
             if received > record.bytes:
                 raise WrongContentError(f"more than {record.bytes} bytes")
             digest.update(chunk)
-            with self._writing(url, record.bytes):
+            with self._writing(url, record.bytes):  # a full disk is not tried again
                 _write_all(descriptor, chunk)
         if received != record.bytes:
             raise WrongContentError(f"{received} of {record.bytes} bytes")
@@ -214,66 +202,56 @@ class ShardCache:
         while True:
             with _locked(self._everything_lock):
                 if self._make_room(record.bytes):
-                    descriptor = os.open(
-                        self._partial(record), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
-                    )
-                    try:
-                        os.ftruncate(descriptor, record.bytes)
-                    except OSError:
-                        os.close(descriptor)
-                        raise
-                    return descriptor
+                    path = self._file(record, _PARTIAL)
+                    with path.open("wb") as file:
+                        file.truncate(record.bytes)
+                    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if not waiting:
                 logger.info("%s: waits for room in %s, which others are downloading into", url, self._folder)
                 waiting = True
             time.sleep(_ROOM_WAIT)
 
     def _make_room(self, needed: int) -> bool:
-        """Evict the least recently used tars until `needed` more bytes fit; whether they do. Holds the cache's lock."""
+        """Evict the least recently used tars until `needed` more bytes fit, and say whether they do.
+
+        The cache's lock is held.
+        """
         entries = self._entries()
         total = sum(entry.size for entry in entries)
         for entry in entries:  # a partial file without a living owner
             if not entry.complete and self._remove(entry):
                 total -= entry.size
         for entry in sorted((entry for entry in entries if entry.complete), key=lambda entry: entry.used):
-            if total + needed <= self._capacity:
+            if total + needed <= self.capacity:
                 break
             if self._remove(entry):
                 total -= entry.size
-        return total + needed <= self._capacity
+        return total + needed <= self.capacity
 
     def _entries(self) -> list[_Entry]:
         """The shards in the folder. Files that are not the cache's own are neither counted nor touched."""
         entries: list[_Entry] = []
-        beside: dict[str, list[str]] = {}  # sha256 to the indexes, and to what a killed process left of one
         with os.scandir(self._folder) as found:
             for file in found:
-                match = _CACHED.fullmatch(file.name)
-                if match is None:
-                    continue
-                sha256, suffix = match.groups()
-                if suffix in {_TAR, _PARTIAL}:
+                if match := _CACHED.fullmatch(file.name):
                     with suppress(FileNotFoundError):  # its owner gave up
                         status = file.stat()
-                        entries.append(_Entry(sha256, file.name, status.st_size, status.st_mtime_ns, suffix == _TAR))
-                elif ".index.npy" in suffix:
-                    beside.setdefault(sha256, []).append(file.name)
-        for entry in entries:
-            entry.beside.extend(beside.get(entry.sha256, []))
+                        entries.append(_Entry(match[1], file.name, status.st_size, status.st_mtime_ns))
         return entries
 
     def _remove(self, entry: _Entry) -> bool:
-        """Delete a shard with its indexes, unless somebody holds its lock, who is fetching or scanning it."""
+        """Delete a shard with its indexes, unless another process is fetching or scanning it and so holds its lock."""
         with _locked(self._folder / f"{entry.sha256}.lock", wait=False) as held:
             if held:
                 logger.debug("%s: removing %s", self._folder, entry.name)
-                for name in (entry.name, *entry.beside):
-                    (self._folder / name).unlink(missing_ok=True)
+                # Its indexes, and the partial ones that a killed process left.
+                for path in (self._folder / entry.name, *self._folder.glob(f"*{entry.sha256}.*index.npy*")):
+                    path.unlink(missing_ok=True)
         return held
 
     @contextmanager
     def _writing(self, url: str, needed: int) -> Iterator[None]:
-        """What this node's disk refuses is no matter of the network, and is not tried again."""
+        """An error of this node's disk, not of the network."""
         try:
             yield
         except OSError as error:
@@ -284,16 +262,16 @@ class ShardCache:
 
 
 class Prefetcher:
-    """Threads that fetch shards ahead of need; to be made in the process that uses it.
+    """Daemon threads that fetch shards ahead of need: a running download does not hold up the end of the process.
 
-    They are daemons: neither a running download nor a forgotten `close` holds up the end of the process.
+    It must be made in the process that uses it.
     """
 
     def __init__(self, fetch: Callable[[int], None], threads: int = 4) -> None:
         """
         Args:
-            fetch: makes sure that a shard is there; called in several threads at once. What it raises is logged, and
-                left to the reader of that shard to meet.
+            fetch: makes sure that a shard is there; called in several threads at once. Its errors are logged; the
+                reader of that shard meets them too.
             threads: how many shards are fetched at once.
         """
         self._fetch = fetch
@@ -306,7 +284,7 @@ class Prefetcher:
             threading.Thread(target=self._work, name=f"prefetch-{number}", daemon=True).start()
 
     def want(self, shards: Sequence[int]) -> None:
-        """Replace what waits by `shards`, first need first. What is being fetched goes on."""
+        """Replace the waiting shards by `shards`, in the order of need. Running downloads go on."""
         with self._changed:
             now = time.monotonic()
             self._ended = {shard: at for shard, at in self._ended.items() if now - at < _REPEAT_AFTER}
@@ -331,7 +309,7 @@ class Prefetcher:
                 self._running.add(shard)
             try:
                 self._fetch(shard)
-            except Exception as error:  # whatever it is, the reader of this shard meets it too
+            except Exception as error:  # the reader of this shard meets it too
                 logger.warning("shard %d: could not be fetched ahead of need: %s", shard, error)
             finally:
                 with self._changed:
@@ -347,15 +325,10 @@ class _Entry:
     name: str
     size: int
     used: int  # ns
-    complete: bool
-    beside: list[str] = field(default_factory=list)  # names of files to be removed with it
 
-
-def _checked_sha256(record: ShardRecord) -> str:
-    """The hash as a part of file names, which a damaged manifest must not choose freely."""
-    if not _SHA256.fullmatch(str(record.sha256)):
-        raise DataError(f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write the manifest again")
-    return record.sha256
+    @property
+    def complete(self) -> bool:
+        return self.name.endswith(_TAR)
 
 
 def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:
@@ -364,13 +337,13 @@ def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:
         return None
     try:
         index = map_index(path)
+        if len(index) == record.samples:
+            return index
+        wrong = f"{path}: holds {len(index)} samples, the shard {record.samples}"
     except DataError as error:
-        logger.warning("%s; scanning the shard again", str(error).partition(";")[0])
-        return None
-    if len(index) != record.samples:
-        logger.warning("%s: holds %d samples, the shard %d; scanning it again", path, len(index), record.samples)
-        return None
-    return index
+        wrong = str(error).partition(";")[0]
+    logger.warning("%s; scanning the shard again", wrong)
+    return None
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

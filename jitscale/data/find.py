@@ -70,12 +70,11 @@ def find_tars(pattern: str) -> Tars:
                 "manifest of its own; give one folder at a time"
             )
         folder = folders[0] if folders else folder
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise DataError(f"{missing[0]}: there is no such file or folder; correct the path")
-        others = [path for path in paths if path.suffix != ".tar"]
-        if others:
-            raise DataError(f"{others[0]}: is not called .tar; unpack or rename it, or choose a narrower pattern")
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"{path}: there is no such file or folder; correct the path")
+            if path.suffix != ".tar":
+                raise DataError(f"{path}: is not called .tar; unpack or rename it, or choose a narrower pattern")
     manifest = manifests_of([folder]).get(folder)
     if not paths and manifest is None:
         raise DataError(f"{pattern}: no tars here; correct the path")
@@ -88,8 +87,7 @@ def find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
     Raises:
         DataError: the pattern names a storage that is not known, no tar, a tar twice, or one that is missing.
     """
-    scheme = re.match(r"([a-z0-9+]+):", pattern)
-    if scheme is not None:
+    if scheme := re.match(r"([a-z0-9+]+):", pattern):
         what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
         raise DataError(f"{pattern}: {scheme[0]} {what}; give a folder, or an address with s3://, gs:// or https://")
     folder, paths = Path(pattern), paths_of(pattern)

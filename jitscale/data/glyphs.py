@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from jitscale.data.images import UInt8Array
 from jitscale.errors import UserError
-from jitscale.keyed_random import Purpose, uniform
+from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra, and takes long to import
     from matplotlib.path import Path as Outline
@@ -33,9 +33,6 @@ HEIGHTS = 0.55, 0.75  # of the image's side
 LARGEST_SHIFT = 0.05  # of the image's side, on each axis
 BRIGHTEST_GROUND, DARKEST_LETTER = 0.25, 0.5  # of each colour channel, in [0, 1]
 FINEST = 4096  # pixels of a letter's height at which its curves are indistinguishable from the lines drawn
-
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 
 
 class Glyphs:

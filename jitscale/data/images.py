@@ -6,6 +6,8 @@ Shapes: H rows, W columns; an image is uint8 (H, W, 3), RGB.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ _PILLOW_FORMATS = ("PNG", "WEBP", "JPEG")  # whatever the name says: ImageNet ho
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True, "method": 0}}
 _DEEP_MODES = ("I", "F")  # and I;16 in its byte orders
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# The first bytes of each form that is no WebP.
+_MAGIC = {"jpg": _JPEG_MAGIC, "png": b"\x89PNG\r\n\x1a\n", "npy": np.lib.format.MAGIC_PREFIX}
 _JPEG_QUALITY = 95  # 4:4:4; PSNR 40.7 dB on photographs at 256 px
 
 
@@ -66,13 +69,9 @@ def decode(data: bytes, extension: str) -> UInt8Array:
     """
     if extension not in EXTENSIONS:
         raise DataError(f"extension {extension!r} is not an image's; expected one of {', '.join(EXTENSIONS)}")
-    try:
+    with _decoding(extension):
         image = _decode_npy(data) if extension == "npy" else _decode_picture(data)
         _check_pixels(image)
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # on damaged data decoders raise anything, also AssertionError and TypeError
-        raise ImageError(f"cannot be decoded as {extension} ({_reason(error)})") from error
     return image
 
 
@@ -82,14 +81,11 @@ def content_extension(data: bytes) -> str:
     Raises:
         ImageError: it begins like none of the stored forms.
     """
-    if data.startswith(_JPEG_MAGIC):
-        return "jpg"
-    if data.startswith(_PNG_MAGIC):
-        return "png"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
-    if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return "npy"
+    for extension, magic in _MAGIC.items():
+        if data.startswith(magic):
+            return extension
     raise ImageError("is neither JPEG, PNG, WebP nor .npy by its first bytes")
 
 
@@ -99,16 +95,12 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
     Raises:
         ImageError: there is no readable header.
     """
-    try:
+    with _decoding(extension):
         if extension == "npy":
             height, width, _ = _decode_npy(data).shape
             return width, height
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
             return picture.size
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # on damaged data decoders raise anything, also AssertionError and TypeError
-        raise ImageError(f"cannot be decoded as {extension} ({_reason(error)})") from error
 
 
 def center_crop(image: UInt8Array, size: int) -> UInt8Array:
@@ -116,7 +108,7 @@ def center_crop(image: UInt8Array, size: int) -> UInt8Array:
 
     The image is halved with a box filter while its short side is at least twice the target, then resized by bicubic
     interpolation (arXiv 2105.05233, their image_datasets.py; the JiT recipe uses the same crop). Smaller images are
-    enlarged, as there: who does not want that checks the sizes before.
+    enlarged, as in that code.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -156,11 +148,17 @@ def _decode_picture(data: bytes) -> UInt8Array:
         return np.asarray(picture.convert("RGB"))
 
 
-def _reason(error: BaseException) -> str:
-    """What a decoder says, in one line that is the same whenever the data are."""
-    if isinstance(error, UnidentifiedImageError):  # Pillow's own text holds an address in memory
-        return f"none of {', '.join(_PILLOW_FORMATS)}"
-    return " ".join(str(error).split())
+@contextmanager
+def _decoding(extension: str) -> Iterator[None]:
+    """Make an `ImageError` of whatever decoders raise: equal data give equal messages, of one line."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:  # Pillow's own text holds an address in memory
+        raise ImageError(f"cannot be decoded as {extension} (none of {', '.join(_PILLOW_FORMATS)})") from error
+    except Exception as error:  # on damaged data decoders raise anything, also AssertionError and TypeError
+        raise ImageError(f"cannot be decoded as {extension} ({' '.join(str(error).split())})") from error
 
 
 def _check_pixels(image: UInt8Array) -> None:

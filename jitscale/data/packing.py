@@ -49,17 +49,16 @@ class ShardTask:
     """One shard to be written from images that lie anywhere. Small enough to be sent to another process."""
 
     path: Path  # of the shard
-    root: str  # what the relative paths of the sources are relative to
-    numbers: list[int]  # of the sources: their keys
-    sources: list[Source]  # one a number
+    root: str  # relative paths of sources start here
+    sources: dict[int, Source]  # by number, which becomes the key
     codec: str  # one of CODECS, or ORIGINAL
-    resolution: int  # pixels a side; ORIGINAL: only what counts as smaller
+    resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
     most_bad: int  # inputs that may be bad
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """What became of a `ShardTask`."""
+    """The result of a `ShardTask`."""
 
     record: ShardRecord
     enlarged: int  # images whose short side was smaller than the resolution
@@ -123,7 +122,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
     def samples() -> Iterator[Sample]:
         nonlocal enlarged
         open_file = lru_cache(_MOST_OPEN_FILES)(partial(_open, task.root))
-        for number, source in zip(task.numbers, task.sources, strict=True):
+        for number, source in task.sources.items():
             try:
                 data = _read(source, open_file)
                 image = decode(data, source.extension)
@@ -155,19 +154,19 @@ def write_shards(
     class_names: list[str] | None = None,
     seed: int = 0,
 ) -> Manifest:
-    """Write `images` in a random order as shards, their indices and a manifest. Equal input gives equal bytes.
+    """Write `images` in a random order as shards with indexes and a manifest. Equal input gives equal bytes.
 
     Args:
         images: all of one resolution.
         labels: one class an image, counted from 0.
-        output: a folder; made if it is not there.
+        output: a folder, made if it is not there.
         codec: the stored form, one of `CODECS`.
         samples_per_shard: samples of every shard but the last.
         class_names: the names of the classes, recorded in the manifest.
         seed: of the order. Keys remain the indices into `images`.
 
     Raises:
-        DataError: input that does not fit together, or a folder that already holds a manifest.
+        DataError: labels, images and class names do not fit together, or the folder already holds a manifest.
     """
     folder = Path(output)
     if (folder / MANIFEST).exists():
@@ -209,7 +208,7 @@ def write_shards(
 
 
 def write_shards_once(images: Images, output: Path, **options: Any) -> str:
-    """`write_shards` with its options, unless `output` holds exactly these shards already; returns what was done.
+    """`write_shards` with its options, unless `output` holds exactly these shards already; says which of both it was.
 
     Raises:
         DataError: `output` holds other shards; and as `write_shards`.

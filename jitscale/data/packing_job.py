@@ -5,7 +5,7 @@
     DIR/.packing/plan.json, inputs.npz   what is to be written; the first task makes it, all others read it
     DIR/.packing/shard-000000.json       commit record: this shard is whole, and what was left out of it
 
-A shard depends on the plan and its number alone, so that whoever writes it writes the same bytes.
+A shard depends on the plan and its number alone, so that every process writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import tempfile
 import time
 import warnings
@@ -38,7 +37,7 @@ from jitscale.data.packing import (
     shard_number,
 )
 from jitscale.data.processes import WorkerDiedError, in_processes
-from jitscale.data.sources import WHOLE_FILE, Inputs, OnFound, find_inputs
+from jitscale.data.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError
 from jitscale.files import aside_pattern, atomic_write, sha256_of
@@ -48,19 +47,19 @@ PACKING_CODECS = (*CODECS, ORIGINAL)
 
 _FOLDER = ".packing"
 _PLAN, _INPUTS = "plan.json", "inputs.npz"
-_PACKED = "packing.json"  # stays beside the manifest: by which command the shards were made
+_PACKED = "packing.json"  # stays beside the manifest and holds the options of the command
 _REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
 _NPY_HEADER = 128  # bytes
 _SIZES_LOOKED_AT = 1000  # files
 _FEW = 3  # bad inputs in an error message
 
-OnProgress = Callable[[int, int], None]  # images that were dealt with, bytes that were stored
+OnProgress = Callable[[int, int], None]  # gets the number of images read or left out, and the bytes stored
 
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """All that determines what is written."""
+    """Options that determine the content of the shards."""
 
     input: list[str]
     codec: str  # one of PACKING_CODECS
@@ -70,8 +69,7 @@ class PackingOptions:
     class_names: list[str] | None  # as the user gave them
 
     def __post_init__(self) -> None:
-        """Refuse what no job can do.
-
+        """
         Raises:
             DataError: an unknown codec, or a number out of its range.
         """
@@ -85,7 +83,7 @@ class PackingOptions:
 
 
 class PackingJob:
-    """What is to be written into one folder, and what is written already.
+    """The shards of one folder: those to write, and those written already.
 
     Attributes:
         folder: of the shards.
@@ -94,7 +92,7 @@ class PackingJob:
         num_shards: of the whole job.
     """
 
-    def __init__(self, folder: Path, options: PackingOptions, inputs: Inputs, root: str) -> None:
+    def __init__(self, folder: Path, options: PackingOptions, inputs: SourceTable, root: str) -> None:
         self.folder = folder
         self.options = options
         self.inputs = inputs
@@ -103,7 +101,6 @@ class PackingJob:
         self._order = permutation(len(inputs), options.seed, Purpose.PACKING_ORDER)
         self._packed: dict[int, PackedShard] = {}
         self._bad: list[BadInput] = []  # left out of the shards written so far
-        self._refreshed = 0.0
         self.refresh()
 
     @classmethod
@@ -128,7 +125,7 @@ class PackingJob:
         return sum(len(self._slice(shard)) for shard in shards)
 
     def refresh(self) -> None:
-        """Look for what this and other tasks have written."""
+        """Look for shards that this and other tasks have written."""
         self._refreshed = time.monotonic()
         for name in os.listdir(self.folder / _FOLDER):
             if name.startswith("shard-") and name.endswith(".json") and shard_number(name) not in self._packed:
@@ -146,7 +143,7 @@ class PackingJob:
         Args:
             shards: for example `shards_of` this task's part.
             workers: processes; no more than needed are started.
-            most_bad: inputs of the whole job that may be bad; counted are all shards that are written.
+            most_bad: inputs of the whole job that may be bad, in this and other tasks' shards.
             on_progress: called for every shard.
 
         Raises:
@@ -205,9 +202,8 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        with atomic_write(self.folder / _PACKED) as file:
-            record = {"options": _from_root(asdict(self.options), self._root), "root": "/"}
-            file.write(json.dumps(record, indent=1).encode())
+        record = {"options": _from_root(asdict(self.options), self._root), "root": "/"}
+        _write_json(self.folder / _PACKED, record)
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
@@ -240,16 +236,9 @@ class PackingJob:
         return int(np.mean(sizes)) if sizes else 0
 
     def _task(self, shard: int, most_bad: int) -> ShardTask:
-        numbers = self._slice(shard).tolist()
-        return ShardTask(
-            self.folder / shard_name(shard),
-            self._root,
-            numbers,
-            [self.inputs[number] for number in numbers],
-            self.options.codec,
-            self.options.resolution,
-            most_bad,
-        )
+        sources = {number: self.inputs[number] for number in self._slice(shard).tolist()}
+        path = self.folder / shard_name(shard)
+        return ShardTask(path, self._root, sources, self.options.codec, self.options.resolution, most_bad)
 
     def _slice(self, shard: int) -> Int64Array:
         size = self.options.samples_per_shard
@@ -266,7 +255,7 @@ class PackingJob:
 
 
 def default_most_bad(images: int) -> int:
-    """How many of `images` may be bad if nobody says otherwise: as many as while training."""
+    """How many of `images` may be bad by default: as many as while training."""
     return max(10, images // 10_000)
 
 
@@ -274,7 +263,7 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
     """The manifest of a job that is done; None if it is not.
 
     Raises:
-        DataError: what is there was written with other options, as far as a manifest tells, or is damaged.
+        DataError: the shards were written with other options, or are damaged.
     """
     if not (folder / MANIFEST).exists():
         return None
@@ -304,7 +293,7 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a finished job does not need any more; another task may be doing so."""
+    """Remove files that a finished job does not need any more; another task may be doing so."""
     for pattern in (f"{_FOLDER}.*.partial", _FOLDER):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -320,59 +309,56 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
     """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan.
 
     Raises:
-        DataError: see `find_inputs`; or the folder cannot be used.
+        DataError: see `find_sources`; or the folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = next(folder.glob("*.tar"), None)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        scratch = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.", suffix=".partial", dir=folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
-    if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
-        raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
-    inputs = find_inputs(options.input, options.class_names, on_found)
-    # A folder gets its name in one step and only if there is none yet: that decides between tasks, on any file system.
-    aside = folder / f"{_FOLDER}.{socket.gethostname()}.{os.getpid()}.partial"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        with atomic_write(aside / _INPUTS) as file:
-            inputs.write(file)
-        plan = {
-            "options": asdict(options),
-            "root": os.getcwd(),
-            "images": len(inputs),
-            "num_classes": inputs.num_classes,
-            "class_names": inputs.class_names,
-            "ignored": dict(inputs.ignored),
-            "inputs_sha256": sha256_of(aside / _INPUTS),
-        }
-        with atomic_write(aside / _PLAN) as file:
-            file.write(json.dumps(plan, indent=1).encode())
+    with scratch:
+        if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
+            raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
+        inputs = find_sources(options.input, options.class_names, on_found)
+        aside = Path(scratch.name) / _FOLDER
         try:
+            aside.mkdir()
+            with atomic_write(aside / _INPUTS) as file:
+                inputs.write(file)
+            plan = {
+                "options": asdict(options),
+                "root": os.getcwd(),
+                "images": len(inputs),
+                "num_classes": inputs.num_classes,
+                "class_names": inputs.class_names,
+                "ignored": dict(inputs.ignored),
+                "inputs_sha256": sha256_of(aside / _INPUTS),
+            }
+            _write_json(aside / _PLAN, plan)
+            # The rename fails if the folder is there. That decides between tasks, on any file system.
             aside.rename(folder / _FOLDER)
-        except OSError:
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists():
+                return  # others have finished, and removed this plan as a leftover
             if not (folder / _FOLDER / _PLAN).exists():
-                raise
-    except FileNotFoundError:
-        if not (folder / MANIFEST).exists():  # others have finished, and removed this plan as a leftover
-            raise
-    except OSError as error:
-        raise DataError(
-            f"{folder}: the plan cannot be written ({error.strerror}); make room and start again"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+                raise DataError(
+                    f"{folder}: the plan cannot be written ({error.strerror}); make room and start again"
+                ) from error
 
 
-def _read_plan(folder: Path) -> tuple[dict[str, Any], Inputs]:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
     path = folder / _FOLDER
     try:
         plan = json.loads((path / _PLAN).read_bytes())
         if sha256_of(path / _INPUTS) != plan["inputs_sha256"]:
             raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
-        inputs = Inputs.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
+        inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
         inputs.ignored.update(plan["ignored"])
     except FileNotFoundError:
         if (folder / MANIFEST).exists():
@@ -425,8 +411,7 @@ def _pack(task: ShardTask) -> PackedShard:
     warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
     try:
         packed = pack_shard(task)
-        with atomic_write(task.path.parent / _FOLDER / f"{task.path.stem}.json") as file:
-            file.write(json.dumps(asdict(packed), indent=1).encode())
+        _write_json(task.path.parent / _FOLDER / f"{task.path.stem}.json", asdict(packed))
     except MemoryError as error:
         raise DataError(
             f"{task.path}: too little memory to write it; give the same command with fewer --workers"

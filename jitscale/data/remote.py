@@ -29,11 +29,11 @@ _FIRST_WAIT = 0.25  # seconds; each wait is _GROWTH times the one before: 0.25, 
 _GROWTH = 4.0
 _CONNECT_TIMEOUT = 30.0  # seconds
 _SILENCE_TIMEOUT = 60.0  # seconds without a byte; there is no limit on the whole, since shards are large
-_TRANSIENT_STATUS = {408, 425, 429}  # HTTP: timeout, too early, too many requests; other 4xx stay as they are
+_TRANSIENT_STATUS = {408, 425, 429}  # HTTP: timeout, too early, too many requests; waiting mends no other 4xx
 
 _file_systems: dict[tuple[int, str], Any] = {}  # one per thread and protocol
-# Those of the parent, in a forked process. They work in the parent's loop only, but stay referenced: closing them here
-# would take the parent's connections from the epoll instance that both processes share.
+# In a forked process, its parent's file systems, which work in the parent's loop only. They stay referenced: closing
+# them would take the parent's connections from the epoll instance that both processes share.
 _inherited: list[Any] = []
 
 
@@ -58,8 +58,8 @@ def read_remote(url: str) -> bytes:
 def read_in_chunks(url: str, size: int | None = None) -> Iterator[bytes]:
     """The content of `url` in pieces.
 
-    Over HTTP as one response, since not every server knows ranges; from an object store block by block, since fsspec's
-    readers of those cannot stream.
+    HTTP gives one response, since not every server knows ranges; an object store is read block by block, since its
+    readers in fsspec cannot stream.
     """
     if url.startswith(("http://", "https://")):
         # A size, any one, saves a request that would ask for it.
@@ -77,23 +77,20 @@ def retried(url: str, attempt: Callable[[], T]) -> T:
     Raises:
         DataError: the reason cannot pass, or the attempts are used up.
     """
-    wait = _FIRST_WAIT
     for number in range(1, _ATTEMPTS + 1):
         try:
             return attempt()
         except DataError:
             raise
         except Exception as error:  # every storage library has its own; what cannot pass is told apart below
-            refusal = _refusal(url, error)
-            if refusal is not None:
-                raise DataError(refusal) from error
-            if number == _ATTEMPTS:
-                raise DataError(_exhausted(url, error)) from error
+            message = _refusal(url, error) or (_exhausted(url, error) if number == _ATTEMPTS else None)
+            if message is not None:
+                raise DataError(message) from error
+            wait = _FIRST_WAIT * _GROWTH ** (number - 1)
             logger.warning(
                 "%s: attempt %d of %d failed (%s); the next one in %.2f s", url, number, _ATTEMPTS, _text(error), wait
             )
         time.sleep(wait)
-        wait *= _GROWTH
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -121,8 +118,8 @@ def _http_options() -> dict[str, Any]:
 
 
 def _refusal(url: str, error: Exception) -> str | None:
-    """What to say about an error that waiting does not mend; None for others."""
-    status = getattr(error, "status", None)  # of aiohttp.ClientResponseError
+    """The message about an error that waiting does not mend; None for other errors."""
+    status = getattr(error, "status", None)  # aiohttp.ClientResponseError has one
     if isinstance(error, ImportError):
         extra = {"s3": "s3", "gs": "gcs"}.get(url.partition("://")[0])
         package = f"jitscale[{extra}]" if extra else "fsspec[http]"

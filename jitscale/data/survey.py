@@ -1,30 +1,27 @@
-"""Making tars that another program wrote into shards: their headers are scanned in parallel, labels get their numbers,
-and every tar an index beside it, the folder a manifest. The tars themselves are only read.
+"""Makes the tars of another program into shards: scans them in parallel, numbers their labels, and writes an index
+beside every tar and a manifest. The tars themselves are only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
+from jitscale.data.labels import REFUSED, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.processes import in_processes
 from jitscale.data.tar_index import (
     LARGEST_LABEL,
-    NO_LABEL,
     Defect,
     IndexArray,
     OffsetReader,
     TarSample,
-    class_number,
     count_classes,
     index_of,
     key_hashes,
@@ -39,18 +36,6 @@ from jitscale.keyed_random import UInt64Array
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
 _HEAD = 1 << 16  # bytes of an image that nearly always hold its header
-# In an index whose class names have no numbers yet, name k of the shard is the label _FIRST_NAME - k.
-_FIRST_NAME = NO_LABEL - 1
-_REFUSED = int(np.iinfo(np.int32).min)  # a label that is neither number nor name; a defect says so
-
-
-class _Kind(IntEnum):
-    """What a sample has for a label. Of two kinds with as many samples, the first is taken for what is meant."""
-
-    NUMBER = 0
-    NAME = 1
-    NONE = 2
-    REFUSED = 3
 
 
 @dataclass(frozen=True)
@@ -59,11 +44,11 @@ class ShardScan:
 
     path: Path
     bytes: int
-    sha256: str | None  # None: not asked for, or the tar is damaged
-    index: IndexArray  # where a label is text, its number is below NO_LABEL and means one of `names`
+    sha256: str  # empty: not asked for, or the tar is damaged
+    index: IndexArray  # labels are codes, see `CodedLabels`
     names: list[str]
     keys: UInt64Array  # hashes of the samples' keys
-    image_sizes: set[tuple[int, int]]  # width and height: the one that all images have, or two of several
+    image_sizes: set[tuple[int, int]]  # width and height
     undecodable: int  # images without a readable header
     defects: list[Defect]
 
@@ -117,60 +102,35 @@ def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) ->
         content: also read the content: sha256 and the sizes of the images.
 
     Raises:
-        DataError: a process died. What is wrong with a tar is among its defects.
+        DataError: a process died. Mistakes in a tar are among its defects.
     """
     scans: dict[int, ShardScan] = {}
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan") as progress:
-        for number, scan in in_processes(_scan_content if content else _scan_headers, paths, workers):
+        for number, scan in in_processes(partial(_scan, content=content), paths, workers, preload=[__name__]):
             scans[number] = scan
             progress.update(sizes[number])
     return [scans[number] for number in range(len(paths))]
 
 
 def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> Labels:
-    """Give every sample of `scans` the number of its class.
-
-    Labels are all numbers, or all class names, or there are none; what differs from most samples is a defect. Names
-    are numbered in the order of `class_names`, and where that is None in sorted order.
-    """
-    kinds = [_kinds(scan.index["label"]) for scan in scans]
-    counts = sum((np.bincount(kind, minlength=len(_Kind)) for kind in kinds), np.zeros(len(_Kind), np.int64))
-    # Who names the classes has labels: then samples without one are not what is meant, however many.
-    usual = _Kind(int(np.argmax(counts[: _Kind.REFUSED if class_names is None else _Kind.NONE])))
-    if usual == _Kind.NAME and class_names is None:
-        class_names = sorted({name for scan in scans for name in scan.names})
-    if usual == _Kind.NONE:
-        class_names, num_classes = None, 0
-    elif class_names is not None:
-        num_classes = len(class_names)
-    else:
-        num_classes = 1 + max((int(scan.index["label"].max(initial=NO_LABEL)) for scan in scans), default=NO_LABEL)
-
-    numbers = {name: number for number, name in enumerate(class_names or [])}
+    """Give every sample of `scans` the number of its class, see `find_classes`; a label of another kind is a defect."""
+    coded = [CodedLabels(scan.index["label"], scan.names) for scan in scans]
+    classes = find_classes(coded, class_names)
     indices, defects = [], []
-    for scan, kind in zip(scans, kinds, strict=True):
+    for scan, labels in zip(scans, coded, strict=True):
         index = scan.index.copy()
-        for row in np.flatnonzero((kind != usual) & (kind != _Kind.REFUSED)):
-            what = f"has {_label_text(scan, row)} where {_EXPECTED[usual]} is expected; make all labels of one kind"
-            defects.append(_sample_defect(scan, row, what))
-        named = kind == _Kind.NAME
-        table = np.array([numbers.get(name, _REFUSED) for name in scan.names], np.int64)
-        index["label"][named] = table[_FIRST_NAME - index["label"][named].astype(np.int64)]
-        if usual != _Kind.NONE:
-            unknown = (kind == usual) & ((index["label"] < 0) | (index["label"] >= num_classes))
-            for row in np.flatnonzero(unknown):
-                what = f"has {_label_text(scan, row)}, none of the {num_classes} classes; correct it or their file"
-                defects.append(_sample_defect(scan, row, what))
+        index["label"] = labels.numbers(classes)
         indices.append(index)
-    return Labels(indices, class_names, num_classes, defects)
+        for row, what, remedy in labels.wrong(classes):
+            defects.append(Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}; {remedy}"))
+    return Labels(indices, classes.names, classes.number, defects)
 
 
 def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     """Scan `tars` for what makes them shards; nothing is written.
 
-    Where the folder's manifest is that of a packing, it stays as it is, since it holds what no scan can find; the tars
-    must then be those that it names.
+    The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
 
     Args:
         tars: from `find_tars`.
@@ -178,10 +138,10 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         workers: processes at most.
 
     Raises:
-        DataError: no sample at all; class names for a packing; a process died. What is wrong with tars and labels is
-            among the defects.
+        DataError: no sample at all; class names for a packing; a process died. Mistakes in tars and labels are among
+            the defects.
     """
-    packed = tars.manifest if tars.manifest is not None and tars.manifest.codec != FOREIGN else None
+    packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
         if class_names is not None:
             raise DataError(
@@ -192,7 +152,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     scans = scan_shards(tars.paths, workers)
     labels = number_labels(scans, class_names)
     defects = [defect for scan in scans for defect in scan.defects] + labels.defects
-    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256 or "") for scan in scans]
+    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256) for scan in scans]
     total = sum(record.samples for record in records)
     if packed is not None:
         manifest = packed
@@ -209,9 +169,14 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
         )
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
-    undecodable = sum(scan.undecodable for scan in scans)
-    keys = [scan.keys for scan in scans]
-    return Survey(tars, manifest, labels.indices, keys, undecodable, by_place(defects))
+    return Survey(
+        tars,
+        manifest,
+        labels.indices,
+        keys=[scan.keys for scan in scans],
+        undecodable=sum(scan.undecodable for scan in scans),
+        defects=by_place(defects),
+    )
 
 
 def by_place(defects: Iterable[Defect]) -> list[Defect]:
@@ -219,33 +184,24 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
     return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
 
 
-_EXPECTED = {_Kind.NUMBER: "a number", _Kind.NAME: "a class name", _Kind.NONE: "none"}
-
-
-def _scan_content(path: Path) -> ShardScan:
-    return _scan(path, content=True)
-
-
-def _scan_headers(path: Path) -> ShardScan:
-    return _scan(path, content=False)
-
-
 def _scan(path: Path, *, content: bool) -> ShardScan:
-    """One shard, in any process; what is wrong with it is a defect."""
+    """One shard, in any process; mistakes in it are defects."""
     tar = survey_tar(path)
     defects = list(tar.defects)
     labels: list[int] = []
     names: dict[str, int] = {}
     for row, sample in enumerate(tar.samples):
-        label = NO_LABEL if sample.label is None else class_number(sample.label, {})
-        if label is None and (wrong := _no_name(sample.label or "")):
+        label = parse_label(sample.label)
+        wrong = ""
+        if label is None and sample.label is not None:
+            wrong = f"a number outside 0..{LARGEST_LABEL}" if sample.label else "nothing"
+        elif isinstance(label, str) and ("\ufffd" in label or not label.isprintable()):
+            wrong = "not printable UTF-8"
+        if wrong:
             what = f"sample {row} has label {sample.label!r}, {wrong}; write the class number or name"
             defects.append(Defect(path, sample.offset, what))
-            label = _REFUSED
-        elif label is None:
-            label = _FIRST_NAME - names.setdefault(sample.label or "", len(names))
-        labels.append(label)
-    sha256, size, undecodable = None, 0, 0
+        labels.append(REFUSED if wrong else label_code(label, names))
+    sha256, size, undecodable = "", 0, 0
     image_sizes: set[tuple[int, int]] = set()
     try:
         size = path.stat().st_size
@@ -253,40 +209,22 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             sha256 = sha256_of(path)
             image_sizes, undecodable = _image_sizes(path, tar.samples)
     except OSError as error:
-        if tar.complete:  # otherwise the scan has said it
+        if tar.complete:  # otherwise the scan has listed a defect already
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     index, keys = index_of(tar.samples, labels), key_hashes(tar.samples)
     return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
 
 
-def _no_name(text: str) -> str:
-    """Why `text`, which is no class number, is no class name either; empty if it is one."""
-    if not text:
-        return "nothing"
-    if "\ufffd" in text or not text.isprintable():
-        return "not printable UTF-8"
-    if text.lstrip("+-")[:1].isdigit():
-        try:
-            float(text)
-        except ValueError:
-            return ""
-        return f"a number outside 0..{LARGEST_LABEL}"
-    return ""
-
-
 def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, int]], int]:
-    """The sizes of the images as far as they matter, and how many images have no readable header."""
+    """The sizes that images have, and how many images have no readable header."""
     sizes: set[tuple[int, int]] = set()
     undecodable = 0
     file = OffsetReader(path)
     for sample in samples:
         try:
-            size = _image_size(file, sample)
+            sizes.add(_image_size(file, sample))
         except ImageError:
             undecodable += 1
-        else:
-            if len(sizes) < 2:
-                sizes.add(size)
     return sizes, undecodable
 
 
@@ -298,19 +236,3 @@ def _image_size(file: OffsetReader, sample: TarSample) -> tuple[int, int]:
         if len(head) == sample.size:
             raise
         return dimensions(file.read(sample.offset, sample.size), sample.extension)
-
-
-def _kinds(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    conditions = [labels >= 0, labels == NO_LABEL, labels == _REFUSED]
-    return np.select(conditions, [_Kind.NUMBER, _Kind.NONE, _Kind.REFUSED], _Kind.NAME)
-
-
-def _label_text(scan: ShardScan, row: np.intp) -> str:
-    label = int(scan.index["label"][row])
-    if label == NO_LABEL:
-        return "no label"
-    return f"label {label}" if label >= 0 else f"label {scan.names[_FIRST_NAME - label]!r}"
-
-
-def _sample_defect(scan: ShardScan, row: np.intp, what: str) -> Defect:
-    return Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}")

@@ -19,7 +19,7 @@ import pytest
 from jitscale.data import packing_job
 from jitscale.data.manifest import Manifest
 from jitscale.data.packing_job import PackingJob, PackingOptions
-from jitscale.data.sources import Inputs, find_inputs
+from jitscale.data.sources import SourceTable, find_sources
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
 from tests.data.packing_jobs import (
@@ -115,12 +115,12 @@ def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_pat
 def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
     """Let something happen while a task looks for its images."""
 
-    def find(*arguments: Any) -> Inputs:
+    def find(*arguments: Any) -> SourceTable:
         monkeypatch.undo()
         action()
-        return find_inputs(*arguments)
+        return find_sources(*arguments)
 
-    monkeypatch.setattr(packing_job, "find_inputs", find)
+    monkeypatch.setattr(packing_job, "find_sources", find)
 
 
 def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
