@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
-from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.manifest import MANIFEST, ShardRecord
 from jitscale.data.survey import by_place, in_processes
 from jitscale.data.tar_index import (
     NO_LABEL,
@@ -31,7 +31,6 @@ from jitscale.data.tar_index import (
 )
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
-from jitscale.keyed_random import Int64Array
 
 _REBUILD = "rebuild it with tools/index_shards.py --force"
 
@@ -49,6 +48,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Task:
+    """One shard, and what the manifest says of it and of all shards."""
+
     path: Path
     record: ShardRecord
     num_classes: int
@@ -56,17 +57,10 @@ class _Task:
     resolution: int | None
 
 
-@dataclass(frozen=True)
-class _Checked:
-    samples: int
-    bytes: int
-    defects: list[Defect]
-
-
 def verify(tars: Tars, workers: int) -> Verification:
     """Compare the shards of `tars` with their manifest, and decode every image, in parallel.
 
-    Checked are size, sha256, number of samples, the index beside a shard against a fresh scan, the range of labels,
+    Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
     and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
     others; of a tar that breaks off, the samples before are checked.
 
@@ -87,61 +81,54 @@ def verify(tars: Tars, workers: int) -> Verification:
         for record in manifest.shards
         if tars.whole_folder or tars.folder / record.name in tars.paths
     ]
-    defects = list(_contradictions(tars, manifest))
+    defects: list[Defect] = []
+    names = manifest.class_names
+    if names is not None and len(names) != manifest.num_classes:
+        what = f"names {len(names)} classes and counts {manifest.num_classes}; write it again"
+        defects.append(Defect(tars.folder / MANIFEST, None, what))
+    if not tars.whole_folder:
+        what = f"is not named by {MANIFEST}; choose another pattern or index the folder again"
+        defects += [Defect(path, None, what) for path in tars.not_in_manifest()]
     samples = read = 0
     started = time.monotonic()
     with tqdm(total=sum(task.record.bytes for task in tasks), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, checked in in_processes(_check, tasks, workers):
-            samples += checked.samples
-            read += checked.bytes
-            defects += checked.defects
+        for number, (of_shard, size, found) in in_processes(_check, tasks, workers):
+            samples += of_shard
+            read += size
+            defects += found
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
             progress.update(tasks[number].record.bytes)
     return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
 
 
-def _contradictions(tars: Tars, manifest: Manifest) -> Iterator[Defect]:
-    """What is wrong before a shard is opened."""
-    if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
-        what = f"names {len(manifest.class_names)} classes and counts {manifest.num_classes}; write it again"
-        yield Defect(tars.folder / MANIFEST, None, what)
-    if not tars.whole_folder:
-        for path in tars.not_in_manifest():
-            yield Defect(path, None, f"is not named by {MANIFEST}; choose another pattern or index the folder again")
-
-
-def _check(task: _Task) -> _Checked:
-    """One shard, in any process; whatever is wrong with it is a defect."""
+def _check(task: _Task) -> tuple[int, int, list[Defect]]:
+    """Samples, bytes and defects of one shard, in any process."""
     path, record = task.path, task.record
     if not path.is_file():
-        return _Checked(0, 0, [Defect(path, None, "is missing; copy it again")])
+        return 0, 0, [Defect(path, None, "is missing; copy it again")]
     defects: list[Defect] = []
     samples = size = 0
+    remedy = "copy the shard again"
     try:
         size = path.stat().st_size
-        intact = False
         if size != record.bytes:
             defects.append(Defect(path, None, f"has {size} bytes, the manifest says {record.bytes}; copy it again"))
         elif (digest := sha256_of(path)) != record.sha256:
             what = f"has sha256 {digest[:16]}..., the manifest says {record.sha256[:16]}...; copy it again"
             defects.append(Defect(path, None, what))
         else:
-            intact = True
+            remedy = "write the shard again without it, or leave it: training replaces it"
         scan = survey_tar(path)
         samples = len(scan.samples)
-        defects += scan.defects
         index, wrong_labels = _fresh_index(task, scan.samples)
-        defects += wrong_labels.values()
+        defects += scan.defects + list(wrong_labels.values())
         if scan.complete:
-            defects += _count_and_index_defects(task, index, np.array(list(wrong_labels), np.int64))
+            defects += _index_defects(task, index, list(wrong_labels))
             defects += _key_defects(path, scan.samples)
-        remedy = (
-            "write the shard again without it, or leave it: training replaces it" if intact else "copy the shard again"
-        )
         defects += _image_defects(task, scan.samples, remedy)
     except OSError as error:
         defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    return _Checked(samples, size, defects)
+    return samples, size, defects
 
 
 def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
@@ -159,8 +146,8 @@ def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dic
     return index_of(samples, labels), wrong
 
 
-def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64Array) -> Iterator[Defect]:
-    """What the manifest and the index beside the tar say otherwise than its headers, the wrong labels left aside."""
+def _index_defects(task: _Task, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
+    """Where manifest and index differ from the headers of the tar, except in `wrong_labels`, which are defects too."""
     path, beside = task.path, index_path(task.path)
     if len(fresh) != task.record.samples:
         what = f"holds {len(fresh)} samples, the manifest says {task.record.samples}; write the manifest again"
@@ -177,7 +164,7 @@ def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64
         yield Defect(path, None, f"holds {len(fresh)} samples, {beside.name} lists {len(index)}; {_REBUILD}")
         return
     differs = index != fresh
-    differs[wrong_labels] = False
+    differs[np.array(wrong_labels, np.int64)] = False
     rows = np.flatnonzero(differs)
     if len(rows):
         first = rows[0]
