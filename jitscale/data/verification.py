@@ -1,10 +1,14 @@
-"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for."""
+"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for.
+
+Images are read by offset, not in a pass (`passes`): webdataset stops at damage, and brings torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
-from jitscale.data.manifest import MANIFEST, ShardRecord
+from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.survey import by_place, in_processes
 from jitscale.data.tar_index import (
     NO_LABEL,
@@ -46,17 +50,6 @@ class Verification:
     defects: list[Defect]  # sorted by shard and byte
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One shard, and what the manifest says of it and of all shards."""
-
-    path: Path
-    record: ShardRecord
-    num_classes: int
-    class_names: list[str] | None
-    resolution: int | None
-
-
 def verify(tars: Tars, workers: int) -> Verification:
     """Compare the shards of `tars` with their manifest, and decode every image, in parallel.
 
@@ -76,11 +69,7 @@ def verify(tars: Tars, workers: int) -> Verification:
         raise DataError(
             f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
         )
-    tasks = [
-        _Task(tars.folder / record.name, record, manifest.num_classes, manifest.class_names, manifest.resolution)
-        for record in manifest.shards
-        if tars.whole_folder or tars.folder / record.name in tars.paths
-    ]
+    records = [one for one in manifest.shards if tars.whole_folder or tars.folder / one.name in tars.paths]
     defects: list[Defect] = []
     names = manifest.class_names
     if names is not None and len(names) != manifest.num_classes:
@@ -91,19 +80,20 @@ def verify(tars: Tars, workers: int) -> Verification:
         defects += [Defect(path, None, what) for path in tars.not_in_manifest()]
     samples = read = 0
     started = time.monotonic()
-    with tqdm(total=sum(task.record.bytes for task in tasks), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, (of_shard, size, found) in in_processes(_check, tasks, workers):
+    check = partial(_check, tars.folder, replace(manifest, shards=[], bad=[]))  # small enough for every process
+    with tqdm(total=sum(record.bytes for record in records), unit="B", unit_scale=True, desc="verify") as progress:
+        for number, (of_shard, size, found) in in_processes(check, records, workers):
             samples += of_shard
             read += size
             defects += found
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
-            progress.update(tasks[number].record.bytes)
-    return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
+            progress.update(records[number].bytes)
+    return Verification(len(records), samples, read, time.monotonic() - started, by_place(defects))
 
 
-def _check(task: _Task) -> tuple[int, int, list[Defect]]:
+def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect]]:
     """Samples, bytes and defects of one shard, in any process."""
-    path, record = task.path, task.record
+    path = folder / record.name
     if not path.is_file():
         return 0, 0, [Defect(path, None, "is missing; copy it again")]
     defects: list[Defect] = []
@@ -120,37 +110,38 @@ def _check(task: _Task) -> tuple[int, int, list[Defect]]:
             remedy = "write the shard again without it, or leave it: training replaces it"
         scan = survey_tar(path)
         samples = len(scan.samples)
-        index, wrong_labels = _fresh_index(task, scan.samples)
+        index, wrong_labels = _fresh_index(path, manifest, scan.samples)
         defects += scan.defects + list(wrong_labels.values())
         if scan.complete:
-            defects += _index_defects(task, index, list(wrong_labels))
+            defects += _index_defects(path, record, index, list(wrong_labels))
             defects += _key_defects(path, scan.samples)
-        defects += _image_defects(task, scan.samples, remedy)
+        defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
         defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     return samples, size, defects
 
 
-def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
+def _fresh_index(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
     """What the index should be, and the samples whose label is wrong."""
-    numbers = {name: number for number, name in enumerate(task.class_names or [])}
+    classes = manifest.num_classes
+    numbers = {name: number for number, name in enumerate(manifest.class_names or [])}
     labels: list[int] = []
     wrong: dict[int, Defect] = {}
     for row, sample in enumerate(samples):
         label = None if sample.label is None else class_number(sample.label, numbers)
-        if task.num_classes and (label is None or label >= task.num_classes):
+        if classes and (label is None or label >= classes):
             found = "no label" if sample.label is None else f"label {sample.label!r}"
-            what = f"sample {row} has {found}, needs one in 0..{task.num_classes - 1}; write the shard again"
-            wrong[row] = Defect(task.path, sample.offset, what)
+            what = f"sample {row} has {found}, needs one in 0..{classes - 1}; write the shard again"
+            wrong[row] = Defect(path, sample.offset, what)
         labels.append(NO_LABEL if label is None else label)
     return index_of(samples, labels), wrong
 
 
-def _index_defects(task: _Task, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
+def _index_defects(path: Path, record: ShardRecord, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
     """Where manifest and index differ from the headers of the tar, except in `wrong_labels`, which are defects too."""
-    path, beside = task.path, index_path(task.path)
-    if len(fresh) != task.record.samples:
-        what = f"holds {len(fresh)} samples, the manifest says {task.record.samples}; write the manifest again"
+    beside = index_path(path)
+    if len(fresh) != record.samples:
+        what = f"holds {len(fresh)} samples, the manifest says {record.samples}; write the manifest again"
         yield Defect(path, None, what)
     if not beside.exists():
         yield Defect(path, None, f"has no index beside it; {_REBUILD}")
@@ -197,17 +188,14 @@ def _entry(record: np.void) -> str:
     return f"{size} bytes of {extension.decode(errors='replace')} at {offset}, label {label}"
 
 
-def _image_defects(task: _Task, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
-    file = OffsetReader(task.path)
+def _image_defects(path: Path, resolution: int | None, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
+    file = OffsetReader(path)
     for row, sample in enumerate(samples):
         try:
             height, width = decode(file.read(sample.offset, sample.size), sample.extension).shape[:2]
         except ImageError as error:
-            yield Defect(task.path, sample.offset, f"sample {row} {error}; {remedy}")
+            yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue
-        if task.resolution is not None and (width, height) != (task.resolution, task.resolution):
-            what = (
-                f"sample {row} is {width} x {height} pixels, the manifest says {task.resolution} a side; "
-                f"write the shard or the manifest again"
-            )
-            yield Defect(task.path, sample.offset, what)
+        if resolution not in (None, width) or resolution not in (None, height):
+            what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
+            yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")
