@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +68,12 @@ def verify(tars: Tars, workers: int) -> Verification:
         raise DataError(
             f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
         )
-    records = [one for one in manifest.shards if tars.whole_folder or tars.folder / one.name in tars.paths]
+    common = replace(manifest, shards=[], bad=[])  # small enough for every task
+    tasks = [
+        (tars.folder / record.name, record, common)
+        for record in manifest.shards
+        if tars.whole_folder or tars.folder / record.name in tars.paths
+    ]
     defects: list[Defect] = []
     names = manifest.class_names
     if names is not None and len(names) != manifest.num_classes:
@@ -80,20 +84,19 @@ def verify(tars: Tars, workers: int) -> Verification:
         defects += [Defect(path, None, what) for path in tars.not_in_manifest()]
     samples = read = 0
     started = time.monotonic()
-    check = partial(_check, tars.folder, replace(manifest, shards=[], bad=[]))  # small enough for every process
-    with tqdm(total=sum(record.bytes for record in records), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, (of_shard, size, found) in in_processes(check, records, workers):
+    with tqdm(total=sum(record.bytes for _, record, _ in tasks), unit="B", unit_scale=True, desc="verify") as progress:
+        for number, (of_shard, size, found) in in_processes(_check, tasks, workers):
             samples += of_shard
             read += size
             defects += found
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
-            progress.update(records[number].bytes)
-    return Verification(len(records), samples, read, time.monotonic() - started, by_place(defects))
+            progress.update(tasks[number][1].bytes)
+    return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
 
 
-def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect]]:
+def _check(task: tuple[Path, ShardRecord, Manifest]) -> tuple[int, int, list[Defect]]:
     """Samples, bytes and defects of one shard, in any process."""
-    path = folder / record.name
+    path, record, manifest = task
     if not path.is_file():
         return 0, 0, [Defect(path, None, "is missing; copy it again")]
     defects: list[Defect] = []
