@@ -18,8 +18,8 @@ import math
 import secrets
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -153,18 +153,16 @@ class RealImages:
 
     def _state(self, held: ExitStack) -> str:
         """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
-        try:
-            if (self.folder / "facts.json").exists():
+        facts = self.folder / "facts.json"
+        with _writing(self.folder), ExitStack() as attempt:
+            if facts.exists():
                 return "ready"
             self.folder.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as attempt:
-                if not attempt.enter_context(exclusive_or_not(self.folder / ".lock")):
-                    return "wait"
-                if (self.folder / "facts.json").exists():  # completed since the first look
-                    return "ready"
-                held.push(attempt.pop_all())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            if not attempt.enter_context(exclusive_or_not(self.folder / ".lock")):
+                return "wait"
+            if facts.exists():  # completed since the first look
+                return "ready"
+            held.push(attempt.pop_all())
         return "compute"
 
     def _compute(self, network: Network, world: World, num_workers: int) -> None:
@@ -181,10 +179,8 @@ class RealImages:
             for path in missing[world.rank :: world.size]:
                 try:
                     content = self._part(counting, self._parts[path], num_workers)
-                    with atomic_write(path) as file:
+                    with _writing(self.folder), atomic_write(path) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
-                except OSError as error:
-                    raise _unwritable(self.folder, error) from error
                 except ValueError as error:
                     if not isinstance(error, UserError):
                         error = DataError(f"{self.file.path}: says nothing usable of real images ({error})")
@@ -259,7 +255,7 @@ class RealImages:
         floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
         half = len(features) // 2  # they are in a random order
         floors["kid"], floors["kid_std"] = kernel_distance(features[:half], features[half:])
-        try:
+        with _writing(self.folder):
             with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             with atomic_write(self.folder / "features.npy") as file:
@@ -275,8 +271,6 @@ class RealImages:
                 file.write(json.dumps(facts, indent=1).encode())
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
 
     def read(self) -> tuple[Block, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared.
@@ -299,5 +293,9 @@ class RealImages:
             ) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> DataError:
-    return DataError(f"{folder}: cannot be written ({error}); make room, or set evaluation.cache_dir")
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); make room, or set evaluation.cache_dir") from error
