@@ -31,8 +31,12 @@ def numbers(shards: ShardSet, samples: range, block: int = 3, workers: int = 0) 
 
 
 @pytest.mark.parametrize("codec", ["raw", "png"])
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_any_range_comes_in_order_whoever_decodes(tmp_path: Path, codec: str, workers: int) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_range_comes_in_order_whoever_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, workers: int
+) -> None:
+    monkeypatch.setenv("WORKER", "1")
+    monkeypatch.setenv("NUM_WORKERS", "2")
     pack(tmp_path, count=40, per_shard=7, codec=codec)
     shards = ShardSet.open(tmp_path, CLASSES)
     expected = [number for number, _ in all_samples(shards)]
