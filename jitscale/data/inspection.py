@@ -16,16 +16,19 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
-from jitscale.data.manifest import BadInput, ShardRecord, content_hash
+from jitscale.data.manifest import BadInput, Manifest, ShardRecord, content_hash
 from jitscale.data.processes import in_processes
 from jitscale.data.survey import by_place, number_labels, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
 from jitscale.errors import DataError
 from jitscale.files import atomic_write
-from jitscale.keyed_random import Float64Array, Int64Array, Purpose, hash64
+from jitscale.keyed_random import Int64Array, Purpose, hash64
 
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+# Of one image: its size in pixels; of each channel, in [0, 255], the mean and the mean square; whether all are equal.
+IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", 3), ("square", "<f8", 3), ("grey", "?")])
 
 SHEET_TILES = 8  # a side of the contact sheet
 TILE = 80  # pixels a side
@@ -53,7 +56,7 @@ class Collection:
     manifest_hash: str  # as `ShardSet` computes it
     bad: list[BadInput]
     enlarged: int
-    defects: list[Defect]  # of tars that were scanned because no index vouches for them; sorted
+    defects: list[Defect]  # sorted; of tars that are missing, or were scanned since no index vouches for them
 
     @property
     def samples(self) -> int:
@@ -71,38 +74,18 @@ class Collection:
 
 @dataclass(frozen=True)
 class Look:
-    """What a sample of the images looks like. Every image weighs the same, whatever its size."""
+    """What a sample of the images looks like."""
 
-    images: int
-    undecodable: list[Defect]  # not among `images`
-    sizes: Int64Array  # (images, 2): width and height in pixels
-    means: Float64Array  # (images, 3): of each channel, in [0, 255]
-    squares: Float64Array  # (images, 3): mean of the squared values
-    grey: int  # images whose channels are all equal
+    found: npt.NDArray[np.void]  # an `IMAGE` record each
+    undecodable: list[Defect]  # not among `found`
 
-    def mean(self) -> Float64Array:
-        """(3,), in [0, 255]."""
-        return np.asarray(self.means.mean(0))
-
-    def deviation(self) -> Float64Array:
-        """The standard deviation over all pixels of all images, (3,), in [0, 255]."""
-        return np.asarray(np.sqrt(np.maximum(self.squares.mean(0) - self.means.mean(0) ** 2, 0)))
-
-
-@dataclass(frozen=True)
-class _Task:
-    path: Path
-    rows: list[Record]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    images: list[tuple[int, int, Float64Array, Float64Array, bool]]  # width, height, mean, mean square, grey
-    undecodable: list[Defect]
+    @property
+    def images(self) -> int:
+        return len(self.found)
 
 
 def collect(tars: Tars, workers: int) -> Collection:
-    """The shards of `tars`. A tar is scanned unless the manifest names it and its index lies beside it.
+    """The shards of `tars`. A tar is scanned unless the manifest names it and its index lies next to it.
 
     Raises:
         DataError: a process died. A tar that is missing or damaged is counted among the defects.
@@ -120,32 +103,29 @@ def collect(tars: Tars, workers: int) -> Collection:
             except DataError as error:
                 defects.append(Defect(path, None, str(error)))
     to_scan = [path for path in paths if path not in indices]
-    class_names, num_classes = (None, 0) if manifest is None else (manifest.class_names, manifest.num_classes)
     if to_scan:
         scans = scan_shards(to_scan, workers, content=False)
-        labels = number_labels(scans, class_names)
+        labels = number_labels(scans, None if manifest is None else manifest.class_names)
         indices.update(zip(to_scan, labels.indices, strict=True))
         defects += [defect for scan in scans for defect in scan.defects] + labels.defects
-        if manifest is None:
-            class_names, num_classes = labels.class_names, labels.num_classes
-    sizes = [path.stat().st_size for path in paths]
-    hashes = [records[path].sha256 if path in records else "" for path in paths]
-    identity = [
-        ShardRecord(path.name, len(indices[path]), size, sha256)
-        for path, size, sha256 in zip(paths, sizes, hashes, strict=True)
+        manifest = manifest or Manifest("", None, labels.num_classes, labels.class_names, 0, [])
+    manifest = manifest or Manifest("", None, 0, None, 0, [])
+    found = [
+        ShardRecord(path.name, len(indices[path]), path.stat().st_size, records[path].sha256 if path in records else "")
+        for path in paths
     ]
     return Collection(
         paths,
         [indices[path] for path in paths],
-        sum(sizes),
-        None if manifest is None else manifest.codec,
-        None if manifest is None else manifest.resolution,
-        None if manifest is None else manifest.crop,
-        num_classes,
-        class_names,
-        content_hash(identity),
-        [] if manifest is None else manifest.bad,
-        0 if manifest is None else manifest.enlarged,
+        sum(record.bytes for record in found),
+        manifest.codec or None,
+        manifest.resolution,
+        manifest.crop,
+        manifest.num_classes,
+        manifest.class_names,
+        content_hash(found),
+        manifest.bad,
+        manifest.enlarged,
         by_place(defects),
     )
 
@@ -175,7 +155,7 @@ def extensions(collection: Collection) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def drawn(total: int, count: int, seed: int) -> Int64Array:
+def random_positions(total: int, count: int, seed: int) -> Int64Array:
     """`count` of range(total) in rising order, one at random of each of `count` equal parts; all if there are fewer."""
     count = min(count, total)
     edges = np.arange(count + 1) * total // max(count, 1)
@@ -189,42 +169,43 @@ def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
     Raises:
         DataError: a process died. Images that cannot be decoded are counted.
     """
+    chosen = random_positions(collection.samples, count, seed)
     tasks = [
-        _Task(collection.paths[shard], collection.indices[shard][rows[first : first + _CHUNK]].tolist())
-        for shard, rows in _by_shard(collection, drawn(collection.samples, count, seed))
+        (collection.paths[shard], collection.indices[shard][rows[first : first + _CHUNK]].tolist())
+        for shard, _, rows in _by_shard(collection, chosen)
         for first in range(0, len(rows), _CHUNK)
     ]
-    seen: dict[int, _Seen] = {}
-    with tqdm(total=sum(len(task.rows) for task in tasks), unit="img", desc="decode") as progress:
-        for number, result in in_processes(_see, tasks, workers):
-            seen[number] = result
-            progress.update(len(tasks[number].rows))
-    images = [image for number in range(len(tasks)) for image in seen[number].images]
+    looks: dict[int, Look] = {}
+    with tqdm(total=len(chosen), unit="img", desc="decode") as progress:
+        for number, looks[number] in in_processes(_look_at, tasks, workers):
+            progress.update(len(tasks[number][1]))
+    in_order = [looks[number] for number in range(len(tasks))]
     return Look(
-        len(images),
-        [defect for number in range(len(tasks)) for defect in seen[number].undecodable],
-        np.array([(width, height) for width, height, *_ in images], np.int64).reshape(-1, 2),
-        np.array([image[2] for image in images], np.float64).reshape(-1, 3),
-        np.array([image[3] for image in images], np.float64).reshape(-1, 3),
-        sum(grey for *_, grey in images),
+        np.concatenate([np.empty(0, IMAGE), *(one.found for one in in_order)]),
+        [defect for one in in_order for defect in one.undecodable],
     )
 
 
 def statistics(seen: Look) -> dict[str, Any]:
-    """Sizes and colours of what was looked at; colours both in [0, 255] and as the network sees them, in [-1, 1]."""
+    """Sizes and colours of what was looked at; colours both in [0, 255] and as the network sees them, in [-1, 1].
+
+    Every image weighs the same, whatever its size.
+    """
     if not seen.images:
         return {}
-    short = seen.sizes.min(1)
-    mean, deviation = seen.mean(), seen.deviation()
+    width, height = seen.found["width"], seen.found["height"]
+    mean = seen.found["mean"].mean(0)
+    deviation = np.sqrt(np.maximum(seen.found["square"].mean(0) - mean**2, 0))
+    below = {str(side): float((np.minimum(width, height) < side).mean()) for side in _SMALL_SIDES}
     return {
-        "width": _spread(seen.sizes[:, 0]),
-        "height": _spread(seen.sizes[:, 1]),
-        "share_of_short_sides_below": {str(side): float((short < side).mean()) for side in _SMALL_SIDES},
+        "width": _spread(width),
+        "height": _spread(height),
+        "share_of_short_sides_below": below,
         "rgb_mean_255": mean.tolist(),
         "rgb_std_255": deviation.tolist(),
         "rgb_mean": (mean / 127.5 - 1).tolist(),
         "rgb_std": (deviation / 127.5).tolist(),
-        "share_grey": seen.grey / seen.images,
+        "share_grey": float(seen.found["grey"].mean()),
     }
 
 
@@ -239,47 +220,45 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     chosen = _for_the_sheet(collection, seed)
     if not len(chosen):
         raise DataError(f"{path}: there is no sample to put on a contact sheet; choose other shards")
-    tiles = {}
-    for shard, rows in _by_shard(collection, np.sort(chosen)):
-        records = collection.indices[shard][rows].tolist()
-        file = OffsetReader(collection.paths[shard])
-        for sample, record in zip(_starts(collection)[shard] + rows, records, strict=True):
-            tiles[int(sample)] = (_tile(file, record), record[2])
-
     wide, high = TILE + _GAP, TILE + CAPTION + _GAP
     sheet = Image.new("RGB", (SHEET_TILES * wide + _GAP, SHEET_TILES * high + _GAP), _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for number, sample in enumerate(chosen.tolist()):
-        image, label = tiles[sample]
-        left, top = _GAP + number % SHEET_TILES * wide, _GAP + number // SHEET_TILES * high
-        if image is None:
-            draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), _MISSING)
-        else:
-            sheet.paste(Image.fromarray(image), (left, top))
-        caption = "undecodable" if image is None else collection.class_text(label) if label >= 0 else ""
-        draw.text((left, top + TILE), _fitting(caption, font), _INK, font)
+    tile_of = {sample: tile for tile, sample in enumerate(chosen.tolist())}
+    for shard, samples, rows in _by_shard(collection, np.sort(chosen)):
+        file = OffsetReader(collection.paths[shard])
+        for sample, record in zip(samples.tolist(), collection.indices[shard][rows].tolist(), strict=True):
+            row, column = divmod(tile_of[sample], SHEET_TILES)
+            left, top = _GAP + column * wide, _GAP + row * high
+            caption = collection.class_text(record[2]) if record[2] >= 0 else ""
+            try:
+                sheet.paste(Image.fromarray(center_crop(_read(file, record), TILE)), (left, top))
+            except DataError:
+                caption = "undecodable"
+                draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), _MISSING)
+            draw.text((left, top + TILE), _fitting(caption, font), _INK, font)
     _save(sheet, path)
 
 
-def _see(task: _Task) -> _Seen:
+def _look_at(task: tuple[Path, list[Record]]) -> Look:
     """Some images of one shard, in any process."""
+    path, records = task
     images, undecodable = [], []
+    levels = np.arange(256)
     try:
-        file = OffsetReader(task.path)
-        for record in task.rows:
+        file = OffsetReader(path)
+        for record in records:
             try:
                 image = _read(file, record)
             except DataError as error:
-                undecodable.append(Defect(task.path, record[0], str(error)))
+                undecodable.append(Defect(path, record[0], str(error)))
                 continue
-            levels = np.arange(256)
+            height, width = image.shape[:2]
             histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
-            shares = np.array(histograms) / (image.shape[0] * image.shape[1])
-            grey = bool((image == image[..., :1]).all())
-            images.append((image.shape[1], image.shape[0], shares @ levels, shares @ levels**2, grey))
+            shares = np.array(histograms) / (height * width)
+            images.append((width, height, shares @ levels, shares @ levels**2, (image == image[..., :1]).all()))
     except OSError as error:
-        undecodable.append(Defect(task.path, None, f"cannot be read ({error})"))
-    return _Seen(images, undecodable)
+        undecodable.append(Defect(path, None, f"cannot be read ({error})"))
+    return Look(np.array(images, IMAGE), undecodable)
 
 
 def _read(file: OffsetReader, record: Record) -> UInt8Array:
@@ -296,42 +275,26 @@ def _read(file: OffsetReader, record: Record) -> UInt8Array:
     return decode(data, extension.decode(errors="replace"))
 
 
-def _tile(file: OffsetReader, record: Record) -> UInt8Array | None:
-    try:
-        return center_crop(_read(file, record), TILE)
-    except DataError:
-        return None
-
-
-def _starts(collection: Collection) -> Int64Array:
-    """The number of every shard's first sample."""
-    lengths = np.array([len(index) for index in collection.indices], np.int64)
-    return np.cumsum(lengths) - lengths
-
-
-def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int, Int64Array]]:
-    """Shard by shard, those of `samples` (in rising order) that lie in it, counted from its first one."""
-    starts = _starts(collection)
-    ends = np.searchsorted(samples, [*starts[1:], collection.samples])
-    first = 0
-    for shard, end in enumerate(ends.tolist()):
-        if end > first:
-            yield shard, samples[first:end] - starts[shard]
-        first = end
+def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+    """Shard by shard, those of `samples` (in rising order) that lie in it, and their rows in its index."""
+    lengths = [len(index) for index in collection.indices]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    for shard, found in enumerate(np.split(samples, np.searchsorted(samples, ends[:-1]))):
+        if len(found):
+            yield shard, found, found - (ends[shard] - lengths[shard])
 
 
 def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
     """The samples on the contact sheet in the order of their tiles, each at most once."""
-    tiles = SHEET_TILES**2
-    labels = collection.labels()
+    tiles, labels = SHEET_TILES**2, collection.labels()
     present = np.unique(labels[labels >= 0])
     if not len(present):
-        return drawn(collection.samples, tiles, seed)
-    classes = Counter(present[np.arange(tiles) * len(present) // tiles].tolist())
+        return random_positions(collection.samples, tiles, seed)
+    classes, counts = np.unique(present[np.arange(tiles) * len(present) // tiles], return_counts=True)
     chosen: list[Int64Array] = []
-    for label, count in classes.items():
-        candidates = np.flatnonzero(labels == label)
-        chosen.append(candidates[drawn(len(candidates), count, seed)])
+    for label, count in zip(classes, counts.tolist(), strict=True):
+        members = np.flatnonzero(labels == label)
+        chosen.append(members[random_positions(len(members), count, seed)])
     return np.concatenate(chosen)
 
 

@@ -64,32 +64,20 @@ class ShardLoader:
 
     An image that cannot be decoded is replaced by another sample, chosen by a hash of its position.
 
-    Attributes:
-        shard_set: where the samples are.
-        order: which sample stands at which position.
-        global_batch_size: G.
-        micro_batch_size: B.
-        rank: r.
-        world_size: R.
-        start_position: of the first global batch.
-        num_workers: processes that read ahead; 0 reads in this one.
-        pin_memory: put batches into page-locked memory.
-        start_method: of the workers: fork, spawn or forkserver; None for the platform's.
-
     Raises:
         DataError: G is not a multiple of R times B; while iterating, a shard that cannot be read, or a dead worker.
     """
 
     shard_set: ShardSet
     order: EpochOrder
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
-    start_position: int
-    num_workers: int
-    pin_memory: bool
-    start_method: str | None = None
+    global_batch_size: int  # G
+    micro_batch_size: int  # B
+    rank: int  # r
+    world_size: int  # R
+    start_position: int  # of the first global batch
+    num_workers: int  # processes that read ahead; 0 reads in this one
+    pin_memory: bool  # puts batches into page-locked memory
+    start_method: str | None = None  # of the workers: fork, spawn or forkserver; None: the platform's
 
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
@@ -129,10 +117,20 @@ class ShardLoader:
             streams = streams // self.world_size * local_ranks
         return 2 * streams
 
-    def shared_memory_needed(self) -> int:
-        """Bytes of `SHARED_MEMORY` that the batches between the workers and this process take at most."""
-        image = self.shard_set.image_size**2 * 3
-        return self.num_workers * (_BATCHES_AHEAD + 1) * self.micro_batch_size * (image + 16)
+    def check_shared_memory(self, local_ranks: int) -> None:
+        """Refuse a file system that the batches of `local_ranks` ranks of a node would fill, which kills by SIGBUS.
+
+        Raises:
+            DataError: naming the size that is needed.
+        """
+        batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
+        needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
+        free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed
+        if needed > free:
+            raise DataError(
+                f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {self.num_workers} workers need "
+                f"{-(-needed >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
+            )
 
 
 class _MicroBatches(Dataset["Batch | DataError"]):
@@ -142,7 +140,6 @@ class _MicroBatches(Dataset["Batch | DataError"]):
         self.shards, self.order = shards, order
 
     def __getitem__(self, positions: Int64Array) -> Batch | DataError:
-        """A `DataError` is returned: raised here, it would reach the user wrapped in a worker's traceback."""
         size = self.shards.image_size
         images, labels = np.empty((len(positions), size, size, 3), np.uint8), np.empty(len(positions), np.int64)
         bad_samples: list[str] = []
@@ -194,8 +191,7 @@ def start_workers(
     """Start processes that read ahead; they end with the generator that is returned.
 
     Args:
-        dataset: what the processes read. It returns a `DataError` instead of raising it, since PyTorch would wrap it
-            in a worker's traceback.
+        dataset: what they read. It returns a `DataError`; raised, it would reach the user in a worker's traceback.
         num_workers: processes; 0 reads in this one.
         start_method: fork, spawn or forkserver; None for the platform's.
         options: of the `DataLoader`.
@@ -207,6 +203,7 @@ def start_workers(
     loader: DataLoader[T | DataError] = DataLoader(
         dataset,
         batch_size=None,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=_BATCHES_AHEAD if num_workers else None,
         multiprocessing_context=start_method if num_workers else None,
@@ -218,6 +215,10 @@ def start_workers(
     batches = iter(loader)
     workers = [process for process in multiprocessing.active_children() if process not in others]
     return _until_closed(batches, workers, closing)
+
+
+def _unchanged(batch: T) -> T:
+    return batch
 
 
 def _until_closed(
@@ -284,24 +285,3 @@ def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
     signal.signal(signal.SIGTERM, obey_if_closing)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-
-
-def check_shared_memory(needed: int, local_ranks: int, num_workers: int) -> None:
-    """Refuse to start where the workers of one node would run out of shared memory, which kills them by SIGBUS.
-
-    Args:
-        needed: bytes of one rank, see `ShardLoader.shared_memory_needed`.
-        local_ranks: ranks on this node.
-        num_workers: of one rank, for the message.
-
-    Raises:
-        DataError: the file system is smaller than that.
-    """
-    if needed == 0 or not SHARED_MEMORY.exists():
-        return
-    total, free = needed * local_ranks, shutil.disk_usage(SHARED_MEMORY).free
-    if total > free:
-        raise DataError(
-            f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {num_workers} workers need "
-            f"{-(-total >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
-        )

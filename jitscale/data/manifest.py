@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jitscale.errors import DataError
 from jitscale.files import atomic_write
@@ -80,14 +81,6 @@ class Manifest:
         wrong = _wrong_value(manifest)
         if wrong:
             raise DataError(f"{source}: {wrong}; write it again")
-        outside = [record.name for record in shards if Path(record.name).name != record.name]
-        if outside:
-            raise DataError(f"{source}: names {outside[0]!r}, which is not a file of its folder; write it again")
-        counted = sum(record.samples for record in shards)
-        if counted != manifest.total:
-            raise DataError(
-                f"{source}: its shards hold {counted} samples, its total says {manifest.total}; write it again"
-            )
         return manifest
 
     def write(self, path: Path) -> None:
@@ -102,30 +95,34 @@ def _wrong_value(manifest: Manifest) -> str:
     def is_count(value: object, least: int = 0) -> bool:
         return type(value) is int and value >= least
 
-    numbers = {"num_classes": manifest.num_classes, "total": manifest.total, "enlarged": manifest.enlarged}
-    for name, value in numbers.items():
-        if not is_count(value):
-            return f"{name} is {value!r}, not a number of things"
-    if manifest.resolution is not None and not is_count(manifest.resolution, 1):
-        return f"resolution is {manifest.resolution!r}, neither pixels nor null"
-    if not isinstance(manifest.codec, str):
-        return f"codec is {manifest.codec!r}, not a name"
-    names = manifest.class_names
-    if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
-        return f"class_names is {names!r}, not a list of names"
-    counts = manifest.class_counts
-    if counts is not None and (not isinstance(counts, list) or not all(is_count(count) for count in counts)):
-        return f"class_counts is {counts!r}, not a list of numbers of things"
+    def is_list(values: object, is_sound: Callable[[Any], bool]) -> bool:
+        return values is None or (isinstance(values, list) and all(map(is_sound, values)))
+
+    sound = {
+        "num_classes": (is_count(manifest.num_classes), "a number of things"),
+        "total": (is_count(manifest.total), "a number of things"),
+        "enlarged": (is_count(manifest.enlarged), "a number of things"),
+        "resolution": (manifest.resolution is None or is_count(manifest.resolution, 1), "a number of pixels or null"),
+        "codec": (isinstance(manifest.codec, str), "a name"),
+        "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
+        "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
+    }
+    for name, (is_sound, expected) in sound.items():
+        if not is_sound:
+            return f"{name} is {getattr(manifest, name)!r}, not {expected}"
     seen: set[str] = set()
     for record in manifest.shards:
         if not isinstance(record.name, str) or not isinstance(record.sha256, str):
             return f"a shard's name is {record.name!r} and its sha256 {record.sha256!r}, not text"
         if not is_count(record.samples) or not is_count(record.bytes):
             return f"{record.name} has {record.samples!r} samples in {record.bytes!r} bytes, not numbers of things"
+        if Path(record.name).name != record.name:
+            return f"names {record.name!r}, which is not a file of its folder"
         if record.name in seen:
             return f"names {record.name} twice; every sample must come once an epoch"
         seen.add(record.name)
-    return ""
+    counted = sum(record.samples for record in manifest.shards)
+    return "" if counted == manifest.total else f"its shards hold {counted} samples, its total says {manifest.total}"
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from itertools import islice
 
 import numpy as np
 import webdataset
+from torch.utils.data import get_worker_info
 from webdataset.tariterators import tar_file_iterator
 
 from jitscale.data.images import UInt8Array
@@ -42,10 +43,17 @@ def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) ->
         DataError: an image cannot be decoded, a tar does not hold what its index says, or a worker died.
     """
     blocks = [samples[first : first + block] for first in range(0, len(samples), block)]
-    # The order stays: workers take blocks by turns, and PyTorch collects them by turns.
-    read = webdataset.map(partial(_read_block, shards))
-    pipeline = webdataset.DataPipeline(partial(iter, blocks), webdataset.split_by_worker, read)
+    pipeline = webdataset.DataPipeline(partial(_own_blocks, blocks), webdataset.map(partial(_read_block, shards)))
     return start_workers(pipeline, num_workers if len(samples) >= FEWEST_FOR_WORKERS else 0)
+
+
+def _own_blocks(blocks: list[range]) -> list[range]:
+    """Workers take blocks by turns, and PyTorch collects them by turns, so that the order stays.
+
+    webdataset's `split_by_worker` would believe environment variables of other programs, such as WORKER.
+    """
+    worker = get_worker_info()
+    return blocks if worker is None else blocks[worker.id :: worker.num_workers]
 
 
 def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:

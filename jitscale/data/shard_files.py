@@ -36,10 +36,15 @@ class ShardFile:
 
     location: str  # a path, or a URL
     record: ShardRecord  # of the manifest; without one, what a scan found, and no sha256
-    index: IndexArray | None  # of a scan; None: the index lies beside the tar
+    index: IndexArray | None  # of a scan; None: the index lies next to the tar
 
     def identities(self) -> Iterator[object]:
-        """What two names of the same shard have in common: the file, and the hash in a manifest."""
+        """What two names of the same shard have in common: the file, and the hash in a manifest.
+
+        Shards without samples have nothing in common.
+        """
+        if not self.record.samples:
+            return
         if is_remote(self.location):
             yield self.location
         else:
@@ -49,7 +54,7 @@ class ShardFile:
             yield self.record.sha256
 
     def has_keys(self) -> bool:
-        """Whether a file beside the tar holds them; where no manifest names the tar, it may be of another tar."""
+        """Whether a file next to the tar holds them; where no manifest names the tar, it may be of another tar."""
         return is_remote(self.location) or (self.index is None and keys_path(Path(self.location)).exists())
 
     def keys(self) -> UInt64Array:
@@ -79,14 +84,9 @@ class ShardFile:
 
 
 def local_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[ShardFile], list[Manifest]]:
-    """The shards in folders of this machine, and the manifests of these folders.
+    """The shards in folders of this machine, and the manifests of these folders; arguments as of `ShardSet.open`.
 
     Tars that no manifest names, or that have no index, are scanned.
-
-    Args:
-        pattern: see `ShardSet.open`, as the other arguments.
-        num_classes: of the model.
-        image_size: of the model.
 
     Raises:
         DataError: see `ShardSet.open`.

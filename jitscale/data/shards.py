@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 
@@ -112,7 +112,7 @@ class ShardSet:
 
         Args:
             pattern: a folder, a glob, or a brace pattern such as `shard-{000..007}.tar`. A folder's manifest says
-                which shards there must be, and vouches for their size and for the index beside them. A tar that
+                which shards there must be, and vouches for their size and for the index next to them. A tar that
                 no manifest names is scanned, since an index of unknown origin may be of another tar. In remote storage
                 (s3://, gs://, https://) a folder with a manifest, or a brace pattern of tars in one.
             num_classes: labels must be below it; 0 for unconditional, where labels are ignored and read as 0.
@@ -140,13 +140,10 @@ class ShardSet:
         return self._cache is not None
 
     def without_fraction(self, fraction: float) -> ShardSet:
-        """These samples without about `fraction` of them, which become `held_out`.
+        """These samples without about `fraction` of them, in (0, 1), which become `held_out`.
 
         The key of a sample and the fraction alone decide. So the same pictures are held out however they are packed, at
         every resolution and under every seed, and a larger fraction holds out all that a smaller one does.
-
-        Args:
-            fraction: in (0, 1).
 
         Raises:
             DataError: none or all of the samples are chosen, the keys cannot be read, or none of the first held-out
@@ -191,14 +188,14 @@ class ShardSet:
         Raises:
             DataError: naming the shard.
         """
-        own = {mark: shard for shard in self._shards if shard.record.samples for mark in shard.identities()}
+        own = {mark: shard.location for shard in self._shards for mark in shard.identities()}
         for shard in held_out._shards:
-            for mark in shard.identities() if shard.record.samples else ():
-                if mark in own:
-                    raise DataError(
-                        f"data.held_out: {shard.location} is trained on as {own[mark].location} of data.shards; name "
-                        "shards that data.shards leaves out, or hold out a fraction, for example data.held_out=0.01"
-                    )
+            common = [own[mark] for mark in shard.identities() if mark in own]
+            if common:
+                raise DataError(
+                    f"data.held_out: {shard.location} is trained on as {common[0]} of data.shards; name shards that "
+                    "data.shards leaves out, or hold out a fraction, for example data.held_out=0.01"
+                )
         if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
             raise DataError(
                 "data.held_out: its manifest names other classes than that of data.shards, and a label must mean one "
@@ -206,38 +203,30 @@ class ShardSet:
             )
 
     def fetch(self, shard: int) -> None:
-        """Bring a remote shard to this node, if it is not there.
-
-        Raises:
-            DataError: see `ShardCache.fetch`.
-        """
+        """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
         if self._cache is not None:
             self._cache.fetch(self._shards[shard].location, self._shards[shard].record)
 
     def class_counts(self) -> list[int]:
-        """Samples of each class: by the manifest where it counts just these shards, else by their indexes.
+        """Samples of each class, by the indexes; of remote shards by their manifest.
 
         Raises:
             DataError: there are no classes, or remote shards whose manifest does not count them.
         """
         if not self._num_classes:
             raise DataError("data.shards: model.num_classes=0, so that no class has a frequency")
-        counted = [manifest.class_counts or [] for manifest in self._manifests]
-        if counted and sum(map(sum, counted)) == self.num_samples and max(map(len, counted)) <= self._num_classes:
-            padded = [np.pad(counts, (0, self._num_classes - len(counts))) for counts in counted]
-            return cast(list[int], np.sum(padded, axis=0).tolist())
-        if self._cache is not None:
+        if self._cache is None:
+            return count_classes(map(_index_of, self._shards), self._num_classes) or []
+        counts = self._manifests[0].class_counts or []
+        if sum(counts) != self.num_samples:
             raise DataError(
                 f"{self._shards[0].location}: the manifest does not count the samples of each class; write it again "
                 "with tools/index_shards.py"
             )
-        return count_classes(map(_index_of, self._shards), self._num_classes) or []
+        return counts + [0] * (self._num_classes - len(counts))
 
     def check_cache(self, side_by_side: int) -> None:
-        """Refuse a cache in which shards would make room for each other before they are used up.
-
-        Args:
-            side_by_side: how many shards this node reads at the same time.
+        """Refuse a cache that evicts shards before they are used up, since it holds fewer than `side_by_side`.
 
         Raises:
             DataError: naming the size that is needed.
@@ -264,11 +253,10 @@ class ShardSet:
         offset, size, label, _ = opened.index[index].item()
         try:
             data = opened.read(offset, size)
-        except ShortReadError as error:
-            what = f"{error}: the file was cut while in use; copy it again"
-            raise DataError(f"{self.place(shard, index)} {what}") from error
         except OSError as error:
             what = f"cannot be read ({error}); start again when the storage works"
+            if isinstance(error, ShortReadError):
+                what = f"{error}: the file was cut while in use; copy it again"
             raise DataError(f"{self.place(shard, index)} {what}") from error
         return self.decode(shard, index, data), label if self._num_classes else 0
 
@@ -317,7 +305,7 @@ class ShardSet:
         return f"{self._shards[shard].location}: byte {self._open(shard).index['offset'][index]}: sample {index}"
 
     def shard_and_index(self, sample: int) -> tuple[int, int]:
-        """Where `sample`, counted over all shards in turn, lies."""
+        """Where a sample lies that is counted over all shards in turn."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
@@ -402,21 +390,13 @@ def open_configured(config: Config) -> ShardSet:
 
 
 def open_reference(config: Config) -> ShardSet:
-    """The real images of an evaluation, without their labels; {resolution} stands for their size.
-
-    Raises:
-        DataError: see `ShardSet.open`.
-    """
+    """The real images of an evaluation, unlabelled; {resolution} is their size. Raises as `ShardSet.open`."""
     size = config.evaluation.reference_size or config.model.image_size
     return _open_sized(config, config.evaluation.reference or config.data.shards, 0, size)
 
 
 def open_labelled(config: Config) -> ShardSet:
-    """The shards whose class frequencies `evaluation.labels=data` means: `data.shards`, or else the reference.
-
-    Raises:
-        DataError: see `ShardSet.open`.
-    """
+    """The shards that `evaluation.labels=data` means: `data.shards` or the reference; raises as `ShardSet.open`."""
     pattern = config.data.shards or config.evaluation.reference or ""
     return _open_sized(config, pattern, config.model.num_classes, config.model.image_size)
 

@@ -1,7 +1,7 @@
 """The index of one tar: where its images lie, and the labels, from a scan of the headers.
 
-The index of `shard.tar` is the file `shard.index.npy` beside it, to be memory-mapped. `shard.keys.npy` holds a hash of
-each sample's key, in the same order: only a run that holds out a fraction of the samples reads it.
+The index of `shard.tar` is `shard.index.npy` next to it, to be memory-mapped. `shard.keys.npy` holds a hash of each
+sample's key, in the same order; only a run that holds out a fraction of the samples reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,16 +53,9 @@ class ShortReadError(OSError):
 
 
 class OffsetReader:
-    """An open file that is read by offset; it is closed with the last reference."""
+    """An open file that is read by offset: a path, or a descriptor, which is closed with the last reference."""
 
     def __init__(self, file: str | Path | int) -> None:
-        """
-        Args:
-            file: a path, or a descriptor, which is then this object's to close.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
         # Without O_NONBLOCK a pipe without a writer would block.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         self._descriptor = file if isinstance(file, int) else os.open(file, flags)
@@ -90,7 +83,7 @@ class OffsetReader:
 
 @dataclass(frozen=True)
 class Defect:
-    """One thing that is wrong with a shard."""
+    """One fault of a shard."""
 
     path: Path
     byte: int | None  # of the tar; None: the file as a whole
@@ -129,11 +122,9 @@ def survey_tar(path: Path) -> TarScan:
     """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
     defects: list[Defect] = []
     samples: list[TarSample] = []
-    complete = False
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with path.open("rb") as file:
-            complete = _read_members(path, file, members, defects)
+            members, complete = _read_members(path, file, defects)
             for key, parts in members.items():
                 found = [extension for extension in parts if extension in EXTENSIONS]
                 if len(found) != 1:
@@ -157,13 +148,10 @@ def survey_tar(path: Path) -> TarScan:
 
 
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
-    """Scan the headers of one tar; one `INDEX` record a sample, in the order of the tar.
-
-    A label is a class number in decimal, or one of `class_names`. Without `with_labels`, and where a sample has no
-    `cls` member, it is `NO_LABEL`.
+    """One `INDEX` record of each sample that `scan_tar` finds; all are `NO_LABEL` without `with_labels`.
 
     Raises:
-        DataError: see `scan_tar`; or a label is neither a class number nor a known name.
+        DataError: see `scan_tar` and `class_numbers`.
     """
     samples = scan_tar(path)
     return index_of(samples, class_numbers(path, samples, class_names) if with_labels else [NO_LABEL] * len(samples))
@@ -176,10 +164,10 @@ def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
 
 
 def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[str] | None = None) -> list[int]:
-    """The labels of `samples` of the tar `path`; `NO_LABEL` of those without one.
+    """The labels of `samples` of the tar `path`; `NO_LABEL` of those without a `cls` member.
 
     Raises:
-        DataError: a label is neither a class number nor one of `class_names`.
+        DataError: a label is neither a class number in decimal nor one of `class_names`.
     """
     numbers = {name: number for number, name in enumerate(class_names or [])}
     labels = []
@@ -198,8 +186,7 @@ def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[st
 def class_number(text: str, numbers: dict[str, int]) -> int | None:
     """The label that `text` means: a number in decimal, or a name among `numbers`; None for anything else."""
     if text.isascii() and text.isdigit():
-        number = int(text)
-        return number if number <= LARGEST_LABEL else None
+        return int(text) if int(text) <= LARGEST_LABEL else None
     return numbers.get(text)
 
 
@@ -209,9 +196,8 @@ def index_path(tar: Path) -> Path:
 
 
 def write_index(tar: Path, index: IndexArray) -> None:
-    """Put `index` beside its tar."""
-    with atomic_write(index_path(tar)) as file:
-        np.save(file, index, allow_pickle=False)
+    """Put `index` next to its tar."""
+    _write(index_path(tar), index)
 
 
 def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] | None:
@@ -253,9 +239,8 @@ def keys_path(tar: Path) -> Path:
 
 
 def write_keys(tar: Path, keys: UInt64Array) -> None:
-    """Put the hashes of the keys beside their tar."""
-    with atomic_write(keys_path(tar)) as file:
-        np.save(file, keys, allow_pickle=False)
+    """Put the hashes of the keys next to their tar."""
+    _write(keys_path(tar), keys)
 
 
 def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
@@ -274,22 +259,28 @@ def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     return keys
 
 
+def _write(path: Path, array: npt.NDArray[Any]) -> None:
+    with atomic_write(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
 def _read_members(
-    path: Path, file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]], defects: list[Defect]
-) -> bool:
-    """Fill `members`, key to extension to regular member, and `defects`; whether the end of the archive was reached.
+    path: Path, file: IO[bytes], defects: list[Defect]
+) -> tuple[dict[str, dict[str, tarfile.TarInfo]], bool]:
+    """Regular members by key and extension, and whether the end of the archive was reached; fills `defects`.
 
     Of a tar that breaks off, the last key is left out: some of its members may be lost.
     """
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
     magic = file.read(len(_GZIP_MAGIC))
     if not magic:
         defects.append(Defect(path, None, "is empty (0 bytes); copy or write it again"))
-        return False
+        return members, False
     if magic == _GZIP_MAGIC:
         defects.append(Defect(path, 0, "is compressed with gzip and cannot be read by offset; gunzip it"))
-        return False
+        return members, False
     file.seek(0)
-    previous, start = None, 0
+    previous, start = "", 0
     repeated: set[str] = set()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -299,52 +290,46 @@ def _read_members(
                 if not member.isreg() or not key:
                     continue
                 parts = members.setdefault(key, {})
-                if extension in parts or (parts and key != previous):
-                    if key not in repeated:
-                        what = f"key {key!r} comes twice; every sample needs a key of its own, write the shard again"
-                        defects.append(Defect(path, start, what))
-                        repeated.add(key)
-                    previous = key
-                    continue
-                parts[extension] = member
+                if extension not in parts and (not parts or key == previous):
+                    parts[extension] = member
+                elif key not in repeated:
+                    what = f"key {key!r} comes twice; every sample needs a key of its own, write the shard again"
+                    defects.append(Defect(path, start, what))
+                    repeated.add(key)
                 previous = key
             broken = wrong_end(path, file, tar.offset)
     except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in pax headers
-        size = path.stat().st_size
-        what = (
-            f"is no whole tar ({error}; it ends at byte {size}, without an end-of-archive block); copy or write it "
-            "again"
-        )
-        broken = Defect(path, start, what)
-    if broken is None:
-        return True
-    defects.append(broken)
-    if previous is not None:
+        end = f"it ends at byte {path.stat().st_size}, without an end-of-archive block"
+        broken = Defect(path, start, f"is no whole tar ({error}; {end}); copy or write it again")
+    if broken is not None:
+        defects.append(broken)
         members.pop(previous, None)
-    return False
+    return members, broken is None
 
 
 def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:
     """What stands where only the end-of-archive blocks may: tarfile stops silently at what is no header.
 
     Args:
-        path: of the file, for the message.
-        file: the open tar, or the file that holds it.
-        offset: in `file`, where tarfile stopped.
-        end: where the tar ends in `file`; None for the file's own end.
+        path: for the message.
+        file: holds the tar.
+        offset: where tarfile stopped in it.
+        end: where the tar ends in it; None: with the file.
     """
-    length = len(_END_OF_ARCHIVE) if end is None else min(len(_END_OF_ARCHIVE), max(end - offset, 0))
-    found = os.pread(file.fileno(), length, offset)
+    descriptor = file.fileno()
+    if end is None:
+        end = os.fstat(descriptor).st_size
+    found = os.pread(descriptor, max(min(len(_END_OF_ARCHIVE), end - offset), 0), offset)
+    at = offset + len(found)
     if len(found) < len(_END_OF_ARCHIVE):
         what = (
-            f"ends at byte {offset + len(found)} without an end-of-archive block of {len(_END_OF_ARCHIVE)} zeros: it "
-            "was truncated; copy or write it again"
+            f"ends at byte {at} without an end-of-archive block of {len(_END_OF_ARCHIVE)} zeros: it was truncated; "
+            "copy or write it again"
         )
         return Defect(path, None, what)
     if found != _END_OF_ARCHIVE:
         return Defect(path, offset, "neither a tar header nor the end-of-archive block; copy or write it again")
-    at = offset + len(found)
-    while chunk := os.pread(file.fileno(), _CHUNK if end is None else min(_CHUNK, end - at), at):
+    while chunk := os.pread(descriptor, min(_CHUNK, end - at), at):
         if chunk.count(0) < len(chunk):
             what = (
                 "data behind the end-of-archive block, as of a second tar appended to the first; nobody would read it: "

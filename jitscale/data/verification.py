@@ -1,10 +1,13 @@
-"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for."""
+"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for.
+
+Images are read by offset, not in a pass (`passes`): webdataset stops at damage, and brings torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,6 @@ from jitscale.data.tar_index import (
 )
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
-from jitscale.keyed_random import Int64Array
 
 _REBUILD = "rebuild it with tools/index_shards.py --force"
 
@@ -48,26 +50,10 @@ class Verification:
     defects: list[Defect]  # sorted by shard and byte
 
 
-@dataclass(frozen=True)
-class _Task:
-    path: Path
-    record: ShardRecord
-    num_classes: int
-    class_names: list[str] | None
-    resolution: int | None
-
-
-@dataclass(frozen=True)
-class _Checked:
-    samples: int
-    bytes: int
-    defects: list[Defect]
-
-
 def verify(tars: Tars, workers: int) -> Verification:
     """Compare the shards of `tars` with their manifest, and decode every image, in parallel.
 
-    Checked are size, sha256, number of samples, the index beside a shard against a fresh scan, the range of labels,
+    Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
     and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
     others; of a tar that breaks off, the samples before are checked.
 
@@ -83,88 +69,83 @@ def verify(tars: Tars, workers: int) -> Verification:
         raise DataError(
             f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
         )
+    common = replace(manifest, shards=[], bad=[])  # small enough for every task
     tasks = [
-        _Task(tars.folder / record.name, record, manifest.num_classes, manifest.class_names, manifest.resolution)
+        (tars.folder / record.name, record, common)
         for record in manifest.shards
         if tars.whole_folder or tars.folder / record.name in tars.paths
     ]
-    defects = list(_contradictions(tars, manifest))
+    defects: list[Defect] = []
+    names = manifest.class_names
+    if names is not None and len(names) != manifest.num_classes:
+        what = f"names {len(names)} classes and counts {manifest.num_classes}; write it again"
+        defects.append(Defect(tars.folder / MANIFEST, None, what))
+    if not tars.whole_folder:
+        what = f"is not named by {MANIFEST}; choose another pattern or index the folder again"
+        defects += [Defect(path, None, what) for path in tars.not_in_manifest()]
     samples = read = 0
     started = time.monotonic()
-    with tqdm(total=sum(task.record.bytes for task in tasks), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, checked in in_processes(_check, tasks, workers):
-            samples += checked.samples
-            read += checked.bytes
-            defects += checked.defects
+    with tqdm(total=sum(record.bytes for _, record, _ in tasks), unit="B", unit_scale=True, desc="verify") as progress:
+        for number, (of_shard, size, found) in in_processes(_check, tasks, workers):
+            samples += of_shard
+            read += size
+            defects += found
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
-            progress.update(tasks[number].record.bytes)
+            progress.update(tasks[number][1].bytes)
     return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
 
 
-def _contradictions(tars: Tars, manifest: Manifest) -> Iterator[Defect]:
-    """What is wrong before a shard is opened."""
-    if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
-        what = f"names {len(manifest.class_names)} classes and counts {manifest.num_classes}; write it again"
-        yield Defect(tars.folder / MANIFEST, None, what)
-    if not tars.whole_folder:
-        for path in tars.not_in_manifest():
-            yield Defect(path, None, f"is not named by {MANIFEST}; choose another pattern or index the folder again")
-
-
-def _check(task: _Task) -> _Checked:
-    """One shard, in any process; whatever is wrong with it is a defect."""
-    path, record = task.path, task.record
+def _check(task: tuple[Path, ShardRecord, Manifest]) -> tuple[int, int, list[Defect]]:
+    """Samples, bytes and defects of one shard, in any process."""
+    path, record, manifest = task
     if not path.is_file():
-        return _Checked(0, 0, [Defect(path, None, "is missing; copy it again")])
+        return 0, 0, [Defect(path, None, "is missing; copy it again")]
     defects: list[Defect] = []
     samples = size = 0
+    remedy = "copy the shard again"
     try:
         size = path.stat().st_size
-        intact = False
         if size != record.bytes:
             defects.append(Defect(path, None, f"has {size} bytes, the manifest says {record.bytes}; copy it again"))
         elif (digest := sha256_of(path)) != record.sha256:
             what = f"has sha256 {digest[:16]}..., the manifest says {record.sha256[:16]}...; copy it again"
             defects.append(Defect(path, None, what))
         else:
-            intact = True
+            remedy = "write the shard again without it, or leave it: training replaces it"
         scan = survey_tar(path)
         samples = len(scan.samples)
-        defects += scan.defects
-        index, wrong_labels = _fresh_index(task, scan.samples)
-        defects += wrong_labels.values()
+        index, wrong_labels = _fresh_index(path, manifest, scan.samples)
+        defects += scan.defects + list(wrong_labels.values())
         if scan.complete:
-            defects += _count_and_index_defects(task, index, np.array(list(wrong_labels), np.int64))
+            defects += _index_defects(path, record, index, list(wrong_labels))
             defects += _key_defects(path, scan.samples)
-        remedy = (
-            "write the shard again without it, or leave it: training replaces it" if intact else "copy the shard again"
-        )
-        defects += _image_defects(task, scan.samples, remedy)
+        defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
         defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    return _Checked(samples, size, defects)
+    return samples, size, defects
 
 
-def _fresh_index(task: _Task, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
+def _fresh_index(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
     """What the index should be, and the samples whose label is wrong."""
-    numbers = {name: number for number, name in enumerate(task.class_names or [])}
+    classes = manifest.num_classes
+    numbers = {name: number for number, name in enumerate(manifest.class_names or [])}
     labels: list[int] = []
     wrong: dict[int, Defect] = {}
     for row, sample in enumerate(samples):
         label = None if sample.label is None else class_number(sample.label, numbers)
-        if task.num_classes and (label is None or label >= task.num_classes):
+        if classes and (label is None or label >= classes):
             found = "no label" if sample.label is None else f"label {sample.label!r}"
-            what = f"sample {row} has {found}, needs one in 0..{task.num_classes - 1}; write the shard again"
-            wrong[row] = Defect(task.path, sample.offset, what)
+            what = f"sample {row} has {found}, needs one in 0..{classes - 1}; write the shard again"
+            wrong[row] = Defect(path, sample.offset, what)
         labels.append(NO_LABEL if label is None else label)
     return index_of(samples, labels), wrong
 
 
-def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64Array) -> Iterator[Defect]:
-    """What the manifest and the index beside the tar say otherwise than its headers, the wrong labels left aside."""
-    path, beside = task.path, index_path(task.path)
-    if len(fresh) != task.record.samples:
-        what = f"holds {len(fresh)} samples, the manifest says {task.record.samples}; write the manifest again"
+def _index_defects(path: Path, record: ShardRecord, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
+    """Where manifest and index differ from the headers of the tar, except in `wrong_labels`, which are defects too."""
+    beside = index_path(path)
+    if len(fresh) != record.samples:
+        what = f"holds {len(fresh)} samples, the manifest says {record.samples}; write the manifest again"
         yield Defect(path, None, what)
     if not beside.exists():
         yield Defect(path, None, f"has no index beside it; {_REBUILD}")
@@ -178,7 +159,7 @@ def _count_and_index_defects(task: _Task, fresh: IndexArray, wrong_labels: Int64
         yield Defect(path, None, f"holds {len(fresh)} samples, {beside.name} lists {len(index)}; {_REBUILD}")
         return
     differs = index != fresh
-    differs[wrong_labels] = False
+    differs[np.array(wrong_labels, np.int64)] = False
     rows = np.flatnonzero(differs)
     if len(rows):
         first = rows[0]
@@ -211,17 +192,14 @@ def _entry(record: np.void) -> str:
     return f"{size} bytes of {extension.decode(errors='replace')} at {offset}, label {label}"
 
 
-def _image_defects(task: _Task, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
-    file = OffsetReader(task.path)
+def _image_defects(path: Path, resolution: int | None, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
+    file = OffsetReader(path)
     for row, sample in enumerate(samples):
         try:
             height, width = decode(file.read(sample.offset, sample.size), sample.extension).shape[:2]
         except ImageError as error:
-            yield Defect(task.path, sample.offset, f"sample {row} {error}; {remedy}")
+            yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue
-        if task.resolution is not None and (width, height) != (task.resolution, task.resolution):
-            what = (
-                f"sample {row} is {width} x {height} pixels, the manifest says {task.resolution} a side; "
-                f"write the shard or the manifest again"
-            )
-            yield Defect(task.path, sample.offset, what)
+        if resolution not in (None, width) or resolution not in (None, height):
+            what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
+            yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")

@@ -1,12 +1,13 @@
 """Statistics and features of real images: computed once by all ranks, and found again by every later run.
 
-It belongs to the content of the shards, the weights of the feature network, the size and the crop, and to nothing else:
+They depend on the content of the shards, the weights of the feature network, the size and the crop alone:
 
-CACHE/<network>_<hash>/statistics.npz   mean and covariance of each part
+CACHE/<network>_<hash>/statistics.npz   mean and covariance of each part of a block
 CACHE/<network>_<hash>/features.npy     (M, F) float32: images chosen by hash, in a random order
-CACHE/<network>_<hash>/facts.json       written last: where it comes from, hashes of the files, distances of the halves
+CACHE/<network>_<hash>/facts.json       written last: where they come from, hashes of the files, distances of the halves
+CACHE/<network>_<hash>/part_*.npz       until then: the sums over equal parts of the images
 
-Shapes: N images, F features.
+A part is not a shard: the sums of each part of the work take 130 MB in Inception's features.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import cached_property
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config
+from jitscale.data.loader import naming_dead_workers
+from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
 from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.blocks import Block, digest_of
@@ -41,9 +45,11 @@ from jitscale.parallel import World
 if TYPE_CHECKING:
     from jitscale.evaluation.metrics import FrechetDistance
 
+Network = Callable[[torch.Tensor], Block]
+
 logger = logging.getLogger(__name__)
 
-CACHE = "real_images"  # the folder's name beside the shards
+CACHE = "real_images"  # the folder's name next to the shards
 KEPT_FEATURES = 50_000  # images whose features are kept, for what compares pairs of images
 BLOCK = 64  # images that go through the network together
 MOST_PARTS = 64  # into which the work is divided, whatever the number of ranks
@@ -59,13 +65,21 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
         ConfigError: `evaluation.cache_dir` cannot be written by rank 0, or is not seen by all ranks.
     """
     own, asked = run_dir / "evaluation" / CACHE, config.evaluation.cache_dir
-    if not shards.is_hashed:
-        return [own]  # nothing vouches for the content of tars without a manifest: another run might see others
-    if asked is None and shards.folder is None:
-        return [own]
-    wanted = Path(asked) if asked is not None else shards.folder / CACHE  # type: ignore[operator]
+    folder = shards.folder if asked is None else Path(asked)
+    if folder is None or not shards.is_hashed:
+        return [own]  # remote shards, or tars whose content no manifest vouches for: another run might see others
+    wanted = folder / CACHE if asked is None else folder
     probe = wanted / f".probe_{parallel.broadcast_object(secrets.token_hex(8))}"
-    fault = parallel.on_main(lambda: _cannot_write(probe))
+
+    def fault_of_probe() -> str | None:
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            return str(error)
+        return None
+
+    fault = parallel.on_main(fault_of_probe)
     if parallel.any_rank(fault is None and not probe.exists()):
         fault = "not every rank sees it"
     if world.is_main:
@@ -80,16 +94,6 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
     return [wanted, own]
 
 
-def _cannot_write(probe: Path) -> str | None:
-    """Make a file, and say why that was not possible."""
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    except OSError as error:
-        return str(error)
-    return None
-
-
 class RealImages:
     """Statistics and features of the images of some shards in one network: computed by all ranks of a run, and kept."""
 
@@ -101,38 +105,38 @@ class RealImages:
             shards: the real images.
             folders: from `cache_folders`.
         """
-        self.file = file
-        self._shards = shards
+        self.file, self._shards, self._images = file, shards, range(shards.num_samples)
+        self._main = next(iter(file.sizes))  # the part of a block whose features are kept
         self.identity: dict[str, Any] = {
             "manifest": shards.manifest_hash,
-            "network": self.file.name,
-            "network_sha256": self.file.sha256,
+            "network": file.name,
+            "network_sha256": file.sha256,
             "image_size": shards.image_size,
             "crop": "adm",  # how images are brought to that size while they are read
         }
-        places = [folder / f"{self.file.name}_{digest_of(self.identity)}" for folder in folders]
+        places = [folder / f"{file.name}_{digest_of(self.identity)}" for folder in folders]
         complete = parallel.on_main(lambda: [place for place in places if (place / "facts.json").exists()])
         self.folder = [*complete, places[-1]][0]
-        self._total = shards.num_samples
         # Enough images for a part's sums to be smaller than its features, and few parts where there are many images.
-        width = max(self.file.sizes.values())
-        self._per_part = BLOCK * math.ceil(max(2 * width, self._total / MOST_PARTS) / BLOCK)
-        self._parts = -(-self._total // self._per_part)
+        size = BLOCK * math.ceil(max(2 * max(file.sizes.values()), len(self._images) / MOST_PARTS) / BLOCK)
+        starts = self._images[::size]
+        self._parts = {self.folder / f"part_{n:03d}.npz": self._images[at:][:size] for n, at in enumerate(starts)}
 
     def bytes_to_write(self) -> int:
         """What computing takes on disk at most, parts that are removed in the end included; 0 if all is there."""
         if (self.folder / "facts.json").exists():
             return 0
         square = sum(width * width for width in self.file.sizes.values())
-        kept = min(KEPT_FEATURES, self._total) * next(iter(self.file.sizes.values()))
-        return 8 * square * (self._parts * HALVES + 1) + 4 * 2 * kept
+        kept = min(KEPT_FEATURES, len(self._images)) * self.file.sizes[self._main]
+        return 8 * square * (len(self._parts) * HALVES + 1) + 4 * 2 * kept
 
-    def compute_once(self, network: Callable[[torch.Tensor], Block], world: World) -> None:
+    def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
         Args:
             network: from uint8 images (B, 3, height, width) to their parts of a block.
             world: this rank.
+            num_workers: processes of this rank that decode images.
 
         Raises:
             DataError: on every rank: an image cannot be read, or the cache cannot be written.
@@ -145,44 +149,38 @@ class RealImages:
                     said = True
                 time.sleep(WAIT_SECONDS)
             if state == "compute":
-                self._compute(network, world)
+                self._compute(network, world, num_workers)
 
     def _state(self, held: ExitStack) -> str:
         """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
-        try:
-            if (self.folder / "facts.json").exists():
+        facts = self.folder / "facts.json"
+        with _writing(self.folder), ExitStack() as attempt:
+            if facts.exists():
                 return "ready"
             self.folder.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as attempt:
-                if not attempt.enter_context(exclusive_or_not(self.folder / ".lock")):
-                    return "wait"
-                if (self.folder / "facts.json").exists():  # completed since the first look
-                    return "ready"
-                held.push(attempt.pop_all())
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            if not attempt.enter_context(exclusive_or_not(self.folder / ".lock")):
+                return "wait"
+            if facts.exists():  # completed since the first look
+                return "ready"
+            held.push(attempt.pop_all())
         return "compute"
 
-    def _compute(self, network: Callable[[torch.Tensor], Block], world: World) -> None:
+    def _compute(self, network: Network, world: World, num_workers: int) -> None:
         """Parts by turns, each a file, then their sum; what a killed run has left is used."""
-        missing = parallel.broadcast_object([n for n in range(self._parts) if not self._part_path(n).exists()])
-        halves = np.ones(self._total, np.int8)
-        halves[permutation(self._total, 0, Purpose.REFERENCE_HALVES)[: self._total // 2]] = 0
-        chosen = permutation(self._total, 0, Purpose.REFERENCE_FEATURES)[:KEPT_FEATURES]
+        missing = parallel.broadcast_object([path for path in self._parts if not path.exists()])
+        total = sum(len(self._parts[path]) for path in missing)
 
-        images = sum(len(self._ids(part)) for part in missing)
-
-        def on_images(count: int) -> None:
-            progress.update(min(count * world.size, images - progress.n))  # the other ranks are as far
+        def counting(images: torch.Tensor) -> Block:
+            found = network(images)
+            progress.update(min(len(images) * world.size, total - progress.n))  # the other ranks are as far
+            return found
 
         def share() -> None:
-            for part in missing[world.rank :: world.size]:
+            for path in missing[world.rank :: world.size]:
                 try:
-                    content = self._part(network, part, halves, chosen, on_images)
-                    with atomic_write(self._part_path(part)) as file:
+                    content = self._part(counting, self._parts[path], num_workers)
+                    with _writing(self.folder), atomic_write(path) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
-                except OSError as error:
-                    raise _unwritable(self.folder, error) from error
                 except ValueError as error:
                     if not isinstance(error, UserError):
                         error = DataError(f"{self.file.path}: says nothing usable of real images ({error})")
@@ -190,30 +188,37 @@ class RealImages:
                     raise error from None
 
         description = f"real images, {self.file.name}"
-        with tqdm(total=images, unit="img", desc=description, disable=not world.is_main) as progress:
+        with tqdm(total=total, unit="img", desc=description, disable=not world.is_main) as progress:
             parallel.raise_together(share)
-        parallel.on_main(lambda: self._finish(len(chosen)))
+        parallel.on_main(self._finish)
 
-    def _part(
-        self,
-        network: Callable[[torch.Tensor], Block],
-        part: int,
-        halves: npt.NDArray[np.int8],
-        chosen: Int64Array,
-        on_images: Callable[[int], None],
-    ) -> Block:
-        """Sums over both halves of some images, of each part of a block, and the features to keep."""
+    @cached_property
+    def _halves(self) -> npt.NDArray[np.int8]:
+        """The half of each image, (N,)."""
+        halves = np.ones(len(self._images), np.int8)
+        halves[permutation(len(halves), 0, Purpose.REFERENCE_HALVES)[: len(halves) // 2]] = 0
+        return halves
+
+    @cached_property
+    def _chosen(self) -> Int64Array:
+        """The images whose features are kept, in their order, (M,)."""
+        return permutation(len(self._images), 0, Purpose.REFERENCE_FEATURES)[:KEPT_FEATURES]
+
+    def _part(self, network: Network, ids: range, num_workers: int) -> Block:
+        """Sums over both halves of some images, of each part of a block, and the features to keep with their places."""
         sums = self._distances_of_halves()
-        ids = self._ids(part)
-        main = next(iter(self.file.sizes))
-        places = np.flatnonzero((chosen >= ids.start) & (chosen < ids.stop))
-        kept = np.empty((len(places), self.file.sizes[main]), np.float32)
-        for rows, features in self._features(network, ids, on_images):
-            for name, values in features.items():
-                for half in range(HALVES):
-                    sums[name].update(values[halves[rows.start : rows.stop] == half], real=half == 1)
-            own = (chosen[places] >= rows.start) & (chosen[places] < rows.stop)
-            kept[own] = features[main][chosen[places][own] - rows.start]
+        places = np.flatnonzero((self._chosen >= ids.start) & (self._chosen < ids.stop))
+        chosen = self._chosen[places]
+        kept = np.empty((len(places), self.file.sizes[self._main]), np.float32)
+        with naming_dead_workers(), closing(read_once(self._shards, ids, BLOCK, num_workers)) as images:
+            blocks = (network(torch.from_numpy(block).permute(0, 3, 1, 2)) for block in images)
+            for rows in (ids[first : first + ROWS] for first in range(0, len(ids), ROWS)):
+                found = list(islice(blocks, ROWS // BLOCK))
+                features = {name: np.concatenate([block[name] for block in found]) for name in sums}
+                for name, half in product(sums, range(HALVES)):
+                    sums[name].update(features[name][self._halves[rows.start : rows.stop] == half], real=half == 1)
+                own = (chosen >= rows.start) & (chosen < rows.stop)
+                kept[own] = features[self._main][chosen[own] - rows.start]
         content: Block = {"places": places, "kept": kept}
         for name, sum_ in sums.items():
             content |= {f"{name}/{key}": np.asarray(value) for key, value in sum_.metric_state.items()}
@@ -225,79 +230,46 @@ class RealImages:
 
         return {name: FrechetDistance(width) for name, width in self.file.sizes.items()}
 
-    def _features(
-        self, network: Callable[[torch.Tensor], Block], ids: range, on_images: Callable[[int], None]
-    ) -> Iterator[tuple[range, Block]]:
-        """Of at most `ROWS` images at a time, in order."""
-        blocks: list[Block] = []
-        start = ids.start
-        for images in self._images(ids):
-            found = network(images)
-            blocks.append({name: found[name] for name in self.file.sizes})
-            on_images(len(images))
-            stop = start + sum(len(next(iter(block.values()))) for block in blocks)
-            if stop - start >= ROWS or stop == ids.stop:
-                yield range(start, stop), {name: np.concatenate([b[name] for b in blocks]) for name in self.file.sizes}
-                blocks, start = [], stop
-
-    def _images(self, ids: range) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, S, S), at most `BLOCK` at a time; a thread decodes the next ones while these are used."""
-        starts = range(ids.start, ids.stop, BLOCK)
-
-        def read(first: int) -> torch.Tensor:
-            samples = range(first, min(first + BLOCK, ids.stop))
-            images = np.stack([self._shards.read(*self._shards.shard_and_index(sample))[0] for sample in samples])
-            return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(read, starts[0])
-            for following in (*starts[1:], None):
-                images = ahead.result()
-                if following is not None:
-                    ahead = thread.submit(read, following)
-                yield images
-
-    def _finish(self, kept: int) -> None:
+    def _finish(self) -> None:
         """Sum up the parts, in their order whoever made them, and write what is kept."""
+        from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
+
         sums = self._distances_of_halves()
-        main = next(iter(self.file.sizes))
-        features = np.empty((kept, self.file.sizes[main]), np.float32)
-        try:
-            for part in range(self._parts):
-                with np.load(self._part_path(part)) as content:
+        features = np.empty((len(self._chosen), self.file.sizes[self._main]), np.float32)
+        for path in self._parts:
+            try:
+                with np.load(path) as content:
                     features[content["places"]] = content["kept"]
                     for name, sum_ in sums.items():
-                        state = {key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state}
-                        sum_.merge_state(state)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if (self.folder / "facts.json").exists():
-                return  # on a file system without locks another run was faster, and has removed the parts
-            raise DataError(
-                f"{self._part_path(part)}: cannot be read ({error}); remove it and start again, it is then made again"
-            ) from error
-        try:
-            arrays: Block = {}
-            for name, sum_ in sums.items():
-                arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
-            floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
-            kernel, deviation = _kernel_floor(features)
+                        sum_.merge_state({key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state})
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                if (self.folder / "facts.json").exists():
+                    return  # on a file system without locks another run was faster, and has removed the parts
+                raise DataError(
+                    f"{path}: cannot be read ({error}); remove it and start again, it is then made again"
+                ) from error
+        arrays: Block = {}
+        for name, sum_ in sums.items():
+            arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
+        floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
+        half = len(features) // 2  # they are in a random order
+        floors["kid"], floors["kid_std"] = kernel_distance(features[:half], features[half:])
+        with _writing(self.folder):
             with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             with atomic_write(self.folder / "features.npy") as file:
                 np.save(file, features)
             facts = {
                 **self.identity,
-                "images": self._total,
+                "images": len(self._images),
                 "stored": self._shards.stored,
-                "floors": {**floors, "kid": kernel, "kid_std": deviation},
+                "floors": floors,
                 "files": {name: sha256_of(self.folder / name) for name in ("statistics.npz", "features.npy")},
             }
             with atomic_write(self.folder / "facts.json") as file:
                 file.write(json.dumps(facts, indent=1).encode())
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
 
     def read(self) -> tuple[Block, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared.
@@ -319,20 +291,10 @@ class RealImages:
                 "computed again"
             ) from error
 
-    def _ids(self, part: int) -> range:
-        return range(part * self._per_part, min((part + 1) * self._per_part, self._total))
 
-    def _part_path(self, part: int) -> Path:
-        return self.folder / f"part_{part:03d}.npz"
-
-
-def _kernel_floor(features: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """The kernel distance of one half of the features, which are in a random order, to the other."""
-    from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
-
-    half = len(features) // 2
-    return kernel_distance(features[:half], features[half:])
-
-
-def _unwritable(folder: Path, error: OSError) -> DataError:
-    return DataError(f"{folder}: cannot be written ({error}); make room, or set evaluation.cache_dir")
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); make room, or set evaluation.cache_dir") from error

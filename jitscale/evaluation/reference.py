@@ -70,7 +70,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     folders = cache_folders(config, shards, run_dir, world)
     kept = [RealImages(file, shards, folders) for file in embedder.files]
     for number, images in enumerate(kept):
-        images.compute_once(partial(embedder.parts_of, number), world)
+        images.compute_once(partial(embedder.parts_of, number), world, config.data.num_workers)
     return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
 
 

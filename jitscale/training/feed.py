@@ -18,7 +18,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.loader import Batch, ShardLoader, check_shared_memory
+from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.objective import times_from_normal
@@ -78,8 +78,7 @@ class Feed:
             num_workers=data.num_workers,
             pin_memory=world.device.type == "cuda",
         )
-        needed = loader.shared_memory_needed()
-        parallel.raise_together(lambda: check_shared_memory(needed, world.local_size, data.num_workers))
+        parallel.raise_together(lambda: loader.check_shared_memory(world.local_size))
         parallel.raise_together(lambda: self._shards.check_cache(loader.shards_side_by_side(world.local_size)))
         self._batches = iter(loader)
         self._prepared = _copied((_prepared(batch, self._config) for batch in self._batches), world.device)

@@ -18,9 +18,9 @@ from jitscale.data.inspection import (
     balance,
     collect,
     contact_sheet,
-    drawn,
     extensions,
     look,
+    random_positions,
     statistics,
 )
 from jitscale.data.manifest import BadInput
@@ -96,14 +96,18 @@ def test_the_last_class_may_be_empty(tmp_path: Path) -> None:
 
 def test_the_random_sample_is_spread_and_seeded() -> None:
     for total, count in [(10, 3), (1000, 64), (100_000_000, 2000), (7, 7), (5, 9)]:
-        samples = drawn(total, count, seed=1)
+        samples = random_positions(total, count, seed=1)
         parts = min(total, count)
         assert len(samples) == parts
         assert all(part * total // parts <= sample < (part + 1) * total // parts for part, sample in enumerate(samples))
-    assert drawn(1000, 10, 1).tolist() == drawn(1000, 10, 1).tolist() != drawn(1000, 10, 2).tolist()
-    means = [drawn(1000, 10, seed).mean() for seed in range(200)]
+    assert (
+        random_positions(1000, 10, 1).tolist()
+        == random_positions(1000, 10, 1).tolist()
+        != random_positions(1000, 10, 2).tolist()
+    )
+    means = [random_positions(1000, 10, seed).mean() for seed in range(200)]
     assert np.mean(means) == pytest.approx(499.5, abs=5)
-    assert len(drawn(0, 5, 0)) == 0
+    assert len(random_positions(0, 5, 0)) == 0
 
 
 def tiles_of(sheet: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:

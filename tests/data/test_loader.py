@@ -11,6 +11,7 @@ import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from jitscale.data.loader import Batch, ShardLoader, check_shared_memory, naming_dead_workers
+from jitscale.data.loader import Batch, ShardLoader, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
@@ -231,14 +232,14 @@ def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, w
             remote.check_cache(loader(remote).shards_side_by_side(1))
 
 
-def test_too_little_shared_memory_is_said_at_start(shards: ShardSet) -> None:
-    needed = loader(shards, micro=4, workers=2).shared_memory_needed()
-    assert needed == 2 * 3 * 4 * (8 * 8 * 3 + 16)  # workers x batches each x images x bytes
-    assert loader(shards).shared_memory_needed() == 0
-    check_shared_memory(needed, 8, 2)
-    free = shutil.disk_usage("/dev/shm").free
-    with pytest.raises(DataError, match=r"/dev/shm: has \d+ MiB free, 8 ranks x 2 workers need \d+ MiB; enlarge"):
-        check_shared_memory(free // 8 + 2**20, 8, 2)
+def test_too_little_shared_memory_is_said_at_start(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 8 * 2 * 3 * 4 * (8 * 8 * 3 + 16)  # ranks x workers x batches each x images x bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    loader(shards, micro=4, workers=2).check_shared_memory(8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    loader(shards).check_shared_memory(8)
+    with pytest.raises(DataError, match=r"/dev/shm: has 0 MiB free, 8 ranks x 2 workers need 1 MiB; enlarge"):
+        loader(shards, micro=4, workers=2).check_shared_memory(8)
 
 
 def test_loading_leaves_the_random_state_of_training_alone(shards: ShardSet) -> None:
