@@ -35,8 +35,9 @@ def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -
 
 
 def benchmark_json(*arguments: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The one JSON object that the tool prints, the last line among its words."""
-    return json.loads(benchmark(*arguments, "--json", without=without).splitlines()[-1])
+    """The one JSON object that the tool prints, among what else is said."""
+    (line,) = [line for line in benchmark(*arguments, "--json", without=without).splitlines() if line.startswith("{")]
+    return json.loads(line)
 
 
 @pytest.mark.slow
