@@ -216,13 +216,13 @@ class _Finder:
 
     def _in_folder(self, folder: Path) -> Iterator[_Found]:
         entries = _entries(str(folder))
-        files = [(_extension(entry.name), entry.path) for entry in entries if not entry.is_dir()]
+        files = [(_extension(entry.name), entry.path) for entry in entries if not _is_folder(entry)]
         pictures = [(extension, path) for extension, path in files if extension in PICTURES]
         tars = [path for extension, path in files if extension == "tar"]
         self.ignored.update(extension for extension, _ in files if extension not in (*PICTURES, "tar"))
         classes = set()
         for entry in entries:
-            for path, extension in self._pictures_below(entry.path) if entry.is_dir() else ():
+            for path, extension in self._pictures_below(entry.path) if _is_folder(entry) else ():
                 classes.add(entry.name)
                 yield _Found(path, extension, entry.name, path)
         kinds = {"folders of classes": classes, "images without a class": pictures, "tars": tars}
