@@ -224,12 +224,7 @@ def write_shards_once(images: Images, output: Path, **options: Any) -> str:
 
 
 def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
-    """The bytes of one image.
-
-    Raises:
-        ImageError: it cannot be read; other images may be sound.
-        DataError: it cannot be read for a reason that lies in this process.
-    """
+    """The bytes of one image. An `ImageError` is the file's fault, another `DataError` this process's."""
     try:
         file = open_file(source.path)
         size = file.status().st_size if source.size == WHOLE_FILE else source.size

@@ -306,11 +306,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
-    """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan.
-
-    Raises:
-        DataError: see `find_sources`; or the folder cannot be used.
-    """
+    """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = next(folder.glob("*.tar"), None)
@@ -373,9 +369,10 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
 
 def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str, Any]) -> None:
     begun, given = _from_root(plan["options"], plan["root"]), _from_root(asdict(options), os.getcwd())
-    other = [key for key in given if begun.get(key) != given[key]]
-    if other:
-        was, now = (" ".join(f"{_flag(key)} {_shown(values.get(key))}" for key in other) for values in (begun, given))
+    flags = {key: f"--{key.replace('_', '-')}" for key in given if begun.get(key) != given[key]}
+    if flags:
+        was = " ".join(f"{flag} {_shown(begun.get(key))}" for key, flag in flags.items())
+        now = " ".join(f"{flag} {_shown(given[key])}" for key, flag in flags.items())
         raise DataError(
             f"{folder}: was begun with {was}, not with {now}; give the same options or choose another --output"
         )
@@ -384,10 +381,6 @@ def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str,
 def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
     """`options` with the paths of the input, which are relative to `folder`, as absolute ones."""
     return {**options, "input": [os.path.normpath(os.path.join(folder, path)) for path in options["input"]]}
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 def _shown(value: object) -> str:
@@ -402,12 +395,7 @@ def _shown(value: object) -> str:
 
 
 def _pack(task: ShardTask) -> PackedShard:
-    """Write one shard and its commit record, in any process.
-
-    Raises:
-        TooManyBadError: see `pack_shard`.
-        DataError: it cannot be written.
-    """
+    """Write one shard and its commit record, in any process; raises as `pack_shard`, with remedies."""
     warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
     try:
         packed = pack_shard(task)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import TypeVar
 
 from jitscale.errors import DataError
@@ -22,23 +21,18 @@ from jitscale.errors import DataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they ask the whole group of processes to stop
 _STOP_SECONDS = 10.0  # a worker finishes the image at hand within this
 _SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
 
 
 class WorkerDiedError(DataError):
-    """A worker process died.
-
-    Attributes:
-        pid: of the worker.
-        what: how it died, to begin a message with.
-    """
+    """A worker process died."""
 
     def __init__(self, pid: int, what: str, workers: int) -> None:
         super().__init__(f"{what}; start again, maybe with fewer --workers than {workers}")
         self.pid = pid
-        self.what = what
+        self.what = what  # how it died, to begin a message with
 
 
 def in_processes(
@@ -73,9 +67,14 @@ def in_processes(
     running: dict[Future[Result], int] = {}
 
     def submit(more: Iterable[tuple[int, Task]]) -> None:
-        with _signals_blocked():  # this may start processes, which inherit that
+        # This may start processes. They inherit that signals wait, until they handle them. The server that forks the
+        # workers never handles them, so it outlives the workers.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
             running.update((pool.submit(_run, work, task), number) for number, task in more)
             team.update(set(multiprocessing.active_children()) - others)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
         submit(first)
@@ -111,19 +110,6 @@ def _death(team: set[BaseProcess]) -> WorkerDiedError:
     return WorkerDiedError(process.pid or 0, f"worker process {process.pid}: {how}{why}", len(team))
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Signals that ask the whole group to stop wait; in processes that start here too, until they handle them.
-
-    The server that forks the workers never handles them, and so ends after this process and its workers.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker() -> None:
     """End on SIGTERM, which the main process sends, and with the main process, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -141,14 +127,10 @@ def _end_with_parent() -> None:
 
 def _run(work: Callable[[Task], Result], task: Task) -> Result:
     """`work(task)` in a worker process; SIGTERM unwinds it, so that it leaves no partial files."""
-    signal.signal(signal.SIGTERM, _unwind)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     try:
         return work(task)
     except SystemExit:
         os._exit(0)  # the executor would go on with the next task
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _unwind(number: int, frame: FrameType | None) -> None:
-    raise SystemExit

@@ -35,6 +35,7 @@ _CHUNK = 1000  # images between two reports
 _REMEDY = "give a folder of images, tars or a pattern of them, or a .csv or .jsonl with paths"
 
 OnFound = Callable[[int], object]
+_Row = tuple[int, object, object]  # of a table: line, path, label
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class SourceTable:
 
     Attributes:
         num_classes: labels are below it; 0: there are none.
-        class_names: of the labels; None where labels are numbers without names, or there are none.
-        ignored: how many files were passed over, by extension.
+        class_names: None if labels are numbers without names, or there are none.
+        ignored: how many files were no images, by extension.
     """
 
     table: npt.NDArray[np.void]  # (images,) _SOURCE
@@ -165,11 +166,7 @@ class _Encoder:
         return len(self.path_ends) - 1, image.offset, image.size, code, image.extension.encode()
 
     def number(self, codes: npt.NDArray[np.int32], class_names: list[str] | None) -> Classes:
-        """Replace `codes` by the numbers of their classes.
-
-        Raises:
-            DataError: some have labels and some have none, or a label makes no sense.
-        """
+        """Replace `codes` by the numbers of their classes; refuse labels of several kinds, and unknown classes."""
         labels = CodedLabels(codes, list(self._names))
         classes = find_classes([labels], class_names)
         usual = labels.kinds() == classes.kind
@@ -191,22 +188,14 @@ def _refuse_twice(paths: list[Path]) -> None:
 
 
 class _Finder:
-    """Recognises inputs, and yields the images in each.
-
-    Attributes:
-        ignored: how many files were passed over, by extension.
-    """
+    """Recognises inputs, and yields the images in each."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
-        self.ignored: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()  # files that are no images, by extension
         self._known = set(class_names)
 
     def images(self, name: str) -> Iterator[_Found]:
-        """All images of the input `name`.
-
-        Raises:
-            DataError: see `find_sources`.
-        """
+        """All images of the input `name`; refuses it as `find_sources` says."""
         path = Path(name)
         suffix = path.suffix.lower()
         if path.is_dir():
@@ -227,13 +216,13 @@ class _Finder:
 
     def _in_folder(self, folder: Path) -> Iterator[_Found]:
         entries = _entries(str(folder))
-        files = [(_extension(entry.name), entry.path) for entry in entries if not entry.is_dir()]
+        files = [(_extension(entry.name), entry.path) for entry in entries if not _is_folder(entry)]
         pictures = [(extension, path) for extension, path in files if extension in PICTURES]
         tars = [path for extension, path in files if extension == "tar"]
         self.ignored.update(extension for extension, _ in files if extension not in (*PICTURES, "tar"))
         classes = set()
         for entry in entries:
-            for path, extension in self._pictures_below(entry.path) if entry.is_dir() else ():
+            for path, extension in self._pictures_below(entry.path) if _is_folder(entry) else ():
                 classes.add(entry.name)
                 yield _Found(path, extension, entry.name, path)
         kinds = {"folders of classes": classes, "images without a class": pictures, "tars": tars}
@@ -310,11 +299,7 @@ class _Finder:
             raise DataError(f"{table}: has no lines with images; give a path in every line")
 
     def _label(self, text: str | None, place: str) -> int | str | None:
-        """The label that `text` is.
-
-        Raises:
-            DataError: it is empty, or a number that no class can have.
-        """
+        """The label that `text` is; refuses an empty one, and a number that no class can have."""
         label = parse_label(text)
         if label is None and text is not None and text not in self._known:
             raise DataError(
@@ -372,11 +357,7 @@ def _is_tar_of_tars(path: Path) -> bool:
 
 
 def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
-    """The regular members of the tar in bytes [start, start + size) of `file`; their offsets count in `file`.
-
-    Raises:
-        DataError: it is damaged or cut.
-    """
+    """The regular members of the tar in bytes [start, start + size) of `file`; refuses a damaged or cut one."""
     end = start + size
     try:
         file.seek(start)
@@ -395,11 +376,6 @@ def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tar
         raise DataError(f"{path}: cannot be read ({error}); start again when the storage works") from error
     if broken is not None:
         raise DataError(str(broken))
-
-
-# Tables
-
-_Row = tuple[int, object, object]  # line, path, label
 
 
 def _refuse_other_columns(place: str, columns: Collection[str]) -> None:
