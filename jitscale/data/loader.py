@@ -133,11 +133,12 @@ class ShardLoader:
             )
 
 
+@dataclass(frozen=True)
 class _MicroBatches(Dataset["Batch | DataError"]):
     """Batches by their positions, read in the worker."""
 
-    def __init__(self, shards: ShardSet, order: EpochOrder) -> None:
-        self.shards, self.order = shards, order
+    shards: ShardSet
+    order: EpochOrder
 
     def __getitem__(self, positions: Int64Array) -> Batch | DataError:
         size = self.shards.image_size

@@ -149,15 +149,11 @@ class ShardSet:
             DataError: none or all of the samples are chosen, the keys cannot be read, or none of the first held-out
                 images can be decoded.
         """
-        bare = [shard for shard in self._shards if not shard.has_keys()]
+        bare = [shard.location for shard in self._shards if not shard.has_keys()]
         if bare:
-            logger.info(
-                "data.held_out: %d of %d shards, such as %s, have no keys beside them; scanning their headers at every "
-                "start (tools/index_shards.py --force writes the keys)",
-                len(bare),
-                len(self._shards),
-                bare[0].location,
-            )
+            what = f"{len(bare)} of {len(self._shards)} shards, such as {bare[0]}, have no keys next to them"
+            remedy = "tools/index_shards.py --force writes the keys"
+            logger.info("data.held_out: %s; scanning their headers at every start (%s)", what, remedy)
         with ThreadPoolExecutor(_KEY_THREADS) as threads:
             keys = threads.map(ShardFile.keys, self._shards)
             chosen = [np.flatnonzero(uniform(0, Purpose.HELD_OUT, found) < fraction) for found in keys]
