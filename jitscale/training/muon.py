@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Fragment
+
+if TYPE_CHECKING:  # tools/benchmark.py builds an optimizer where safetensors is missing
+    from jitscale.checkpoints.format import Fragment
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024)
 ITERATIONS = 5
