@@ -24,8 +24,7 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.conditions import CPU, peak_memory_mib
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import CPU, Stopwatch, Table, peak_memory_mib
 from jitscale.data.images import CODECS, center_crop, decode, encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -64,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     lines = []
     for resolution, forms in result["forms"].items():
