@@ -33,31 +33,18 @@ SAMPLING_COST = 10  # about as many images are trained while one is sampled and 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and where it is measured.
+    """One training run and where it is measured."""
 
-    Attributes:
-        name: see `Task`.
-        config: a file of configs/.
-        settings: dotted; `run.dir` is added.
-        upgraded_from: the run whose last checkpoint is upgraded to this run's resolution as the start.
-        kernel: of the upgrade.
-        keep_moments: over the upgrade.
-        as_initial: use the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
-        measured_every: images between measurements, from the upgraded start to the end. None: at the end only.
-        evaluation: settings of a measurement that differ from those of the training.
-        strip: images of ids 0, 1, ... that a measurement also keeps as a picture, side by side.
-    """
-
-    name: str
-    config: str
-    settings: tuple[str, ...] = ()
-    upgraded_from: str | None = None
-    kernel: str = "nearest"
-    keep_moments: bool = True
-    as_initial: bool = False
-    measured_every: int | None = None
-    evaluation: tuple[str, ...] = ()
-    strip: int = 0
+    name: str  # see `Task`
+    config: str  # a file of configs/
+    settings: tuple[str, ...] = ()  # dotted; `run.dir` is added
+    upgraded_from: str | None = None  # the run whose last checkpoint, upgraded to this resolution, is the start
+    kernel: str = "nearest"  # of the upgrade
+    keep_moments: bool = True  # over the upgrade
+    as_initial: bool = False  # upgraded weights are used as `run.init_from` does, with `run.init_*` of the settings
+    measured_every: int | None = None  # images between measurements, from the upgraded start on; None: at the end only
+    evaluation: tuple[str, ...] = ()  # settings of a measurement that differ from those of the training
+    strip: int = 0  # images of ids 0, 1, ... that a measurement also keeps as a picture, side by side
 
     @property
     def after(self) -> str | None:
