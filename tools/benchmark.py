@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 
-from benchmarks.conditions import CONDITIONS, environment
+from benchmarks.measuring import describe_conditions, environment
 from jitscale.command import Parser, markdown, positive
+from jitscale.config import CHOICES
 from jitscale.errors import ExitCode, exit_with_message
 
 
@@ -31,13 +33,12 @@ def main() -> int:
     options = _parser().parse_args()
     # Only the chosen measurement is imported: a machine need not have the packages of the others.
     measurement = importlib.import_module(f"benchmarks.{options.command}")
-    conditions = environment()
-    result = {**conditions, **measurement.measure(options)}
+    load = os.getloadavg()[0]  # before the measurement adds to it
+    result = {**measurement.measure(options), **environment(), "load": load}
     if options.json:
         print(json.dumps(result))
     else:
-        known = [(name, str(result[name])) for name in CONDITIONS if name in result]
-        print(markdown([*measurement.describe(result), *known]))
+        print(markdown([*measurement.describe(result), *describe_conditions(result)]))
     return ExitCode.DONE
 
 
@@ -52,7 +53,7 @@ def _parser() -> Parser:
     step.add_argument("--engine", choices=("auto", "zero", "plain"), default="auto", help=engines)
 
     sample = commands.add_parser("sample", help="guided sampling")
-    sample.add_argument("--method", choices=("heun", "euler"), default="heun", help="default: %(default)s")
+    sample.add_argument("--method", choices=CHOICES["evaluation.method"], default="heun", help="default: %(default)s")
     sample.add_number("--sampler-steps", 10, "steps of the sampler")
     sample.add_number("--guidance", 3.0, "scale", float)
     sample.add_number("--repeats", 1, "measured batches")
@@ -62,9 +63,8 @@ def _parser() -> Parser:
     attention.add_number("--repeats", 20, "measured passes of each kernel")
 
     data = commands.add_parser("data", help="reading shards: each codec next to stock webdataset, hand-off, resume")
-    data.add_argument(
-        "--resolutions", type=positive, nargs="+", default=[256, 512], metavar="R", help="default: 256 512"
-    )
+    sizes = [256, 512]
+    data.add_argument("--resolutions", type=positive, nargs="+", default=sizes, metavar="R", help="default: 256 512")
     data.add_number("--images", 400, "photographs")
     data.add_number("--seconds", 3.0, "shortest time of each reader", float)
     data.add_number("--workers", 2, "processes of the hand-off")
@@ -78,7 +78,8 @@ def _parser() -> Parser:
     save.add_number("--repeats", 3, "measured saves of each kind")
 
     memory = commands.add_parser("memory", help="bytes that ranks hold in each ZeRO stage; start it with torchrun")
-    memory.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="default: all")
+    stages = CHOICES["engine.zero_stage"]
+    memory.add_argument("--stages", type=int, nargs="+", choices=stages, default=stages, help="default: all")
 
     rehearsal = commands.add_parser("rehearsal", help="the whole path at full shape with small counts")
     rehearsal.add_number("--images", 1000, "crops")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +62,9 @@ def main() -> int:
     _say("fine-tune at 64 px, then evaluate")
     _train("configs/demo_64.yaml", high_settings, high.data.batch_size)
     _say("evaluate the untrained network, for comparison")
-    untrained = _evaluate_untrained(low, output / "untrained")
+    torch.manual_seed(low.run.seed)
+    network = JiT(low.model, low.diffusion).eval()
+    untrained = evaluate_model(network, "untrained", low, ALONE, output / "untrained")
 
     trained = {name: json.loads((output / name / "result.json").read_text()) for name in ("32px", "64px")}
     result = {
@@ -76,7 +77,10 @@ def main() -> int:
     (output / "result.json").write_text(json.dumps(result, indent=2))
     _draw_samples([low, high], output / "samples.png")
     _draw_losses([low, high], output / "loss.png")
-    _print_summary(result)
+    print(f"{'':12}{'digits-FID':>12}{'classified as asked':>22}{'inception score':>18}")
+    for name, row in {"untrained": untrained, **trained}.items():
+        print(f"{name:12}{row['fid']:12.1f}{row['label_agreement']:22.1%}{row['inception_score']:18.2f}")
+    print(f"{'real halves':12}{result['fid_floor']:12.1f}")
     print(f"pictures: {output / 'samples.png'}, {output / 'loss.png'}")
     return ExitCode.DONE
 
@@ -104,12 +108,6 @@ def _say(what: str) -> None:
     print(f"== {what}", flush=True)
 
 
-def _evaluate_untrained(config: Config, folder: Path) -> dict[str, Any]:
-    """The same measurement of the freshly initialised network."""
-    torch.manual_seed(config.run.seed)
-    return evaluate_model(JiT(config.model, config.diffusion).eval(), "untrained", config, ALONE, folder)
-
-
 def _draw_samples(configs: list[Config], path: Path) -> None:
     """A labelled grid, one row a class, the resolutions side by side."""
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
@@ -131,14 +129,6 @@ def _draw_losses(configs: list[Config], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), label=f"{config.model.image_size} px", linewidth=1)
         axis.set(xlabel="images seen", ylabel=f"training loss ({configs[0].diffusion.loss} space)", yscale="log")
         axis.legend()
-
-
-def _print_summary(result: dict[str, Any]) -> None:
-    print(f"{'':12}{'digits-FID':>12}{'classified as asked':>22}{'inception score':>18}")
-    for name in ("untrained", "32px", "64px"):
-        row = result[name]
-        print(f"{name:12}{row['fid']:12.1f}{row['label_agreement']:22.1%}{row['inception_score']:18.2f}")
-    print(f"{'real halves':12}{result['fid_floor']:12.1f}")
 
 
 if __name__ == "__main__":

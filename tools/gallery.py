@@ -115,13 +115,12 @@ def grids(folder: Path, most: int) -> str:
     files = sorted(folder.glob("*.png"))
     if not files:
         return "<p>none; evaluation.grid_every_images asks for them</p>"
-    step = max(1, math.ceil(len(files) / most))
-    chosen = files[::-1][::step][::-1]
-    return "\n".join(
-        f'<figure><img class="grid" alt="samples" src="data:image/png;base64,{_base64(file)}">'
-        f"<figcaption>{int(file.stem.rpartition('_')[2]):,} images</figcaption></figure>"
-        for file in chosen
-    )
+    shown = []
+    for file in files[:: -math.ceil(len(files) / most)][::-1]:
+        png, images = base64.b64encode(file.read_bytes()).decode(), int(file.stem.rpartition("_")[2])
+        picture = f'<img class="grid" alt="samples" src="data:image/png;base64,{png}">'
+        shown.append(f"<figure>{picture}<figcaption>{images:,} images</figcaption></figure>")
+    return "\n".join(shown)
 
 
 def _held_out(runs: Sequence[Path]) -> str | None:
@@ -160,10 +159,6 @@ def _figure(found: dict[str, list[tuple[int, float]]], name: str, log: bool) -> 
 
 def _name(run: Path) -> str:
     return run.resolve().name
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _number(value: float | int | None) -> str:

@@ -26,10 +26,12 @@ from tqdm import tqdm
 from jitscale.command import Parser, positive
 from jitscale.data.digits import digit_images
 from jitscale.data.glyphs import Glyphs
+from jitscale.data.images import UInt8Array
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures, GlyphFeatures
+from jitscale.keyed_random import Int64Array
 
 BATCH = 64
 EMBEDDED_TOGETHER = 600  # images
@@ -38,38 +40,24 @@ WEIGHT_DECAY = 0.05
 GLYPHS = 6000
 GLYPHS_SEED = 1  # other glyphs than those of tools/make_glyphs.py
 
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A network and its training images.
+    """A network and its N training images."""
 
-    Attributes:
-        network: makes it, untrained.
-        images: (N, R, R, 3) at the network's input size.
-        labels: (N,) classes.
-        held_out: (N,) images that do not train.
-        redrawn: N images at another resolution.
-        others: resolutions of the sanity list.
-        epochs: passes over the images.
-        styles: (N,) classes of a second, auxiliary task, or None.
-        shift: pixels by which images move at most, on black ground; glyphs are off the centre already.
-        noise: largest standard deviation, of [-1, 1], of white noise on images. Without it the network would look at
-            little else than noise, because the colours are flat.
-    """
-
-    network: Callable[[], FeatureNetwork]
-    images: UInt8Array
-    labels: Int64Array
-    held_out: npt.NDArray[np.bool_]
-    redrawn: Callable[[int], UInt8Array]
-    others: Sequence[int]
-    epochs: int
-    styles: Int64Array | None = None
-    shift: int = 0
+    network: Callable[[], FeatureNetwork]  # makes it, untrained
+    images: UInt8Array  # (N, R, R, 3) at the network's input size
+    labels: Int64Array  # (N,) classes
+    held_out: npt.NDArray[np.bool_]  # (N,) images that do not train
+    redrawn: Callable[[int], UInt8Array]  # the images at another resolution
+    others: Sequence[int]  # resolutions of the sanity list
+    epochs: int  # passes over the images
+    styles: Int64Array | None = None  # (N,) classes of an auxiliary task
+    shift: int = 0  # pixels by which images move at most, on black ground; glyphs are off the centre already
+    # Largest standard deviation, of [-1, 1], of white noise on images. Without it the network would look at little else
+    # than noise, because the colours are flat.
     noise: float = 0.0
 
 
@@ -192,8 +180,7 @@ def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str,
 
 
 def _as_pixels(values: Float32Array) -> UInt8Array:
-    pixels: UInt8Array = values.round().clip(0, 255).astype(np.uint8)
-    return pixels
+    return values.round().clip(0, 255).astype(np.uint8)
 
 
 def main(arguments: list[str] | None = None) -> int:

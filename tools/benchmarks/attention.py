@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from tqdm import trange
 
-from benchmarks.conditions import arithmetic, environment, measured_config, peak_memory_mib
-from benchmarks.stopwatch import Stopwatch
-from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
+from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_mib
+from benchmarks.utilisation import arithmetic, describe_utilisation, matmul_tflops, utilisation
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.parallel import choose_device
@@ -25,14 +24,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dropout = model.attn_dropout if options.dropout is None else options.dropout
     shape = (options.batch, tokens, heads, head_dim)
     wanted: dict[str, Any] = {"tokens": [tokens], "heads": heads, "head_dim": head_dim, "dropouts": [dropout]}
-    missing: dict[str, str] = {}
+    watches, missing = {}, {}
     for name in KERNELS:
         try:
             choose_kernel(name, **wanted, dtype=dtype, device=device)
+            watches[name] = Stopwatch(device, enabled=False)
         except ConfigError as error:
             missing[name] = str(error)
-    usable = [name for name in KERNELS if name not in missing]
-    watches = {name: Stopwatch(device, enabled=False) for name in usable}
     peaks: dict[str, float] = {}
     qkv = torch.randn(*shape[:2], 3, *shape[2:], device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(shape, device=device, dtype=dtype)
@@ -51,7 +49,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # Two products forward, four backward. Products that a kernel computes again do not count.
     flops = {"forward": 4 * options.batch * heads * tokens**2 * head_dim}
     flops["backward"] = 2 * flops["forward"]
-    product = matmul_tflops(device, dtype)
+    product = matmul_tflops(config, device)
     seconds = {name: watch.medians() for name, watch in watches.items()}
     return {
         "config": options.config,
@@ -71,11 +69,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "missing": missing,
         "matmul_tflops_per_second": product,
         "peak_memory_mib": peak_memory_mib(device),
-        **environment(device),
     }
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     shape = " x ".join(map(str, result["shape"]))
     lines = [("shape", f"{shape}, {result['dtype']}, dropout {result['dropout']}")]
@@ -87,4 +84,4 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
             lines += [(f"{name}: {part}, {label}", value) for label, value in used]
         if found["peak_memory_mib"] is not None:
             lines.append((f"{name}: peak memory", f"{found['peak_memory_mib']:.0f} MiB"))
-    return [*lines, ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"), *result["missing"].items()]
+    return [*lines, *result["missing"].items()]

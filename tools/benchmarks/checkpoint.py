@@ -6,12 +6,11 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conditions import CPU, measured_config
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import CPU, Stopwatch, Table, measured_config
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save
@@ -46,7 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
     for name, label in LABELS.items():
@@ -85,9 +84,6 @@ def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, re
 
 def _time_import(line: str) -> float:
     """Seconds of a fresh interpreter that does nothing else; the better of two, since the first may fill caches."""
-    measured = []
-    for _ in range(2):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", line], check=True, stderr=subprocess.DEVNULL)
-        measured.append(time.perf_counter() - started)
-    return min(measured)
+    command = [sys.executable, "-c", line]
+    runs = timeit.repeat(lambda: subprocess.run(command, check=True, stderr=subprocess.DEVNULL), number=1, repeat=2)
+    return min(runs)

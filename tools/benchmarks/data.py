@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -24,8 +25,7 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.conditions import CPU, peak_memory_mib
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import CPU, Stopwatch, Table, peak_memory_mib
 from jitscale.data.images import CODECS, center_crop, decode, encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -49,9 +49,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         photographs = [_photograph(number) for number in tqdm(range(options.images), unit="img", desc="photographs")]
-        forms = {}
-        for resolution in options.resolutions:
-            forms[resolution] = _time_forms(folder / str(resolution), photographs, resolution, options.seconds)
+        forms = {
+            size: _time_forms(folder / str(size), photographs, size, options.seconds) for size in options.resolutions
+        }
         first = options.resolutions[0]
         handed_over = _time_hand_off(ShardSet.open(folder / str(first) / "raw", 1), options.workers, options.seconds)
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its peak of memory is its own
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     lines = []
     for resolution, forms in result["forms"].items():
@@ -110,25 +110,20 @@ def _time_forms(folder: Path, photographs: list[bytes], resolution: int, seconds
     crops = [center_crop(decode(data, "jpg"), resolution) for data in photographs]
     stored = {"original": [("jpg", data) for data in photographs]}
     stored |= {codec: [encode(crop, codec) for crop in crops] for codec in CODECS}
-    readers: dict[str, Iterator[None]] = {}
     for codec, samples in stored.items():
         _write(folder / codec, codec, None if codec == "original" else resolution, samples)
-        readers[codec] = _ours(ShardSet.open(folder / codec, 1, resolution))
-    readers = {"stock": _stock(folder / "original", resolution), **readers}
-    rates: dict[str, list[float]] = {name: [] for name in readers}
+    readers = {"stock": _stock(folder / "original", resolution)}
+    readers |= {codec: _ours(ShardSet.open(folder / codec, 1, resolution)) for codec in stored}
+    rates: dict[str, list[float]] = defaultdict(list)
     for _ in tqdm(range(ROUNDS), unit="round", desc=f"read at {resolution} px"):
         for name, reader in readers.items():
             rates[name].append(_rate(reader, seconds / ROUNDS))
-    sizes = {codec: float(np.mean([len(data) for _, data in samples])) for codec, samples in stored.items()}
-    sizes["stock"] = sizes["original"]
-    return {
-        name: {
-            "images_per_second": float(np.median(measured)),
-            "range": [min(measured), max(measured)],
-            "bytes_per_image": sizes[name],
-        }
-        for name, measured in rates.items()
-    }
+    forms = {}
+    for name, measured in rates.items():
+        size = float(np.mean([len(data) for _, data in stored["original" if name == "stock" else name]]))
+        speed = {"images_per_second": float(np.median(measured)), "range": [min(measured), max(measured)]}
+        forms[name] = {**speed, "bytes_per_image": size}
+    return forms
 
 
 def _write(folder: Path, codec: str, resolution: int | None, samples: list[tuple[str, bytes]]) -> None:

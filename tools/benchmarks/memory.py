@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.conditions import CPU, measured_config
+from benchmarks.measuring import CPU, Table, measured_config
 from jitscale import parallel
 from jitscale.config import Config
 from jitscale.errors import UserError
-from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.planner.memory import BUCKET_ELEMENTS, state_memory
 from jitscale.training.ema import ShardedEma
@@ -24,25 +23,20 @@ MICRO_BATCHES = 2
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Bytes of every rank in each of `options.stages`, and the planner's."""
-    world_size = adopt_launcher_environment()
-    world = parallel.start(CPU)
-    # Between two micro-batches of a step, gradients are there and activations are not.
-    options.batch = MICRO_BATCHES * world_size
     stages = {}
-    try:
+    with parallel.joined(CPU) as world:
+        # Between two micro-batches of a step, gradients are there and activations are not.
+        options.batch = MICRO_BATCHES * world.size
         for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
             config = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
             held = parallel.gather_objects(state_bytes(config, world))
-            stages[str(stage)] = {"bytes": held, "predicted": state_memory(config, world_size).state}
-        parallel.barrier()
-    finally:
-        parallel.stop()
+            stages[str(stage)] = {"bytes": held, "predicted": state_memory(config, world.size).state}
     if not world.is_main:
         raise SystemExit(0)  # the main rank prints
-    return {"config": options.config, "overrides": options.overrides, "ranks": world_size, "stages": stages}
+    return {"config": options.config, "overrides": options.overrides, "ranks": world.size, "stages": stages}
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     lines = [("ranks", str(result["ranks"]))]
     for stage, found in result["stages"].items():
@@ -54,11 +48,7 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
-    """This rank's bytes between the micro-batches of a second step, when moments and gradients are there.
-
-    Args:
-        config: with two micro-batches a rank and step.
-        world: this rank among all.
+    """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there.
 
     Returns:
         `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.conditions import CPU, peak_memory_mib
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import CPU, Stopwatch, Table, peak_memory_mib
 from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.metrics import (
@@ -51,10 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"images": options.images, "seconds": watch.medians(), "peak_memory_mib": peak_memory_mib()}
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
-    return [
-        *((name, f"{value:.1f} s") for name, value in result["seconds"].items()),
-        ("images", f"{result['images']}"),
-        ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"),
-    ]
+    seconds = [(name, f"{value:.1f} s") for name, value in result["seconds"].items()]
+    return [*seconds, ("images", f"{result['images']}")]

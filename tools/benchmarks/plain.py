@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 
 import torch
 
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import Stopwatch
 from jitscale.config import Config
 from jitscale.diffusion.objective import sample_loss, times_from_normal
 from jitscale.evaluation.generate import autocast
-from jitscale.model.execution import prepare
+from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
 from jitscale.training.noise import add_noise
@@ -47,35 +48,35 @@ class RandomBatch:
         return self._sample_loss(prediction, x, e, z, t, self._config.diffusion).mean()
 
 
-class PlainTraining:
-    """Steps in plain torch, whose masters are its parameters; bf16 weights are measured as autocast."""
+@contextmanager
+def plain_training(
+    config: Config, device: torch.device, watch: Stopwatch
+) -> Iterator[tuple[Callable[[], None], Execution]]:
+    """A step in plain torch, whose masters are its parameters, on a batch that is already on the device.
 
-    def __init__(self, config: Config, device: torch.device, watch: Stopwatch) -> None:
-        self.config = config
-        self.network = JiT(config.model, config.diffusion).to(device).train()
-        self.execution = prepare(self.network, config.engine, device, training=True)
-        self.optimizer = build_optimizer(self.network, config.optim)
-        self.weights = [p.detach() for p in self.network.parameters()]
-        self.ema = ShardedEma(config.ema, self.weights, compiled=self.execution.compiled)
-        self.batch = RandomBatch(config, device, compiled=self.execution.compiled)
-        self.steps = 0
-        self._watch = watch
+    `watch` times its parts. bf16 weights are measured as autocast.
+    """
+    optim = config.optim
+    network = JiT(config.model, config.diffusion).to(device).train()
+    execution = prepare(network, config.engine, device, training=True)
+    optimizer = build_optimizer(network, optim)
+    weights = [p.detach() for p in network.parameters()]
+    ema = ShardedEma(config.ema, weights, compiled=execution.compiled)
+    batch = RandomBatch(config, device, compiled=execution.compiled)
+    steps = count(1)
 
-    def step(self) -> None:
-        """One step on a batch that is already on the device."""
-        optim, batch = self.config.optim, self.config.data.batch_size
-        loss = self.batch.loss(self.network)
-        with self._watch.part("engine_backward"):
+    def step() -> None:
+        loss = batch.loss(network)
+        with watch.part("engine_backward"):
             loss.backward()
-        with self._watch.part("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), optim.grad_clip or float("inf"))
-            for group in self.optimizer.param_groups:
+        with watch.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(network.parameters(), optim.grad_clip or float("inf"))
+            for group in optimizer.param_groups:
                 group["lr"] = optim.lr * group["lr_factor"]
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.steps += 1
-        with self._watch.part("ema"):
-            self.ema.update(self.weights, self.steps, ((self.steps - 1) * batch, self.steps * batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        number, images = next(steps), config.data.batch_size
+        with watch.part("ema"):
+            ema.update(weights, number, ((number - 1) * images, number * images))
 
-    def close(self) -> None:
-        """Nothing is held."""
+    yield step, execution

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.measuring import Stopwatch
 from benchmarks.plain import RandomBatch
-from benchmarks.stopwatch import Stopwatch
 from jitscale.config import Config
 from jitscale.diffusion.objective import sample_loss, to_spaces
 from jitscale.diffusion.sampler import Sampler
@@ -34,35 +34,32 @@ def reference_network(network: JiT, config: Config, device: torch.device, *, tra
     return network.train(training)
 
 
-class ReferenceTraining:
-    """A network, its optimizer and its averages."""
+def reference_step(config: Config, device: torch.device, batch: RandomBatch, watch: Stopwatch) -> Callable[[], None]:
+    """A step on `batch` with a network, an optimizer and averages of its own; `watch` times its parts."""
+    network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]}
+        for group in parameter_groups(network, config.optim)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=BETAS)
+    averages = [[p.detach().clone() for p in network.parameters()] for _ in EMA_DECAYS]
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
-        groups = [
-            {"params": group["params"], "weight_decay": group["weight_decay"]}
-            for group in parameter_groups(self.network, config.optim)
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=BETAS)
-        self.averages = [[p.detach().clone() for p in self.network.parameters()] for _ in EMA_DECAYS]
-
-    def step(self, batch: RandomBatch, watch: Stopwatch) -> float:
-        """One step, whose parts are timed by `watch`; returns the loss."""
+    def step() -> None:
         x, e, z, t = batch.noised()
-        with watch.part("forward"), autocast(self.config, self.device):
-            loss = sample_loss(self.network(z, t, batch.labels), x, e, z, t, self.config.diffusion).mean()
-        value = loss.item()
+        with watch.part("forward"), autocast(config, device):
+            loss = sample_loss(network(z, t, batch.labels), x, e, z, t, config.diffusion).mean()
+        loss.item()  # the host waits
         with watch.part("backward"):
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
         with watch.part("optimizer"):
-            self.optimizer.step()
+            optimizer.step()
         with watch.part("ema"), torch.no_grad():
-            for average, decay in zip(self.averages, EMA_DECAYS, strict=True):
-                for target, source in zip(average, self.network.parameters(), strict=True):
+            for average, decay in zip(averages, EMA_DECAYS, strict=True):
+                for target, source in zip(average, network.parameters(), strict=True):
                     target.mul_(decay).add_(source, alpha=1 - decay)
-        return value
+
+    return step
 
 
 @torch.no_grad()

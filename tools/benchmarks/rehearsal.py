@@ -22,6 +22,7 @@ import psutil
 import torch
 from PIL import Image
 
+from benchmarks.measuring import Table
 from jitscale.errors import UserError
 from jitscale.evaluation.inception import Inception
 from jitscale.keyed_random import Purpose, uniform
@@ -56,16 +57,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         train = ["-m", "jitscale.train", "--config", options.config, *_settings(options, scratch)]
         parts |= _watched([*(launcher if options.ranks > 1 else []), *train], _ends(scratch / "run"))
         result = (scratch / "run/result.json").read_text()
-    return {
-        "config": options.config,
-        "ranks": options.ranks,
-        "batch": options.batch,
-        "parts": parts,
-        "result": result,
-    }
+    asked = {"config": options.config, "ranks": options.ranks, "batch": options.batch}
+    return {**asked, "parts": parts, "result": result}
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
     return [
         (LABELS[name].format(**result), f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
@@ -144,12 +140,9 @@ def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> 
 def _memory_of(pid: int) -> int:
     """Bytes of a process and those that it has started; pages that they share are divided among them."""
     held = 0
-    try:
+    with suppress(psutil.Error):  # a process may end meanwhile
         main = psutil.Process(pid)
-        processes = [main, *main.children(recursive=True)]
-    except psutil.Error:
-        return held  # ended meanwhile
-    for process in processes:
-        with suppress(psutil.Error):
-            held += process.memory_full_info().pss
+        for process in [main, *main.children(recursive=True)]:
+            with suppress(psutil.Error):
+                held += process.memory_full_info().pss
     return held

@@ -6,28 +6,26 @@ import argparse
 import importlib.util
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
-from benchmarks.conditions import arithmetic, environment, measured_config, peak_memory_mib
-from benchmarks.plain import PlainTraining, RandomBatch
-from benchmarks.reference import ReferenceTraining
-from benchmarks.stopwatch import Stopwatch, wait_for
+from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_mib, wait_for
+from benchmarks.plain import RandomBatch, plain_training
+from benchmarks.reference import reference_step
 from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
-from jitscale import parallel
 from jitscale.config import Config
 from jitscale.errors import UserError
-from jitscale.model.execution import Execution, prepare
+from jitscale.model.execution import prepare
 from jitscale.model.flops import training_flops
 from jitscale.model.jit import JiT
+from jitscale.parallel import choose_device
 
 PARTS = {
     "data": "waiting for data",
@@ -46,18 +44,6 @@ WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
-class Training(Protocol):
-    """Training steps whose parts are timed by a stopwatch that it was given."""
-
-    execution: Execution
-
-    def step(self) -> None:
-        """One optimizer step."""
-
-    def close(self) -> None:
-        """Release what is held."""
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
@@ -68,28 +54,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     whole = options.engine == "zero" or (options.engine == "auto" and not missing)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = ["engine.micro_batch_size=null", "tracking.wandb=off"]
+        training, settings = plain_training, ["engine.micro_batch_size=null", "tracking.wandb=off"]
         if whole:
             # The trainer needs packages that a machine may lack, where everything else can be measured.
-            from benchmarks.whole import WholeTraining, settings_in  # noqa: PLC0415
+            from benchmarks.whole import settings_in, whole_training  # noqa: PLC0415
 
-            settings += settings_in(Path(scratch))
+            training, settings = whole_training, [*settings, *settings_in(Path(scratch))]
         config = measured_config(options, settings, on_gpu=True)
-        device = parallel.choose_device(config.run.device)
+        device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         watch = Stopwatch(device, enabled=False)
-        try:
-            ours: Training = (WholeTraining if whole else PlainTraining)(config, device, watch)
+        with training(config, device, watch) as (step, execution):
             for _ in range(options.warmup):
-                ours.step()
+                step()
             wait_for(device)
             peak = peak_memory_mib(device)  # of training alone, before other networks are built
-            result = _take_turns(ours, watch, options, config, device)
-            ours.close()
-        finally:
-            parallel.stop()
+            waits = host_waits(step, device, compiled=execution.compiled)
+            result = _take_turns(step, watch, options, config, device)
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
-    product = matmul_tflops(device, arithmetic(config))
+    product = matmul_tflops(config, device)
     lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
     return {
         "config": options.config,
@@ -97,24 +80,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "steps": options.steps,
         "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else f"plain torch{lacks}",
-        "execution": str(ours.execution),
+        "execution": str(execution),
+        "host_waits": waits,
         **result,
         **utilisation(tflops, device, product),
         "matmul_tflops_per_second": product,
         "peak_memory_mib": peak,
-        **environment(device),
     }
 
 
-def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+def describe(result: dict[str, Any]) -> Table:
     """The lines of the table of `measure`."""
-    low, high = result["ms_per_step_range"]
+
+    def speed(of: dict[str, Any], median: str = "") -> Table:
+        low, high = of["ms_per_step_range"]
+        step = f"{of['ms_per_step']:.1f} ms{median} ({low:.1f} to {high:.1f})"
+        return [("images/s", f"{of['images_per_second']:.4g}"), ("step", step)]
+
     waits = result["host_waits"]
     lines = [
-        ("images/s", f"{result['images_per_second']:.4g}"),
-        ("step", f"{result['ms_per_step']:.1f} ms, the median of {result['steps']} ({low:.1f} to {high:.1f})"),
+        *speed(result, f", the median of {result['steps']}"),
         *describe_utilisation(result, result["matmul_tflops_per_second"]),
-        ("peak memory", f"{result['peak_memory_mib']:.0f} MiB"),
         ("engine", result["engine"]),
         ("execution", result["execution"]),
         ("times that the host waits in a step", "not counted" if waits is None else f"{sum(waits.values())}"),
@@ -123,13 +109,11 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         there = name in result["ms"]
         lines.append((label, f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}" if there else "not there"))
     lines.append(("the engine's cost around the network", f"{result['around_network']:.1%}"))
-    theirs = result.get("reference")
-    if theirs is not None:
-        low, high = theirs["ms_per_step_range"]
+    if "reference" in result:
+        theirs = result["reference"]
+        shown = [*speed(theirs), *((name, f"{ms:.1f} ms") for name, ms in theirs["ms"].items())]
+        lines += [(f"the authors' way: {label}", value) for label, value in shown]
         lines += [
-            ("the authors' way: images/s", f"{theirs['images_per_second']:.4g}"),
-            ("the authors' way: step", f"{theirs['ms_per_step']:.1f} ms ({low:.1f} to {high:.1f})"),
-            *((f"the authors' way: {name}", f"{ms:.1f} ms") for name, ms in theirs["ms"].items()),
             ("ours / the authors' way", f"{result['ratio']:.2f}"),
             ("forward and backward alone", f"{result['network_ratio']:.2f}"),
         ]
@@ -137,15 +121,17 @@ def describe(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _take_turns(
-    ours: Training, watch: Stopwatch, options: argparse.Namespace, config: Config, device: torch.device
+    our_step: Callable[[], None], watch: Stopwatch, options: argparse.Namespace, config: Config, device: torch.device
 ) -> dict[str, Any]:
+    """Time whole steps; and the parts of steps, which wait for the device, by `watch` and a watch of the authors'."""
     network = JiT(config.model, config.diffusion).to(device).train()
     prepare(network, config.engine, device, training=True)
-    theirs = ReferenceTraining(config, device) if options.compare == "reference" else None
     random = RandomBatch(config, device)
-    their_watch = Stopwatch(device, enabled=False)
-    our_seconds: list[float] = []
-    their_seconds: list[float] = []
+    their_watch, whole_steps = Stopwatch(device, enabled=False), Stopwatch(device)
+    steps = {"ours": our_step}
+    if options.compare == "reference":
+        steps["theirs"] = reference_step(config, device, random, their_watch)
+        steps["theirs"]()
 
     def passes() -> None:
         loss = random.loss(network, watch.part("forward"))
@@ -153,59 +139,47 @@ def _take_turns(
             loss.backward()
         network.zero_grad()
 
-    def their_step() -> None:
-        if theirs is not None:
-            theirs.step(random, their_watch)
-
-    def timed(step: Callable[[], None], seconds: list[float]) -> None:
-        wait_for(device)
-        started, at_once = time.perf_counter(), STEPS_AT_ONCE[device.type]
-        for _ in range(at_once):
-            step()
-        wait_for(device)
-        seconds.append((time.perf_counter() - started) / at_once)
-
     passes()
-    their_step()
-    waits = host_waits(ours.step, device, compiled=ours.execution.compiled)
     for _ in trange(options.steps, unit="step", desc="measure", disable=None):
-        timed(ours.step, our_seconds)
-        if theirs is not None:
-            timed(their_step, their_seconds)
+        for name, step in steps.items():
+            with whole_steps.part(name):
+                for _ in range(STEPS_AT_ONCE[device.type]):
+                    step()
         watch.enabled = their_watch.enabled = True
-        their_step()
-        with watch.part("step"):
-            ours.step()
+        for name, step in steps.items():
+            with watch.part(name):
+                step()
         passes()
         watch.enabled = their_watch.enabled = False
     seconds = watch.medians()
-    detailed, network_seconds = seconds.pop("step"), seconds["forward"] + seconds["backward"]
+    detailed, network_seconds = seconds.pop("ours"), seconds["forward"] + seconds["backward"]
+    seconds.pop("theirs", None)  # their parts are in their own watch
     # The engine's backward pass contains that of the network, which is measured alone.
     seconds["zero_backward"] = seconds.pop("engine_backward") - seconds["backward"]
     seconds["rest"] = detailed - sum(seconds.values())
+    speeds = {name: _speed(measured, device, options.batch) for name, measured in whole_steps.times.items()}
     result = {
-        **_speed(our_seconds, options.batch),
-        "host_waits": waits,
-        "ms": {name: 1e3 * seconds[name] for name in PARTS if name in seconds},
-        "share": {name: seconds[name] / detailed for name in PARTS if name in seconds},
+        **speeds["ours"],
+        "ms": {name: 1e3 * value for name, value in seconds.items()},
+        "share": {name: value / detailed for name, value in seconds.items()},
         "around_network": (detailed - network_seconds) / detailed,
     }
-    if theirs is not None:
+    if "theirs" in speeds:
         parts = their_watch.medians()
-        reference = {**_speed(their_seconds, options.batch), "ms": {name: 1e3 * value for name, value in parts.items()}}
-        result["reference"] = reference
-        result["ratio"] = reference["ms_per_step"] / result["ms_per_step"]
+        result["reference"] = {**speeds["theirs"], "ms": {name: 1e3 * value for name, value in parts.items()}}
+        result["ratio"] = speeds["theirs"]["ms_per_step"] / speeds["ours"]["ms_per_step"]
         result["network_ratio"] = (parts["forward"] + parts["backward"]) / network_seconds
     return result
 
 
-def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
-    """The speed of steps that took `seconds` each."""
-    median = statistics.median(seconds)
+def _speed(seconds: list[float], device: torch.device, batch: int) -> dict[str, Any]:
+    """The speed, of the seconds that `STEPS_AT_ONCE` steps took each time."""
+    milliseconds = [1e3 * value / STEPS_AT_ONCE[device.type] for value in seconds]
+    median = statistics.median(milliseconds)
     return {
-        "images_per_second": batch / median,
-        "ms_per_step": 1e3 * median,
-        "ms_per_step_range": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "images_per_second": 1e3 * batch / median,
+        "ms_per_step": median,
+        "ms_per_step_range": [min(milliseconds), max(milliseconds)],
     }
 
 

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.measuring import Stopwatch
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.images import UInt8Array
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import open_configured
+from jitscale.model.execution import Execution
 from jitscale.training.trainer import Trainer
 
 IMAGES_AT_LEAST = 256
 SHARDS = 4
-
-
-@dataclass(frozen=True)
-class RandomImages:
-    """Images of `size` pixels a side, each from its number."""
-
-    count: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int, /) -> UInt8Array:
-        return np.random.default_rng(int(index)).integers(256, size=(self.size, self.size, 3), dtype=np.uint8)
 
 
 def settings_in(scratch: Path) -> list[str]:
@@ -42,27 +30,30 @@ def settings_in(scratch: Path) -> list[str]:
     return [*places, "run.max_steps=1000000", "optim.warmup_images=0"]
 
 
-class WholeTraining:
-    """Steps of the trainer, from shards to averages."""
+@contextmanager
+def whole_training(
+    config: Config, device: torch.device, watch: Stopwatch
+) -> Iterator[tuple[Callable[[], None], Execution]]:
+    """A step of the trainer, from shards to averages; `config` with `settings_in` a folder.
 
-    def __init__(self, config: Config, device: torch.device, watch: Stopwatch) -> None:
-        """`config` with `settings_in` a folder; `watch` times the parts."""
-        world = parallel.start(device)
-        images = RandomImages(max(IMAGES_AT_LEAST, 2 * config.data.batch_size), config.model.image_size)
-        labels = np.arange(len(images)) % max(1, config.model.num_classes)
-        write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-len(images) // SHARDS))
+    `watch` times its parts. A step whose parts are timed is logged, since a run logs only every hundredth.
+    """
+    batch, size = config.data.batch_size, config.model.image_size
+    count = max(IMAGES_AT_LEAST, 2 * batch)
+    noise = np.random.default_rng(0).integers(256, size=(size + count - 1, size, 3), dtype=np.uint8)
+    images = sliding_window_view(noise, size, axis=0).transpose(0, 3, 1, 2)  # each begins a row below the one before
+    labels = np.arange(count) % max(1, config.model.num_classes)
+    with parallel.joined(device) as world:
+        write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))
         Path(config.run.dir).mkdir()
-        self._trainer, self._watch = Trainer(config, world, open_configured(config)), watch
-        self._trainer.part = watch.part
-        self.execution = self._trainer.engine.execution
+        trainer = Trainer(config, world, open_configured(config))
+        trainer.part = watch.part
 
-    def step(self) -> None:
-        """One step; logged if its parts are timed, since a run does so every hundred steps only."""
-        started = time.perf_counter()
-        loss = self._trainer.train_step()
-        if self._watch.enabled:
-            self._trainer.log(loss, self._trainer.config.data.batch_size / (time.perf_counter() - started))
+        def step() -> None:
+            started = time.perf_counter()
+            loss = trainer.train_step()
+            if watch.enabled:
+                trainer.log(loss, batch / (time.perf_counter() - started))
 
-    def close(self) -> None:
-        """Release what is held."""
-        self._trainer.close()
+        yield step, trainer.engine.execution
+        trainer.close()

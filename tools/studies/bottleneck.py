@@ -29,11 +29,11 @@ def tasks(seed: int) -> Sequence[Run]:
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances by width and seed."""
-    found = {str(width): ends(outcomes, f"width_{width}") for width in WIDTHS}
+    keys = ("fid", "label_agreement")
     return {
         "images": IMAGES,
-        "floor": found["8"][0]["fid_floor"],
-        **{key: {width: [m[key] for m in runs] for width, runs in found.items()} for key in ("fid", "label_agreement")},
+        "floor": ends(outcomes, "width_8", "fid_floor")[0],
+        **{key: {str(width): ends(outcomes, f"width_{width}", key) for width in WIDTHS} for key in keys},
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jitscale.figures import curve, figure, mean_and_deviation, plus_minus, show_png
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, by_seed
+from studies.tasks import Outcomes, Shards, by_seed, ends
 
 SHARDS: Shards = [("digits", 32)]
 IMAGES, POINTS = 128_000, 8
@@ -36,11 +36,9 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     return {
         "images": [m["images"] for m in found["x"][0]["measurements"]],
         "fid": {way: [[m["fid"] for m in o["measurements"]] for o in runs] for way, runs in found.items()},
-        "label_agreement": {
-            way: [o["measurements"][-1]["label_agreement"] for o in runs] for way, runs in found.items()
-        },
+        "label_agreement": {way: ends(outcomes, way, "label_agreement") for way in WAYS},
         "strips": {way: [m["strip"] for m in runs[0]["measurements"][1::2]] for way, runs in found.items()},
-        "floor": found["x"][0]["measurements"][0]["fid_floor"],
+        "floor": ends(outcomes, "x", "fid_floor")[0],
     }
 
 

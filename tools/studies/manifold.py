@@ -9,7 +9,6 @@ Shapes: B points.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -38,21 +37,13 @@ DIRECTIONS = 200
 
 @dataclass(frozen=True)
 class Toy:
-    """One network.
-
-    Attributes:
-        dimensions: D.
-        prediction: x, e or v.
-        seed: of everything.
-        steps: of training.
-        samples: drawn and compared.
-    """
+    """One network."""
 
     dimensions: int
-    prediction: str
+    prediction: str  # x, e or v
     seed: int
     steps: int = STEPS
-    samples: int = SAMPLES
+    samples: int = SAMPLES  # drawn and compared
     after: str | None = None
 
     @property
@@ -66,12 +57,15 @@ class Toy:
 
     def execute(self, folder: Path) -> dict[str, Any]:
         """Train it, draw points, and compare them with the data."""
-        started = time.perf_counter()
         torch.manual_seed(self.seed)
         diffusion = DiffusionConfig(prediction=self.prediction, loss="v", mu=0.0, sigma=1.0)
         plane = torch.linalg.qr(torch.randn(self.dimensions, 2)).Q  # (D, 2)
-        network = Denoiser(self.dimensions)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.0)
+        layers = relu_layers([self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions])
+
+        def network(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            return as_images(layers(torch.cat([z.flatten(1), t[:, None]], 1)))
+
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=LR, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for _ in range(self.steps):
             x = as_images(spiral(BATCH) @ plane.T)
@@ -82,7 +76,6 @@ class Toy:
             loss.backward()
             optimizer.step()
             schedule.step()
-        trained = time.perf_counter()
         sampler = Sampler("heun", 50, 1.0, prediction=self.prediction)
         labels = torch.zeros(self.samples, dtype=torch.long)
         noise = as_images(torch.randn(self.samples, self.dimensions))
@@ -93,25 +86,15 @@ class Toy:
             "distance": sliced_distance(inside, spiral(self.samples)),
             "outside": float(outside),
             "points": np.round(inside[:DRAWN].numpy(), 3).tolist(),
-            "training_seconds": trained - started,
-            "measuring_seconds": time.perf_counter() - trained,
         }
 
 
-class Denoiser(nn.Module):
-    """Five linear layers with ReLU between them, of a point and its time."""
-
-    def __init__(self, dimensions: int) -> None:
-        super().__init__()
-        widths = [dimensions + 1, *[WIDTH] * (LAYERS - 1), dimensions]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, 1, 1, D) and (B,) to (B, 1, 1, D)."""
-        return as_images(self.layers(torch.cat([z.flatten(1), t[:, None]], 1)))
+def relu_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers from each of `widths` to the next, with ReLU between them."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def as_images(points: torch.Tensor) -> torch.Tensor:

@@ -47,10 +47,10 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances and labels by patch size, loss, prediction and seed; strips of the first seed."""
     cells: dict[str, dict[str, dict[str, Any]]] = {patches: {loss: {} for loss in SPACES} for patches in WIDE}
     for patches, loss, prediction in product(WIDE, SPACES, SPACES):
-        found = ends(outcomes, f"{patches}_{prediction}_{loss}")
-        numbers = {key: [m[key] for m in found] for key in ("fid", "label_agreement")}
-        cells[patches][loss][prediction] = {**numbers, "strip": found[0]["strip"]}
-    floors = {patches: ends(outcomes, f"{patches}_x_v")[0]["fid_floor"] for patches in WIDE}
+        name = f"{patches}_{prediction}_{loss}"
+        numbers = {key: ends(outcomes, name, key) for key in ("fid", "label_agreement")}
+        cells[patches][loss][prediction] = {**numbers, "strip": ends(outcomes, name, "strip")[0]}
+    floors = {patches: ends(outcomes, f"{patches}_x_v", "fid_floor")[0] for patches in WIDE}
     return {"cells": cells, "floor": floors, "images": IMAGES}
 
 

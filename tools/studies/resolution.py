@@ -48,19 +48,17 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances and seconds by run and seed."""
 
     def fid(name: str) -> list[float]:
-        return [measured["fid"] for measured in ends(outcomes, name)]
+        return ends(outcomes, name, "fid")
 
+    scaled = {str(size): by_seed(outcomes, f"scaled_{size}") for size in SIZES}
     return {
         "images": IMAGES,
-        "scaled": {str(size): fid(f"scaled_{size}") for size in SIZES},
+        "scaled": {size: fid(f"scaled_{size}") for size in scaled},
         "unscaled": {"32": fid("scaled_32"), **{str(size): fid(f"unscaled_{size}") for size in SIZES[1:]}},
         "mu": {f"{mu:g}": fid("unscaled_64" if mu == DEFAULT_MU else f"mu_{mu:g}") for mu in MUS},
-        "floor": {str(size): outcomes[f"scaled_{size}_s0"]["measurements"][-1]["fid_floor"] for size in SIZES},
-        "training_seconds": {
-            str(size): [outcome["training_seconds"] for outcome in by_seed(outcomes, f"scaled_{size}")]
-            for size in SIZES
-        },
-        "flops_an_image": {str(size): outcomes[f"scaled_{size}_s0"]["flops_an_image"] for size in SIZES},
+        "floor": {size: ends(outcomes, f"scaled_{size}", "fid_floor")[0] for size in scaled},
+        "training_seconds": {size: [run["training_seconds"] for run in runs] for size, runs in scaled.items()},
+        "flops_an_image": {size: runs[0]["flops_an_image"] for size, runs in scaled.items()},
     }
 
 

@@ -23,7 +23,7 @@ from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
 from jitscale.model.flops import training_flops
-from jitscale.model.jit import JiT
+from jitscale.parallel import World
 from jitscale.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -33,31 +33,18 @@ SAMPLING_COST = 10  # about as many images are trained while one is sampled and 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and where it is measured.
+    """One training run and where it is measured."""
 
-    Attributes:
-        name: see `Task`.
-        config: a file of configs/.
-        settings: dotted; `run.dir` is added.
-        upgraded_from: the run whose last checkpoint is upgraded to this run's resolution as the start.
-        kernel: of the upgrade.
-        keep_moments: over the upgrade.
-        as_initial: use the upgraded weights as `run.init_from` does, with `run.init_*` of the settings.
-        measured_every: images between measurements, from the upgraded start to the end. None: at the end only.
-        evaluation: settings of a measurement that differ from those of the training.
-        strip: images of ids 0, 1, ... that a measurement also keeps as a picture, side by side.
-    """
-
-    name: str
-    config: str
-    settings: tuple[str, ...] = ()
-    upgraded_from: str | None = None
-    kernel: str = "nearest"
-    keep_moments: bool = True
-    as_initial: bool = False
-    measured_every: int | None = None
-    evaluation: tuple[str, ...] = ()
-    strip: int = 0
+    name: str  # see `Task`
+    config: str  # a file of configs/
+    settings: tuple[str, ...] = ()  # dotted; `run.dir` is added
+    upgraded_from: str | None = None  # the run whose last checkpoint, upgraded to this resolution, is the start
+    kernel: str = "nearest"  # of the upgrade
+    keep_moments: bool = True  # over the upgrade
+    as_initial: bool = False  # upgraded weights are used as `run.init_from` does, with `run.init_*` of the settings
+    measured_every: int | None = None  # images between measurements, from the upgraded start on; None: at the end only
+    evaluation: tuple[str, ...] = ()  # settings of a measurement that differ from those of the training
+    strip: int = 0  # images of ids 0, 1, ... that a measurement also keeps as a picture, side by side
 
     @property
     def after(self) -> str | None:
@@ -79,8 +66,8 @@ class Run:
         """Train to the end, from where it was interrupted, and measure.
 
         Returns:
-            `flops_an_image` of training, `training_seconds`, `measuring_seconds` and `measurements`, a list of results
-            of `evaluate_model`, each with the `images` seen, and with the `strip`, a PNG in base64, if there is one.
+            `flops_an_image` of training, `training_seconds`, and `measurements`, a list of results of `evaluate_model`,
+            each with the `images` seen, and with the `strip`, a PNG in base64, if there is one.
 
         Raises:
             UserError: it cannot be trained, or was asked to stop.
@@ -90,57 +77,46 @@ class Run:
         if self.measured_every is not None:
             config.checkpoint.every_images = self.measured_every
         started = time.perf_counter()
-        code = train(config, world, _beginning(self, folder, config))
+        code = train(config, world, self._beginning(folder, config))
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: was asked to stop; the same command goes on")
-        trained = time.perf_counter()
+        seconds = time.perf_counter() - started
         run_dir = Path(config.run.dir)
         checkpoints = complete_checkpoints(run_dir)
         measured = checkpoints[-1:] if self.measured_every is None else checkpoints
-        outcome = {
-            "flops_an_image": training_flops(config.model),
-            "training_seconds": trained - started,
-            "measurements": [_measure(checkpoint, self, folder) for checkpoint in measured],
-            "measuring_seconds": time.perf_counter() - trained,
-        }
+        measurements = [self._measure(checkpoint, folder, world) for checkpoint in measured]
         prune(run_dir, keep_last=1)
-        return outcome
+        flops = training_flops(config.model)
+        return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
+
+    def _beginning(self, folder: Path, config: Config) -> StoredWeights | None:
+        """Write the upgraded checkpoint that the run resumes, or return the upgraded weights that it starts from."""
+        if self.upgraded_from is None:
+            return None
+        target = config
+        if self.as_initial:
+            target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
+        if not complete_checkpoints(Path(target.run.dir)):
+            low = open_weights(folder / self.upgraded_from)
+            write_upgraded(low, target, plan_upgrade(low.config, target, self.kernel), keep_moments=self.keep_moments)
+        return open_weights(target.run.dir) if self.as_initial else None
+
+    def _measure(self, path: Path, folder: Path, world: World) -> dict[str, Any]:
+        config = self.load(folder, *self.evaluation)
+        weights = read_weights(path, config.evaluation.weights)
+        model = ready_to_sample(weights.build(), config, world.device)
+        result = evaluate_model(model, weights.name, config, world, folder / "measured")
+        numbers = {key: value for key, value in result.items() if key != "protocol"}
+        if self.strip:
+            sampler = configured_sampler(config.evaluation, model.diffusion)
+            drawn = to_uint8(generate(model, sampler, range(self.strip), config.evaluation.seed))
+            png = BytesIO()
+            Image.fromarray(tile(drawn, self.strip)).save(png, format="png")
+            numbers["strip"] = base64.b64encode(png.getvalue()).decode()
+        return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
 
 
 def seeded(what: str, seed: int, config: str, images: int, *settings: str, **options: Any) -> Run:
     """The run of one seed over `images` images."""
     own = (f"run.seed={seed}", f"evaluation.seed={seed}", f"run.max_images={images}")
     return Run(f"{what}_s{seed}", config, (*settings, *own), **options)
-
-
-def _beginning(run: Run, folder: Path, config: Config) -> StoredWeights | None:
-    """Write the upgraded checkpoint that the run resumes, or return the upgraded weights that it starts from."""
-    if run.upgraded_from is None:
-        return None
-    target = config
-    if run.as_initial:
-        target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
-    if not complete_checkpoints(Path(target.run.dir)):
-        low = open_weights(folder / run.upgraded_from)
-        write_upgraded(low, target, plan_upgrade(low.config, target, run.kernel), keep_moments=run.keep_moments)
-    return open_weights(target.run.dir) if run.as_initial else None
-
-
-def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
-    world = parallel.start(parallel.choose_device("cpu"))
-    config = run.load(folder, *run.evaluation)
-    weights = read_weights(path, config.evaluation.weights)
-    model = ready_to_sample(weights.build(), config, world.device)
-    result = evaluate_model(model, weights.name, config, world, folder / "measured")
-    numbers = {key: value for key, value in result.items() if key != "protocol"}
-    if run.strip:
-        numbers["strip"] = _strip(model, config, run.strip)
-    return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
-
-
-def _strip(model: JiT, config: Config, images: int) -> str:
-    sampler = configured_sampler(config.evaluation, model.diffusion)
-    drawn = to_uint8(generate(model, sampler, range(images), config.evaluation.seed))
-    png = BytesIO()
-    Image.fromarray(tile(drawn, images)).save(png, format="png")
-    return base64.b64encode(png.getvalue()).decode()

@@ -30,7 +30,7 @@ Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
 class Task(Protocol):
-    """A worker's piece of work. Its outcome has `training_seconds` and `measuring_seconds`, and can be JSON."""
+    """A worker's piece of work. Its outcome can be JSON, and has `training_seconds` if the task trains."""
 
     @property
     def name(self) -> str:
@@ -68,11 +68,7 @@ class Experiment(Protocol):
 def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
     """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
-    Args:
-        tasks: all tasks, in the order in which they begin where nothing has to wait.
-        folder: of the experiment.
-        workers: processes.
-        minutes: after this time, no task begins.
+    Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
 
     Raises:
         UserError: the time was not enough; the same call continues. Or a task failed.
@@ -120,9 +116,9 @@ def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
     return [outcomes[name] for name in names]
 
 
-def ends(outcomes: Outcomes, name: str) -> list[Any]:
-    """The last measurements of the runs NAME_sSEED, from seed 0 on."""
-    return [outcome["measurements"][-1] for outcome in by_seed(outcomes, name)]
+def ends(outcomes: Outcomes, name: str, key: str) -> list[Any]:
+    """`key` of the last measurements of the runs NAME_sSEED, from seed 0 on."""
+    return [outcome["measurements"][-1][key] for outcome in by_seed(outcomes, name)]
 
 
 def _begin_worker(log: Path) -> None:
@@ -142,7 +138,9 @@ def _end_with_parent() -> None:
 
 
 def _execute(task: Task, folder: Path) -> dict[str, Any]:
-    outcome = task.execute(folder)
+    started = time.perf_counter()
+    outcome = {"training_seconds": 0.0, **task.execute(folder)}
+    outcome["measuring_seconds"] = time.perf_counter() - started - outcome["training_seconds"]
     (folder / task.name).mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / task.name / OUTCOME) as file:
         file.write(json.dumps(outcome, indent=2).encode())

@@ -1,12 +1,16 @@
-"""What all measurements share: the configuration to measure, and the machine it was measured on."""
+"""What all measurements share: the configuration to measure, the machine, and a stopwatch."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
 import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,14 +28,13 @@ ON_CPU = ["engine.precision=fp32", "run.device=cpu"]
 PACKAGES = ("deepspeed", "flash-attn", "flash-attn-4", "torchao")
 CONDITIONS = ("device", "cuda", "cudnn", "torch", *PACKAGES, "threads", "load", "date")
 
+Table = list[tuple[str, str]]  # labels and values
+
 
 def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False) -> Config:
-    """The configuration to measure; `settings` and --batch win over everything.
+    """The configuration to measure; `settings` (dotted) and --batch win over everything.
 
-    Args:
-        options: of the command line.
-        settings: dotted.
-        on_gpu: whether this measurement uses a GPU where there is one.
+    With `on_gpu`, this measurement uses a GPU where there is one.
 
     Raises:
         ConfigError: it is impossible, or is not measured here.
@@ -46,17 +49,16 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
     return config
 
 
-def environment(device: torch.device = CPU) -> dict[str, Any]:
-    """Device, versions, load and date, to be kept with every number: those of `CONDITIONS` that exist."""
-    gpu = device.type == "cuda"
+def environment() -> dict[str, Any]:
+    """Device, versions, threads and date, to be kept with every number; the GPU if this process has used it."""
+    gpu = torch.cuda.is_initialized()
     known: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
         "torch": torch.__version__,
         **{package: version_of(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     return {name: value for name, value in known.items() if value is not None}
@@ -77,6 +79,43 @@ def peak_memory_mib(device: torch.device = CPU) -> float:
     return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**10
 
 
-def arithmetic(config: Config) -> torch.dtype:
-    """The type in which a configuration's matrix products are computed."""
-    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+class Stopwatch:
+    """Durations in seconds by name, one for each time that a part ran.
+
+    On GPUs a part ends when its kernels have. This waiting slows a step down, so a whole step is measured with
+    `enabled` off.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
+        self.times: dict[str, list[float]] = defaultdict(list)
+        self.enabled = enabled
+        self._device = device
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the body of the `with` statement."""
+        if not self.enabled:
+            yield
+            return
+        wait_for(self._device)
+        started = time.perf_counter()
+        yield
+        wait_for(self._device)
+        self.times[name].append(time.perf_counter() - started)
+
+    def medians(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: statistics.median(measured) for name, measured in self.times.items()}
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the kernels of a GPU have run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_conditions(result: dict[str, Any]) -> Table:
+    """The lines of a table of `environment`, and the peak of memory where it was measured."""
+    lines = [(name, str(result[name])) for name in CONDITIONS if name in result]
+    memory = result.get("peak_memory_mib")
+    return lines if memory is None else [("peak memory", f"{memory:.0f} MiB"), *lines]
