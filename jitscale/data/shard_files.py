@@ -53,6 +53,10 @@ class ShardFile:
         if self.record.sha256:
             yield self.record.sha256
 
+    def local_index(self) -> IndexArray:
+        """The index of a shard of this machine, mapped unless a scan made it; raises as `map_index`."""
+        return map_index(index_path(Path(self.location))) if self.index is None else self.index
+
     def has_keys(self) -> bool:
         """Whether a file next to the tar holds them; where no manifest names the tar, it may be of another tar."""
         return is_remote(self.location) or (self.index is None and keys_path(Path(self.location)).exists())

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.shards import ShardSet, open_reference
+from jitscale.data.shards import ShardSet, open_sized
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
@@ -87,17 +87,18 @@ def reference_source(config: Config) -> str:
 
 
 def open_real_images(config: Config) -> ShardSet:
-    """The shards of the real images.
+    """The shards of the real images, unlabelled.
 
     Raises:
         ConfigError: too few images.
         DataError: they cannot be opened.
     """
-    shards = open_reference(config)
+    source = reference_source(config)
+    shards = open_sized(config, source, 0, config.evaluation.reference_size or config.model.image_size)
     if shards.num_samples < FEWEST_REAL_IMAGES:
         raise ConfigError(
-            f"evaluation.reference={reference_source(config)}: {shards.num_samples} images; each half needs two, give "
-            f"at least {FEWEST_REAL_IMAGES}"
+            f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
+            f"{FEWEST_REAL_IMAGES}"
         )
     return shards
 
