@@ -8,7 +8,6 @@ from how many images, by which networks and of which size.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from jitscale.config import Config
 from jitscale.data.shards import ShardSet, open_sized
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
-from jitscale.evaluation.real_images import RealImages, cache_folders
+from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
 from jitscale.parallel import World
 
@@ -155,7 +154,7 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
                     statistics[part] = FeatureStatistics(*(content[name].astype(np.float64) for name in names))
             described = json.loads(str(content["facts"])) if "facts" in content else {}
             facts: dict[str, Any] = described or {"source": path.name}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise DataError(
             f"evaluation.reference={path}: no statistics with {' and '.join(_names('features'))} ({error}); make them "
             "with tools/make_reference.py, or name shards"
