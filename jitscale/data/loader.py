@@ -171,13 +171,10 @@ class _MicroBatches(Dataset["Batch | DataError"]):
 def start_workers(
     dataset: Dataset[T | DataError], num_workers: int, start_method: str | None = None, **options: Any
 ) -> Generator[T, None, None]:
-    """Start processes that read ahead; they end with the generator that is returned.
+    """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
-    Args:
-        dataset: returns a `DataError`; raised, it would reach the user in a worker's traceback.
-        num_workers: processes; 0 reads in this one.
-        start_method: fork, spawn or forkserver; None for the platform's.
-        options: of the `DataLoader`.
+    With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
+    traceback.
 
     Raises:
         DataError: while iterating: that of the dataset, or a dead worker.

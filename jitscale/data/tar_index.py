@@ -61,11 +61,9 @@ class OffsetReader:
         self._descriptor = file if isinstance(file, int) else os.open(file, flags)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on. pread moves no file position, so that forked processes may share a file.
+        """`size` bytes from `offset` on, or a `ShortReadError` if the file ends before.
 
-        Raises:
-            ShortReadError: the file ends before.
-            OSError: the file system fails.
+        pread moves no file position, so that forked processes may share a file.
         """
         data = os.pread(self._descriptor, size, offset)
         if len(data) < size:
@@ -150,31 +148,17 @@ def survey_tar(path: Path) -> TarScan:
 
 
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
-    """One `INDEX` record of each sample that `scan_tar` finds; all are `NO_LABEL` without `with_labels`.
+    """One `INDEX` record of each sample that `scan_tar` finds.
+
+    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`.
 
     Raises:
-        DataError: see `scan_tar` and `class_numbers`.
+        DataError: see `scan_tar`; or a label is neither a class number in decimal nor one of `class_names`.
     """
-    samples = scan_tar(path)
-    return index_of(samples, class_numbers(path, samples, class_names) if with_labels else [NO_LABEL] * len(samples))
-
-
-def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
-    """`samples`, whose classes have the numbers `labels`, as `INDEX` records."""
-    rows = zip(samples, labels, strict=True)
-    return np.array([(one.offset, one.size, label, one.extension.encode()) for one, label in rows], INDEX)
-
-
-def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[str] | None = None) -> list[int]:
-    """The labels of `samples` of the tar `path`; `NO_LABEL` of those without a `cls` member.
-
-    Raises:
-        DataError: a label is neither a class number in decimal nor one of `class_names`.
-    """
+    samples, labels = scan_tar(path), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
-    labels = []
     for sample in samples:
-        label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
+        label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
         if label is None:
             raise DataError(
                 f"{path}: byte {sample.label_offset}: {sample.key}.cls holds {sample.label!r}, neither an integer in "
@@ -182,7 +166,13 @@ def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[st
                 "with tools/index_shards.py"
             )
         labels.append(label)
-    return labels
+    return index_of(samples, labels)
+
+
+def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
+    """`samples`, whose classes have the numbers `labels`, as `INDEX` records."""
+    rows = zip(samples, labels, strict=True)
+    return np.array([(one.offset, one.size, label, one.extension.encode()) for one, label in rows], INDEX)
 
 
 def class_number(text: str, numbers: dict[str, int]) -> int | None:
@@ -220,12 +210,13 @@ def map_index(path: Path) -> IndexArray:
     Raises:
         DataError: it is missing or damaged.
     """
+    remedy = "remove it, the tar is then scanned"
     try:
         index = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it never takes the file for a zip
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be mapped ({error}); remove it, the tar is then scanned") from error
+        raise DataError(f"{path}: cannot be mapped ({error}); {remedy}") from error
     if index.dtype != INDEX or index.ndim != 1:
-        raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; remove it, the tar is then scanned")
+        raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; {remedy}")
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
 
 

@@ -130,10 +130,8 @@ class RealImages:
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
-        Args:
-            network: from uint8 images (B, 3, height, width) to their parts of a block.
-            world: this rank.
-            num_workers: processes of this rank that decode images.
+        `network` maps uint8 images (B, 3, height, width) to their parts of a block; `num_workers` processes of this
+        rank decode them.
 
         Raises:
             DataError: on every rank: an image cannot be read, or the cache cannot be written.
