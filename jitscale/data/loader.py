@@ -88,21 +88,24 @@ class ShardLoader:
             )
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        dataset = _MicroBatches(self.shard_set, self.order)
+        dataset, order = _MicroBatches(self.shard_set, self.order), self.order
         sampler, method = self._positions(), self.start_method
         # One endless epoch, so the workers live as long as the iterator.
         batches = start_workers(dataset, self.num_workers, method, sampler=sampler, pin_memory=self.pin_memory)
         # After the workers, which must not inherit a lock that one of its threads holds.
-        ahead = _FetchAhead(self) if self.shard_set.is_remote else None
+        prefetcher = Prefetcher(self.shard_set.fetch) if self.shard_set.is_remote else None
+        reach, next_look = max(order.streams * order.window, 4 * self.global_batch_size), self.start_position
         try:
             for start in count(self.start_position, self.global_batch_size):
-                if ahead is not None:
-                    ahead.of(start)
+                if prefetcher is not None and start >= next_look:
+                    ahead = np.arange(start + self.rank, start + reach, self.world_size)
+                    prefetcher.want(order.locate(ahead)[0].tolist())
+                    next_look = start + reach // 4
                 yield from islice(batches, self.global_batch_size // (self.world_size * self.micro_batch_size))
         finally:
             batches.close()
-            if ahead is not None:
-                ahead.close()
+            if prefetcher is not None:
+                prefetcher.close()
 
     def _positions(self) -> Iterator[Int64Array]:
         """The positions (B,) of each micro-batch in turn."""
@@ -165,37 +168,13 @@ class _MicroBatches(Dataset["Batch | DataError"]):
         )
 
 
-class _FetchAhead:
-    """Fetches the remote shards that one rank needs next, about one window of every stream ahead."""
-
-    def __init__(self, loader: ShardLoader) -> None:
-        self._loader = loader
-        self._prefetcher = Prefetcher(loader.shard_set.fetch)
-        self._next_look = 0
-        self.close = self._prefetcher.close
-
-    def of(self, position: int) -> None:
-        """Look ahead of the global batch at `position`, if the last look does not reach far enough."""
-        if position < self._next_look:
-            return
-        order = self._loader.order
-        reach = max(order.streams * order.window, 4 * self._loader.global_batch_size)
-        shards, _ = order.locate(np.arange(position + self._loader.rank, position + reach, self._loader.world_size))
-        _, first = np.unique(shards, return_index=True)
-        self._prefetcher.want(shards[np.sort(first)].tolist())
-        self._next_look = position + reach // 4
-
-
 def start_workers(
     dataset: Dataset[T | DataError], num_workers: int, start_method: str | None = None, **options: Any
 ) -> Generator[T, None, None]:
-    """Start processes that read ahead; they end with the generator that is returned.
+    """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
-    Args:
-        dataset: what they read. It returns a `DataError`; raised, it would reach the user in a worker's traceback.
-        num_workers: processes; 0 reads in this one.
-        start_method: fork, spawn or forkserver; None for the platform's.
-        options: of the `DataLoader`.
+    With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
+    traceback.
 
     Raises:
         DataError: while iterating: that of the dataset, or a dead worker.

@@ -52,31 +52,18 @@ class Manifest:
     class_counts: list[int] | None = field(default=None, compare=False)  # samples of each class; None: not counted
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """The manifest in the file `path`.
+    def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
+        """The manifest in the file `source`, or in `content`, which came from there.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: it is missing or damaged, or contradicts itself.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a manifest ({error}); write the shards again") from error
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, text: str, source: str) -> Manifest:
-        """The manifest in `text`, which came from `source`.
-
-        Raises:
-            DataError: it is damaged, or contradicts itself.
-        """
-        try:
-            values = json.loads(text)
+            values = json.loads((Path(source).read_bytes() if content is None else content).decode())
             shards = [ShardRecord(**record) for record in values.pop("shards")]
             bad = [BadInput(**entry) for entry in values.pop("bad", [])]
             manifest = cls(shards=shards, bad=bad, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{source}: cannot be read as a manifest ({error}); write the shards again") from error
         wrong = _wrong_value(manifest)
         if wrong:

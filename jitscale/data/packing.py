@@ -23,7 +23,6 @@ from jitscale.data.tar_index import (
     NO_LABEL,
     OffsetReader,
     ShortReadError,
-    class_numbers,
     index_of,
     key_hashes,
     scan_tar,
@@ -104,7 +103,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
             tar.write(sample)
     found = scan_tar(path)
     write_keys(path, key_hashes(found))
-    write_index(path, index_of(found, class_numbers(path, found)))
+    write_index(path, index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 

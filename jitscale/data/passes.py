@@ -28,16 +28,10 @@ FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded by the time that workers 
 
 
 def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) -> Generator[UInt8Array, None, None]:
-    """The images of `samples`, which are counted over all shards in turn, in order.
+    """The images of one or more `samples`, in order, as blocks uint8 (B, S, S, 3); all but the last have `block`.
 
-    Args:
-        shards: with all samples of their tars.
-        samples: one or more.
-        block: images of every block but the last.
-        num_workers: processes that decode many images; 0, or a few images: this process decodes.
-
-    Yields:
-        uint8 (B, S, S, 3).
+    Samples are counted over all `shards` in turn; these have all samples of their tars. `num_workers` processes decode
+    them if there are many.
 
     Raises:
         DataError: an image cannot be decoded, a tar does not hold what its index says, or a worker died.

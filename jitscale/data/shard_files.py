@@ -53,6 +53,10 @@ class ShardFile:
         if self.record.sha256:
             yield self.record.sha256
 
+    def local_index(self) -> IndexArray:
+        """The index of a shard of this machine, mapped unless a scan made it; raises as `map_index`."""
+        return map_index(index_path(Path(self.location))) if self.index is None else self.index
+
     def has_keys(self) -> bool:
         """Whether a file next to the tar holds them; where no manifest names the tar, it may be of another tar."""
         return is_remote(self.location) or (self.index is None and keys_path(Path(self.location)).exists())
@@ -63,11 +67,10 @@ class ShardFile:
         Raises:
             DataError: they cannot be read.
         """
-        samples = self.record.samples
         if is_remote(self.location):
             url = f"{self.location.removesuffix('.tar')}.keys.npy"
             try:
-                return parse_keys(read_remote(url), url, samples)
+                return parse_keys(read_remote(url), url, self.record.samples)
             except DataError as error:
                 raise DataError(
                     f"data.held_out: a fraction is chosen by the samples' keys, and {error} (tools/index_shards.py "
@@ -78,7 +81,7 @@ class ShardFile:
             return key_hashes(scan_tar(path))
         beside = keys_path(path)
         try:
-            return parse_keys(beside.read_bytes(), str(beside), samples)
+            return parse_keys(beside.read_bytes(), str(beside), self.record.samples)
         except OSError as error:
             raise DataError(f"{beside}: cannot be read ({error}); start again when the storage works") from error
 
@@ -104,8 +107,7 @@ def local_shards(pattern: str, num_classes: int, image_size: int | None) -> tupl
         size, record, scan = path.stat().st_size, records.get(path), path in unindexed
         if record is not None and size != record.bytes:
             raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
-        labelled = num_classes > 0
-        index = index_tar(path, with_labels=labelled, class_names=names) if scan else map_index(index_path(path))
+        index = index_tar(path, with_labels=num_classes > 0, class_names=names) if scan else map_index(index_path(path))
         if record is None:
             record = ShardRecord(path.name, len(index), size, "")
             if not len(index):
@@ -122,7 +124,8 @@ def remote_shards(pattern: str, num_classes: int, image_size: int | None) -> tup
         DataError: see `ShardSet.open`.
     """
     folder, names = find_remote_shards(pattern)
-    manifest = Manifest.parse(read_remote(f"{folder}/{MANIFEST}").decode(errors="replace"), f"{folder}/{MANIFEST}")
+    url = f"{folder}/{MANIFEST}"
+    manifest = Manifest.read(url, read_remote(url))
     _check_manifests(pattern, [manifest], num_classes, image_size)
     records = {record.name: record for record in manifest.shards}
     unknown = [name for name in names or [] if name not in records]
@@ -159,23 +162,17 @@ def _check_manifests(pattern: str, manifests: Sequence[Manifest], num_classes: i
         raise DataError(f"{pattern}: its folders name different classes; a label must mean one thing, open one folder")
     for manifest in manifests:
         classes, names, resolution = manifest.num_classes, manifest.class_names, manifest.resolution
+        wrong = ""
         if names is not None and len(names) != classes:
-            what = f"names {len(names)} classes and says that there are {classes}; write it again"
+            wrong = f"names {len(names)} classes and says that there are {classes}; write it again"
         elif num_classes and classes > num_classes:
-            what = (
-                f"says {classes} classes, the model has {num_classes}; set model.num_classes={classes} or choose other "
-                "shards"
-            )
+            remedy = f"set model.num_classes={classes} or choose other shards"
+            wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
         elif num_classes and not classes:
-            what = (
-                "says that there are no labels; set model.num_classes=0 for unconditional training, or write the "
-                "shards with labels"
-            )
+            remedy = "set model.num_classes=0 for unconditional training, or write the shards with labels"
+            wrong = f"says that there are no labels; {remedy}"
         elif image_size is not None and resolution is not None and resolution < image_size:
-            what = (
-                f"says {resolution} pixels a side, the model has {image_size}; lower model.image_size or write larger "
-                "shards"
-            )
-        else:
-            continue
-        raise DataError(f"{pattern}: the manifest {what}")
+            remedy = "lower model.image_size or write larger shards"
+            wrong = f"says {resolution} pixels a side, the model has {image_size}; {remedy}"
+        if wrong:
+            raise DataError(f"{pattern}: the manifest {wrong}")

@@ -18,12 +18,10 @@ import logging
 import resource
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -34,14 +32,7 @@ from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, check_index, local_shards, remote_shards
-from jitscale.data.tar_index import (
-    IndexArray,
-    OffsetReader,
-    ShortReadError,
-    count_classes,
-    index_path,
-    map_index,
-)
+from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array, Purpose, uniform
 
@@ -78,13 +69,16 @@ class ShardSet:
         manifests: Sequence[Manifest],
         cache: ShardCache | None,
     ) -> None:
-        self._shards = shards
-        self._manifests = manifests
-        self._cache = cache
-        self._num_classes = num_classes
+        self._shards, self._manifests, self._cache, self._num_classes = shards, manifests, cache, num_classes
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
-        self._most_open: int | None = None  # None: what the process allows
-        self._stored_index: Callable[[int, int], int] | None = None  # of a sample in the tar; None: all are in this set
+        # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
+        # mapping too, of which Linux gives a process 65,530.
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_open = _MOST_MAPPED
+        if limit != resource.RLIM_INFINITY:
+            self._most_open = min(_MOST_MAPPED, max(16, (limit - 256) // 2))
+        self._chosen: list[Int64Array] | None = None  # rows of each tar; None: all samples are in this set
+        self._has_chosen = False  # this set has the chosen samples; otherwise all others
         self._count(np.array([shard.record.samples for shard in shards], np.int64))
         self.folder = Path(shards[0].location).parent if cache is None else None
         self.held_out: ShardSet | None = None
@@ -162,10 +156,13 @@ class ShardSet:
             raise DataError(f"data.held_out={fraction:g}: chooses none of {total} samples; raise it, or name shards")
         if counts.sum() == total:
             raise DataError(f"data.held_out={fraction:g}: leaves none of {total} samples to train on; lower it")
-        held_out = self._select(counts, partial(_chosen_row, chosen))
-        # Nothing is stored for the others: to hold out a hundredth of 10^8 samples takes 16 MB.
-        others_before = [rows - np.arange(len(rows)) for rows in chosen]
-        return self._select(self.samples_per_shard - counts, partial(_other_row, others_before)).holding_out(held_out)
+        # Nothing is stored for the others: to hold out a hundredth of 10^8 samples takes 8 MB.
+        held_out, others = copy.copy(self), copy.copy(self)
+        held_out._has_chosen = True
+        for part, samples in ((held_out, counts), (others, self.samples_per_shard - counts)):
+            part._chosen, part._opened = chosen, LRUCache()
+            part._count(samples)
+        return others.holding_out(held_out)
 
     def holding_out(self, held_out: ShardSet) -> ShardSet:
         """This set, with `held_out` as those that are never trained on.
@@ -212,7 +209,7 @@ class ShardSet:
         if not self._num_classes:
             raise DataError("data.shards: model.num_classes=0, so that no class has a frequency")
         if self._cache is None:
-            return count_classes(map(_index_of, self._shards), self._num_classes) or []
+            return count_classes((shard.local_index() for shard in self._shards), self._num_classes) or []
         counts = self._manifests[0].class_counts or []
         if sum(counts) != self.num_samples:
             raise DataError(
@@ -243,12 +240,14 @@ class ShardSet:
             ImageError: the image cannot be decoded, or is smaller than the image size; other samples may be sound.
             DataError: the shard cannot be read.
         """
-        opened = self._open(shard)
-        if self._stored_index is not None:
-            index = self._stored_index(shard, index)
-        offset, size, label, _ = opened.index[index].item()
+        rows, tar = self._open(shard)
+        if self._chosen is not None:
+            chosen = self._chosen[shard]
+            others_before = chosen - np.arange(len(chosen))
+            index = int(chosen[index] if self._has_chosen else index + others_before.searchsorted(index, side="right"))
+        offset, size, label, _ = rows[index].item()
         try:
-            data = opened.read(offset, size)
+            data = (tar or OffsetReader(self._tar(shard))).read(offset, size)
         except OSError as error:
             what = f"cannot be read ({error}); start again when the storage works"
             if isinstance(error, ShortReadError):
@@ -263,12 +262,11 @@ class ShardSet:
             DataError: see `ShardCache.fetch`.
             OSError: it cannot be opened.
         """
-        at, cache = self._shards[shard], self._cache
         start = 0
         if index:
-            before = self._open(shard).index[index - 1]
+            before = self._open(shard).rows[index - 1]
             start = int(before["offset"] + before["size"])
-        tar = open(at.location if cache is None else cache.open(at.location, at.record), "rb")  # noqa: SIM115 (see above)
+        tar = open(self._tar(shard), "rb")  # noqa: SIM115 (see above)
         tar.seek(start + -start % tarfile.BLOCKSIZE)
         return tar
 
@@ -279,7 +277,7 @@ class ShardSet:
             ImageError: see `read`.
             DataError: the index says another size of the file.
         """
-        _, size, _, extension = self._open(shard).index[index].item()
+        _, size, _, extension = self._open(shard).rows[index].item()
         if len(data) != size:
             what = f"has {len(data)} bytes, the index says {size}; check the shard with tools/index_shards.py --verify"
             raise DataError(f"{self.place(shard, index)} {what}")
@@ -298,7 +296,7 @@ class ShardSet:
 
     def place(self, shard: int, index: int) -> str:
         """Where sample `index` of the tar lies, for messages."""
-        return f"{self._shards[shard].location}: byte {self._open(shard).index['offset'][index]}: sample {index}"
+        return f"{self._shards[shard].location}: byte {self._open(shard).rows['offset'][index]}: sample {index}"
 
     def shard_and_index(self, sample: int) -> tuple[int, int]:
         """Where a sample lies that is counted over all shards in turn."""
@@ -313,12 +311,6 @@ class ShardSet:
         self.samples_per_shard = samples_per_shard
         self._starts = np.cumsum(samples_per_shard) - samples_per_shard
         self.num_samples = int(samples_per_shard.sum())
-
-    def _select(self, counts: Int64Array, stored_index: Callable[[int, int], int]) -> ShardSet:
-        part = copy.copy(self)
-        part._stored_index, part._opened = stored_index, LRUCache()
-        part._count(counts)
-        return part
 
     def _first_image_size(self) -> int:
         """The size of the first image that can be decoded.
@@ -335,30 +327,31 @@ class ShardSet:
         assert met is not None
         raise met
 
+    def _tar(self, shard: int) -> str | int:
+        """The tar of `shard`, as a path or a descriptor; raises as `ShardCache.fetch` does."""
+        at = self._shards[shard]
+        return at.location if self._cache is None else self._cache.open(at.location, at.record)
+
     def _open(self, shard: int) -> _OpenShard:
-        most = self._most_open or _most_open_shards()
-        return self._opened.get_or_compute(shard, lambda: self._open_shard(self._shards[shard]), most)
+        return self._opened.get_or_compute(shard, lambda: self._open_shard(shard), self._most_open)
 
-    def _open_shard(self, shard: ShardFile) -> _OpenShard:
-        url, record, cache = shard.location, shard.record, self._cache
-        if cache is None:
-            index = _index_of(shard)
-            try:
-                return _OpenShard(index, OffsetReader(shard.location).read)
-            except OSError as error:
-                raise DataError(f"{shard.location}: cannot be opened any more ({error}); restore it") from error
-        index = cache.index(url, record, self.class_names, with_labels=self._num_classes > 0)
-        check_index(url, index, record, self._num_classes)
-        # Opened for each read: a tar that stays open holds its room on the disk when it is evicted.
-        return _OpenShard(index, lambda offset, size: OffsetReader(cache.open(url, record)).read(offset, size))
+    def _open_shard(self, shard: int) -> _OpenShard:
+        at = self._shards[shard]
+        if self._cache is not None:
+            index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
+            check_index(at.location, index, at.record, self._num_classes)
+            return _OpenShard(index, None)
+        try:
+            return _OpenShard(at.local_index(), OffsetReader(at.location))
+        except OSError as error:
+            raise DataError(f"{at.location}: cannot be opened any more ({error}); restore it") from error
 
 
-@dataclass(frozen=True)
-class _OpenShard:
+class _OpenShard(NamedTuple):
     """What a process keeps of a shard that it reads."""
 
-    index: IndexArray  # mapped, unless no file holds it
-    read: Callable[[int, int], bytes]  # `size` bytes from `offset` on
+    rows: IndexArray  # mapped, unless no file holds it
+    tar: OffsetReader | None  # None: a remote one, opened for each read, since an evicted tar that is open holds room
 
 
 def open_configured(config: Config) -> ShardSet:
@@ -370,14 +363,14 @@ def open_configured(config: Config) -> ShardSet:
         DataError: see `ShardSet.open`; or nothing is held out, nothing is left, or held-out shards are trained on too.
     """
     data, model = config.data, config.model
-    shards = _open_sized(config, data.shards, model.num_classes, model.image_size)
+    shards = open_sized(config, data.shards, model.num_classes, model.image_size)
     fraction = held_out_fraction(data)
     if data.held_out is None:
         return shards
     if fraction is not None:
         return shards.without_fraction(fraction)
     try:
-        held_out = _open_sized(config, data.held_out, model.num_classes, model.image_size)
+        held_out = open_sized(config, data.held_out, model.num_classes, model.image_size)
     except DataError as error:
         # What there is to correct is this setting, where the message names the usual one.
         raise DataError(f"data.held_out: {str(error).replace('data.shards', 'data.held_out')}") from error
@@ -385,19 +378,8 @@ def open_configured(config: Config) -> ShardSet:
     return shards.holding_out(held_out)
 
 
-def open_reference(config: Config) -> ShardSet:
-    """The real images of an evaluation, unlabelled; {resolution} is their size. Raises as `ShardSet.open`."""
-    size = config.evaluation.reference_size or config.model.image_size
-    return _open_sized(config, config.evaluation.reference or config.data.shards, 0, size)
-
-
-def open_labelled(config: Config) -> ShardSet:
-    """The shards that `evaluation.labels=data` means: `data.shards` or the reference; raises as `ShardSet.open`."""
-    pattern = config.data.shards or config.evaluation.reference or ""
-    return _open_sized(config, pattern, config.model.num_classes, config.model.image_size)
-
-
-def _open_sized(config: Config, pattern: str, num_classes: int, image_size: int) -> ShardSet:
+def open_sized(config: Config, pattern: str, num_classes: int, image_size: int) -> ShardSet:
+    """The shards that `pattern` means, with {resolution} for `image_size`; raises as `ShardSet.open`."""
     return ShardSet.open(
         pattern.replace("{resolution}", str(image_size)),
         num_classes,
@@ -405,24 +387,3 @@ def _open_sized(config: Config, pattern: str, num_classes: int, image_size: int)
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
     )
-
-
-def _index_of(shard: ShardFile) -> IndexArray:
-    return map_index(index_path(Path(shard.location))) if shard.index is None else shard.index
-
-
-def _chosen_row(chosen: list[Int64Array], shard: int, index: int) -> int:
-    return int(chosen[shard][index])
-
-
-def _other_row(others_before: list[Int64Array], shard: int, index: int) -> int:
-    return index + int(np.searchsorted(others_before[shard], index, side="right"))
-
-
-def _most_open_shards() -> int:
-    """A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else.
-
-    It holds a mapping too, of which Linux gives a process 65,530.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_MAPPED if limit == resource.RLIM_INFINITY else min(_MOST_MAPPED, max(16, (limit - 256) // 2))

@@ -11,9 +11,9 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +61,9 @@ class OffsetReader:
         self._descriptor = file if isinstance(file, int) else os.open(file, flags)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on. pread moves no file position, so that forked processes may share a file.
+        """`size` bytes from `offset` on, or a `ShortReadError` if the file ends before.
 
-        Raises:
-            ShortReadError: the file ends before.
-            OSError: the file system fails.
+        pread moves no file position, so that forked processes may share a file.
         """
         data = os.pread(self._descriptor, size, offset)
         if len(data) < size:
@@ -93,13 +91,18 @@ class Defect:
         return f"{self.path}: {'' if self.byte is None else f'byte {self.byte}: '}{self.what}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TarScan:
     """What the headers of one tar say."""
 
-    samples: list[TarSample]  # the sound ones, in the order of the tar
-    defects: list[Defect]
-    complete: bool  # up to the end of the archive; otherwise the last defect says where the scan had to stop
+    path: Path
+    samples: list[TarSample] = field(default_factory=list)  # the sound ones, in the order of the tar
+    defects: list[Defect] = field(default_factory=list)
+    complete: bool = False  # up to the end of the archive; otherwise the last defect says where the scan had to stop
+
+    def refuse(self, byte: int | None, what: str) -> None:
+        """Note a defect; arguments as its fields."""
+        self.defects.append(Defect(self.path, byte, what))
 
 
 def scan_tar(path: Path) -> list[TarSample]:
@@ -120,59 +123,42 @@ def scan_tar(path: Path) -> list[TarSample]:
 
 def survey_tar(path: Path) -> TarScan:
     """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
-    defects: list[Defect] = []
-    samples: list[TarSample] = []
+    scan = TarScan(path)
     try:
         with path.open("rb") as file:
-            members, complete = _read_members(path, file, defects)
-            for key, parts in members.items():
+            for key, parts in _read_members(scan, file).items():
                 found = [extension for extension in parts if extension in EXTENSIONS]
                 if len(found) != 1:
-                    start = min(part.offset for part in parts.values())
                     what = (
                         f"sample {key!r} has {len(found)} images among {sorted(parts)}, needs exactly one of "
                         f"{', '.join(EXTENSIONS)}; remove it or write the shard again"
                     )
-                    defects.append(Defect(path, start, what))
+                    scan.refuse(min(part.offset for part in parts.values()), what)
                     continue
                 image, label, label_offset = parts[found[0]], None, 0
                 if "cls" in parts:
                     label_offset = parts["cls"].offset_data
                     size = min(parts["cls"].size, _LONGEST_LABEL)
                     label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
-                samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
+                scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
     except OSError as error:
-        defects.append(Defect(path, None, f"cannot be read ({error}); correct data.shards"))
-        complete = False
-    return TarScan(samples, defects, complete)
+        scan.refuse(None, f"cannot be read ({error}); correct data.shards")
+        scan.complete = False
+    return scan
 
 
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
-    """One `INDEX` record of each sample that `scan_tar` finds; all are `NO_LABEL` without `with_labels`.
+    """One `INDEX` record of each sample that `scan_tar` finds.
+
+    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`.
 
     Raises:
-        DataError: see `scan_tar` and `class_numbers`.
+        DataError: see `scan_tar`; or a label is neither a class number in decimal nor one of `class_names`.
     """
-    samples = scan_tar(path)
-    return index_of(samples, class_numbers(path, samples, class_names) if with_labels else [NO_LABEL] * len(samples))
-
-
-def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
-    """`samples`, whose classes have the numbers `labels`, as `INDEX` records."""
-    rows = zip(samples, labels, strict=True)
-    return np.array([(one.offset, one.size, label, one.extension.encode()) for one, label in rows], INDEX)
-
-
-def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[str] | None = None) -> list[int]:
-    """The labels of `samples` of the tar `path`; `NO_LABEL` of those without a `cls` member.
-
-    Raises:
-        DataError: a label is neither a class number in decimal nor one of `class_names`.
-    """
+    samples, labels = scan_tar(path), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
-    labels = []
     for sample in samples:
-        label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
+        label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
         if label is None:
             raise DataError(
                 f"{path}: byte {sample.label_offset}: {sample.key}.cls holds {sample.label!r}, neither an integer in "
@@ -180,7 +166,13 @@ def class_numbers(path: Path, samples: Sequence[TarSample], class_names: list[st
                 "with tools/index_shards.py"
             )
         labels.append(label)
-    return labels
+    return index_of(samples, labels)
+
+
+def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
+    """`samples`, whose classes have the numbers `labels`, as `INDEX` records."""
+    rows = zip(samples, labels, strict=True)
+    return np.array([(one.offset, one.size, label, one.extension.encode()) for one, label in rows], INDEX)
 
 
 def class_number(text: str, numbers: dict[str, int]) -> int | None:
@@ -197,7 +189,8 @@ def index_path(tar: Path) -> Path:
 
 def write_index(tar: Path, index: IndexArray) -> None:
     """Put `index` next to its tar."""
-    _write(index_path(tar), index)
+    with atomic_write(index_path(tar)) as file:
+        np.save(file, index, allow_pickle=False)
 
 
 def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] | None:
@@ -217,12 +210,13 @@ def map_index(path: Path) -> IndexArray:
     Raises:
         DataError: it is missing or damaged.
     """
+    remedy = "remove it, the tar is then scanned"
     try:
         index = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it never takes the file for a zip
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be mapped ({error}); remove it, the tar is then scanned") from error
+        raise DataError(f"{path}: cannot be mapped ({error}); {remedy}") from error
     if index.dtype != INDEX or index.ndim != 1:
-        raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; remove it, the tar is then scanned")
+        raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; {remedy}")
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
 
 
@@ -240,7 +234,8 @@ def keys_path(tar: Path) -> Path:
 
 def write_keys(tar: Path, keys: UInt64Array) -> None:
     """Put the hashes of the keys next to their tar."""
-    _write(keys_path(tar), keys)
+    with atomic_write(keys_path(tar)) as file:
+        np.save(file, keys, allow_pickle=False)
 
 
 def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
@@ -259,26 +254,19 @@ def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     return keys
 
 
-def _write(path: Path, array: npt.NDArray[Any]) -> None:
-    with atomic_write(path) as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _read_members(
-    path: Path, file: IO[bytes], defects: list[Defect]
-) -> tuple[dict[str, dict[str, tarfile.TarInfo]], bool]:
-    """Regular members by key and extension, and whether the end of the archive was reached; fills `defects`.
+def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Regular members by key and extension; fills `defects` and `complete` of the scan.
 
     Of a tar that breaks off, the last key is left out: some of its members may be lost.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     magic = file.read(len(_GZIP_MAGIC))
     if not magic:
-        defects.append(Defect(path, None, "is empty (0 bytes); copy or write it again"))
-        return members, False
+        scan.refuse(None, "is empty (0 bytes); copy or write it again")
+        return members
     if magic == _GZIP_MAGIC:
-        defects.append(Defect(path, 0, "is compressed with gzip and cannot be read by offset; gunzip it"))
-        return members, False
+        scan.refuse(0, "is compressed with gzip and cannot be read by offset; gunzip it")
+        return members
     file.seek(0)
     previous, start = "", 0
     repeated: set[str] = set()
@@ -294,27 +282,24 @@ def _read_members(
                     parts[extension] = member
                 elif key not in repeated:
                     what = f"key {key!r} comes twice; every sample needs a key of its own, write the shard again"
-                    defects.append(Defect(path, start, what))
+                    scan.refuse(start, what)
                     repeated.add(key)
                 previous = key
-            broken = wrong_end(path, file, tar.offset)
+            broken = wrong_end(scan.path, file, tar.offset)
     except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in pax headers
-        end = f"it ends at byte {path.stat().st_size}, without an end-of-archive block"
-        broken = Defect(path, start, f"is no whole tar ({error}; {end}); copy or write it again")
+        end = f"it ends at byte {scan.path.stat().st_size}, without an end-of-archive block"
+        broken = Defect(scan.path, start, f"is no whole tar ({error}; {end}); copy or write it again")
     if broken is not None:
-        defects.append(broken)
+        scan.defects.append(broken)
         members.pop(previous, None)
-    return members, broken is None
+    scan.complete = broken is None
+    return members
 
 
 def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:
     """What stands where only the end-of-archive blocks may: tarfile stops silently at what is no header.
 
-    Args:
-        path: for the message.
-        file: holds the tar.
-        offset: where tarfile stopped in it.
-        end: where the tar ends in it; None: with the file.
+    tarfile stopped at `offset` of `file`. The tar ends at `end`, or with the file. `path` is for the message.
     """
     descriptor = file.fileno()
     if end is None:
@@ -322,20 +307,14 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
     found = os.pread(descriptor, max(min(len(_END_OF_ARCHIVE), end - offset), 0), offset)
     at = offset + len(found)
     if len(found) < len(_END_OF_ARCHIVE):
-        what = (
-            f"ends at byte {at} without an end-of-archive block of {len(_END_OF_ARCHIVE)} zeros: it was truncated; "
-            "copy or write it again"
-        )
-        return Defect(path, None, what)
+        blocks = f"an end-of-archive block of {len(_END_OF_ARCHIVE)} zeros"
+        return Defect(path, None, f"ends at byte {at} without {blocks}: it was truncated; copy or write it again")
     if found != _END_OF_ARCHIVE:
         return Defect(path, offset, "neither a tar header nor the end-of-archive block; copy or write it again")
     while chunk := os.pread(descriptor, min(_CHUNK, end - at), at):
         if chunk.count(0) < len(chunk):
-            what = (
-                "data behind the end-of-archive block, as of a second tar appended to the first; nobody would read it: "
-                "write the two as shards of their own"
-            )
-            return Defect(path, at, what)
+            what = "data behind the end-of-archive block, as of a second tar appended to the first"
+            return Defect(path, at, f"{what}; nobody would read it: write the two as shards of their own")
         at += len(chunk)
     return None
 

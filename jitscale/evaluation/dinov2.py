@@ -22,18 +22,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 
-class _LayerScale(nn.Module):
-    """One factor a channel (Touvron et al. 2021)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) to the same."""
-        return x * self.gamma
-
-
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -52,16 +40,16 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = _Attention(width, heads)
-        self.ls1 = _LayerScale(width)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})  # one factor a channel (Touvron et al. 2021)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         layers = {"fc1": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
-        self.ls2 = _LayerScale(width)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to the same."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x)) * self.ls1["gamma"]
+        return x + self.mlp(self.norm2(x)) * self.ls2["gamma"]
 
 
 class DinoV2(FeatureNetwork):

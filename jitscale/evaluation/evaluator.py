@@ -15,7 +15,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
-from jitscale.data.shards import open_labelled
+from jitscale.data.shards import open_sized
 from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
@@ -176,7 +176,7 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
     source = config.data.shards or config.evaluation.reference or ""
     if not source or source.endswith(".npz"):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
-    counts = open_labelled(config).class_counts()
+    counts = open_sized(config, source, classes, config.model.image_size).class_counts()
     return RandomLabels(seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
 
 

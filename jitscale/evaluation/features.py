@@ -33,12 +33,8 @@ def without_tf32() -> Iterator[None]:
 def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Tensor:
     """Images as they are written to files: rounded to the nearest of 256 levels, as the authors do, not truncated.
 
-    Args:
-        images: (B, 3, height, width) floating point, nominally in [-1, 1]; what lies outside is clamped.
-        ids: what the images are called in a message; None: their batch indices.
-
-    Returns:
-        (B, 3, height, width) uint8.
+    From (B, 3, height, width) floating point, clamped to [-1, 1], to uint8. A message calls the images by `ids`, or by
+    their batch indices.
 
     Raises:
         ValueError: another shape or dtype.

@@ -27,9 +27,7 @@ class BasicConv(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, kernel: Kernel, stride: int = 1, *, padded: bool = False) -> None:
         super().__init__()
-        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        padding = (height // 2, width // 2) if padded else (0, 0)
-        self.conv = nn.Conv2d(width_in, width_out, (height, width), stride, padding, bias=False)
+        self.conv = nn.Conv2d(width_in, width_out, kernel, stride, "same" if padded else "valid", bias=False)
         self.bn = nn.BatchNorm2d(width_out, eps=0.001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +44,9 @@ class Mixed(nn.Module):
 
     def __init__(self, width: int, pool: str, stride: int = 1, **branches: list[Layer]) -> None:
         super().__init__()
-        self.pool, self.stride = pool, stride
+        padding = 1 if stride == 1 else 0
+        average = nn.AvgPool2d(3, stride, padding, count_include_pad=False)
+        self.pool = nn.MaxPool2d(3, stride, padding) if pool == "maximum" else average
         self.branches: dict[str, list[list[str]]] = {}
         for branch, layers in branches.items():
             self.branches[branch] = []
@@ -64,17 +64,11 @@ class Mixed(nn.Module):
         """(B, C, H, W) to (B, C', H / stride, W / stride), rounded down."""
         outputs = []
         for branch, layers in self.branches.items():
-            found = [self._pooled(x) if branch == "branch_pool" else x]
+            found = [self.pool(x) if branch == "branch_pool" else x]
             for names in layers:
                 found = [self.get_submodule(name)(found[0]) for name in names]
             outputs += found
         return torch.cat(outputs, 1)
-
-    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        padding = 1 if self.stride == 1 else 0
-        if self.pool == "maximum":
-            return F.max_pool2d(x, 3, self.stride, padding)
-        return F.avg_pool2d(x, 3, self.stride, padding, count_include_pad=False)
 
 
 def block_a(width: int, pooled: int) -> Mixed:
@@ -180,14 +174,10 @@ class Inception(FeatureNetwork):
 
 
 def resize_as_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear interpolation with corners at corners' start, and no average where images are made smaller.
+    """Resize float32 `images` (B, 3, H, W) to `size` pixels a side, bilinearly, without averaging smaller ones.
 
     tf.image.resize_bilinear without align_corners: pixel i of the result lies at i * (old / new) of the original. The
     statistics of every published FID were computed with it.
-
-    Args:
-        images: (B, 3, H, W) float32.
-        size: pixels a side of the result.
     """
     for axis in (2, 3):
         length = images.shape[axis]

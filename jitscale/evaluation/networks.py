@@ -93,15 +93,20 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
     def fetch_missing(mine: bool) -> None:
         for name in names if evaluation.features_file is None else names[1:]:
             file = PUBLISHED.get(name)
-            if mine and file is not None and not (folder / file.file_name).exists():  # `_find` verifies it
+            if mine and file is not None and not (folder / file.file_name).exists():  # `find_network` verifies it
                 fetch(file, folder)
 
     parallel.raise_together(lambda: fetch_missing(world.is_main))
     parallel.raise_together(lambda: fetch_missing(world.local_rank == 0))  # folders of other nodes
-    return parallel.raise_together(lambda: [_find(name, evaluation, main=n == 0) for n, name in enumerate(names)])
+    return parallel.raise_together(lambda: [find_network(name, evaluation, main=not n) for n, name in enumerate(names)])
 
 
-def _find(name: str, evaluation: EvaluationConfig, *, main: bool) -> NetworkFile:
+def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) -> NetworkFile:
+    """The feature network `name`, as the `main` one that `evaluation.features` names or a further one.
+
+    Raises:
+        DataError: its weights are missing, or are another file.
+    """
     weights, suffix = FEATURE_NETWORKS[name].weights, "" if main else f"_{name}"
     if main and evaluation.features_file is not None:
         path, remedy = Path(evaluation.features_file), "correct evaluation.features_file, or set it to null"
@@ -146,16 +151,3 @@ def identity_of(files: Sequence[NetworkFile]) -> dict[str, Any]:
     main, *further = files
     identity: dict[str, Any] = {"features": main.name, "features_sha256": main.sha256}
     return identity | ({"more_features_sha256": {file.name: file.sha256 for file in further}} if further else {})
-
-
-def load_feature_network(
-    name: str, device: torch.device | str, evaluation: EvaluationConfig | None = None
-) -> FeatureNetwork:
-    """The feature network `name` with its own weights on `device`, in evaluation mode and without gradients.
-
-    Raises:
-        UserError: there is no such network, or its weights cannot be read.
-    """
-    if name not in FEATURE_NETWORKS:
-        raise UserError(f"unknown feature network {name!r}; there are: {', '.join(sorted(FEATURE_NETWORKS))}")
-    return _find(name, evaluation or EvaluationConfig(), main=True).load(device)

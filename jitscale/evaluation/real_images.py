@@ -56,6 +56,7 @@ MOST_PARTS = 64  # into which the work is divided, whatever the number of ranks
 ROWS = 1024  # of features that are added to a covariance at once
 HALVES = 2  # of the images: the distance between them is the floor of all distances
 WAIT_SECONDS = 2.0  # between two looks at what another run computes
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what reading a damaged file raises
 
 
 def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World) -> list[Path]:
@@ -71,21 +72,20 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
     wanted = folder / CACHE if asked is None else folder
     probe = wanted / f".probe_{parallel.broadcast_object(secrets.token_hex(8))}"
 
-    def fault_of_probe() -> str | None:
+    fault = ""
+    if world.is_main:
         try:
             wanted.mkdir(parents=True, exist_ok=True)
             probe.touch()
         except OSError as error:
-            return str(error)
-        return None
-
-    fault = parallel.on_main(fault_of_probe)
-    if parallel.any_rank(fault is None and not probe.exists()):
+            fault = str(error)
+    fault = parallel.broadcast_object(fault)
+    if parallel.any_rank(not fault and not probe.exists()):
         fault = "not every rank sees it"
     if world.is_main:
         with suppress(OSError):  # where it could not be made it cannot be removed
             probe.unlink()
-    if fault is None:
+    if not fault:
         return [wanted]
     if asked is not None:
         raise ConfigError(f"evaluation.cache_dir={asked}: cannot be used ({fault}); choose another folder")
@@ -98,13 +98,7 @@ class RealImages:
     """Statistics and features of the images of some shards in one network: computed by all ranks of a run, and kept."""
 
     def __init__(self, file: NetworkFile, shards: ShardSet, folders: Sequence[Path]) -> None:
-        """Find what is kept; a collective call.
-
-        Args:
-            file: the network.
-            shards: the real images.
-            folders: from `cache_folders`.
-        """
+        """Find what is kept of `shards` in the network `file`, in `folders` from `cache_folders`; a collective call."""
         self.file, self._shards, self._images = file, shards, range(shards.num_samples)
         self._main = next(iter(file.sizes))  # the part of a block whose features are kept
         self.identity: dict[str, Any] = {
@@ -122,9 +116,12 @@ class RealImages:
         starts = self._images[::size]
         self._parts = {self.folder / f"part_{n:03d}.npz": self._images[at:][:size] for n, at in enumerate(starts)}
 
+    def _is_complete(self) -> bool:
+        return (self.folder / "facts.json").exists()
+
     def bytes_to_write(self) -> int:
         """What computing takes on disk at most, parts that are removed in the end included; 0 if all is there."""
-        if (self.folder / "facts.json").exists():
+        if self._is_complete():
             return 0
         square = sum(width * width for width in self.file.sizes.values())
         kept = min(KEPT_FEATURES, len(self._images)) * self.file.sizes[self._main]
@@ -133,10 +130,8 @@ class RealImages:
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
-        Args:
-            network: from uint8 images (B, 3, height, width) to their parts of a block.
-            world: this rank.
-            num_workers: processes of this rank that decode images.
+        `network` maps uint8 images (B, 3, height, width) to their parts of a block; `num_workers` processes of this
+        rank decode them.
 
         Raises:
             DataError: on every rank: an image cannot be read, or the cache cannot be written.
@@ -153,17 +148,15 @@ class RealImages:
 
     def _state(self, held: ExitStack) -> str:
         """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
-        facts = self.folder / "facts.json"
-        with _writing(self.folder), ExitStack() as attempt:
-            if facts.exists():
+        with _writing(self.folder):
+            if self._is_complete():
                 return "ready"
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not attempt.enter_context(exclusive_or_not(self.folder / ".lock")):
-                return "wait"
-            if facts.exists():  # completed since the first look
-                return "ready"
-            held.push(attempt.pop_all())
-        return "compute"
+            ours = held.enter_context(exclusive_or_not(self.folder / ".lock"))
+            if ours and not self._is_complete():  # it may have been completed since the first look
+                return "compute"
+        held.close()
+        return "ready" if ours else "wait"
 
     def _compute(self, network: Network, world: World, num_workers: int) -> None:
         """Parts by turns, each a file, then their sum; what a killed run has left is used."""
@@ -242,8 +235,8 @@ class RealImages:
                     features[content["places"]] = content["kept"]
                     for name, sum_ in sums.items():
                         sum_.merge_state({key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state})
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                if (self.folder / "facts.json").exists():
+            except DAMAGED as error:
+                if self._is_complete():
                     return  # on a file system without locks another run was faster, and has removed the parts
                 raise DataError(
                     f"{path}: cannot be read ({error}); remove it and start again, it is then made again"
@@ -285,7 +278,7 @@ class RealImages:
             with np.load(self.folder / "statistics.npz") as content:
                 statistics = dict(content)
             return statistics, np.load(self.folder / "features.npy"), facts
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise DataError(
                 f"{self.folder}: statistics of the real images are damaged ({error}); remove the folder, they are then "
                 "computed again"

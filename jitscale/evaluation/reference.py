@@ -8,7 +8,6 @@ from how many images, by which networks and of which size.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ import numpy.typing as npt
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.shards import ShardSet, open_reference
+from jitscale.data.shards import open_sized
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
-from jitscale.evaluation.real_images import RealImages, cache_folders
+from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
 from jitscale.parallel import World
 
@@ -64,11 +63,9 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
         DataError: the shards, the statistics or the cache cannot be read, or are of another network.
     """
     source = reference_source(config)
-    if source.endswith(".npz"):
+    kept = open_real_images(embedder.files, config, world, run_dir)
+    if not kept:
         return parallel.raise_together(lambda: read_statistics(Path(source), embedder.files) if world.is_main else None)
-    shards = parallel.raise_together(lambda: open_real_images(config))
-    folders = cache_folders(config, shards, run_dir, world)
-    kept = [RealImages(file, shards, folders) for file in embedder.files]
     for number, images in enumerate(kept):
         images.compute_once(partial(embedder.parts_of, number), world, config.data.num_workers)
     return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
@@ -86,20 +83,24 @@ def reference_source(config: Config) -> str:
     return source
 
 
-def open_real_images(config: Config) -> ShardSet:
-    """The shards of the real images.
+def open_real_images(files: Sequence[NetworkFile], config: Config, world: World, run_dir: Path) -> list[RealImages]:
+    """The real images as each network sees them, none if the reference is a file of statistics; a collective call.
 
     Raises:
-        ConfigError: too few images.
-        DataError: they cannot be opened.
+        ConfigError: there is no reference, it has too few images, or `evaluation.cache_dir` cannot be used.
+        DataError: on every rank: the shards cannot be opened.
     """
-    shards = open_reference(config)
+    source, size = reference_source(config), config.evaluation.reference_size or config.model.image_size
+    if source.endswith(".npz"):
+        return []
+    shards = parallel.raise_together(lambda: open_sized(config, source, 0, size))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         raise ConfigError(
-            f"evaluation.reference={reference_source(config)}: {shards.num_samples} images; each half needs two, give "
-            f"at least {FEWEST_REAL_IMAGES}"
+            f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
+            f"{FEWEST_REAL_IMAGES}"
         )
-    return shards
+    folders = cache_folders(config, shards, run_dir, world)
+    return [RealImages(file, shards, folders) for file in files]
 
 
 def _combined(kept: Sequence[RealImages], source: str) -> Reference:
@@ -154,7 +155,7 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
                     statistics[part] = FeatureStatistics(*(content[name].astype(np.float64) for name in names))
             described = json.loads(str(content["facts"])) if "facts" in content else {}
             facts: dict[str, Any] = described or {"source": path.name}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise DataError(
             f"evaluation.reference={path}: no statistics with {' and '.join(_names('features'))} ({error}); make them "
             "with tools/make_reference.py, or name shards"

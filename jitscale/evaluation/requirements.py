@@ -14,7 +14,6 @@ from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
-from jitscale.evaluation.real_images import RealImages, cache_folders
 from jitscale.evaluation.reference import open_real_images, read_statistics, reference_source
 from jitscale.evaluation.settings import final_settings, sweep_images
 from jitscale.parallel import World
@@ -73,11 +72,7 @@ def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *
     """
     evaluation, run_dir = config.evaluation, Path(config.run.dir)
     files, source = network_files(evaluation, world), reference_source(config)
-    kept: list[RealImages] = []
-    if not source.endswith(".npz"):
-        shards = parallel.raise_together(lambda: open_real_images(config))
-        folders = cache_folders(config, shards, run_dir, world)
-        kept = [RealImages(file, shards, folders) for file in files]
+    kept = open_real_images(files, config, world, run_dir)
 
     def check() -> None:
         if evaluation.features_file is not None:  # published files are known by their hash

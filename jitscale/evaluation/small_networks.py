@@ -26,13 +26,16 @@ class _PooledConvolutions(FeatureNetwork):
     keeps the response to contrast, and pooling the response to noise and blur.
     """
 
-    channels: tuple[int, ...]  # of the layers, the image's first
+    num_features = 64
+    num_logits = 10
+    channels: tuple[int, ...]  # of the image and the layers before the last one, which has `num_features`
     strides: tuple[int, ...]
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width_in, width_out, stride in zip(self.channels, self.channels[1:], self.strides, strict=False):
+        widths = (*self.channels, self.num_features)
+        for width_in, width_out, stride in zip(widths, widths[1:], self.strides, strict=False):
             convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -53,10 +56,8 @@ class DigitsFeatures(_PooledConvolutions):
 
     name = "digits"
     weights = Path(__file__).with_name("digits_features.safetensors")
-    num_features = 64
-    num_logits = 10
     input_size = 32
-    channels = (3, 16, 32, 56, num_features)
+    channels = (3, 16, 32, 56)
     strides = (1, 2, 2, 2)
 
 
@@ -65,8 +66,6 @@ class GlyphFeatures(_PooledConvolutions):
 
     name = "glyphs"
     weights = Path(__file__).with_name("glyphs_features.safetensors")
-    num_features = 64
-    num_logits = 10
     input_size = 128
-    channels = (3, 16, 32, 48, num_features)
+    channels = (3, 16, 32, 48)
     strides = (2, 2, 2, 2)

@@ -16,7 +16,7 @@ from jitscale.data.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from jitscale.data.shards import ShardSet
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, label_agreement
-from jitscale.evaluation.networks import load_feature_network, network_files
+from jitscale.evaluation.networks import find_network, network_files
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.parallel import World
 from tests.support import ROOT
@@ -33,7 +33,7 @@ def drawn(resolution: int, seed: int = 3) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def network() -> FeatureNetwork:
-    return load_feature_network("glyphs", "cpu")
+    return find_network("glyphs", EvaluationConfig()).load("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jitscale.data.digits import digit_images
 from jitscale.errors import UserError
 from jitscale.evaluation.features import Embedding, FeatureNetwork, to_uint8
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
-from jitscale.evaluation.networks import identity_of, load_feature_network, network_files
+from jitscale.evaluation.networks import find_network, identity_of, network_files
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
 from jitscale.parallel import World
 
@@ -25,7 +25,7 @@ DIGITS_SHA256 = "5f12f99d2677e7f00703410b24d12586470479353fd6595ebb7853d962ca0e2
 
 @pytest.fixture(scope="module")
 def network() -> FeatureNetwork:
-    return load_feature_network("digits", "cpu")
+    return find_network("digits", EvaluationConfig()).load("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +154,6 @@ def test_rounding_to_uint8_hardly_matters(
     assert frechet_distance(embed(network, as_pixels(digits[0] + offsets))[0], real[0]) < 0.05 * floor
 
 
-def test_unknown_network_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(UserError, match="'inceptoin'; there are: digits"):
-        load_feature_network("inceptoin", "cpu")
-
-
 def test_damaged_or_missing_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (DigitsFeatures.weights.read_bytes()[:-1], None):
         path = tmp_path / "weights.safetensors"
@@ -167,7 +162,7 @@ def test_damaged_or_missing_weights_are_refused(tmp_path: Path, monkeypatch: pyt
             path.write_bytes(content)
         monkeypatch.setattr(DigitsFeatures, "weights", path)
         with pytest.raises(UserError, match="cannot load"):
-            load_feature_network("digits", "cpu")
+            find_network("digits", EvaluationConfig()).load("cpu")
 
 
 def test_network_takes_uint8_only(network: FeatureNetwork) -> None:

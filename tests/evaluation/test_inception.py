@@ -11,7 +11,7 @@ import torch
 from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError, UserError
 from jitscale.evaluation.inception import Inception, resize_as_tensorflow_1
-from jitscale.evaluation.networks import load_feature_network
+from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.published import Published, verify
 
 # Of the sorted lines "name shape" of all tensors of the published file but the counters of batches.
@@ -98,15 +98,15 @@ def test_weights_are_read_by_hash(network: Inception, tmp_path: Path, monkeypatc
     torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(Inception, "weights", Published("http://127.0.0.1:9/weights.pth", digest[:8]))
-    loaded = load_feature_network("inception", "cpu", evaluation)
+    loaded = find_network("inception", evaluation).load("cpu")
     assert verify(Published("http://127.0.0.1:9/weights.pth", digest[:8]), tmp_path) == digest, "the whole of it"
     with torch.no_grad():
         assert torch.equal(loaded(picture(64))[0], network(picture(64))[0])
     monkeypatch.setattr(Inception, "weights", Published("http://127.0.0.1:9/weights.pth", "00000000"))
     with pytest.raises(DataError, match=rf"its sha256 begins with {digest[:8]}, expected 00000000"):
-        load_feature_network("inception", "cpu", evaluation)
+        find_network("inception", evaluation).load("cpu")
     path.write_bytes(path.read_bytes()[:1000])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(Inception, "weights", Published("http://127.0.0.1:9/weights.pth", digest[:8]))
     with pytest.raises(UserError, match="cannot load"):
-        load_feature_network("inception", "cpu", evaluation)
+        find_network("inception", evaluation).load("cpu")

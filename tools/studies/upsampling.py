@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from jitscale.config import EvaluationConfig
 from jitscale.data.glyphs import Glyphs
 from jitscale.evaluation.metrics import frechet_distance, inception_score
-from jitscale.evaluation.networks import load_feature_network
+from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.figures import curve_over, figure, plus_minus
 from studies.tasks import Outcomes, Shards, by_seed
@@ -49,7 +50,7 @@ class Resampling:
 
     def execute(self, folder: Path) -> dict[str, Any]:
         """Distances in units of half against half, and scores, by kernel and source."""
-        network = load_feature_network("glyphs", "cpu")
+        network = find_network("glyphs", EvaluationConfig()).load("cpu")
         glyphs = Glyphs(self.images, SIZE, seed=100 + self.seed)
         drawn = torch.from_numpy(np.stack([glyphs[index] for index in range(self.images)])).permute(0, 3, 1, 2)
 
