@@ -9,7 +9,6 @@ rank that does not come to the comparison.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import socket
@@ -26,6 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import jitscale
 from jitscale import parallel
+from jitscale.command import Parser
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -56,26 +56,30 @@ class Finding:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, compare, print; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jitscale.launch.preflight", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m jitscale.launch.preflight")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--work", choices=("train", "evaluate"), default="train", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="the run's settings")
+    parser.add_overrides("the run's settings")
     options = parser.parse_intermixed_args(arguments)
 
     world_size = adopt_launcher_environment()
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
-    node = socket.gethostname()
     faults = []
-    for check in (_gpu, _folders, _shards):
+    for check in (_gpu, _folders, _shards):  # each raises what is wrong
         try:
             check(config)
         except (UserError, OSError, RuntimeError) as error:
             faults.append(" ".join(str(error).split()))
-    hash_of_config = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    device_type = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    mistake = parallel.shared_gpu() if device_type == "cuda" else ""
-    finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type, mistake)
+    on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    finding = Finding(
+        node=socket.gethostname(),
+        faults=tuple(faults),
+        code=_hash_of_code(),
+        config=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+        device="cuda" if on_gpu else "cpu",
+        mistake=parallel.shared_gpu() if on_gpu else "",
+    )
 
     store = _meet(rank, world_size)
     if store is None:
@@ -154,11 +158,7 @@ def _nodes_of_ranks(world_size: int) -> list[str]:
 
 
 def _gpu(config: Config) -> None:
-    """A product on the rank's GPU is right.
-
-    Raises:
-        RuntimeError: it is not, or the driver fails.
-    """
+    """A product on the rank's GPU is right."""
     if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return  # a CPU build
@@ -175,11 +175,7 @@ def _gpu(config: Config) -> None:
 
 
 def _folders(config: Config) -> None:
-    """The folders that the run writes to can be written and read back.
-
-    Raises:
-        RuntimeError: one of the folders cannot.
-    """
+    """The folders that the run writes to can be written and read back."""
     content = os.urandom(DISK_BYTES)
     for folder in map(Path, filter(None, (config.run.dir, tempfile.gettempdir(), config.data.cache_dir))):
         try:
@@ -196,20 +192,14 @@ def _folders(config: Config) -> None:
 
 
 def _shards(config: Config) -> None:
-    """The manifests and a first image can be read.
-
-    Raises:
-        DataError: they cannot.
-    """
-    if config.data.shards:
-        for stage in stages_of(config):
-            open_configured(stage)
+    """The manifests and a first image can be read."""
+    for stage in stages_of(config) if config.data.shards else ():
+        open_configured(stage)
 
 
 def _hash_of_code() -> str:
     """The hash of the package's source files."""
-    digest = hashlib.sha256()
-    root = Path(jitscale.__file__).parent
+    digest, root = hashlib.sha256(), Path(jitscale.__file__).parent
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode())
         digest.update(file.read_bytes())
