@@ -13,7 +13,7 @@ from PIL import Image
 
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.checkpoints.opening import open_weights, read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import prune
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.checkpoints.weights import StoredWeights
@@ -129,13 +129,13 @@ def _beginning(run: Run, folder: Path, config: Config) -> StoredWeights | None:
 def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
     world = parallel.start(parallel.choose_device("cpu"))
     config = run.load(folder, *run.evaluation)
-    weights = read_weights(path, config.evaluation.weights)
-    model = ready_to_sample(weights.build(), config, world.device)
-    result = evaluate_model(model, weights.name, config, world, folder / "measured")
+    weights = config.evaluation.weights
+    model = ready_to_sample(open_weights(path).network(weights), config, world.device)
+    result = evaluate_model(model, weights, config, world, folder / "measured")
     numbers = {key: value for key, value in result.items() if key != "protocol"}
     if run.strip:
         numbers["strip"] = _strip(model, config, run.strip)
-    return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
+    return {"images": Checkpoint(path).progress.images, "weights": weights, **numbers}
 
 
 def _strip(model: JiT, config: Config, images: int) -> str:
