@@ -61,7 +61,12 @@ class ZeroEngine:
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
         self.micro_batches = share // micro_batch
-        _name_device_as_deepspeed_does(world.device)
+        # DeepSpeed takes LOCAL_RANK for the index of this rank's GPU, now and in the steps of stage 3. A task that sees
+        # only its own GPU has index 0, whatever its local rank, which `World` keeps.
+        if world.device.type == "cuda":
+            os.environ["LOCAL_RANK"] = str(world.device.index)
+        # DeepSpeed insists that mpirun's variable is the same, which may be that of the process that started the ranks.
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
@@ -345,13 +350,10 @@ class StepOutcomes:
             copied = torch.cuda.Event()
             copied.record()
         self._unread.append((moved, copied))
-        return self._read(self._late)
+        return self.settle(self._late)
 
-    def settle(self) -> list[bool]:
-        """All that were not read yet; may wait for the device."""
-        return self._read(0)
-
-    def _read(self, leave: int) -> list[bool]:
+    def settle(self, leave: int = 0) -> list[bool]:
+        """All that were not read yet, but the `leave` newest; may wait for the device."""
         found = []
         while len(self._unread) > leave:
             moved, copied = self._unread.popleft()
@@ -359,17 +361,6 @@ class StepOutcomes:
                 copied.synchronize()
             found.append(bool(moved))
         return found
-
-
-def _name_device_as_deepspeed_does(device: torch.device) -> None:
-    """Let DeepSpeed find this rank's GPU: it takes LOCAL_RANK for its index, now and in the steps of stage 3.
-
-    A task that sees only its own GPU has index 0, whatever its local rank. `World` keeps the local rank.
-    """
-    if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(device.index)
-    # DeepSpeed insists that mpirun's variable is the same, which may be that of the process that started the ranks.
-    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
 
 def _gradient_norm(

@@ -44,22 +44,17 @@ class Fault:
 class FaultInjection:
     """The faults of one rank."""
 
-    def __init__(self, faults: list[Fault]) -> None:
-        self._faults = faults
-        self._due: list[Fault] = []
-
-    @classmethod
-    def from_environment(cls, rank: int) -> FaultInjection:
+    def __init__(self, rank: int) -> None:
         """The faults that the variable names for `rank`.
 
         Raises:
             ConfigError: an entry has no known kind, or a wrong setting.
         """
         faults = [_parse(entry) for entry in os.environ.get(VARIABLE, "").split(",") if entry]
-        mine = [fault for fault in faults if fault.rank in (None, rank)]
-        if mine:
+        self._faults = [fault for fault in faults if fault.rank in (None, rank)]
+        self._due: list[Fault] = []
+        if self._faults:
             logger.warning("%s=%s: faults will be injected", VARIABLE, os.environ[VARIABLE])
-        return cls(mine)
 
     def begin_step(self, step: int) -> None:
         """Choose the faults of this step."""

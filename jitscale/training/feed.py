@@ -9,11 +9,9 @@ Shapes: B images of a micro-batch, S pixels a side.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from jitscale import parallel
@@ -81,16 +79,18 @@ class Feed:
         parallel.raise_together(lambda: loader.check_shared_memory(world.local_size))
         parallel.raise_together(lambda: self._shards.check_cache(loader.shards_side_by_side(world.local_size)))
         self._batches = iter(loader)
-        self._prepared = _copied((_prepared(batch, self._config) for batch in self._batches), world.device)
+        drawn = ((batch, _with_draws(batch, self._config)) for batch in self._batches)
+        self._prepared = _copied(drawn, world.device)
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch; images that could not be decoded are named in it."""
-        batch, config = next(self._prepared), self._config
-        t = times_from_normal(batch.normal, config.diffusion)
-        seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions)
+        config = self._config
+        batch, (images, labels, flip, normal_numbers) = next(self._prepared)
+        t = times_from_normal(normal_numbers, config.diffusion)
+        seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions.numpy())
         noise = seeded_noise(seeds, config.model.image_size, self._generator)
-        x, e, z = self._add_noise(batch.images, batch.flip, noise, t, config.diffusion.noise_scale)
-        return MicroBatch(x, e, z, t, batch.labels, batch.bad_samples)
+        x, e, z = self._add_noise(images, flip, noise, t, config.diffusion.noise_scale)
+        return MicroBatch(x, e, z, t, labels, batch.bad_samples)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -107,32 +107,20 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
     yield from ahead
 
 
-@dataclass
-class _Prepared:
-    """A batch with its random draws, except the noise, which is drawn on the device."""
-
-    images: torch.Tensor  # uint8 (B, S, S, 3)
-    labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
-    flip: torch.Tensor  # bool (B,)
-    normal: torch.Tensor  # float32 (B,), from which times are made
-    positions: npt.NDArray[np.int64]  # (B,), in the global sequence
-    bad_samples: list[str]
+_Prepared = tuple[Batch, tuple[torch.Tensor, ...]]  # a batch, and what `_with_draws` makes of it
 
 
-_COPIED = ("images", "labels", "flip", "normal")  # to the device
+def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
+    """The images and random draws, except the noise, which is drawn on the device.
 
-
-def _prepared(batch: Batch, config: Config) -> _Prepared:
+    They are images, uint8 (B, S, S, 3); labels, int64 (B,), the null label where the class is dropped; whether to flip,
+    bool (B,); and normal numbers, float32 (B,), from which times are made.
+    """
     seed, positions = config.run.seed, batch.positions.numpy()
     dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
-    return _Prepared(
-        images=batch.images,
-        labels=batch.labels.masked_fill(dropped, config.model.num_classes),
-        flip=torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5)),
-        normal=torch.from_numpy(normal(seed, Purpose.TIME, positions)).float(),
-        positions=positions,
-        bad_samples=batch.bad_samples,
-    )
+    labels = batch.labels.masked_fill(dropped, config.model.num_classes)
+    flip = torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5))
+    return batch.images, labels, flip, torch.from_numpy(normal(seed, Purpose.TIME, positions)).float()
 
 
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
@@ -146,14 +134,15 @@ def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Pre
         return
     stream = torch.cuda.Stream(device)
 
-    def copy(batch: _Prepared) -> tuple[_Prepared, torch.cuda.Event]:
+    def copy(prepared: _Prepared) -> tuple[_Prepared, torch.cuda.Event]:
+        batch, tensors = prepared
         with torch.cuda.stream(stream):
-            copies = {name: getattr(batch, name).pin_memory().to(device, non_blocking=True) for name in _COPIED}
-            return replace(batch, **copies), stream.record_event()
+            copies = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+            return (batch, copies), stream.record_event()
 
-    for batch, copied in one_ahead(map(copy, batches)):
+    for (batch, tensors), copied in one_ahead(map(copy, batches)):
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for name in _COPIED:
-            getattr(batch, name).record_stream(current)  # its memory is not given away while the step uses it
-        yield batch
+        for tensor in tensors:
+            tensor.record_stream(current)  # its memory is not given away while the step uses it
+        yield batch, tensors

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, complete_checkpoints, load_fragments, step_folder
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
@@ -232,6 +233,24 @@ def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
     checkpoint = parallel.raise_together(lambda: Checkpoint(folders[0]))
     parallel.raise_together(lambda: checkpoint.verify(world.rank, world.size))
     return checkpoint
+
+
+def initial_weights(config: Config, world: World) -> StoredWeights | None:
+    """The weights that `run.init_from` names, verified; None if it names none. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be read, or are those of another network.
+    """
+
+    def opened() -> StoredWeights | None:
+        if config.run.init_from is None:
+            return None
+        weights = open_weights(config.run.init_from, config)
+        check_fits(weights, config)
+        weights.verify(world.rank, world.size)
+        return weights
+
+    return parallel.raise_together(opened)
 
 
 def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None = None) -> DataIdentity:

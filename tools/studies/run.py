@@ -16,7 +16,6 @@ from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import prune
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
-from jitscale.checkpoints.weights import StoredWeights
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
@@ -90,7 +89,8 @@ class Run:
         if self.measured_every is not None:
             config.checkpoint.every_images = self.measured_every
         started = time.perf_counter()
-        code = train(config, world, _beginning(self, folder, config))
+        _begin(self, folder, config)
+        code = train(config, world)
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: was asked to stop; the same command goes on")
         trained = time.perf_counter()
@@ -113,17 +113,18 @@ def seeded(what: str, seed: int, config: str, images: int, *settings: str, **opt
     return Run(f"{what}_s{seed}", config, (*settings, *own), **options)
 
 
-def _beginning(run: Run, folder: Path, config: Config) -> StoredWeights | None:
-    """Write the upgraded checkpoint that the run resumes, or return the upgraded weights that it starts from."""
+def _begin(run: Run, folder: Path, config: Config) -> None:
+    """Write the upgraded checkpoint that the run resumes, or whose weights it starts from, as `config` then says."""
     if run.upgraded_from is None:
-        return None
+        return
     target = config
     if run.as_initial:
         target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
     if not complete_checkpoints(Path(target.run.dir)):
         low = open_weights(folder / run.upgraded_from)
         write_upgraded(low, target, plan_upgrade(low.config, target, run.kernel), keep_moments=run.keep_moments)
-    return open_weights(target.run.dir) if run.as_initial else None
+    if run.as_initial:
+        config.run.init_from = target.run.dir
 
 
 def _measure(path: Path, run: Run, folder: Path) -> dict[str, Any]:
