@@ -64,11 +64,7 @@ class HeldOutLoss:
     _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
-        """The losses of one weight set; a collective call.
-
-        Args:
-            network: made by `ready_to_sample`; the same weights on every rank.
-            name: of the weight set.
+        """The losses of the weight set `name`, in a `network` that `ready_to_sample` has made; a collective call.
 
         Returns:
             On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the

@@ -14,20 +14,12 @@ from jitscale.keyed_random import Int64Array
 def add_noise(
     images: torch.Tensor, flip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, noise_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy images at times t; compiled, it is one kernel.
+    """Clean images x, scaled noise e and noisy images z, float32 (B, 3, S, S) each; compiled, it is one kernel.
 
-    Args:
-        images: uint8 (B, S, S, 3).
-        flip: (B,), whether to mirror.
-        noise: standard normal, (B, 3, S, S).
-        t: (B,) in [0, 1].
-        noise_scale: of the noise.
-
-    Returns:
-        Clean images x, noise e and noisy images z, float32 (B, 3, S, S) each.
+    It takes `images`, uint8 (B, S, S, 3); `flip` (B,), whether to mirror; standard normal `noise` (B, 3, S, S); and
+    times `t` (B,) in [0, 1].
     """
-    x = to_model_input(images, flip)
-    e = noise_scale * noise
+    x, e = to_model_input(images, flip), noise_scale * noise
     return x, e, interpolate(x, e, t)
 
 
