@@ -113,12 +113,7 @@ def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None
 
 
 def _interpret(config: ConfigSource) -> Config:
-    """Sizes and diffusion settings as a caller describes them.
-
-    Raises:
-        ConfigError: sizes that no network can have.
-        CheckpointError: a mapping with fields that are not the network's.
-    """
+    """Sizes and diffusion settings as a caller describes them."""
     if isinstance(config, str | Path):
         return load_config(config)
     if isinstance(config, Config):

@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         mistake=parallel.shared_gpu() if on_gpu else "",
     )
 
-    store = _meet(rank, world_size)
+    limit = timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
+    store = _meet(rank, world_size, limit)
     if store is None:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.work == "train":  # an evaluation checks by itself what it needs
         local_rank = int(os.environ["LOCAL_RANK"])
         check_training_measures(config, World(rank, world_size, local_rank, torch.device("cpu")))
-    slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device))))
+    slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device), limit)))
     if rank == 0:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"
         speed = f"all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at {slowest:.2f} GB/s"
@@ -119,13 +120,12 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(problems))
 
 
-def _timeout() -> timedelta:
-    return timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
-
-
-def _meet(rank: int, world_size: int) -> TCPStore | None:
+def _meet(rank: int, world_size: int, limit: timedelta) -> TCPStore | None:
     """Wait for all ranks; if one does not come, None, and a line about each that is missing."""
-    nodes, limit = _nodes_of_ranks(world_size), _timeout()
+    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")  # the supervisor says where the ranks are
+    if world_size % len(listed):
+        listed = ["unknown"]
+    nodes = [node for node in listed for _ in range(world_size // len(listed))]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with parallel.waiting_for_ranks():
         try:
@@ -147,14 +147,6 @@ def _meet(rank: int, world_size: int) -> TCPStore | None:
         for other in sorted(missing):
             print(f"{FAULT} {nodes[other]}: rank {other} did not come within {limit.total_seconds():.0f} s", flush=True)
     return None if missing else store
-
-
-def _nodes_of_ranks(world_size: int) -> list[str]:
-    """Where each rank is, if the supervisor has said so."""
-    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")
-    if world_size % len(listed):
-        return ["unknown"] * world_size
-    return [node for node in listed for _ in range(world_size // len(listed))]
 
 
 def _gpu(config: Config) -> None:
@@ -206,10 +198,10 @@ def _hash_of_code() -> str:
     return digest.hexdigest()
 
 
-def _bandwidth(device: torch.device) -> float:
+def _bandwidth(device: torch.device, limit: timedelta) -> float:
     """Bytes of an all-reduce over its time, in GB/s, the best of three."""
     # Next to the existing group: to meet again would need the port that its store still holds.
-    group = dist.new_group(backend="nccl", timeout=_timeout()) if device.type == "cuda" else None
+    group = dist.new_group(backend="nccl", timeout=limit) if device.type == "cuda" else None
     values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(3):

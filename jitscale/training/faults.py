@@ -90,13 +90,8 @@ def _parse(entry: str) -> Fault:
     kind, *settings = entry.strip().split(":")
     try:
         values = dict(setting.split("=", 1) for setting in settings)
-        fault = Fault(
-            kind,
-            step=int(values.pop("step")),
-            rank=int(values.pop("rank")) if "rank" in values else None,
-            times=int(values.pop("times", "1")),
-            seconds=float(values.pop("seconds", "0")),
-        )
+        step, rank = int(values.pop("step")), int(values.pop("rank")) if "rank" in values else None
+        fault = Fault(kind, step, rank, int(values.pop("times", "1")), float(values.pop("seconds", "0")))
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"{VARIABLE}: {entry!r} is no fault ({error}); write for example nan:step=5:rank=1"

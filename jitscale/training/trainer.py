@@ -172,8 +172,8 @@ class Trainer:
         self.persistence.save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
-            self.stop_requested.exit_at_once()  # all is saved, and the evaluation's blocks are files of their own
-            self.previews.final()
+            with self.stop_requested.exiting_at_once():  # the evaluation's blocks are files of their own
+                self.previews.final()
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
