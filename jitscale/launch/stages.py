@@ -76,38 +76,28 @@ class Stage:
         Raises:
             UserError: it has failed.
         """
+        code: int = ExitCode.DONE
         if self.kind == "upgrade":
-            code = self._upgrade()
+            if not complete_checkpoints(self.run_dir):  # by an earlier start of this job
+                code = self._run_python(str(self.home / "tools/upgrade_resolution.py"), *self.arguments)
         elif self.ranks is None:
-            code = self._supervise()
-        else:
-            code = self._run_here(self.ranks)
+            job = SlurmJob.current()
+            code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
+            if code == ExitCode.REQUEUE:
+                time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
+        else:  # start the ranks until the work is complete, as long as starts bring progress
+            work = work_of(self.kind, self.arguments, self.ranks)
+            forget_completion(work.run_dir, work.command)
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+            while not is_complete(work.run_dir, work.command):
+                Attempts.begin(work.run_dir, work.position)
+                self._run_python(*launcher, "-m", f"jitscale.{self.kind}", *self.arguments)
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: ended with code {code}; see the lines above")
         return f"{self.name} is complete"
 
-    def _upgrade(self) -> int:
-        if complete_checkpoints(self.run_dir):
-            return ExitCode.DONE  # by an earlier start of this job
-        command = [sys.executable, str(self.home / "tools/upgrade_resolution.py"), *self.arguments]
-        return subprocess.run(command, cwd=self.home, check=False).returncode
-
-    def _supervise(self) -> int:
-        job = SlurmJob.current()
-        code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
-        if code == ExitCode.REQUEUE:
-            time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
-        return code
-
-    def _run_here(self, ranks: int) -> int:
-        """Without Slurm: start the ranks until the work is complete, as long as starts bring progress."""
-        work = work_of(self.kind, self.arguments, ranks)
-        forget_completion(work.run_dir, work.command)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        while not is_complete(work.run_dir, work.command):
-            Attempts.begin(work.run_dir, work.position)
-            subprocess.run([*launcher, "-m", f"jitscale.{self.kind}", *self.arguments], cwd=self.home, check=False)
-        return ExitCode.DONE
+    def _run_python(self, *arguments: str) -> int:
+        return subprocess.run([sys.executable, *arguments], cwd=self.home, check=False).returncode
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:

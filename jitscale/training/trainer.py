@@ -82,8 +82,9 @@ class Trainer:
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config))
         checkpoint = newest_sound_checkpoint(Path(config.run.dir), world)
+        data = data_identity(config, shards, checkpoint)
         if checkpoint is not None:
-            check_resumable(checkpoint, config, shards)
+            check_resumable(checkpoint, config)
         initial = initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
@@ -94,7 +95,6 @@ class Trainer:
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
-        data = data_identity(config, shards, checkpoint)
         saved = (self.engine, self.ema, self.state, self.bad_samples)
         self.persistence = Persistence(config, world, *saved, self.faults, data)
         if checkpoint is not None:
