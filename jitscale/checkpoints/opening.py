@@ -24,13 +24,11 @@ _SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interva
 
 
 def open_weights(path: str | Path, config: ConfigSource | None = None) -> StoredWeights:
-    """The weights at `path`.
+    """The weights at `path`, in any form.
 
-    Args:
-        path: a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face
-            folder, a .safetensors file, or the authors' .pth file.
-        config: the sizes, and for safetensors the diffusion settings, where the file does not say them: a YAML
-            file, a config object, or a mapping of model fields.
+    That is a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face folder, a
+    .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
+    diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
 
     Raises:
         CheckpointError: nothing readable there, or a config is needed.
@@ -82,19 +80,15 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
         if newest is None:
             raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
         return newest
-    if (folder / HUB_CONFIG).exists() and folder / HUB_WEIGHTS in files:
-        return _open_hub_folder(folder)
-    return _open_safetensors(folder, files, config)
-
-
-def _open_hub_folder(folder: Path) -> StoredWeights:
+    if not (folder / HUB_CONFIG).exists() or folder / HUB_WEIGHTS not in files:
+        return _open_safetensors(folder, files, config)
     try:
         described = json.loads((folder / HUB_CONFIG).read_text())
-        config = from_dict({key: described[key] for key in ("model", "diffusion")})
+        network = from_dict({key: described[key] for key in ("model", "diffusion")})
         name = str(described.get("weights", "model"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / HUB_CONFIG}: does not describe a JiT ({error}); give its config") from error
-    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, config)
+    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, network)
 
 
 def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None) -> StoredWeights:

@@ -44,7 +44,7 @@ class _Block:
     ids: Int64Array  # (B,), numbers of held-out samples; the last block is filled up with numbers of none
     images: UInt8Array  # (B, H, W, 3)
     labels: Int64Array  # (B,)
-    sound: Int64Array  # the rows that hold a sample whose image could be decoded
+    sound: list[int]  # the rows that hold a sample whose image could be decoded
     bad: list[str]  # what is wrong with the others
 
 
@@ -126,7 +126,7 @@ class HeldOutLoss:
             if reason not in self._reasons and len(self._reasons) < _MOST_REASONS:
                 self._reasons.add(reason)
                 logger.warning("%s; the held-out loss is measured without it", reason)
-        return _Block(ids, images, labels, np.array(sound, np.int64), bad)
+        return _Block(ids, images, labels, sound, bad)
 
     @torch.no_grad()
     def _block_losses(self, network: JiT, block: _Block) -> Float64Array:
