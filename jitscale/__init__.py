@@ -34,9 +34,9 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     Raises:
         jitscale.errors.CheckpointError: nothing readable there, no such weight set, or the sizes do not fit.
     """
-    from jitscale.checkpoints.opening import read_weights  # noqa: PLC0415
+    from jitscale.checkpoints.opening import open_weights  # noqa: PLC0415
 
-    return read_weights(path, weights, config).build()
+    return open_weights(path, config).network(weights)
 
 
 def sample(

@@ -45,22 +45,25 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+# Types of options. Each raises ArgumentTypeError for another text, and argparse turns it into an error of the command.
+
+
 def positive(text: str) -> int:
-    """An option's integer from 1 on; another text is an ArgumentTypeError."""
+    """An option's integer from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """An option's integer from 0 on; another text is an ArgumentTypeError."""
+    """An option's integer from 0 on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
     return int(text)
 
 
 def part_of(text: str) -> tuple[int, int]:
-    """The two numbers of an option I/N: part I, from 1 on, of N; another text is an ArgumentTypeError."""
+    """The two numbers of an option I/N: part I, from 1 on, of N."""
     number, slash, parts = text.partition("/")
     if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I in 1..N, for example 1/4 to 4/4")

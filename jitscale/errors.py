@@ -47,12 +47,9 @@ class CheckpointError(UserError):
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2, a `MeetingError` one message and exit code 1.
-
-    Args:
-        command: returns an exit code.
-        same_on_all_ranks: every rank of a job meets the same mistakes, and only global rank 0 prints. For commands that
-            `adopt_launcher_environment` only: before it, RANK may be left over from another command.
+    A `UserError` becomes one message and exit code 2, a `MeetingError` one message and exit code 1. If mistakes are the
+    `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment` only, because
+    before it RANK may be left over from another command.
     """
     try:
         code = command()

@@ -113,7 +113,7 @@ def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described
             logger.info("%d settings, %d images in all", len(settings), images_of(config, stored.weight_sets))
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.weight_set(name).build(), config, world.device)
+            return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, run_dir, guide)
         result = measure_finally(network, stored.weight_sets, evaluator, run_dir, is_end=is_end)

@@ -59,10 +59,12 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         OSError: the file cannot be made, or the file system has no locks.
     """
     with path.open("a+", errors="replace") as file:
-        if not _locked(file):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             file.seek(0)
             owner = file.read(200).strip() or "another process"
-            raise UserError(f"{path.parent}: {owner} is at work there, {what}; wait for it or end it")
+            raise UserError(f"{path.parent}: {owner} is at work there, {what}; wait for it or end it") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -77,22 +79,15 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
         OSError: the file cannot be made.
     """
     with path.open("a+") as file:
+        ours = True
         try:
-            ours = _locked(file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ours = False
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            ours = True
         yield ours
-
-
-def _locked(file: IO[str]) -> bool:
-    """Lock `file` until it is closed; False if another process holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def aside_pattern(name: str) -> str:

@@ -63,12 +63,7 @@ def hosts_in(variable: str) -> list[str]:
 
 
 def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
-    """The values of variables that must all be there.
-
-    Args:
-        names: of the variables.
-        because: why they are expected, as the beginning of a sentence.
-        remedy: what the user can do.
+    """The values of variables that must all be there; `because` says why, as the beginning of a sentence.
 
     Raises:
         LauncherError: some are missing or empty; the message names them all.

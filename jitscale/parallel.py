@@ -235,11 +235,7 @@ def on_main(call: Callable[[], T]) -> T:
 
 
 def _meet() -> Store:
-    """The store that all ranks share, when all have come.
-
-    Raises:
-        MeetingError: they did not come within the limit, or cannot.
-    """
+    """The store that all ranks share, when all have come."""
     seconds = positive_setting("JITSCALE_MEETING_SECONDS", MEETING_SECONDS)
     try:
         with waiting_for_ranks():
@@ -260,8 +256,7 @@ def meeting_place() -> str:
 
 def first_line(error: BaseException) -> str:
     """The message of an error, without the stack that torch writes below it."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Who may write into a run's folder, and how a run says there that it is complete.
+"""Who may write into a run's folder, what its starts have led to, and how it says there that it is complete.
 
 A scheduler's exit codes prove no completion: srun may return 0 although a node died, where the ranks that were left had
 nothing to do any more.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from jitscale import parallel
 from jitscale.config import Config, to_yaml
 from jitscale.errors import UserError
 from jitscale.files import NO_LOCKS, atomic_write, exclusive
+
+MOST_WITHOUT_PROGRESS = 5  # starts
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,52 @@ def claim(run_dir: Path, held: ExitStack) -> None:
             logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
 
     parallel.on_main(lock)
+
+
+@dataclass
+class Attempts:
+    """The record of a run's starts; kept as attempts.json in its folder."""
+
+    starts: int = 0
+    position: int = -1  # how far the run was when it was last started, such as a checkpoint's step
+    without_progress: int = 0  # starts in a row that found the run where the one before had found it
+    excluded: list[str] = field(default_factory=list)  # nodes that have failed, which the run keeps away from
+    last_reason: str = ""  # why the last start ended
+
+    @classmethod
+    def begin(cls, run_dir: Path, position: int, most: int = MOST_WITHOUT_PROGRESS) -> Attempts:
+        """Count a start of the run in `run_dir` at `position`, and keep the record.
+
+        Raises:
+            UserError: the last `most` starts have not moved the run. A further start begins anew.
+        """
+        path = run_dir / "attempts.json"
+        now = cls(**json.loads(path.read_text())) if path.exists() else cls()
+        now.without_progress = now.without_progress + 1 if position == now.position else 0
+        now.starts, now.position = now.starts + 1, position
+        stuck = now.without_progress >= most
+        if stuck:
+            now.without_progress, now.position = 0, -1
+        now.write(run_dir)
+        if stuck:
+            reason = f" ({now.last_reason})" if now.last_reason else ""
+            raise UserError(
+                f"{most} starts in a row have not brought the run beyond {position}{reason}; look at the log above, "
+                "save more often (checkpoint.every_images), or give it more time"
+            )
+        return now
+
+    def write(self, run_dir: Path) -> None:
+        """Keep the record."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(run_dir / "attempts.json") as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+    def exclude(self, nodes: list[str]) -> list[str]:
+        """Keep away from `nodes`; returns those that are new."""
+        new = [node for node in dict.fromkeys(nodes) if node not in self.excluded]
+        self.excluded += new
+        return new
 
 
 def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> None:

@@ -78,25 +78,23 @@ class Tracker:
         self._unwritten = False
         self._metrics, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
         if active:
-            self._open(resumed_step)
+            if resumed_step is not None:
+                self.rewind(resumed_step)
+            with self._metrics.open("a"):
+                pass  # a file that cannot be written is met now
             if config.tracking.wandb != "off":
                 self._start_wandb(config, run_dir)
 
-    def _open(self, resumed_step: int | None) -> None:
-        if resumed_step is not None:
-            _drop_lines_after(self._metrics, resumed_step)
-            _drop_lines_after(self._evaluations, resumed_step)
-        self._file = self._metrics.open("a")
-
     def log(self, values: dict[str, float | int | None]) -> None:
         """Record the numbers of a step, or of held-out samples after it; what is not finite becomes null."""
-        if not self._active:
-            return
         clean = {key: _finite(value) for key, value in values.items()}
-        with self._tolerating_full_disks():
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
-        self._to_wandb(_known(clean))
+        self._append(self._metrics, clean)
+        self._to_wandb(lambda record: record.log(_known(clean)))
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if self._active:
+            with self._tolerating_full_disks(), path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def _tolerating_full_disks(self) -> Iterator[None]:
@@ -118,18 +116,14 @@ class Tracker:
         with self._tolerating_full_disks():
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        if self._wandb is not None:
-            self._guarded(lambda: self._wandb.log({name: wandb.Image(image), "images": images}))
+        self._to_wandb(lambda record: record.log({name: wandb.Image(image), "images": images}))
 
     def log_result(self, result: dict[str, Any], step: int, images: int) -> None:
         """Record the numbers of an evaluation after `step` steps, `images` images seen, in evaluations.jsonl."""
-        if not self._active:
-            return
-        numbers = _numbers(result)
-        line = {"step": step, "images": images, "weights": result["protocol"]["weights"], **numbers}
-        with self._tolerating_full_disks(), self._evaluations.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._to_wandb({**{f"evaluation/{key}": value for key, value in _known(numbers).items()}, "images": images})
+        numbers, weights = _numbers(result), result["protocol"]["weights"]
+        self._append(self._evaluations, {"step": step, "images": images, "weights": weights, **numbers})
+        named = {f"evaluation/{key}": value for key, value in _known(numbers).items()}
+        self._to_wandb(lambda record: record.log({**named, "images": images}))
 
     def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
         """Record a measurement on few images while training, by names that say on how many: `fid_5k`."""
@@ -145,39 +139,16 @@ class Tracker:
         `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval); and
         `table`, a row of SWEEP_COLUMNS for each measured setting, where FID and Inception Score may be None.
         """
-        if self._wandb is not None:
-            self._guarded(lambda: self._send_final(result))
-
-    def _send_final(self, result: dict[str, Any]) -> None:
-        rows = result["table"]
-        if len(rows) > 1:
-            data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
-            self._wandb.log({"sweep": wandb.Table(columns=[*SWEEP_COLUMNS], data=data)})
-            lines = _fid_by_guidance(rows)
-            if lines:
-                curve = wandb.plot.line_series(
-                    xs=[[scale for scale, _ in points] for points in lines.values()],
-                    ys=[[fid for _, fid in points] for points in lines.values()],
-                    keys=list(lines),
-                    title="FID over guidance scale",
-                    xname="guidance_scale",
-                )
-                self._wandb.log({"fid_over_guidance": curve})
-        best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
-        self._wandb.summary.update(_known({**_numbers(result), **best}))
+        self._to_wandb(lambda record: _send_final(record, result))
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: those steps will be run again."""
         if self._active:
-            self._file.close()
-            self._open(step)
+            _drop_lines_after(self._metrics, step)
+            _drop_lines_after(self._evaluations, step)
 
     def close(self) -> None:
         """End the record."""
-        if not self._active:
-            return
-        with self._tolerating_full_disks():
-            self._file.close()
         if self._record is not None:
             folder = Path(self._record.dir).parent
             sent = self._guarded(self._record.finish)
@@ -225,9 +196,9 @@ class Tracker:
         if self._wandb is None:
             self._guarded(lambda: start(offline=True))
 
-    def _to_wandb(self, values: dict[str, Any]) -> None:
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
         if self._wandb is not None:
-            self._guarded(lambda: self._wandb.log(values))
+            self._guarded(lambda: send(self._wandb))
 
     def _guarded(self, call: Callable[[], object]) -> bool:
         """Call into W&B; whatever it raises, training goes on without it. Returns whether it worked."""
@@ -275,6 +246,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:
     """The metrics of an evaluation; what is not finite becomes null."""
     return {name: _finite(value) for name, value in result.items() if isinstance(value, float | int)}
+
+
+def _send_final(record: Any, result: dict[str, Any]) -> None:
+    rows = result["table"]
+    if len(rows) > 1:
+        data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
+        record.log({"sweep": wandb.Table(columns=[*SWEEP_COLUMNS], data=data)})
+        if lines := _fid_by_guidance(rows):
+            curve = wandb.plot.line_series(
+                xs=[[scale for scale, _ in points] for points in lines.values()],
+                ys=[[fid for _, fid in points] for points in lines.values()],
+                keys=list(lines),
+                title="FID over guidance scale",
+                xname="guidance_scale",
+            )
+            record.log({"fid_over_guidance": curve})
+    best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
+    record.summary.update(_known({**_numbers(result), **best}))
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from jitscale import parallel
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.checkpoints.opening import open_weights, read_guide
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
-from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import Parser
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_configured
@@ -70,9 +69,7 @@ def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
     for number, stage in enumerate(stages[first:], first):
         if number > first:
             parallel.on_main(partial(_upgrade, stages[number - 1], stage))
-        initial = parallel.raise_together(partial(_initial_weights, stage, world))
-        guide = parallel.raise_together(partial(read_guide, stage))
-        code = train(stage, world, initial, guide)
+        code = train(stage, world)
         if code != ExitCode.DONE:
             return code
     return ExitCode.DONE
@@ -84,15 +81,6 @@ def _upgrade(low: Config, high: Config) -> None:
     stored = open_weights(low.run.dir)
     stored.verify()
     write_upgraded(stored, high, plan_upgrade(stored.config, high))
-
-
-def _initial_weights(config: Config, world: World) -> StoredWeights | None:
-    """The weights that `run.init_from` names, or None if it names none or the run has a checkpoint to resume from."""
-    if config.run.init_from is None or complete_checkpoints(Path(config.run.dir)):
-        return None
-    weights = open_weights(config.run.init_from, config)
-    weights.verify(world.rank, world.size)
-    return weights
 
 
 if __name__ == "__main__":

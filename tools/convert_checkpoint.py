@@ -76,11 +76,10 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
         from jitscale.checkpoints.hub import HubJiT  # noqa: PLC0415
     except ImportError as error:
         raise UserError(f"--to huggingface needs {error.name}; pip install 'jitscale[hub]'") from error
-    chosen = _one_set(options, "a Hugging Face folder holds one weight set")
+    chosen = stored.choose(_one_set(options, "a Hugging Face folder holds one weight set"))
     refuse_existing(options.output / "model.safetensors", options.output / "config.json")
-    weights = stored.weight_set(chosen)
-    network = HubJiT(weights.model, weights.diffusion, weights.name)
-    weights.load_into(network)
+    network = HubJiT(stored.config.model, stored.config.diffusion, chosen)
+    stored.load_into(network, chosen)
     network.save_pretrained(options.output)
     return [options.output / name for name in ("config.json", "model.safetensors", "README.md")]
 

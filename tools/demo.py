@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.checkpoints.opening import read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.command import Parser, positive, run_python, usable_cores
 from jitscale.config import Config, load_config
 from jitscale.data.digits import DIGIT_CLASSES
@@ -113,7 +113,7 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
         for axis, config in zip(axes, configs, strict=True):
             sampler = configured_sampler(config.evaluation, config.diffusion)
-            grid = sample_grid(read_weights(config.run.dir).build(), sampler, config.evaluation.seed, ALONE)
+            grid = sample_grid(open_weights(config.run.dir).network(), sampler, config.evaluation.seed, ALONE)
             axis.imshow(grid)
             axis.grid(visible=False)
             axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
     device = choose_device(options.device)
-    model = ready_to_sample(stored.weight_set(options.weights).build(), stored.config, device)
+    model = ready_to_sample(stored.network(options.weights), stored.config, device)
     ids = ids_of(options.classes, options.per_class, options.first, model.config.num_classes)
     evaluation = evaluation_of(options, stored.config.evaluation)
     sampler = configured_sampler(evaluation, model.diffusion)

@@ -123,7 +123,7 @@ def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrad
     text = f"patch embedding {entering:.1e}, output layer {leaving:.1e}"
     if elements(stored.shapes) > LARGEST_WHOLE_CHECK or new_patch < old_patch:
         return text
-    old, new = stored.weight_set(name).build(), upgraded_network(stored, name, target, upgrade)
+    old, new = stored.network(name), upgraded_network(stored, name, target, upgrade)
     size = target.model.image_size
     z, t = target.diffusion.noise_scale * torch.randn(2, 3, size, size), torch.tensor([0.2, 0.7])
     y = torch.tensor([0, old.null_label])
@@ -147,7 +147,7 @@ def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade)
     after = jitscale.sample(new, labels, noise=noise, steps=PREVIEW_STEPS)
     rows = [after]
     if upgrade.mode == "patch":
-        old = stored.weight_set(name).build()
+        old = stored.network(name)
         seen = upgrade.pool(target.diffusion.noise_scale * noise)
         before = jitscale.sample(old, labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
         rows = [before, upgrade.pool(after), after]

@@ -31,10 +31,7 @@ class AuthorsWeights(StoredWeights):
     """A `checkpoint-last.pth`, mapped into memory."""
 
     def __init__(self, path: Path, model: ModelConfig | None) -> None:
-        """
-        Args:
-            path: the file.
-            model: the sizes, only needed if the network is not one of the paper's.
+        """Open; `model`, the sizes, is only needed if the network is not one of the paper's.
 
         Raises:
             CheckpointError: the file cannot be read, has another format, or its network's sizes are not known.
@@ -46,7 +43,7 @@ class AuthorsWeights(StoredWeights):
             args = content["args"]
             decays = [float(args.ema_decay1), float(args.ema_decay2)]
             keys = {"model": "model", ema_name(decays[0]): "model_ema1", ema_name(decays[1]): "model_ema2"}
-            self._sets = {name: _without_prefix(content[key]) for name, key in keys.items()}
+            self._sets = {name: _own_names(content[key]) for name, key in keys.items()}
             diffusion = DiffusionConfig(
                 noise_scale=args.noise_scale,
                 mu=args.P_mean,
@@ -88,12 +85,8 @@ class AuthorsWeights(StoredWeights):
 def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, epoch: int) -> None:
     """Write a file for the authors' `--resume`, with the optimizer's moments where `stored` has them.
 
-    Args:
-        path: the file.
-        stored: any weights.
-        ema1: the weight set that becomes model_ema1, `ema_<decay>`.
-        ema2: likewise model_ema2.
-        epoch: the last complete epoch; their training goes on with the next one.
+    `ema1` and `ema2`, named `ema_<decay>`, become model_ema1 and model_ema2. Training goes on after `epoch`, the last
+    complete one.
 
     Raises:
         CheckpointError: one of the sets is not there.
@@ -118,10 +111,9 @@ def _undecayed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return len(shapes[name]) == 1 or name.endswith(".bias")
 
 
-def _without_prefix(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    tensors = {key.removeprefix("net."): value for key, value in stored.items()}
-    tensors.pop("pos_embed", None)  # a fixed table
-    return tensors
+def _own_names(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the prefix, and without the fixed position table."""
+    return {key.removeprefix("net."): value for key, value in stored.items() if not key.endswith("pos_embed")}
 
 
 def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor]:
@@ -132,8 +124,7 @@ def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor
 
 
 def _optimizer_state(stored: StoredWeights) -> dict[str, Any]:
-    order = optimizer_order(stored.shapes)
-    optim = stored.config.optim
+    order, optim = optimizer_order(stored.shapes), stored.config.optim
     vectors = sum(_undecayed(name, stored.shapes) for name in order)
     # torch fills in the settings of a group; only the numbers of the parameters matter.
     parameters = [torch.nn.Parameter(torch.empty(0)) for _ in order]

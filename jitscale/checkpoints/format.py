@@ -80,12 +80,7 @@ def complete_folders(parent: Path, name: str) -> dict[int, Path]:
 
 
 class Checkpoint(StoredWeights):
-    """A complete checkpoint on disk, read by slices.
-
-    Attributes:
-        progress: the run's progress when it was written.
-        sets: names of the stored sets, moments included.
-    """
+    """A complete checkpoint on disk, read by slices."""
 
     def __init__(self, folder: Path) -> None:
         """Open; `verify` looks at the content.
@@ -106,7 +101,7 @@ class Checkpoint(StoredWeights):
                     "use the version of jitscale that wrote it"
                 )
             self.progress = Progress(**index["progress"])
-            self.sets: list[str] = index["sets"]
+            self.sets: list[str] = index["sets"]  # moments included
             self.weight_sets = [name for name in self.sets if name not in MOMENTS]
             parameters = index["parameters"].items()
             self.shapes = {name: tuple(entry["shape"]) for name, entry in parameters}

@@ -22,11 +22,6 @@ class HubJiT(
     """A JiT that loads from, and is stored in, a Hugging Face repository or folder; `jitscale.sample` takes it."""
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig, weights: str = "model") -> None:
-        """
-        Args:
-            model: sizes of the network.
-            diffusion: how it was trained.
-            weights: the name of the weight set, for the record.
-        """
+        """`weights` is the name of the weight set, for the record."""
         super().__init__(model, diffusion)
         self.weights = weights

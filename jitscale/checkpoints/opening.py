@@ -11,13 +11,7 @@ from typing import Any
 
 from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
-from jitscale.checkpoints.weights import (
-    SafetensorsWeights,
-    StoredWeights,
-    WeightSet,
-    described_config,
-    open_safetensors,
-)
+from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
 from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
 from jitscale.errors import CheckpointError, ConfigError
 from jitscale.model.jit import JiT
@@ -30,13 +24,11 @@ _SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interva
 
 
 def open_weights(path: str | Path, config: ConfigSource | None = None) -> StoredWeights:
-    """The weights at `path`.
+    """The weights at `path`, in any form.
 
-    Args:
-        path: a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face
-            folder, a .safetensors file, or the authors' .pth file.
-        config: the sizes, and for safetensors the diffusion settings, where the file does not say them: a YAML
-            file, a config object, or a mapping of model fields.
+    That is a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face folder, a
+    .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
+    diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
 
     Raises:
         CheckpointError: nothing readable there, or a config is needed.
@@ -56,21 +48,6 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
-def read_weights(path: str | Path, name: str | None = None, config: ConfigSource | None = None) -> WeightSet:
-    """One weight set in memory.
-
-    Args:
-        path: as for `open_weights`.
-        name: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, for the authors'
-            file its model_ema1, for safetensors what the file holds.
-        config: as for `open_weights`.
-
-    Raises:
-        CheckpointError: nothing readable there, no such set, or a config is needed.
-    """
-    return open_weights(path, config).weight_set(name)
-
-
 def read_guide(config: Config) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
 
@@ -81,7 +58,7 @@ def read_guide(config: Config) -> JiT | None:
     evaluation = config.evaluation
     if evaluation.guide is None:
         return None
-    guide = read_weights(evaluation.guide, evaluation.guide_weights).build()
+    guide = open_weights(evaluation.guide).network(evaluation.guide_weights)
     compared = [
         ("model.image_size", guide.config.image_size, config.model.image_size),
         ("model.num_classes", guide.config.num_classes, config.model.num_classes),
@@ -103,19 +80,15 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
         if newest is None:
             raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
         return newest
-    if (folder / HUB_CONFIG).exists() and folder / HUB_WEIGHTS in files:
-        return _open_hub_folder(folder)
-    return _open_safetensors(folder, files, config)
-
-
-def _open_hub_folder(folder: Path) -> StoredWeights:
+    if not (folder / HUB_CONFIG).exists() or folder / HUB_WEIGHTS not in files:
+        return _open_safetensors(folder, files, config)
     try:
         described = json.loads((folder / HUB_CONFIG).read_text())
-        config = from_dict({"model": described["model"], "diffusion": described["diffusion"]})
+        network = from_dict({key: described[key] for key in ("model", "diffusion")})
         name = str(described.get("weights", "model"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / HUB_CONFIG}: does not describe a JiT ({error}); give its config") from error
-    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, config)
+    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, network)
 
 
 def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None) -> StoredWeights:
@@ -124,21 +97,17 @@ def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None
     if len(named) < len(files):
         raise CheckpointError(f"{path}: several files hold the same weight set; keep each set once")
     named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))  # `model` first, as in a checkpoint
-    described = described_config(next(iter(named.values())).metadata)
-    if described is None:
-        if config is None:
-            raise CheckpointError(f"{path}: the file does not say the network's sizes; give its config")
-        described = _interpret(config)
-    return SafetensorsWeights(path, named, described)
+    metadata = next(iter(named.values())).metadata
+    if "model" in metadata:  # as `description` writes it
+        described = {key: json.loads(metadata[key]) for key in ("model", "diffusion")}
+        return SafetensorsWeights(path, named, from_dict(described))
+    if config is None:
+        raise CheckpointError(f"{path}: the file does not say the network's sizes; give its config")
+    return SafetensorsWeights(path, named, _interpret(config))
 
 
 def _interpret(config: ConfigSource) -> Config:
-    """Sizes and diffusion settings as a caller describes them.
-
-    Raises:
-        ConfigError: sizes that no network can have.
-        CheckpointError: a mapping with fields that are not the network's.
-    """
+    """Sizes and diffusion settings as a caller describes them."""
     if isinstance(config, str | Path):
         return load_config(config)
     if isinstance(config, Config):

@@ -50,27 +50,21 @@ def power_step(gamma: float, before: int, now: int) -> float:
 class Reconstruction:
     """How to mix stored averages into wanted ones.
 
-    Attributes:
-        coefficients: (I, O); each column sums to 1.
-        errors: (O,) expected relative error: the L2 distance over the images between the mixed and the wanted profile,
-            relative to the wanted profile's norm. It is exact for weights that are independent from image to image, and
-            an upper estimate where they change slowly.
-        sum_errors: (O,) distance of the coefficients' sum from 1 before they were scaled to it.
+    The expected relative error is the L2 distance over the images between the mixed and the wanted profile, relative to
+    the wanted profile's norm. It is exact for weights that are independent from image to image, and an upper estimate
+    where they change slowly.
     """
 
-    coefficients: Array
-    errors: Array
-    sum_errors: Array
+    coefficients: Array  # (I, O); each column sums to 1
+    errors: Array  # (O,), expected and relative
+    sum_errors: Array  # (O,), distance of the coefficients' sum from 1 before they were scaled to it
 
 
 def solve(images: Array, widths: Array, at_images: float, wanted_widths: Array) -> Reconstruction:
     """The least-squares mixture of stored averages for each wanted one (section 3.2, algorithm 3), in float64.
 
-    Args:
-        images: (I,) images seen when each average was stored.
-        widths: (I,) their widths.
-        at_images: images seen at which the wanted averages end; not before any of `images`.
-        wanted_widths: (O,) their widths.
+    The stored averages (I,) have these `widths`, after these `images`. The wanted ones (O,) end at `at_images`, which
+    is not before any of `images`.
     """
     end = np.full(len(wanted_widths), float(at_images))
     stored, wanted = (images, _gammas(widths)), (end, _gammas(wanted_widths))

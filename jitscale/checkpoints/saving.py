@@ -53,9 +53,6 @@ class Save:
     """One checkpoint on its way to the disk: a copy of the state, which a thread writes while training goes on.
 
     Every rank makes it and calls `finish`; both are collective.
-
-    Attributes:
-        progress: of the run.
     """
 
     def __init__(
@@ -131,12 +128,8 @@ def write_streamed(
 ) -> Path:
     """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
 
-    Args:
-        final: the folder, which appears complete or not at all.
-        progress, config: of the run.
-        shapes: parameter name -> shape.
-        sets: names of weight sets and moments.
-        tensor: the float32 values of (set, parameter), asked for once each.
+    The folder `final` appears complete or not at all. It holds all parameters (name -> shape) in all `sets`, moments
+    included; `tensor` is asked once for the float32 values of each (set, parameter).
 
     Raises:
         CheckpointError: there is not enough room, or the folder cannot be written.
@@ -145,11 +138,11 @@ def write_streamed(
     entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
     try:
         _make_room(final, _bytes(fragments, sets))
-        with _unwritable(final), atomic_safetensors(file, entries) as append:
-            for parameter in shapes:
-                for name in sets:
-                    append(tensor(name, parameter))
         with _unwritable(final):
+            with atomic_safetensors(file, entries) as append:
+                for parameter in shapes:
+                    for name in sets:
+                        append(tensor(name, parameter))
             written = _described(file)
         _complete(final, progress, config, sets, [written], [fragments])
     except BaseException:

@@ -59,13 +59,8 @@ def atomic_safetensors(
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """A safetensors file of float32 tensors whose values come one after the other; whole or not there at all.
 
-    Args:
-        path: the file.
-        shapes: tensor name -> shape, in the order in which the values will come.
-        metadata: of the file.
-
-    Yields:
-        A function that appends the next float32 values, any number of them, from the CPU.
+    Yields a function that appends the next float32 values, any number of them, from the CPU; they come in the order of
+    `shapes` (tensor name -> shape).
 
     Raises:
         OSError: the file cannot be written.

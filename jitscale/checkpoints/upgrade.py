@@ -46,19 +46,12 @@ MODES = ("patch", "tokens")
 
 @dataclass(frozen=True)
 class Upgrade:
-    """How the weights of one network become those of another resolution.
+    """How the weights of one network become those of another resolution."""
 
-    Attributes:
-        mode: `patch` resizes patches and keeps the number of tokens; `tokens` keeps patches and adds tokens.
-        ratio: new resolution / old resolution.
-        enter: (P, Q) float64, from a row of new pixels to old ones, before the patch embedding.
-        leave: (Q, P) float64, from a row of old pixels to new ones, after the output layer.
-    """
-
-    mode: str
-    ratio: Fraction
-    enter: torch.Tensor
-    leave: torch.Tensor
+    mode: str  # `patch` resizes patches and keeps the number of tokens; `tokens` keeps patches and adds tokens
+    ratio: Fraction  # new resolution / old resolution
+    enter: torch.Tensor  # (P, Q) float64, from a row of new pixels to old ones, before the patch embedding
+    leave: torch.Tensor  # (Q, P) float64, from a row of old pixels to new ones, after the output layer
 
     @property
     def resized(self) -> tuple[str, ...]:
@@ -66,12 +59,10 @@ class Upgrade:
         return RESIZED if self.mode == "patch" and self.ratio != 1 else ()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The parameter `name` of the new network, in the precision of `tensor`; sums are taken in float64.
+        """The parameter `name` of the new network, in the precision of the old one, `tensor`; sums are in float64.
 
-        Args:
-            name: of the parameter in the network.
-            tensor: the patch embedding (bottleneck, 3, P, P), the output layer's weight (P * P * 3, C) or bias
-                (P * P * 3,) with rows in the order row, column, channel; every other parameter is returned as it is.
+        It may be the patch embedding (bottleneck, 3, P, P), the output layer's weight (P * P * 3, C) or bias
+        (P * P * 3,) with rows in the order row, column, channel. Every other parameter is returned as it is.
         """
         if name not in self.resized:
             return tensor
@@ -108,11 +99,7 @@ class Upgrade:
 def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str | None = None) -> Upgrade:
     """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
 
-    Args:
-        old: the source.
-        new: the target.
-        kernel: one of `KERNELS`, for patches.
-        mode: one of `MODES`; None for the one that the two patch sizes mean.
+    `kernel`, one of `KERNELS`, is for patches; `mode` is one of `MODES`, or None for what the two patch sizes mean.
 
     Raises:
         ConfigError: settings other than resolution and patch size differ; the sizes fit no mode; the noise scale is not
@@ -158,13 +145,9 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
 def write_upgraded(
     stored: StoredWeights, target: Config, upgrade: Upgrade, *, keep_moments: bool = True
 ) -> tuple[Path, list[str]]:
-    """Write a run at step 0 into `target.run.dir`: all weight sets, and moments (zero for resized parameters).
+    """Write the verified `stored`, upgraded, as a run at step 0 into `target.run.dir`, with all weight sets.
 
-    Args:
-        stored: the source, verified.
-        target: the new run.
-        upgrade: from the network of `stored` to that of `target`.
-        keep_moments: False discards all of the optimizer's moments.
+    The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written.
 
     Returns:
         The checkpoint's folder, and the names of the sets in it, moments included.
@@ -203,18 +186,17 @@ def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tens
         ConfigError: an unknown kernel.
     """
     small, large = min(old, new), max(old, new)
+    if kernel not in KERNELS:
+        raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")
+    pool = _area_means(small, large)
     if kernel == "nearest":
-        pool = _area_means(small, large)
         enlarge = torch.linalg.pinv(pool)
     elif kernel == "smooth":
-        pool = _area_means(small, large)
         interpolation = _interpolation(small, large, "bicubic")
         enlarge = interpolation @ torch.linalg.inv(pool @ interpolation)
-    elif kernel in KERNELS:
+    else:
         enlarge = _interpolation(small, large, kernel.removeprefix("pi-"))
         pool = torch.linalg.pinv(enlarge)
-    else:
-        raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")
     return (pool, enlarge) if new >= old else (enlarge, pool)
 
 

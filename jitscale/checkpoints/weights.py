@@ -9,7 +9,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -17,45 +16,11 @@ import torch
 from safetensors import SafetensorError
 
 from jitscale.checkpoints.streams import MappedSafetensors, atomic_safetensors
-from jitscale.config import Config, DiffusionConfig, ModelConfig, from_dict, network_differences, to_dict
+from jitscale.config import Config, network_differences, to_dict
 from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
-
-
-@dataclass(frozen=True)
-class WeightSet:
-    """One set of weights with all that is needed to use it."""
-
-    name: str  # `model`, `ema_<decay>` or `power_<width>`
-    tensors: dict[str, torch.Tensor]  # parameter name -> float32
-    model: ModelConfig  # sizes of the network
-    diffusion: DiffusionConfig  # how it was trained
-
-    def build(self) -> JiT:
-        """The network with these weights, in eval mode.
-
-        Raises:
-            CheckpointError: the tensors do not fit the sizes.
-        """
-        network = JiT(self.model, self.diffusion)
-        self.load_into(network)
-        return network.eval()
-
-    def load_into(self, network: JiT) -> None:
-        """Give these weights to `network`.
-
-        Raises:
-            CheckpointError: the tensors do not fit its sizes.
-        """
-        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        differing = shape_differences(found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        if differing:
-            raise CheckpointError(
-                f"the weights do not fit the network ({differing}); give the config they were trained with"
-            )
-        network.load_state_dict(self.tensors)
 
 
 class StoredWeights(ABC):
@@ -103,15 +68,27 @@ class StoredWeights(ABC):
             raise CheckpointError(f"{self.path}: no weight set {chosen!r}; choose one of {', '.join(self.weight_sets)}")
         return chosen
 
-    def weight_set(self, name: str | None = None) -> WeightSet:
-        """One whole set, in memory.
+    def network(self, name: str | None = None) -> JiT:
+        """The network with the weights of one set, or of the default where `name` is None; in eval mode.
 
         Raises:
-            CheckpointError: there is no such set, or the file is damaged.
+            CheckpointError: there is no such set, its tensors do not fit the sizes, or the file is damaged.
         """
-        chosen = self.choose(name)
-        tensors = {parameter: self.tensor(chosen, parameter) for parameter in self.shapes}
-        return WeightSet(chosen, tensors, self.config.model, self.config.diffusion)
+        network = JiT(self.config.model, self.config.diffusion)
+        self.load_into(network, name)
+        return network.eval()
+
+    @torch.no_grad()
+    def load_into(self, network: JiT, name: str | None = None) -> None:
+        """Give `network` the weights of one set; `name` and errors are those of `network`."""
+        chosen, parameters = self.choose(name), dict(network.named_parameters())
+        differing = shape_differences(self.shapes, {name: tuple(p.shape) for name, p in parameters.items()})
+        if differing:
+            raise CheckpointError(
+                f"the weights do not fit the network ({differing}); give the config they were trained with"
+            )
+        for parameter, values in parameters.items():
+            values.copy_(self.tensor(chosen, parameter))
 
 
 class SafetensorsWeights(StoredWeights):
@@ -153,13 +130,6 @@ def open_safetensors(path: Path) -> MappedSafetensors:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def described_config(metadata: Mapping[str, str]) -> Config | None:
-    """The network that `write_safetensors` described in a file's metadata, or None for another program's file."""
-    if "model" not in metadata:
-        return None
-    return from_dict({key: json.loads(metadata[key]) for key in ("model", "diffusion")})
 
 
 def description(name: str, config: Config) -> dict[str, str]:

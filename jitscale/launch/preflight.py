@@ -9,7 +9,6 @@ rank that does not come to the comparison.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import socket
@@ -26,6 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import jitscale
 from jitscale import parallel
+from jitscale.command import Parser
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -56,28 +56,33 @@ class Finding:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, compare, print; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jitscale.launch.preflight", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m jitscale.launch.preflight")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--work", choices=("train", "evaluate"), default="train", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="the run's settings")
+    parser.add_overrides("the run's settings")
     options = parser.parse_intermixed_args(arguments)
 
     world_size = adopt_launcher_environment()
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
-    node = socket.gethostname()
     faults = []
-    for check in (_gpu, _folders, _shards):
+    for check in (_gpu, _folders, _shards):  # each raises what is wrong
         try:
             check(config)
         except (UserError, OSError, RuntimeError) as error:
             faults.append(" ".join(str(error).split()))
-    hash_of_config = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    device_type = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    mistake = parallel.shared_gpu() if device_type == "cuda" else ""
-    finding = Finding(node, tuple(faults), _hash_of_code(), hash_of_config, device_type, mistake)
+    on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    finding = Finding(
+        node=socket.gethostname(),
+        faults=tuple(faults),
+        code=_hash_of_code(),
+        config=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+        device="cuda" if on_gpu else "cpu",
+        mistake=parallel.shared_gpu() if on_gpu else "",
+    )
 
-    store = _meet(rank, world_size)
+    limit = timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
+    store = _meet(rank, world_size, limit)
     if store is None:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.work == "train":  # an evaluation checks by itself what it needs
         local_rank = int(os.environ["LOCAL_RANK"])
         check_training_measures(config, World(rank, world_size, local_rank, torch.device("cpu")))
-    slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device))))
+    slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device), limit)))
     if rank == 0:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"
         speed = f"all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at {slowest:.2f} GB/s"
@@ -115,13 +120,12 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(problems))
 
 
-def _timeout() -> timedelta:
-    return timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
-
-
-def _meet(rank: int, world_size: int) -> TCPStore | None:
+def _meet(rank: int, world_size: int, limit: timedelta) -> TCPStore | None:
     """Wait for all ranks; if one does not come, None, and a line about each that is missing."""
-    nodes, limit = _nodes_of_ranks(world_size), _timeout()
+    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")  # the supervisor says where the ranks are
+    if world_size % len(listed):
+        listed = ["unknown"]
+    nodes = [node for node in listed for _ in range(world_size // len(listed))]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with parallel.waiting_for_ranks():
         try:
@@ -145,20 +149,8 @@ def _meet(rank: int, world_size: int) -> TCPStore | None:
     return None if missing else store
 
 
-def _nodes_of_ranks(world_size: int) -> list[str]:
-    """Where each rank is, if the supervisor has said so."""
-    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")
-    if world_size % len(listed):
-        return ["unknown"] * world_size
-    return [node for node in listed for _ in range(world_size // len(listed))]
-
-
 def _gpu(config: Config) -> None:
-    """A product on the rank's GPU is right.
-
-    Raises:
-        RuntimeError: it is not, or the driver fails.
-    """
+    """A product on the rank's GPU is right."""
     if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return  # a CPU build
@@ -175,11 +167,7 @@ def _gpu(config: Config) -> None:
 
 
 def _folders(config: Config) -> None:
-    """The folders that the run writes to can be written and read back.
-
-    Raises:
-        RuntimeError: one of the folders cannot.
-    """
+    """The folders that the run writes to can be written and read back."""
     content = os.urandom(DISK_BYTES)
     for folder in map(Path, filter(None, (config.run.dir, tempfile.gettempdir(), config.data.cache_dir))):
         try:
@@ -196,30 +184,24 @@ def _folders(config: Config) -> None:
 
 
 def _shards(config: Config) -> None:
-    """The manifests and a first image can be read.
-
-    Raises:
-        DataError: they cannot.
-    """
-    if config.data.shards:
-        for stage in stages_of(config):
-            open_configured(stage)
+    """The manifests and a first image can be read."""
+    for stage in stages_of(config) if config.data.shards else ():
+        open_configured(stage)
 
 
 def _hash_of_code() -> str:
     """The hash of the package's source files."""
-    digest = hashlib.sha256()
-    root = Path(jitscale.__file__).parent
+    digest, root = hashlib.sha256(), Path(jitscale.__file__).parent
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _bandwidth(device: torch.device) -> float:
+def _bandwidth(device: torch.device, limit: timedelta) -> float:
     """Bytes of an all-reduce over its time, in GB/s, the best of three."""
     # Next to the existing group: to meet again would need the port that its store still holds.
-    group = dist.new_group(backend="nccl", timeout=_timeout()) if device.type == "cuda" else None
+    group = dist.new_group(backend="nccl", timeout=limit) if device.type == "cuda" else None
     values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(3):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jitscale.errors import UserError
 from jitscale.launcher_environment import hosts_in, integer, required
-
-logger = logging.getLogger(__name__)
 
 SECONDS = 60.0  # for one command
 COMMANDS = ("srun", "scontrol", "sinfo")  # what a job of several starts needs
@@ -21,20 +17,12 @@ COMMANDS = ("srun", "scontrol", "sinfo")  # what a job of several starts needs
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job that this process runs in.
+    """The job that this process runs in."""
 
-    Attributes:
-        id: the job's; an array's task has its number behind it, as in 17_3.
-        nodes: their names.
-        tasks: of the whole job.
-        restarts: how often Slurm has started it again.
-        partition: where it runs.
-    """
-
-    id: str
-    nodes: tuple[str, ...]
-    tasks: int
-    restarts: int
+    id: str  # an array's task has its number behind it, as in 17_3
+    nodes: tuple[str, ...]  # their names
+    tasks: int  # of the whole job
+    restarts: int  # how often Slurm has started it again
     partition: str
 
     @classmethod
@@ -57,27 +45,6 @@ class SlurmJob:
         restarts = integer("SLURM_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls("_".join(array) or job, tuple(nodes), tasks, restarts, partition)
 
-    def state(self) -> str:
-        """As Slurm names it, such as RUNNING."""
-        found = re.search(r"JobState=(\w+)", ask("scontrol", "show", "job", self.id))
-        return found[1] if found else "UNKNOWN"
-
-    def requeue(self) -> None:
-        """Put the job back into the queue; Slurm ends this start of it.
-
-        Raises:
-            UserError: Slurm refuses.
-        """
-        ask("scontrol", "requeue", self.id)
-
-    def exclude(self, nodes: Sequence[str]) -> None:
-        """Keep the waiting job away from `nodes`.
-
-        Raises:
-            UserError: Slurm refuses.
-        """
-        ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(nodes)}")
-
 
 def check_commands() -> None:
     """Slurm's commands are on PATH.
@@ -91,6 +58,15 @@ def check_commands() -> None:
             f"{', '.join(missing)}: not on PATH; the batch script needs Slurm's commands, so start it outside of a "
             "container, and name what starts a rank inside by JITSCALE_RANK_PYTHON (docs/cluster.md)"
         )
+
+
+def described_job(job: str) -> dict[str, str]:
+    """What Slurm's controller says of a job, such as its JobState.
+
+    Raises:
+        UserError: Slurm does not answer, or does not know the job any more.
+    """
+    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", job)))
 
 
 def usable_nodes(partition: str) -> set[str]:

@@ -16,10 +16,9 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.config import load_config
 from jitscale.data.shards import open_configured
 from jitscale.errors import ExitCode, UserError
-from jitscale.launch.attempts import Attempts
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
-from jitscale.run_folder import forget_completion, is_complete
+from jitscale.run_folder import Attempts, forget_completion, is_complete
 from jitscale.tracking import check_wandb
 
 KINDS = ("train", "upgrade", "evaluate")
@@ -28,25 +27,15 @@ SECONDS_UNTIL_SLURM_ENDS_US = 3600.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One job. Called, it does the work, inside a job of submitit's.
+    """One job. Called, it does the work, inside a job of submitit's."""
 
-    Attributes:
-        kind: train, upgrade or evaluate.
-        config: the YAML file of the run at this resolution.
-        run_dir: of the run that is trained, made or evaluated.
-        overrides: dotted settings.
-        source: for upgrade the low-resolution run.
-        home: the checkout.
-        ranks: processes on this machine, where there is no Slurm.
-    """
-
-    kind: str
-    config: Path
-    run_dir: Path
-    overrides: tuple[str, ...] = ()
-    source: Path | None = None
-    home: Path = Path()
-    ranks: int | None = None
+    kind: str  # train, upgrade or evaluate
+    config: Path  # the YAML file of the run at this resolution
+    run_dir: Path  # of the run that is trained, made or evaluated
+    overrides: tuple[str, ...] = ()  # dotted settings
+    source: Path | None = None  # for upgrade the low-resolution run
+    home: Path = Path()  # the checkout
+    ranks: int | None = None  # processes on this machine, where there is no Slurm
 
     @property
     def name(self) -> str:
@@ -87,49 +76,35 @@ class Stage:
         Raises:
             UserError: it has failed.
         """
+        code: int = ExitCode.DONE
         if self.kind == "upgrade":
-            code = self._upgrade()
-        else:
-            code = self._supervise() if self.ranks is None else self._run_here(self.ranks)
+            if not complete_checkpoints(self.run_dir):  # by an earlier start of this job
+                code = self._run_python(str(self.home / "tools/upgrade_resolution.py"), *self.arguments)
+        elif self.ranks is None:
+            job = SlurmJob.current()
+            code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
+            if code == ExitCode.REQUEUE:
+                time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
+        else:  # start the ranks until the work is complete, as long as starts bring progress
+            work = work_of(self.kind, self.arguments, self.ranks)
+            forget_completion(work.run_dir, work.command)
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+            while not is_complete(work.run_dir, work.command):
+                Attempts.begin(work.run_dir, work.position)
+                self._run_python(*launcher, "-m", f"jitscale.{self.kind}", *self.arguments)
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: ended with code {code}; see the lines above")
         return f"{self.name} is complete"
 
-    def _upgrade(self) -> int:
-        if complete_checkpoints(self.run_dir):
-            return ExitCode.DONE  # by an earlier start of this job
-        command = [sys.executable, str(self.home / "tools/upgrade_resolution.py"), *self.arguments]
-        return subprocess.run(command, cwd=self.home, check=False).returncode
-
-    def _supervise(self) -> int:
-        job = SlurmJob.current()
-        code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
-        if code == ExitCode.REQUEUE:
-            time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
-        return code
-
-    def _run_here(self, ranks: int) -> int:
-        """Without Slurm: start the ranks until the work is complete, as long as starts bring progress."""
-        work = work_of(self.kind, self.arguments, ranks)
-        forget_completion(work.run_dir, work.command)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        while not is_complete(work.run_dir, work.command):
-            attempts = Attempts.read(work.run_dir)
-            try:
-                attempts.begin(work.position)
-            finally:
-                attempts.write(work.run_dir)
-            subprocess.run([*launcher, "-m", f"jitscale.{self.kind}", *self.arguments], cwd=self.home, check=False)
-        return ExitCode.DONE
+    def _run_python(self, *arguments: str) -> int:
+        return subprocess.run([sys.executable, *arguments], cwd=self.home, check=False).returncode
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:
-    """`train:256,upgrade:512,train:512,evaluate` as stages.
+    """`train:256,upgrade:512,train:512,evaluate` as stages; a kind without a resolution takes the one before it.
 
-    Args:
-        text: kinds with resolutions; a kind without one takes the resolution before it.
-        stage: the first resolution's config and run folder, whose names carry the resolution.
-        overrides: resolution -> settings that hold there only.
+    `stage` has the first resolution's config and run folder, whose names carry the resolution. `overrides` (resolution
+    -> settings) hold there only.
 
     Raises:
         UserError: an unknown kind, an upgrade of nothing, or a config that is not there.

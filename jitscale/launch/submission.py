@@ -19,34 +19,23 @@ from submitit.slurm import slurm as submitit_slurm
 
 from jitscale.errors import UserError
 from jitscale.files import atomic_write
-from jitscale.launch.slurm import ask
+from jitscale.launch.slurm import ask, described_job
 from jitscale.launch.stages import Stage
 from jitscale.run_folder import is_complete
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job asks Slurm for.
-
-    Attributes:
-        nodes: of the job.
-        tasks_per_node: ranks a node, one a GPU.
-        gpus_per_node: 0 for none.
-        cpus_per_task: cores a rank.
-        minutes: the time limit; a job that meets it goes on in its next start.
-        partition: None for Slurm's default.
-        signal_seconds: before the limit, for the last checkpoint.
-        options: more options of sbatch, as {"account": "vision"}.
-    """
+    """What each job asks Slurm for."""
 
     nodes: int
-    tasks_per_node: int
-    gpus_per_node: int
-    cpus_per_task: int
-    minutes: int
-    partition: str | None
-    signal_seconds: int
-    options: dict[str, str]
+    tasks_per_node: int  # ranks, one a GPU
+    gpus_per_node: int  # 0 for none
+    cpus_per_task: int  # cores of a rank
+    minutes: int  # the time limit; a job that meets it goes on in its next start
+    partition: str | None  # None for Slurm's default
+    signal_seconds: int  # before the limit, for the last checkpoint
+    options: dict[str, str]  # more options of sbatch, as {"account": "vision"}
 
     @property
     def tasks(self) -> int:
@@ -56,25 +45,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class Record:
-    """A submitted job.
+    """A submitted job."""
 
-    Attributes:
-        job: its id; `local_` and a process's id without Slurm.
-        stage: its name.
-        kind: train, upgrade or evaluate.
-        run_dir: where its run is.
-        after: the job whose success it waits for.
-        log: what it prints.
-        submitted: when.
-    """
-
-    job: str
-    stage: str
-    kind: str
+    job: str  # its id; `local_` and a process's id without Slurm
+    stage: str  # its name
+    kind: str  # train, upgrade or evaluate
     run_dir: str
-    after: str | None
-    log: str
-    submitted: str
+    after: str | None  # the job whose success it waits for
+    log: str  # the file of its output
+    submitted: str  # when
 
 
 def check_partition(partition: str | None) -> None:
@@ -89,19 +68,15 @@ def check_partition(partition: str | None) -> None:
 
 
 def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
-    """Submit chains of stages; if each chain is one stage, all of them as one array.
+    """Submit chains, whose stages wait for each other's success; if each is one stage, all of them as one array.
 
-    Args:
-        chains: stages that wait for each other's success.
-        resources: of each job.
-        folder: for logs, submitit's pickles and the records.
+    `folder` is for logs, submitit's pickles and the records.
     """
     if len(chains) > 1 and all(len(chain) == 1 for chain in chains):
-        stages = [chain[0] for chain in chains]
-        executor = _executor(folder, resources, stages[0], None)
+        executor = _executor(folder, resources, chains[0][0], None)
         with executor.batch():
-            jobs = [executor.submit(stage) for stage in stages]
-        for job, stage in zip(jobs, stages, strict=True):
+            jobs = [(executor.submit(stage), stage) for (stage,) in chains]
+        for job, stage in jobs:
             _record(job.job_id, stage, None, folder)
         return
     for chain in chains:
@@ -119,9 +94,9 @@ def submit_here(chain: Sequence[Stage], folder: Path) -> None:
         UserError: a stage has failed; those after it are not begun.
     """
     after = None
+    executor = LocalExecutor(folder)
+    executor.update_parameters(timeout_min=60 * 24 * 365)
     for stage in chain:
-        executor = LocalExecutor(folder)
-        executor.update_parameters(timeout_min=60 * 24 * 365)
         job = executor.submit(stage)
         name = f"local_{job.job_id}"
         _record(name, stage, after, folder)
@@ -214,16 +189,15 @@ def _state(record: Record) -> tuple[str, int, str]:
         is_alive = Path("/proc", job.removeprefix("local_")).exists()
         return ("RUNNING" if is_alive else "UNKNOWN"), 0, ""
     try:
-        text = ask("scontrol", "show", "job", job)
+        described = described_job(job)
     except UserError:
         try:
             accounted = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State")
         except UserError:
             return "UNKNOWN", 0, ""
         return (accounted.split() or ["UNKNOWN"])[0], 0, ""
-    fields = dict(re.findall(r"(\S+?)=(\S*)", text))
-    reason = fields.get("Reason", "")
-    return fields["JobState"], int(fields.get("Restarts", 0)), "" if reason == "None" else reason
+    reason = described.get("Reason", "")
+    return described["JobState"], int(described.get("Restarts", 0)), "" if reason == "None" else reason
 
 
 def _last_metrics(run_dir: Path) -> dict[str, Any]:
@@ -241,7 +215,5 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def _last_error(log: Path) -> str:
-    if not log.exists():
-        return ""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if re.match(r"(\w+\.)*\w*[eE]rror: ", line)]
-    return lines[-1] if lines else ""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line for line in reversed(lines) if re.match(r"(\w+\.)*\w*[eE]rror: ", line)), "")

@@ -22,17 +22,22 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from jitscale.checkpoints.format import complete_checkpoints
+from jitscale.command import Parser
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
-from jitscale.launch.attempts import MOST_WITHOUT_PROGRESS, Attempts
 from jitscale.launch.preflight import FAULT
-from jitscale.launch.slurm import SlurmJob, check_commands, failed_tasks, usable_nodes
+from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
-from jitscale.run_folder import forget_completion, is_complete, is_complete_under
+from jitscale.run_folder import (
+    MOST_WITHOUT_PROGRESS,
+    Attempts,
+    forget_completion,
+    is_complete,
+    is_complete_under,
+)
 from jitscale.tracking import check_wandb
 
 logger = logging.getLogger(__name__)
@@ -45,23 +50,14 @@ TAIL_LINES = 2000  # of the ranks' output, in which failed tasks are looked for
 
 @dataclass
 class Work:
-    """What the ranks must do.
+    """What the ranks must do."""
 
-    Attributes:
-        command: train or evaluate.
-        arguments: of the command.
-        run_dir: where the run is.
-        config: arguments that describe the run to the preflight.
-        caches: folders in which statistics of real images may grow.
-        is_done: whether an earlier job has done all of it.
-    """
-
-    command: str
-    arguments: list[str]
+    command: str  # train or evaluate
+    arguments: list[str]  # of the command
     run_dir: Path
-    config: list[str]
-    caches: list[Path]
-    is_done: bool
+    config: list[str]  # arguments that describe the run to the preflight
+    caches: list[Path]  # folders in which statistics of real images may grow
+    is_done: bool  # by an earlier job
 
     @property
     def position(self) -> int:
@@ -80,11 +76,7 @@ class Work:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and supervise; returns the batch script's exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jitscale.launch.supervisor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, prog="python -m jitscale.launch.supervisor")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m jitscale.COMMAND")
     options = parser.parse_args(arguments)
@@ -101,7 +93,7 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
         CheckpointError: there is no run to evaluate.
         UserError: nothing says what to train or evaluate, or W&B has no key.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m jitscale.{command}", allow_abbrev=False)
+    parser = Parser(prog=f"python -m jitscale.{command}", allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     if command == "evaluate":  # options with a value, which is no setting
         parser.add_argument("--run", "--run-dir", type=Path)
@@ -148,7 +140,7 @@ class Supervisor:
 
     def __init__(self, job: SlurmJob, work: Work) -> None:
         self.job, self.work = job, work
-        self.attempts = Attempts.read(work.run_dir)
+        self.attempts = Attempts()
         self.srun: subprocess.Popen[str] | None = None
         self.forwards = False  # the preflight is short, and has nothing to save
         self.asked_to_stop = False  # by the time limit's warning, or by the user
@@ -167,10 +159,8 @@ class Supervisor:
         if work.is_done or (self.job.restarts > 0 and is_complete(work.run_dir, work.command)):
             logger.info("%s is complete; nothing is left to do", work.run_dir)
             return ExitCode.DONE
-        try:
-            self.attempts.begin(work.position, int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS)))
-        finally:
-            self.attempts.write(work.run_dir)
+        retries = int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS))
+        self.attempts = Attempts.begin(work.run_dir, work.position, retries)
         start = f"start {self.attempts.starts} of {work.run_dir} at position {self.attempts.position}"
         logger.info("job %s, %s on %s", self.job.id, start, ",".join(self.job.nodes))
         code, output = self._srun("preflight", "jitscale.launch.preflight", work.config, limit=PREFLIGHT_SECONDS)
@@ -210,8 +200,15 @@ class Supervisor:
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as self.srun:
-            assert self.srun.stdout is not None
-            reader = threading.Thread(target=_pass_on, args=(self.srun.stdout, tail), daemon=True)
+            stdout = self.srun.stdout
+            assert stdout is not None
+
+            def pass_on() -> None:
+                for line in stdout:
+                    print(line, end="", flush=True)
+                    tail.append(line)
+
+            reader = threading.Thread(target=pass_on, daemon=True)
             reader.start()
             try:
                 code = self.srun.wait(limit)
@@ -226,7 +223,8 @@ class Supervisor:
     def _again(self, reason: str, nodes: list[str]) -> int:
         """Back into the queue, without the nodes that failed."""
         self.attempts.last_reason = reason
-        if self.ended_by_slurm and self.job.state() not in ("RUNNING", "COMPLETING"):
+        job = self.job.id
+        if self.ended_by_slurm and described_job(job).get("JobState") not in ("RUNNING", "COMPLETING"):
             self.attempts.write(self.work.run_dir)
             logger.info("%s; Slurm has ended this start", reason)
             return ExitCode.REQUEUE
@@ -242,9 +240,9 @@ class Supervisor:
         logger.info("%s%s; back into the queue", reason, named)
         # Requeuing sends SIGTERM to all processes of this script, and scontrol still has work to do.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.job.requeue()
+        ask("scontrol", "requeue", job)
         if self.attempts.excluded:
-            self.job.exclude(self.attempts.excluded)
+            ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(self.attempts.excluded)}")
         return ExitCode.REQUEUE
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
@@ -252,13 +250,6 @@ class Supervisor:
         self.ended_by_slurm = self.ended_by_slurm or number == signal.SIGTERM
         if self.srun is not None and self.srun.poll() is None and self.forwards:
             self.srun.send_signal(number)
-
-
-def _pass_on(stream: IO[str], tail: deque[str]) -> None:
-    """Print a stream as it comes, and keep its last lines."""
-    for line in stream:
-        print(line, end="", flush=True)
-        tail.append(line)
 
 
 if __name__ == "__main__":

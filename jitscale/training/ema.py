@@ -19,9 +19,6 @@ class ShardedEma:
     """Averages of one rank's flat master tensors.
 
     An average that is added in the middle of a run begins with the weights of that moment.
-
-    Attributes:
-        sets: for each average (`ema_0.9999`, `power_0.050`, ...) a float32 tensor for each flat master, of its shape.
     """
 
     def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
@@ -30,6 +27,7 @@ class ShardedEma:
         self._warmup = settings.warmup
         self._gammas = {power_name(width): gamma_of_width(width) for width in settings.power_widths}
         self._follow = torch.compile(_follow_at_once, dynamic=False) if compiled else _follow
+        # For each average (`ema_0.9999`, `power_0.050`, ...) a float32 tensor for each flat master, of its shape.
         self.sets = {name: [flat.detach().clone() for flat in masters] for name in (*self._decays, *self._gammas)}
 
     @property
@@ -43,12 +41,9 @@ class ShardedEma:
     ) -> None:
         """average <- decay * average + (1 - decay) * masters
 
-        Args:
-            masters: this rank's flat masters after the step.
-            step: optimizer steps of the run, this one included.
-            images: images that the run had seen before this step, and has seen after it.
-            moved: False for a skipped step; a boolean (), which a GPU may know before the host does. Decays count only
-                steps that moved the weights; power functions weigh every image with the weights of its step.
+        The run has taken `step` steps, this one included, and has seen these `images` before and after it. `moved`, a
+        boolean () that a GPU may know before the host does, is False for a skipped step: decays count only steps that
+        moved the weights, and power functions weigh every image with the weights of its step.
         """
         live = list(masters)
         # The weights of the averages are on the device: the host does not wait to know whether the step was skipped.

@@ -59,13 +59,12 @@ class ZeroEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.world = world
         share = config.data.batch_size // world.size
-        micro_batch = config.engine.micro_batch_size or share
-        self.micro_batches = share // micro_batch
+        self.micro_batches = share // (config.engine.micro_batch_size or share)
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            config=_deepspeed_config(config, world.device, micro_batch, self.micro_batches, world.size),
+            config=_deepspeed_config(config, world, self.micro_batches),
         )
         self._optimizer = self._engine.optimizer
         self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -98,9 +97,8 @@ class ZeroEngine:
     def step(self, lr: float | None = None) -> torch.Tensor:
         """End a micro-batch; after the last one of a step, update the weights with learning rate `lr`.
 
-        Returns:
-            A boolean () on the device: whether the last step moved the weights, as it does if no gradient is infinite
-            or NaN. Reading it waits for the device.
+        Returns a boolean () on the device: whether the last step moved the weights, as it does if no gradient is
+        infinite or NaN. Reading it waits for the device.
         """
         if lr is not None:
             for group in self._optimizer.param_groups:
@@ -163,11 +161,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def prepare_to_load(self, optimizer_step: int) -> dict[str, Flats]:
-        """Make room for a saved state.
+        """Make room for a saved state, and return the flat tensors to fill before `finish_loading`.
 
-        Returns:
-            The flat tensors to fill: `model` (the masters) and, if `optimizer_step` > 0, the moments. Call
-            `finish_loading` afterwards.
+        They are `model` (the masters) and, if `optimizer_step` > 0, the moments.
         """
         if self.stage == 3:
             self._optimizer.checkpoint_event_prologue()  # partitions what is still gathered
@@ -190,7 +186,14 @@ class ZeroEngine:
         """Bring the loaded masters into the weights that the forward pass uses."""
         optimizer = self._optimizer
         if self.stage == 0:
-            self._spread_stage0()
+            # Everything is whole on every rank, and each rank has loaded its share only.
+            moments = self.moments()
+            for weight, whole in zip(self._flats(), self.gather(self.masters()).values(), strict=True):
+                weight.copy_(whole)
+            for moment, flats in moments.items():
+                for state, whole in zip(self._optimizer_states(), self.gather(flats).values(), strict=True):
+                    if moment in state:
+                        state[moment].copy_(whole)
         elif self.stage < 3:
             optimizer.update_lp_params()
         else:
@@ -317,16 +320,6 @@ class ZeroEngine:
                 pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
         muon.lay_out(pieces, self.world.rank, self.world.size)
 
-    def _spread_stage0(self) -> None:
-        """Stage 0 keeps everything whole on every rank, and each rank has loaded its share only."""
-        moments = self.moments()
-        for weight, whole in zip(self._flats(), self.gather(self.masters()).values(), strict=True):
-            weight.copy_(whole)
-        for moment, flats in moments.items():
-            for state, whole in zip(self._optimizer_states(), self.gather(flats).values(), strict=True):
-                if moment in state:
-                    state[moment].copy_(whole)
-
 
 class StepOutcomes:
     """Whether steps moved the weights; on GPUs read some steps later, since the host would wait for the newest one."""
@@ -345,13 +338,10 @@ class StepOutcomes:
             copied = torch.cuda.Event()
             copied.record()
         self._unread.append((moved, copied))
-        return self._read(self._late)
+        return self.settle(self._late)
 
-    def settle(self) -> list[bool]:
-        """All that were not read yet; may wait for the device."""
-        return self._read(0)
-
-    def _read(self, leave: int) -> list[bool]:
+    def settle(self, leave: int = 0) -> list[bool]:
+        """All that were not read yet, but the `leave` newest; may wait for the device."""
         found = []
         while len(self._unread) > leave:
             moved, copied = self._unread.popleft()
@@ -400,10 +390,8 @@ def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
     return blocks.double().square().sum() + flat[whole:].double().square().sum()
 
 
-def _deepspeed_config(
-    config: Config, device: torch.device, micro_batch: int, micro_batches: int, ranks: int
-) -> dict[str, Any]:
-    engine, cpu = config.engine, device.type == "cpu"
+def _deepspeed_config(config: Config, world: World, micro_batches: int) -> dict[str, Any]:
+    engine, ranks, cpu = config.engine, world.size, world.device.type == "cpu"
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage == 1 and (cpu or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
@@ -414,7 +402,7 @@ def _deepspeed_config(
         zero["zero_hpz_partition_size"] = engine.hpz_group_size
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // ranks // micro_batches,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": zero,

@@ -44,22 +44,17 @@ class Fault:
 class FaultInjection:
     """The faults of one rank."""
 
-    def __init__(self, faults: list[Fault]) -> None:
-        self._faults = faults
-        self._due: list[Fault] = []
-
-    @classmethod
-    def from_environment(cls, rank: int) -> FaultInjection:
+    def __init__(self, rank: int) -> None:
         """The faults that the variable names for `rank`.
 
         Raises:
             ConfigError: an entry has no known kind, or a wrong setting.
         """
         faults = [_parse(entry) for entry in os.environ.get(VARIABLE, "").split(",") if entry]
-        mine = [fault for fault in faults if fault.rank in (None, rank)]
-        if mine:
+        self._faults = [fault for fault in faults if fault.rank in (None, rank)]
+        self._due: list[Fault] = []
+        if self._faults:
             logger.warning("%s=%s: faults will be injected", VARIABLE, os.environ[VARIABLE])
-        return cls(mine)
 
     def begin_step(self, step: int) -> None:
         """Choose the faults of this step."""
@@ -95,13 +90,8 @@ def _parse(entry: str) -> Fault:
     kind, *settings = entry.strip().split(":")
     try:
         values = dict(setting.split("=", 1) for setting in settings)
-        fault = Fault(
-            kind,
-            step=int(values.pop("step")),
-            rank=int(values.pop("rank")) if "rank" in values else None,
-            times=int(values.pop("times", "1")),
-            seconds=float(values.pop("seconds", "0")),
-        )
+        step, rank = int(values.pop("step")), int(values.pop("rank")) if "rank" in values else None
+        fault = Fault(kind, step, rank, int(values.pop("times", "1")), float(values.pop("seconds", "0")))
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"{VARIABLE}: {entry!r} is no fault ({error}); write for example nan:step=5:rank=1"

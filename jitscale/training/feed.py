@@ -9,11 +9,9 @@ Shapes: B images of a micro-batch, S pixels a side.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from jitscale import parallel
@@ -21,10 +19,9 @@ from jitscale.config import Config
 from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
-from jitscale.diffusion.objective import times_from_normal
-from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
+from jitscale.diffusion.objective import interpolate, times_from_normal
+from jitscale.keyed_random import Int64Array, Purpose, generator_seeds, normal, uniform
 from jitscale.parallel import World
-from jitscale.training.noise import add_noise, seeded_noise
 
 T = TypeVar("T")
 
@@ -81,16 +78,18 @@ class Feed:
         parallel.raise_together(lambda: loader.check_shared_memory(world.local_size))
         parallel.raise_together(lambda: self._shards.check_cache(loader.shards_side_by_side(world.local_size)))
         self._batches = iter(loader)
-        self._prepared = _copied((_prepared(batch, self._config) for batch in self._batches), world.device)
+        drawn = ((batch, _with_draws(batch, self._config)) for batch in self._batches)
+        self._prepared = _copied(drawn, world.device)
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch; images that could not be decoded are named in it."""
-        batch, config = next(self._prepared), self._config
-        t = times_from_normal(batch.normal, config.diffusion)
-        seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions)
+        config = self._config
+        batch, (images, labels, flip, normal_numbers) = next(self._prepared)
+        t = times_from_normal(normal_numbers, config.diffusion)
+        seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions.numpy())
         noise = seeded_noise(seeds, config.model.image_size, self._generator)
-        x, e, z = self._add_noise(batch.images, batch.flip, noise, t, config.diffusion.noise_scale)
-        return MicroBatch(x, e, z, t, batch.labels, batch.bad_samples)
+        x, e, z = self._add_noise(images, flip, noise, t, config.diffusion.noise_scale)
+        return MicroBatch(x, e, z, t, labels, batch.bad_samples)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -107,32 +106,51 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
     yield from ahead
 
 
-@dataclass
-class _Prepared:
-    """A batch with its random draws, except the noise, which is drawn on the device."""
+def add_noise(
+    images: torch.Tensor, flip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, noise_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clean images x, scaled noise e and noisy images z, float32 (B, 3, S, S) each; compiled, it is one kernel.
 
-    images: torch.Tensor  # uint8 (B, S, S, 3)
-    labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
-    flip: torch.Tensor  # bool (B,)
-    normal: torch.Tensor  # float32 (B,), from which times are made
-    positions: npt.NDArray[np.int64]  # (B,), in the global sequence
-    bad_samples: list[str]
-
-
-_COPIED = ("images", "labels", "flip", "normal")  # to the device
+    It takes `images`, uint8 (B, S, S, 3); `flip` (B,), whether to mirror; standard normal `noise` (B, 3, S, S); and
+    times `t` (B,) in [0, 1].
+    """
+    x, e = to_model_input(images, flip), noise_scale * noise
+    return x, e, interpolate(x, e, t)
 
 
-def _prepared(batch: Batch, config: Config) -> _Prepared:
+def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """float32 (B, 3, S, S) in [-1, 1] from uint8 `images` (B, S, S, 3), mirrored where `flip` (B,) is true.
+
+    Computed in float32 whatever precision follows, since bf16 arithmetic gives other pixels. Contiguous, so that noise
+    of its layout does not depend on that of the images.
+    """
+    flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
+    channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first / 127.5 - 1
+
+
+def seeded_noise(seeds: Int64Array, image_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise on the device of `generator`, one stream a seed: float32 (B, 3, S, S)."""
+    noise = torch.empty(len(seeds), 3, image_size, image_size, device=generator.device)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(int(seed)))
+    return noise
+
+
+_Prepared = tuple[Batch, tuple[torch.Tensor, ...]]  # a batch, and what `_with_draws` makes of it
+
+
+def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
+    """The images and random draws, except the noise, which is drawn on the device.
+
+    They are images, uint8 (B, S, S, 3); labels, int64 (B,), the null label where the class is dropped; whether to flip,
+    bool (B,); and normal numbers, float32 (B,), from which times are made.
+    """
     seed, positions = config.run.seed, batch.positions.numpy()
     dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
-    return _Prepared(
-        images=batch.images,
-        labels=batch.labels.masked_fill(dropped, config.model.num_classes),
-        flip=torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5)),
-        normal=torch.from_numpy(normal(seed, Purpose.TIME, positions)).float(),
-        positions=positions,
-        bad_samples=batch.bad_samples,
-    )
+    labels = batch.labels.masked_fill(dropped, config.model.num_classes)
+    flip = torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5))
+    return batch.images, labels, flip, torch.from_numpy(normal(seed, Purpose.TIME, positions)).float()
 
 
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
@@ -146,14 +164,15 @@ def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Pre
         return
     stream = torch.cuda.Stream(device)
 
-    def copy(batch: _Prepared) -> tuple[_Prepared, torch.cuda.Event]:
+    def copy(prepared: _Prepared) -> tuple[_Prepared, torch.cuda.Event]:
+        batch, tensors = prepared
         with torch.cuda.stream(stream):
-            copies = {name: getattr(batch, name).pin_memory().to(device, non_blocking=True) for name in _COPIED}
-            return replace(batch, **copies), stream.record_event()
+            copies = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+            return (batch, copies), stream.record_event()
 
-    for batch, copied in one_ahead(map(copy, batches)):
+    for (batch, tensors), copied in one_ahead(map(copy, batches)):
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for name in _COPIED:
-            getattr(batch, name).record_stream(current)  # its memory is not given away while the step uses it
-        yield batch
+        for tensor in tensors:
+            tensor.record_stream(current)  # its memory is not given away while the step uses it
+        yield batch, tensors

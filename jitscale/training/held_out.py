@@ -28,8 +28,7 @@ from jitscale.keyed_random import Float64Array, Int64Array, Purpose, generator_s
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import HELD_OUT
-from jitscale.training.feed import one_ahead
-from jitscale.training.noise import add_noise, seeded_noise
+from jitscale.training.feed import add_noise, one_ahead, seeded_noise
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class _Block:
     ids: Int64Array  # (B,), numbers of held-out samples; the last block is filled up with numbers of none
     images: UInt8Array  # (B, H, W, 3)
     labels: Int64Array  # (B,)
-    sound: Int64Array  # the rows that hold a sample whose image could be decoded
+    sound: list[int]  # the rows that hold a sample whose image could be decoded
     bad: list[str]  # what is wrong with the others
 
 
@@ -64,11 +63,7 @@ class HeldOutLoss:
     _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
-        """The losses of one weight set; a collective call.
-
-        Args:
-            network: made by `ready_to_sample`; the same weights on every rank.
-            name: of the weight set.
+        """The losses of the weight set `name`, in a `network` that `ready_to_sample` has made; a collective call.
 
         Returns:
             On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
@@ -131,7 +126,7 @@ class HeldOutLoss:
             if reason not in self._reasons and len(self._reasons) < _MOST_REASONS:
                 self._reasons.add(reason)
                 logger.warning("%s; the held-out loss is measured without it", reason)
-        return _Block(ids, images, labels, np.array(sound, np.int64), bad)
+        return _Block(ids, images, labels, sound, bad)
 
     @torch.no_grad()
     def _block_losses(self, network: JiT, block: _Block) -> Float64Array:

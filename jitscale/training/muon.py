@@ -42,11 +42,8 @@ class Muon(torch.optim.AdamW):
     def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Fragment]], rank: int, ranks: int) -> None:
         """Say which matrices the flat tensors hold, before the first step.
 
-        Args:
-            pieces: flat tensor -> this rank's fragments of its matrices, also empty ones, in the same order on every
-                rank.
-            rank: this rank among those that share the matrices.
-            ranks: how many; 1 where matrices are whole.
+        `pieces` (flat tensor -> this rank's fragments of its matrices) have empty ones too, in the same order on every
+        rank. This is number `rank` of the `ranks` that share the matrices: of 1 where these are whole.
         """
         self._pieces, self._rank, self._ranks = pieces, rank, ranks
 
@@ -104,8 +101,7 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """Near U V^T for the matrix U S V^T: singular values between about 0.7 and 1.2, by Newton-Schulz iterations.
 
-    Args:
-        matrix: (rows, columns), of any norm; the iterations are computed in its precision.
+    The matrix (rows, columns) may have any norm; the iterations are computed in its precision.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, complete_checkpoints, load_fragments, step_folder
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import StoredWeights, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
@@ -234,8 +235,30 @@ def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
     return checkpoint
 
 
-def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None = None) -> DataIdentity:
-    """What fixes the sample sequence; its epoch 0 begins where `checkpoint` says, or at it if the shards changed."""
+def initial_weights(config: Config, world: World) -> StoredWeights | None:
+    """The weights that `run.init_from` names, verified; None if it names none. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be read, or are those of another network.
+    """
+
+    def opened() -> StoredWeights | None:
+        if config.run.init_from is None:
+            return None
+        weights = open_weights(config.run.init_from, config)
+        check_fits(weights, config)
+        weights.verify(world.rank, world.size)
+        return weights
+
+    return parallel.raise_together(opened)
+
+
+def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None) -> DataIdentity:
+    """What fixes the sample sequence; its epoch 0 begins where `checkpoint` says, or at it if the shards changed.
+
+    Raises:
+        DataError: naming what differs from `checkpoint`: samples would be seen twice or never.
+    """
     now: DataIdentity = {
         "seed": config.run.seed,
         "streams": config.data.streams,
@@ -244,41 +267,32 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     }
     if shards.held_out is not None:
         now["held_out"] = str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
-    origin: int | str = 0
-    if checkpoint is not None and checkpoint.progress.data is not None:
-        progress, before = checkpoint.progress, checkpoint.progress.data
-        changed = bool(_differing(before, now))
-        origin = progress.images + progress.skipped_images if changed else before.get("origin", 0)
-    return {**now, "origin": origin}
-
-
-def check_resumable(checkpoint: Checkpoint, config: Config, shards: ShardSet) -> None:
-    """Refuse to go on with other data or another order: samples would be seen twice or never.
-
-    Raises:
-        DataError: naming what differs.
-        CheckpointError: the network, the noise scale or the optimizer differs.
-    """
-    now = data_identity(config, shards)
-    before = checkpoint.progress.data or now  # none before the first image
-    differing = _differing(before, now)
+    if checkpoint is None or checkpoint.progress.data is None:  # none before the first image
+        return {**now, "origin": 0}
+    progress, before = checkpoint.progress, checkpoint.progress.data
+    differing = [key for key in {**now, **before} if key != "origin" and before.get(key) != now.get(key)]
+    if not differing:
+        return {**now, "origin": before.get("origin", 0)}
     changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
-    if differing == ["manifest"] and config.data.accept_new_shards:
-        logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
-    elif differing:
+    if differing != ["manifest"] or not config.data.accept_new_shards:
         raise DataError(
             f"{checkpoint.path}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
             "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
             "with data.accept_new_shards=true"
         )
+    logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
+    return {**now, "origin": progress.images + progress.skipped_images}
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        CheckpointError: the network, the noise scale or the optimizer differs.
+    """
     check_fits(checkpoint, config)
     if checkpoint.config.optim.name != config.optim.name:
         raise CheckpointError(
             f"{checkpoint.path}: its moments are those of optim.name={checkpoint.config.optim.name}, the config says "
             f"{config.optim.name}; restore it, or start a new run.dir with run.init_from={checkpoint.path}"
         )
-
-
-def _differing(before: DataIdentity, now: DataIdentity) -> list[str]:
-    """The keys that are not alike, or that only one of them has."""
-    return [key for key in {**now, **before} if key != "origin" and before.get(key) != now.get(key)]

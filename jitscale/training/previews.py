@@ -21,7 +21,7 @@ from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_
 from jitscale.evaluation.settings import final_settings
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker, read_evaluations, read_held_out
+from jitscale.tracking import BEST_SAMPLES, Tracker, read_evaluations, read_held_out
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.held_out import HeldOutLoss
@@ -66,9 +66,18 @@ class Previews:
 
         return [measure for measure, done in zip(due, parallel.on_main(recorded), strict=True) if not done]
 
-    def grid(self) -> None:
-        """Record a picture of samples."""
-        self._log_grid(SAMPLES, self.config.evaluation)
+    def grid(self, name: str, evaluation: EvaluationConfig) -> None:
+        """Record a picture of samples under `name`."""
+        network = self._network(evaluation.weights)
+        guide = copy.deepcopy(self.guide)  # on the device only while it is needed
+        self.caution_about(evaluation.weights, self.state.step)
+        sampler = configured_sampler(evaluation, network.diffusion)
+        if guide is not None:
+            ready_to_sample(guide, self.config, self.world.device)
+        with autocast(self.config, self.world.device):
+            grid = sample_grid(network, sampler, evaluation.seed, self.world, guide)
+        self.tracker.log_image(name, grid, self.state.images)
+        parallel.barrier()
 
     def few(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""
@@ -97,7 +106,7 @@ class Previews:
         state, run_dir = self.state, Path(self.config.run.dir)
         weight_sets = weight_set_names(self.config)
         result = measure_finally(self._network, weight_sets, self._evaluator, run_dir, is_end=True)
-        self._log_grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
+        self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
             recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]
             if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
@@ -140,16 +149,3 @@ class Previews:
         network = JiT(self.config.model, self.config.diffusion)
         network.load_state_dict(self._weights(name))
         return ready_to_sample(network, self.config, self.world.device)
-
-    def _log_grid(self, name: str, evaluation: EvaluationConfig) -> None:
-        """Record a picture of samples under `name`."""
-        network = self._network(evaluation.weights)
-        guide = copy.deepcopy(self.guide)  # on the device only while it is needed
-        self.caution_about(evaluation.weights, self.state.step)
-        sampler = configured_sampler(evaluation, network.diffusion)
-        if guide is not None:
-            ready_to_sample(guide, self.config, self.world.device)
-        with autocast(self.config, self.world.device):
-            grid = sample_grid(network, sampler, evaluation.seed, self.world, guide)
-        self.tracker.log_image(name, grid, self.state.images)
-        parallel.barrier()

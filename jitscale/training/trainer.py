@@ -17,8 +17,7 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Checkpoint
-from jitscale.checkpoints.weights import StoredWeights, check_fits
+from jitscale.checkpoints.opening import read_guide
 from jitscale.config import Config
 from jitscale.config.cautions import cautions
 from jitscale.data.loader import naming_dead_workers
@@ -30,6 +29,7 @@ from jitscale.model.flops import peak_tflops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.run_folder import claim
+from jitscale.tracking import SAMPLES
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import StepOutcomes, ZeroEngine
 from jitscale.training.faults import FaultInjection
@@ -39,6 +39,7 @@ from jitscale.training.persistence import (
     Persistence,
     check_resumable,
     data_identity,
+    initial_weights,
     newest_sound_checkpoint,
     open_records,
 )
@@ -53,14 +54,11 @@ BATCH_LOG_SECONDS = 10.0  # between two lines of progress where there is no term
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
-def train(config: Config, world: World, initial: StoredWeights | None = None, guide: JiT | None = None) -> ExitCode:
-    """Train until `run.max_images` or `run.max_steps`, from the newest checkpoint of `run.dir` if there is one.
+def train(config: Config, world: World) -> ExitCode:
+    """Train until `run.max_images` or `run.max_steps`.
 
-    Args:
-        config: all settings.
-        world: this rank among all.
-        initial: weights to begin with where there is no checkpoint yet; None draws them.
-        guide: the network of `evaluation.guide`, in eval mode.
+    The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
+    without these, with random ones.
 
     Returns:
         DONE, or REQUEUE after a signal asked to stop and the state was saved.
@@ -68,41 +66,26 @@ def train(config: Config, world: World, initial: StoredWeights | None = None, gu
     Raises:
         UserError: on every rank: a mistake that a user can mend, found before the first step where possible.
     """
-    run_dir = Path(config.run.dir)
     with ExitStack() as held:
-        claim(run_dir, held)
-        shards = parallel.raise_together(lambda: open_configured(config))
-        checkpoint = newest_sound_checkpoint(run_dir, world)
-        if checkpoint is not None:
-            check_resumable(checkpoint, config, shards)
-        elif initial is not None:
-            check_fits(initial, config)
-        trainer = Trainer(config, world, shards, checkpoint, initial, guide)
-        try:
-            with naming_dead_workers():
-                return trainer.run()
-        finally:
-            trainer.close()
+        claim(Path(config.run.dir), held)
+        trainer = Trainer(config, world, parallel.raise_together(lambda: open_configured(config)))
+        held.callback(trainer.close)
+        with naming_dead_workers():
+            return trainer.run()
 
 
 class Trainer:
-    """One run on one rank.
+    """One run on one rank."""
 
-    Attributes:
-        part: the context of a named part of a step (data, optimizer, ema), for measurements; the default does nothing.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        shards: ShardSet,
-        checkpoint: Checkpoint | None = None,
-        initial: StoredWeights | None = None,
-        guide: JiT | None = None,
-    ) -> None:
-        """Build the network and its engine; continue from `checkpoint`, else begin with `initial`, if there is one."""
+    def __init__(self, config: Config, world: World, shards: ShardSet) -> None:
+        """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
+        guide = parallel.raise_together(lambda: read_guide(config))
+        checkpoint = newest_sound_checkpoint(Path(config.run.dir), world)
+        data = data_identity(config, shards, checkpoint)
+        if checkpoint is not None:
+            check_resumable(checkpoint, config)
+        initial = initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
         if world.is_main:
@@ -111,8 +94,7 @@ class Trainer:
         self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
-        self.faults = FaultInjection.from_environment(world.rank)
-        data = data_identity(config, shards, checkpoint)
+        self.faults = FaultInjection(world.rank)
         saved = (self.engine, self.ema, self.state, self.bad_samples)
         self.persistence = Persistence(config, world, *saved, self.faults, data)
         if checkpoint is not None:
@@ -124,6 +106,7 @@ class Trainer:
         self.outcomes, self.rank_times = StepOutcomes(world.device), RankTimes(world.device, self.engine.micro_batches)
         profiled = config.run.profile and world.is_main
         self.profile = StepProfile(Path(config.run.dir) / "profile", world.device, active=profiled)
+        # The context of a named part of a step (data, optimizer, ema): measurements replace it.
         self.part: Callable[[str], AbstractContextManager[object]] = nullcontext
         origin, micro_batches = int(data["origin"]), self.engine.micro_batches
         self.feed = Feed(config, world, shards, micro_batches=micro_batches, origin=origin, compiled=compiled)
@@ -169,7 +152,8 @@ class Trainer:
                     state.count(self.outcomes.settle())
                 if log_point:
                     rate = self.clock.rate(state.images)
-                    agree_every = _agree_every(rate, config)
+                    seconds = parallel.broadcast_object(batch / rate)  # of a step, alike on all ranks
+                    agree_every = max(1, min(log_every, int(AGREE_SECONDS / seconds)))
                     progress.set_postfix_str(f"loss {self.log(loss, rate):.4f}")
                 if (log_point or state.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
                     state.count(self.outcomes.settle())
@@ -183,13 +167,13 @@ class Trainer:
                     return ExitCode.REQUEUE
                 if state.crossed(config.evaluation.grid_every_images, batch):
                     with self.clock.stopped():
-                        self.previews.grid()
+                        self.previews.grid(SAMPLES, config.evaluation)
         state.count(self.outcomes.settle())
         self.persistence.save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
-            self.stop_requested.exit_at_once()  # all is saved, and the evaluation's blocks are files of their own
-            self.previews.final()
+            with self.stop_requested.exiting_at_once():  # the evaluation's blocks are files of their own
+                self.previews.final()
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
@@ -297,9 +281,3 @@ class Trainer:
             self.feed.start(self.state.position)
             self.tracker.rewind(self.state.step)
         self.clock.restart(self.state.images)
-
-
-def _agree_every(rate: float, config: Config) -> int:
-    """Steps between two agreements on whether to stop: the same on all ranks, and a few seconds apart."""
-    seconds = parallel.broadcast_object(config.data.batch_size / rate)
-    return max(1, min(config.tracking.log_every_steps, int(AGREE_SECONDS / seconds)))

@@ -32,17 +32,16 @@ class StopSignal:
         self.received = False
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
-    def exit_at_once(self) -> None:
-        """Everything is saved: let a signal, or one that was noted, end the process with the code for a requeue."""
+    @contextmanager
+    def exiting_at_once(self) -> Iterator[None]:
+        """Everything is saved: in the body of the `with` statement a signal, also one that was noted, ends the process.
+
+        The exit code is the one for a requeue. Afterwards signals are noted again.
+        """
         for number in self.SIGNALS:
             signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
         if self.received:
             os._exit(ExitCode.REQUEUE)
-
-    @contextmanager
-    def exiting_at_once(self) -> Iterator[None]:
-        """`exit_at_once` in the body of the `with` statement; afterwards signals are noted again."""
-        self.exit_at_once()
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from jitscale.checkpoints.format import (
     step_folder,
     whole_fragments,
 )
-from jitscale.checkpoints.opening import read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import prune, write_folder
 from jitscale.checkpoints.weights import check_fits, shapes_of
 from jitscale.config import Config, DiffusionConfig, ModelConfig, RunConfig
@@ -149,11 +149,11 @@ def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None
 def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"no weight set 'ema_0.5'; choose one of model, ema_0.9"):
-        read_weights(tmp_path, "ema_0.5")
+        open_weights(tmp_path).network("ema_0.5")
     with pytest.raises(CheckpointError, match="no weight set 'exp_avg'"):
-        read_weights(tmp_path, "exp_avg")
+        open_weights(tmp_path).network("exp_avg")
     with pytest.raises(CheckpointError, match="no complete checkpoint there"):
-        read_weights(tmp_path / "checkpoints")
+        open_weights(tmp_path / "checkpoints")
 
 
 def test_a_checkout_that_is_not_installed_writes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

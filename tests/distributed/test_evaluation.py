@@ -166,13 +166,13 @@ import numpy, torch
 from jitscale import parallel
 from jitscale.config import load_config
 from jitscale.evaluation.generate import configured_sampler, sample_grid
-from jitscale.checkpoints.opening import read_weights
+from jitscale.checkpoints.opening import open_weights
 from tests.support.processes import leave_after
 
 def main():
     world = parallel.start(torch.device("cpu"))
     config = load_config(sys.argv[1], ["evaluation.steps=2"])
-    model = read_weights(sys.argv[2], None, config).build()
+    model = open_weights(sys.argv[2], config).network()
     grid = sample_grid(model, configured_sampler(config.evaluation, model.diffusion), 0, world)
     numpy.save(f"{sys.argv[3]}_{world.rank}", grid)
     parallel.stop()

@@ -10,7 +10,7 @@ import torch
 
 import jitscale
 from jitscale.checkpoints.format import MARKER, Checkpoint, complete_checkpoints
-from jitscale.checkpoints.opening import read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.tracking import read_metrics
 from tests.support import ROOT
@@ -152,9 +152,9 @@ def test_the_tool_gives_back_what_was_tracked(run: Path, tmp_path: Path) -> None
     ]
     last = complete_checkpoints(run)[-1]
     for name in GAMMAS:
-        made = read_weights(tmp_path / "end" / f"{name}.safetensors")
-        assert made.name == name
-        assert difference(made.tensors, state(last, name)) < 1e-5
+        made = open_weights(tmp_path / "end" / f"{name}.safetensors")
+        assert made.weight_sets == [name]
+        assert difference(made.network().state_dict(), state(last, name)) < 1e-5
     between = jitscale.load_model(tmp_path / "end" / "power_0.075.safetensors")
     gamma, average = 10.289116, {n: torch.zeros_like(t).double() for n, t in state(last, "model").items()}
     for step, folder in enumerate(complete_checkpoints(run), 1):
@@ -170,7 +170,7 @@ def test_the_tool_gives_back_what_was_tracked(run: Path, tmp_path: Path) -> None
 def test_the_tool_looks_back_and_refuses_in_one_line(run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     reconstruct(run, "--widths", "0.1", "--at-images", "144", "--output", str(half))
-    made = read_weights(half / "power_0.100.safetensors").tensors
+    made = open_weights(half / "power_0.100.safetensors").network().state_dict()
     assert difference(made, state(run / "checkpoints/step_00000012", "power_0.100")) < 1e-5
     for options, expected in (
         (["--widths", "0.1", "--output", str(half)], "power_0.100.safetensors: exists already"),

@@ -13,11 +13,10 @@ import wandb
 
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ConfigError, UserError
-from jitscale.launch.attempts import Attempts
 from jitscale.launch.preflight import Finding, compare
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
-from jitscale.run_folder import forget_completion, is_complete, is_complete_under, mark_complete
+from jitscale.run_folder import Attempts, forget_completion, is_complete, is_complete_under, mark_complete
 from tests.support import ROOT
 from tools.make_shards import parser as packing_parser
 
@@ -33,16 +32,13 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
     for position in (0, 10, 10, 20, 20, 20):
-        attempts = Attempts.read(tmp_path)
-        attempts.begin(position, most=3)
+        attempts = Attempts.begin(tmp_path, position, most=3)
         attempts.last_reason = "a rank died"
         attempts.write(tmp_path)
-    attempts = Attempts.read(tmp_path)
     assert (attempts.starts, attempts.without_progress) == (6, 2)
     with pytest.raises(UserError, match=r"3 starts in a row have not brought the run beyond 20 \(a rank died\)"):
-        attempts.begin(20, most=3)
-    attempts.begin(20, most=3)  # who starts it again by hand begins anew
-    assert attempts.without_progress == 0
+        Attempts.begin(tmp_path, 20, most=3)
+    assert Attempts.begin(tmp_path, 20, most=3).without_progress == 0  # a manual restart begins anew
 
 
 def test_nodes_are_excluded_once() -> None:

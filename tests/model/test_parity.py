@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jitscale
-from jitscale.checkpoints.opening import open_weights, read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.weights import write_safetensors
 from jitscale.config import DiffusionConfig, ModelConfig, load_config
 from jitscale.diffusion.objective import interpolate, sample_loss
@@ -83,27 +83,29 @@ def test_position_table_is_the_authors(case: Any) -> None:
 
 def test_weight_sets_of_the_authors_file(case: Any) -> None:
     path, config, _ = case
-    sets = {name: read_weights(path, name, config) for name in ("model", "ema_0.9999", "ema_0.9996")}
-    default = read_weights(path, None, config)
+    stored = open_weights(path, config)
     key = "final_layer.linear.weight"
-    assert default.name == "ema_0.9999"
-    assert torch.equal(default.tensors[key], sets["ema_0.9999"].tensors[key])
-    assert not torch.equal(sets["model"].tensors[key], sets["ema_0.9999"].tensors[key])
-    assert not torch.equal(sets["ema_0.9996"].tensors[key], sets["ema_0.9999"].tensors[key])
-    assert default.diffusion.noise_scale == config["noise_scale"]
+    tensors = {name: stored.tensor(name, key) for name in ("model", "ema_0.9999", "ema_0.9996")}
+    assert stored.default == "ema_0.9999"
+    assert torch.equal(stored.network().final_layer.linear.weight, tensors["ema_0.9999"])
+    assert not torch.equal(tensors["model"], tensors["ema_0.9999"])
+    assert not torch.equal(tensors["ema_0.9996"], tensors["ema_0.9999"])
+    assert stored.config.diffusion.noise_scale == config["noise_scale"]
     with pytest.raises(CheckpointError, match=r"no weight set 'ema_0.5'.*ema_0.9996"):
-        read_weights(path, "ema_0.5", config)
+        stored.network("ema_0.5")
 
 
 def test_safetensors_keep_weights_and_config(case: Any, tmp_path: Path) -> None:
     path, config, reference = case
-    weights = read_weights(path, None, config)
-    write_safetensors(tmp_path / "weights.safetensors", open_weights(path, config), weights.name)
-    again = read_weights(tmp_path / "weights.safetensors")
-    assert (again.name, again.model, again.diffusion) == (weights.name, weights.model, weights.diffusion)
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in weights.tensors.items())
+    stored = open_weights(path, config)
+    write_safetensors(tmp_path / "weights.safetensors", stored, stored.default)
+    again = open_weights(tmp_path / "weights.safetensors")
+    assert again.weight_sets == [stored.default]
+    assert (again.config.model, again.config.diffusion) == (stored.config.model, stored.config.diffusion)
+    for name in stored.shapes:
+        assert torch.equal(again.tensor(again.default, name), stored.tensor(stored.default, name)), name
     model = jitscale.load_model(tmp_path / "weights.safetensors")
-    before = weights.build()(reference["z"], reference["t"], reference["y"])
+    before = stored.network()(reference["z"], reference["t"], reference["y"])
     assert torch.equal(model(reference["z"], reference["t"], reference["y"]), before)
 
 
@@ -149,7 +151,7 @@ def test_paper_sizes_load_without_a_config(tmp_path: Path) -> None:
     zeros = {f"net.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     stored["args"].model, stored["args"].img_size = "JiT-B/4", 64
     torch.save({"model": zeros, "model_ema1": zeros, "model_ema2": zeros, "args": stored["args"]}, tmp_path / "b.pth")
-    assert read_weights(tmp_path / "b.pth").model == expected
+    assert open_weights(tmp_path / "b.pth").config.model == expected
 
 
 def test_unconditional_network() -> None:

@@ -68,7 +68,7 @@ def test_the_stacks_of_an_earlier_hang_stay(tmp_path: Path) -> None:
 def test_a_signal_while_everything_is_saved_asks_for_a_requeue() -> None:
     program = (
         "import time; from jitscale.training.watch import StopSignal\n"
-        "stop = StopSignal(); stop.exit_at_once(); print('ready', flush=True); time.sleep(60)"
+        "with StopSignal().exiting_at_once(): print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}

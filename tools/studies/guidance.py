@@ -63,7 +63,7 @@ class Sweep:
         ]
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.weight_set(name).build(), config, world.device)
+            return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, folder / self.name)
         settings = settings_of(axes, config, stored.weight_sets)

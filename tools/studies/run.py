@@ -13,10 +13,9 @@ from PIL import Image
 
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.checkpoints.opening import open_weights, read_weights
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import prune
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
-from jitscale.checkpoints.weights import StoredWeights
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
@@ -77,7 +76,8 @@ class Run:
         if self.measured_every is not None:
             config.checkpoint.every_images = self.measured_every
         started = time.perf_counter()
-        code = train(config, world, self._beginning(folder, config))
+        self._begin(folder, config)
+        code = train(config, world)
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: was asked to stop; the same command goes on")
         seconds = time.perf_counter() - started
@@ -89,23 +89,24 @@ class Run:
         flops = training_flops(config.model)
         return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
 
-    def _beginning(self, folder: Path, config: Config) -> StoredWeights | None:
-        """Write the upgraded checkpoint that the run resumes, or return the upgraded weights that it starts from."""
+    def _begin(self, folder: Path, config: Config) -> None:
+        """Write the upgraded checkpoint that the run resumes, or from whose weights it starts, as `config` says then."""
         if self.upgraded_from is None:
-            return None
+            return
         target = config
         if self.as_initial:
             target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
         if not complete_checkpoints(Path(target.run.dir)):
             low = open_weights(folder / self.upgraded_from)
             write_upgraded(low, target, plan_upgrade(low.config, target, self.kernel), keep_moments=self.keep_moments)
-        return open_weights(target.run.dir) if self.as_initial else None
+        if self.as_initial:
+            config.run.init_from = target.run.dir
 
     def _measure(self, path: Path, folder: Path, world: World) -> dict[str, Any]:
         config = self.load(folder, *self.evaluation)
-        weights = read_weights(path, config.evaluation.weights)
-        model = ready_to_sample(weights.build(), config, world.device)
-        result = evaluate_model(model, weights.name, config, world, folder / "measured")
+        weights = config.evaluation.weights
+        model = ready_to_sample(open_weights(path).network(weights), config, world.device)
+        result = evaluate_model(model, weights, config, world, folder / "measured")
         numbers = {key: value for key, value in result.items() if key != "protocol"}
         if self.strip:
             sampler = configured_sampler(config.evaluation, model.diffusion)
@@ -113,7 +114,7 @@ class Run:
             png = BytesIO()
             Image.fromarray(tile(drawn, self.strip)).save(png, format="png")
             numbers["strip"] = base64.b64encode(png.getvalue()).decode()
-        return {"images": Checkpoint(path).progress.images, "weights": weights.name, **numbers}
+        return {"images": Checkpoint(path).progress.images, "weights": weights, **numbers}
 
 
 def seeded(what: str, seed: int, config: str, images: int, *settings: str, **options: Any) -> Run:

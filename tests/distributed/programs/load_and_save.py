@@ -6,12 +6,10 @@ Usage: load_and_save.py --config FILE [group.key=value ...], as for jitscale.tra
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 
 from jitscale import parallel
-from jitscale.checkpoints.format import latest_checkpoint
 from jitscale.config import load_config
 from jitscale.data.shards import open_configured
 from jitscale.training.trainer import Trainer
@@ -22,7 +20,7 @@ def main() -> None:
     world = parallel.start(torch.device("cpu"))
     config = load_config(sys.argv[2], sys.argv[3:], world_size=world.size)
     shards = open_configured(config)
-    trainer = Trainer(config, world, shards, latest_checkpoint(Path(config.run.dir)))
+    trainer = Trainer(config, world, shards)
     trainer.state.step += 1
     trainer.persistence.save(last=True)
     trainer.close()
