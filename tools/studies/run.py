@@ -90,7 +90,7 @@ class Run:
         return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
 
     def _begin(self, folder: Path, config: Config) -> None:
-        """Write the upgraded checkpoint that the run resumes, or from whose weights it starts, as `config` says then."""
+        """Write the upgraded checkpoint that the run resumes, or from whose weights it starts as `config` then says."""
         if self.upgraded_from is None:
             return
         target = config
