@@ -19,7 +19,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from jitscale.command import Parser, positive
-from jitscale.config import Config, images_of_run, load_config, weight_set_names
+from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
@@ -92,7 +92,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     paper = replace(cluster, gpus=PAPER_GPUS)
     at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
     at_papers_batch = [candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE) for stage in stages]
-    cost = measuring_cost(config, weight_set_names(config))
+    cost = measuring_cost(config)
     choice = recommend(config, cluster)
     return {
         "caveat": CAVEAT,
