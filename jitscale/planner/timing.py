@@ -39,11 +39,6 @@ class Cluster:
     hpz: bool = False
     overlap: bool = True
 
-    @property
-    def nodes(self) -> int:
-        """Nodes that the GPUs fill."""
-        return -(-self.gpus // self.gpus_per_node)
-
     def collective_seconds(self, size: float, *, within_node: bool = False) -> float:
         """Time of one all-gather or reduce-scatter of `size` bytes (the whole tensor, not a rank's part).
 
@@ -51,12 +46,10 @@ class Cluster:
         node receives (m - 1)/m of them through the cards of its GPUs together; the slower of the two counts.
         Latency is left out.
         """
-        local = min(self.gpus, self.gpus_per_node)
-        if within_node or self.nodes == 1:
-            return _ring(local) * size / self.intra
-        inside = _ring(self.gpus) * size / self.intra
-        between = _ring(self.nodes) * size / (self.inter * self.gpus_per_node)
-        return max(inside, between)
+        if within_node or self.gpus <= self.gpus_per_node:
+            return _ring(min(self.gpus, self.gpus_per_node)) * size / self.intra
+        between = _ring(-(-self.gpus // self.gpus_per_node)) * size / (self.inter * self.gpus_per_node)
+        return max(_ring(self.gpus) * size / self.intra, between)
 
 
 @dataclass(frozen=True)
@@ -96,22 +89,22 @@ def communication(config: Config, cluster: Cluster) -> Communication:
     """
     stage, precision, d = config.engine.zero_stage, config.engine.precision, config.model.depth
     n = cluster.gpus
+    if n == 1:
+        return Communication(0.0, 0.0, 0.0, 0.0, 1)
     share = config.data.batch_size // n
     micro_batch = config.engine.micro_batch_size or share
     micro_batches = share // micro_batch
     size = float(WEIGHT_BYTES[precision] * sum(math.prod(shape) for shape in parameter_shapes(config.model).values()))
     gather = cluster.collective_seconds(size)
     forward, backward = pass_seconds(config, cluster, 1)
-    if n == 1:
-        return Communication(0.0, 0.0, 0.0, 0.0, 1)
     if stage == 3:
-        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
         group = min(n, cluster.gpus_per_node) if cluster.hpz else n
+        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
+        exposed = _exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)
         return Communication(
-            bytes=micro_batches * (size * (2 * _ring(n) + _ring(group))),
+            bytes=micro_batches * size * (2 * _ring(n) + _ring(group)),
             seconds=micro_batches * (gather + gather_and_scatter),
-            exposed=micro_batches
-            * (_exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)),
+            exposed=micro_batches * exposed,
             after_step=0.0,
             hiding_batch=max(1, math.ceil(gather / forward), math.ceil(gather_and_scatter / backward)),
         )
