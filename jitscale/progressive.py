@@ -19,7 +19,8 @@ LOWER_STAGES = "at_*px"
 
 def stages_of(config: Config) -> list[Config]:
     """One configuration a stage, the lowest resolution first and the run's own last."""
-    lower, final = config.progressive, replace(config, progressive=ProgressiveConfig())
+    lower = config.progressive
+    final = replace(config, progressive=ProgressiveConfig())
     stages = [_stage(final, *each) for each in zip(lower.resolutions, lower.images, strict=True)] + [final]
     return [replace(stage, optim=_optim(stage, stages[0].model.image_size)) for stage in stages]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import ge, gt, le, lt
 from typing import Any, NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
@@ -79,20 +80,14 @@ class Setting:
         usual = f"the default is {shown(self.default)}"
         if self.default is None or self.default == []:
             usual = f"give such a value, or {shown(self.default)} for none"
+        bounds = ((gt, self.above), (ge, self.at_least), (lt, self.below), (le, self.at_most))
         if isinstance(value, float) and not math.isfinite(value):
             yield "must be finite", usual
-        elif not self._allows(value):
+        elif not all(bound is None or holds(value, bound) for holds, bound in bounds) or (
+            self.choices and value not in self.choices
+        ):
             notes = "; ".join(note for note in (self.unit, self.reason) if note)
             yield f"must be {self.limit} ({notes})" if notes else f"must be {self.limit}", usual
-
-    def _allows(self, value: Any) -> bool:
-        return (
-            (not self.choices or value in self.choices)
-            and (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-        )
 
 
 def setting(default: T, meaning: str, **details: Any) -> T:
