@@ -20,12 +20,12 @@ from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
-    RandomLabels,
     autocast,
     configured_sampler,
     generate_by_scale,
     labels_of,
     noise_ahead,
+    random_labels,
     ready_to_sample,
 )
 from jitscale.evaluation.networks import Embedder, identity_of
@@ -162,12 +162,12 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
     if kind == "balanced" or classes == 0:
         return lambda ids: labels_of(ids, classes), {"labels": "balanced" if classes else None}
     if kind == "random":
-        return RandomLabels(seed, [1] * classes), {"labels": kind}
+        return lambda ids: random_labels(ids, seed, [1] * classes), {"labels": kind}
     source = config.data.shards or config.evaluation.reference or ""
     if not source or source.endswith(".npz"):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
     counts = open_labelled(config).class_counts()
-    return RandomLabels(seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
+    return lambda ids: random_labels(ids, seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
 
 
 def weights_digest(model: JiT) -> str:

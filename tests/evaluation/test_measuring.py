@@ -20,7 +20,7 @@ from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.blocks import Missing, compute_blocks
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
-from jitscale.evaluation.generate import RandomLabels
+from jitscale.evaluation.generate import random_labels
 from jitscale.evaluation.metrics import FrechetDistance
 from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
@@ -194,15 +194,14 @@ def test_cautions(config: str, override: str, said: str | None) -> None:
 
 def test_random_labels_follow_the_counts() -> None:
     """By seed and id alone; a class without samples is never asked for."""
-    labels = RandomLabels(3, [10, 0, 30])
-    drawn = labels(range(4000))
-    assert torch.equal(labels([17, 5]), drawn[[17, 5]])
-    assert not torch.equal(RandomLabels(4, [10, 0, 30])(range(4000)), drawn)
+    drawn = random_labels(range(4000), 3, [10, 0, 30])
+    assert torch.equal(random_labels([17, 5], 3, [10, 0, 30]), drawn[[17, 5]])
+    assert not torch.equal(random_labels(range(4000), 4, [10, 0, 30]), drawn)
     counts = torch.bincount(drawn, minlength=3).tolist()
     assert counts[1] == 0
     assert counts[0] == pytest.approx(1000, abs=100)
     with pytest.raises(ValueError, match="need a class with samples"):
-        RandomLabels(0, [0, 0])
+        random_labels([0], 0, [0, 0])
 
 
 def test_statistics_of_parts_are_those_of_the_whole() -> None:
