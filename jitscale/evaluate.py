@@ -67,11 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]:
-    """The setting that switches the configured sweep off, where the command names what the sweep would choose.
+    """The setting that switches the configured sweep off, where the `overrides` name what the sweep would choose.
 
-    Args:
-        overrides: the command's settings.
-        alone: whether one setting is meant for another reason.
+    `alone`: one setting is meant for another reason.
     """
     named = alone or any(text.startswith(SWEPT) for text in overrides)
     asked = any(text.startswith("evaluation.sweep=") for text in overrides)
@@ -103,10 +101,8 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
     config.evaluation.weights = stored.choose(weights)
     settings, guide = final_settings(config, stored.weight_sets), read_guide(config)
     run_dir = Path(config.run.dir)
-    newest = latest_checkpoint(run_dir)
-    is_configured_end = is_configured(run_dir, config)  # a run.dir whose config.yaml cannot be read is met now
-    is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest, run_dir))
-    tracked = described and is_end and config.tracking.wandb != "off" and is_configured_end
+    is_end, is_own = _is_end(stored, run_dir), is_configured(run_dir, config)
+    tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
         check_measurable(config, world, settings)
@@ -126,13 +122,15 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
             print(table_of(result))
 
 
-def _is_end(stored: StoredWeights, newest: Checkpoint, run_dir: Path) -> bool:
-    """Whether the stored weights are the newest checkpoint of the run in `run_dir`, which has ended with it."""
-    run, progress = load_config(run_dir / "config.yaml").run, newest.progress
-    ends = (run.max_images is not None and progress.images >= run.max_images) or (
-        run.max_steps is not None and progress.step >= run.max_steps
-    )
-    return ends and stored.path.resolve() == newest.path.resolve()
+def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
+    """Whether the run in `run_dir` has ended with the stored weights, or there is no run."""
+    if not (run_dir / "config.yaml").exists():
+        return True
+    run, newest = load_config(run_dir / "config.yaml").run, latest_checkpoint(run_dir)
+    if newest is None or stored.path.resolve() != newest.path.resolve():
+        return False
+    ends = ((run.max_images, newest.progress.images), (run.max_steps, newest.progress.step))
+    return any(end is not None and seen >= end for end, seen in ends)
 
 
 def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[EvaluationConfig]) -> None:

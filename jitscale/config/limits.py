@@ -23,31 +23,18 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed.
+    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed."""
 
-    Attributes:
-        default: where neither a file nor an override gives a value.
-        meaning: a phrase for readers of the schema and of `--print-config`.
-        unit: of a number, where the name does not say it.
-        above: the smallest value, itself excluded.
-        at_least: the smallest value.
-        below: the largest value, itself excluded.
-        at_most: the largest value.
-        reason: of the limit, where the meaning does not give it.
-        choices: all allowed values.
-        check: yields what is wrong with the value as a whole.
-    """
-
-    default: Any
-    meaning: str
-    unit: str = ""
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
-    reason: str = ""
-    choices: tuple[Any, ...] = ()
-    check: Callable[[Any], Faults] = lambda value: iter(())
+    default: Any  # where neither a file nor an override gives a value
+    meaning: str  # a phrase for readers of the schema and of `--print-config`
+    unit: str = ""  # of a number, where the name does not say it
+    above: float | None = None  # the smallest value, itself excluded
+    at_least: float | None = None  # the smallest value
+    below: float | None = None  # the largest value, itself excluded
+    at_most: float | None = None  # the largest value
+    reason: str = ""  # of the limit, where the meaning does not give it
+    choices: tuple[Any, ...] = ()  # all allowed values
+    check: Callable[[Any], Faults] = lambda value: iter(())  # yields what is wrong with the value as a whole
 
     @property
     def limit(self) -> str:

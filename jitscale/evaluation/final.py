@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -162,20 +162,14 @@ def is_configured(run_dir: Path, config: Config) -> bool:
     return not path.exists() or _identity(config) == _identity(load_config(path))
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def _identity(config: Config) -> tuple[Any, ...]:
     """What a configuration says about its final evaluation."""
-    evaluation = {key: value for key, value in asdict(config.evaluation).items() if key not in _ELSEWHERE}
+    evaluation = {key: value for key, value in vars(config.evaluation).items() if key not in _ELSEWHERE}
     evaluation["sweep"] = sorted(config.evaluation.sweep or [])
     evaluation["reference"] = _place(config.evaluation.reference or config.data.shards)
     if config.evaluation.labels == "data":
         evaluation["labels"] = _place(config.data.shards)
-    engine = config.engine
-    return {
-        "model": asdict(config.model),
-        "diffusion": asdict(config.diffusion),
-        "evaluation": evaluation,
-        "arithmetic": (engine.precision, engine.float8),
-    }
+    return config.model, config.diffusion, evaluation, config.engine.precision, config.engine.float8
 
 
 def _place(pattern: str) -> str:

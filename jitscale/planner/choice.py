@@ -16,22 +16,15 @@ CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a configuration on a cluster.
-
-    Attributes:
-        memory: bytes on one rank.
-        communication: of one optimizer step.
-        compute_seconds: of one optimizer step, at the assumed utilisation.
-        fits: whether the memory stays below the GPU's, less the margin.
-    """
+    """One way to run a configuration on a cluster."""
 
     stage: int
     micro_batch_size: int
     activation_checkpointing: int
-    memory: Memory
-    communication: Communication
-    compute_seconds: float
-    fits: bool
+    memory: Memory  # bytes on one rank
+    communication: Communication  # of one optimizer step
+    compute_seconds: float  # of one optimizer step, at the assumed utilisation
+    fits: bool  # whether the memory stays below the GPU's, less the margin
 
     @property
     def step_seconds(self) -> float:
