@@ -112,7 +112,7 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

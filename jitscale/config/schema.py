@@ -167,9 +167,7 @@ class EvaluationConfig:
     cuda_graphs: bool = setting(False, "the network as one CUDA graph for each size of a batch: GPUs only")
     at_end: bool = setting(False, "evaluate when the run is complete")
     sweep: list[str] | None = setting(
-        None,
-        "what the final evaluation tries, as [guidance=1.8:2.6:0.2,ema=averages]: the axes of tools/evaluate_fid.py; "
-        "the best setting is then measured on num_images; null: the configured setting alone",
+        None, "axes of evaluate_fid.py, as [guidance=1.8:2.6:0.2,ema=averages]; null: the configured setting alone"
     )
     sweep_images: int = setting(5000, "images of each setting of it; num_images at most", at_least=10, reason=SPLITS)
     sweep_keep: int = setting(1, "best settings that are measured on num_images", at_least=1)
@@ -281,10 +279,7 @@ def network_differences(before: Config, now: Config, *, ignored: Collection[str]
 
     Dropout and the model fields in `ignored` do not count.
     """
-    unlike = [
-        (f"model.{f.name}", getattr(before.model, f.name), getattr(now.model, f.name))
-        for f in fields(ModelConfig)
-        if f.name not in ("attn_dropout", "proj_dropout", *ignored)
-    ]
-    unlike.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
-    return [f"{key}: {old} -> {new}" for key, old, new in unlike if old != new]
+    names = [name for name in vars(before.model) if name not in ("attn_dropout", "proj_dropout", *ignored)]
+    both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
+    both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
+    return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]

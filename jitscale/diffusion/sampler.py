@@ -79,13 +79,7 @@ class Sampler:
 
     @torch.no_grad()
     def carry(
-        self,
-        network: Network,
-        z: Tensor,
-        labels: Tensor,
-        null_label: int,
-        steps: range,
-        guide: Network | None = None,
+        self, network: Network, z: Tensor, labels: Tensor, null_label: int, steps: range, guide: Network | None = None
     ) -> Tensor:
         """Do some of the steps, as `sample` does all: from the state `z` (B, 3, height, width) before the first one."""
         grid = self._grid()

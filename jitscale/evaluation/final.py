@@ -60,9 +60,7 @@ def measure_settings(
     return measured
 
 
-def evaluate_model(
-    model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
-) -> dict[str, Any]:
+def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
     """`measure_finally` of the weight set `weights` alone, under the configured setting; a collective call.
 
     `model` was made by `ready_to_sample` and has the same weights on every rank.
@@ -71,7 +69,7 @@ def evaluate_model(
         UserError: see `Evaluator` and `measure_finally`.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
-    evaluator = Evaluator(alone, world, run_dir, guide)
+    evaluator = Evaluator(alone, world, run_dir)
     return measure_finally(lambda name: model, final_settings(alone, [weights]), evaluator, run_dir, is_end=True)
 
 

@@ -103,11 +103,7 @@ def check_measurable(config: Config, world: World, settings: Sequence[Evaluation
 
 
 def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str) -> None:
-    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet.
-
-    Raises:
-        ConfigError: naming what is needed.
-    """
+    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet."""
     absolute = folder.absolute()
     free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     if needed > free:
