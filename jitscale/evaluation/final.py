@@ -87,7 +87,6 @@ def measure_finally(
         network: from the name of a weight set the network, ready to sample, on the device.
         settings: of `final_settings`.
         evaluator: has the configuration.
-        run_dir: where the results go.
         is_end: whether these are the weights that the run in `run_dir` has ended with, or there is no run.
 
     Returns:

@@ -69,11 +69,7 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
     The layout is that of DeepSpeed 0.19.8 as engine.py configures it. The padding of shards to a few bytes is left out.
-
-    Args:
-        config: the run.
-        ranks: of the run.
-        overlap: DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
+    `overlap` is DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
     """
     stage, precision, group = config.engine.zero_stage, config.engine.precision, config.engine.hpz_group_size
     shapes = parameter_shapes(config.model)
