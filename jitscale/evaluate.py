@@ -20,15 +20,15 @@ from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import Parser
-from jitscale.config import Config, load_config
+from jitscale.config import Config, EvaluationConfig, load_config
 from jitscale.config.cautions import start_caution
 from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured, measure_finally
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.report import table_of
-from jitscale.evaluation.requirements import check_measurable, images_of
-from jitscale.evaluation.settings import Setting, final_settings
+from jitscale.evaluation.requirements import check_measurable
+from jitscale.evaluation.settings import final_settings, images_of
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
@@ -55,86 +55,85 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--checkpoint needs --config")
 
     adopt_launcher_environment()
-    overrides = list(options.overrides)
+    run, path = options.run, options.config
     # A file of somebody else's is measured under one setting, unless a sweep is asked for.
-    alone = options.weights is not None or options.checkpoint is not None
-    overrides += without_sweep(overrides, alone=alone)
-    if options.run is not None:
-        overrides.append(f"run.dir={options.run}")
-        if not (options.run / "config.yaml").exists():
-            raise CheckpointError(f"{options.run}: no run there (no config.yaml); give a run's folder, or --checkpoint")
-    path = options.config or options.run / "config.yaml"
-    # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
-    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    asked = options.run is not None or any(text.startswith("evaluation.weights=") for text in overrides)
-    weights = options.weights or (config.evaluation.weights if asked else None)
-    evaluate(options.run or options.checkpoint, config, weights, described=options.run is not None)
+    alone = options.weights is not None or run is None
+    if run is not None and not (run / "config.yaml").exists():
+        raise CheckpointError(f"{run}: no run there (no config.yaml); give a run's folder, or --checkpoint")
+    overrides = [*options.overrides, *without_sweep(options.overrides, alone=alone)]
+    checkpoint = run or options.checkpoint
+    evaluate(checkpoint, path or run / "config.yaml", overrides, options.weights, described=run is not None)
     return ExitCode.DONE
 
 
 def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]:
-    """The setting that switches the configured sweep off, where the command names what the sweep would choose.
+    """The setting that switches the configured sweep off, where the `overrides` name what the sweep would choose.
 
-    Args:
-        overrides: the command's settings.
-        alone: whether one setting is meant for another reason.
+    `alone`: one setting is meant for another reason.
     """
     named = alone or any(text.startswith(SWEPT) for text in overrides)
     asked = any(text.startswith("evaluation.sweep=") for text in overrides)
     return ["evaluation.sweep=null"] if named and not asked else []
 
 
-def evaluate(checkpoint: Path, config: Config, weights: str | None, *, described: bool) -> None:
+def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | None, *, described: bool) -> None:
     """Do the final evaluation of stored weights and print it; starts and leaves the process group.
 
     Args:
         checkpoint: any stored weights.
-        config: of the evaluation; the results go to its `run.dir`.
-        weights: the set that is measured where no sweep names others; None: the stored weights' default.
-        described: whether the stored weights say what network they are of; else `config` does.
+        path: a YAML file, whose configuration, with the `overrides`, says how; the results go to its `run.dir`.
+        overrides: settings that win over the file.
+        weights: the set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is
+            among the overrides, else the stored weights' default.
+        described: whether `checkpoint` is a run, which says what network it is of; else the configuration does.
 
     Raises:
-        UserError: see `measure_finally`, `open_weights` and `check_measurable`.
+        UserError: see `load_config`, `measure_finally`, `open_weights` and `check_measurable`.
     """
+    if described:
+        overrides = [*overrides, f"run.dir={checkpoint}"]
+    # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
+    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if weights is None and (described or any(text.startswith("evaluation.weights=") for text in overrides)):
+        weights = config.evaluation.weights
     stored = open_weights(checkpoint, None if described else config)
     config.evaluation.weights = stored.choose(weights)
     settings, guide = final_settings(config, stored.weight_sets), read_guide(config)
     run_dir = Path(config.run.dir)
-    newest = latest_checkpoint(run_dir)
-    is_configured_end = is_configured(run_dir, config)  # a run.dir whose config.yaml cannot be read is met now
-    is_end = not (run_dir / "config.yaml").exists() or (newest is not None and _is_end(stored, newest, run_dir))
-    tracked = described and is_end and config.tracking.wandb != "off" and is_configured_end
+    is_end, is_own = _is_end(stored, run_dir), is_configured(run_dir, config)
+    tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
-        check_measurable(config, world, stored.weight_sets)
+        check_measurable(config, world, settings)
         if world.is_main:
             _say_what_is_the_start(stored, settings)
-            logger.info("%d settings, %d images in all", len(settings), images_of(config, stored.weight_sets))
+            logger.info("%d settings, %d images in all", len(settings), images_of(settings))
 
         def network(name: str) -> JiT:
             return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, run_dir, guide)
-        result = measure_finally(network, stored.weight_sets, evaluator, run_dir, is_end=is_end)
+        result = measure_finally(network, settings, evaluator, run_dir, is_end=is_end)
         if world.is_main:
             mark_complete(run_dir, "evaluate")
             if tracked:
                 _track(config, run_dir, result)
-    if world.is_main:
-        print(table_of(result))
+            print(table_of(result))
 
 
-def _is_end(stored: StoredWeights, newest: Checkpoint, run_dir: Path) -> bool:
-    """Whether the stored weights are the newest checkpoint of the run in `run_dir`, which has ended with it."""
-    run, progress = load_config(run_dir / "config.yaml").run, newest.progress
-    ends = (run.max_images is not None and progress.images >= run.max_images) or (
-        run.max_steps is not None and progress.step >= run.max_steps
-    )
-    return ends and stored.path.resolve() == newest.path.resolve()
+def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
+    """Whether the run in `run_dir` has ended with the stored weights, or there is no run."""
+    if not (run_dir / "config.yaml").exists():
+        return True
+    run, newest = load_config(run_dir / "config.yaml").run, latest_checkpoint(run_dir)
+    if newest is None or stored.path.resolve() != newest.path.resolve():
+        return False
+    ends = ((run.max_images, newest.progress.images), (run.max_steps, newest.progress.step))
+    return any(end is not None and seen >= end for end, seen in ends)
 
 
-def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[Setting]) -> None:
+def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[EvaluationConfig]) -> None:
     """Warn about averages that are mostly the start of the run, where a checkpoint tells how long that was."""
     if not (stored.path / "index.json").exists():
         return

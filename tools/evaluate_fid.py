@@ -11,12 +11,9 @@ is written if the sweep is that of the run's config.yaml.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
-from jitscale import parallel
 from jitscale.command import Parser
-from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluate import evaluate, without_sweep
 from jitscale.evaluation.settings import AXES
@@ -38,24 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(flag, type=int, metavar="N", dest=setting, help=f"{what}; default: evaluation.{setting}")
     parser.add_overrides("settings that win, after --")
     options = parser.parse_intermixed_args(arguments)
-    settings = [text for text in options.sweep if "." in text.partition("=")[0]]
     axes = [text for text in options.sweep if "." not in text.partition("=")[0]]
 
     adopt_launcher_environment()
     path = options.config or options.checkpoint / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{path}: not there; give --config FILE")
-    overrides = [*options.overrides, *settings]
+    overrides = [*options.overrides, *(text for text in options.sweep if text not in axes)]
     overrides += [f"evaluation.sweep={json.dumps(axes)}"] if axes else without_sweep(overrides)
     counts = {name: getattr(options, name) for name in ("sweep_images", "num_images", "sweep_keep")}
     overrides += [f"evaluation.{name}={count}" for name, count in counts.items() if count is not None]
-    if options.config is None:
-        overrides.append(f"run.dir={options.checkpoint}")
-    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    asked = options.config is None or any(text.startswith("evaluation.weights=") for text in overrides)
-    weights = config.evaluation.weights if asked else None
-    evaluate(options.checkpoint, config, weights, described=options.config is None)
+    evaluate(options.checkpoint, path, overrides, None, described=options.config is None)
     return ExitCode.DONE
 
 

@@ -14,16 +14,17 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 from jitscale.command import Parser, positive
-from jitscale.config import Config, images_of_run, load_config, weight_set_names
+from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
-from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, recommend, zero_stages
+from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, recommend
 from jitscale.planner.memory import parameters_by_kind
 from jitscale.planner.timing import Cluster
 
@@ -83,7 +84,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     share = config.data.batch_size // cluster.gpus
     micro_batch = config.engine.micro_batch_size or share
     kinds = parameters_by_kind(config.model)
-    stages = zero_stages(config.engine.precision)
+    stages = (0, 1, 2, 3) if config.engine.precision == "fp32" else (1, 2, 3)
     shown = [
         candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
         for stage in stages
@@ -92,7 +93,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     paper = replace(cluster, gpus=PAPER_GPUS)
     at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
     at_papers_batch = [candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE) for stage in stages]
-    cost = measuring_cost(config, weight_set_names(config))
+    cost = measuring_cost(config)
     choice = recommend(config, cluster)
     return {
         "caveat": CAVEAT,
@@ -107,14 +108,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "parameters": {"total": sum(kinds.values())} | kinds,
         "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
         "stages": [_described(config, cluster, option) for option in shown],
-        "paper_batch": [
-            {
-                "stage": option.stage,
-                "step_seconds": option.step_seconds,
-                "communication": asdict(option.communication),
-            }
-            for option in at_papers_batch
-        ],
+        "paper_batch": [_described(at_paper, paper, option) for option in at_papers_batch],
         "recommended": None if choice is None else _described(config, cluster, choice),
         "reason": _reason(config, cluster, choice),
     }
@@ -123,20 +117,16 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
 def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str, Any]:
     rate = config.data.batch_size / option.step_seconds
     seconds = images_of_run(config) / rate
-    return {
-        "stage": option.stage,
-        "micro_batch_size": option.micro_batch,
-        "activation_checkpointing": option.activation_checkpointing,
+    chosen = {"zero_stage": option.stage, "micro_batch_size": option.micro_batch_size}
+    chosen["activation_checkpointing"] = option.activation_checkpointing
+    return asdict(option) | {
         "memory": asdict(option.memory) | {"total": option.memory.total},
-        "fits": option.fits,
-        "communication": asdict(option.communication),
-        "compute_seconds": option.compute_seconds,
         "step_seconds": option.step_seconds,
         "images_per_second": rate,
         "images_per_second_per_gpu": rate / cluster.gpus,
         "days": seconds / 86_400,
         "gpu_hours": seconds / 3_600 * cluster.gpus,
-        "overrides": option.overrides(),
+        "overrides": [f"engine.{name}={value}" for name, value in chosen.items()],
     }
 
 
@@ -148,7 +138,7 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
             f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: take more GPUs, "
             "larger ones, or fewer ema.decays."
         )
-    size, every = choice.micro_batch, choice.activation_checkpointing
+    size, every = choice.micro_batch_size, choice.activation_checkpointing
     parts = config.data.batch_size // cluster.gpus // size
     reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
     if choice.stage > 1:
@@ -169,38 +159,29 @@ def _text(plan: dict[str, Any]) -> str:
     kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in parameters.items() if kind != "total")
     hidden = "hidden behind backward where it can be" if cluster["overlap"] else "not overlapped in stages 0-2"
     per_gpu = f"{plan['images_per_gpu']} a GPU, {plan['micro_batch_size']} at a time"
-    tflop = f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training"
-    run = [
-        ["parameters", f"{parameters['total']:,} (millions: {kinds})"],
-        ["TFLOP an image", tflop],
-        ["batch", f"{plan['batch_size']} over {cluster['gpus']} GPUs: {per_gpu}"],
-        ["precision", f"{plan['precision']}, {plan['averages']} averages"],
-        ["run", f"{plan['images_of_run']:,} images"],
-        ["measuring", plan["measuring"]["what"]],
-    ]
+    run = {
+        "parameters": f"{parameters['total']:,} (millions: {kinds})",
+        "TFLOP an image": f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
+        "batch": f"{plan['batch_size']} over {cluster['gpus']} GPUs: {per_gpu}",
+        "precision": f"{plan['precision']}, {plan['averages']} averages",
+        "run": f"{plan['images_of_run']:,} images",
+        "measuring": plan["measuring"]["what"],
+    }
     parts = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
-    memory = [
-        [*_settings(s), *(f"{s['memory'][part] / 1e9:.2f}" for part in parts), "yes" if s["fits"] else "NO"]
-        for s in stages
-    ]
-    time = [
-        [
-            *_settings(s),
-            f"{s['step_seconds'] * 1e3:.1f}",
-            f"{s['images_per_second']:.0f}",
-            f"{s['images_per_second_per_gpu']:.1f}",
-            f"{s['days']:.2f}",
-            f"{s['gpu_hours']:.0f}",
-        ]
-        for s in stages
-    ]
+    memory, time = [], []
+    for s in stages:
+        settings = [str(s["stage"]), "every block" if s["activation_checkpointing"] else "off"]
+        sizes = [f"{s['memory'][part] / 1e9:.2f}" for part in parts]
+        memory.append([*settings, *sizes, "yes" if s["fits"] else "NO"])
+        rates = [f"{s['images_per_second']:.0f}", f"{s['images_per_second_per_gpu']:.1f}"]
+        time.append([*settings, f"{s['step_seconds'] * 1e3:.1f}", *rates, f"{s['days']:.2f}", f"{s['gpu_hours']:.0f}"])
     lines = [
         plan["caveat"],
         f"Assumed: matrix products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
         "",
-        *_table(["", ""], run),
+        *_table(["", ""], run.items()),
         "",
         "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
         "",
@@ -245,11 +226,7 @@ def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
     return _table([*columns, "images/GPU that hide the rest"], rows)
 
 
-def _settings(stage: dict[str, Any]) -> list[str]:
-    return [str(stage["stage"]), "every block" if stage["activation_checkpointing"] else "off"]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def _table(head: list[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
@@ -261,14 +238,12 @@ def _number(most: float, *, zero: bool = False) -> Callable[[str], float]:
     """The type of an option between 0 (included only with `zero`) and `most`."""
 
     def parse(text: str) -> float:
-        try:
+        with suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (0 < value <= most or (zero and value == 0)) or math.isinf(value):
-            limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
-        return value
+            if (0 < value <= most and value < math.inf) or (zero and value == 0):
+                return value
+        limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
 
     return parse
 

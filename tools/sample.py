@@ -61,12 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output}: holds files already; choose another --output")
     options.output.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    with tqdm(total=len(ids), unit="img", desc="sample") as progress:
+    drawn: list[torch.Tensor] = []
+    with tqdm(total=len(ids), unit="img", desc="sample") as progress, autocast(stored.config, device):
         for start in range(0, len(ids), options.batch):
             part = ids[start : start + options.batch]
-            with autocast(stored.config, device):
-                images = to_uint8(generate(model, sampler, part, evaluation.seed, guide), part).cpu()
+            images = to_uint8(generate(model, sampler, part, evaluation.seed, guide), part).cpu()
             for image, number in zip(images, part, strict=True):
                 label = number % max(1, model.config.num_classes)
                 pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
@@ -83,7 +82,7 @@ def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: i
     """Ids of images of these classes, class by class; a network without classes counts as one of a single class.
 
     Raises:
-        UserError: a class that the network does not have.
+        UserError: the network does not have a class.
     """
     num_classes = max(1, num_classes)
     wanted = range(min(10, num_classes)) if classes is None else classes
@@ -94,14 +93,10 @@ def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: i
 
 
 def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's settings of sampling, changed by the command line.
-
-    Raises:
-        UserError: an impossible interval.
-    """
+    """The run's settings of sampling, changed by the command line. Raises a UserError at an impossible interval."""
     names = ("method", "steps", "guidance_scale", "guidance_interval", "seed", "guide")
-    asked = {name: getattr(options, name) for name in names}
-    chosen = replace(evaluation, **{name: value for name, value in asked.items() if value is not None})
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    chosen = replace(evaluation, **asked)
     low, high = chosen.guidance_interval
     if not 0 <= low < high <= 1:
         raise UserError(f"--interval {low} {high}: must be two times 0 <= low < high <= 1")

@@ -25,22 +25,17 @@ def cautions(config: Config, images: int) -> list[str]:
     return found
 
 
-def start_share(config: Config, weights: str, steps: int) -> float:
-    """The share of the run's first weights in an average after `steps`, in [0, 1]; 0 if unknown.
+def start_caution(config: Config, weights: str, steps: int) -> str | None:
+    """A line about an average that after `steps` is mostly the weights that the run began with, or None.
 
-    In an exponential average without warm-up it is decay^steps. A run that took its averages over from other weights
-    (`run.init_from`) began with an average.
+    In an exponential average without warm-up their share is decay^steps. It is unknown if the run took its averages
+    over from other weights (`run.init_from`): then it began with an average.
     """
     decays = {ema_name(decay): decay for decay in config.ema.decays}
     taken_over = config.run.init_from is not None and config.run.init_ema
     if weights not in decays or config.ema.warmup or taken_over:
-        return 0.0
-    return float(decays[weights] ** steps)
-
-
-def start_caution(config: Config, weights: str, steps: int) -> str | None:
-    """A line about an average that is mostly the start of the run, or None."""
-    share = start_share(config, weights, steps)
+        return None
+    share = decays[weights] ** steps
     if share <= START_SHARE:
         return None
     return (

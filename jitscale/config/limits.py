@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import ge, gt, le, lt
 from typing import Any, NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
@@ -22,31 +23,18 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed.
+    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed."""
 
-    Attributes:
-        default: where neither a file nor an override gives a value.
-        meaning: a phrase for readers of the schema and of `--print-config`.
-        unit: of a number, where the name does not say it.
-        above: the smallest value, itself excluded.
-        at_least: the smallest value.
-        below: the largest value, itself excluded.
-        at_most: the largest value.
-        reason: of the limit, where the meaning does not give it.
-        choices: all allowed values.
-        check: yields what is wrong with the value as a whole.
-    """
-
-    default: Any
-    meaning: str
-    unit: str = ""
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
-    reason: str = ""
-    choices: tuple[Any, ...] = ()
-    check: Callable[[Any], Faults] = lambda value: iter(())
+    default: Any  # where neither a file nor an override gives a value
+    meaning: str  # a phrase for readers of the schema and of `--print-config`
+    unit: str = ""  # of a number, where the name does not say it
+    above: float | None = None  # the smallest value, itself excluded
+    at_least: float | None = None  # the smallest value
+    below: float | None = None  # the largest value, itself excluded
+    at_most: float | None = None  # the largest value
+    reason: str = ""  # of the limit, where the meaning does not give it
+    choices: tuple[Any, ...] = ()  # all allowed values
+    check: Callable[[Any], Faults] = lambda value: iter(())  # yields what is wrong with the value as a whole
 
     @property
     def limit(self) -> str:
@@ -79,20 +67,14 @@ class Setting:
         usual = f"the default is {shown(self.default)}"
         if self.default is None or self.default == []:
             usual = f"give such a value, or {shown(self.default)} for none"
+        bounds = ((gt, self.above), (ge, self.at_least), (lt, self.below), (le, self.at_most))
         if isinstance(value, float) and not math.isfinite(value):
             yield "must be finite", usual
-        elif not self._allows(value):
+        elif not all(bound is None or holds(value, bound) for holds, bound in bounds) or (
+            self.choices and value not in self.choices
+        ):
             notes = "; ".join(note for note in (self.unit, self.reason) if note)
             yield f"must be {self.limit} ({notes})" if notes else f"must be {self.limit}", usual
-
-    def _allows(self, value: Any) -> bool:
-        return (
-            (not self.choices or value in self.choices)
-            and (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-        )
 
 
 def setting(default: T, meaning: str, **details: Any) -> T:

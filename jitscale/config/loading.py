@@ -34,8 +34,6 @@ def load_config(
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
     Args:
-        path: a YAML file.
-        overrides: settings that win over the file.
         world_size: ranks that will share a batch.
         bf16_supported: whether the device that `run.device` names has bfloat16.
         needs_shards: whether `data.shards` must be set.
@@ -112,7 +110,7 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from jitscale.config.limits import Faults, Setting, distinct, setting
 
 WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the whole run, where gamma is 0
 LARGEST_SEED = 2**63 - 1
+PRECISIONS = ("fp32", "autocast", "bf16")
+KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
+WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 
@@ -40,9 +43,7 @@ class ModelConfig:
     in_context_len: int = setting(32, "class tokens prepended before block in_context_start; 0: none", at_least=0)
     in_context_start: int = setting(4, "the first block with class tokens", at_least=0)
     num_classes: int = setting(1000, "classes; 0: unconditional", at_least=0)
-    position_grid: int | None = setting(
-        None, "side of the grid on which positions were trained; null: the network's own", unit="tokens", at_least=1
-    )
+    position_grid: int | None = setting(None, "trained side of the grid; null: its own", unit="tokens", at_least=1)
     attn_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
     proj_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
 
@@ -64,9 +65,7 @@ class DiffusionConfig:
 class DataConfig:
     """Where the images come from and in which order."""
 
-    shards: str = setting(
-        "", "folder, glob or brace pattern of tars; s3://, gs://, https:// too; {resolution} is the image size"
-    )
+    shards: str = setting("", "folder, glob or braces of tars; s3://, gs://, https://; {resolution}: the image size")
     batch_size: int = setting(1024, "images of one optimizer step over all ranks", at_least=1)
     flip: bool = setting(True, "mirror half of the images")
     num_workers: int = setting(4, "loader processes a rank; 0 reads in the training process", at_least=0)
@@ -74,9 +73,7 @@ class DataConfig:
     window: int = setting(512, "samples shuffled together inside a stream", at_least=1)
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
     held_out: str | None = setting(
-        None,
-        "never trained on: shards, or a fraction chosen by the keys; null: none",
-        check=_fraction_or_shards,
+        None, "never trained on: shards, or a fraction chosen by the keys; null: none", check=_fraction_or_shards
     )
     max_bad_fraction: float = setting(
         1e-4, "largest share of undecodable images (10 are always allowed); others replace them", at_least=0, below=1
@@ -110,22 +107,16 @@ class EngineConfig:
 
     zero_stage: int = setting(1, "0 replicates all (fp32 only, to compare), 3 shards weights too", choices=(0, 1, 2, 3))
     precision: str = setting(
-        "autocast",
-        "autocast: bf16 arithmetic, fp32 weights; bf16: bf16 weights, fp32 masters",
-        choices=("fp32", "autocast", "bf16"),
+        "autocast", "autocast: bf16 arithmetic, fp32 weights; bf16: bf16 weights, fp32 masters", choices=PRECISIONS
     )
     micro_batch_size: int | None = setting(None, "images a rank and pass; null: the rank's whole share", at_least=1)
-    attention: str = setting(
-        "auto", "auto: the fastest that works", choices=("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
-    )
+    attention: str = setting("auto", "auto: the fastest that works", choices=KERNELS)
     align: bool | None = setting(None, "pad feed-forward products with zeros to multiples of 64; null: on GPUs")
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")
     float8: bool = setting(False, "products of the blocks in float8, by torchao: GPUs from Hopper on")
     activation_checkpointing: int = setting(0, "recompute every k-th block in backward; 0: none", at_least=0)
     offload_optimizer: bool = setting(False, "optimizer state and masters in the CPU's memory")
-    hpz_group_size: int = setting(
-        1, "stage 3: ranks of a group that keeps a second copy of the weights (ZeRO++ hpZ); 1: none", at_least=1
-    )
+    hpz_group_size: int = setting(1, "stage 3: ranks that share a second copy of weights (hpZ); 1: none", at_least=1)
 
 
 @dataclass
@@ -137,9 +128,7 @@ class EmaConfig:
     power_widths: list[float] = setting(
         [], "standard deviations relative to the run, as [0.05,0.1]", above=0, below=WIDEST_POWER, check=distinct
     )
-    snapshot_every_images: int | None = setting(
-        None, "store power averages (tools/posthoc_ema.py); null: never", at_least=1
-    )
+    snapshot_every_images: int | None = setting(None, "store power averages (posthoc_ema.py); null: never", at_least=1)
 
 
 @dataclass
@@ -148,9 +137,7 @@ class CheckpointConfig:
 
     every_images: int = setting(1_281_167, "the distance between checkpoints", at_least=1)
     keep_last: int = setting(2, "complete checkpoints kept; older ones are removed after a save", at_least=1)
-    keep_every_images: int | None = setting(
-        None, "the first checkpoint after each multiple of this is kept for ever; null: none", at_least=1
-    )
+    keep_every_images: int | None = setting(None, "keep the first after each multiple for ever; null: none", at_least=1)
     asynchronous: bool = setting(False, "go on while the state, copied to the CPU's memory, is written")
 
 
@@ -163,36 +150,24 @@ class EvaluationConfig:
     steps: int = setting(50, "sampling steps", at_least=1)
     guidance_scale: float = setting(1.0, "1: no guidance")
     guidance_interval: list[float] = setting([0.1, 1.0], "in t", at_least=0, at_most=1, check=_low_and_high)
-    guide: str | None = setting(
-        None, "autoguidance: any stored weights of a smaller or less trained network; null: the network without labels"
-    )
+    guide: str | None = setting(None, "autoguidance by a smaller or less trained network; null: no labels")
     guide_weights: str | None = setting(None, "the guide's weight set; null: its default")
     t_eps: float | None = setting(None, "as diffusion.t_eps, while sampling; null: training's", above=0)
-    labels: str = setting(
-        "balanced", "sampled classes; data: as frequent as in data.shards", choices=("balanced", "random", "data")
-    )
+    labels: str = setting("balanced", "classes; data: as in data.shards", choices=("balanced", "random", "data"))
     seed: int = setting(0, "for noise and random labels", at_least=0, at_most=LARGEST_SEED)
-    features: str | None = setting(
-        None, "feature network of FID and Inception Score; null: none", choices=("digits", "glyphs", "inception")
-    )
+    features: str | None = setting(None, "network of FID and Inception Score; null: none", choices=WITH_LOGITS)
     features_file: str | None = setting(None, "its weights, of the same shape; null: the published ones")
-    more_features: list[str] = setting(
-        [], "networks for the Fréchet distance alone", choices=("digits", "dinov2", "glyphs", "inception")
-    )
+    more_features: list[str] = setting([], "for the Fréchet distance alone", choices=(*WITH_LOGITS, "dinov2"))
     features_dir: str | None = setting(None, "folder of published feature networks; null: torch hub's folder")
     cache_dir: str | None = setting(None, "folder for statistics of real images; null: next to their shards")
     reference: str | None = setting(None, "shards of the real images; null: data.shards")
-    reference_size: int | None = setting(
-        None, "side to which real images are resized; null: model.image_size", unit="pixels", at_least=1
-    )
+    reference_size: int | None = setting(None, "side of real images; null: model.image_size", unit="pixels", at_least=1)
     num_images: int = setting(50_000, "generated images", at_least=10, reason=SPLITS)
     block_size: int = setting(64, "images generated together; fixed, so that ranks do not change a result", at_least=1)
     cuda_graphs: bool = setting(False, "the network as one CUDA graph for each size of a batch: GPUs only")
     at_end: bool = setting(False, "evaluate when the run is complete")
     sweep: list[str] | None = setting(
-        None,
-        "what the final evaluation tries, as [guidance=1.8:2.6:0.2,ema=averages]: the axes of tools/evaluate_fid.py; "
-        "the best setting is then measured on num_images; null: the configured setting alone",
+        None, "axes of evaluate_fid.py, as [guidance=1.8:2.6:0.2,ema=averages]; null: the configured setting alone"
     )
     sweep_images: int = setting(5000, "images of each setting of it; num_images at most", at_least=10, reason=SPLITS)
     sweep_keep: int = setting(1, "best settings that are measured on num_images", at_least=1)
@@ -304,10 +279,7 @@ def network_differences(before: Config, now: Config, *, ignored: Collection[str]
 
     Dropout and the model fields in `ignored` do not count.
     """
-    unlike = [
-        (f"model.{f.name}", getattr(before.model, f.name), getattr(now.model, f.name))
-        for f in fields(ModelConfig)
-        if f.name not in ("attn_dropout", "proj_dropout", *ignored)
-    ]
-    unlike.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
-    return [f"{key}: {old} -> {new}" for key, old, new in unlike if old != new]
+    names = [name for name in vars(before.model) if name not in ("attn_dropout", "proj_dropout", *ignored)]
+    both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
+    both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
+    return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]

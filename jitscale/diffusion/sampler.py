@@ -22,22 +22,17 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Sampler:
     """How noise becomes images.
 
-    Attributes:
-        method: "euler", or "heun": `steps` - 1 Heun steps and one Euler step to t = 1.
-        steps: intervals of the uniform time grid on [0, 1].
-        guidance_scale: w in v = v_u + w (v_c - v_u) (Ho and Salimans 2022); 1 means none. With a guide, v_u is that
-            network's velocity with the label (autoguidance, Karras et al. 2024, arXiv 2406.02507).
-        guidance_interval: guidance acts for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
-        prediction: what the network predicts, x, e or v.
-        t_eps: smallest denominator, as in training.
+    Guidance is v = v_u + w (v_c - v_u) (Ho and Salimans 2022), where v_u is the velocity without the label. With a
+    guide, it is that network's velocity with the label (autoguidance, Karras et al. 2024, arXiv 2406.02507).
     """
 
-    method: str = "heun"
-    steps: int = 50
-    guidance_scale: float = 1.0
+    method: str = "heun"  # or "euler"; heun: `steps` - 1 Heun steps and one Euler step to t = 1
+    steps: int = 50  # intervals of the uniform time grid on [0, 1]
+    guidance_scale: float = 1.0  # w; 1 means none
+    # Guidance acts for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
     guidance_interval: tuple[float, float] = (0.1, 1.0)
-    prediction: str = "x"
-    t_eps: float = 0.05
+    prediction: str = "x"  # what the network predicts: x, e or v
+    t_eps: float = 0.05  # smallest denominator, as in training
 
     def __post_init__(self) -> None:
         if self.method not in ("euler", "heun"):
@@ -57,8 +52,7 @@ class Sampler:
     def evaluations(self, steps: range | None = None) -> tuple[int, int]:
         """How often an image goes through the network with its label, and without it or through the guide.
 
-        Args:
-            steps: those counted; None for all.
+        Counted are `steps`; None for all.
         """
         grid = self._grid()
         strong = weak = 0
@@ -85,13 +79,7 @@ class Sampler:
 
     @torch.no_grad()
     def carry(
-        self,
-        network: Network,
-        z: Tensor,
-        labels: Tensor,
-        null_label: int,
-        steps: range,
-        guide: Network | None = None,
+        self, network: Network, z: Tensor, labels: Tensor, null_label: int, steps: range, guide: Network | None = None
     ) -> Tensor:
         """Do some of the steps, as `sample` does all: from the state `z` (B, 3, height, width) before the first one."""
         grid = self._grid()

@@ -55,7 +55,6 @@ def compute_blocks(
         count: how many blocks.
         size: images of a block, for the progress bar.
         compute: from the missing blocks of this rank their contents, in order.
-        world: this rank.
         keep: False computes all blocks and sends them to rank 0 instead of writing files: for few images.
 
     Returns:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from jitscale.config import Config, EvaluationConfig, images_of_run
+from jitscale.config import Config, EvaluationConfig, images_of_run, weight_set_names
 from jitscale.evaluation.generate import configured_sampler, grid_ids
-from jitscale.evaluation.settings import Setting, final_settings, sweep_images
+from jitscale.evaluation.settings import final_settings, images_of, sweep_images
 from jitscale.progressive import stages_of
 
 FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass
@@ -57,15 +57,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:,.0f}%"
 
 
-def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
-    """Cost of the measurements of a training, of all its stages, that writes `weight_sets`.
+def measuring_cost(config: Config) -> MeasuringCost:
+    """Cost of the measurements of a training, of all its stages.
 
     Raises:
         ConfigError: `evaluation.sweep` is impossible.
     """
     evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
     for stage in stages_of(config):
-        images, image_cost = images_of_run(stage), _image_cost(stage, stage.evaluation)
+        images, image_cost = images_of_run(stage), _image_cost(stage.evaluation, stage)
         cost.trained += images
         if evaluation.every_images:
             # The final evaluation takes the place of a measurement at the last step.
@@ -77,28 +77,26 @@ def measuring_cost(config: Config, weight_sets: Sequence[str]) -> MeasuringCost:
             grids = images // evaluation.grid_every_images
             cost.pictures += grids * len(grid_ids(stage.model.num_classes)) * image_cost
     if evaluation.at_end:
-        settings = final_settings(config, weight_sets)
-        cost.settings, beyond = len(settings), evaluation.num_images
+        settings = final_settings(config, weight_set_names(config))
+        swept = 0
         if len(settings) > 1:
-            cost.sweep = sweep_images(evaluation) * _sweep_cost(config, settings)
-            beyond -= sweep_images(evaluation)
-        dearest = max(_image_cost(config, setting.applied_to(evaluation, 1)) for setting in settings)
-        cost.final = min(evaluation.sweep_keep, len(settings)) * beyond * dearest
+            swept = sweep_images(evaluation) * len(settings)
+            cost.sweep = sweep_images(evaluation) * _sweep_cost(settings, config)
+        cost.settings = len(settings)
+        cost.final = (images_of(settings) - swept) * max(_image_cost(setting, config) for setting in settings)
     return cost
 
 
-def _image_cost(config: Config, evaluation: EvaluationConfig) -> float:
+def _image_cost(setting: EvaluationConfig, config: Config) -> float:
     """Of one generated image, in images trained on. A guide counts as a network of the same size."""
-    return FORWARD_SHARE * sum(configured_sampler(evaluation, config.diffusion).evaluations())
+    return FORWARD_SHARE * sum(configured_sampler(setting, config.diffusion).evaluations())
 
 
-def _sweep_cost(config: Config, settings: Sequence[Setting]) -> float:
+def _sweep_cost(settings: Sequence[EvaluationConfig], config: Config) -> float:
     """Of one image under every setting: those that differ in the scale alone share the steps before guidance."""
-    total = 0.0
-    for _, together in groupby(settings, key=lambda setting: (setting.weights, setting.interval)):
-        group = [setting.applied_to(config.evaluation, 1) for setting in together]
-        samplers = [configured_sampler(evaluation, config.diffusion) for evaluation in group]
-        shared = range(samplers[0].steps_before_guidance())
-        total += sum(sum(sampler.evaluations()) for sampler in samplers)
-        total -= (len(samplers) - 1) * sum(replace(samplers[0], guidance_scale=1.0).evaluations(shared))
-    return FORWARD_SHARE * total
+    total = sum(_image_cost(setting, config) for setting in settings)
+    for _, group in groupby(settings, key=lambda setting: (setting.weights, setting.guidance_interval)):
+        first, *others = (configured_sampler(setting, config.diffusion) for setting in group)
+        shared = replace(first, guidance_scale=1.0).evaluations(range(first.steps_before_guidance()))
+        total -= len(others) * FORWARD_SHARE * sum(shared)
+    return total

@@ -20,12 +20,12 @@ from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
-    RandomLabels,
     autocast,
     configured_sampler,
     generate_by_scale,
     labels_of,
     noise_ahead,
+    random_labels,
     ready_to_sample,
 )
 from jitscale.evaluation.networks import Embedder, identity_of
@@ -60,20 +60,13 @@ class Evaluator:
         self._labels, self._labels_identity = parallel.raise_together(lambda: configured_labels(config))
 
     def measure(
-        self,
-        model: JiT,
-        weights: str,
-        settings: Sequence[EvaluationConfig],
-        *,
-        neighbours: bool = True,
-        keep_blocks: bool = True,
+        self, model: JiT, settings: Sequence[EvaluationConfig], *, neighbours: bool = True, keep_blocks: bool = True
     ) -> list[dict[str, Any]]:
         """The metrics of samples of `model`, for settings that differ in the guidance scale alone; a collective call.
 
         Args:
             model: made by `ready_to_sample`; the same weights on every rank.
-            weights: name of the weight set, for the record.
-            settings: how to sample, and how many images.
+            settings: how to sample, and how many images; their weight set is for the record.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
             keep_blocks: False writes no files: for few images.
 
@@ -87,11 +80,25 @@ class Evaluator:
         Raises:
             UserError: an image with values that are not finite.
         """
-        named = {"weights": weights, "weights_sha256": weights_digest(model), **self._guide_digest}
-        protocols = [{**named, **self._labels_identity, **self._protocol(model, setting)} for setting in settings]
         samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
-        evaluation = settings[0]
-        size = evaluation.block_size
+        evaluation, size = settings[0], settings[0].block_size
+        # All that determines the generated images and their features; not what only changes the order of sums
+        # (attention kernels, compilation, padding).
+        same = {
+            "weights": evaluation.weights,
+            "weights_sha256": weights_digest(model),
+            **self._guide_digest,
+            **self._labels_identity,
+            "model": asdict(model.config),
+            "noise_scale": model.diffusion.noise_scale,
+            "seed": evaluation.seed,
+            "block_size": size,
+            "precision": self.config.engine.precision,
+            "float8": self.config.engine.float8,
+            "device": self.world.device.type,
+            **identity_of(self.embedder.files),
+        }
+        protocols = [{**same, "sampler": asdict(sampler)} for sampler in samplers]
 
         def blocks(missing: Sequence[Missing]) -> Iterator[Block]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
@@ -112,23 +119,6 @@ class Evaluator:
                 first = {key: values[: evaluation.num_images] for key, values in samples.items()}
                 results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
         return parallel.broadcast_object(results)
-
-    def _protocol(self, model: JiT, setting: EvaluationConfig) -> dict[str, Any]:
-        """All that determines the generated images and their features, besides weights and labels.
-
-        Not what only changes the order of sums (attention kernels, compilation, padding).
-        """
-        return {
-            "model": asdict(model.config),
-            "noise_scale": model.diffusion.noise_scale,
-            "sampler": asdict(configured_sampler(setting, model.diffusion)),
-            "seed": setting.seed,
-            "block_size": setting.block_size,
-            "precision": self.config.engine.precision,
-            "float8": self.config.engine.float8,
-            "device": self.world.device.type,
-            **identity_of(self.embedder.files),
-        }
 
     def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
         from jitscale.evaluation import metrics  # noqa: PLC0415 (slow)
@@ -172,12 +162,12 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
     if kind == "balanced" or classes == 0:
         return lambda ids: labels_of(ids, classes), {"labels": "balanced" if classes else None}
     if kind == "random":
-        return RandomLabels(seed, [1] * classes), {"labels": kind}
+        return lambda ids: random_labels(ids, seed, [1] * classes), {"labels": kind}
     source = config.data.shards or config.evaluation.reference or ""
     if not source or source.endswith(".npz"):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
     counts = open_sized(config, source, classes, config.model.image_size).class_counts()
-    return RandomLabels(seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
+    return lambda ids: random_labels(ids, seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
 
 
 def weights_digest(model: JiT) -> str:

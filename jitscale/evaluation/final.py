@@ -13,25 +13,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jitscale import parallel
-from jitscale.config import Config, load_config
+from jitscale.config import Config, EvaluationConfig, load_config
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError
 from jitscale.evaluation.blocks import digest_of
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.report import draw_sweep
-from jitscale.evaluation.settings import Setting, final_settings, sweep_images
+from jitscale.evaluation.settings import TRIED, final_settings, sweep_images
 from jitscale.files import atomic_write
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
+
+Measured = tuple[EvaluationConfig, dict[str, Any]]  # a setting and its metrics
 
 RESULTS = "results"  # the folder's name
 # Settings of `evaluation` that change nothing of a final evaluation.
@@ -42,31 +44,23 @@ _ELSEWHERE = (
 
 
 def measure_settings(
-    settings: Sequence[Setting],
-    network: Callable[[str], JiT],
-    evaluator: Evaluator,
-    num_images: int,
-    *,
-    neighbours: bool = False,
-) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Each setting with what `Evaluator.measure` says about `num_images` of it, in their order; a collective call.
+    settings: Sequence[EvaluationConfig], network: Callable[[str], JiT], evaluator: Evaluator, *, neighbours: bool
+) -> list[Measured]:
+    """Each setting with what `Evaluator.measure` says about it, in their order; a collective call.
 
     Settings of one network must lie together; `network` puts a weight set on the device.
     """
-    evaluation = evaluator.config.evaluation
+    measured: list[Measured] = []
     for weights, own in groupby(settings, key=lambda setting: setting.weights):
         model = network(weights)
-        for _, together in groupby(own, key=lambda setting: setting.interval):
+        for _, together in groupby(own, key=lambda setting: setting.guidance_interval):
             group = list(together)
-            configured = [setting.applied_to(evaluation, num_images) for setting in group]
-            results = evaluator.measure(model, weights, configured, neighbours=neighbours)
-            yield from zip(group, results, strict=True)
+            measured += zip(group, evaluator.measure(model, group, neighbours=neighbours), strict=True)
         del model  # before the next one is built: two large networks may not fit next to an engine
+    return measured
 
 
-def evaluate_model(
-    model: JiT, weights: str, config: Config, world: World, run_dir: Path, guide: JiT | None = None
-) -> dict[str, Any]:
+def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
     """`measure_finally` of the weight set `weights` alone, under the configured setting; a collective call.
 
     `model` was made by `ready_to_sample` and has the same weights on every rank.
@@ -75,20 +69,24 @@ def evaluate_model(
         UserError: see `Evaluator` and `measure_finally`.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
-    evaluator = Evaluator(alone, world, run_dir, guide)
-    return measure_finally(lambda name: model, [weights], evaluator, run_dir, is_end=True)
+    evaluator = Evaluator(alone, world, run_dir)
+    return measure_finally(lambda name: model, final_settings(alone, [weights]), evaluator, run_dir, is_end=True)
 
 
 def measure_finally(
-    network: Callable[[str], JiT], weight_sets: Sequence[str], evaluator: Evaluator, run_dir: Path, *, is_end: bool
+    network: Callable[[str], JiT],
+    settings: Sequence[EvaluationConfig],
+    evaluator: Evaluator,
+    run_dir: Path,
+    *,
+    is_end: bool,
 ) -> dict[str, Any]:
-    """Do the evaluation that the configuration describes, and write what came out; a collective call.
+    """Try `settings` on few images and measure the best ones, and write what came out; a collective call.
 
     Args:
-        network: from the name of one of `weight_sets` the network, ready to sample, on the device.
-        weight_sets: those that there are.
+        network: from the name of a weight set the network, ready to sample, on the device.
+        settings: of `final_settings`.
         evaluator: has the configuration.
-        run_dir: where the results go.
         is_end: whether these are the weights that the run in `run_dir` has ended with, or there is no run.
 
     Returns:
@@ -96,32 +94,35 @@ def measure_finally(
         a row for every setting that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
 
     Raises:
-        ConfigError: `evaluation.sweep` is impossible.
         DataError: the result cannot be written.
         UserError: an image with values that are not finite.
     """
-    config = evaluator.config
-    few, images = sweep_images(config.evaluation), config.evaluation.num_images
-    settings = chosen = final_settings(config, weight_sets)
-    coarse: list[tuple[Setting, dict[str, Any]]] = []
+    evaluation = evaluator.config.evaluation
+    few, chosen = sweep_images(evaluation), settings
+    coarse: list[Measured] = []
     if len(settings) > 1:
         if evaluator.world.is_main:
             logger.info("sweep: %d settings, %d images each", len(settings), few)
-        coarse = list(measure_settings(settings, network, evaluator, few))
-        kept = sorted(coarse, key=_fid)[: config.evaluation.sweep_keep]
-        chosen = sorted((setting for setting, _ in kept), key=settings.index)  # those of one network together
-    precise = sorted(measure_settings(chosen, network, evaluator, images, neighbours=True), key=_fid)
+        tried = [replace(setting, num_images=few) for setting in settings]
+        coarse = measure_settings(tried, network, evaluator, neighbours=False)
+        best = sorted(range(len(settings)), key=lambda index: _fid(coarse[index]))[: evaluation.sweep_keep]
+        chosen = [settings[index] for index in sorted(best)]  # those of one network together
+    precise = sorted(measure_settings(chosen, network, evaluator, neighbours=True), key=_fid)
     # With as many images, the best settings are rows of the sweep.
-    rows = coarse if coarse and few == images else [*coarse, *precise]
+    rows = coarse if coarse and few == evaluation.num_images else [*coarse, *precise]
     said = ("num_images", "fid", "inception_score")
-    table = [{**setting.as_dict(), **{key: measured[key] for key in said}} for setting, measured in rows]
-    best, metrics = precise[0]
-    result = {"best": best.as_dict(), **metrics, "table": table}
-    parallel.on_main(lambda: _write_result(run_dir, result, config, is_end=is_end))
+    table = [{**_tried(setting), **{key: metrics[key] for key in said}} for setting, metrics in rows]
+    setting, metrics = precise[0]
+    result = {"best": _tried(setting), **metrics, "table": table}
+    parallel.on_main(lambda: _write_result(run_dir, result, evaluator.config, is_end=is_end))
     return result
 
 
-def _fid(measured: tuple[Setting, dict[str, Any]]) -> float:
+def _tried(setting: EvaluationConfig) -> dict[str, Any]:
+    return {name: getattr(setting, name) for name in TRIED}
+
+
+def _fid(measured: Measured) -> float:
     return float(measured[1]["fid"])
 
 
@@ -158,20 +159,14 @@ def is_configured(run_dir: Path, config: Config) -> bool:
     return not path.exists() or _identity(config) == _identity(load_config(path))
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def _identity(config: Config) -> tuple[Any, ...]:
     """What a configuration says about its final evaluation."""
-    evaluation = {key: value for key, value in asdict(config.evaluation).items() if key not in _ELSEWHERE}
+    evaluation = {key: value for key, value in vars(config.evaluation).items() if key not in _ELSEWHERE}
     evaluation["sweep"] = sorted(config.evaluation.sweep or [])
     evaluation["reference"] = _place(config.evaluation.reference or config.data.shards)
     if config.evaluation.labels == "data":
         evaluation["labels"] = _place(config.data.shards)
-    engine = config.engine
-    return {
-        "model": asdict(config.model),
-        "diffusion": asdict(config.diffusion),
-        "evaluation": evaluation,
-        "arithmetic": (engine.precision, engine.float8),
-    }
+    return config.model, config.diffusion, evaluation, config.engine.precision, config.engine.float8
 
 
 def _place(pattern: str) -> str:

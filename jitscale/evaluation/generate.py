@@ -61,20 +61,13 @@ def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
     return torch.tensor([i % num_classes if num_classes else 0 for i in ids])
 
 
-class RandomLabels:
-    """Classes drawn at random, that of an image as a function of (seed, id) alone."""
-
-    def __init__(self, seed: int, counts: Sequence[int]) -> None:
-        """The probability of each class is proportional to its count; ValueError if all counts are zero."""
-        total = sum(counts)
-        if total < 1:
-            raise ValueError(f"counts: need a class with samples, got {list(counts)}")
-        self._seed, self._ends = seed, np.cumsum(counts) / total
-
-    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
-        """The classes of `ids`, (B,) int64."""
-        draws = uniform(self._seed, Purpose.SAMPLED_LABELS, np.asarray(ids))
-        return torch.from_numpy(np.searchsorted(self._ends, draws, side="right"))
+def random_labels(ids: Sequence[int], seed: int, counts: Sequence[int]) -> torch.Tensor:
+    """Classes drawn at random, (B,) int64, each as a function of (seed, id) alone, as likely as its count is large."""
+    total = sum(counts)
+    if total < 1:
+        raise ValueError(f"counts: need a class with samples, got {list(counts)}")
+    draws = uniform(seed, Purpose.SAMPLED_LABELS, np.asarray(ids))
+    return torch.from_numpy(np.searchsorted(np.cumsum(counts) / total, draws, side="right"))
 
 
 def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
@@ -173,15 +166,15 @@ def sample_grid(
     Raises:
         UserError: on every rank: an image with values that are not finite.
     """
-    ids = grid_ids(model.config.num_classes)
+    ids, size = grid_ids(model.config.num_classes), model.config.image_size
     own = ids[world.rank :: world.size]
+    none = torch.empty(0, 3, size, size, dtype=torch.uint8)
 
-    def sampled() -> torch.Tensor | None:
-        return to_uint8(generate(model, sampler, own, seed, guide), own).cpu() if own else None
+    def sampled() -> torch.Tensor:
+        return to_uint8(generate(model, sampler, own, seed, guide), own).cpu() if own else none
 
-    parts = [part for part in parallel.gather_objects(parallel.raise_together(sampled)) if part is not None]
-    images = torch.empty(len(ids), *parts[0].shape[1:], dtype=torch.uint8)
-    for rank, part in enumerate(parts):  # only the last ranks may have none
+    images = none.new_empty(len(ids), 3, size, size)
+    for rank, part in enumerate(parallel.gather_objects(parallel.raise_together(sampled))):
         images[rank :: world.size] = part
     return tile(images, GRID_COLUMNS)
 

@@ -1,7 +1,7 @@
 """Numbers for sets of generated images, computed in float64 from stored features and logits.
 
-Import this file where numbers are computed, not at the top of a file: torchmetrics brings all of scipy and matplotlib
-if they are installed, which takes 2 seconds at the start of every process.
+Values that are not finite, and shapes that do not fit each other, are refused with a ValueError. Import this file where
+numbers are computed: torchmetrics brings scipy and matplotlib, which take 2 seconds to load.
 
 Shapes: N images, F features, L logits.
 """
@@ -67,11 +67,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     @classmethod
     def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:
-        """To real features with this mean (F,) and unbiased covariance (F, F); their number has no influence.
-
-        Raises:
-            ValueError: shapes that do not fit each other, or values that are not finite.
-        """
+        """To real features with this mean (F,) and unbiased covariance (F, F); their number has no influence."""
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise ValueError(f"statistics do not fit: mean {mean.shape}, covariance {covariance.shape}")
         _refuse_non_finite(mean, "means")
@@ -86,11 +82,7 @@ class FrechetDistance(FrechetInceptionDistance):
         return True
 
     def update(self, imgs: Array, real: bool) -> None:  # type: ignore[override]
-        """Add stored features `imgs` (N, F); all of a set in one call give the covariance that `numpy.cov` gives.
-
-        Raises:
-            ValueError: another shape, or values that are not finite.
-        """
+        """Add stored features `imgs` (N, F); all of a set in one call give the covariance that `numpy.cov` gives."""
         if imgs.ndim != 2 or imgs.shape[1:] != self.real_features_sum.shape:
             raise ValueError(f"features {imgs.shape} do not fit: expected (N, {len(self.real_features_sum)})")
         _refuse_non_finite(imgs, "features")
@@ -112,11 +104,7 @@ class FrechetDistance(FrechetInceptionDistance):
             setattr(self, f"{name}_features_{key}", torch.as_tensor(value))
 
     def gaussian(self, *sets: Literal["real", "fake"]) -> tuple[Float64Array, Float64Array]:
-        """Mean (F,) and unbiased covariance (F, F) of one set, or of both together.
-
-        Raises:
-            ValueError: fewer than two images.
-        """
+        """Mean (F,) and unbiased covariance (F, F) of one set, or of both together: of two images at least."""
         sums = functools.reduce(_Sums.merged, (_sums_of(self.metric_state, name) for name in sets))
         if sums.images < 2:
             raise ValueError(f"a covariance needs at least two images, got {sums.images}")
@@ -129,11 +117,7 @@ class FrechetDistance(FrechetInceptionDistance):
         Two symmetric eigendecompositions cannot leave the real numbers, unlike those of torchmetrics, and R is kept.
         Fewer images than features leave A singular, and the distance then depends mostly on N: logged.
 
-        Returns:
-            The distance; round-off can leave it a little below zero for equal sets.
-
-        Raises:
-            ValueError: fewer than two images in a set.
+        Round-off can leave the distance of equal sets a little below zero. A set has two images at least.
         """
         mean_a, a = self.gaussian("fake")
         mean_b, b = self.gaussian("real")
@@ -157,11 +141,7 @@ def _sums_of(state: dict[str, Any], name: str) -> _Sums:
 
 
 def frechet_distance(features_a: Array, features_b: Array) -> float:
-    """Fréchet distance between two sets of features (N, F).
-
-    Raises:
-        ValueError: different F, fewer than two images in a set, or values that are not finite.
-    """
+    """Fréchet distance between two sets of features (N, F), of two images at least."""
     metric = FrechetDistance(features_b.shape[1])
     metric.update(features_b, real=True)
     metric.update(features_a, real=False)
@@ -173,13 +153,7 @@ def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
 
     The published protocol: images shuffled with numpy's RandomState(2020), cut into `splits` parts, and the mean and
     the population standard deviation (divided by `splits`) of the parts' scores. The shuffle matters: a part of images
-    sorted by class sees few classes.
-
-    Returns:
-        Mean and standard deviation over the parts.
-
-    Raises:
-        ValueError: not a matrix, fewer images than parts, or values that are not finite.
+    sorted by class sees few classes. There is at least one image for each part.
     """
     if logits.ndim != 2 or not 1 <= splits <= logits.shape[0]:
         raise ValueError(f"expected logits (N, L) of at least {splits} images, got shape {logits.shape}")
@@ -203,13 +177,10 @@ def kernel_distance(
 
     The unbiased estimate, for `subsets` random subsets of features (N, F) and (M, F), of `subset_size` or all images,
     drawn with a fixed seed; unlike the Fréchet distance it does not depend on N in the mean. torchmetrics' own metric
-    draws its subsets from torch's global generator.
+    draws its subsets from torch's global generator. A set has two images at least.
 
     Returns:
         Mean and population standard deviation over the subsets; multiply by 1000 for what some papers print.
-
-    Raises:
-        ValueError: different F, fewer than two images in a set, or values that are not finite.
     """
     _refuse_sets(features_a, features_b, fewest=2)
     size = min(subset_size, len(features_a), len(features_b))
@@ -227,10 +198,7 @@ def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple
 
     A set covers a point that lies nearer to one of its members than that member's `neighbour`-th nearest neighbour in
     the set. Precision is the share of generated images that the real ones cover, recall the reverse. Both depend on N
-    and M.
-
-    Raises:
-        ValueError: different F, no more than `neighbour` images in a set, or values that are not finite.
+    and M, which are larger than `neighbour`.
     """
     _refuse_sets(real, generated, fewest=neighbour + 1)
     return _covered(generated, real, neighbour), _covered(real, generated, neighbour)
@@ -249,9 +217,6 @@ def label_agreement(logits: Array, labels: Array) -> float:
     """Share of images, in [0, 1], whose largest of `logits` (N, L) is the class they were asked to show, `labels` (N,).
 
     Only for a network whose logits are the classes of the generator, in the same order.
-
-    Raises:
-        ValueError: shapes that do not fit, no images, values that are not finite, or labels outside [0, L).
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.size == 0:
         raise ValueError(f"expected logits (N, L) and labels (N,), got shapes {logits.shape} and {labels.shape}")

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from jitscale import parallel
-from jitscale.config import Config, weight_set_names
+from jitscale.config import Config, EvaluationConfig, weight_set_names
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
 from jitscale.evaluation.reference import open_real_images, read_statistics, reference_source
-from jitscale.evaluation.settings import final_settings, sweep_images
+from jitscale.evaluation.settings import final_settings, images_of, sweep_images
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
@@ -41,11 +41,10 @@ def check_training_measures(config: Config, world: World) -> Config:
             if world.is_main:
                 logger.warning("evaluation.at_end=false: nothing is measured on the way either: %s", error)
             config = replace(config, evaluation=replace(config.evaluation, every_images=0))
-    weight_sets = weight_set_names(config)
     measured = [stage for stage in stages_of(config) if stage.evaluation.at_end or stage.evaluation.every_images]
     if not measured:
         return config
-    cost = parallel.raise_together(lambda: measuring_cost(config, weight_sets))
+    cost = measuring_cost(config)
     limit, sweep_share = config.evaluation.sweep_max_share, cost.share_of(cost.sweep)
     if limit is not None and sweep_share > limit:
         raise ConfigError(
@@ -53,20 +52,20 @@ def check_training_measures(config: Config, world: World) -> Config:
             f"compute (measuring: {cost}); lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
         )
     for stage in measured:
-        check_measurable(stage, world, weight_sets, at_end=stage.evaluation.at_end)
+        settings = final_settings(stage, weight_set_names(stage)) if stage.evaluation.at_end else []
+        check_measurable(stage, world, settings)
     if world.is_main:
         logger.info("measuring: %s", cost)
     return config
 
 
-def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *, at_end: bool = True) -> None:
-    """Feature networks, real images, labels, settings of the sweep and room are there; a collective call.
+def check_measurable(config: Config, world: World, settings: Sequence[EvaluationConfig]) -> None:
+    """Feature networks, real images, labels and room are there; a collective call.
 
-    `weight_sets` can be measured. Without `at_end` there are measurements on few images alone.
+    The final evaluation tries `settings`; without any, there are measurements on few images alone.
 
     Raises:
-        ConfigError: on every rank: no feature network or reference is configured, the sweep is impossible, or there is
-            no room.
+        ConfigError: on every rank: no feature network or reference is configured, or there is no room.
         DataError: on every rank: weights are missing and cannot be downloaded now, or are no such network; the
             reference does not open or fit.
     """
@@ -86,37 +85,20 @@ def check_measurable(config: Config, world: World, weight_sets: Sequence[str], *
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
             raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")
-        if at_end:
-            images, folder = images_of(config, weight_sets), run_dir / "evaluation"
+        if settings:
+            images, folder = images_of(settings), run_dir / "evaluation"
             values = sum(sizes_of(files).values()) + FEATURE_NETWORKS[files[0].name].num_logits
             needed = 4 * values * images - sum(path.stat().st_size for path in folder.glob("samples_*/block_*.npz"))
             purpose = f"the features of {images} images take"
             remedy = "lower evaluation.num_images or evaluation.sweep_images"
             _check_room(folder, needed, f"run.dir={config.run.dir}", purpose, remedy)
-        _warn_of_few_images(config, sizes_of(files), weight_sets, at_end=at_end)
+        _warn_of_few_images(evaluation, sizes_of(files), len(settings))
 
     parallel.on_main(check)
 
 
-def images_of(config: Config, weight_sets: Sequence[str]) -> int:
-    """Images whose features a final evaluation keeps.
-
-    Raises:
-        ConfigError: the sweep is impossible.
-    """
-    evaluation, settings = config.evaluation, final_settings(config, weight_sets)
-    if len(settings) == 1:
-        return evaluation.num_images
-    few = sweep_images(evaluation)
-    return len(settings) * few + min(evaluation.sweep_keep, len(settings)) * (evaluation.num_images - few)
-
-
 def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str) -> None:
-    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet.
-
-    Raises:
-        ConfigError: naming what is needed.
-    """
+    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet."""
     absolute = folder.absolute()
     free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     if needed > free:
@@ -125,11 +107,10 @@ def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str
         )
 
 
-def _warn_of_few_images(config: Config, sizes: dict[str, int], weight_sets: Sequence[str], *, at_end: bool) -> None:
+def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], settings: int) -> None:
     """Warn where covariances will be singular: the distance then depends mostly on the number of images."""
-    evaluation = config.evaluation
-    counts = {"num_images": evaluation.num_images} if at_end else {}
-    if at_end and len(final_settings(config, weight_sets)) > 1:
+    counts = {"num_images": evaluation.num_images} if settings else {}
+    if settings > 1:
         counts["sweep_images"] = sweep_images(evaluation)
     if evaluation.every_images:
         counts["few_images"] = evaluation.few_images
@@ -137,10 +118,6 @@ def _warn_of_few_images(config: Config, sizes: dict[str, int], weight_sets: Sequ
         wide = {part: size for part, size in sizes.items() if size > count}
         if wide:
             logger.warning(
-                "evaluation.%s=%d is fewer than the %d dimensions of %s: compare its distances with those of as many "
-                "images only",
-                name,
-                count,
-                max(wide.values()),
-                ", ".join(wide),
+                f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}: "
+                "compare its distances with those of as many images only"
             )

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import ConfigError
 
 MOST_SCALES = 200
 AXES = ("guidance", "ema", "interval")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A weight set and how it is sampled from."""
-
-    weights: str
-    interval: tuple[float, float]
-    scale: float
-
-    def applied_to(self, evaluation: EvaluationConfig, num_images: int) -> EvaluationConfig:
-        """The configuration with this setting."""
-        return replace(evaluation, num_images=num_images, **self.as_dict())
-
-    def as_dict(self) -> dict[str, Any]:
-        """By the names of the configuration."""
-        return {"weights": self.weights, "guidance_scale": self.scale, "guidance_interval": list(self.interval)}
+TRIED = ("weights", "guidance_scale", "guidance_interval")  # what the axes set in the configuration
 
 
 def sweep_images(evaluation: EvaluationConfig) -> int:
@@ -36,13 +19,17 @@ def sweep_images(evaluation: EvaluationConfig) -> int:
     return min(evaluation.sweep_images, evaluation.num_images)
 
 
-def final_settings(config: Config, weight_sets: Sequence[str]) -> list[Setting]:
-    """What the final evaluation tries: `settings_of` the configured axes."""
-    return settings_of(config.evaluation.sweep or [], config, weight_sets)
+def images_of(settings: Sequence[EvaluationConfig]) -> int:
+    """Images whose features a final evaluation of `settings` keeps: few of each, and the rest of the best ones."""
+    if not settings:
+        return 0
+    evaluation, few = settings[0], sweep_images(settings[0])
+    best = min(evaluation.sweep_keep, len(settings))
+    return len(settings) * few + best * (evaluation.num_images - few)
 
 
-def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str]) -> list[Setting]:
-    """Every combination of what the axes name, those of one network together.
+def final_settings(config: Config, weight_sets: Sequence[str]) -> list[EvaluationConfig]:
+    """What the final evaluation tries: every combination of what `evaluation.sweep` names, by networks and intervals.
 
     Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
     names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
@@ -51,9 +38,8 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
         ConfigError: an unknown axis or weight set, or impossible numbers.
     """
     evaluation = config.evaluation
-    low, high = evaluation.guidance_interval
-    scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [(low, high)]
-    for text in axes:
+    scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [evaluation.guidance_interval]
+    for text in evaluation.sweep or []:
         axis, _, values = text.partition("=")
         if axis not in AXES or not values:
             raise _mistake(text, "write one of guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8")
@@ -75,7 +61,7 @@ def settings_of(axes: Sequence[str], config: Config, weight_sets: Sequence[str])
         remedy = "so that nothing guides it; leave the axis out"
         raise _mistake("guidance", f"the network is trained with labels only, or with none, {remedy}")
     return [
-        Setting(name, interval, scale)
+        replace(evaluation, weights=name, guidance_interval=interval, guidance_scale=scale)
         for name in names
         for interval in intervals
         for scale in scales
@@ -95,18 +81,18 @@ def _scales(text: str, values: str) -> list[float]:
             found = [round(low + index * step, 9) for index in range(count)] if 0 < count <= MOST_SCALES else []
         else:
             found = [float(part) for part in values.split(",")]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         found = []
     if not found or not all(0 <= scale < math.inf for scale in found):
         raise _mistake(text, f"write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
     return list(dict.fromkeys(found))
 
 
-def _interval(text: str, part: str) -> tuple[float, float]:
+def _interval(text: str, part: str) -> list[float]:
     try:
         low, high = (float(number) for number in part.split(":"))
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low < high <= 1:
         raise _mistake(text, f"{part} must be two times LOW:HIGH, 0 <= low < high <= 1")
-    return low, high
+    return [low, high]

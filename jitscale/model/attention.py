@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -122,11 +123,6 @@ class ChosenKernel:
     version: str  # of the package that it comes from
     reason: str  # why it and not another
 
-    @property
-    def kernel(self) -> Kernel:
-        """The function."""
-        return KERNELS[self.name]
-
 
 def choose_kernel(
     asked: str,
@@ -146,25 +142,24 @@ def choose_kernel(
     Raises:
         ConfigError: the kernel that was asked for does not pass; the message says why.
     """
-
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    failures: list[str] = []
+    failures: dict[str, str] = {}  # by kernel, why it does not work
     for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
-            for length in sorted(set(tokens)):
-                for dropout in sorted(set(dropouts)):
-                    _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
+            for length, dropout in sorted(set(product(tokens, dropouts))):
+                _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
         except Exception as error:  # compilers of kernels raise what they like; it is said
-            line = [*str(error).strip().splitlines(), type(error).__name__][0]
-            failures.append(f"{name}: {line}" if asked == "auto" else line)
-            continue
-        reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
-        return ChosenKernel(name, _version(name), reason)
+            failures[name] = [*str(error).strip().splitlines(), type(error).__name__][0]
+        else:
+            others = "; ".join(f"{other}: {why}" for other, why in failures.items())
+            reason = "asked for" if asked != "auto" else others or "the first that was tried"
+            return ChosenKernel(name, _version(name), reason)
     if asked == "auto":
-        raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+        found = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        raise ConfigError(f"engine.attention=auto: no kernel works here ({found})")
     raise ConfigError(
-        f"engine.attention={asked} does not work here ({failures[0]}); head dim {head_dim}, {dtype}, dropout "
+        f"engine.attention={asked} does not work here ({failures[asked]}); head dim {head_dim}, {dtype}, dropout "
         f"{max(dropouts)}, {device}; choose auto"
     )
 

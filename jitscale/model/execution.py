@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig
 from jitscale.errors import ConfigError
-from jitscale.model.attention import ChosenKernel, choose_kernel
+from jitscale.model.attention import KERNELS, ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
 from jitscale.model.flops import image_tokens
 from jitscale.model.jit import Block, JiT
@@ -68,7 +68,7 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         tokens=[length, length + config.in_context_len],
         heads=config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
-        dropouts=sorted({block.attn.attn_dropout if training else 0.0 for block in blocks}),
+        dropouts=[block.attn.attn_dropout if training else 0.0 for block in blocks],
         dtype=torch.float32 if engine.precision == "fp32" else torch.bfloat16,
         device=device,
     )
@@ -78,7 +78,7 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     if engine.float8 and not aligned:
         raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
     for index, block in enumerate(blocks):
-        block.attn.kernel = attention.kernel
+        block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
         every = engine.activation_checkpointing if training else 0

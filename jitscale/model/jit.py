@@ -81,13 +81,9 @@ class JiT(nn.Module):
         if config.in_context_len > 0:
             self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, config.hidden_size))
         middle_half = range(config.depth // 4, config.depth // 4 * 3)
+        dropouts = (config.attn_dropout, config.proj_dropout)
         self.blocks = nn.ModuleList(
-            Block(
-                config,
-                config.attn_dropout if index in middle_half else 0.0,
-                config.proj_dropout if index in middle_half else 0.0,
-            )
-            for index in range(config.depth)
+            Block(config, *(dropouts if index in middle_half else (0.0, 0.0))) for index in range(config.depth)
         )
         self.final_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
@@ -123,15 +119,9 @@ class JiT(nn.Module):
         return self.config.num_classes
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict from noisy images.
+        """Predict (B, 3, image_size, image_size) from noisy images `z` of that shape.
 
-        Args:
-            z: (B, 3, image_size, image_size).
-            t: (B,) in [0, 1]; 1 is clean.
-            y: (B,) integer labels; `null_label` for no class.
-
-        Returns:
-            (B, 3, image_size, image_size)
+        Their times `t` (B,) lie in [0, 1], where 1 is clean; the integer labels `y` (B,) are `null_label` for no class.
         """
         prefix = self.config.in_context_len
         label = self.y_embedder(y)

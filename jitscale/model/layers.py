@@ -140,9 +140,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (2, N, D) -> (B, N, C)"""
-        q, k, v = (
-            multiply(self.product, x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        )  # (B, N, H, D) each
+        qkv = multiply(self.product, x, self.qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         out = self.kernel(q, k, v, self.attn_dropout if self.training else 0.0)

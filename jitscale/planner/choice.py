@@ -16,35 +16,20 @@ CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a configuration on a cluster.
-
-    Attributes:
-        memory: bytes on one rank.
-        communication: of one optimizer step.
-        compute_seconds: of one optimizer step, at the assumed utilisation.
-        fits: whether the memory stays below the GPU's, less the margin.
-    """
+    """One way to run a configuration on a cluster."""
 
     stage: int
-    micro_batch: int
+    micro_batch_size: int
     activation_checkpointing: int
-    memory: Memory
-    communication: Communication
-    compute_seconds: float
-    fits: bool
+    memory: Memory  # bytes on one rank
+    communication: Communication  # of one optimizer step
+    compute_seconds: float  # of one optimizer step, at the assumed utilisation
+    fits: bool  # whether the memory stays below the GPU's, less the margin
 
     @property
     def step_seconds(self) -> float:
         """One optimizer step."""
         return self.compute_seconds + self.communication.exposed
-
-    def overrides(self) -> list[str]:
-        """The settings that choose it."""
-        return [
-            f"engine.zero_stage={self.stage}",
-            f"engine.micro_batch_size={self.micro_batch}",
-            f"engine.activation_checkpointing={self.activation_checkpointing}",
-        ]
 
 
 def candidate(
@@ -66,11 +51,6 @@ def candidate(
     return Candidate(stage, micro_batch, activation_checkpointing, memory, communication(run, cluster), compute, fits)
 
 
-def zero_stages(precision: str) -> tuple[int, ...]:
-    """The ZeRO stages that a precision runs in."""
-    return (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)
-
-
 def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     """The fastest way to run that fits; None where none does.
 
@@ -82,19 +62,18 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     """
     share = config.data.batch_size // cluster.gpus
     enough = min(share, -(-BUSY_TOKENS // image_tokens(config.model)))
-    best: list[Candidate] = []
-    for stage in (1, 2, 3):
-        tried = [
-            candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
-            for micro_batch in range(1, share + 1)
-            if share % micro_batch == 0
-            for every in CHECKPOINTING
-        ]
-        fitting = [option for option in tried if option.fits]
-        if fitting:
-            best.append(min(fitting, key=lambda c: (c.micro_batch < enough, round(c.step_seconds, 9), -c.micro_batch)))
-    busy = [option for option in best if option.micro_batch >= enough] or best
+    tried = [
+        candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
+        for stage in (1, 2, 3)
+        for micro_batch in range(1, share + 1)
+        if share % micro_batch == 0
+        for every in CHECKPOINTING
+    ]
+    fitting = [option for option in tried if option.fits]
+    busy = [option for option in fitting if option.micro_batch_size >= enough] or fitting
     if not busy:
         return None
     fastest = min(option.step_seconds for option in busy)
-    return next(option for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest)
+    stage = min(option.stage for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest)
+    own = [option for option in busy if option.stage == stage]
+    return min(own, key=lambda option: (round(option.step_seconds, 9), -option.micro_batch_size))

@@ -44,24 +44,15 @@ class Memory:
     """Bytes on one rank during backward, where they are at their most.
 
     The copy of the gradients that the update makes is not counted: buckets and activations are free by then.
-
-    Attributes:
-        weights: of the forward pass; in stage 3 this rank's shard and the small ones that stay whole.
-        gradients: what backward accumulates, before the optimizer step.
-        masters: the optimizer's float32 weights, next to `weights`.
-        moments: the optimizer's.
-        averages: the EMAs.
-        buckets: DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too.
-        activations: what the forward pass of a micro-batch keeps for backward.
     """
 
-    weights: float
-    gradients: float
-    masters: float
-    moments: float
-    averages: float
-    buckets: float = 0.0
-    activations: float = 0.0
+    weights: float  # of the forward pass; in stage 3 this rank's shard and the small ones that stay whole
+    gradients: float  # what backward accumulates, before the optimizer step
+    masters: float  # the optimizer's float32 weights, next to `weights`
+    moments: float  # the optimizer's
+    averages: float  # the EMAs
+    buckets: float = 0.0  # DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too
+    activations: float = 0.0  # what the forward pass of a micro-batch keeps for backward
 
     @property
     def state(self) -> float:
@@ -78,11 +69,7 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
     The layout is that of DeepSpeed 0.19.8 as engine.py configures it. The padding of shards to a few bytes is left out.
-
-    Args:
-        config: the run.
-        ranks: of the run.
-        overlap: DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
+    `overlap` is DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
     """
     stage, precision, group = config.engine.zero_stage, config.engine.precision, config.engine.hpz_group_size
     shapes = parameter_shapes(config.model)

@@ -12,37 +12,20 @@ from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines a run is planned for, and how its ranks communicate. Bandwidths are bytes/s in one direction.
+    """The machines a run is planned for, and how its ranks communicate. Bandwidths are bytes/s in one direction."""
 
-    Attributes:
-        gpus: ranks of the run.
-        gpu_memory: bytes of one GPU.
-        gpus_per_node: GPUs behind one fast interconnect.
-        intra: bandwidth of one GPU to the others of its node.
-        inter: bandwidth of one GPU's share of its node's network.
-        peak: bf16 FLOP/s of one GPU, from its data sheet.
-        mfu: fraction of `peak` that the network's matrix products reach while nothing is communicated. An assumption.
-        margin: fraction of `gpu_memory` left to what is not counted: CUDA context, communicators, workspaces,
-            gradients of activations, fragmentation.
-        hpz: in stage 3 each node keeps a second whole copy of the weights (ZeRO++).
-        overlap: stages 0 to 2 reduce gradients during backward (DeepSpeed's `overlap_comm`).
-    """
-
-    gpus: int
-    gpu_memory: float
-    gpus_per_node: int = 8
-    intra: float = 450e9
-    inter: float = 50e9
-    peak: float = 989e12
-    mfu: float = 0.4
+    gpus: int  # ranks of the run
+    gpu_memory: float  # bytes of one GPU
+    gpus_per_node: int = 8  # GPUs behind one fast interconnect
+    intra: float = 450e9  # bandwidth of one GPU to the others of its node
+    inter: float = 50e9  # bandwidth of one GPU's share of its node's network
+    peak: float = 989e12  # bf16 FLOP/s of one GPU, from its data sheet
+    mfu: float = 0.4  # assumed fraction of `peak` that the matrix products reach while nothing is communicated
+    # Fraction of `gpu_memory` left to what is not counted: CUDA context, communicators, workspaces, gradients of
+    # activations, fragmentation.
     margin: float = 0.1
-    hpz: bool = False
-    overlap: bool = True
-
-    @property
-    def nodes(self) -> int:
-        """Nodes that the GPUs fill."""
-        return -(-self.gpus // self.gpus_per_node)
+    hpz: bool = False  # in stage 3 each node keeps a second whole copy of the weights (ZeRO++)
+    overlap: bool = True  # stages 0 to 2 reduce gradients during backward (DeepSpeed's `overlap_comm`)
 
     def collective_seconds(self, size: float, *, within_node: bool = False) -> float:
         """Time of one all-gather or reduce-scatter of `size` bytes (the whole tensor, not a rank's part).
@@ -51,31 +34,21 @@ class Cluster:
         node receives (m - 1)/m of them through the cards of its GPUs together; the slower of the two counts.
         Latency is left out.
         """
-        local = min(self.gpus, self.gpus_per_node)
-        if within_node or self.nodes == 1:
-            return _ring(local) * size / self.intra
-        inside = _ring(self.gpus) * size / self.intra
-        between = _ring(self.nodes) * size / (self.inter * self.gpus_per_node)
-        return max(inside, between)
+        if within_node or self.gpus <= self.gpus_per_node:
+            return _ring(min(self.gpus, self.gpus_per_node)) * size / self.intra
+        between = _ring(-(-self.gpus // self.gpus_per_node)) * size / (self.inter * self.gpus_per_node)
+        return max(_ring(self.gpus) * size / self.intra, between)
 
 
 @dataclass(frozen=True)
 class Communication:
-    """One optimizer step's traffic and time on one rank. Bytes count what a rank sends; times are seconds.
+    """One optimizer step's traffic and time on one rank; times are seconds."""
 
-    Attributes:
-        bytes: sent by one rank, (n - 1)/n of each tensor that is gathered or scattered, twice that for an all-reduce.
-        seconds: of all of it, one after the other.
-        exposed: seconds in which the GPUs wait for it.
-        after_step: the part of `exposed` that no batch can hide: the new weights are gathered after the update.
-        hiding_batch: fewest images a GPU whose forward and backward passes last as long as what they can hide; None
-            where nothing is hidden.
-    """
-
-    bytes: float
-    seconds: float
-    exposed: float
-    after_step: float
+    bytes: float  # sent by one rank, (n - 1)/n of each tensor that is gathered or scattered, twice that to all-reduce
+    seconds: float  # of all of it, one after the other
+    exposed: float  # in which the GPUs wait for it
+    after_step: float  # the part of `exposed` that no batch can hide: the new weights are gathered after the update
+    # Fewest images a GPU whose forward and backward passes last as long as what they can hide; None where nothing is.
     hiding_batch: int | None
 
 
@@ -96,22 +69,22 @@ def communication(config: Config, cluster: Cluster) -> Communication:
     """
     stage, precision, d = config.engine.zero_stage, config.engine.precision, config.model.depth
     n = cluster.gpus
+    if n == 1:
+        return Communication(0.0, 0.0, 0.0, 0.0, 1)
     share = config.data.batch_size // n
     micro_batch = config.engine.micro_batch_size or share
     micro_batches = share // micro_batch
     size = float(WEIGHT_BYTES[precision] * sum(math.prod(shape) for shape in parameter_shapes(config.model).values()))
     gather = cluster.collective_seconds(size)
     forward, backward = pass_seconds(config, cluster, 1)
-    if n == 1:
-        return Communication(0.0, 0.0, 0.0, 0.0, 1)
     if stage == 3:
-        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
         group = min(n, cluster.gpus_per_node) if cluster.hpz else n
+        gather_and_scatter = cluster.collective_seconds(size, within_node=cluster.hpz) + gather
+        exposed = _exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)
         return Communication(
-            bytes=micro_batches * (size * (2 * _ring(n) + _ring(group))),
+            bytes=micro_batches * size * (2 * _ring(n) + _ring(group)),
             seconds=micro_batches * (gather + gather_and_scatter),
-            exposed=micro_batches
-            * (_exposed(gather, forward * micro_batch, d) + _exposed(gather_and_scatter, backward * micro_batch, d)),
+            exposed=micro_batches * exposed,
             after_step=0.0,
             hiding_batch=max(1, math.ceil(gather / forward), math.ceil(gather_and_scatter / backward)),
         )

@@ -85,7 +85,7 @@ class Previews:
         few = replace(evaluation, num_images=evaluation.few_images)
         self.caution_about(evaluation.weights, state.step)
         network = self._network(evaluation.weights)
-        (result,) = self._evaluator.measure(network, evaluation.weights, [few], neighbours=False, keep_blocks=False)
+        (result,) = self._evaluator.measure(network, [few], neighbours=False, keep_blocks=False)
         if self.world.is_main:
             self.tracker.log_few(result, state.step, state.images)
             logger.info("%d images: FID %.4g on %d samples", state.images, result["fid"], result["num_images"])
@@ -104,8 +104,8 @@ class Previews:
     def final(self) -> None:
         """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
         state, run_dir = self.state, Path(self.config.run.dir)
-        weight_sets = weight_set_names(self.config)
-        result = measure_finally(self._network, weight_sets, self._evaluator, run_dir, is_end=True)
+        settings = final_settings(self.config, weight_set_names(self.config))
+        result = measure_finally(self._network, settings, self._evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
             recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]

@@ -20,7 +20,7 @@ from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.blocks import Missing, compute_blocks
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
-from jitscale.evaluation.generate import RandomLabels
+from jitscale.evaluation.generate import random_labels
 from jitscale.evaluation.metrics import FrechetDistance
 from jitscale.evaluation.real_images import cache_folders
 from jitscale.evaluation.requirements import check_training_measures
@@ -59,7 +59,7 @@ def test_a_guided_image_of_the_recipe_costs_62_images_of_training() -> None:
     assert (strong, weak) == (99, 88)
     alone = ["evaluation.sweep=null", "evaluation.every_images=0", "evaluation.grid_every_images=0"]
     config = load_config(CONFIGS / "jit_h_256.yaml", alone)
-    cost = measuring_cost(config, weight_set_names(config))
+    cost = measuring_cost(config)
     assert cost.final == pytest.approx(50_000 * 187 / 3)
     assert cost.share == pytest.approx(50_000 * 187 / 3 / 768_700_200)
     assert (cost.few, cost.sweep, cost.settings) == (0, 0, 1)
@@ -73,8 +73,8 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
     assert (evaluation.features, evaluation.num_images, evaluation.at_end) == ("inception", 50_000, True)
     settings = final_settings(config, weight_set_names(config))
     assert {setting.weights for setting in settings} == {"ema_0.9996", "ema_0.9998", "ema_0.9999"}
-    assert evaluation.guidance_scale in {setting.scale for setting in settings}
-    cost = measuring_cost(config, weight_set_names(config))
+    assert evaluation.guidance_scale in {setting.guidance_scale for setting in settings}
+    cost = measuring_cost(config)
     assert evaluation.sweep_max_share is not None
     assert cost.sweep / cost.trained <= evaluation.sweep_max_share
     if path.name.startswith("finetune_"):
@@ -94,7 +94,7 @@ def test_the_sweep_counts_shared_steps_once() -> None:
     """Scales of one average and interval share the steps before guidance: at 10 Euler steps from t = 0.35 on, four."""
     settings = ["evaluation.method=euler", "evaluation.steps=10", "evaluation.guidance_interval=[0.35,1.0]"]
     config = load_config(CONFIGS / "jit_b_256.yaml", [*settings, 'evaluation.sweep=["guidance=1,2,3"]'])
-    cost = measuring_cost(config, weight_set_names(config))
+    cost = measuring_cost(config)
     assert cost.sweep == pytest.approx(5000 / 3 * (10 + 2 * (10 + 6) - 2 * 4))
 
 
@@ -194,15 +194,14 @@ def test_cautions(config: str, override: str, said: str | None) -> None:
 
 def test_random_labels_follow_the_counts() -> None:
     """By seed and id alone; a class without samples is never asked for."""
-    labels = RandomLabels(3, [10, 0, 30])
-    drawn = labels(range(4000))
-    assert torch.equal(labels([17, 5]), drawn[[17, 5]])
-    assert not torch.equal(RandomLabels(4, [10, 0, 30])(range(4000)), drawn)
+    drawn = random_labels(range(4000), 3, [10, 0, 30])
+    assert torch.equal(random_labels([17, 5], 3, [10, 0, 30]), drawn[[17, 5]])
+    assert not torch.equal(random_labels(range(4000), 4, [10, 0, 30]), drawn)
     counts = torch.bincount(drawn, minlength=3).tolist()
     assert counts[1] == 0
     assert counts[0] == pytest.approx(1000, abs=100)
     with pytest.raises(ValueError, match="need a class with samples"):
-        RandomLabels(0, [0, 0])
+        random_labels([0], 0, [0, 0])
 
 
 def test_statistics_of_parts_are_those_of_the_whole() -> None:
@@ -271,7 +270,7 @@ def test_the_datas_labels_need_data() -> None:
 def test_a_progressive_run_is_measured_in_every_stage() -> None:
     config: Config = load_config(CONFIGS / "progressive_b_256.yaml")
     alone = replace(config, progressive=type(config.progressive)())
-    whole, last = (measuring_cost(one, weight_set_names(one)) for one in (config, alone))
+    whole, last = (measuring_cost(one) for one in (config, alone))
     assert (whole.trained, last.trained) == (768_700_200, 384_350_100)
     # 200 epochs at 64 px, 100 at 128 px: 4 and 2 measurements; 300 epochs at 256 px: 5, and the final evaluation.
     assert (whole.on_the_way, last.on_the_way) == (4 + 2 + 5, 5)

@@ -16,7 +16,7 @@ from jitscale.config import Config, DiffusionConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
-from jitscale.evaluation.settings import Setting, settings_of
+from jitscale.evaluation.settings import final_settings
 from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
@@ -30,17 +30,22 @@ def config(tmp_path: Path) -> Config:
     return load_config(path)
 
 
+def settings_of(axes: list[str], config: Config) -> list[tuple[str, list[float], float]]:
+    config.evaluation.sweep = axes
+    return [(s.weights, s.guidance_interval, s.guidance_scale) for s in final_settings(config, SETS)]
+
+
 def test_combinations(config: Config) -> None:
-    found = settings_of(["guidance=1.0:2.0:0.5", "ema=all", "interval=0.1:1.0,0.2:0.8"], config, SETS)
+    found = settings_of(["guidance=1.0:2.0:0.5", "ema=all", "interval=0.1:1.0,0.2:0.8"], config)
     own = [
-        (scale, interval)
-        for interval in ((0.1, 1.0), (0.2, 0.8))
+        (interval, scale)
+        for interval in ([0.1, 1.0], [0.2, 0.8])
         for scale in (1.0, 1.5, 2.0)
-        if (scale, interval) != (1.0, (0.2, 0.8))
+        if (interval, scale) != ([0.2, 0.8], 1.0)
     ]
-    assert found == [Setting(name, interval, scale) for name in SETS for scale, interval in own]
-    assert settings_of([], config, SETS) == [Setting("ema_0.9", (0.1, 1.0), 1.0)]
-    assert [s.scale for s in settings_of(["guidance=1,3,1"], config, SETS)] == [1.0, 3.0]
+    assert found == [(name, interval, scale) for name in SETS for interval, scale in own]
+    assert settings_of([], config) == [("ema_0.9", [0.1, 1.0], 1.0)]
+    assert [scale for _, _, scale in settings_of(["guidance=1,3,1"], config)] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -51,19 +56,20 @@ def test_combinations(config: Config) -> None:
         ("guidance=1:2:0", "write FROM:TO:STEP"),
         ("guidance=1:1000:1", "200 at most"),
         ("guidance=nan", "write FROM:TO:STEP"),
+        ("guidance=1:inf:1", "write FROM:TO:STEP"),
         ("ema=ema_0.5", "there are model, ema_0.9"),
         ("interval=0.5:0.1", "0 <= low < high <= 1"),
     ],
 )
 def test_mistakes(config: Config, axis: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        settings_of([axis], config, SETS)
+        settings_of([axis], config)
 
 
 def test_nothing_guides_a_network_without_labels(config: Config) -> None:
     config.model.num_classes = 0
     with pytest.raises(UserError, match="nothing guides it"):
-        settings_of(["guidance=2"], config, SETS)
+        settings_of(["guidance=2"], config)
 
 
 @pytest.mark.parametrize(

@@ -265,11 +265,11 @@ def test_recommendations() -> None:
     small = recommend(shipped("b_256"), Cluster(gpus=8, gpu_memory=80e9))
     assert small is not None
     assert (small.stage, small.activation_checkpointing) == (1, 0)
-    assert small.micro_batch > 16
+    assert small.micro_batch_size > 16
     large = shipped("g_512")
     roomy = recommend(large, Cluster(gpus=64, gpu_memory=141e9))
     assert roomy is not None
-    assert (roomy.micro_batch, roomy.activation_checkpointing) == (16, 0)
+    assert (roomy.micro_batch_size, roomy.activation_checkpointing) == (16, 0)
     tight = recommend(large, Cluster(gpus=64, gpu_memory=24e9))
     assert tight is not None
     assert tight.stage == 3

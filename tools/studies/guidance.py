@@ -16,7 +16,7 @@ from jitscale.config import ema_name
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import measure_settings
 from jitscale.evaluation.generate import ready_to_sample
-from jitscale.evaluation.settings import settings_of
+from jitscale.evaluation.settings import final_settings
 from jitscale.figures import curve_over, figure, mean_and_deviation, plus_minus
 from jitscale.model.jit import JiT
 from studies.run import Run, seeded
@@ -56,7 +56,8 @@ class Sweep:
         world = parallel.start(parallel.choose_device("cpu"))
         config = self.run.load(folder)
         stored = open_weights(folder / self.run.name)
-        axes = [
+        config.evaluation.num_images = self.samples
+        config.evaluation.sweep = [
             f"guidance={','.join(f'{scale:g}' for scale in SCALES)}",
             f"ema={','.join(ema_name(decay) for decay in DECAYS)}",
             f"interval={','.join(INTERVALS)}",
@@ -66,9 +67,11 @@ class Sweep:
             return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, folder / self.name)
-        settings = settings_of(axes, config, stored.weight_sets)
-        results = measure_settings(settings, network, evaluator, self.samples)
-        return {"fid": {_key(s.weights, s.interval, s.scale): measured["fid"] for s, measured in results}}
+        settings = final_settings(config, stored.weight_sets)
+        results = measure_settings(settings, network, evaluator, neighbours=False)
+        return {
+            "fid": {_key(s.weights, s.guidance_interval, s.guidance_scale): measured["fid"] for s, measured in results}
+        }
 
 
 def _key(weights: str, interval: Sequence[float], scale: float) -> str:
