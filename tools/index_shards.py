@@ -75,8 +75,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
     counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
     print(f"{tars.folder}: indexed {counts} {size}, {classes}")
-    if found.undecodable:
-        print(f"{_many(found.undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
+    if undecodable := sum(scan.undecodable for scan in found.scans):
+        print(f"{_many(undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
     return ExitCode.DONE
 
 
