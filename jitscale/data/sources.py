@@ -120,18 +120,46 @@ def find_sources(
         DataError: an input is missing, damaged or none of these, holds no images, or its labels make no sense.
     """
     _refuse_twice([Path(name) for name in inputs])
-    finder, encoder = _Finder(class_names or []), _Encoder()
+    finder = _Finder(class_names or [])
     images = chain.from_iterable(map(finder.images, inputs))
+    paths, path_ends, last_path = bytearray(), array("q"), None
+    names: dict[str, int] = {}
+    places: dict[int, str] = {}  # of the first label with each code
     chunks = []
-    while rows := [encoder.row(image) for image in islice(images, _CHUNK)]:
+    while chunk := list(islice(images, _CHUNK)):
+        rows = []
+        for image in chunk:
+            if image.path != last_path:
+                paths += os.fsencode(image.path)
+                path_ends.append(len(paths))
+                last_path = image.path
+            code = label_code(image.label, names)
+            places.setdefault(code, image.place)
+            rows.append((len(path_ends) - 1, image.offset, image.size, code, image.extension.encode()))
         chunks.append(np.array(rows, _SOURCE))
-        on_found(len(rows))
+        on_found(len(chunk))
     if not chunks:
         raise DataError(f"{', '.join(inputs)}: no image in {'it' if len(inputs) == 1 else 'them'}; {_REMEDY}")
     table = np.concatenate(chunks)
-    classes = encoder.number(table["label"], class_names)
-    paths, ends = np.frombuffer(bytes(encoder.paths), np.uint8), np.array(encoder.path_ends, np.int64)
-    return SourceTable(table, paths, ends, classes.number, classes.names, finder.ignored)
+    labels = CodedLabels(table["label"].copy(), list(names))
+    classes = find_classes([labels], class_names)
+    _refuse_wrong(labels, classes, places)
+    table["label"] = labels.numbers(classes)
+    ends = np.array(path_ends, np.int64)
+    return SourceTable(
+        table, np.frombuffer(bytes(paths), np.uint8), ends, classes.number, classes.names, finder.ignored
+    )
+
+
+def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str]) -> None:
+    """Refuse labels of several kinds, and unknown classes; `places` are those of the first label with each code."""
+    usual = labels.kinds() == classes.kind
+    for row, what, remedy in labels.wrong(classes):
+        place = places[int(labels.codes[row])]
+        if not usual.any():
+            raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
+        like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
+        raise DataError(f"{place}: {what}{like}; {remedy}")
 
 
 class _Found(NamedTuple):
@@ -143,41 +171,6 @@ class _Found(NamedTuple):
     place: str  # of the label, for a message
     offset: int = 0
     size: int = WHOLE_FILE
-
-
-class _Encoder:
-    """Makes a record of every image, and keeps what the records refer to: paths, and names of classes."""
-
-    def __init__(self) -> None:
-        self.paths = bytearray()
-        self.path_ends = array("q")
-        self._last_path: str | None = None
-        self._names: dict[str, int] = {}
-        self._places: dict[int, str] = {}  # of the first label with each code
-
-    def row(self, image: _Found) -> tuple[int, int, int, int, bytes]:
-        """The record of one image; its label is a code, see `CodedLabels`."""
-        if image.path != self._last_path:
-            self.paths += os.fsencode(image.path)
-            self.path_ends.append(len(self.paths))
-            self._last_path = image.path
-        code = label_code(image.label, self._names)
-        self._places.setdefault(code, image.place)
-        return len(self.path_ends) - 1, image.offset, image.size, code, image.extension.encode()
-
-    def number(self, codes: npt.NDArray[np.int32], class_names: list[str] | None) -> Classes:
-        """Replace `codes` by the numbers of their classes; refuse labels of several kinds, and unknown classes."""
-        labels = CodedLabels(codes, list(self._names))
-        classes = find_classes([labels], class_names)
-        usual = labels.kinds() == classes.kind
-        for row, what, remedy in labels.wrong(classes):
-            place = self._places[int(codes[row])]
-            if not usual.any():
-                raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
-            like = "" if usual[row] else f", as in {self._places[int(codes[usual][0])]}"
-            raise DataError(f"{place}: {what}{like}; {remedy}")
-        codes[:] = labels.numbers(classes)
-        return classes
 
 
 def _refuse_twice(paths: list[Path]) -> None:
