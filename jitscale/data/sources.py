@@ -197,9 +197,9 @@ class _Finder:
             for tar in _tars_of(name):
                 yield from self._in_tar(tar)
         elif suffix == ".csv":
-            yield from self._in_table(path, _csv_rows(path))
+            yield from self._in_table(path, "CSV", _csv_rows)
         elif suffix == ".jsonl":
-            yield from self._in_table(path, _json_rows(path))
+            yield from self._in_table(path, "JSON lines", _json_rows)
         elif suffix == ".tar":
             yield from self._in_tar(path)
         else:
@@ -276,20 +276,27 @@ class _Finder:
                 for _, offset, size, extension in sorted(pictures):
                     yield _Found(str(path), extension, label, f"{path}: byte {offset}", offset, size)
 
-    def _in_table(self, table: Path, rows: Iterator[_Row]) -> Iterator[_Found]:
+    def _in_table(self, table: Path, form: str, rows: Callable[[IO[str], str], Iterator[_Row]]) -> Iterator[_Found]:
         empty = True
-        for line, path, label in rows:
-            place, empty = f"{table}: line {line}", False
-            if not isinstance(path, str) or not path:
-                raise DataError(f"{place}: has no path; give every line the path of an image")
-            if _extension(path) not in EXTENSIONS:
-                raise DataError(f"{place}: {path!r} is no image by its name; expected {', '.join(EXTENSIONS)}")
-            if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
-                raise DataError(f"{place}: label {label!r} is neither an integer nor a name; correct it")
-            text = None if label is None else str(label).strip()
-            yield _Found(os.path.join(table.parent, path), _extension(path), self._label(text, place), place)
+        try:
+            with table.open(encoding="utf-8-sig", newline="") as file:
+                for line, path, label in rows(file, f"{table}: line"):
+                    empty = False
+                    yield self._in_row(table, f"{table}: line {line}", path, label)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{table}: cannot be read as a table ({error}); write it as {form} in UTF-8") from error
         if empty:
             raise DataError(f"{table}: has no lines with images; give a path in every line")
+
+    def _in_row(self, table: Path, place: str, path: object, label: object) -> _Found:
+        if not isinstance(path, str) or not path:
+            raise DataError(f"{place}: has no path; give every line the path of an image")
+        if _extension(path) not in EXTENSIONS:
+            raise DataError(f"{place}: {path!r} is no image by its name; expected {', '.join(EXTENSIONS)}")
+        if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
+            raise DataError(f"{place}: label {label!r} is neither an integer nor a name; correct it")
+        text = None if label is None else str(label).strip()
+        return _Found(os.path.join(table.parent, path), _extension(path), self._label(text, place), place)
 
     def _label(self, text: str | None, place: str) -> int | str | None:
         """The label that `text` is; refuses an empty one, and a number that no class can have."""
@@ -379,35 +386,28 @@ def _refuse_other_columns(place: str, columns: Collection[str]) -> None:
         )
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            if "path" not in columns:
-                raise DataError(
-                    f"{path}: line 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
-                    "begin the file with the line path,label (or path), separated by commas"
-                )
-            _refuse_other_columns(f"{path}: line 1", columns)
-            for row in reader:
-                yield reader.line_num, row["path"], row.get("label") or None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); write it as CSV in UTF-8") from error
+def _csv_rows(file: IO[str], place: str) -> Iterator[_Row]:
+    reader = csv.DictReader(file, strict=True)
+    columns = reader.fieldnames or []
+    if "path" not in columns:
+        raise DataError(
+            f"{place} 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
+            "begin the file with the line path,label (or path), separated by commas"
+        )
+    _refuse_other_columns(f"{place} 1", columns)
+    for row in reader:
+        yield reader.line_num, row["path"], row.get("label") or None
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    row = json.loads(text)
-                    if not isinstance(row, dict):
-                        raise DataError(f'{path}: line {line}: no object; write {{"path": ..., "label": ...}}')
-                    _refuse_other_columns(f"{path}: line {line}", row)
-                    yield line, row.get("path"), row.get("label")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write it as JSON lines in UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f'{path}: line {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
+def _json_rows(file: IO[str], place: str) -> Iterator[_Row]:
+    for line, text in enumerate(file, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f'{place} {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
+        if not isinstance(row, dict):
+            raise DataError(f'{place} {line}: no object; write {{"path": ..., "label": ...}}')
+        _refuse_other_columns(f"{place} {line}", row)
+        yield line, row.get("path"), row.get("label")

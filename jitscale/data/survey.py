@@ -85,11 +85,7 @@ def scan_shards(
 ) -> tuple[list[ShardScan], Classes, list[Defect]]:
     """Scan tars in parallel with a progress bar, and give every sample the number of its class, see `find_classes`.
 
-    Args:
-        paths: of the tars.
-        class_names: in the order of their numbers, or None.
-        workers: processes at most.
-        content: also read the content: sha256 and the sizes of the images.
+    With `content`, sha256 and the sizes of the images are read too.
 
     Returns:
         The scans in the order of `paths`, the classes, and the defects of tars and labels.
@@ -119,9 +115,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
 
     Args:
-        tars: from `find_tars`.
         class_names: in the order of their numbers; None where labels are numbers, or to sort the names.
-        workers: processes at most.
 
     Raises:
         DataError: no sample at all; class names for a packing; a process died. Mistakes in tars and labels are among

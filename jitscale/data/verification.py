@@ -56,11 +56,8 @@ def verify(tars: Tars, workers: int) -> Verification:
 
     Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
     and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
-    others; of a tar that breaks off, the samples before are checked.
-
-    Args:
-        tars: from `find_tars`; of a whole folder, every shard that its manifest names is checked.
-        workers: processes at most.
+    others; of a tar that breaks off, the samples before are checked. Of a whole folder, every shard that its manifest
+    names is checked.
 
     Raises:
         DataError: there is no manifest; a process died.
