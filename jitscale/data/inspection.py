@@ -203,18 +203,28 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     tile_of = {sample: tile for tile, sample in enumerate(chosen.tolist())}
     for shard, samples, rows in _by_shard(collection, np.sort(chosen)):
-        file = OffsetReader(collection.paths[shard])
+        tar = OffsetReader(collection.paths[shard])
         for sample, record in zip(samples.tolist(), collection.indices[shard][rows].tolist(), strict=True):
             row, column = divmod(tile_of[sample], SHEET_TILES)
             left, top = _GAP + column * wide, _GAP + row * high
             caption = collection.class_text(record[2]) if record[2] >= 0 else ""
             try:
-                sheet.paste(Image.fromarray(center_crop(_read(file, record), TILE)), (left, top))
+                sheet.paste(Image.fromarray(center_crop(_read(tar, record), TILE)), (left, top))
             except DataError:
                 caption = "undecodable"
                 draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), _MISSING)
             draw.text((left, top + TILE), _fitting(caption, font), _INK, font)
-    _save(sheet, path)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG", optimize=True)
+    if stream.tell() > _LARGEST_SHEET:
+        stream = io.BytesIO()
+        sheet.quantize(256).save(stream, "PNG", optimize=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(stream.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error
 
 
 def _look_at(task: tuple[Path, list[Record]]) -> Look:
@@ -282,17 +292,3 @@ def _fitting(text: str, font: Font) -> str:
     while font.getlength(text) > TILE:
         text = text[:-1]
     return text
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    stream = io.BytesIO()
-    sheet.save(stream, "PNG", optimize=True)
-    if stream.tell() > _LARGEST_SHEET:
-        stream = io.BytesIO()
-        sheet.quantize(256).save(stream, "PNG", optimize=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(stream.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error

@@ -203,9 +203,9 @@ class PackingJob:
 
     def _refresh(self) -> None:
         """Look for shards that this and other tasks have written."""
-        for name in os.listdir(self.folder / _FOLDER):
-            if name.startswith("shard-") and name.endswith(".json") and shard_number(name) not in self._packed:
-                packed = _read_record(self.folder / _FOLDER / name)
+        for path in (self.folder / _FOLDER).iterdir():
+            if path.match("shard-*.json") and shard_number(path.name) not in self._packed:
+                packed = _read_record(path)
                 if packed is not None and _is_there(self.folder, packed.record):
                     self._note(packed)
 
