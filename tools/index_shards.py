@@ -75,8 +75,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
     counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
     print(f"{tars.folder}: indexed {counts} {size}, {classes}")
-    if found.undecodable:
-        print(f"{_many(found.undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
+    if undecodable := sum(scan.undecodable for scan in found.scans):
+        print(f"{_many(undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
     return ExitCode.DONE
 
 
@@ -110,11 +110,11 @@ def _verify(tars: Tars, options: argparse.Namespace) -> int:
 
 def _report(defects: Sequence[Defect], path: Path | None, stream: TextIO) -> None:
     """Write all defects to the file `path`, and print the first ones."""
-    entries = [{"shard": str(defect.path), "byte": defect.byte, "what": defect.what} for defect in defects]
     if path is not None:
+        entries = ({"shard": str(defect.path), "byte": defect.byte, "what": defect.what} for defect in defects)
         try:
             with atomic_write(path) as file:
-                file.write("".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
+                file.writelines(f"{json.dumps(entry)}\n".encode() for entry in entries)
         except OSError as error:
             raise DataError(f"{path}: the report cannot be written ({error}); choose another file") from error
     for defect in defects[:MOST_LINES]:

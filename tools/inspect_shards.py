@@ -9,12 +9,13 @@ No manifest is needed. Damaged tars and images that cannot be decoded are counte
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jitscale.command import Parser, markdown
 from jitscale.data.find import find_tars
-from jitscale.data.inspection import Collection, balance, collect, contact_sheet, extensions, look, statistics
+from jitscale.data.inspection import balance, collect, contact_sheet, extensions, look, statistics
 from jitscale.errors import DataError, ExitCode, exit_with_message
 
 MOST_NAMED = 5  # classes or bad inputs that the table names
@@ -38,80 +39,73 @@ def main() -> int:
         what = f" ({collection.defects[0]})" if collection.defects else ""
         raise DataError(f"{options.shards}: holds no sample that can be read{what}; choose other shards")
     seen = look(collection, options.samples, options.seed, options.workers)
+    manifest = collection.manifest
     result = {
         "shards": len(collection.paths),
         "samples": collection.samples,
         "bytes": collection.bytes,
         "bytes_per_sample": collection.bytes / collection.samples,
-        "codec": collection.codec,
-        "resolution": collection.resolution,
-        "crop": collection.crop,
+        "codec": manifest.codec or None,
+        "resolution": manifest.resolution,
+        "crop": manifest.crop,
         "manifest_hash": collection.manifest_hash,
-        "bad_inputs": [{"source": bad.source, "reason": bad.reason} for bad in collection.bad],
-        "enlarged": collection.enlarged,
-        "defects": [str(defect) for defect in collection.defects],
+        "bad_inputs": list(map(asdict, manifest.bad)),
+        "enlarged": manifest.enlarged,
+        "defects": list(map(str, collection.defects)),
         "extensions": extensions(collection),
         "classes": balance(collection),
-        "decoded": seen.images,
-        "undecodable": [str(defect) for defect in seen.undecodable],
+        "decoded": len(seen.found),
+        "undecodable": list(map(str, seen.undecodable)),
         **statistics(seen),
     }
     if options.contact_sheet is not None:
         contact_sheet(collection, options.contact_sheet, options.seed)
-    print(json.dumps(result) if options.json else markdown(_lines(result, collection)))
+    print(json.dumps(result) if options.json else markdown(_lines(result, manifest.class_names)))
     return ExitCode.DONE
 
 
-def _lines(result: dict[str, Any], collection: Collection) -> list[tuple[str, str]]:
+def _lines(result: dict[str, Any], class_names: list[str] | None) -> list[tuple[str, str]]:
+    unknown = None if result["codec"] else "unknown: there is no manifest"
     resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of their own sizes"
     lines = [
         ("shards", f"{result['shards']:,}"),
         ("samples", f"{result['samples']:,}"),
         ("bytes", f"{result['bytes']:,}"),
         ("bytes a sample", f"{result['bytes_per_sample']:,.0f}"),
-        ("codec", result["codec"] or "unknown: there is no manifest"),
+        ("codec", unknown or result["codec"]),
         ("images of each extension", ", ".join(f"{name} {number:,}" for name, number in result["extensions"].items())),
-        ("resolution", resolution if result["codec"] else "unknown: there is no manifest"),
+        ("resolution", unknown or resolution),
         ("crop", result["crop"] or "none"),
         ("manifest hash", result["manifest_hash"]),
         ("inputs left out as bad", _some([f"{bad['source']}: {bad['reason']}" for bad in result["bad_inputs"]])),
         ("images enlarged", f"{result['enlarged']:,}"),
         ("defects of tars and labels", _some(result["defects"])),
-        *_class_lines(result["classes"], collection),
-        ("images decoded", f"{result['decoded']:,}"),
-        ("undecodable among them", _some(result["undecodable"])),
     ]
+    classes = result["classes"]
+    if classes["number"]:
+        named = f": {_first(class_names)}" if class_names else ", without names"
+        lines += [
+            ("classes", f"{classes['number']:,}{named}"),
+            ("smallest class", "{samples:,} samples, {class}".format(**classes["smallest"])),
+            ("median class", f"{classes['median_samples']:,g} samples"),
+            ("largest class", "{samples:,} samples, {class}".format(**classes["largest"])),
+            ("classes without a sample", _some(classes["empty"])),
+            ("samples without a class", f"{classes['samples_without_label']:,}"),
+        ]
+    else:
+        lines.append(("classes", "none"))
+    lines += [("images decoded", f"{result['decoded']:,}"), ("undecodable among them", _some(result["undecodable"]))]
     if result["decoded"]:
-        below = result["share_of_short_sides_below"]
-        lines += [
-            (f"{side}: min, median, max", "{min}, {median:g}, {max}".format(**result[side]))
-            for side in ("width", "height")
-        ]
-        lines += [(f"short side below {side}", f"{share:.1%}") for side, share in below.items()]
-        lines += [
-            ("mean of R, G, B in [0, 255]", _numbers(result["rgb_mean_255"], 1)),
-            ("standard deviation in [0, 255]", _numbers(result["rgb_std_255"], 1)),
-            ("mean of R, G, B in [-1, 1]", _numbers(result["rgb_mean"], 3)),
-            ("standard deviation in [-1, 1]", _numbers(result["rgb_std"], 3)),
-            ("grey images", f"{result['share_grey']:.1%}"),
-        ]
+        for side in ("width", "height"):
+            lines.append((f"{side}: min, median, max", "{min}, {median:g}, {max}".format(**result[side])))
+        for side, share in result["share_of_short_sides_below"].items():
+            lines.append((f"short side below {side}", f"{share:.1%}"))
+        for limits, suffix, digits in (("[0, 255]", "_255", 1), ("[-1, 1]", "", 3)):
+            for what, name in (("mean of R, G, B", "rgb_mean"), ("standard deviation", "rgb_std")):
+                numbers = ", ".join(f"{value:.{digits}f}" for value in result[name + suffix])
+                lines.append((f"{what} in {limits}", numbers))
+        lines.append(("grey images", f"{result['share_grey']:.1%}"))
     return lines
-
-
-def _class_lines(classes: dict[str, Any], collection: Collection) -> list[tuple[str, str]]:
-    if not classes["number"]:
-        return [("classes", "none")]
-    smallest, largest = classes["smallest"], classes["largest"]
-    names = collection.class_names
-    named = f": {_first(names)}" if names else ", without names"
-    return [
-        ("classes", f"{classes['number']:,}{named}"),
-        ("smallest class", f"{smallest['samples']:,} samples, {smallest['class']}"),
-        ("median class", f"{classes['median_samples']:,g} samples"),
-        ("largest class", f"{largest['samples']:,} samples, {largest['class']}"),
-        ("classes without a sample", _some(classes["empty"])),
-        ("samples without a class", f"{classes['samples_without_label']:,}"),
-    ]
 
 
 def _first(texts: list[str]) -> str:
@@ -121,10 +115,6 @@ def _first(texts: list[str]) -> str:
 def _some(texts: list[str]) -> str:
     """How many there are, and the first ones."""
     return f"{len(texts):,} ({_first(texts)})" if texts else "0"
-
-
-def _numbers(values: list[float], digits: int) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 if __name__ == "__main__":

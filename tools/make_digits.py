@@ -21,17 +21,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
     parser.add_number("--samples-per-shard", 256, "images of a shard")
-    options = parser.parse_args()
-    images, labels = digit_images(options.resolution)
-    said = write_shards_once(
-        images,
-        options.output,
-        labels=labels,
-        codec=options.codec,
-        samples_per_shard=options.samples_per_shard,
-        class_names=DIGIT_CLASSES,
-    )
-    print(said)
+    options = vars(parser.parse_args())
+    images, labels = digit_images(options.pop("resolution"))
+    print(write_shards_once(images, labels=labels, class_names=DIGIT_CLASSES, **options))
     return ExitCode.DONE
 
 

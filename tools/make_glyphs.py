@@ -26,17 +26,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
     parser.add_number("--samples-per-shard", 1000, "images of a shard")
-    options = parser.parse_args()
-    glyphs = Glyphs(options.count, options.resolution, options.seed)
-    said = write_shards_once(
-        glyphs,
-        options.output,
-        labels=glyphs.labels,
-        codec=options.codec,
-        samples_per_shard=options.samples_per_shard,
-        class_names=GLYPH_CLASSES,
-    )
-    print(said)
+    options = vars(parser.parse_args())
+    glyphs = Glyphs(options.pop("count"), options.pop("resolution"), options.pop("seed"))
+    print(write_shards_once(glyphs, labels=glyphs.labels, class_names=GLYPH_CLASSES, **options))
     return ExitCode.DONE
 
 

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -37,7 +38,6 @@ from jitscale.data.packing_job import (
     PACKING_CODECS,
     PackingJob,
     PackingOptions,
-    default_most_bad,
     finished,
     remove_leftovers,
 )
@@ -52,7 +52,20 @@ class Stopped(BaseException):
 
 def main() -> int:
     """Parse the command line, write the missing shards of one part, and the manifest if no part is missing."""
-    given = parser().parse_args()
+    parser = Parser(__doc__, allow_abbrev=False)
+    parser.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
+    parser.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
+    parser.add_number("--samples-per-shard", 1000, "images of a shard")
+    parser.add_number("--seed", 0, "of the order", int)
+    names = "names by line; their order gives the labels (default: sorted)"
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help=names)
+    parser.add_workers()
+    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
+    most = "images that may be unusable (default: 10, or 0.01%% if more)"
+    parser.add_argument("--max-bad", type=natural, metavar="N", help=most)
+    given = parser.parse_args()
     options = PackingOptions(
         input=given.input,
         codec=given.codec,
@@ -98,12 +111,11 @@ def _pack(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
     output: Path = given.output
     started = time.monotonic()
     with tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False) as bar:
-        job = PackingJob.begin(output, options, bar.update)
+        job = PackingJob(output, options, given.max_bad, bar.update)
     if finished(output, options) is not None:
         raise FileNotFoundError(None, None, str(output))  # the job was planned again after others had finished it
     part, parts = given.part
-    shards = job.shards_of(part, parts)
-    most_bad = default_most_bad(len(job.inputs)) if given.max_bad is None else given.max_bad
+    shards = job.shards[part - 1 :: parts]
     missing = job.missing(shards)
     workers = min(given.workers, max(len(missing), 1))
     _announce(job, len(shards) - len(missing), given.part)
@@ -113,33 +125,31 @@ def _pack(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
     stored = 0
     name = "pack" if parts == 1 else f"pack {part}/{parts}"
     interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines
-    with tqdm(total=total, initial=total - to_do, unit="image", desc=name, mininterval=interval) as bar:
-
-        def show(images: int, stored_bytes: int) -> None:
-            nonlocal stored
-            stored += stored_bytes
+    with (
+        tqdm(total=total, initial=total - to_do, unit="image", desc=name, mininterval=interval) as bar,
+        closing(job.run(shards, workers)) as packed,
+    ):
+        for shard in packed:
+            stored += shard.record.bytes
             bar.set_postfix_str(_bytes(stored), refresh=False)
-            bar.update(images)
-
-        job.run(shards, workers, most_bad, show)
-    manifest = job.finish(most_bad)
+            bar.update(shard.record.samples + len(shard.bad))
+    manifest = job.finish()
     seconds = time.monotonic() - started
     print(
         f"{output}: {to_do} images ({_bytes(stored)}) in {len(missing)} shards took {seconds:.1f} s, "
         f"{to_do / seconds:.0f} images/s with {workers} workers"
     )
     if manifest is None:
-        left = len(job.missing(range(job.num_shards)))
         print(
-            f"{output}: part {part}/{parts} is done; {left} of {job.num_shards} shards are left to other parts. The "
-            "last one writes manifest.json; if none did, give any of the commands again"
+            f"{output}: part {part}/{parts} is done; {len(job.missing(job.shards))} of {len(job.shards)} shards are "
+            "left to other parts. The last one writes manifest.json; if none did, give any of the commands again"
         )
-    else:
-        print(f"{output}: done: {_described(manifest)}")
-        for bad in manifest.bad[:BAD_SHOWN]:
-            print(f"  left out: {bad.source}: {bad.reason}")
-        if len(manifest.bad) > BAD_SHOWN:
-            print(f"  and {len(manifest.bad) - BAD_SHOWN} more; manifest.json lists all")
+        return ExitCode.DONE
+    print(f"{output}: done: {_described(manifest)}")
+    for bad in manifest.bad[:BAD_SHOWN]:
+        print(f"  left out: {bad.source}: {bad.reason}")
+    if len(manifest.bad) > BAD_SHOWN:
+        print(f"  and {len(manifest.bad) - BAD_SHOWN} more; manifest.json lists all")
     return ExitCode.DONE
 
 
@@ -147,7 +157,7 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
     inputs = job.inputs
     classes = f"{inputs.num_classes} classes" if inputs.num_classes else "no labels"
     print(
-        f"{job.folder}: {len(inputs)} images, {classes}, {job.num_shards} shards"
+        f"{job.folder}: {len(inputs)} images, {classes}, {len(job.shards)} shards"
         + (f"; part {part[0]}/{part[1]}" if part[1] > 1 else "")
         + (f"; going on after {done} finished shards" if done else "")
     )
@@ -187,24 +197,6 @@ def _described(manifest: Manifest) -> str:
 
 def _bytes(number: int) -> str:
     return tqdm.format_sizeof(number, "B", 1000)
-
-
-def parser() -> Parser:
-    """The command line."""
-    found = Parser(__doc__, allow_abbrev=False)
-    found.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
-    found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
-    found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
-    found.add_number("--samples-per-shard", 1000, "images of a shard")
-    found.add_number("--seed", 0, "of the order", int)
-    names = "names by line; their order gives the labels (default: sorted)"
-    found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
-    found.add_workers()
-    found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
-    most = "images that may be unusable (default: 10, or 0.01%% if more)"
-    found.add_argument("--max-bad", type=natural, metavar="N", help=most)
-    return found
 
 
 if __name__ == "__main__":

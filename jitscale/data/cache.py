@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ _REPEAT_AFTER = 30.0  # seconds; sooner than this a prefetcher does not fetch a 
 
 _TAR, _PARTIAL, _LOCK = ".tar", ".partial", ".lock"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CACHED = re.compile(rf"([0-9a-f]{{64}})({re.escape(_TAR)}|{re.escape(_PARTIAL)})")
+_CACHED = re.compile(rf"[0-9a-f]{{64}}({re.escape(_TAR)}|{re.escape(_PARTIAL)})")
 
 
 class ShardCache:
@@ -56,12 +55,8 @@ class ShardCache:
 
     def __init__(self, folder: Path, capacity: int) -> None:
         """
-        Args:
-            folder: made if it is not there.
-            capacity: see the attribute.
-
         Raises:
-            DataError: the folder can neither be made nor written.
+            DataError: `folder`, which is made if it is not there, can neither be made nor written.
         """
         self.capacity = capacity
         self._folder = folder.absolute()
@@ -214,39 +209,30 @@ class ShardCache:
     def _make_room(self, needed: int) -> bool:
         """Evict the least recently used tars until `needed` more bytes fit, and say whether they do.
 
-        The cache's lock is held.
+        Files that are not the cache's own are neither counted nor touched. The cache's lock is held.
         """
-        entries = self._entries()
-        total = sum(entry.size for entry in entries)
-        for entry in entries:  # a partial file without a living owner
-            if not entry.complete and self._remove(entry):
-                total -= entry.size
-        for entry in sorted((entry for entry in entries if entry.complete), key=lambda entry: entry.used):
-            if total + needed <= self.capacity:
+        files: dict[Path, os.stat_result] = {}
+        for path in self._folder.iterdir():
+            if _CACHED.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # its owner gave up
+                    files[path] = path.stat()
+        total = sum(status.st_size for status in files.values())
+        # Partial files come first. They go in any case, if they have no living owner.
+        for path in sorted(files, key=lambda path: (path.suffix == _TAR, files[path].st_mtime_ns)):
+            if path.suffix == _TAR and total + needed <= self.capacity:
                 break
-            if self._remove(entry):
-                total -= entry.size
+            if self._remove(path):
+                total -= files[path].st_size
         return total + needed <= self.capacity
 
-    def _entries(self) -> list[_Entry]:
-        """The shards in the folder. Files that are not the cache's own are neither counted nor touched."""
-        entries: list[_Entry] = []
-        with os.scandir(self._folder) as found:
-            for file in found:
-                if match := _CACHED.fullmatch(file.name):
-                    with suppress(FileNotFoundError):  # its owner gave up
-                        status = file.stat()
-                        entries.append(_Entry(match[1], file.name, status.st_size, status.st_mtime_ns))
-        return entries
-
-    def _remove(self, entry: _Entry) -> bool:
+    def _remove(self, path: Path) -> bool:
         """Delete a shard with its indexes, unless another process is fetching or scanning it and so holds its lock."""
-        with _locked(self._folder / f"{entry.sha256}.lock", wait=False) as held:
+        with _locked(path.with_suffix(_LOCK), wait=False) as held:
             if held:
-                logger.debug("%s: removing %s", self._folder, entry.name)
+                logger.debug("%s: removing %s", self._folder, path.name)
                 # Its indexes, and the partial ones that a killed process left.
-                for path in (self._folder / entry.name, *self._folder.glob(f"*{entry.sha256}.*index.npy*")):
-                    path.unlink(missing_ok=True)
+                for file in (path, *self._folder.glob(f"*{path.stem}.*index.npy*")):
+                    file.unlink(missing_ok=True)
         return held
 
     @contextmanager
@@ -315,20 +301,6 @@ class Prefetcher:
                 with self._changed:
                     self._running.discard(shard)
                     self._ended[shard] = time.monotonic()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One shard in the folder."""
-
-    sha256: str
-    name: str
-    size: int
-    used: int  # ns
-
-    @property
-    def complete(self) -> bool:
-        return self.name.endswith(_TAR)
 
 
 def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:

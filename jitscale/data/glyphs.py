@@ -7,7 +7,7 @@ draws the same.
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,13 +48,11 @@ class Glyphs:
 
     def __init__(self, count: int, resolution: int, seed: int = 0) -> None:
         try:
-            import matplotlib  # noqa: PLC0415
+            import matplotlib  # noqa: F401, PLC0415
         except ImportError as error:
             raise UserError(
                 "the glyphs are drawn with matplotlib, which is missing; pip install 'jitscale[demo]'"
             ) from error
-        self._folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
-        self._outlines: dict[tuple[int, int], Outline] = {}
         self._resolution = resolution
         draws = uniform(seed, Purpose.GLYPH, np.arange(count)[:, None], np.arange(11)[None])  # (count, 11)
         self.labels: Int64Array = np.arange(count, dtype=np.int64) % len(GLYPH_CLASSES)
@@ -75,7 +73,7 @@ class Glyphs:
 
         size = self._resolution
         letter, ground = self._letters[index], self._grounds[index]
-        outline = self._outline(int(self.labels[index]), int(self.fonts[index]))
+        outline = _outline(int(self.labels[index]), int(self.fonts[index]))
         place = Affine2D().rotate_deg(self._angles[index]).scale(self._heights[index] * size)
         place.translate(*(size * (0.5 + self._shifts[index])))
         renderer = RendererAgg(size, size, dpi=72)
@@ -87,18 +85,19 @@ class Glyphs:
         coverage = np.asarray(renderer.buffer_rgba())[..., 3:].astype(np.float64) / 255
         return np.round(255 * (ground + coverage * (letter - ground))).astype(np.uint8)
 
-    def _outline(self, label: int, font: int) -> Outline:
-        """A letter of height 1 around the origin."""
-        from matplotlib.font_manager import FontProperties  # noqa: PLC0415
-        from matplotlib.path import Path as Outline  # noqa: PLC0415
-        from matplotlib.textpath import TextPath  # noqa: PLC0415
 
-        if (label, font) not in self._outlines:
-            properties = FontProperties(fname=str(self._folder / f"{GLYPH_FONTS[font]}.ttf"))
-            path = TextPath((0, 0), GLYPH_CLASSES[label], size=100, prop=properties)
-            low, high = path.get_extents().get_points()
-            scaled = (path.vertices - (low + high) / 2) * (FINEST / (high[1] - low[1]))
-            # Curves become lines here, once and finely: drawn as curves, they would be coarser in smaller images.
-            lines = Outline(scaled, path.codes).cleaned(curves=False, simplify=False)
-            self._outlines[label, font] = Outline(np.asarray(lines.vertices) / FINEST, lines.codes)
-        return self._outlines[label, font]
+@cache
+def _outline(label: int, font: int) -> Outline:
+    """A letter of height 1 around the origin."""
+    from matplotlib import get_data_path  # noqa: PLC0415
+    from matplotlib.font_manager import FontProperties  # noqa: PLC0415
+    from matplotlib.path import Path as Outline  # noqa: PLC0415
+    from matplotlib.textpath import TextPath  # noqa: PLC0415
+
+    properties = FontProperties(fname=f"{get_data_path()}/fonts/ttf/{GLYPH_FONTS[font]}.ttf")
+    path = TextPath((0, 0), GLYPH_CLASSES[label], size=100, prop=properties)
+    low, high = path.get_extents().get_points()
+    scaled = (path.vertices - (low + high) / 2) * (FINEST / (high[1] - low[1]))
+    # Curves become lines here, once and finely: drawn as curves, they would be coarser in smaller images.
+    lines = Outline(scaled, path.codes).cleaned(curves=False, simplify=False)
+    return Outline(np.asarray(lines.vertices) / FINEST, lines.codes)

@@ -6,8 +6,9 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,9 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
-from jitscale.data.manifest import BadInput, Manifest, ShardRecord, content_hash
+from jitscale.data.manifest import Manifest, ShardRecord, content_hash
 from jitscale.data.processes import in_processes
-from jitscale.data.survey import by_place, number_labels, scan_shards
+from jitscale.data.survey import by_place, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
 from jitscale.errors import DataError
 from jitscale.files import atomic_write
@@ -48,14 +49,8 @@ class Collection:
     paths: list[Path]  # of the tars that are there
     indices: list[IndexArray]  # one a tar
     bytes: int
-    codec: str | None  # None where there is no manifest, as all that follows down to `crop`
-    resolution: int | None
-    crop: str | None
-    num_classes: int
-    class_names: list[str] | None
+    manifest: Manifest  # where the folder has none, the classes of a scan, and an empty codec
     manifest_hash: str  # as `ShardSet` computes it
-    bad: list[BadInput]
-    enlarged: int
     defects: list[Defect]  # sorted; of tars that are missing, or were scanned since no index vouches for them
 
     @property
@@ -68,20 +63,16 @@ class Collection:
 
     def class_text(self, label: int) -> str:
         """The number of a class, with its name if that says more."""
-        name = self.class_names[label] if self.class_names and label < len(self.class_names) else str(label)
+        names = self.manifest.class_names or []
+        name = names[label] if label < len(names) else str(label)
         return name if name == str(label) else f"{label} {name}"
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What a sample of the images looks like."""
 
     found: npt.NDArray[np.void]  # an `IMAGE` record each
     undecodable: list[Defect]  # not among `found`
-
-    @property
-    def images(self) -> int:
-        return len(self.found)
 
 
 def collect(tars: Tars, workers: int) -> Collection:
@@ -103,13 +94,9 @@ def collect(tars: Tars, workers: int) -> Collection:
             except DataError as error:
                 defects.append(Defect(path, None, str(error)))
     to_scan = [path for path in paths if path not in indices]
-    if to_scan:
-        scans = scan_shards(to_scan, workers, content=False)
-        labels = number_labels(scans, None if manifest is None else manifest.class_names)
-        indices.update(zip(to_scan, labels.indices, strict=True))
-        defects += [defect for scan in scans for defect in scan.defects] + labels.defects
-        manifest = manifest or Manifest("", None, labels.num_classes, labels.class_names, 0, [])
-    manifest = manifest or Manifest("", None, 0, None, 0, [])
+    class_names = None if manifest is None else manifest.class_names
+    scans, classes, wrong = scan_shards(to_scan, class_names, workers, content=False)
+    indices.update((scan.path, scan.index) for scan in scans)
     found = [
         ShardRecord(path.name, len(indices[path]), path.stat().st_size, records[path].sha256 if path in records else "")
         for path in paths
@@ -118,22 +105,15 @@ def collect(tars: Tars, workers: int) -> Collection:
         paths,
         [indices[path] for path in paths],
         sum(record.bytes for record in found),
-        manifest.codec or None,
-        manifest.resolution,
-        manifest.crop,
-        manifest.num_classes,
-        manifest.class_names,
+        manifest or Manifest("", None, classes.number, classes.names, 0, []),
         content_hash(found),
-        manifest.bad,
-        manifest.enlarged,
-        by_place(defects),
+        by_place([*defects, *wrong]),
     )
 
 
 def balance(collection: Collection) -> dict[str, Any]:
     """How many samples each class has: the classes with the fewest and most, the median, and who has none."""
-    labels = collection.labels()
-    num_classes = collection.num_classes
+    labels, num_classes = collection.labels(), collection.manifest.num_classes
     labelled = labels[(labels >= 0) & (labels < num_classes)]
     counts = np.bincount(labelled, minlength=num_classes)
     result: dict[str, Any] = {"number": num_classes, "samples_without_label": len(labels) - len(labelled)}
@@ -148,11 +128,8 @@ def balance(collection: Collection) -> dict[str, Any]:
 
 def extensions(collection: Collection) -> dict[str, int]:
     """How many images there are of each extension."""
-    counts: Counter[str] = Counter()
-    for index in collection.indices:
-        found, numbers = np.unique(index["extension"], return_counts=True)
-        counts.update({name.decode(): int(number) for name, number in zip(found, numbers, strict=True)})
-    return dict(counts.most_common())
+    counts = Counter(chain.from_iterable(index["extension"].tolist() for index in collection.indices))
+    return {name.decode(): number for name, number in counts.most_common()}
 
 
 def random_positions(total: int, count: int, seed: int) -> Int64Array:
@@ -180,10 +157,8 @@ def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
         for number, looks[number] in in_processes(_look_at, tasks, workers):
             progress.update(len(tasks[number][1]))
     in_order = [looks[number] for number in range(len(tasks))]
-    return Look(
-        np.concatenate([np.empty(0, IMAGE), *(one.found for one in in_order)]),
-        [defect for one in in_order for defect in one.undecodable],
-    )
+    found = np.concatenate([np.empty(0, IMAGE), *(one.found for one in in_order)])
+    return Look(found, [defect for one in in_order for defect in one.undecodable])
 
 
 def statistics(seen: Look) -> dict[str, Any]:
@@ -191,21 +166,24 @@ def statistics(seen: Look) -> dict[str, Any]:
 
     Every image weighs the same, whatever its size.
     """
-    if not seen.images:
+    found = seen.found
+    if not len(found):
         return {}
-    width, height = seen.found["width"], seen.found["height"]
-    mean = seen.found["mean"].mean(0)
-    deviation = np.sqrt(np.maximum(seen.found["square"].mean(0) - mean**2, 0))
-    below = {str(side): float((np.minimum(width, height) < side).mean()) for side in _SMALL_SIDES}
+    mean = found["mean"].mean(0)
+    deviation = np.sqrt(np.maximum(found["square"].mean(0) - mean**2, 0))
+    short = np.minimum(found["width"], found["height"])
+    spread = {
+        side: {"min": int(found[side].min()), "median": float(np.median(found[side])), "max": int(found[side].max())}
+        for side in ("width", "height")
+    }
     return {
-        "width": _spread(width),
-        "height": _spread(height),
-        "share_of_short_sides_below": below,
+        **spread,
+        "share_of_short_sides_below": {str(side): float((short < side).mean()) for side in _SMALL_SIDES},
         "rgb_mean_255": mean.tolist(),
         "rgb_std_255": deviation.tolist(),
         "rgb_mean": (mean / 127.5 - 1).tolist(),
         "rgb_std": (deviation / 127.5).tolist(),
-        "share_grey": float(seen.found["grey"].mean()),
+        "share_grey": float(found["grey"].mean()),
     }
 
 
@@ -225,18 +203,28 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     tile_of = {sample: tile for tile, sample in enumerate(chosen.tolist())}
     for shard, samples, rows in _by_shard(collection, np.sort(chosen)):
-        file = OffsetReader(collection.paths[shard])
+        tar = OffsetReader(collection.paths[shard])
         for sample, record in zip(samples.tolist(), collection.indices[shard][rows].tolist(), strict=True):
             row, column = divmod(tile_of[sample], SHEET_TILES)
             left, top = _GAP + column * wide, _GAP + row * high
             caption = collection.class_text(record[2]) if record[2] >= 0 else ""
             try:
-                sheet.paste(Image.fromarray(center_crop(_read(file, record), TILE)), (left, top))
+                sheet.paste(Image.fromarray(center_crop(_read(tar, record), TILE)), (left, top))
             except DataError:
                 caption = "undecodable"
                 draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), _MISSING)
             draw.text((left, top + TILE), _fitting(caption, font), _INK, font)
-    _save(sheet, path)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG", optimize=True)
+    if stream.tell() > _LARGEST_SHEET:
+        stream = io.BytesIO()
+        sheet.quantize(256).save(stream, "PNG", optimize=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(stream.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error
 
 
 def _look_at(task: tuple[Path, list[Record]]) -> Look:
@@ -246,18 +234,18 @@ def _look_at(task: tuple[Path, list[Record]]) -> Look:
     levels = np.arange(256)
     try:
         file = OffsetReader(path)
-        for record in records:
-            try:
-                image = _read(file, record)
-            except DataError as error:
-                undecodable.append(Defect(path, record[0], str(error)))
-                continue
-            height, width = image.shape[:2]
-            histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
-            shares = np.array(histograms) / (height * width)
-            images.append((width, height, shares @ levels, shares @ levels**2, (image == image[..., :1]).all()))
     except OSError as error:
-        undecodable.append(Defect(path, None, f"cannot be read ({error})"))
+        return Look(np.empty(0, IMAGE), [Defect(path, None, f"cannot be read ({error})")])
+    for record in records:
+        try:
+            image = _read(file, record)
+        except DataError as error:
+            undecodable.append(Defect(path, record[0], str(error)))
+            continue
+        height, width = image.shape[:2]
+        histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
+        shares = np.array(histograms) / (height * width)
+        images.append((width, height, shares @ levels, shares @ levels**2, (image == image[..., :1]).all()))
     return Look(np.array(images, IMAGE), undecodable)
 
 
@@ -304,21 +292,3 @@ def _fitting(text: str, font: Font) -> str:
     while font.getlength(text) > TILE:
         text = text[:-1]
     return text
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    stream = io.BytesIO()
-    sheet.save(stream, "PNG", optimize=True)
-    if stream.tell() > _LARGEST_SHEET:
-        stream = io.BytesIO()
-        sheet.quantize(256).save(stream, "PNG", optimize=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(stream.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error
-
-
-def _spread(values: Int64Array) -> dict[str, float]:
-    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}

@@ -174,7 +174,14 @@ def write_shards(
         raise DataError(
             f"codec {codec!r}, samples_per_shard {samples_per_shard}: choose one of {', '.join(CODECS)}, and at least 1"
         )
-    _check_labels(labels, len(images), class_names)
+    if not 0 < len(images) == len(labels):
+        raise DataError(
+            f"{len(images)} images and {len(labels)} labels: give one label an image, and at least one image"
+        )
+    limit = LARGEST_LABEL if class_names is None else len(class_names) - 1
+    for number, label in enumerate(labels):
+        if not 0 <= label <= limit:
+            raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -248,12 +255,3 @@ def _open(root: str, path: str) -> OffsetReader:
     if not stat.S_ISREG(file.status().st_mode):
         raise ImageError("is no regular file")
     return file
-
-
-def _check_labels(labels: Sequence[int] | Int64Array, images: int, class_names: list[str] | None) -> None:
-    if images == 0 or images != len(labels):
-        raise DataError(f"{images} images and {len(labels)} labels: give one label an image, and at least one image")
-    limit = LARGEST_LABEL if class_names is None else len(class_names) - 1
-    for number, label in enumerate(labels):
-        if not 0 <= label <= limit:
-            raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")

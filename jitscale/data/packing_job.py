@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,8 +54,6 @@ _NPY_HEADER = 128  # bytes
 _SIZES_LOOKED_AT = 1000  # files
 _FEW = 3  # bad inputs in an error message
 
-OnProgress = Callable[[int, int], None]  # gets the number of images read or left out, and the bytes stored
-
 
 @dataclass(frozen=True)
 class PackingOptions:
@@ -87,82 +85,67 @@ class PackingJob:
 
     Attributes:
         folder: of the shards.
-        options: of the command that began the job.
+        options: that determine the shards.
         inputs: all images.
-        num_shards: of the whole job.
+        shards: the numbers of all shards.
+        most_bad: how many inputs may be bad, in this and other tasks' shards.
     """
 
-    def __init__(self, folder: Path, options: PackingOptions, inputs: SourceTable, root: str) -> None:
-        self.folder = folder
-        self.options = options
-        self.inputs = inputs
-        self.num_shards = -(-len(inputs) // options.samples_per_shard)
-        self._root = root
-        self._order = permutation(len(inputs), options.seed, Purpose.PACKING_ORDER)
-        self._packed: dict[int, PackedShard] = {}
-        self._bad: list[BadInput] = []  # left out of the shards written so far
-        self.refresh()
-
-    @classmethod
-    def begin(cls, folder: Path, options: PackingOptions, on_found: OnFound = lambda count: None) -> PackingJob:
-        """Plan the job, or take part in it if it was planned before.
+    def __init__(
+        self,
+        folder: Path,
+        options: PackingOptions,
+        most_bad: int | None = None,
+        on_found: OnFound = lambda count: None,
+    ) -> None:
+        """Plan the job, or take part in it if it was planned before. `on_found` is as of `find_sources`.
 
         Raises:
             DataError: the input makes no sense, the folder cannot be used, or the job was begun with other options.
         """
         if not (folder / _FOLDER).exists():
             _make_plan(folder, options, on_found)
-        plan, inputs = _read_plan(folder)
+        plan, self.inputs = _read_plan(folder)
         _refuse_other_options(folder, options, plan)
-        return cls(folder, options, inputs, plan["root"])
-
-    def shards_of(self, part: int, parts: int) -> range:
-        """The shards of `part` (1..parts) of the job."""
-        return range(part - 1, self.num_shards, parts)
-
-    def images_of(self, shards: Sequence[int]) -> int:
-        """How many inputs belong to `shards`."""
-        return sum(len(self._slice(shard)) for shard in shards)
-
-    def refresh(self) -> None:
-        """Look for shards that this and other tasks have written."""
-        self._refreshed = time.monotonic()
-        for name in os.listdir(self.folder / _FOLDER):
-            if name.startswith("shard-") and name.endswith(".json") and shard_number(name) not in self._packed:
-                packed = _read_record(self.folder / _FOLDER / name)
-                if packed is not None and _is_there(self.folder, packed.record):
-                    self._note(packed)
+        self.folder = folder
+        self.options = options
+        self.shards = range(-(-len(self.inputs) // options.samples_per_shard))
+        self.most_bad = default_most_bad(len(self.inputs)) if most_bad is None else most_bad
+        self._root: str = plan["root"]
+        self._order = permutation(len(self.inputs), options.seed, Purpose.PACKING_ORDER)
+        self._packed: dict[int, PackedShard] = {}
+        self._bad: list[BadInput] = []  # left out of the shards written so far
+        self._refresh()
 
     def missing(self, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are not written, as far as is known."""
         return [shard for shard in shards if shard not in self._packed]
 
-    def run(self, shards: Sequence[int], workers: int, most_bad: int, on_progress: OnProgress) -> None:
-        """Write those of `shards` that are missing, in `workers` processes.
+    def images_of(self, shards: Sequence[int]) -> int:
+        """How many inputs belong to `shards`."""
+        return sum(len(self._slice(shard)) for shard in shards)
 
-        Args:
-            shards: for example `shards_of` this task's part.
-            workers: processes; no more than needed are started.
-            most_bad: inputs of the whole job that may be bad, in this and other tasks' shards.
-            on_progress: called for every shard.
+    def run(self, shards: Sequence[int], workers: int) -> Generator[PackedShard, None, None]:
+        """Write those of `shards` that are missing in `workers` processes, and yield each as it is finished.
 
         Raises:
-            DataError: more inputs are bad, or a shard cannot be written. What is finished stays.
+            DataError: more than `most_bad` inputs are bad, or a shard cannot be written. What is finished stays.
             UserError: a worker died. What is finished stays.
         """
-        self._check_bad(most_bad)
-        tasks = (self._task(shard, most_bad - len(self._bad)) for shard in self.missing(shards))
+        self._check_bad()
+        tasks = map(self._task, self.missing(shards))
+        refreshed = time.monotonic()
         try:
             with closing(in_processes(_pack, tasks, workers, preload=["webdataset"])) as results:
                 for _, packed in results:
                     self._note(packed)
-                    stored = map_index(index_path(self.folder / packed.record.name))["size"]
-                    on_progress(packed.record.samples + len(packed.bad), int(stored.sum()))
-                    if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
-                        self.refresh()
-                    self._check_bad(most_bad)
+                    yield packed
+                    if time.monotonic() - refreshed > _REFRESH_SECONDS:
+                        self._refresh()
+                        refreshed = time.monotonic()
+                    self._check_bad()
         except TooManyBadError as error:
-            self._check_bad(most_bad, error.bad)
+            self._check_bad(error.bad)
             raise
         except WorkerDiedError as error:
             left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
@@ -172,7 +155,7 @@ class PackingJob:
                 f"maybe with fewer --workers than {workers}"
             ) from error
 
-    def finish(self, most_bad: int) -> Manifest | None:
+    def finish(self) -> Manifest | None:
         """Write the manifest if all shards are there; None if other tasks still have to write some.
 
         Several tasks may do so at once.
@@ -180,11 +163,11 @@ class PackingJob:
         Raises:
             DataError: more than `most_bad` inputs are bad, or all are.
         """
-        self.refresh()
-        self._check_bad(most_bad)
-        if self.missing(range(self.num_shards)):
+        self._refresh()
+        self._check_bad()
+        if self.missing(self.shards):
             return None
-        packed = [self._packed[shard] for shard in range(self.num_shards)]
+        packed = [self._packed[shard] for shard in self.shards]
         indexes = (map_index(index_path(self.folder / one.record.name)) for one in packed)
         bad = sorted(self._bad, key=lambda one: (one.source, one.reason))
         original = self.options.codec == ORIGINAL
@@ -210,13 +193,21 @@ class PackingJob:
 
     def bytes_to_write(self) -> int:
         """Bytes that the missing tars will take; exact for raw if no input is bad, elsewhere an estimate."""
-        missing = self.missing(range(self.num_shards))
         cropped = _NPY_HEADER + 3 * self.options.resolution**2
         image = self._mean_size() if self.options.codec == ORIGINAL else cropped
         sample = _TAR_BLOCK + _padded(image, _TAR_BLOCK)
         if self.inputs.num_classes:
             sample += 2 * _TAR_BLOCK
-        return sum(_padded(len(self._slice(shard)) * sample + 2 * _TAR_BLOCK, _TAR_RECORD) for shard in missing)
+        tars = (len(self._slice(shard)) * sample + 2 * _TAR_BLOCK for shard in self.missing(self.shards))
+        return sum(_padded(tar, _TAR_RECORD) for tar in tars)
+
+    def _refresh(self) -> None:
+        """Look for shards that this and other tasks have written."""
+        for path in (self.folder / _FOLDER).iterdir():
+            if path.match("shard-*.json") and shard_number(path.name) not in self._packed:
+                packed = _read_record(path)
+                if packed is not None and _is_there(self.folder, packed.record):
+                    self._note(packed)
 
     def _note(self, packed: PackedShard) -> None:
         if (shard := shard_number(packed.record.name)) not in self._packed:
@@ -235,20 +226,21 @@ class PackingJob:
                 continue
         return int(np.mean(sizes)) if sizes else 0
 
-    def _task(self, shard: int, most_bad: int) -> ShardTask:
+    def _task(self, shard: int) -> ShardTask:
         sources = {number: self.inputs[number] for number in self._slice(shard).tolist()}
-        path = self.folder / shard_name(shard)
-        return ShardTask(path, self._root, sources, self.options.codec, self.options.resolution, most_bad)
+        path, options = self.folder / shard_name(shard), self.options
+        most_bad = self.most_bad - len(self._bad)
+        return ShardTask(path, self._root, sources, options.codec, options.resolution, most_bad)
 
     def _slice(self, shard: int) -> Int64Array:
         size = self.options.samples_per_shard
         return self._order[shard * size : (shard + 1) * size]
 
-    def _check_bad(self, most_bad: int, running: Sequence[BadInput] = ()) -> None:
+    def _check_bad(self, running: Sequence[BadInput] = ()) -> None:
         bad = [*self._bad, *running]
-        if (count := len(bad)) > most_bad:
+        if (count := len(bad)) > self.most_bad:
             raise DataError(
-                f"{self.folder}: {count} of {len(self.inputs)} images cannot be used, the limit is {most_bad} "
+                f"{self.folder}: {count} of {len(self.inputs)} images cannot be used, the limit is {self.most_bad} "
                 f"({_few(bad)}); what was written stays: mend --input, or go on by the same "
                 f"command with --max-bad {count} or more"
             )
@@ -338,9 +330,8 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
             if isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists():
                 return  # others have finished, and removed this plan as a leftover
             if not (folder / _FOLDER / _PLAN).exists():
-                raise DataError(
-                    f"{folder}: the plan cannot be written ({error.strerror}); make room and start again"
-                ) from error
+                what = f"the plan cannot be written ({error.strerror}); make room and start again"
+                raise DataError(f"{folder}: {what}") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -356,14 +347,12 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
             raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
         inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
         inputs.ignored.update(plan["ignored"])
-    except FileNotFoundError:
-        if (folder / MANIFEST).exists():
-            raise
-        raise DataError(f"{path}: is not whole; remove it and start again, all shards are then written anew") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); remove it and start again, all shards are then written anew"
-        ) from error
+        lost = isinstance(error, FileNotFoundError)
+        if lost and (folder / MANIFEST).exists():
+            raise
+        what = "is not whole" if lost else f"cannot be read ({error})"
+        raise DataError(f"{path}: {what}; remove it and start again, all shards are then written anew") from error
     return plan, inputs
 
 

@@ -45,7 +45,6 @@ def in_processes(
     Args:
         work: a function of a module. What it raises is raised here, and ends the other tasks.
         tasks: read as they are needed.
-        workers: processes.
         preload: modules that `work` imports. They are imported once, and all workers share their memory.
 
     Raises:

@@ -120,18 +120,46 @@ def find_sources(
         DataError: an input is missing, damaged or none of these, holds no images, or its labels make no sense.
     """
     _refuse_twice([Path(name) for name in inputs])
-    finder, encoder = _Finder(class_names or []), _Encoder()
+    finder = _Finder(class_names or [])
     images = chain.from_iterable(map(finder.images, inputs))
+    paths, path_ends, last_path = bytearray(), array("q"), None
+    names: dict[str, int] = {}
+    places: dict[int, str] = {}  # of the first label with each code
     chunks = []
-    while rows := [encoder.row(image) for image in islice(images, _CHUNK)]:
+    while chunk := list(islice(images, _CHUNK)):
+        rows = []
+        for image in chunk:
+            if image.path != last_path:
+                paths += os.fsencode(image.path)
+                path_ends.append(len(paths))
+                last_path = image.path
+            code = label_code(image.label, names)
+            places.setdefault(code, image.place)
+            rows.append((len(path_ends) - 1, image.offset, image.size, code, image.extension.encode()))
         chunks.append(np.array(rows, _SOURCE))
-        on_found(len(rows))
+        on_found(len(chunk))
     if not chunks:
         raise DataError(f"{', '.join(inputs)}: no image in {'it' if len(inputs) == 1 else 'them'}; {_REMEDY}")
     table = np.concatenate(chunks)
-    classes = encoder.number(table["label"], class_names)
-    paths, ends = np.frombuffer(bytes(encoder.paths), np.uint8), np.array(encoder.path_ends, np.int64)
-    return SourceTable(table, paths, ends, classes.number, classes.names, finder.ignored)
+    labels = CodedLabels(table["label"].copy(), list(names))
+    classes = find_classes([labels], class_names)
+    _refuse_wrong(labels, classes, places)
+    table["label"] = labels.numbers(classes)
+    ends = np.array(path_ends, np.int64)
+    return SourceTable(
+        table, np.frombuffer(bytes(paths), np.uint8), ends, classes.number, classes.names, finder.ignored
+    )
+
+
+def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str]) -> None:
+    """Refuse labels of several kinds, and unknown classes; `places` are those of the first label with each code."""
+    usual = labels.kinds() == classes.kind
+    for row, what, remedy in labels.wrong(classes):
+        place = places[int(labels.codes[row])]
+        if not usual.any():
+            raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
+        like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
+        raise DataError(f"{place}: {what}{like}; {remedy}")
 
 
 class _Found(NamedTuple):
@@ -143,41 +171,6 @@ class _Found(NamedTuple):
     place: str  # of the label, for a message
     offset: int = 0
     size: int = WHOLE_FILE
-
-
-class _Encoder:
-    """Makes a record of every image, and keeps what the records refer to: paths, and names of classes."""
-
-    def __init__(self) -> None:
-        self.paths = bytearray()
-        self.path_ends = array("q")
-        self._last_path: str | None = None
-        self._names: dict[str, int] = {}
-        self._places: dict[int, str] = {}  # of the first label with each code
-
-    def row(self, image: _Found) -> tuple[int, int, int, int, bytes]:
-        """The record of one image; its label is a code, see `CodedLabels`."""
-        if image.path != self._last_path:
-            self.paths += os.fsencode(image.path)
-            self.path_ends.append(len(self.paths))
-            self._last_path = image.path
-        code = label_code(image.label, self._names)
-        self._places.setdefault(code, image.place)
-        return len(self.path_ends) - 1, image.offset, image.size, code, image.extension.encode()
-
-    def number(self, codes: npt.NDArray[np.int32], class_names: list[str] | None) -> Classes:
-        """Replace `codes` by the numbers of their classes; refuse labels of several kinds, and unknown classes."""
-        labels = CodedLabels(codes, list(self._names))
-        classes = find_classes([labels], class_names)
-        usual = labels.kinds() == classes.kind
-        for row, what, remedy in labels.wrong(classes):
-            place = self._places[int(codes[row])]
-            if not usual.any():
-                raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
-            like = "" if usual[row] else f", as in {self._places[int(codes[usual][0])]}"
-            raise DataError(f"{place}: {what}{like}; {remedy}")
-        codes[:] = labels.numbers(classes)
-        return classes
 
 
 def _refuse_twice(paths: list[Path]) -> None:
@@ -204,9 +197,9 @@ class _Finder:
             for tar in _tars_of(name):
                 yield from self._in_tar(tar)
         elif suffix == ".csv":
-            yield from self._in_table(path, _csv_rows(path))
+            yield from self._in_table(path, "CSV", _csv_rows)
         elif suffix == ".jsonl":
-            yield from self._in_table(path, _json_rows(path))
+            yield from self._in_table(path, "JSON lines", _json_rows)
         elif suffix == ".tar":
             yield from self._in_tar(path)
         else:
@@ -283,20 +276,27 @@ class _Finder:
                 for _, offset, size, extension in sorted(pictures):
                     yield _Found(str(path), extension, label, f"{path}: byte {offset}", offset, size)
 
-    def _in_table(self, table: Path, rows: Iterator[_Row]) -> Iterator[_Found]:
+    def _in_table(self, table: Path, form: str, rows: Callable[[IO[str], str], Iterator[_Row]]) -> Iterator[_Found]:
         empty = True
-        for line, path, label in rows:
-            place, empty = f"{table}: line {line}", False
-            if not isinstance(path, str) or not path:
-                raise DataError(f"{place}: has no path; give every line the path of an image")
-            if _extension(path) not in EXTENSIONS:
-                raise DataError(f"{place}: {path!r} is no image by its name; expected {', '.join(EXTENSIONS)}")
-            if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
-                raise DataError(f"{place}: label {label!r} is neither an integer nor a name; correct it")
-            text = None if label is None else str(label).strip()
-            yield _Found(os.path.join(table.parent, path), _extension(path), self._label(text, place), place)
+        try:
+            with table.open(encoding="utf-8-sig", newline="") as file:
+                for line, path, label in rows(file, f"{table}: line"):
+                    empty = False
+                    yield self._in_row(table, f"{table}: line {line}", path, label)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{table}: cannot be read as a table ({error}); write it as {form} in UTF-8") from error
         if empty:
             raise DataError(f"{table}: has no lines with images; give a path in every line")
+
+    def _in_row(self, table: Path, place: str, path: object, label: object) -> _Found:
+        if not isinstance(path, str) or not path:
+            raise DataError(f"{place}: has no path; give every line the path of an image")
+        if _extension(path) not in EXTENSIONS:
+            raise DataError(f"{place}: {path!r} is no image by its name; expected {', '.join(EXTENSIONS)}")
+        if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
+            raise DataError(f"{place}: label {label!r} is neither an integer nor a name; correct it")
+        text = None if label is None else str(label).strip()
+        return _Found(os.path.join(table.parent, path), _extension(path), self._label(text, place), place)
 
     def _label(self, text: str | None, place: str) -> int | str | None:
         """The label that `text` is; refuses an empty one, and a number that no class can have."""
@@ -386,35 +386,28 @@ def _refuse_other_columns(place: str, columns: Collection[str]) -> None:
         )
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            if "path" not in columns:
-                raise DataError(
-                    f"{path}: line 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
-                    "begin the file with the line path,label (or path), separated by commas"
-                )
-            _refuse_other_columns(f"{path}: line 1", columns)
-            for row in reader:
-                yield reader.line_num, row["path"], row.get("label") or None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); write it as CSV in UTF-8") from error
+def _csv_rows(file: IO[str], place: str) -> Iterator[_Row]:
+    reader = csv.DictReader(file, strict=True)
+    columns = reader.fieldnames or []
+    if "path" not in columns:
+        raise DataError(
+            f"{place} 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
+            "begin the file with the line path,label (or path), separated by commas"
+        )
+    _refuse_other_columns(f"{place} 1", columns)
+    for row in reader:
+        yield reader.line_num, row["path"], row.get("label") or None
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    row = json.loads(text)
-                    if not isinstance(row, dict):
-                        raise DataError(f'{path}: line {line}: no object; write {{"path": ..., "label": ...}}')
-                    _refuse_other_columns(f"{path}: line {line}", row)
-                    yield line, row.get("path"), row.get("label")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write it as JSON lines in UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f'{path}: line {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
+def _json_rows(file: IO[str], place: str) -> Iterator[_Row]:
+    for line, text in enumerate(file, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f'{place} {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
+        if not isinstance(row, dict):
+            raise DataError(f'{place} {line}: no object; write {{"path": ..., "label": ...}}')
+        _refuse_other_columns(f"{place} {line}", row)
+        yield line, row.get("path"), row.get("label")

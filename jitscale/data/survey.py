@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
-from jitscale.data.labels import REFUSED, CodedLabels, find_classes, label_code, parse_label
+from jitscale.data.labels import REFUSED, Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.processes import in_processes
 from jitscale.data.tar_index import (
@@ -43,23 +43,12 @@ class ShardScan:
     """What one pass over a tar found."""
 
     path: Path
-    bytes: int
-    sha256: str  # empty: not asked for, or the tar is damaged
-    index: IndexArray  # labels are codes, see `CodedLabels`
-    names: list[str]
+    record: ShardRecord  # without a sha256 if the content was not asked for, or the tar is damaged
+    index: IndexArray
+    names: list[str]  # that label codes in the index stand for, see `CodedLabels`
     keys: UInt64Array  # hashes of the samples' keys
     image_sizes: set[tuple[int, int]]  # width and height
     undecodable: int  # images without a readable header
-    defects: list[Defect]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of all shards as numbers."""
-
-    indices: list[IndexArray]  # one a shard
-    class_names: list[str] | None
-    num_classes: int
     defects: list[Defect]
 
 
@@ -69,9 +58,7 @@ class Survey:
 
     tars: Tars
     manifest: Manifest
-    indices: list[IndexArray]  # one a tar
-    keys: list[UInt64Array]  # one a tar
-    undecodable: int
+    scans: list[ShardScan]  # one a tar
     defects: list[Defect]  # sorted; with any, the rest does not describe the tars
 
     def write(self) -> None:
@@ -85,46 +72,41 @@ class Survey:
         try:
             if self.tars.manifest is not None and self.tars.manifest != self.manifest:
                 remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
-            for path, index, keys in zip(self.tars.paths, self.indices, self.keys, strict=True):
-                write_keys(path, keys)
-                write_index(path, index)
+            for scan in self.scans:
+                write_keys(scan.path, scan.keys)
+                write_index(scan.path, scan.index)
             self.manifest.write(manifest)
         except OSError as error:
             raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
 
 
-def scan_shards(paths: Sequence[Path], workers: int, *, content: bool = True) -> list[ShardScan]:
-    """One scan of every tar, in the order of `paths`, in parallel and with a progress bar.
+def scan_shards(
+    paths: Sequence[Path], class_names: list[str] | None, workers: int, *, content: bool = True
+) -> tuple[list[ShardScan], Classes, list[Defect]]:
+    """Scan tars in parallel with a progress bar, and give every sample the number of its class, see `find_classes`.
 
-    Args:
-        paths: of the tars.
-        workers: processes at most.
-        content: also read the content: sha256 and the sizes of the images.
+    With `content`, sha256 and the sizes of the images are read too.
+
+    Returns:
+        The scans in the order of `paths`, the classes, and the defects of tars and labels.
 
     Raises:
-        DataError: a process died. Mistakes in a tar are among its defects.
+        DataError: a process died.
     """
-    scans: dict[int, ShardScan] = {}
+    found: dict[int, ShardScan] = {}
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan") as progress:
-        for number, scan in in_processes(partial(_scan, content=content), paths, workers, preload=[__name__]):
-            scans[number] = scan
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan", disable=not paths) as progress:
+        for number, found[number] in in_processes(partial(_scan, content=content), paths, workers, preload=[__name__]):
             progress.update(sizes[number])
-    return [scans[number] for number in range(len(paths))]
-
-
-def number_labels(scans: Sequence[ShardScan], class_names: list[str] | None) -> Labels:
-    """Give every sample of `scans` the number of its class, see `find_classes`; a label of another kind is a defect."""
-    coded = [CodedLabels(scan.index["label"], scan.names) for scan in scans]
+    scans = [found[number] for number in range(len(paths))]
+    coded = [CodedLabels(scan.index["label"].copy(), scan.names) for scan in scans]
     classes = find_classes(coded, class_names)
-    indices, defects = [], []
+    defects = [defect for scan in scans for defect in scan.defects]
     for scan, labels in zip(scans, coded, strict=True):
-        index = scan.index.copy()
-        index["label"] = labels.numbers(classes)
-        indices.append(index)
+        scan.index["label"] = labels.numbers(classes)
         for row, what, remedy in labels.wrong(classes):
             defects.append(Defect(scan.path, int(scan.index["offset"][row]), f"sample {row} {what}; {remedy}"))
-    return Labels(indices, classes.names, classes.number, defects)
+    return scans, classes, defects
 
 
 def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
@@ -133,9 +115,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
 
     Args:
-        tars: from `find_tars`.
         class_names: in the order of their numbers; None where labels are numbers, or to sort the names.
-        workers: processes at most.
 
     Raises:
         DataError: no sample at all; class names for a packing; a process died. Mistakes in tars and labels are among
@@ -149,34 +129,22 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
             )
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
-    scans = scan_shards(tars.paths, workers)
-    labels = number_labels(scans, class_names)
-    defects = [defect for scan in scans for defect in scan.defects] + labels.defects
-    records = [ShardRecord(scan.path.name, len(scan.index), scan.bytes, scan.sha256) for scan in scans]
-    total = sum(record.samples for record in records)
+    scans, classes, defects = scan_shards(tars.paths, class_names, workers)
     if packed is not None:
-        manifest = packed
-        differing = [number for number, record in enumerate(records) if record != packed.shards[number]]
-        what = "is not the shard that the manifest names; copy it again"
-        defects += [Defect(tars.paths[number], None, what) for number in differing if not scans[number].defects]
-    else:
-        sizes = set().union(*(scan.image_sizes for scan in scans))
-        width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
-        resolution = width if width == height else None
-        counts = count_classes(labels.indices, labels.num_classes)
-        manifest = Manifest(
-            FOREIGN, resolution, labels.num_classes, labels.class_names, total, records, class_counts=counts
-        )
+        for scan, record in zip(scans, packed.shards, strict=True):
+            if scan.record != record and not scan.defects:
+                defects.append(Defect(scan.path, None, "is not the shard that the manifest names; copy it again"))
+        return Survey(tars, packed, scans, by_place(defects))
+    records = [scan.record for scan in scans]
+    total = sum(record.samples for record in records)
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
-    return Survey(
-        tars,
-        manifest,
-        labels.indices,
-        keys=[scan.keys for scan in scans],
-        undecodable=sum(scan.undecodable for scan in scans),
-        defects=by_place(defects),
-    )
+    sizes = set().union(*(scan.image_sizes for scan in scans))
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    resolution = width if width == height else None
+    counts = count_classes((scan.index for scan in scans), classes.number)
+    manifest = Manifest(FOREIGN, resolution, classes.number, classes.names, total, records, class_counts=counts)
+    return Survey(tars, manifest, scans, by_place(defects))
 
 
 def by_place(defects: Iterable[Defect]) -> list[Defect]:
@@ -188,7 +156,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     """One shard, in any process; mistakes in it are defects."""
     tar = survey_tar(path)
     defects = list(tar.defects)
-    labels: list[int] = []
+    codes: list[int] = []
     names: dict[str, int] = {}
     for row, sample in enumerate(tar.samples):
         label = parse_label(sample.label)
@@ -200,35 +168,28 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
         if wrong:
             what = f"sample {row} has label {sample.label!r}, {wrong}; write the class number or name"
             defects.append(Defect(path, sample.offset, what))
-        labels.append(REFUSED if wrong else label_code(label, names))
+        codes.append(REFUSED if wrong else label_code(label, names))
     sha256, size, undecodable = "", 0, 0
     image_sizes: set[tuple[int, int]] = set()
     try:
         size = path.stat().st_size
         if content and tar.complete:
-            sha256 = sha256_of(path)
-            image_sizes, undecodable = _image_sizes(path, tar.samples)
+            sha256, file = sha256_of(path), OffsetReader(path)
+            for sample in tar.samples:
+                try:
+                    image_sizes.add(_image_size(file, sample))
+                except ImageError:
+                    undecodable += 1
     except OSError as error:
         if tar.complete:  # otherwise the scan has listed a defect already
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    index, keys = index_of(tar.samples, labels), key_hashes(tar.samples)
-    return ShardScan(path, size, sha256, index, list(names), keys, image_sizes, undecodable, defects)
-
-
-def _image_sizes(path: Path, samples: list[TarSample]) -> tuple[set[tuple[int, int]], int]:
-    """The sizes that images have, and how many images have no readable header."""
-    sizes: set[tuple[int, int]] = set()
-    undecodable = 0
-    file = OffsetReader(path)
-    for sample in samples:
-        try:
-            sizes.add(_image_size(file, sample))
-        except ImageError:
-            undecodable += 1
-    return sizes, undecodable
+    record = ShardRecord(path.name, len(tar.samples), size, sha256)
+    index, keys = index_of(tar.samples, codes), key_hashes(tar.samples)
+    return ShardScan(path, record, index, list(names), keys, image_sizes, undecodable, defects)
 
 
 def _image_size(file: OffsetReader, sample: TarSample) -> tuple[int, int]:
+    """Width and height by the image's header, which its first bytes hold if it is an ordinary one."""
     head = file.read(sample.offset, min(sample.size, _HEAD))
     try:
         return dimensions(head, sample.extension)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,8 @@ def verify(tars: Tars, workers: int) -> Verification:
 
     Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
     and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
-    others; of a tar that breaks off, the samples before are checked.
-
-    Args:
-        tars: from `find_tars`; of a whole folder, every shard that its manifest names is checked.
-        workers: processes at most.
+    others; of a tar that breaks off, the samples before are checked. Of a whole folder, every shard that its manifest
+    names is checked.
 
     Raises:
         DataError: there is no manifest; a process died.
@@ -69,35 +67,31 @@ def verify(tars: Tars, workers: int) -> Verification:
         raise DataError(
             f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
         )
-    common = replace(manifest, shards=[], bad=[])  # small enough for every task
-    tasks = [
-        (tars.folder / record.name, record, common)
-        for record in manifest.shards
-        if tars.whole_folder or tars.folder / record.name in tars.paths
-    ]
-    defects: list[Defect] = []
     names = manifest.class_names
+    defects: list[Defect] = []
     if names is not None and len(names) != manifest.num_classes:
         what = f"names {len(names)} classes and counts {manifest.num_classes}; write it again"
         defects.append(Defect(tars.folder / MANIFEST, None, what))
     if not tars.whole_folder:
         what = f"is not named by {MANIFEST}; choose another pattern or index the folder again"
         defects += [Defect(path, None, what) for path in tars.not_in_manifest()]
+    records = [record for record in manifest.shards if tars.whole_folder or tars.folder / record.name in tars.paths]
+    check = partial(_check, tars.folder, replace(manifest, shards=[], bad=[]))  # small enough for every task
     samples = read = 0
     started = time.monotonic()
-    with tqdm(total=sum(record.bytes for _, record, _ in tasks), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, (of_shard, size, found) in in_processes(_check, tasks, workers):
+    with tqdm(total=sum(record.bytes for record in records), unit="B", unit_scale=True, desc="verify") as progress:
+        for number, (of_shard, size, found) in in_processes(check, records, workers, preload=[__name__]):
             samples += of_shard
             read += size
             defects += found
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
-            progress.update(tasks[number][1].bytes)
-    return Verification(len(tasks), samples, read, time.monotonic() - started, by_place(defects))
+            progress.update(records[number].bytes)
+    return Verification(len(records), samples, read, time.monotonic() - started, by_place(defects))
 
 
-def _check(task: tuple[Path, ShardRecord, Manifest]) -> tuple[int, int, list[Defect]]:
+def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect]]:
     """Samples, bytes and defects of one shard, in any process."""
-    path, record, manifest = task
+    path = folder / record.name
     if not path.is_file():
         return 0, 0, [Defect(path, None, "is missing; copy it again")]
     defects: list[Defect] = []
@@ -114,10 +108,13 @@ def _check(task: tuple[Path, ShardRecord, Manifest]) -> tuple[int, int, list[Def
             remedy = "write the shard again without it, or leave it: training replaces it"
         scan = survey_tar(path)
         samples = len(scan.samples)
-        index, wrong_labels = _fresh_index(path, manifest, scan.samples)
+        labels, wrong_labels = _labels(path, manifest, scan.samples)
         defects += scan.defects + list(wrong_labels.values())
         if scan.complete:
-            defects += _index_defects(path, record, index, list(wrong_labels))
+            if samples != record.samples:
+                what = f"holds {samples} samples, the manifest says {record.samples}; write the manifest again"
+                defects.append(Defect(path, None, what))
+            defects += _index_defects(path, index_of(scan.samples, labels), list(wrong_labels))
             defects += _key_defects(path, scan.samples)
         defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
@@ -125,8 +122,8 @@ def _check(task: tuple[Path, ShardRecord, Manifest]) -> tuple[int, int, list[Def
     return samples, size, defects
 
 
-def _fresh_index(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[IndexArray, dict[int, Defect]]:
-    """What the index should be, and the samples whose label is wrong."""
+def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[list[int], dict[int, Defect]]:
+    """The labels that the index should hold, and the samples whose label is wrong."""
     classes = manifest.num_classes
     numbers = {name: number for number, name in enumerate(manifest.class_names or [])}
     labels: list[int] = []
@@ -138,15 +135,12 @@ def _fresh_index(path: Path, manifest: Manifest, samples: list[TarSample]) -> tu
             what = f"sample {row} has {found}, needs one in 0..{classes - 1}; write the shard again"
             wrong[row] = Defect(path, sample.offset, what)
         labels.append(NO_LABEL if label is None else label)
-    return index_of(samples, labels), wrong
+    return labels, wrong
 
 
-def _index_defects(path: Path, record: ShardRecord, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
-    """Where manifest and index differ from the headers of the tar, except in `wrong_labels`, which are defects too."""
+def _index_defects(path: Path, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
+    """Where the index differs from the headers of the tar, except in `wrong_labels`, which are defects already."""
     beside = index_path(path)
-    if len(fresh) != record.samples:
-        what = f"holds {len(fresh)} samples, the manifest says {record.samples}; write the manifest again"
-        yield Defect(path, None, what)
     if not beside.exists():
         yield Defect(path, None, f"has no index beside it; {_REBUILD}")
         return
@@ -160,12 +154,11 @@ def _index_defects(path: Path, record: ShardRecord, fresh: IndexArray, wrong_lab
         return
     differs = index != fresh
     differs[np.array(wrong_labels, np.int64)] = False
-    rows = np.flatnonzero(differs)
-    if len(rows):
-        first = rows[0]
+    if differs.any():
+        first = int(differs.argmax())
         what = (
-            f"{beside.name} differs in {len(rows)} of {len(fresh)} samples: of sample {first} it says "
-            f"{_entry(index[first])}, the tar {_entry(fresh[first])}; {_REBUILD}"
+            f"{beside.name} differs in {differs.sum()} of {len(fresh)} samples: of sample {first} it says "
+            f"{_entry(index[first].item())}, the tar {_entry(fresh[first].item())}; {_REBUILD}"
         )
         yield Defect(path, int(fresh["offset"][first]), what)
 
@@ -176,19 +169,18 @@ def _key_defects(path: Path, samples: list[TarSample]) -> Iterator[Defect]:
     if not beside.exists():
         return
     try:
-        keys = parse_keys(beside.read_bytes(), str(beside), len(samples))
+        differs = parse_keys(beside.read_bytes(), str(beside), len(samples)) != key_hashes(samples)
     except DataError as error:
         yield Defect(path, None, f"has keys beside it: {str(error).removeprefix(f'{beside}: ')}")
         return
-    differing = np.flatnonzero(keys != key_hashes(samples))
-    if len(differing):
-        first = differing[0]
-        what = f"{beside.name} differs in {len(differing)} of {len(samples)} samples, first in {first}; {_REBUILD}"
+    if differs.any():
+        first = int(differs.argmax())
+        what = f"{beside.name} differs in {differs.sum()} of {len(samples)} samples, first in {first}; {_REBUILD}"
         yield Defect(path, samples[first].offset, what)
 
 
-def _entry(record: np.void) -> str:
-    offset, size, label, extension = record["offset"], record["size"], record["label"], record["extension"]
+def _entry(record: tuple[int, int, int, bytes]) -> str:
+    offset, size, label, extension = record
     return f"{size} bytes of {extension.decode(errors='replace')} at {offset}, label {label}"
 
 

@@ -75,7 +75,7 @@ def test_counts_and_balance(tmp_path: Path) -> None:
         named = damage != "manifest"
         assert (len(collection.paths), collection.samples) == (3, 11)
         assert collection.bytes == sum(record.bytes for record in manifest.shards)
-        assert (collection.codec, collection.resolution) == (("png", 8) if named else (None, None))
+        assert (collection.manifest.codec, collection.manifest.resolution) == (("png", 8) if named else ("", None))
         assert collection.manifest_hash == ShardSet.open(tmp_path, 4).manifest_hash
         assert extensions(collection) == {"png": 11}
         assert balance(collection) == {
@@ -157,7 +157,7 @@ def test_damage_is_counted_and_does_not_end_an_inspection(tmp_path: Path) -> Non
     collection = collect(find_tars(str(tmp_path)), 1)
     assert collection.samples == 8
     assert len(collection.defects) == 2
-    assert collection.bad == [BadInput("x.jpg", "broken")]
+    assert collection.manifest.bad == [BadInput("x.jpg", "broken")]
     seen = look(collection, 100, 0, 1)
-    assert (seen.images, len(seen.undecodable)) == (6, 2)
+    assert (len(seen.found), len(seen.undecodable)) == (6, 2)
     contact_sheet(collection, tmp_path / "sheet.png", 0)

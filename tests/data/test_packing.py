@@ -275,12 +275,10 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tree: Path, tmp_path:
     assert "101TB to write" in message
     options = PackingOptions([str(tmp_path / "in")], "raw", RESOLUTION, PER_SHARD, 0, None)
     write_tree(tmp_path / "in", dirty=False)
-    job = PackingJob.begin(tmp_path / "exact", options)
+    job = PackingJob(tmp_path / "exact", options, most_bad=0)
     needed = job.bytes_to_write()
-    job.run(job.shards_of(1, 1), 1, 0, lambda images, stored_bytes: None)
-    manifest = job.finish(0)
-    assert manifest is not None
-    assert needed == sum(shard.bytes for shard in manifest.shards)
+    assert needed == sum(shard.record.bytes for shard in job.run(job.shards, workers=1))
+    assert job.finish() is not None
 
 
 def test_help_shows_the_usual_commands() -> None:

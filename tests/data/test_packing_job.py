@@ -128,12 +128,12 @@ def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: p
     theirs = replace(ours, seed=5)
     for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
         output = tmp_path / str(number)
-        meanwhile(monkeypatch, partial(PackingJob.begin, output, first))
+        meanwhile(monkeypatch, partial(PackingJob, output, first))
         if first == second:
-            assert PackingJob.begin(output, second).num_shards == 11
+            assert len(PackingJob(output, second).shards) == 11
         else:
             with pytest.raises(DataError, match="was begun with --seed 5, not with --seed 0"):
-                PackingJob.begin(output, second)
+                PackingJob(output, second)
         plan = json.loads((output / ".packing" / "plan.json").read_text())
         assert plan["options"]["seed"] == first.seed
         assert {path.name for path in output.rglob("*")} == {".packing", "plan.json", "inputs.npz"}

@@ -148,7 +148,7 @@ def test_the_resolution_is_that_of_all_images(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", *square)
     write_tar(tmp_path / "b.tar", ("a.png", b"no image"))
     found = index(tmp_path)
-    assert (found.manifest.resolution, found.undecodable) == (16, 1)
+    assert (found.manifest.resolution, [scan.undecodable for scan in found.scans]) == (16, [0, 1])
     for name, image in (("other", numbered_png(8)), ("oblong", encode(noise[:8], "png")[1])):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "a.tar", *square, ("d.png", image))
