@@ -52,20 +52,7 @@ class Stopped(BaseException):
 
 def main() -> int:
     """Parse the command line, write the missing shards of one part, and the manifest if no part is missing."""
-    parser = Parser(__doc__, allow_abbrev=False)
-    parser.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    parser.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
-    parser.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
-    parser.add_number("--samples-per-shard", 1000, "images of a shard")
-    parser.add_number("--seed", 0, "of the order", int)
-    names = "names by line; their order gives the labels (default: sorted)"
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help=names)
-    parser.add_workers()
-    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
-    most = "images that may be unusable (default: 10, or 0.01%% if more)"
-    parser.add_argument("--max-bad", type=natural, metavar="N", help=most)
-    given = parser.parse_args()
+    given = parser().parse_args()
     options = PackingOptions(
         input=given.input,
         codec=given.codec,
@@ -197,6 +184,24 @@ def _described(manifest: Manifest) -> str:
 
 def _bytes(number: int) -> str:
     return tqdm.format_sizeof(number, "B", 1000)
+
+
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(__doc__, allow_abbrev=False)
+    found.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
+    found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
+    found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
+    found.add_number("--samples-per-shard", 1000, "images of a shard")
+    found.add_number("--seed", 0, "of the order", int)
+    names = "names by line; their order gives the labels (default: sorted)"
+    found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
+    found.add_workers()
+    found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
+    most = "images that may be unusable (default: 10, or 0.01%% if more)"
+    found.add_argument("--max-bad", type=natural, metavar="N", help=most)
+    return found
 
 
 if __name__ == "__main__":

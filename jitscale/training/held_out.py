@@ -28,7 +28,8 @@ from jitscale.keyed_random import Float64Array, Int64Array, Purpose, generator_s
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import HELD_OUT
-from jitscale.training.feed import add_noise, one_ahead, seeded_noise
+from jitscale.training.feed import one_ahead
+from jitscale.training.noise import add_noise, seeded_noise
 
 logger = logging.getLogger(__name__)
 

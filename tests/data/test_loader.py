@@ -24,7 +24,7 @@ from jitscale.data.order import EpochOrder
 from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
-from jitscale.training.feed import to_model_input
+from jitscale.training.noise import to_model_input
 from tests.support.servers import serving
 
 COUNT = 50

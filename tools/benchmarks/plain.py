@@ -15,7 +15,7 @@ from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
-from jitscale.training.feed import add_noise
+from jitscale.training.noise import add_noise
 from jitscale.training.optim import build_optimizer
 
 
