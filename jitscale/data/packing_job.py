@@ -2,6 +2,7 @@
 
     DIR/shard-000000.tar, .index.npy, .keys.npy   as `packing` writes them
     DIR/manifest.json                    written last
+    DIR/packing.json                     the options of the command; it stays
     DIR/.packing/plan.json, inputs.npz   what is to be written; the first task makes it, all others read it
     DIR/.packing/shard-000000.json       commit record: this shard is whole, and what was left out of it
 

@@ -1,7 +1,7 @@
 """Images from sample ids, so that no image depends on how many ranks make them.
 
-The noise of an image is a function of (seed, id) alone, its label is id mod classes, and images are made in blocks of
-a fixed size, so that the arithmetic is the same whatever the world size.
+Noise and label of an image are functions of (seed, id) alone; by default the label is id mod classes. Images are made
+in blocks of a fixed size, so that the arithmetic is the same whatever the world size.
 
 Shapes: B images, S image size.
 """
