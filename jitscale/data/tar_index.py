@@ -142,7 +142,7 @@ def survey_tar(path: Path) -> TarScan:
                     label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
                 scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
     except OSError as error:
-        scan.refuse(None, f"cannot be read ({error}); correct data.shards")
+        scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
         scan.complete = False
     return scan
 
