@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
 from jitscale.data.images import encode
 from jitscale.data.inspection import (
@@ -24,7 +25,6 @@ from jitscale.data.inspection import (
     statistics,
 )
 from jitscale.data.manifest import BadInput
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar, write_index
 from tests.data.surveying import change_manifest

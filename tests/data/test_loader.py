@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.loader import Batch, ShardLoader, naming_dead_workers
 from jitscale.data.order import EpochOrder
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.training.noise import to_model_input

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import webdataset
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.manifest import Manifest
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.images import encode
 from jitscale.data.manifest import read_class_names
-from jitscale.data.packing import write_shards
 from jitscale.data.processes import in_processes
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar, scan_tar, write_index
 from jitscale.data.verification import verify

@@ -13,7 +13,7 @@ import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.run_folder import is_complete
 from jitscale.tracking import read_metrics
 from tests.support.processes import run_ranks, start_ranks

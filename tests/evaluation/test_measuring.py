@@ -12,8 +12,8 @@ import torch
 
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.config.cautions import cautions, start_caution
+from jitscale.data.array_shards import write_shards
 from jitscale.data.digits import digit_images
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from benchmarks.measuring import Stopwatch
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.data.shards import open_training_shards
 from jitscale.model.execution import Execution
 from jitscale.training.trainer import Trainer
