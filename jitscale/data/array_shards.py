@@ -14,7 +14,7 @@ from jitscale.data.images import CODECS, UInt8Array, encode
 from jitscale.data.manifest import MANIFEST, Manifest
 from jitscale.data.packing import Sample, shard_name, write_shard
 from jitscale.data.tar_index import LARGEST_LABEL
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 
@@ -66,10 +66,8 @@ def write_shards(
     for number, label in enumerate(labels):
         if not 0 <= label <= limit:
             raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")
-    try:
+    with data_error(f"{folder}: cannot be made", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error}); choose another folder") from error
     resolution = len(images[0])
     order = permutation(len(images), seed, Purpose.PACKING_ORDER)
 

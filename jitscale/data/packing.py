@@ -18,10 +18,11 @@ from jitscale.data.tar_index import (
     OffsetReader,
     ShortReadError,
     index_of,
+    index_path,
     key_hashes,
+    keys_path,
+    save_array,
     scan_tar,
-    write_index,
-    write_keys,
 )
 from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
@@ -86,8 +87,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
         for sample in samples:
             tar.write(sample)
     found = scan_tar(path)
-    write_keys(path, key_hashes(found))
-    write_index(path, index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
+    save_array(keys_path(path), key_hashes(found))
+    save_array(index_path(path), index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 

@@ -24,7 +24,7 @@ from jitscale.data.tar_index import (
     parse_keys,
     scan_tar,
 )
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import UInt64Array
 
 logger = logging.getLogger(__name__)
@@ -91,10 +91,8 @@ class ShardFile:
         if not self.has_keys():
             return key_hashes(scan_tar(path))
         beside = keys_path(path)
-        try:
+        with data_error(f"{beside}: cannot be read", "start again when the storage works"):
             return parse_keys(beside.read_bytes(), str(beside), self.record.samples)
-        except OSError as error:
-            raise DataError(f"{beside}: cannot be read ({error}); start again when the storage works") from error
 
 
 def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:

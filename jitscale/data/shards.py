@@ -34,7 +34,7 @@ from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
@@ -350,10 +350,8 @@ class ShardSet:
             index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
-        try:
+        with data_error(f"{at.location}: cannot be opened any more", "restore it"):
             return _OpenShard(at.local_index(), OffsetReader(at.location))
-        except OSError as error:
-            raise DataError(f"{at.location}: cannot be opened any more ({error}); restore it") from error
 
 
 class _OpenShard(NamedTuple):
