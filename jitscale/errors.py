@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -38,6 +39,17 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Shards that are missing, damaged, or do not fit the configuration."""
+
+
+@contextmanager
+def data_error(
+    what: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError
+) -> Iterator[None]:
+    """Turn `errors` into a `DataError` that says `what`, the error and the remedy."""
+    try:
+        yield
+    except errors as error:
+        raise DataError(f"{what} ({error}); {remedy}") from error
 
 
 class CheckpointError(UserError):

@@ -27,7 +27,7 @@ from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.survey import survey
 from jitscale.data.tar_index import Defect
 from jitscale.data.verification import verify
-from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
 
 MOST_LINES = 50  # of defects that are printed
@@ -112,11 +112,8 @@ def _report(defects: Sequence[Defect], path: Path | None, stream: TextIO) -> Non
     """Write all defects to the file `path`, and print the first ones."""
     if path is not None:
         entries = ({"shard": str(defect.path), "byte": defect.byte, "what": defect.what} for defect in defects)
-        try:
-            with atomic_write(path) as file:
-                file.writelines(f"{json.dumps(entry)}\n".encode() for entry in entries)
-        except OSError as error:
-            raise DataError(f"{path}: the report cannot be written ({error}); choose another file") from error
+        with data_error(f"{path}: the report cannot be written", "choose another file"), atomic_write(path) as file:
+            file.writelines(f"{json.dumps(entry)}\n".encode() for entry in entries)
     for defect in defects[:MOST_LINES]:
         print(defect, file=stream)
     if len(defects) > MOST_LINES:

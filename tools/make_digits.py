@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jitscale.command import Parser
+from jitscale.data.array_shards import write_shards_once
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
-from jitscale.data.packing import write_shards_once
 from jitscale.errors import ExitCode, exit_with_message
 
 

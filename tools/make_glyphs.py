@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jitscale.command import Parser
+from jitscale.data.array_shards import write_shards_once
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.images import CODECS
-from jitscale.data.packing import write_shards_once
 from jitscale.errors import ExitCode, exit_with_message
 
 

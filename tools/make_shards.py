@@ -8,7 +8,8 @@
 An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
 in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
 maybe label. Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too;
-jpeg is smallest but changes pixels; original keeps the files, and training crops the images.
+jpeg is smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset
+tars as they are, index them instead: tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
 
 If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
 machines, give a part to each, for example in a Slurm array
@@ -79,10 +80,15 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
     """Pack, unless it is done: before, or meanwhile by other tasks, which then removed the files that this one uses."""
     output: Path = given.output
+    started = time.monotonic()
     manifest = finished(output, options)
     if manifest is None:
         try:
-            return _pack(given, options)
+            with tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False) as bar:
+                job = PackingJob(output, options, given.max_bad, bar.update)
+            manifest = finished(output, options)  # others may have finished the job before this task planned it again
+            if manifest is None:
+                return _pack(job, given, started)
         except (DataError, FileNotFoundError) as error:
             manifest = finished(output, options)
             if manifest is None:
@@ -94,14 +100,9 @@ def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) ->
     return ExitCode.DONE
 
 
-def _pack(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
-    output: Path = given.output
-    started = time.monotonic()
-    with tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False) as bar:
-        job = PackingJob(output, options, given.max_bad, bar.update)
-    if finished(output, options) is not None:
-        raise FileNotFoundError(None, None, str(output))  # the job was planned again after others had finished it
-    part, parts = given.part
+def _pack(job: PackingJob, given: argparse.Namespace, started: float) -> ExitCode:
+    """Write the missing shards of one part and report; `started` is when the command began, by the monotonic clock."""
+    output, (part, parts) = job.folder, given.part
     shards = job.shards[part - 1 :: parts]
     missing = job.missing(shards)
     workers = min(given.workers, max(len(missing), 1))

@@ -24,13 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
 from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import WrongContentError, read_in_chunks, retried
-from jitscale.data.tar_index import IndexArray, index_tar, map_index
-from jitscale.errors import DataError
-from jitscale.files import atomic_write
+from jitscale.data.tar_index import IndexArray, index_tar, map_index, save_array
+from jitscale.errors import DataError, data_error
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +59,8 @@ class ShardCache:
         self._folder = folder.absolute()
         self._everything_lock = self._folder / "cache.lock"
         self._marked: dict[str, float] = {}  # sha256 to when this process marked the shard as used
-        try:
+        with data_error(f"{folder}: cannot be made as a cache of shards", "choose another folder"):
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: cannot be made as a cache of shards ({error}); choose another folder"
-            ) from error
         with _locked(self._everything_lock, wait=False):  # a folder that cannot be written is met now
             pass
 
@@ -118,8 +111,8 @@ class ShardCache:
                     index = index_tar(self._file(record, _TAR), with_labels=with_labels, class_names=class_names)
                 except DataError as error:
                     raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
-                with self._writing(url, index.nbytes), atomic_write(path) as file:
-                    np.save(file, index, allow_pickle=False)
+                with self._writing(url, index.nbytes):
+                    save_array(path, index)
         return index
 
     def __getstate__(self) -> dict[str, object]:
@@ -334,10 +327,8 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     Raises:
         DataError: its folder cannot be written, or does not support locks.
     """
-    try:
+    with data_error(f"{path}: cannot be written", "choose a cache folder that can be"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose a cache folder that can be") from error
     _held.add(descriptor)
     try:
         try:

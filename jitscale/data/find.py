@@ -81,8 +81,10 @@ def find_tars(pattern: str) -> Tars:
     return Tars(folder, sorted(set(paths)), manifest, whole_folder)
 
 
-def find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
+def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Manifest]]:
     """The tars that `pattern` means, in order, and the manifests of their folders; a folder's manifest names its tars.
+
+    `setting` is the one that gave the pattern, for messages.
 
     Raises:
         DataError: the pattern names a storage that is not known, no tar, a tar twice, or one that is missing.
@@ -95,12 +97,12 @@ def find_shards(pattern: str) -> tuple[list[Path], dict[Path, Manifest]]:
     if folder in manifests:
         paths = [folder / record.name for record in manifests[folder].shards]
     if not paths:
-        raise DataError(f"{pattern}: no tar shards here; correct data.shards or write them")
+        raise DataError(f"{pattern}: no tar shards here; correct {setting} or write them")
     _refuse_repeated(pattern, paths)
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"{missing[0]}: missing ({len(missing)} of {len(paths)} shards are); copy it again or correct data.shards"
+            f"{missing[0]}: missing ({len(missing)} of {len(paths)} shards are); copy it again or correct {setting}"
         )
     return paths, manifests
 

@@ -21,7 +21,7 @@ from jitscale.data.manifest import Manifest, ShardRecord, content_hash
 from jitscale.data.processes import in_processes
 from jitscale.data.survey import by_place, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import Int64Array, Purpose, hash64
 
@@ -219,12 +219,10 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     if stream.tell() > _LARGEST_SHEET:
         stream = io.BytesIO()
         sheet.quantize(256).save(stream, "PNG", optimize=True)
-    try:
+    with data_error(f"{path}: cannot be written", "choose another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(stream.getvalue())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error
 
 
 def _look_at(task: tuple[Path, list[Record]]) -> Look:

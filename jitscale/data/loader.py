@@ -11,14 +11,14 @@ import shutil
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,18 +40,13 @@ _SECONDS_TO_END = 5.0  # that a worker has between SIGTERM and SIGKILL
 _MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are broken rather than dirty
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What one forward pass takes, as stored: pixels travel in 8 bits and become numbers on the device."""
 
     images: torch.Tensor  # uint8 (B, H, W, 3)
     labels: torch.Tensor  # int64 (B,)
     positions: torch.Tensor  # int64 (B,), in the global sequence
-    bad_samples: list[str] = field(default_factory=list)  # what was wrong with those that others stand in for
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; the DataLoader calls this."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), self.bad_samples)
+    bad_samples: list[str]  # why each undecodable sample was replaced
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,6 @@ class ShardLoader:
     start_position: int  # of the first global batch
     num_workers: int  # processes that read ahead; 0 reads in this one
     pin_memory: bool  # puts batches into page-locked memory
-    start_method: str | None = None  # of the workers: fork, spawn or forkserver; None: the platform's
 
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
@@ -89,9 +83,8 @@ class ShardLoader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         dataset, order = _MicroBatches(self.shard_set, self.order), self.order
-        sampler, method = self._positions(), self.start_method
         # One endless epoch, so the workers live as long as the iterator.
-        batches = start_workers(dataset, self.num_workers, method, sampler=sampler, pin_memory=self.pin_memory)
+        batches = start_workers(dataset, self.num_workers, sampler=self._positions(), pin_memory=self.pin_memory)
         # After the workers, which must not inherit a lock that one of its threads holds.
         prefetcher = Prefetcher(self.shard_set.fetch) if self.shard_set.is_remote else None
         reach, next_look = max(order.streams * order.window, 4 * self.global_batch_size), self.start_position
@@ -168,9 +161,7 @@ class _MicroBatches(Dataset["Batch | DataError"]):
         )
 
 
-def start_workers(
-    dataset: Dataset[T | DataError], num_workers: int, start_method: str | None = None, **options: Any
-) -> Generator[T, None, None]:
+def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: Any) -> Generator[T, None, None]:
     """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
     With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
@@ -179,14 +170,13 @@ def start_workers(
     Raises:
         DataError: while iterating: that of the dataset, or a dead worker.
     """
-    closing = multiprocessing.get_context(start_method).Event()
+    closing = multiprocessing.Event()
     loader: DataLoader[T | DataError] = DataLoader(
         dataset,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=_BATCHES_AHEAD if num_workers else None,
-        multiprocessing_context=start_method if num_workers else None,
         worker_init_fn=partial(_leave_signals_to_the_trainer, closing),
         generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
         **options,

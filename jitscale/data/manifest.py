@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 
 MANIFEST = "manifest.json"
@@ -58,13 +58,12 @@ class Manifest:
         Raises:
             DataError: it is missing or damaged, or contradicts itself.
         """
-        try:
+        damage = (OSError, ValueError, TypeError, KeyError, AttributeError)
+        with data_error(f"{source}: cannot be read as a manifest", "write the shards again", damage):
             values = json.loads((Path(source).read_bytes() if content is None else content).decode())
             shards = [ShardRecord(**record) for record in values.pop("shards")]
             bad = [BadInput(**entry) for entry in values.pop("bad", [])]
             manifest = cls(shards=shards, bad=bad, **values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{source}: cannot be read as a manifest ({error}); write the shards again") from error
         wrong = _wrong_value(manifest)
         if wrong:
             raise DataError(f"{source}: {wrong}; write it again")
@@ -118,10 +117,9 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, or a name is empty, comes twice, or is another's number.
     """
-    try:
+    unreadable = (OSError, UnicodeDecodeError)
+    with data_error(f"{path}: cannot be read as class names", "write one a line, in UTF-8", unreadable):
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as class names ({error}); write one a line, in UTF-8") from error
     first: dict[str, int] = {}
     for line, name in enumerate(names, start=1):
         if not name or name in first:

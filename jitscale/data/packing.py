@@ -1,37 +1,31 @@
-"""Writing shards: tars by webdataset, each with its index beside it, and the manifest of all."""
+"""Writing one shard: a tar by webdataset, with its index and keys beside it."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-from tqdm import tqdm
-
-from jitscale.data.images import CODECS, ImageError, UInt8Array, center_crop, content_extension, decode, encode
-from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
+from jitscale.data.images import ImageError, center_crop, content_extension, decode, encode
+from jitscale.data.manifest import BadInput, ShardRecord
 from jitscale.data.sources import WHOLE_FILE, Source
 from jitscale.data.tar_index import (
-    LARGEST_LABEL,
     NO_LABEL,
     OffsetReader,
     ShortReadError,
     index_of,
+    index_path,
     key_hashes,
+    keys_path,
+    save_array,
     scan_tar,
-    write_index,
-    write_keys,
 )
 from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
-from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
 
@@ -72,15 +66,6 @@ class TooManyBadError(Exception):
         self.bad = bad
 
 
-class Images(Protocol):
-    """Images by integer index, such as an array of them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> UInt8Array:
-        """One image, uint8 (R, R, 3)."""
-
-
 def shard_name(number: int) -> str:
     """The file name of shard `number`."""
     return f"shard-{number:06d}.tar"
@@ -102,8 +87,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
         for sample in samples:
             tar.write(sample)
     found = scan_tar(path)
-    write_keys(path, key_hashes(found))
-    write_index(path, index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
+    save_array(keys_path(path), key_hashes(found))
+    save_array(index_path(path), index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 
@@ -141,92 +126,6 @@ def pack_shard(task: ShardTask) -> PackedShard:
             yield sample
 
     return PackedShard(write_shard(task.path, samples()), enlarged, bad)
-
-
-def write_shards(
-    images: Images,
-    labels: Sequence[int] | Int64Array,
-    output: str | Path,
-    *,
-    codec: str = "png",
-    samples_per_shard: int = 1000,
-    class_names: list[str] | None = None,
-    seed: int = 0,
-) -> Manifest:
-    """Write `images` in a random order as shards with indexes and a manifest. Equal input gives equal bytes.
-
-    Args:
-        images: all of one resolution.
-        labels: one class an image, counted from 0.
-        output: a folder, made if it is not there.
-        codec: the stored form, one of `CODECS`.
-        samples_per_shard: samples of every shard but the last.
-        class_names: the names of the classes, recorded in the manifest.
-        seed: of the order. Keys remain the indices into `images`.
-
-    Raises:
-        DataError: labels, images and class names do not fit together, or the folder already holds a manifest.
-    """
-    folder = Path(output)
-    if (folder / MANIFEST).exists():
-        raise DataError(f"{folder / MANIFEST}: the folder holds shards already; remove it or choose another output")
-    if codec not in CODECS or samples_per_shard < 1:
-        raise DataError(
-            f"codec {codec!r}, samples_per_shard {samples_per_shard}: choose one of {', '.join(CODECS)}, and at least 1"
-        )
-    if not 0 < len(images) == len(labels):
-        raise DataError(
-            f"{len(images)} images and {len(labels)} labels: give one label an image, and at least one image"
-        )
-    limit = LARGEST_LABEL if class_names is None else len(class_names) - 1
-    for number, label in enumerate(labels):
-        if not 0 <= label <= limit:
-            raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error}); choose another folder") from error
-    resolution = len(images[0])
-    order = permutation(len(images), seed, Purpose.PACKING_ORDER)
-
-    def samples(sources: Int64Array) -> Iterator[Sample]:
-        for source in sources:
-            image = images[source]
-            progress.update()
-            if image.shape[:2] != (resolution, resolution):
-                raise DataError(
-                    f"image {source}: has shape {image.shape}, the first one {images[0].shape}; "
-                    "crop all of them to squares of one size"
-                )
-            extension, data = encode(image, codec)
-            yield {"__key__": f"{source:09d}", extension: data, "cls": str(int(labels[source]))}
-
-    with tqdm(total=len(order), unit="img", desc="write", delay=1) as progress:
-        records = [
-            write_shard(folder / shard_name(number), samples(order[first : first + samples_per_shard]))
-            for number, first in enumerate(range(0, len(order), samples_per_shard))
-        ]
-    num_classes = int(np.max(labels)) + 1 if class_names is None else len(class_names)
-    counts = np.bincount(np.asarray(labels), minlength=num_classes).tolist() if num_classes else None
-    manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records, class_counts=counts)
-    manifest.write(folder / MANIFEST)
-    return manifest
-
-
-def write_shards_once(images: Images, output: Path, **options: Any) -> str:
-    """`write_shards` with its options, unless `output` holds exactly these shards already; says which of both it was.
-
-    Raises:
-        DataError: `output` holds other shards; and as `write_shards`.
-    """
-    if not (output / MANIFEST).exists():
-        manifest = write_shards(images, output=output, **options)
-        return f"{output}: {manifest.total} images in {len(manifest.shards)} shards"
-    with tempfile.TemporaryDirectory() as scratch:
-        manifest = write_shards(images, output=scratch, **options)
-    if manifest != Manifest.read(output / MANIFEST):
-        raise DataError(f"{output}: holds other shards; remove the folder or choose another --output")
-    return f"{output}: is there already"
 
 
 def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:

@@ -146,8 +146,7 @@ class PackingJob:
                         refreshed = time.monotonic()
                     self._check_bad()
         except TooManyBadError as error:
-            self._check_bad(error.bad)
-            raise
+            raise self._too_many([*self._bad, *error.bad]) from error
         except WorkerDiedError as error:
             left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
             shard = "nothing yet" if left is None else shard_name(shard_number(left.name[1:].partition(".")[0]))
@@ -237,14 +236,16 @@ class PackingJob:
         size = self.options.samples_per_shard
         return self._order[shard * size : (shard + 1) * size]
 
-    def _check_bad(self, running: Sequence[BadInput] = ()) -> None:
-        bad = [*self._bad, *running]
-        if (count := len(bad)) > self.most_bad:
-            raise DataError(
-                f"{self.folder}: {count} of {len(self.inputs)} images cannot be used, the limit is {self.most_bad} "
-                f"({_few(bad)}); what was written stays: mend --input, or go on by the same "
-                f"command with --max-bad {count} or more"
-            )
+    def _check_bad(self) -> None:
+        if len(self._bad) > self.most_bad:
+            raise self._too_many(self._bad)
+
+    def _too_many(self, bad: list[BadInput]) -> DataError:
+        return DataError(
+            f"{self.folder}: {len(bad)} of {len(self.inputs)} images cannot be used, the limit is {self.most_bad} "
+            f"({_few(bad)}); what was written stays: mend --input, or go on by the same command with --max-bad "
+            f"{len(bad)} or more"
+        )
 
 
 def default_most_bad(images: int) -> int:

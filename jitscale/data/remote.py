@@ -125,14 +125,14 @@ def _refusal(url: str, error: Exception) -> str | None:
         package = f"jitscale[{extra}]" if extra else "fsspec[http]"
         return f"{url}: the package that reads it is not installed ({_text(error)}); pip install '{package}'"
     if isinstance(error, FileNotFoundError):
-        return f"{url}: there is no such file; correct data.shards or upload it"
+        return f"{url}: there is no such file; correct the address or upload it"
     # By name: botocore is not installed everywhere.
     no_credentials = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
     if isinstance(error, PermissionError) or no_credentials or status in {401, 403}:
         hint = ", or set FSSPEC_S3_ANON=true if it is public" if url.startswith("s3://") else ""
         return f"{url}: access is refused ({_text(error)}); give this job credentials that may read it{hint}"
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
-        return f"{url}: the server refuses it ({_text(error)}); correct data.shards"
+        return f"{url}: the server refuses it ({_text(error)}); correct the address"
     return None
 
 

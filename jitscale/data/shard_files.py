@@ -24,10 +24,21 @@ from jitscale.data.tar_index import (
     parse_keys,
     scan_tar,
 )
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import UInt64Array
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardRequest:
+    """The shards that a setting asks for, see `ShardSet.open`."""
+
+    pattern: str
+    num_classes: int
+    image_size: int | None
+    setting: str  # that gave the pattern, for messages
+    size_setting: str  # that gave the image size, for messages
 
 
 @dataclass(frozen=True)
@@ -80,23 +91,22 @@ class ShardFile:
         if not self.has_keys():
             return key_hashes(scan_tar(path))
         beside = keys_path(path)
-        try:
+        with data_error(f"{beside}: cannot be read", "start again when the storage works"):
             return parse_keys(beside.read_bytes(), str(beside), self.record.samples)
-        except OSError as error:
-            raise DataError(f"{beside}: cannot be read ({error}); start again when the storage works") from error
 
 
-def local_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[ShardFile], list[Manifest]]:
-    """The shards in folders of this machine, and the manifests of these folders; arguments as of `ShardSet.open`.
+def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
+    """The shards in folders of this machine, and the manifests of these folders.
 
     Tars that no manifest names, or that have no index, are scanned.
 
     Raises:
         DataError: see `ShardSet.open`.
     """
-    paths, found = find_shards(pattern)
+    pattern, num_classes = wanted.pattern, wanted.num_classes
+    paths, found = find_shards(pattern, wanted.setting)
     manifests = list(found.values())
-    _check_manifests(pattern, manifests, num_classes, image_size)
+    _check_manifests(wanted, manifests)
     records = {folder / record.name: record for folder, manifest in found.items() for record in manifest.shards}
     unindexed = {path for path in paths if path not in records or not index_path(path).exists()}
     if unindexed:
@@ -117,20 +127,20 @@ def local_shards(pattern: str, num_classes: int, image_size: int | None) -> tupl
     return shards, manifests
 
 
-def remote_shards(pattern: str, num_classes: int, image_size: int | None) -> tuple[list[ShardFile], list[Manifest]]:
+def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
     """Shards of remote storage as their manifest describes them; their content is checked when it is fetched.
 
     Raises:
         DataError: see `ShardSet.open`.
     """
-    folder, names = find_remote_shards(pattern)
+    folder, names = find_remote_shards(wanted.pattern)
     url = f"{folder}/{MANIFEST}"
     manifest = Manifest.read(url, read_remote(url))
-    _check_manifests(pattern, [manifest], num_classes, image_size)
+    _check_manifests(wanted, [manifest])
     records = {record.name: record for record in manifest.shards}
     unknown = [name for name in names or [] if name not in records]
     if unknown:
-        raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct data.shards")
+        raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct {wanted.setting}")
     return [ShardFile(f"{folder}/{name}", records[name], None) for name in names or records], [manifest]
 
 
@@ -157,7 +167,8 @@ def check_index(location: str, index: IndexArray, record: ShardRecord, num_class
         )
 
 
-def _check_manifests(pattern: str, manifests: Sequence[Manifest], num_classes: int, image_size: int | None) -> None:
+def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> None:
+    pattern, num_classes, image_size = wanted.pattern, wanted.num_classes, wanted.image_size
     if any(manifest.class_names != manifests[0].class_names for manifest in manifests):
         raise DataError(f"{pattern}: its folders name different classes; a label must mean one thing, open one folder")
     for manifest in manifests:
@@ -172,7 +183,7 @@ def _check_manifests(pattern: str, manifests: Sequence[Manifest], num_classes: i
             remedy = "set model.num_classes=0 for unconditional training, or write the shards with labels"
             wrong = f"says that there are no labels; {remedy}"
         elif image_size is not None and resolution is not None and resolution < image_size:
-            remedy = "lower model.image_size or write larger shards"
-            wrong = f"says {resolution} pixels a side, the model has {image_size}; {remedy}"
+            remedy = "lower it or write larger shards"
+            wrong = f"says {resolution} pixels a side, {wanted.size_setting} is {image_size}; {remedy}"
         if wrong:
             raise DataError(f"{pattern}: the manifest {wrong}")

@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -31,9 +32,9 @@ from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote
-from jitscale.data.shard_files import ShardFile, check_index, local_shards, remote_shards
+from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,13 @@ class ShardSet:
 
     def __init__(
         self,
+        wanted: ShardRequest,
         shards: list[ShardFile],
-        num_classes: int,
-        image_size: int | None,
         manifests: Sequence[Manifest],
         cache: ShardCache | None,
     ) -> None:
-        self._shards, self._manifests, self._cache, self._num_classes = shards, manifests, cache, num_classes
+        self._wanted, self._num_classes = wanted, wanted.num_classes
+        self._shards, self._manifests, self._cache = shards, manifests, cache
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
         # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
         # mapping too, of which Linux gives a process 65,530.
@@ -89,7 +90,7 @@ class ShardSet:
         self.is_hashed = all(shard.record.sha256 for shard in shards)
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
         self.manifest_hash = content_hash([shard.record for shard in shards])
-        self.image_size = image_size or 0
+        self.image_size = wanted.image_size or 0
         self.image_size = self._first_image_size()  # a size that does not fit is met now
 
     @classmethod
@@ -101,6 +102,8 @@ class ShardSet:
         *,
         cache_dir: str | Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        setting: str = "data.shards",
+        size_setting: str = "model.image_size",
     ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
 
@@ -115,18 +118,21 @@ class ShardSet:
                 sizes. Otherwise they are refused: these are more likely the wrong shards.
             cache_dir: a folder of this node for remote shards; None: one of this user in $TMPDIR.
             cache_bytes: its capacity.
+            setting: the one that gave the pattern, for messages.
+            size_setting: the one that gave the image size, for messages.
 
         Raises:
             DataError: the first thing that is wrong, with shard, byte, limit and remedy.
         """
-        text, cache, find = str(pattern), None, local_shards
-        if is_remote(text):
+        wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting)
+        cache, find = None, local_shards
+        if is_remote(wanted.pattern):
             usual = Path(tempfile.gettempdir(), f"jitscale-shards-{getpass.getuser()}")
             cache, find = ShardCache(Path(cache_dir or usual), cache_bytes), remote_shards
-        shards, manifests = find(text, num_classes, image_size)
+        shards, manifests = find(wanted)
         if not any(shard.record.samples for shard in shards):
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
-        return cls(shards, num_classes, image_size, manifests, cache)
+        return cls(wanted, shards, manifests, cache)
 
     @property
     def is_remote(self) -> bool:
@@ -234,69 +240,72 @@ class ShardSet:
             )
 
     def read(self, shard: int, index: int) -> tuple[UInt8Array, int]:
-        """Sample `index` of `shard`: its image, uint8 (image_size, image_size, 3), maybe read-only, and its label.
+        """Sample `index` of this set's part of `shard`: its image and its label.
+
+        The image is uint8 (image_size, image_size, 3), and may be read-only.
 
         Raises:
             ImageError: the image cannot be decoded, or is smaller than the image size; other samples may be sound.
             DataError: the shard cannot be read.
         """
         rows, tar = self._open(shard)
+        row = index
         if self._chosen is not None:
             chosen = self._chosen[shard]
             others_before = chosen - np.arange(len(chosen))
-            index = int(chosen[index] if self._has_chosen else index + others_before.searchsorted(index, side="right"))
-        offset, size, label, _ = rows[index].item()
+            row = int(chosen[index] if self._has_chosen else index + others_before.searchsorted(index, side="right"))
+        offset, size, label, _ = rows[row].item()
         try:
             data = (tar or OffsetReader(self._tar(shard))).read(offset, size)
         except OSError as error:
             what = f"cannot be read ({error}); start again when the storage works"
             if isinstance(error, ShortReadError):
                 what = f"{error}: the file was cut while in use; copy it again"
-            raise DataError(f"{self.place(shard, index)} {what}") from error
-        return self.decode(shard, index, data), label if self._num_classes else 0
+            raise DataError(f"{self.place(shard, row)} {what}") from error
+        return self.decode(shard, row, data), label if self._num_classes else 0
 
-    def open_tar(self, shard: int, index: int) -> IO[bytes]:
-        """The tar of `shard`, to be read from where the image before sample `index` ends, and to be closed.
+    def open_tar(self, shard: int, row: int) -> IO[bytes]:
+        """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
 
         Raises:
             DataError: see `ShardCache.fetch`.
             OSError: it cannot be opened.
         """
         start = 0
-        if index:
-            before = self._open(shard).rows[index - 1]
+        if row:
+            before = self._open(shard).rows[row - 1]
             start = int(before["offset"] + before["size"])
         tar = open(self._tar(shard), "rb")  # noqa: SIM115 (see above)
         tar.seek(start + -start % tarfile.BLOCKSIZE)
         return tar
 
-    def decode(self, shard: int, index: int, data: bytes) -> UInt8Array:
-        """The image of sample `index` of the tar, as `read` returns it, from its bytes.
+    def decode(self, shard: int, row: int, data: bytes) -> UInt8Array:
+        """The image of sample `row` of the tar, as `read` returns it, from its bytes.
 
         Raises:
             ImageError: see `read`.
             DataError: the index says another size of the file.
         """
-        _, size, _, extension = self._open(shard).rows[index].item()
+        _, size, _, extension = self._open(shard).rows[row].item()
         if len(data) != size:
             what = f"has {len(data)} bytes, the index says {size}; check the shard with tools/index_shards.py --verify"
-            raise DataError(f"{self.place(shard, index)} {what}")
+            raise DataError(f"{self.place(shard, row)} {what}")
         try:
             image = decode(data, extension.decode())
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
                 raise ImageError(
-                    f"is {width} x {height} pixels, smaller than the image size {self.image_size}; lower "
-                    "model.image_size, write larger shards, or let tools/index_shards.py record that images have their "
-                    "original sizes"
+                    f"is {width} x {height} pixels, smaller than the image size {self.image_size}; "
+                    f"lower {self._wanted.size_setting}, write larger shards, or let tools/index_shards.py record that "
+                    "images have their original sizes"
                 )
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
-            raise ImageError(f"{self.place(shard, index)} {error}") from error
+            raise ImageError(f"{self.place(shard, row)} {error}") from error
 
-    def place(self, shard: int, index: int) -> str:
-        """Where sample `index` of the tar lies, for messages."""
-        return f"{self._shards[shard].location}: byte {self._open(shard).rows['offset'][index]}: sample {index}"
+    def place(self, shard: int, row: int) -> str:
+        """Where sample `row` of the tar lies, for messages."""
+        return f"{self._shards[shard].location}: byte {self._open(shard).rows['offset'][row]}: sample {row}"
 
     def shard_and_index(self, sample: int) -> tuple[int, int]:
         """Where a sample lies that is counted over all shards in turn."""
@@ -341,10 +350,8 @@ class ShardSet:
             index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
-        try:
+        with data_error(f"{at.location}: cannot be opened any more", "restore it"):
             return _OpenShard(at.local_index(), OffsetReader(at.location))
-        except OSError as error:
-            raise DataError(f"{at.location}: cannot be opened any more ({error}); restore it") from error
 
 
 class _OpenShard(NamedTuple):
@@ -354,36 +361,42 @@ class _OpenShard(NamedTuple):
     tar: OffsetReader | None  # None: a remote one, opened for each read, since an evicted tar that is open holds room
 
 
-def open_configured(config: Config) -> ShardSet:
+def open_training_shards(config: Config) -> ShardSet:
     """What `data.shards` and `data.held_out` leave to train on, under the configuration's settings.
-
-    In both, {resolution} stands for `model.image_size`.
 
     Raises:
         DataError: see `ShardSet.open`; or nothing is held out, nothing is left, or held-out shards are trained on too.
     """
-    data, model = config.data, config.model
-    shards = open_sized(config, data.shards, model.num_classes, model.image_size)
-    fraction = held_out_fraction(data)
-    if data.held_out is None:
+    classes = config.model.num_classes
+    shards = open_setting(config, "data.shards", classes)
+    if config.data.held_out is None:
         return shards
-    if fraction is not None:
+    if (fraction := held_out_fraction(config.data)) is not None:
         return shards.without_fraction(fraction)
-    try:
-        held_out = open_sized(config, data.held_out, model.num_classes, model.image_size)
-    except DataError as error:
-        # What there is to correct is this setting, where the message names the usual one.
-        raise DataError(f"data.held_out: {str(error).replace('data.shards', 'data.held_out')}") from error
+    held_out = open_setting(config, "data.held_out", classes)
     shards.check_apart(held_out)
     return shards.holding_out(held_out)
 
 
-def open_sized(config: Config, pattern: str, num_classes: int, image_size: int) -> ShardSet:
-    """The shards that `pattern` means, with {resolution} for `image_size`; raises as `ShardSet.open`."""
-    return ShardSet.open(
-        pattern.replace("{resolution}", str(image_size)),
-        num_classes,
-        image_size,
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-    )
+def open_setting(config: Config, setting: str, num_classes: int, size_setting: str = "model.image_size") -> ShardSet:
+    """The shards that `setting` names, with {resolution} for the value of `size_setting`.
+
+    Raises:
+        DataError: see `ShardSet.open`.
+    """
+    image_size: int = attrgetter(size_setting)(config)
+    pattern: str = attrgetter(setting)(config)
+    try:
+        return ShardSet.open(
+            pattern.replace("{resolution}", str(image_size)),
+            num_classes,
+            image_size,
+            cache_dir=config.data.cache_dir,
+            cache_bytes=int(config.data.cache_gb * 1e9),
+            setting=setting,
+            size_setting=size_setting,
+        )
+    except DataError as error:
+        if setting == "data.shards":  # where users look for shards first
+            raise
+        raise DataError(f"{setting}: {error}") from error

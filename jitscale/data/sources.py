@@ -24,7 +24,7 @@ from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.tar_index import LARGEST_LABEL, scan_tar, wrong_end
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
 WHOLE_FILE = -1  # as a size
@@ -278,13 +278,14 @@ class _Finder:
 
     def _in_table(self, table: Path, form: str, rows: Callable[[IO[str], str], Iterator[_Row]]) -> Iterator[_Found]:
         empty = True
-        try:
-            with table.open(encoding="utf-8-sig", newline="") as file:
-                for line, path, label in rows(file, f"{table}: line"):
-                    empty = False
-                    yield self._in_row(table, f"{table}: line {line}", path, label)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{table}: cannot be read as a table ({error}); write it as {form} in UTF-8") from error
+        what, damage = f"{table}: cannot be read as a table", (OSError, UnicodeDecodeError, csv.Error)
+        with (
+            data_error(what, f"write it as {form} in UTF-8", damage),
+            table.open(encoding="utf-8-sig", newline="") as file,
+        ):
+            for line, path, label in rows(file, f"{table}: line"):
+                empty = False
+                yield self._in_row(table, f"{table}: line {line}", path, label)
         if empty:
             raise DataError(f"{table}: has no lines with images; give a path in every line")
 

@@ -24,12 +24,13 @@ from jitscale.data.tar_index import (
     TarSample,
     count_classes,
     index_of,
+    index_path,
     key_hashes,
+    keys_path,
+    save_array,
     survey_tar,
-    write_index,
-    write_keys,
 )
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.files import remove_durably, sha256_of
 from jitscale.keyed_random import UInt64Array
 
@@ -69,15 +70,13 @@ class Survey:
         """
         assert not self.defects
         manifest = self.tars.folder / MANIFEST
-        try:
+        with data_error(f"{self.tars.folder}: cannot be written to", "make room or correct it"):
             if self.tars.manifest is not None and self.tars.manifest != self.manifest:
                 remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
             for scan in self.scans:
-                write_keys(scan.path, scan.keys)
-                write_index(scan.path, scan.index)
+                save_array(keys_path(scan.path), scan.keys)
+                save_array(index_path(scan.path), scan.index)
             self.manifest.write(manifest)
-        except OSError as error:
-            raise DataError(f"{self.tars.folder}: cannot be written to ({error}); make room or correct it") from error
 
 
 def scan_shards(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import UInt64Array
 
@@ -142,7 +142,7 @@ def survey_tar(path: Path) -> TarScan:
                     label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
                 scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
     except OSError as error:
-        scan.refuse(None, f"cannot be read ({error}); correct data.shards")
+        scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
         scan.complete = False
     return scan
 
@@ -187,10 +187,15 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.npy")
 
 
-def write_index(tar: Path, index: IndexArray) -> None:
-    """Put `index` next to its tar."""
-    with atomic_write(index_path(tar)) as file:
-        np.save(file, index, allow_pickle=False)
+def keys_path(tar: Path) -> Path:
+    """Where the hashes of the keys of `tar` lie."""
+    return tar.with_suffix(".keys.npy")
+
+
+def save_array(path: Path, array: IndexArray | UInt64Array) -> None:
+    """Write an index, or hashes of keys, to the file `path`."""
+    with atomic_write(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] | None:
@@ -211,10 +216,8 @@ def map_index(path: Path) -> IndexArray:
         DataError: it is missing or damaged.
     """
     remedy = "remove it, the tar is then scanned"
-    try:
+    with data_error(f"{path}: cannot be mapped", remedy, (OSError, ValueError, EOFError)):
         index = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it never takes the file for a zip
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be mapped ({error}); {remedy}") from error
     if index.dtype != INDEX or index.ndim != 1:
         raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; {remedy}")
     return np.asarray(index)  # still mapped; np.memmap's own indexing is several times slower
@@ -227,28 +230,15 @@ def key_hashes(samples: Sequence[TarSample]) -> UInt64Array:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def keys_path(tar: Path) -> Path:
-    """Where the hashes of the keys of `tar` lie."""
-    return tar.with_suffix(".keys.npy")
-
-
-def write_keys(tar: Path, keys: UInt64Array) -> None:
-    """Put the hashes of the keys next to their tar."""
-    with atomic_write(keys_path(tar)) as file:
-        np.save(file, keys, allow_pickle=False)
-
-
 def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
-    """The hashes of `samples` keys in a file that `write_keys` made; `source` is its name for messages.
+    """The hashes of `samples` keys in the `content` of their file; `source` is its name for messages.
 
     Raises:
         DataError: it is damaged, or is of another number of samples.
     """
     remedy = "write it again with tools/index_shards.py --force"
-    try:
+    with data_error(f"{source}: cannot be read", remedy, (ValueError, EOFError)):
         keys = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{source}: cannot be read ({error}); {remedy}") from error
     if keys.dtype != np.uint64 or keys.shape != (samples,):
         raise DataError(f"{source}: holds {keys.dtype} {keys.shape}, not the keys of {samples} samples; {remedy}")
     return keys

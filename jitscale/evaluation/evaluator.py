@@ -15,7 +15,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig
-from jitscale.data.shards import open_sized
+from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
 from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
@@ -163,10 +163,11 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
         return lambda ids: labels_of(ids, classes), {"labels": "balanced" if classes else None}
     if kind == "random":
         return lambda ids: random_labels(ids, seed, [1] * classes), {"labels": kind}
+    setting = "data.shards" if config.data.shards else "evaluation.reference"
     source = config.data.shards or config.evaluation.reference or ""
     if not source or source.endswith(".npz"):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
-    counts = open_sized(config, source, classes, config.model.image_size).class_counts()
+    counts = open_setting(config, setting, classes).class_counts()
     return lambda ids: random_labels(ids, seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.shards import open_sized
+from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
@@ -90,10 +90,12 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
         ConfigError: there is no reference, it has too few images, or `evaluation.cache_dir` cannot be used.
         DataError: on every rank: the shards cannot be opened.
     """
-    source, size = reference_source(config), config.evaluation.reference_size or config.model.image_size
+    source = reference_source(config)
     if source.endswith(".npz"):
         return []
-    shards = parallel.raise_together(lambda: open_sized(config, source, 0, size))
+    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
+    size_setting = "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
+    shards = parallel.raise_together(lambda: open_setting(config, setting, 0, size_setting))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         raise ConfigError(
             f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "

@@ -28,7 +28,7 @@ import jitscale
 from jitscale import parallel
 from jitscale.command import Parser
 from jitscale.config import Config, load_config, to_yaml
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.requirements import check_training_measures
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
@@ -212,7 +212,7 @@ def _folders(config: Config) -> None:
 def _shards(config: Config) -> None:
     """The manifests and a first image can be read."""
     for stage in stages_of(config) if config.data.shards else ():
-        open_configured(stage)
+        open_training_shards(stage)
 
 
 def _hash_of_code() -> str:

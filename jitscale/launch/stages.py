@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
@@ -66,7 +66,7 @@ class Stage:
         trains = self.kind == "train"
         config = load_config(self.config, self.settings, world_size=tasks, needs_shards=trains)
         if trains:
-            open_configured(config)
+            open_training_shards(config)
             if not {"JITSCALE_SETUP", "JITSCALE_RANK_PYTHON"} & os.environ.keys():  # either may set the job's key
                 check_wandb(config)
 

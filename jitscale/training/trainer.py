@@ -21,7 +21,7 @@ from jitscale.checkpoints.opening import read_guide
 from jitscale.config import Config
 from jitscale.config.cautions import cautions
 from jitscale.data.loader import naming_dead_workers
-from jitscale.data.shards import ShardSet, open_configured
+from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import ExitCode
 from jitscale.keyed_random import Purpose, generator_seeds
@@ -68,7 +68,7 @@ def train(config: Config, world: World) -> ExitCode:
     """
     with ExitStack() as held:
         claim(Path(config.run.dir), held)
-        trainer = Trainer(config, world, parallel.raise_together(lambda: open_configured(config)))
+        trainer = Trainer(config, world, parallel.raise_together(lambda: open_training_shards(config)))
         held.callback(trainer.close)
         with naming_dead_workers():
             return trainer.run()

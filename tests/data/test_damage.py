@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.images import ImageError, encode
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from tests.support import ROOT

@@ -17,7 +17,7 @@ from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST
 from jitscale.data.order import EpochOrder
 from jitscale.data.packing import shard_name
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_training_shards
 from jitscale.data.survey import survey
 from jitscale.data.tar_index import TarSample, key_hashes, keys_path
 from jitscale.data.verification import verify
@@ -51,7 +51,7 @@ def test_no_position_of_three_epochs_is_held_out(
     folder: Path, fewer: Path, other: Path, variant: str, workers: int
 ) -> None:
     """Read by the real loader on two ranks; all others come once an epoch."""
-    shards = open_configured(config_of(folder, "0.2") if variant == "fraction" else config_of(fewer, str(other)))
+    shards = open_training_shards(config_of(folder, "0.2") if variant == "fraction" else config_of(fewer, str(other)))
     hidden = held(shards)
     assert 12 < len(hidden) < 36
     assert shards.held_out is not None
@@ -71,11 +71,11 @@ def test_no_position_of_three_epochs_is_held_out(
 def test_stand_ins_are_not_held_out(tmp_path: Path) -> None:
     """Half of the samples is held out, and half of the others cannot be decoded."""
     whole = write(tmp_path / "shards", list(range(COUNT)), 35, codec="png")
-    training = members(open_configured(config_of(whole, "0.5")))
+    training = members(open_training_shards(config_of(whole, "0.5")))
     bad = set(training[1::2])
     for number in bad:
         damage(whole / shard_name(number // 35), number % 35)
-    shards = open_configured(config_of(whole, "0.5"))
+    shards = open_training_shards(config_of(whole, "0.5"))
     hidden = held(shards)
     order = EpochOrder(shards.samples_per_shard, seed=1)
     loader = ShardLoader(shards, order, len(training), len(training), 0, 1, 0, 0, pin_memory=False)
@@ -87,15 +87,19 @@ def test_stand_ins_are_not_held_out(tmp_path: Path) -> None:
 
 def test_the_choice_belongs_to_the_keys(folder: Path, tmp_path: Path) -> None:
     """Packed in another order, in other shards, at another size, as a part, under another seed: the same samples."""
-    chosen = held(open_configured(config_of(folder, "0.2")))
+    chosen = held(open_training_shards(config_of(folder, "0.2")))
     shuffled = np.random.default_rng(0).permutation(COUNT).tolist()
-    assert held(open_configured(config_of(write(tmp_path / "again", shuffled, 50), "0.2"))) == chosen
+    assert held(open_training_shards(config_of(write(tmp_path / "again", shuffled, 50), "0.2"))) == chosen
     larger = config_of(write(tmp_path / "8", shuffled, 11, size=8).with_name("{resolution}"), "0.2", size=8)
     larger.run.seed = 5
-    assert held(open_configured(larger)) == chosen
+    assert held(open_training_shards(larger)) == chosen
     part = write(tmp_path / "part", list(range(40, 90)), 9)
-    assert held(open_configured(config_of(part, "0.2"))) == chosen & set(range(40, 90))
-    assert held(open_configured(config_of(folder, "0.1"))) < chosen < held(open_configured(config_of(folder, "0.5")))
+    assert held(open_training_shards(config_of(part, "0.2"))) == chosen & set(range(40, 90))
+    assert (
+        held(open_training_shards(config_of(folder, "0.1")))
+        < chosen
+        < held(open_training_shards(config_of(folder, "0.5")))
+    )
 
 
 def test_the_fraction_is_kept() -> None:
@@ -109,15 +113,15 @@ def test_the_fraction_is_kept() -> None:
 def test_the_choice_never_changes(folder: Path) -> None:
     """It is part of every checkpoint's meaning."""
     expected = [1, 9, 21, 22, 32, 37, 38, 39, 61, 62, 67, 80, 84, 113, 119]
-    assert sorted(held(open_configured(config_of(folder, "0.1")))) == expected
+    assert sorted(held(open_training_shards(config_of(folder, "0.1")))) == expected
 
 
 def test_without_held_out_samples_nothing_changes(folder: Path) -> None:
-    shards = open_configured(config_of(folder))
+    shards = open_training_shards(config_of(folder))
     assert shards.held_out is None
     assert members(shards) == list(range(COUNT))
     assert shards.samples_per_shard.tolist() == [35, 35, 35, 15]
-    assert shards.manifest_hash == open_configured(config_of(folder, "0.2")).manifest_hash
+    assert shards.manifest_hash == open_training_shards(config_of(folder, "0.2")).manifest_hash
 
 
 def test_keys_are_read_beside_the_tars_or_from_their_headers(
@@ -125,12 +129,12 @@ def test_keys_are_read_beside_the_tars_or_from_their_headers(
 ) -> None:
     """Shards that an older version packed have no keys; foreign ones have no manifest; damaged keys are refused."""
     caplog.set_level("INFO")
-    chosen = held(open_configured(config_of(folder, "0.2")))
+    chosen = held(open_training_shards(config_of(folder, "0.2")))
     assert "have no keys" not in caplog.text
     older = shutil.copytree(folder, tmp_path / "older")
     for path in older.glob("*.keys.npy"):
         path.unlink()
-    assert held(open_configured(config_of(older, "0.2"))) == chosen
+    assert held(open_training_shards(config_of(older, "0.2"))) == chosen
     assert re.search(r"4 of 4 shards, such as .*older/shard-000000.tar, have no keys", caplog.text)
     assert verify(find_tars(str(older)), 1).defects == []
     survey(find_tars(str(older)), None, 1).write()
@@ -140,14 +144,14 @@ def test_keys_are_read_beside_the_tars_or_from_their_headers(
     (older / MANIFEST).unlink()
     keys = np.load(keys_path(older / shard_name(0)))
     np.save(keys_path(older / shard_name(0)), keys + np.uint64(1))  # not believed where no manifest names the tar
-    assert held(open_configured(config_of(older, "0.2"))) == chosen
+    assert held(open_training_shards(config_of(older, "0.2"))) == chosen
     shutil.copy(folder / MANIFEST, older)
     found = [str(defect) for defect in verify(find_tars(str(older)), 1).defects]
     assert len(found) == 1
     assert "shard-000000.keys.npy differs in 35 of 35 samples, first in 0" in found[0]
     np.save(keys_path(older / shard_name(0)), keys[1:])
     with pytest.raises(DataError, match=r"shard-000000.keys.npy: holds uint64 \(34,\), not the keys of 35.* --force$"):
-        open_configured(config_of(older, "0.2"))
+        open_training_shards(config_of(older, "0.2"))
 
 
 def test_a_fraction_of_remote_shards_needs_their_keys(folder: Path, tmp_path: Path) -> None:
@@ -155,19 +159,19 @@ def test_a_fraction_of_remote_shards_needs_their_keys(folder: Path, tmp_path: Pa
     with serving(served) as url:
         config = config_of(url, "0.2")
         config.data.cache_dir = str(tmp_path / "cache")
-        shards = open_configured(config)
-        local = open_configured(config_of(folder, "0.2"))
+        shards = open_training_shards(config)
+        local = open_training_shards(config_of(folder, "0.2"))
         assert held(shards) == held(local)
         assert members(shards) == members(local)
         keys_path(served / shard_name(2)).unlink()
         with pytest.raises(
             DataError, match=r"data.held_out: .*shard-000002.keys.npy: there is no such file; .*or name"
         ):
-            open_configured(config)
+            open_training_shards(config)
 
 
 def test_workers_get_no_held_out_samples(folder: Path) -> None:
-    shards = open_configured(config_of(folder, "0.2"))
+    shards = open_training_shards(config_of(folder, "0.2"))
     sent = pickle.loads(pickle.dumps(shards))
     assert sent.held_out is None
     assert members(sent) == members(shards)
@@ -199,7 +203,7 @@ def test_refusals(folder: Path, other: Path, tmp_path: Path, held_out: str, mess
     for short, path in (("SHARDS", "shards"), ("LINK", "link"), ("COPY", "copy"), ("NAMED", "named")):
         held_out = held_out.replace(short, str(tmp_path / path))
     with pytest.raises(DataError, match=message) as refused:
-        open_configured(config_of(tmp_path / "shards", held_out))
+        open_training_shards(config_of(tmp_path / "shards", held_out))
     assert "\n" not in str(refused.value)
 
 
@@ -212,13 +216,13 @@ def test_held_out_images_that_cannot_be_decoded_are_refused_at_the_start(fewer: 
     for sample in range(5):
         damage(broken / shard_name(0), sample)
     with pytest.raises(DataError, match=r"data.held_out: .*sample 0 cannot be decoded"):
-        open_configured(config_of(fewer, str(broken)))
+        open_training_shards(config_of(fewer, str(broken)))
     partly = write(tmp_path / "partly", list(range(COUNT)), COUNT, codec="png")
-    for number in held(open_configured(config_of(partly, "0.1"))):
+    for number in held(open_training_shards(config_of(partly, "0.1"))):
         damage(partly / shard_name(0), number)
     with pytest.raises(DataError, match=r"sample 1 cannot be decoded"):
-        open_configured(config_of(partly, "0.1"))
-    open_configured(config_of(partly))
+        open_training_shards(config_of(partly, "0.1"))
+    open_training_shards(config_of(partly))
 
 
 def test_the_setting_is_a_number_or_a_text(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
 from jitscale.data.images import encode
 from jitscale.data.inspection import (
@@ -24,9 +25,8 @@ from jitscale.data.inspection import (
     statistics,
 )
 from jitscale.data.manifest import BadInput
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
-from jitscale.data.tar_index import index_tar, write_index
+from jitscale.data.tar_index import index_tar, save_array
 from tests.data.surveying import change_manifest
 from tests.support.pictures import number_of, numbered, numbered_png, write_tar
 
@@ -151,7 +151,7 @@ def test_damage_is_counted_and_does_not_end_an_inspection(tmp_path: Path) -> Non
     lying = index_tar(tmp_path / "shard-000001.tar")
     lying["offset"][0] = -5
     lying["extension"][1] = b"\xff"
-    write_index(tmp_path / "shard-000001.tar", lying)
+    save_array(tmp_path / "shard-000001.index.npy", lying)
     (tmp_path / "shard-000002.index.npy").write_bytes(b"")
     change_manifest(tmp_path, bad=[{"source": "x.jpg", "reason": "broken"}])
     collection = collect(find_tars(str(tmp_path)), 1)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.loader import Batch, ShardLoader, naming_dead_workers
 from jitscale.data.order import EpochOrder
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.training.noise import to_model_input
@@ -40,6 +40,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3))
     write_shards(images, np.arange(COUNT) % CLASSES, folder, codec="raw", samples_per_shard=9)
     return ShardSet.open(folder, CLASSES, 8)
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each way in which a platform may start workers by default."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 def loader(
@@ -163,10 +172,9 @@ def test_a_shard_that_gets_lost_is_one_line(tmp_path: Path, workers: int) -> Non
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_dead_worker_is_named(shards: ShardSet, method: str) -> None:
-    endless = replace(loader(shards, workers=2), start_method=method)
-    batches = iter(endless)
+@pytest.mark.usefixtures("start_method")
+def test_a_dead_worker_is_named(shards: ShardSet) -> None:
+    batches = iter(loader(shards, workers=2))
     first = next(batches)
     assert sequence([first]) == sequence(list(islice(loader(shards), 1)))
     victim = multiprocessing.active_children()[0].pid
@@ -183,10 +191,10 @@ def test_a_dead_worker_is_named(shards: ShardSet, method: str) -> None:
     batches.close()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_leave_signals_to_the_trainer(shards: ShardSet, method: str) -> None:
+@pytest.mark.usefixtures("start_method")
+def test_workers_leave_signals_to_the_trainer(shards: ShardSet) -> None:
     """Slurm signals every process of a step; the state is saved after that, so that batches must go on."""
-    batches = iter(replace(loader(shards, workers=2), start_method=method))
+    batches = iter(loader(shards, workers=2))
     found = list(islice(batches, 6))  # both workers are past their start
     workers = multiprocessing.active_children()
     for worker in workers:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import webdataset
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.manifest import Manifest
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError
@@ -160,6 +160,8 @@ def test_larger_images_are_cropped_and_smaller_ones_refused(tmp_path: Path) -> N
         shards.read(0, 1)
     with pytest.raises(DataError, match=r"sample 0 is 16 x 16 pixels.*size 32.*lower model.image_size"):
         ShardSet.open(tmp_path, 1, 32)
+    with pytest.raises(DataError, match=r"sample 0 is 16 x 16 pixels.*lower evaluation.reference_size"):
+        ShardSet.open(tmp_path, 1, 32, size_setting="evaluation.reference_size")
     assert ShardSet.open(tmp_path, 1).image_size == 16
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.images import encode
 from jitscale.data.manifest import read_class_names
-from jitscale.data.packing import write_shards
 from jitscale.data.processes import in_processes
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar
@@ -187,7 +187,7 @@ def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jitscale.data.survey.write_index", killed)
+    monkeypatch.setattr("jitscale.data.survey.save_array", killed)
     with pytest.raises(KeyboardInterrupt):
         index(tmp_path / "t", ["dog", "cat"])
     assert not (tmp_path / "t/manifest.json").exists()

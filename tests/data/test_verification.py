@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
-from jitscale.data.tar_index import index_tar, scan_tar, write_index
+from jitscale.data.tar_index import index_path, index_tar, save_array, scan_tar
 from jitscale.data.verification import verify
 from jitscale.errors import DataError
 from tests.data.surveying import change_manifest, defects, flip, index, offset, theirs, tool
@@ -58,8 +58,8 @@ def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
     # 4: an index that lies about a label, 5: about the number of samples, 6: is no index, 7: is not there
     lying = index_tar(paths[4])
     lying["label"][3] = (lying["label"][3] + 1) % 3
-    write_index(paths[4], lying)
-    write_index(paths[5], index_tar(paths[5])[:3])
+    save_array(index_path(paths[4]), lying)
+    save_array(index_path(paths[5]), index_tar(paths[5])[:3])
     paths[6].with_suffix(".index.npy").write_bytes(b"nothing")
     paths[7].with_suffix(".index.npy").unlink()
     # 8: a manifest that lies about the number of samples

@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 from jitscale.config import ema_name
+from jitscale.data.array_shards import write_shards
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
-from jitscale.data.packing import write_shards
 from jitscale.errors import UserError
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.tracking import read_held_out, read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks, start_ranks

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.packing import write_shards
 from jitscale.files import exclusive
 from tests.support.evaluations import Evaluation
 from tests.support.processes import run_ranks, start_ranks

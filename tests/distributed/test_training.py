@@ -16,7 +16,7 @@ import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support import ROOT
 from tests.support.forking import Process

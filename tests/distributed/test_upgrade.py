@@ -13,7 +13,7 @@ import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.run_folder import is_complete
 from jitscale.tracking import read_metrics
 from tests.support.processes import run_ranks, start_ranks
@@ -92,7 +92,7 @@ def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -
 
 def test_a_later_stage_without_images_is_met_first(job: Job) -> None:
     said = run_ranks(2, *job.command("small", *PROGRESSIVE), expect=2)
-    assert "the manifest says 16 pixels a side, the model has 32" in said
+    assert "the manifest says 16 pixels a side, model.image_size is 32" in said
     assert not (job.folder / "small/at_16px").exists()
 
 

@@ -12,8 +12,8 @@ import torch
 
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.config.cautions import cautions, start_caution
+from jitscale.data.array_shards import write_shards
 from jitscale.data.digits import digit_images
-from jitscale.data.packing import write_shards
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
@@ -110,7 +110,14 @@ def test_the_sweep_counts_shared_steps_once() -> None:
             ["evaluation.features=inception", "evaluation.features_file=/nowhere.pth"],
             "correct evaluation.features_file",
         ),
-        (["evaluation.reference=/nowhere"], "/nowhere: "),
+        (
+            ["evaluation.reference=/nowhere"],
+            r"evaluation\.reference: /nowhere: missing .*; copy it again or correct evaluation\.reference$",
+        ),
+        (
+            ["evaluation.reference_size=16"],
+            r"the manifest says 8 pixels a side, evaluation\.reference_size is 16; lower it",
+        ),
         (["evaluation.reference=/nowhere.npz"], "evaluation.reference=/nowhere.npz: no statistics with mu and sigma"),
         (
             ["evaluation.sweep_max_share=0.5", 'evaluation.sweep=["guidance=1,2"]', "evaluation.sweep_images=10"],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.slurm.cluster import SlurmCluster
 from tests.support import ROOT

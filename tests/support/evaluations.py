@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jitscale.data.array_shards import write_shards
 from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.packing import write_shards
 from tests.support import FILES
 from tests.support.processes import run_ranks
 from tests.support.tiny import model_yaml

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks

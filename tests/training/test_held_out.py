@@ -10,7 +10,7 @@ import torch
 
 from jitscale.config import Config
 from jitscale.data.packing import shard_name
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_training_shards
 from jitscale.errors import DataError
 from jitscale.keyed_random import Float64Array, Purpose, generator_seeds
 from jitscale.model.jit import JiT
@@ -55,7 +55,7 @@ def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
     """Sample by sample: z = t x + (1 - t) e, x-prediction, squared error in the space of the loss."""
     config = small(folder, "0.1")
     config.diffusion.loss = space
-    shards = open_configured(config)
+    shards = open_training_shards(config)
     assert shards.held_out is not None
     networks = {name: network_of(config, seed) for seed, name in enumerate(("model", "ema_0.9"))}
     torch.manual_seed(1)
@@ -95,7 +95,7 @@ class Gathered(Exception):  # noqa: N818  # no error: it carries what one rank h
 def test_ranks_put_their_blocks_together_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     """Real ranks are in tests/distributed: a mean alone would hardly tell another order."""
     config = small(folder, "0.2")
-    held_out = open_configured(config).held_out
+    held_out = open_training_shards(config).held_out
     assert held_out is not None
     network = network_of(config, 0)
     alone, _ = HeldOutLoss(config, CPU, held_out)._losses(network)
@@ -126,7 +126,7 @@ def test_bad_held_out_images_are_left_out_counted_and_said_once(
     network = network_of(config, 0)
 
     def losses() -> tuple[HeldOutLoss, Float64Array]:
-        held_out = open_configured(config).held_out
+        held_out = open_training_shards(config).held_out
         assert held_out is not None
         measured = HeldOutLoss(config, CPU, held_out)
         return measured, measured._losses(network)[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jitscale.data.packing import write_shards
+from jitscale.data.array_shards import write_shards
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["-m", "jitscale.train", "--config", str(ROOT / "configs/digits_32.yaml")]

@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from benchmarks.measuring import Stopwatch
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.packing import write_shards
-from jitscale.data.shards import open_configured
+from jitscale.data.array_shards import write_shards
+from jitscale.data.shards import open_training_shards
 from jitscale.model.execution import Execution
 from jitscale.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def whole_training(
     with parallel.joined(device) as world:
         write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))
         Path(config.run.dir).mkdir()
-        trainer = Trainer(config, world, open_configured(config))
+        trainer = Trainer(config, world, open_training_shards(config))
         trainer.part = watch.part
 
         def step() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import load_config
-from jitscale.data.shards import open_configured
+from jitscale.data.shards import open_training_shards
 from jitscale.training.trainer import Trainer
 from tests.support.processes import leave_after
 
@@ -19,7 +19,7 @@ from tests.support.processes import leave_after
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
     config = load_config(sys.argv[2], sys.argv[3:], world_size=world.size)
-    shards = open_configured(config)
+    shards = open_training_shards(config)
     trainer = Trainer(config, world, shards)
     trainer.state.step += 1
     trainer.persistence.save(last=True)
