@@ -10,6 +10,7 @@ continues an interrupted demo.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.command import Parser, positive, run_python, usable_cores
-from jitscale.config import Config, load_config
+from jitscale.config import Config, EvaluationConfig, load_config
 from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.final import evaluate_model
@@ -90,7 +91,8 @@ def _settings(output: Path, resolution: int, images: int | None, samples: int | 
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
     run_python("tools/make_digits.py", "--resolution", str(resolution), "--output", str(shards), cwd=ROOT)
-    counts = {"run.max_images": images, "evaluation.num_images": samples}
+    block = None if samples is None else min(EvaluationConfig().block_size, math.ceil(samples / 2))  # two processes
+    counts = {"run.max_images": images, "evaluation.num_images": samples, "evaluation.block_size": block}
     places = [f"run.dir={output / f'{resolution}px'}", f"data.shards={shards}"]
     return places + [f"{key}={count}" for key, count in counts.items() if count is not None]
 

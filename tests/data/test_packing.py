@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from jitscale.data.images import center_crop, decode
+from jitscale.data.images import CODECS, center_crop, decode
 from jitscale.data.manifest import BadInput, Manifest
 from jitscale.data.packing_job import PackingJob, PackingOptions, default_most_bad
 from jitscale.data.shards import ShardSet
@@ -36,6 +36,7 @@ from tests.data.packing_jobs import (
 )
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, noise, tar_bytes
+from tests.support.slow import slow_unless
 
 
 def test_folders_become_shards(tree: Path, clean: Path) -> None:
@@ -123,7 +124,7 @@ def test_folders_and_a_tar_of_tars_give_the_same_shards(tmp_path: Path) -> None:
     assert contents(tmp_path / "from_tar") == contents(tmp_path / "from_folders")
 
 
-@pytest.mark.parametrize("codec", ["raw", "png", "webp", "jpeg"])
+@pytest.mark.parametrize("codec", [slow_unless(codec in ("raw", "jpeg"), codec) for codec in CODECS])
 def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
     """Its tars are packed, and it reads what was packed. Class names become numbers."""
     with webdataset.ShardWriter(str(tmp_path / "theirs-%04d.tar"), maxcount=4, verbose=0) as writer:

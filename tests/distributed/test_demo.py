@@ -17,7 +17,7 @@ from tests.support import ROOT
 
 
 def run(output: Path) -> str:
-    small = ["--images", "1280", "--finetune-images", "256", "--samples", "64"]
+    small = ["--images", "512", "--finetune-images", "256", "--samples", "16"]
     finished = subprocess.run(
         [sys.executable, "tools/demo.py", "--output", str(output), *small],
         cwd=ROOT,
@@ -53,7 +53,7 @@ def test_the_whole_path(demo: tuple[Path, str]) -> None:
 
     # The upgraded run began with the moments of all but the resized parameters.
     high = Checkpoint(complete_checkpoints(output / "64px")[-1])
-    assert high.progress.optimizer_step == 10 + 2
+    assert high.progress.optimizer_step == 4 + 2
     assert high.progress.images == 256
 
 

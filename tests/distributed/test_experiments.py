@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import multiprocessing
-import os
 import random
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -28,20 +25,19 @@ from jitscale.errors import UserError
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
-from tests.support import ROOT
-from tests.support.forking import PYTHONPATH
+from tests.support.forking import Process
 from tests.support.processes import group_ended
 from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
-TINY += ("data.batch_size=16", "evaluation.num_images=32", "evaluation.block_size=16", "evaluation.steps=2")
+TINY += ("data.batch_size=16", "evaluation.num_images=16", "evaluation.block_size=16", "evaluation.steps=2")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("glyphs")
     for size in (32, 64):
-        glyphs = Glyphs(40, size)
+        glyphs = Glyphs(30, size)
         write_shards(glyphs, glyphs.labels, folder / str(size), class_names=GLYPH_CLASSES)
     return f"data.shards={folder}/{{resolution}}"
 
@@ -66,7 +62,7 @@ def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     assert set(found) == {"low_s0", "high_s0", "fresh_s0"}
     assert [m["images"] for m in found["high_s0"]["measurements"]] == [0, 32, 64]
     assert [m["images"] for m in found["low_s0"]["measurements"]] == [64]
-    assert all(m["fid"] > 0 and m["num_real_images"] == 40 for o in found.values() for m in o["measurements"])
+    assert all(m["fid"] > 0 and m["num_real_images"] == 30 for o in found.values() for m in o["measurements"])
     assert found["high_s0"]["flops_an_image"] > found["low_s0"]["flops_an_image"]
     assert json.loads((tmp_path / "low_s0" / OUTCOME).read_text()) == found["low_s0"]
     # Nothing is trained twice: what was recorded is what is returned.
@@ -75,6 +71,7 @@ def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     assert outcomes_of([high, low], tmp_path, workers=1) == {"low_s0": recorded, "high_s0": found["high_s0"]}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
     broken = Run("broken_s0", "glyphs_64.yaml", (*TINY, "data.shards=/nowhere"))
     with pytest.raises(UserError, match="/nowhere"):
@@ -90,8 +87,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
         f"    outcomes_of([Toy(2, 'x', seed, steps=10**6) for seed in range(2)], Path({str(tmp_path)!r}), workers=2)\n"
     )
     (tmp_path / "program.py").write_text(program)
-    command, environment = [sys.executable, str(tmp_path / "program.py")], {**os.environ, "PYTHONPATH": PYTHONPATH}
-    process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, env=environment)
+    process = Process([str(tmp_path / "program.py")], start_new_session=True)
     while not (tmp_path / "log.txt").exists():  # the first worker writes to it
         assert process.poll() is None
         time.sleep(0.1)
@@ -139,7 +135,7 @@ def invented(task: Task, folder: Path) -> dict[str, Any]:
     if isinstance(task, manifold.Toy):
         return replace(task, steps=3, samples=50).execute(folder)
     if isinstance(task, upsampling.Resampling):
-        return replace(task, images=160).execute(folder)
+        return replace(task, images=40).execute(folder)
     seconds = {"training_seconds": 1.0, "measuring_seconds": 1.0}
     if isinstance(task, guidance.Sweep):
         settings = product(guidance.DECAYS, guidance.INTERVALS, guidance.SCALES)
@@ -180,7 +176,7 @@ def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:
 
 
 def test_upsampled_images_are_far_from_real_ones(tmp_path: Path) -> None:
-    found = upsampling.Resampling(seed=0, images=400).execute(tmp_path)["found"]
+    found = upsampling.Resampling(seed=0, images=300).execute(tmp_path)["found"]
     for kernel, sources in found.items():
         distances = [sources[str(source)]["distance"] for source in upsampling.SOURCES]
         assert distances == sorted(distances, reverse=True), kernel
@@ -205,8 +201,9 @@ def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("forked_workers")
 def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> None:
-    run = Run("trained_s0", "glyphs_32.yaml", (*TINY, shards, "ema.decays=[0.9,0.99,0.995,0.999]"))
-    sweep = guidance.Sweep(run, samples=16)
+    own = (*TINY, shards, "evaluation.block_size=10", "ema.decays=[0.9,0.99,0.995,0.999]")
+    run = Run("trained_s0", "glyphs_32.yaml", own)
+    sweep = guidance.Sweep(run, samples=10)
     found = outcomes_of([sweep, run], tmp_path, workers=1)
     fid = found["swept_s0"]["fid"]
     assert len(fid) == len(guidance.DECAYS) * (1 + (len(guidance.SCALES) - 1) * len(guidance.INTERVALS))

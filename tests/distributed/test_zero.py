@@ -127,10 +127,18 @@ def test_what_a_step_exchanges_and_waits_for(tmp_path: Path) -> None:
         assert last.keys() >= ({"allreduce"} if stage < 3 else {"reduce_scatter_base", "allgather_base"}), name
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_ways_to_compute_change_no_loss(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "ways"),
+    [
+        (3, ("plain", "padded", "all")),
+        pytest.param(3, ("plain", "compiled"), marks=pytest.mark.slow),
+        pytest.param(2, ("plain", "padded", "compiled", "all"), marks=pytest.mark.slow),
+    ],
+    ids=["3", "3-compiled", "2"],
+)
+def test_ways_to_compute_change_no_loss(tmp_path: Path, stage: int, ways: tuple[str, ...]) -> None:
     """Two ranks; padded, compiled and recomputed blocks: whole graphs, the same losses."""
-    run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"), str(stage))
+    run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"), str(stage), *ways)
     results = json.loads((tmp_path / "result.json").read_text())
     exact = results["plain"]["losses"]
     assert len(set(exact)) == len(exact) == 4

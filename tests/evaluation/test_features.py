@@ -98,9 +98,9 @@ def test_real_halves_are_close_and_real_digits_score_high(floor: float, real: tu
     ("damage", "least"),
     [
         ("noise 0.1", 1.5),
-        ("noise 0.3", 20.0),
+        pytest.param("noise 0.3", 20.0, marks=pytest.mark.slow),
         ("blur 1", 2.0),
-        ("blur 2", 15.0),
+        pytest.param("blur 2", 15.0, marks=pytest.mark.slow),
         ("class dropped", 1.5),
         ("ten repeated", 30.0),
         ("uniform noise", 100.0),

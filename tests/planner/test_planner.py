@@ -135,7 +135,7 @@ def test_activations_are_what_autograd_keeps(model: ModelConfig, batch: int, pre
     assert kept_bytes(model, batch, precision) == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("autocast", marks=pytest.mark.slow)])
 def test_activations_of_jit_b(precision: str) -> None:
     model = replace(shipped("b_256").model, depth=6, num_classes=10)
     expected = activation_bytes(planned(model, precision=precision), 1)

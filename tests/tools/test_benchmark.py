@@ -106,6 +106,7 @@ def test_sample() -> None:
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"])
 
 
+@pytest.mark.slow
 def test_attention() -> None:
     result = benchmark_json("attention", "--repeats", "2", *OVERRIDES)
     assert result["shape"] == [4, 20, 2, 16]
@@ -120,6 +121,7 @@ def test_attention() -> None:
     assert "| sdpa: backward, of one large matrix product |" in benchmark("attention", "--repeats", "1", *OVERRIDES)
 
 
+@pytest.mark.slow
 def test_metrics() -> None:
     result = benchmark_json("metrics", "--images", "40")
     assert set(result["seconds"]) == {"fid", "sfid", "inception_score", "kid", "precision and recall"}

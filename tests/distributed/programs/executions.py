@@ -1,6 +1,6 @@
 """The same few steps in each way to compute, through the engine; write the losses and what the compiler counted.
 
-Usage: executions.py RESULT.json STAGE
+Usage: executions.py RESULT.json STAGE WAY ...
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> None:
     # Graphs and their derivatives as for a GPU, without a C++ compiler at their end.
     torch.compile = lambda function, **rest: compiler(function, **{**rest, "backend": "aot_eager"})
     results = {}
-    for name, (align, compiled, every) in WAYS.items():
+    for name in sys.argv[3:]:
+        align, compiled, every = WAYS[name]
         engine = EngineConfig(
             zero_stage=int(sys.argv[2]), precision="fp32", align=align, compile=compiled, activation_checkpointing=every
         )

@@ -22,7 +22,7 @@ from jitscale.training.optim import build_optimizer
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, MODEL, batch, loss_of
 from tests.support.processes import leave_after
 
-STEPS, SAVED_AT, LR, CLIP = 8, 4, 3e-3, 0.5
+STEPS, SAVED_AT, LR, CLIP = 6, 3, 3e-3, 0.5
 
 
 def build(stage: int, precision: str = "fp32") -> tuple[JiT, Config]:

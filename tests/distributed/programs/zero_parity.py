@@ -32,7 +32,7 @@ from tests.support import tiny
 from tests.support.processes import leave_after
 
 STAGES = (0, 1, 2, 3)
-STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 20, 2  # in fp32, in bf16 arithmetic, with a NaN in the first one
+STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 10, 2  # in fp32, in bf16 arithmetic, with a NaN in the first one
 GLOBAL_BATCH, DECAY, LR = 12, 0.9, 1e-3
 MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks: 3, 2 and 2 are accumulated
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
