@@ -31,21 +31,11 @@ IMAGES, SAMPLES = 128_000, 500
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Task):
     """Measures all settings with the network of another task."""
 
     run: Run
     samples: int = SAMPLES
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return self.run.name.replace("trained", "swept")
-
-    @property
-    def after(self) -> str | None:
-        """See `Task`."""
-        return self.run.name
 
     def cost(self, folder: Path) -> int:
         """See `Task`."""
@@ -83,7 +73,7 @@ def tasks(seed: int) -> Sequence[Task]:
     averages = f"ema.decays=[{','.join(f'{decay:g}' for decay in DECAYS)}]"
     measured = (f"evaluation.weights={CHOSEN[0]}", "evaluation.steps=10", f"evaluation.num_images={SAMPLES}")
     run = seeded("trained", seed, "digits_32.yaml", IMAGES, "model.patch_size=8", averages, *measured)
-    return [run, Sweep(run)]
+    return [run, Sweep(f"swept_s{seed}", run, after=run.name)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:

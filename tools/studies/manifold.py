@@ -23,7 +23,7 @@ from jitscale.config import DiffusionConfig
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.diffusion.sampler import Sampler
 from jitscale.figures import COLOURS, figure, plus_minus
-from studies.tasks import Outcomes, Shards, by_seed
+from studies.tasks import Outcomes, Shards, Task, by_seed
 
 SHARDS: Shards = []
 DIMENSIONS = (2, 8, 16, 512)
@@ -36,7 +36,7 @@ DIRECTIONS = 200
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Task):
     """One network."""
 
     dimensions: int
@@ -44,12 +44,6 @@ class Toy:
     seed: int
     steps: int = STEPS
     samples: int = SAMPLES  # drawn and compared
-    after: str | None = None
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return f"d{self.dimensions}_{self.prediction}_s{self.seed}"
 
     def cost(self, folder: Path) -> int:
         """See `Task`; a step of 512 dimensions takes twice as long as one of two."""
@@ -119,7 +113,7 @@ def sliced_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def tasks(seed: int) -> Sequence[Toy]:
     """All dimensions and predictions."""
-    return [Toy(d, space, seed) for d, space in product(DIMENSIONS, SPACES)]
+    return [Toy(f"d{d}_{space}_s{seed}", d, space, seed) for d, space in product(DIMENSIONS, SPACES)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:

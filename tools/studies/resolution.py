@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.data.glyphs import Glyphs
-from jitscale.figures import COLOURS, curve_over, figure, mean_and_deviation, plus_minus
+from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, mean_and_deviation, plus_minus
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, by_seed, ends
 
@@ -91,9 +91,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         scales.set(xlabel="pixels a side", ylabel="glyphs-FID", yscale="log")
         scales.legend()
         curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
-        mean, deviation = mean_and_deviation(summary["scaled"]["64"])
-        style: Any = {"fmt": "o", "capsize": 2, "color": COLOURS[0]}
-        means.errorbar([DEFAULT_MU], [mean], yerr=[deviation], label="64 px, scale 2", **style)
+        curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
         means.legend(fontsize=7)
 

@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,20 +31,18 @@ Outcomes = Mapping[str, Any]  # by the name of the task
 Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
-class Task(Protocol):
+@dataclass(frozen=True)
+class Task(ABC):
     """A worker's piece of work. Its outcome can be JSON, and has `training_seconds` if the task trains."""
 
-    @property
-    def name(self) -> str:
-        """The name of its folder, unique in the experiment: WHAT_sSEED."""
+    name: str  # of its folder, unique in the experiment: WHAT_sSEED
+    after: str | None = field(default=None, kw_only=True)  # the name of a task that must be done before
 
-    @property
-    def after(self) -> str | None:
-        """The name of a task that must be done before."""
-
+    @abstractmethod
     def cost(self, folder: Path) -> int:
         """About how long it takes, in trained images."""
 
+    @abstractmethod
     def execute(self, folder: Path) -> dict[str, Any]:
         """Do it in `folder` of the experiment, from where it was interrupted; returns the outcome."""
 
