@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.data.glyphs import Glyphs
-from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, mean_and_deviation, plus_minus
+from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, plus_minus
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, by_seed, ends
 
@@ -101,7 +102,7 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))
-        seconds, _ = mean_and_deviation(summary["training_seconds"][str(size)])
+        seconds = fmean(summary["training_seconds"][str(size)])
         flops = summary["flops_an_image"][str(size)]
         lines.append(
             f"{size:4} px: noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; "

@@ -7,6 +7,7 @@ outcome is kept in its folder, so that an interrupted experiment continues, and 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -65,7 +66,7 @@ class Experiment(Protocol):
         """The lines of the table of a summary."""
 
 
-def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
+def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = math.inf) -> dict[str, Any]:
     """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
     Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
@@ -88,7 +89,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
     with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name) as progress:
         try:
             while left or active:
-                in_time = minutes is None or time.monotonic() - started < 60 * minutes
+                in_time = time.monotonic() - started < 60 * minutes
                 for task in [task for task in left if task.after is None or task.after in done]:
                     if in_time and len(active) < workers:
                         left.remove(task)
