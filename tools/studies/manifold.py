@@ -54,7 +54,11 @@ class Toy(Task):
         torch.manual_seed(self.seed)
         diffusion = DiffusionConfig(prediction=self.prediction, loss="v", mu=0.0, sigma=1.0)
         plane = torch.linalg.qr(torch.randn(self.dimensions, 2)).Q  # (D, 2)
-        layers = relu_layers([self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions])
+        widths = [self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions]
+        layers = nn.Sequential()
+        for before, after in pairwise(widths):
+            layers.extend([nn.Linear(before, after), nn.ReLU()])
+        layers.pop(-1)
 
         def network(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
             return as_images(layers(torch.cat([z.flatten(1), t[:, None]], 1)))
@@ -81,14 +85,6 @@ class Toy(Task):
             "outside": float(outside),
             "points": np.round(inside[:DRAWN].numpy(), 3).tolist(),
         }
-
-
-def relu_layers(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers from each of `widths` to the next, with ReLU between them."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def as_images(points: torch.Tensor) -> torch.Tensor:
