@@ -28,6 +28,7 @@ STYLE: Any = {
     "svg.hashsalt": "jitscale",  # equal data, equal file
     "svg.fonttype": "path",
 }
+UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # style of points that no line connects
 
 
 @contextmanager
@@ -56,9 +57,9 @@ def curve(
     axis.errorbar(x, values.mean(axis=0), yerr=deviation, label=label, **{**look, **style})
 
 
-def curve_over(axis: Axes, by_x: Mapping[Any, Sequence[float]], label: str, number: int = 0) -> None:
+def curve_over(axis: Axes, by_x: Mapping[Any, Sequence[float]], label: str, number: int = 0, **style: Any) -> None:
     """`curve` of the values of all seeds at each x."""
-    curve(axis, list(by_x), list(zip(*by_x.values(), strict=True)), label, number)
+    curve(axis, list(by_x), list(zip(*by_x.values(), strict=True)), label, number, **style)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -1,4 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl in its folder, and Weights & Biases if asked for."""
+"""Where a run's numbers go: files in its folder, and Weights & Biases if asked for.
+
+metrics.jsonl holds steps and held-out losses; evaluations.jsonl the measurements while the run trains; the folders
+`samples` and `best_samples` pictures; wandb_id the id of the W&B record.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +84,7 @@ class Tracker:
         if active:
             if resumed_step is not None:
                 self.rewind(resumed_step)
-            with self._metrics.open("a"):
-                pass  # a file that cannot be written is met now
+            self._metrics.open("a").close()  # a file that cannot be written is met now
             if config.tracking.wandb != "off":
                 self._start_wandb(config, run_dir)
 
@@ -143,9 +146,11 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: those steps will be run again."""
-        if self._active:
-            _drop_lines_after(self._metrics, step)
-            _drop_lines_after(self._evaluations, step)
+        for path in (self._metrics, self._evaluations):
+            if self._active and path.exists():  # a last line that a kill cut short goes too
+                kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+                with atomic_write(path) as file:
+                    file.write("".join(kept).encode())
 
     def close(self) -> None:
         """End the record."""
@@ -291,12 +296,3 @@ def _fid_by_guidance(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[flo
 
 def _finite(value: float | int | None) -> float | int | None:
     return value if value is None or math.isfinite(value) else None
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    with atomic_write(path) as file:
-        file.write("".join(kept).encode())

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +39,10 @@ def main() -> int:
     """Parse the command line and run all stages."""
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
-    for name, meaning in (
-        ("--images", "images seen at 32 px"),
-        ("--finetune-images", "images seen at 64 px"),
-        ("--samples", "images generated for each evaluation"),
-    ):
-        parser.add_argument(name, type=positive, metavar="N", help=f"{meaning}; default: as configured")
+    count: Any = {"type": positive, "metavar": "N"}
+    parser.add_argument("--images", **count, help="images seen at 32 px; default: as configured")
+    parser.add_argument("--finetune-images", **count, help="images seen at 64 px; default: as configured")
+    parser.add_argument("--samples", **count, help="images generated for each evaluation; default: as configured")
     options = parser.parse_args()
 
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -45,7 +46,7 @@ def main() -> int:
     names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
     parser.add_number("--seeds", 3, "seeds of each run")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="after this time, no run begins")
+    parser.add_number("--budget", math.inf, "minutes after which no run begins", float)
     parser.add_workers()
     parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
     parser.add_argument("--figure-only", action="store_true", help="draw again from the numbers in DIR")
@@ -57,7 +58,7 @@ def main() -> int:
         experiment, results = EXPERIMENTS[name], options.output / f"{name}.json"
         if not options.figure_only:
             spent = (time.monotonic() - started) / 60
-            measure(name, options, results, None if options.budget is None else max(0.0, options.budget - spent))
+            measure(name, options, results, max(0.0, options.budget - spent))
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
@@ -67,7 +68,7 @@ def main() -> int:
     return ExitCode.DONE
 
 
-def measure(name: str, options: argparse.Namespace, results: Path, minutes: float | None) -> None:
+def measure(name: str, options: argparse.Namespace, results: Path, minutes: float) -> None:
     """Do the work that is left, beginning nothing after `minutes`, and write the numbers.
 
     Raises:

@@ -99,30 +99,27 @@ def train(lesson: Lesson, epochs: int, seed: int) -> FeatureNetwork:
         tell_style = nn.Linear(network.num_features, int(styles.max()) + 1)
         parameters += tell_style.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps_per_epoch = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch)
+    batches = len(images) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches)
     side, shift = images.shape[-1], lesson.shift
-    with tqdm(total=epochs * steps_per_epoch, unit="step") as progress:
-        for _ in range(epochs):
-            order = torch.randperm(len(images))
-            for step in range(steps_per_epoch):
-                chosen = order[step * BATCH : (step + 1) * BATCH]
-                down, right = torch.randint(2 * shift + 1, (2,)).tolist()
-                padded = F.pad(images[chosen], (shift, shift, shift, shift))
-                shown = padded[:, :, down : down + side, right : right + side]
-                if lesson.noise > 0:
-                    deviations = 127.5 * lesson.noise * torch.rand(len(chosen), 1, 1, 1)
-                    shown = (shown + deviations * torch.randn(shown.shape)).round().clamp(0, 255).to(torch.uint8)
-                embedded = network(shown)
-                loss = F.cross_entropy(embedded.logits, labels[chosen])
-                if lesson.styles is not None:
-                    loss = loss + F.cross_entropy(tell_style(embedded.features), styles[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                progress.update()
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+    progress = tqdm(range(epochs), unit="epoch")
+    for _ in progress:
+        for chosen in torch.randperm(len(images))[: batches * BATCH].split(BATCH):
+            down, right = torch.randint(2 * shift + 1, (2,)).tolist()
+            padded = F.pad(images[chosen], (shift, shift, shift, shift))
+            shown = padded[:, :, down : down + side, right : right + side]
+            if lesson.noise > 0:
+                deviations = 127.5 * lesson.noise * torch.rand(len(chosen), 1, 1, 1)
+                shown = (shown + deviations * torch.randn(shown.shape)).round().clamp(0, 255).to(torch.uint8)
+            embedded = network(shown)
+            loss = F.cross_entropy(embedded.logits, labels[chosen])
+            if lesson.styles is not None:
+                loss = loss + F.cross_entropy(tell_style(embedded.features), styles[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
     measure_scale(network, images)
     return network.eval()
 
@@ -153,16 +150,15 @@ def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str,
     order = generator.permutation(len(images))
     half = len(images) // 2
 
-    def score(changed: UInt8Array) -> tuple[float, float]:
-        features, logits = embed(network, changed)
+    def score(changed: UInt8Array | Float32Array) -> tuple[float, float]:
+        features, logits = embed(network, changed.round().clip(0, 255).astype(np.uint8))
         return frechet_distance(features, real), inception_score(logits)[0]
 
-    def noisy(sigma: float) -> UInt8Array:
-        noise = generator.standard_normal(images.shape, np.float32)
-        return _as_pixels(images + np.float32(127.5 * sigma) * noise)
+    def noise(sigma: float) -> Float32Array:
+        return np.float32(127.5 * sigma) * generator.standard_normal(images.shape, np.float32)
 
-    def blurred(sigma: float) -> UInt8Array:
-        return _as_pixels(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0)))
+    def blurred(sigma: float) -> Float32Array:
+        return gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0))
 
     halves = [embed(network, images[part])[0] for part in (order[:half], order[half:])]
     return {
@@ -170,17 +166,12 @@ def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str,
         "all real": score(images),
         "half": score(images[order[:half]]),
         **{f"from {size} px": score(lesson.redrawn(size)) for size in lesson.others},
-        "noise, sigma 0.1 of [-1, 1]": score(noisy(0.1)),
-        "noise, sigma 0.3 of [-1, 1]": score(noisy(0.3)),
+        **{f"noise, sigma {sigma} of [-1, 1]": score(images + noise(sigma)) for sigma in (0.1, 0.3)},
         **{f"blur, sigma {sigma} px of {side}": score(blurred(sigma)) for sigma in (0.5, 1.0, 2.0)},
         "without the class 3": score(images[labels != 3]),
         "ten images repeated": score(np.repeat(images[order[:10]], len(images) // 10, axis=0)),
         "uniform noise": score(generator.integers(0, 256, images.shape, dtype=np.uint8)),
     }
-
-
-def _as_pixels(values: Float32Array) -> UInt8Array:
-    return values.round().clip(0, 255).astype(np.uint8)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,8 +54,9 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards)
     low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",))
-    high = Run("high_s0", "glyphs_64.yaml", own, upgraded_from="low_s0", measured_every=32)
-    fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), "low_s0", kernel="smooth", as_initial=True)
+    high = Run("high_s0", "glyphs_64.yaml", own, after="low_s0", measured_every=32)
+    changed: dict[str, Any] = {"kernel": "smooth", "as_initial": True}
+    fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), after="low_s0", **changed)
     with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command goes on"):
         outcomes_of([fresh, high, low], tmp_path, workers=1, minutes=0)
     found = outcomes_of([fresh, high, low], tmp_path, workers=2)
@@ -84,7 +85,8 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
         "from studies.manifold import Toy\n"
         "from studies.tasks import outcomes_of\n"
         "if __name__ == '__main__':\n"
-        f"    outcomes_of([Toy(2, 'x', seed, steps=10**6) for seed in range(2)], Path({str(tmp_path)!r}), workers=2)\n"
+        "    toys = [Toy(f'd2_x_s{seed}', 2, 'x', seed, steps=10**6) for seed in range(2)]\n"
+        f"    outcomes_of(toys, Path({str(tmp_path)!r}), workers=2)\n"
     )
     (tmp_path / "program.py").write_text(program)
     process = Process([str(tmp_path / "program.py")], start_new_session=True)
@@ -101,7 +103,7 @@ def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
     random.seed(0)
     for run in (run for seed in range(2) for run in upgrade.tasks(seed)):
         images = run.load(tmp_path).run.max_images or 0
-        at = [0] if run.upgraded_from else []
+        at = [0] if run.after else []
         at += range(run.measured_every, images + 1, run.measured_every) if run.measured_every else [images]
         outcomes[run.name] = {
             "flops_an_image": 1e8,
@@ -170,13 +172,13 @@ def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:
     """The toy's claim in small: in 512 dimensions x-prediction learns, e-prediction does not."""
     error = {}
     for space in "xe":
-        found = manifold.Toy(512, space, seed=0, steps=100, samples=200).execute(tmp_path)
+        found = manifold.Toy(f"d512_{space}_s0", 512, space, seed=0, steps=100, samples=200).execute(tmp_path)
         error[space] = found["distance"] + found["outside"]
     assert 10 * error["x"] < error["e"]
 
 
 def test_upsampled_images_are_far_from_real_ones(tmp_path: Path) -> None:
-    found = upsampling.Resampling(seed=0, images=300).execute(tmp_path)["found"]
+    found = upsampling.Resampling("resampled_s0", seed=0, images=300).execute(tmp_path)["found"]
     for kernel, sources in found.items():
         distances = [sources[str(source)]["distance"] for source in upsampling.SOURCES]
         assert distances == sorted(distances, reverse=True), kernel
@@ -203,7 +205,7 @@ def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
 def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards, "evaluation.block_size=10", "ema.decays=[0.9,0.99,0.995,0.999]")
     run = Run("trained_s0", "glyphs_32.yaml", own)
-    sweep = guidance.Sweep(run, samples=10)
+    sweep = guidance.Sweep("swept_s0", run, samples=10, after=run.name)
     found = outcomes_of([sweep, run], tmp_path, workers=1)
     fid = found["swept_s0"]["fid"]
     assert len(fid) == len(guidance.DECAYS) * (1 + (len(guidance.SCALES) - 1) * len(guidance.INTERVALS))

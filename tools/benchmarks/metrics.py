@@ -10,15 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measuring import CPU, Stopwatch, Table, peak_memory_mib
+from jitscale.evaluation import metrics
 from jitscale.evaluation.evaluator import MOST_NEIGHBOURS
 from jitscale.evaluation.inception import Inception
-from jitscale.evaluation.metrics import (
-    FrechetDistance,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -28,7 +22,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     real, generated, logits, spatial = (
         random.standard_normal((options.images, width), dtype=np.float32) for width in widths
     )
-    distance = FrechetDistance(Inception.num_features)
+    distance = metrics.FrechetDistance(Inception.num_features)
     distance.update(real, real=True)
 
     def fid() -> None:
@@ -36,15 +30,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         distance.compute()
 
     few = slice(0, MOST_NEIGHBOURS)
-    metrics: dict[str, Callable[[], Any]] = {
+    computations: dict[str, Callable[[], Any]] = {
         "fid": fid,
-        "sfid": lambda: frechet_distance(spatial, spatial),
-        "inception_score": lambda: inception_score(logits),
-        "kid": lambda: kernel_distance(real, generated),
-        "precision and recall": lambda: precision_recall(real[few], generated[few]),
+        "sfid": lambda: metrics.frechet_distance(spatial, spatial),
+        "inception_score": lambda: metrics.inception_score(logits),
+        "kid": lambda: metrics.kernel_distance(real, generated),
+        "precision and recall": lambda: metrics.precision_recall(real[few], generated[few]),
     }
     watch = Stopwatch(CPU)
-    for name, compute in tqdm(metrics.items(), unit="metric", desc="measure", disable=None):
+    for name, compute in tqdm(computations.items(), unit="metric", desc="measure", disable=None):
         with watch.part(name):
             compute()
     return {"images": options.images, "seconds": watch.medians(), "peak_memory_mib": peak_memory_mib()}

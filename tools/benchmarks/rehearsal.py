@@ -86,19 +86,14 @@ def write_crops(folder: Path, count: int) -> None:
 
 def _settings(options: argparse.Namespace, scratch: Path) -> list[str]:
     """Counts, places and Inception's weights, and the arithmetic on CPUs; all else is the recipe's."""
-    settings = {
-        "run": {"dir": scratch / "run", "max_images": "null", "max_steps": 2},
-        "data": {"shards": scratch / "shards", "batch_size": options.batch},
-        "tracking": {"wandb": "off", "log_every_steps": 1},
-        "evaluation": {
-            **{"num_images": 64, "steps": 4, "features_file": scratch / "inception.pth"},
-            **{"sweep": '["guidance=1,3"]', "sweep_images": 64, "sweep_max_share": "null"},
-        },
-        # A CPU without instructions for bfloat16 multiplies it seventy times slower than float32.
-        "engine": {} if torch.cuda.is_available() else {"precision": "fp32"},
-    }
-    dotted = [f"{group}.{key}={value}" for group, values in settings.items() for key, value in values.items()]
-    return [*dotted, *options.overrides]
+    run = [f"run.dir={scratch / 'run'}", "run.max_images=null", "run.max_steps=2"]
+    data = [f"data.shards={scratch / 'shards'}", f"data.batch_size={options.batch}"]
+    tracking = ["tracking.wandb=off", "tracking.log_every_steps=1"]
+    sweep = ['evaluation.sweep=["guidance=1,3"]', "evaluation.sweep_images=64", "evaluation.sweep_max_share=null"]
+    final = ["evaluation.num_images=64", "evaluation.steps=4", f"evaluation.features_file={scratch / 'inception.pth'}"]
+    # A CPU without instructions for bfloat16 multiplies it seventy times slower than float32.
+    engine = [] if torch.cuda.is_available() else ["engine.precision=fp32"]
+    return [*run, *data, *tracking, *sweep, *final, *engine, *options.overrides]
 
 
 def _ends(run: Path) -> dict[str, Callable[[], bool]]:

@@ -15,14 +15,7 @@ from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_
 from benchmarks.reference import reference_network, reference_sample
 from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
 from jitscale.config import Config
-from jitscale.evaluation.generate import (
-    autocast,
-    configured_sampler,
-    labels_of,
-    noise_of,
-    ready_to_sample,
-    sample_images,
-)
+from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops
 from jitscale.model.jit import JiT
 from jitscale.parallel import choose_device
@@ -36,15 +29,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dotted = [f"evaluation.{key}={value}" for key, value in settings.items()]
     config = measured_config(options, dotted, on_gpu=True)
     device = choose_device(config.run.device)
-    sampler = configured_sampler(config.evaluation, config.diffusion)
+    sampler = generate.configured_sampler(config.evaluation, config.diffusion)
     ids = range(options.batch)
-    noise = config.diffusion.noise_scale * noise_of(config.run.seed, ids, config.model.image_size).to(device)
-    labels = labels_of(ids, config.model.num_classes).to(device)
-    with autocast(config, device), torch.no_grad():
-        network = ready_to_sample(_drawn(config), config, device)
-        sample_images(network, sampler, noise, labels)  # warms the device up
+    noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, config.model.image_size).to(device)
+    labels = generate.labels_of(ids, config.model.num_classes).to(device)
+    with generate.autocast(config, device), torch.no_grad():
+        network = generate.ready_to_sample(_drawn(config), config, device)
+        generate.sample_images(network, sampler, noise, labels)  # warms the device up
         peak = peak_memory_mib(device)  # before another network is built
-        ways = [Sampling(network, lambda: sample_images(network, sampler, noise, labels))]
+        ways = [Sampling(network, lambda: generate.sample_images(network, sampler, noise, labels))]
         if options.compare == "reference":
             other = reference_network(_drawn(config), config, device, training=False)
             other(noise, torch.zeros(len(noise), device=device), labels)

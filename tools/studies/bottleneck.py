@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from jitscale.figures import curve_over, figure, mean_and_deviation, plus_minus
+from jitscale.figures import curve_over, figure, plus_minus
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, ends
 
@@ -50,6 +51,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """A line for each width."""
     lines = [f"glyphs-FID after {summary['images']:,} images (floor {summary['floor']:.2f}); {PAPER}"]
     for width in WIDTHS:
-        asked, _ = mean_and_deviation(summary["label_agreement"][str(width)])
-        lines.append(f"{width:6} {plus_minus(summary['fid'][str(width)], 8)} {asked:7.1%} as asked")
+        fid, asked = (summary[key][str(width)] for key in ("fid", "label_agreement"))
+        lines.append(f"{width:6} {plus_minus(fid, 8)} {fmean(asked):7.1%} as asked")
     return lines

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from jitscale.figures import curve, figure, mean_and_deviation, plus_minus, show_png
+from jitscale.figures import curve, figure, plus_minus, show_png
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, by_seed, ends
 
@@ -60,6 +61,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """Where both ways end."""
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
-        asked, _ = mean_and_deviation(summary["label_agreement"][way])
+        asked = fmean(summary["label_agreement"][way])
         lines.append(f"{name:40} {plus_minus([s[-1] for s in summary['fid'][way]], 8)} {asked:7.1%} as asked")
     return lines

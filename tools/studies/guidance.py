@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jitscale import parallel
@@ -17,7 +18,7 @@ from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import measure_settings
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.settings import final_settings
-from jitscale.figures import curve_over, figure, mean_and_deviation, plus_minus
+from jitscale.figures import curve_over, figure, plus_minus
 from jitscale.model.jit import JiT
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, Task, by_seed
@@ -31,21 +32,11 @@ IMAGES, SAMPLES = 128_000, 500
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Task):
     """Measures all settings with the network of another task."""
 
     run: Run
     samples: int = SAMPLES
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return self.run.name.replace("trained", "swept")
-
-    @property
-    def after(self) -> str | None:
-        """See `Task`."""
-        return self.run.name
 
     def cost(self, folder: Path) -> int:
         """See `Task`."""
@@ -83,14 +74,14 @@ def tasks(seed: int) -> Sequence[Task]:
     averages = f"ema.decays=[{','.join(f'{decay:g}' for decay in DECAYS)}]"
     measured = (f"evaluation.weights={CHOSEN[0]}", "evaluation.steps=10", f"evaluation.num_images={SAMPLES}")
     run = seeded("trained", seed, "digits_32.yaml", IMAGES, "model.patch_size=8", averages, *measured)
-    return [run, Sweep(run)]
+    return [run, Sweep(f"swept_s{seed}", run, after=run.name)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """Distances by setting and seed, and the best setting on average."""
     seeds = [outcome["fid"] for outcome in by_seed(outcomes, "swept")]
     fid = {key: [seed[key] for seed in seeds] for key in seeds[0]}
-    best = min(fid, key=lambda key: mean_and_deviation(fid[key])[0])
+    best = min(fid, key=lambda key: fmean(fid[key]))
     return {"images": IMAGES, "samples": SAMPLES, "fid": fid, "best": best}
 
 
@@ -126,6 +117,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         "another average": [(other, interval, float(scale)) for other in map(ema_name, DECAYS) if other != weights],
     }
     for name, settings in others.items():
-        means = [mean_and_deviation(distances(summary, *setting))[0] for setting in settings]
+        means = [fmean(distances(summary, *setting)) for setting in settings]
         lines.append(f"{name}: {min(means):.2f} to {max(means):.2f}")
     return lines

@@ -23,7 +23,7 @@ from jitscale.config import DiffusionConfig
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.diffusion.sampler import Sampler
 from jitscale.figures import COLOURS, figure, plus_minus
-from studies.tasks import Outcomes, Shards, by_seed
+from studies.tasks import Outcomes, Shards, Task, by_seed
 
 SHARDS: Shards = []
 DIMENSIONS = (2, 8, 16, 512)
@@ -36,7 +36,7 @@ DIRECTIONS = 200
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Task):
     """One network."""
 
     dimensions: int
@@ -44,12 +44,6 @@ class Toy:
     seed: int
     steps: int = STEPS
     samples: int = SAMPLES  # drawn and compared
-    after: str | None = None
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return f"d{self.dimensions}_{self.prediction}_s{self.seed}"
 
     def cost(self, folder: Path) -> int:
         """See `Task`; a step of 512 dimensions takes twice as long as one of two."""
@@ -60,7 +54,11 @@ class Toy:
         torch.manual_seed(self.seed)
         diffusion = DiffusionConfig(prediction=self.prediction, loss="v", mu=0.0, sigma=1.0)
         plane = torch.linalg.qr(torch.randn(self.dimensions, 2)).Q  # (D, 2)
-        layers = relu_layers([self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions])
+        widths = [self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions]
+        layers = nn.Sequential()
+        for before, after in pairwise(widths):
+            layers.extend([nn.Linear(before, after), nn.ReLU()])
+        layers.pop(-1)
 
         def network(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
             return as_images(layers(torch.cat([z.flatten(1), t[:, None]], 1)))
@@ -89,14 +87,6 @@ class Toy:
         }
 
 
-def relu_layers(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers from each of `widths` to the next, with ReLU between them."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 def as_images(points: torch.Tensor) -> torch.Tensor:
     """(B, D) as images of one row, (B, 1, 1, D), which the objective and the sampler take."""
     return points[:, None, None]
@@ -119,7 +109,7 @@ def sliced_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def tasks(seed: int) -> Sequence[Toy]:
     """All dimensions and predictions."""
-    return [Toy(d, space, seed) for d, space in product(DIMENSIONS, SPACES)]
+    return [Toy(f"d{d}_{space}_s{seed}", d, space, seed) for d, space in product(DIMENSIONS, SPACES)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:

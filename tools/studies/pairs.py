@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jitscale.figures import COLOURS, MARKERS, figure, mean_and_deviation, plus_minus, show_png
+from jitscale.figures import UNCONNECTED, curve_over, figure, plus_minus, show_png
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, ends
 
@@ -59,16 +59,9 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     with figure(path, panels=2, rows=2) as axes:
         for axis, below, patches, title in zip(axes[:2], axes[2:], WIDE, TITLES, strict=True):
             for number, prediction in enumerate(SPACES):
-                found = [mean_and_deviation(summary["cells"][patches][loss][prediction]["fid"]) for loss in SPACES]
-                axis.errorbar(
-                    [at + 0.12 * (number - 1) for at in range(len(SPACES))],
-                    [mean for mean, _ in found],
-                    yerr=[deviation for _, deviation in found],
-                    fmt=MARKERS[number],
-                    capsize=2,
-                    color=COLOURS[number],
-                    label=f"{prediction}-prediction",
-                )
+                rows = summary["cells"][patches]
+                found = {at + 0.12 * (number - 1): rows[loss][prediction]["fid"] for at, loss in enumerate(SPACES)}
+                curve_over(axis, found, f"{prediction}-prediction", number, **UNCONNECTED)
             axis.axhline(summary["floor"][patches], color="black", linewidth=0.8, linestyle=":")
             axis.set_xticks(range(len(SPACES)), [f"{loss}-loss" for loss in SPACES])
             axis.set(ylabel="digits-FID", yscale="log", title=title)

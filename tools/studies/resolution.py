@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.data.glyphs import Glyphs
-from jitscale.figures import COLOURS, curve_over, figure, mean_and_deviation, plus_minus
+from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, plus_minus
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, by_seed, ends
 
@@ -91,9 +92,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         scales.set(xlabel="pixels a side", ylabel="glyphs-FID", yscale="log")
         scales.legend()
         curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
-        mean, deviation = mean_and_deviation(summary["scaled"]["64"])
-        style: Any = {"fmt": "o", "capsize": 2, "color": COLOURS[0]}
-        means.errorbar([DEFAULT_MU], [mean], yerr=[deviation], label="64 px, scale 2", **style)
+        curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
         means.legend(fontsize=7)
 
@@ -103,7 +102,7 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))
-        seconds, _ = mean_and_deviation(summary["training_seconds"][str(size)])
+        seconds = fmean(summary["training_seconds"][str(size)])
         flops = summary["flops_an_image"][str(size)]
         lines.append(
             f"{size:4} px: noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; "

@@ -24,6 +24,7 @@ from jitscale.evaluation.generate import configured_sampler, generate, ready_to_
 from jitscale.model.flops import training_flops
 from jitscale.parallel import World
 from jitscale.training.trainer import train
+from studies.tasks import Task
 
 ROOT = Path(__file__).parents[2]
 ALL = 10**9
@@ -31,24 +32,17 @@ SAMPLING_COST = 10  # about as many images are trained while one is sampled and 
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run and where it is measured."""
+class Run(Task):
+    """One training run and where it is measured; with `after`, from that run's last checkpoint, upgraded."""
 
-    name: str  # see `Task`
     config: str  # a file of configs/
     settings: tuple[str, ...] = ()  # dotted; `run.dir` is added
-    upgraded_from: str | None = None  # the run whose last checkpoint, upgraded to this resolution, is the start
     kernel: str = "nearest"  # of the upgrade
     keep_moments: bool = True  # over the upgrade
     as_initial: bool = False  # upgraded weights are used as `run.init_from` does, with `run.init_*` of the settings
     measured_every: int | None = None  # images between measurements, from the upgraded start on; None: at the end only
     evaluation: tuple[str, ...] = ()  # settings of a measurement that differ from those of the training
     strip: int = 0  # images of ids 0, 1, ... that a measurement also keeps as a picture, side by side
-
-    @property
-    def after(self) -> str | None:
-        """See `Task`."""
-        return self.upgraded_from
 
     def load(self, folder: Path, *more: str) -> Config:
         """Its configuration, in `folder` of the experiment."""
@@ -91,13 +85,13 @@ class Run:
 
     def _begin(self, folder: Path, config: Config) -> None:
         """Write the upgraded checkpoint that the run resumes, or from whose weights it starts as `config` then says."""
-        if self.upgraded_from is None:
+        if self.after is None:
             return
         target = config
         if self.as_initial:
             target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
         if not complete_checkpoints(Path(target.run.dir)):
-            low = open_weights(folder / self.upgraded_from)
+            low = open_weights(folder / self.after)
             write_upgraded(low, target, plan_upgrade(low.config, target, self.kernel), keep_moments=self.keep_moments)
         if self.as_initial:
             config.run.init_from = target.run.dir

@@ -7,12 +7,15 @@ outcome is kept in its folder, so that an interrupted experiment continues, and 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,20 +32,18 @@ Outcomes = Mapping[str, Any]  # by the name of the task
 Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
-class Task(Protocol):
+@dataclass(frozen=True)
+class Task(ABC):
     """A worker's piece of work. Its outcome can be JSON, and has `training_seconds` if the task trains."""
 
-    @property
-    def name(self) -> str:
-        """The name of its folder, unique in the experiment: WHAT_sSEED."""
+    name: str  # of its folder, unique in the experiment: WHAT_sSEED
+    after: str | None = field(default=None, kw_only=True)  # the name of a task that must be done before
 
-    @property
-    def after(self) -> str | None:
-        """The name of a task that must be done before."""
-
+    @abstractmethod
     def cost(self, folder: Path) -> int:
         """About how long it takes, in trained images."""
 
+    @abstractmethod
     def execute(self, folder: Path) -> dict[str, Any]:
         """Do it in `folder` of the experiment, from where it was interrupted; returns the outcome."""
 
@@ -65,7 +66,7 @@ class Experiment(Protocol):
         """The lines of the table of a summary."""
 
 
-def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float | None = None) -> dict[str, Any]:
+def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = math.inf) -> dict[str, Any]:
     """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
     Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
@@ -88,7 +89,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
     with pool, tqdm(total=total, unit="img", unit_scale=True, desc=folder.name) as progress:
         try:
             while left or active:
-                in_time = minutes is None or time.monotonic() - started < 60 * minutes
+                in_time = time.monotonic() - started < 60 * minutes
                 for task in [task for task in left if task.after is None or task.after in done]:
                     if in_time and len(active) < workers:
                         left.remove(task)

@@ -42,10 +42,10 @@ def tasks(seed: int) -> Sequence[Run]:
         return seeded(what, seed, f"glyphs_{size}.yaml", images, *settings, **options)
 
     def tuned(what: str, size: int, source: str) -> Run:
-        return run(what, size, TUNED, BASE, upgraded_from=f"{source}_s{seed}", measured_every=TUNED // 8)
+        return run(what, size, TUNED, BASE, after=f"{source}_s{seed}", measured_every=TUNED // 8)
 
     enlarged = ("evaluation.reference_size=64",)
-    short: dict[str, Any] = {"upgraded_from": f"low_s{seed}", "measured_every": SHORT // 2}
+    short: dict[str, Any] = {"after": f"low_s{seed}", "measured_every": SHORT // 2}
     return [
         run("low", 32, LOW, evaluation=enlarged),
         run("long", 32, LONG, evaluation=enlarged),

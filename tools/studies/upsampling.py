@@ -22,7 +22,7 @@ from jitscale.evaluation.metrics import frechet_distance, inception_score
 from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.figures import curve_over, figure, plus_minus
-from studies.tasks import Outcomes, Shards, by_seed
+from studies.tasks import Outcomes, Shards, Task, by_seed
 
 SHARDS: Shards = []
 SIZE = GlyphFeatures.input_size
@@ -32,17 +32,11 @@ IMAGES, TOGETHER = 6000, 200
 
 
 @dataclass(frozen=True)
-class Resampling:
+class Resampling(Task):
     """All sources and kernels for the glyphs of one seed; half of the `images` are the real ones."""
 
     seed: int
     images: int = IMAGES
-    after: str | None = None
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return f"resampled_s{self.seed}"
 
     def cost(self, folder: Path) -> int:
         """See `Task`."""
@@ -83,7 +77,7 @@ def resampled(images: torch.Tensor, source: int, kernel: str) -> torch.Tensor:
 
 def tasks(seed: int) -> Sequence[Resampling]:
     """One task."""
-    return [Resampling(seed)]
+    return [Resampling(f"resampled_s{seed}", seed)]
 
 
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
