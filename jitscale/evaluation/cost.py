@@ -64,8 +64,7 @@ def percent(share: float) -> str:
 def measuring_cost(config: Config) -> MeasuringCost:
     """Cost of the measurements of a training, of all its stages.
 
-    Raises:
-        ConfigError: `evaluation.sweep` is impossible.
+    Raises a ConfigError if `evaluation.sweep` is impossible.
     """
     evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
     for stage in stages_of(config):

@@ -62,10 +62,8 @@ def measure_points(
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
     """`run_evaluation` of the weight set `weights` alone, under the configured setting; a collective call.
 
-    `model` was made by `ready_to_sample` and has the same weights on every rank.
-
-    Raises:
-        UserError: see `Evaluator` and `run_evaluation`.
+    `model` was made by `ready_to_sample` and has the same weights on every rank. Raises what `Evaluator` and
+    `run_evaluation` raise.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
     evaluator = Evaluator(alone, world, run_dir)
@@ -128,8 +126,7 @@ def _fid(measured: Measured) -> float:
 def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
     """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
 
-    Raises:
-        DataError: it cannot be written; what was measured stays in the blocks.
+    Raises a DataError if it cannot be written; what was measured stays in the blocks.
     """
     content = json.dumps(result, indent=2).encode()
     paths = [run_dir / RESULTS / f"{_name(result)}.json"]

@@ -55,10 +55,8 @@ class NetworkFile:
     def load(self, device: torch.device | str) -> FeatureNetwork:
         """The network on `device`, in evaluation mode and without gradients.
 
-        The file is a .safetensors, or a .pth that holds tensors only.
-
-        Raises:
-            UserError: the file is missing, damaged, or of another network.
+        The file is a .safetensors, or a .pth that holds tensors only. Raises a UserError if the file is missing,
+        damaged, or of another network.
         """
         network = FEATURE_NETWORKS[self.name]()
         try:
@@ -104,8 +102,7 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
 def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) -> NetworkFile:
     """The feature network `name`, as the `main` one that `evaluation.features` names or a further one.
 
-    Raises:
-        DataError: its weights are missing, or are another file.
+    Raises a DataError if its weights are missing, or are another file.
     """
     weights, suffix = FEATURE_NETWORKS[name].weights, "" if main else f"_{name}"
     if main and evaluation.features_file is not None:

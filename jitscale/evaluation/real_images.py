@@ -63,8 +63,7 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFil
 def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World) -> list[Path]:
     """Where statistics of the real images may be, the folder for new ones last; a collective call.
 
-    Raises:
-        ConfigError: `evaluation.cache_dir` cannot be written by rank 0, or is not seen by all ranks.
+    Raises a ConfigError if rank 0 cannot write `evaluation.cache_dir`, or not every rank sees it.
     """
     own, asked = run_dir / "evaluation" / CACHE, config.evaluation.cache_dir
     folder = shards.folder if asked is None else Path(asked)
@@ -149,11 +148,8 @@ class RealImages:
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
-        `network` maps uint8 images (B, 3, height, width) to their feature arrays; `num_workers` processes of this
-        rank decode them.
-
-        Raises:
-            DataError: on every rank: an image cannot be read, or the cache cannot be written.
+        `network` maps uint8 images (B, 3, height, width) to their feature arrays; `num_workers` processes of this rank
+        decode them. Raises a DataError on every rank if an image cannot be read, or the cache cannot be written.
         """
         with ExitStack() as held:
             said = False
@@ -284,11 +280,7 @@ class RealImages:
                 path.unlink(missing_ok=True)
 
     def read(self) -> tuple[FeatureArrays, npt.NDArray[np.float32], dict[str, Any]]:
-        """Statistics, features and facts, with all hashes compared.
-
-        Raises:
-            DataError: the cache is damaged.
-        """
+        """Statistics, features and facts, with all hashes compared. Raises a DataError if the cache is damaged."""
         try:
             facts = json.loads((self.folder / "facts.json").read_text())
             differing = [name for name, digest in facts["files"].items() if sha256_of(self.folder / name) != digest]

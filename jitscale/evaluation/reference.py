@@ -39,19 +39,15 @@ class FeatureStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with.
+    """What generated images are compared with."""
 
-    Attributes:
-        statistics: mean and covariance of each array of `NetworkFile.sizes`; of a file, of those arrays that it has.
-        features: (M, F) of the main network, of some of the images in a random order; where known.
-        floors: the distance of one half of the real images to the other, and `kid` and `kid_std`; where known.
-        facts: where it comes from, for the record.
-    """
-
+    # Of each array of `NetworkFile.sizes`; of a file, those that it has.
     statistics: dict[str, FeatureStatistics]
+    # (M, F) of the main network, of some of the images in a random order; where known.
     features: npt.NDArray[np.float32] | None
+    # The distances of one half of the real images to the other, by array, and `kid` and `kid_std`; where known.
     floors: dict[str, float]
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # where it comes from, for the record
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
@@ -73,11 +69,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
 
 
 def reference_source(config: Config) -> str:
-    """`evaluation.reference`, or else `data.shards`.
-
-    Raises:
-        ConfigError: neither is set.
-    """
+    """`evaluation.reference`, or else `data.shards`. Raises a ConfigError if neither is set."""
     source = config.evaluation.reference or config.data.shards
     if not source:
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
@@ -105,11 +97,7 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
 
 
 def _combined(kept: Sequence[RealImages], source: str) -> Reference:
-    """One reference of what all networks say, the main one first.
-
-    Raises:
-        DataError: the cache is damaged.
-    """
+    """One reference of what all networks say, the main one first. Raises a DataError if the cache is damaged."""
     contents = [images.read() for images in kept]
     statistics, floors = {}, {}
     for images, (arrays, _, facts) in zip(kept, contents, strict=True):
@@ -127,8 +115,7 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
 def write_statistics(path: Path, reference: Reference) -> None:
     """Write the statistics and where they come from as an .npz that `read_statistics` takes.
 
-    Raises:
-        DataError: it cannot be written.
+    Raises a DataError if it cannot be written.
     """
     arrays = {"facts": np.array(json.dumps({**reference.facts, "floors": reference.floors}))}
     for name, statistics in reference.statistics.items():
@@ -142,8 +129,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
 def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
     """The statistics of an .npz file, of those arrays of the networks, the main one first, that it has.
 
-    Raises:
-        DataError: it cannot be read, is of another network, or lacks one that is asked for.
+    Raises a DataError if it cannot be read, is of another network, or lacks one that is asked for.
     """
     statistics, sizes = {}, sizes_of(files)
     try:

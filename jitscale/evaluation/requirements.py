@@ -27,10 +27,8 @@ def measurable_config(config: Config, world: World) -> Config:
     """`config` as it can be measured, after `check_measurable` for all its stages that will; a collective call.
 
     A run without a final evaluation must not need a feature network's file: without one it is not measured on the way
-    either, and a warning says so.
-
-    Raises:
-        UserError: on every rank: a check fails, or the sweep takes more compute than `evaluation.sweep_max_share`.
+    either, and a warning says so. Raises a UserError on every rank if a check fails, or the sweep takes more compute
+    than `evaluation.sweep_max_share`.
     """
     if not config.evaluation.at_end and config.evaluation.every_images:
         try:
@@ -113,7 +111,7 @@ def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], poi
     if evaluation.every_images:
         counts["few_images"] = evaluation.few_images
     for name, count in counts.items():
-        wide = {part: size for part, size in sizes.items() if size > count}
+        wide = {array: size for array, size in sizes.items() if size > count}
         if wide:
             logger.warning(
                 f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}: "

@@ -34,10 +34,8 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
     """What the final evaluation tries: every combination of what `evaluation.sweep` names, by networks and intervals.
 
     Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
-    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
-
-    Raises:
-        ConfigError: an unknown axis or weight set, or impossible numbers.
+    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured. Raises a ConfigError at an
+    unknown axis or weight set, or impossible numbers.
     """
     evaluation = config.evaluation
     scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [evaluation.guidance_interval]
