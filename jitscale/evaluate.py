@@ -20,15 +20,15 @@ from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import Parser
-from jitscale.config import Config, EvaluationConfig, load_config
+from jitscale.config import Config, load_config
 from jitscale.config.cautions import start_caution
 from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
-from jitscale.evaluation.final import is_configured, measure_finally
+from jitscale.evaluation.final import is_configured_end, run_evaluation
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.requirements import check_measurable
-from jitscale.evaluation.settings import final_settings, images_of
+from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_points
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
@@ -88,7 +88,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
         described: whether `checkpoint` is a run, which says what network it is of; else the configuration does.
 
     Raises:
-        UserError: see `load_config`, `measure_finally`, `open_weights` and `check_measurable`.
+        UserError: see `load_config`, `run_evaluation`, `open_weights` and `check_measurable`.
     """
     if described:
         overrides = [*overrides, f"run.dir={checkpoint}"]
@@ -99,22 +99,22 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
         weights = config.evaluation.weights
     stored = open_weights(checkpoint, None if described else config)
     config.evaluation.weights = stored.choose(weights)
-    settings, guide = final_settings(config, stored.weight_sets), read_guide(config)
+    points, guide = sweep_points(config, stored.weight_sets), read_guide(config)
     run_dir = Path(config.run.dir)
-    is_end, is_own = _is_end(stored, run_dir), is_configured(run_dir, config)
+    is_end, is_own = _is_end(stored, run_dir), is_configured_end(run_dir, config)
     tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
-        check_measurable(config, world, settings)
+        check_measurable(config, world, points)
         if world.is_main:
-            _say_what_is_the_start(stored, settings)
-            logger.info("%d settings, %d images in all", len(settings), images_of(settings))
+            _say_what_is_the_start(stored, points)
+            logger.info("%d settings, %d images in all", len(points), images_of(points))
 
         def network(name: str) -> JiT:
             return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, run_dir, guide)
-        result = measure_finally(network, settings, evaluator, run_dir, is_end=is_end)
+        result = run_evaluation(network, points, evaluator, run_dir, is_end=is_end)
         if world.is_main:
             mark_complete(run_dir, "evaluate")
             if tracked:
@@ -133,14 +133,14 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
     return any(end is not None and seen >= end for end, seen in ends)
 
 
-def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[EvaluationConfig]) -> None:
+def _say_what_is_the_start(stored: StoredWeights, points: Sequence[SweepPoint]) -> None:
     """Warn about averages that are mostly the start of the run, where a checkpoint tells how long that was."""
     if not (stored.path / "index.json").exists():
         return
     progress = Checkpoint(stored.path).progress
     if progress.optimizer_step > progress.step:
         return  # upgraded: the averages had a start of their own
-    for name in dict.fromkeys(setting.weights for setting in settings):
+    for name in dict.fromkeys(point.weights for point in points):
         caution = start_caution(stored.config, name, progress.step)
         if caution is not None:
             logger.warning("%s", caution)

@@ -18,7 +18,7 @@ from jitscale.command import Parser
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, exit_with_message
-from jitscale.evaluation.requirements import check_training_measures
+from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
-        measured = check_training_measures(config, world)
+        measured = measurable_config(config, world)
         code = _train_through(stages_of(measured), world)
         if code == ExitCode.DONE and world.is_main:
             mark_complete(Path(config.run.dir), "train", config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from jitscale.command import Parser
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluate import evaluate, without_sweep
-from jitscale.evaluation.settings import AXES
+from jitscale.evaluation.sweep import AXES
 from jitscale.launcher_environment import adopt_launcher_environment
 
 

@@ -36,31 +36,7 @@ CAVEAT = "Counted from shapes; nothing was measured on a GPU."
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, plan and print."""
-    options = _parser().parse_intermixed_args(arguments)
-    cluster = _cluster(options)
-    config = load_config(options.config, options.overrides, world_size=cluster.gpus)
-    plan = _plan(config, cluster)
-    print(json.dumps(plan) if options.json else _text(plan))
-    return ExitCode.DONE
-
-
-def _cluster(options: argparse.Namespace) -> Cluster:
-    """The cluster of the command line.
-
-    Raises:
-        ConfigError: nodes that are not full.
-    """
-    gpus, per_node = options.gpus, options.gpus_per_node
-    if gpus > per_node and gpus % per_node:
-        full = -(-gpus // per_node) * per_node
-        raise ConfigError(f"--gpus {gpus}: must fill nodes of --gpus-per-node {per_node}; for example {full}")
-    cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
-    return replace(cluster, peak=1e12 * options.peak)
-
-
-def _parser() -> Parser:
-    """The command line, with the fields of `Cluster` among its options."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__)  # with the fields of `Cluster` among its options
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml")
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
     size, rate = _bytes(""), _bytes("/s")
@@ -76,7 +52,18 @@ def _parser() -> Parser:
     parser.add_argument("--no-overlap", action="store_false", dest="overlap", help=waits)
     parser.add_json()
     parser.add_overrides()
-    return parser
+    options = parser.parse_intermixed_args(arguments)
+
+    gpus, per_node = options.gpus, options.gpus_per_node
+    if gpus > per_node and gpus % per_node:
+        full = -(-gpus // per_node) * per_node
+        raise ConfigError(f"--gpus {gpus}: must fill nodes of --gpus-per-node {per_node}; for example {full}")
+    options.peak *= 1e12
+    cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
+    config = load_config(options.config, options.overrides, world_size=gpus)
+    plan = _plan(config, cluster)
+    print(json.dumps(plan) if options.json else _text(plan))
+    return ExitCode.DONE
 
 
 def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:

@@ -81,8 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: int) -> list[int]:
     """Ids of images of these classes, class by class; a network without classes counts as one of a single class.
 
-    Raises:
-        UserError: the network does not have a class.
+    Raises a UserError if the network does not have a class.
     """
     num_classes = max(1, num_classes)
     wanted = range(min(10, num_classes)) if classes is None else classes

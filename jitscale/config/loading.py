@@ -68,8 +68,7 @@ def load_config(
 def check_model_config(model: ModelConfig, source: str) -> None:
     """Refuse a network that cannot be built; `source` names where it was described.
 
-    Raises:
-        ConfigError: every impossible field.
+    Raises a ConfigError that names every impossible field.
     """
     _refuse(source, problems_of({f"model.{name}": value for name, value in vars(model).items()}))
 

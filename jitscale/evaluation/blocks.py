@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +19,22 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.errors import UserError
+from jitscale.errors import DataError, UserError
 from jitscale.files import atomic_write
 from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-Block = dict[str, npt.NDArray[Any]]
+FeatureArrays = dict[str, npt.NDArray[Any]]  # what feature networks say about some images
+
+SAMPLE_BLOCKS = "samples_*/block_*.npz"  # in RUN/evaluation
 
 
 class Missing(NamedTuple):
-    """A block by its number, and the settings under which it is not on disk, as indices."""
+    """A block by its number, and the indices of the points under which it is not on disk."""
 
     number: int
-    settings: list[int]
+    points: list[int]
 
 
 def digest_of(identity: dict[str, Any]) -> str:
@@ -39,19 +42,28 @@ def digest_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn a failure to write `path` into a DataError that ends with `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); {remedy}") from error
+
+
 def compute_blocks(
     folders: Sequence[Path],
     count: int,
     size: int,
-    compute: Callable[[Sequence[Missing]], Iterator[Block]],
+    compute: Callable[[Sequence[Missing]], Iterator[FeatureArrays]],
     world: World,
     *,
     keep: bool,
-) -> list[Block]:
+) -> list[FeatureArrays]:
     """Compute the blocks that are not on disk yet, by turns; a collective call.
 
     Args:
-        folders: of the files: several for blocks of the same images under several settings, which are made together.
+        folders: of the files, one for each point of a sweep; blocks of the same images are made together.
         count: how many blocks.
         size: images of a block, for the progress bar.
         compute: from the missing blocks of this rank their contents, in order.
@@ -61,23 +73,23 @@ def compute_blocks(
         On rank 0 for each folder all blocks, concatenated; on the others nothing.
     """
 
-    def path(setting: int, number: int) -> Path:
-        return folders[setting] / f"block_{number:06d}.npz"
+    def path(point: int, number: int) -> Path:
+        return folders[point] / f"block_{number:06d}.npz"
 
     def list_missing() -> list[Missing]:
         for folder in folders if keep else ():
             folder.mkdir(parents=True, exist_ok=True)
         every = range(len(folders))
         blocks = [Missing(n, [i for i in every if not (keep and path(i, n).exists())]) for n in range(count)]
-        return [block for block in blocks if block.settings]
+        return [block for block in blocks if block.points]
 
     # Listed by one rank: what the others see may have changed before they look.
     missing = parallel.on_main(list_missing)
-    passing: dict[tuple[int, int], Block] = {}
+    passing: dict[tuple[int, int], FeatureArrays] = {}
 
     def share() -> None:
         own = missing[world.rank :: world.size]
-        places = [(setting, block.number) for block in own for setting in block.settings]
+        places = [(point, block.number) for block in own for point in block.points]
         try:
             for place, content in zip(places, compute(own), strict=True):
                 if keep:
@@ -91,14 +103,14 @@ def compute_blocks(
             raise
 
     total = size * count * len(folders)
-    done = total - size * sum(len(block.settings) for block in missing)
+    done = total - size * sum(len(block.points) for block in missing)
     with tqdm(total=total, initial=done, unit="img", desc="generate", disable=not world.is_main) as progress:
         parallel.raise_together(share)
     gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
 
-    def whole(setting: int) -> Block:
-        places = [(setting, number) for number in range(count)]
+    def whole(point: int) -> FeatureArrays:
+        places = [(point, number) for number in range(count)]
         parts = [dict(np.load(path(*place))) if keep else gathered[place] for place in places]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-    return [whole(setting) for setting in range(len(folders))] if world.is_main else []
+    return [whole(point) for point in range(len(folders))] if world.is_main else []

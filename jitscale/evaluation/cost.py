@@ -8,7 +8,7 @@ from itertools import groupby
 
 from jitscale.config import Config, EvaluationConfig, images_of_run, weight_set_names
 from jitscale.evaluation.generate import configured_sampler, grid_ids
-from jitscale.evaluation.settings import final_settings, images_of, sweep_images
+from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_images, sweep_points
 from jitscale.progressive import stages_of
 
 FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass
@@ -23,17 +23,17 @@ class MeasuringCost:
 
     evaluation: EvaluationConfig  # how many images each measurement generates
     trained: int = 0  # images that the run sees
-    on_the_way: int = 0  # how often few images are measured while training
-    few: float = 0.0  # the cost of all those
+    times_in_training: int = 0  # how often few images are measured
+    in_training: float = 0.0  # the cost of all those
     pictures: float = 0.0  # the cost of all pictures of samples while training
-    settings: int = 0  # of the sweep; 1 for none
+    points: int = 0  # of the sweep; 1 for none
     sweep: float = 0.0  # its cost
-    final: float = 0.0  # the cost of the images of the best settings, beyond what the sweep has generated
+    final: float = 0.0  # the cost of the images of the best points, beyond what the sweep has generated
 
     @property
     def share(self) -> float:
         """Of the compute of training."""
-        return self.share_of(self.few + self.pictures + self.sweep + self.final)
+        return self.share_of(self.in_training + self.pictures + self.sweep + self.final)
 
     def share_of(self, cost: float) -> float:
         """What one of the costs is of the compute of training."""
@@ -42,10 +42,14 @@ class MeasuringCost:
     def __str__(self) -> str:
         evaluation, parts = self.evaluation, []
         for count, text, cost in (
-            (self.on_the_way, f"{self.on_the_way} x {evaluation.few_images:,} images on the way", self.few),
+            (
+                self.times_in_training,
+                f"{self.times_in_training} x {evaluation.few_images:,} images on the way",
+                self.in_training,
+            ),
             (self.pictures, "pictures of samples", self.pictures),
-            (self.settings > 1, f"{self.settings} settings x {sweep_images(evaluation):,} in a sweep", self.sweep),
-            (self.settings, f"{evaluation.num_images:,} at the end", self.final),
+            (self.points > 1, f"{self.points} settings x {sweep_images(evaluation):,} in a sweep", self.sweep),
+            (self.points, f"{evaluation.num_images:,} at the end", self.final),
         ):
             if count:
                 parts.append(f"{text} ({percent(self.share_of(cost))})")
@@ -60,8 +64,7 @@ def percent(share: float) -> str:
 def measuring_cost(config: Config) -> MeasuringCost:
     """Cost of the measurements of a training, of all its stages.
 
-    Raises:
-        ConfigError: `evaluation.sweep` is impossible.
+    Raises a ConfigError if `evaluation.sweep` is impossible.
     """
     evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
     for stage in stages_of(config):
@@ -71,32 +74,32 @@ def measuring_cost(config: Config) -> MeasuringCost:
             # The final evaluation takes the place of a measurement at the last step.
             last = images - config.data.batch_size if stage.evaluation.at_end else images
             times = max(0, last) // evaluation.every_images
-            cost.on_the_way += times
-            cost.few += times * evaluation.few_images * image_cost
+            cost.times_in_training += times
+            cost.in_training += times * evaluation.few_images * image_cost
         if evaluation.grid_every_images:
             grids = images // evaluation.grid_every_images
             cost.pictures += grids * len(grid_ids(stage.model.num_classes)) * image_cost
     if evaluation.at_end:
-        settings = final_settings(config, weight_set_names(config))
+        points = sweep_points(config, weight_set_names(config))
         swept = 0
-        if len(settings) > 1:
-            swept = sweep_images(evaluation) * len(settings)
-            cost.sweep = sweep_images(evaluation) * _sweep_cost(settings, config)
-        cost.settings = len(settings)
-        cost.final = (images_of(settings) - swept) * max(_image_cost(setting, config) for setting in settings)
+        if len(points) > 1:
+            swept = sweep_images(evaluation) * len(points)
+            cost.sweep = sweep_images(evaluation) * _sweep_cost(points, config)
+        cost.points = len(points)
+        cost.final = (images_of(points) - swept) * max(_image_cost(point, config) for point in points)
     return cost
 
 
-def _image_cost(setting: EvaluationConfig, config: Config) -> float:
+def _image_cost(point: SweepPoint, config: Config) -> float:
     """Of one generated image, in images trained on. A guide counts as a network of the same size."""
-    return FORWARD_SHARE * sum(configured_sampler(setting, config.diffusion).evaluations())
+    return FORWARD_SHARE * sum(configured_sampler(point, config.diffusion).evaluations())
 
 
-def _sweep_cost(settings: Sequence[EvaluationConfig], config: Config) -> float:
-    """Of one image under every setting: those that differ in the scale alone share the steps before guidance."""
-    total = sum(_image_cost(setting, config) for setting in settings)
-    for _, group in groupby(settings, key=lambda setting: (setting.weights, setting.guidance_interval)):
-        first, *others = (configured_sampler(setting, config.diffusion) for setting in group)
+def _sweep_cost(points: Sequence[SweepPoint], config: Config) -> float:
+    """Of one image under every point: those that differ in the scale alone share the steps before guidance."""
+    total = sum(_image_cost(point, config) for point in points)
+    for _, group in groupby(points, key=lambda point: (point.weights, point.guidance_interval)):
+        first, *others = (configured_sampler(point, config.diffusion) for point in group)
         shared = replace(first, guidance_scale=1.0).evaluations(range(first.steps_before_guidance()))
         total -= len(others) * FORWARD_SHARE * sum(shared)
     return total

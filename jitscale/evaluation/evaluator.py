@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config, EvaluationConfig
+from jitscale.config import Config
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
-from jitscale.evaluation.blocks import Block, Missing, compute_blocks, digest_of
+from jitscale.evaluation.blocks import FeatureArrays, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import (
     autocast,
@@ -30,6 +30,7 @@ from jitscale.evaluation.generate import (
 )
 from jitscale.evaluation.networks import Embedder, identity_of
 from jitscale.evaluation.reference import Reference, reference_of
+from jitscale.evaluation.sweep import SweepPoint
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
@@ -60,18 +61,18 @@ class Evaluator:
         self._labels, self._labels_identity = parallel.raise_together(lambda: configured_labels(config))
 
     def measure(
-        self, model: JiT, settings: Sequence[EvaluationConfig], *, neighbours: bool = True, keep_blocks: bool = True
+        self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True
     ) -> list[dict[str, Any]]:
-        """The metrics of samples of `model`, for settings that differ in the guidance scale alone; a collective call.
+        """The metrics of samples of `model`, for points that differ in the guidance scale alone; a collective call.
 
         Args:
             model: made by `ready_to_sample`; the same weights on every rank.
-            settings: how to sample, and how many images; their weight set is for the record.
+            points: how to sample, and how many images; their weight set is for the record.
             neighbours: whether to compute what compares pairs of images, and takes the longest.
             keep_blocks: False writes no files: for few images.
 
         Returns:
-            On every rank and for each setting: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
+            On every rank and for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
             where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision` and
             `recall` with `neighbours` and where features of real images are at hand, not only statistics; for each
             distance `<distance>_floor`, of one half of the real images to the other, where it is known;
@@ -80,8 +81,8 @@ class Evaluator:
         Raises:
             UserError: an image with values that are not finite.
         """
-        samplers = [configured_sampler(setting, model.diffusion) for setting in settings]
-        evaluation, size = settings[0], settings[0].block_size
+        samplers = [configured_sampler(point, model.diffusion) for point in points]
+        evaluation, size = points[0], points[0].block_size
         # All that determines the generated images and their features; not what only changes the order of sums
         # (attention kernels, compilation, padding).
         same = {
@@ -100,12 +101,12 @@ class Evaluator:
         }
         protocols = [{**same, "sampler": asdict(sampler)} for sampler in samplers]
 
-        def blocks(missing: Sequence[Missing]) -> Iterator[Block]:
+        def blocks(missing: Sequence[Missing]) -> Iterator[FeatureArrays]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
             noises = noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
             for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
-                labels, chosen = self._labels(ids), [samplers[index] for index in block.settings]
+                labels, chosen = self._labels(ids), [samplers[index] for index in block.points]
                 with autocast(self.config, self.world.device):
                     for images in generate_by_scale(model, chosen, labels, noise, self.guide):
                         yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
@@ -120,22 +121,22 @@ class Evaluator:
                 results.append({**self._metrics(first, self.reference, model, neighbours), "protocol": protocol})
         return parallel.broadcast_object(results)
 
-    def _metrics(self, samples: Block, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
+    def _metrics(self, samples: FeatureArrays, reference: Reference, model: JiT, neighbours: bool) -> dict[str, Any]:
         from jitscale.evaluation import metrics  # noqa: PLC0415 (slow)
 
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
-        for part, real in reference.statistics.items():
+        for array, real in reference.statistics.items():
             # Fréchet distances: fid, sfid, and fd_<name> of further networks.
-            name = {"features": "fid", "spatial": "sfid"}.get(part, part.replace("features", "fd"))
-            if part not in self._distances:
-                self._distances[part] = metrics.FrechetDistance.from_statistics(real.mean, real.covariance)
-            distance = self._distances[part]
+            name = {"features": "fid", "spatial": "sfid"}.get(array, array.replace("features", "fd"))
+            if array not in self._distances:
+                self._distances[array] = metrics.FrechetDistance.from_statistics(real.mean, real.covariance)
+            distance = self._distances[array]
             distance.reset()
-            distance.update(samples[part], real=False)
+            distance.update(samples[array], real=False)
             result[name] = float(distance.compute())
-            if part in reference.floors:
-                result[f"{name}_floor"] = reference.floors[part]
+            if array in reference.floors:
+                result[f"{name}_floor"] = reference.floors[array]
         if "images" in reference.facts:
             result["num_real_images"] = reference.facts["images"]
         result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])

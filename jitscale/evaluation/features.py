@@ -71,11 +71,7 @@ class FeatureNetwork(nn.Module):
     input_size: int  # side in pixels to which every image is resized
 
     def forward(self, images: torch.Tensor) -> Embedding:
-        """Embed uint8 `images` (B, 3, height, width) of any size.
-
-        Raises:
-            ValueError: images of another shape or dtype.
-        """
+        """Embed uint8 `images` (B, 3, height, width) of any size. Raises a ValueError at another shape or dtype."""
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"expected (B, 3, height, width) uint8, got {tuple(images.shape)} {images.dtype}")
         # The caller's precision is no part of a protocol, and TF32 would change every distance on newer GPUs.

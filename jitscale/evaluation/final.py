@@ -1,7 +1,7 @@
-"""The final evaluation of a run: a sweep on few images, the best settings on all, and one result that says it all.
+"""The final evaluation of a run: a sweep on few images, the best points on all, and one result that says it all.
 
-The noise of an image is the same under every setting, so that differences between settings are much surer than the
-distances themselves; and settings that differ in the guidance scale alone share the steps before guidance begins.
+The noise of an image is the same under every point, so that differences between points are much surer than the
+distances themselves; and points that differ in the guidance scale alone share the steps before guidance begins.
 
 RUN/results/<network>_<images>_<hash>.json   every measurement, by its protocol
 RUN/result.json                              the one that the run's config.yaml asks for, in the same form
@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from jitscale import parallel
-from jitscale.config import Config, EvaluationConfig, load_config
+from jitscale.config import Config, load_config
 from jitscale.data.remote import is_remote
-from jitscale.errors import DataError
-from jitscale.evaluation.blocks import digest_of
+from jitscale.evaluation.blocks import digest_of, writing
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.report import draw_sweep
-from jitscale.evaluation.settings import TRIED, final_settings, sweep_images
+from jitscale.evaluation.sweep import TRIED, SweepPoint, sweep_images, sweep_points
 from jitscale.files import atomic_write
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-Measured = tuple[EvaluationConfig, dict[str, Any]]  # a setting and its metrics
+Measured = tuple[SweepPoint, dict[str, Any]]  # a point and its metrics
 
 RESULTS = "results"  # the folder's name
 # Settings of `evaluation` that change nothing of a final evaluation.
@@ -43,17 +42,17 @@ _ELSEWHERE = (
 )
 
 
-def measure_settings(
-    settings: Sequence[EvaluationConfig], network: Callable[[str], JiT], evaluator: Evaluator, *, neighbours: bool
+def measure_points(
+    points: Sequence[SweepPoint], network: Callable[[str], JiT], evaluator: Evaluator, *, neighbours: bool
 ) -> list[Measured]:
-    """Each setting with what `Evaluator.measure` says about it, in their order; a collective call.
+    """Each point with what `Evaluator.measure` says about it, in their order; a collective call.
 
     Settings of one network must lie together; `network` puts a weight set on the device.
     """
     measured: list[Measured] = []
-    for weights, own in groupby(settings, key=lambda setting: setting.weights):
+    for weights, own in groupby(points, key=lambda point: point.weights):
         model = network(weights)
-        for _, together in groupby(own, key=lambda setting: setting.guidance_interval):
+        for _, together in groupby(own, key=lambda point: point.guidance_interval):
             group = list(together)
             measured += zip(group, evaluator.measure(model, group, neighbours=neighbours), strict=True)
         del model  # before the next one is built: two large networks may not fit next to an engine
@@ -61,65 +60,63 @@ def measure_settings(
 
 
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
-    """`measure_finally` of the weight set `weights` alone, under the configured setting; a collective call.
+    """`run_evaluation` of the weight set `weights` alone, under the configured setting; a collective call.
 
-    `model` was made by `ready_to_sample` and has the same weights on every rank.
-
-    Raises:
-        UserError: see `Evaluator` and `measure_finally`.
+    `model` was made by `ready_to_sample` and has the same weights on every rank. Raises what `Evaluator` and
+    `run_evaluation` raise.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
     evaluator = Evaluator(alone, world, run_dir)
-    return measure_finally(lambda name: model, final_settings(alone, [weights]), evaluator, run_dir, is_end=True)
+    return run_evaluation(lambda name: model, sweep_points(alone, [weights]), evaluator, run_dir, is_end=True)
 
 
-def measure_finally(
+def run_evaluation(
     network: Callable[[str], JiT],
-    settings: Sequence[EvaluationConfig],
+    points: Sequence[SweepPoint],
     evaluator: Evaluator,
     run_dir: Path,
     *,
     is_end: bool,
 ) -> dict[str, Any]:
-    """Try `settings` on few images and measure the best ones, and write what came out; a collective call.
+    """Try `points` on few images and measure the best ones, and write what came out; a collective call.
 
     Args:
         network: from the name of a weight set the network, ready to sample, on the device.
-        settings: of `final_settings`.
+        points: of `sweep_points`.
         evaluator: has the configuration.
         is_end: whether these are the weights that the run in `run_dir` has ended with, or there is no run.
 
     Returns:
-        On every rank: the metrics of the best setting (see `Evaluator.measure`) with `best`, that setting, and `table`,
-        a row for every setting that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
+        On every rank: the metrics of the best point (see `Evaluator.measure`) with `best`, that point, and `table`,
+        a row for every point that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
 
     Raises:
         DataError: the result cannot be written.
         UserError: an image with values that are not finite.
     """
     evaluation = evaluator.config.evaluation
-    few, chosen = sweep_images(evaluation), settings
+    few, chosen = sweep_images(evaluation), points
     coarse: list[Measured] = []
-    if len(settings) > 1:
+    if len(points) > 1:
         if evaluator.world.is_main:
-            logger.info("sweep: %d settings, %d images each", len(settings), few)
-        tried = [replace(setting, num_images=few) for setting in settings]
-        coarse = measure_settings(tried, network, evaluator, neighbours=False)
-        best = sorted(range(len(settings)), key=lambda index: _fid(coarse[index]))[: evaluation.sweep_keep]
-        chosen = [settings[index] for index in sorted(best)]  # those of one network together
-    precise = sorted(measure_settings(chosen, network, evaluator, neighbours=True), key=_fid)
-    # With as many images, the best settings are rows of the sweep.
+            logger.info("sweep: %d settings, %d images each", len(points), few)
+        tried = [replace(point, num_images=few) for point in points]
+        coarse = measure_points(tried, network, evaluator, neighbours=False)
+        best = sorted(range(len(points)), key=lambda index: _fid(coarse[index]))[: evaluation.sweep_keep]
+        chosen = [points[index] for index in sorted(best)]  # those of one network together
+    precise = sorted(measure_points(chosen, network, evaluator, neighbours=True), key=_fid)
+    # With as many images, the best points are rows of the sweep.
     rows = coarse if coarse and few == evaluation.num_images else [*coarse, *precise]
     said = ("num_images", "fid", "inception_score")
-    table = [{**_tried(setting), **{key: metrics[key] for key in said}} for setting, metrics in rows]
-    setting, metrics = precise[0]
-    result = {"best": _tried(setting), **metrics, "table": table}
+    table = [{**_tried(point), **{key: metrics[key] for key in said}} for point, metrics in rows]
+    point, metrics = precise[0]
+    result = {"best": _tried(point), **metrics, "table": table}
     parallel.on_main(lambda: _write_result(run_dir, result, evaluator.config, is_end=is_end))
     return result
 
 
-def _tried(setting: EvaluationConfig) -> dict[str, Any]:
-    return {name: getattr(setting, name) for name in TRIED}
+def _tried(point: SweepPoint) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in TRIED}
 
 
 def _fid(measured: Measured) -> float:
@@ -129,31 +126,26 @@ def _fid(measured: Measured) -> float:
 def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
     """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
 
-    Raises:
-        DataError: it cannot be written; what was measured stays in the blocks.
+    Raises a DataError if it cannot be written; what was measured stays in the blocks.
     """
     content = json.dumps(result, indent=2).encode()
     paths = [run_dir / RESULTS / f"{_name(result)}.json"]
-    if is_end and is_configured(run_dir, config):
+    if is_end and is_configured_end(run_dir, config):
         paths.append(run_dir / "result.json")
-    try:
-        for path in paths:
+    for path in paths:
+        with writing(path, "make room and start the same command again: no image is made twice"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write(content)
             if len(result["table"]) > 1:
                 draw_sweep(result, path.with_suffix(".svg") if path.name != "result.json" else run_dir / "sweep.svg")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error}); make room and start the same command again: no image is made twice"
-        ) from error
     logger.info("%s", paths[-1])
     if len(paths) == 1:
         reason = "the run asks for another evaluation" if is_end else "these weights are not the end of the run"
         logger.info("%s is not written: %s", run_dir / "result.json", reason)
 
 
-def is_configured(run_dir: Path, config: Config) -> bool:
+def is_configured_end(run_dir: Path, config: Config) -> bool:
     """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run."""
     path = run_dir / "config.yaml"
     return not path.exists() or _identity(config) == _identity(load_config(path))
@@ -176,7 +168,7 @@ def _place(pattern: str) -> str:
 
 def _name(result: dict[str, Any]) -> str:
     """Of the file: the network, the images, and a hash of all that determines the numbers."""
-    settings = [{key: row[key] for key in (*result["best"], "num_images")} for row in result["table"]]
-    identity = {"protocol": result["protocol"], "reference": result["reference"], "settings": settings}
-    kind = "sweep_" if len(settings) > 1 else ""
+    points = [{key: row[key] for key in (*result["best"], "num_images")} for row in result["table"]]
+    identity = {"protocol": result["protocol"], "reference": result["reference"], "settings": points}
+    kind = "sweep_" if len(points) > 1 else ""
     return f"{kind}{result['protocol']['features']}_{result['num_images']}_{digest_of(identity)}"

@@ -86,8 +86,7 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
 def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
     """`model` on `device`, in eval mode, computing as `config.engine` says; changed in place, once for each network.
 
-    Raises:
-        ConfigError: an attention kernel that was asked for does not work there, or there are no CUDA graphs.
+    Raises a ConfigError if the attention kernel that was asked for does not work there, or there are no CUDA graphs.
     """
     model = model.to(device).eval()
     text = f"sampling: {prepare(model, config.engine, device, training=False)}"
@@ -139,8 +138,7 @@ def sample_images(
 ) -> torch.Tensor:
     """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
 
-    Raises:
-        ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
+    Raises a ValueError at a label outside [0, num_classes], or noise of another shape.
     """
     size, device = model.config.image_size, model.pos_embed.device
     if labels.ndim != 1 or not bool(((labels >= 0) & (labels <= model.null_label)).all()):
@@ -161,10 +159,8 @@ def sample_grid(
 ) -> npt.NDArray[np.uint8]:
     """A picture of samples, uint8 (height, width, 3): one row a class, the first `GRID_ROWS` classes.
 
-    A collective call: the ranks share the images, and each returns the picture.
-
-    Raises:
-        UserError: on every rank: an image with values that are not finite.
+    A collective call: the ranks share the images, and each returns the picture. Raises a UserError on every rank if an
+    image has values that are not finite.
     """
     ids, size = grid_ids(model.config.num_classes), model.config.image_size
     own = ids[world.rank :: world.size]

@@ -17,7 +17,7 @@ import torch
 from jitscale import parallel
 from jitscale.config import EvaluationConfig
 from jitscale.errors import ConfigError, DataError, UserError
-from jitscale.evaluation.blocks import Block
+from jitscale.evaluation.blocks import FeatureArrays
 from jitscale.evaluation.dinov2 import DinoV2
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.inception import Inception
@@ -40,11 +40,11 @@ class NetworkFile:
     name: str  # in `FEATURE_NETWORKS`
     path: Path  # of its weights
     sha256: str  # of that file
-    suffix: str  # of its parts in a block: empty for the network of `evaluation.features`
+    suffix: str  # of the names of its arrays: empty for the network of `evaluation.features`
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Widths of the parts of a block that have a Fréchet distance.
+        """Widths of the feature arrays that have a Fréchet distance.
 
         They are `features` and, where there are any, `spatial` of the main network, and `features_<name>` of others.
         """
@@ -55,10 +55,8 @@ class NetworkFile:
     def load(self, device: torch.device | str) -> FeatureNetwork:
         """The network on `device`, in evaluation mode and without gradients.
 
-        The file is a .safetensors, or a .pth that holds tensors only.
-
-        Raises:
-            UserError: the file is missing, damaged, or of another network.
+        The file is a .safetensors, or a .pth that holds tensors only. Raises a UserError if the file is missing,
+        damaged, or of another network.
         """
         network = FEATURE_NETWORKS[self.name]()
         try:
@@ -104,8 +102,7 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
 def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) -> NetworkFile:
     """The feature network `name`, as the `main` one that `evaluation.features` names or a further one.
 
-    Raises:
-        DataError: its weights are missing, or are another file.
+    Raises a DataError if its weights are missing, or are another file.
     """
     weights, suffix = FEATURE_NETWORKS[name].weights, "" if main else f"_{name}"
     if main and evaluation.features_file is not None:
@@ -130,20 +127,23 @@ class Embedder:
         self.networks = parallel.raise_together(lambda: [file.load(world.device) for file in self.files])
         self._device = world.device
 
-    def __call__(self, images: torch.Tensor) -> Block:
+    def __call__(self, images: torch.Tensor) -> FeatureArrays:
         """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
-        return {part: said for number in range(len(self.files)) for part, said in self.parts_of(number, images).items()}
+        found: FeatureArrays = {}
+        for number in range(len(self.files)):
+            found |= self.arrays_of(number, images)
+        return found
 
-    def parts_of(self, number: int, images: torch.Tensor) -> Block:
-        """What one of `networks` says about uint8 `images`: its parts of a block."""
+    def arrays_of(self, number: int, images: torch.Tensor) -> FeatureArrays:
+        """What one of `networks` says about uint8 `images`."""
         suffix, said = self.files[number].suffix, self.networks[number](images.to(self._device))
-        parts = {f"features{suffix}": said.features} if suffix else said._asdict()
-        return {part: values.cpu().numpy() for part, values in parts.items() if values.shape[1]}
+        arrays = {f"features{suffix}": said.features} if suffix else said._asdict()
+        return {name: values.cpu().numpy() for name, values in arrays.items() if values.shape[1]}
 
 
 def sizes_of(files: Sequence[NetworkFile]) -> dict[str, int]:
     """`NetworkFile.sizes` of all networks."""
-    return {part: size for file in files for part, size in file.sizes.items()}
+    return {name: size for file in files for name, size in file.sizes.items()}
 
 
 def identity_of(files: Sequence[NetworkFile]) -> dict[str, Any]:

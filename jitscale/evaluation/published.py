@@ -44,8 +44,7 @@ def published_folder(evaluation: EvaluationConfig) -> Path:
 def fetch(published: Published, folder: Path) -> Path:
     """Download the file unless it is there, and compare its hash; the file appears whole or not at all.
 
-    Raises:
-        DataError: no network, another content than expected, or the folder cannot be written.
+    Raises a DataError without a network, at another content than expected, or if the folder cannot be written.
     """
     path = folder / published.file_name
     if path.exists():
@@ -73,8 +72,7 @@ def fetch(published: Published, folder: Path) -> Path:
 def verify(published: Published, folder: Path) -> str:
     """Compare the file in the folder with its hash; returns the whole sha256.
 
-    Raises:
-        DataError: it is missing, or another file.
+    Raises a DataError if it is missing, or another file.
     """
     path = folder / published.file_name
     try:

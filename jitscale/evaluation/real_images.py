@@ -2,12 +2,12 @@
 
 They depend on the content of the shards, the weights of the feature network, the size and the crop alone:
 
-CACHE/<network>_<hash>/statistics.npz   mean and covariance of each part of a block
+CACHE/<network>_<hash>/statistics.npz   mean and covariance of each of the feature arrays
 CACHE/<network>_<hash>/features.npy     (M, F) float32: images chosen by hash, in a random order
 CACHE/<network>_<hash>/facts.json       written last: where they come from, hashes of the files, distances of the halves
-CACHE/<network>_<hash>/part_*.npz       until then: the sums over equal parts of the images
+CACHE/<network>_<hash>/part_*.npz       until then: the sums over each share of the work
 
-A part is not a shard: the sums of each part of the work take 130 MB in Inception's features.
+A share of the work is not a shard of the data: its sums take 130 MB in Inception's features.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import math
 import secrets
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -36,7 +36,7 @@ from jitscale.data.loader import naming_dead_workers
 from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
 from jitscale.errors import ConfigError, DataError, UserError
-from jitscale.evaluation.blocks import Block, digest_of
+from jitscale.evaluation.blocks import SAMPLE_BLOCKS, FeatureArrays, digest_of, writing
 from jitscale.evaluation.networks import NetworkFile
 from jitscale.files import aside_pattern, atomic_write, exclusive_or_not, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -45,16 +45,17 @@ from jitscale.parallel import World
 if TYPE_CHECKING:
     from jitscale.evaluation.metrics import FrechetDistance
 
-Network = Callable[[torch.Tensor], Block]
+Network = Callable[[torch.Tensor], FeatureArrays]
 
 logger = logging.getLogger(__name__)
 
 CACHE = "real_images"  # the folder's name next to the shards
 KEPT_FEATURES = 50_000  # images whose features are kept, for what compares pairs of images
 BLOCK = 64  # images that go through the network together
-MOST_PARTS = 64  # into which the work is divided, whatever the number of ranks
+MOST_SHARES = 64  # into which the work is divided, whatever the number of ranks
 ROWS = 1024  # of features that are added to a covariance at once
 HALVES = 2  # of the images: the distance between them is the floor of all distances
+REMEDY = "make room, or set evaluation.cache_dir"  # where the cache cannot be written
 WAIT_SECONDS = 2.0  # between two looks at what another run computes
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what reading a damaged file raises
 
@@ -62,8 +63,7 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFil
 def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World) -> list[Path]:
     """Where statistics of the real images may be, the folder for new ones last; a collective call.
 
-    Raises:
-        ConfigError: `evaluation.cache_dir` cannot be written by rank 0, or is not seen by all ranks.
+    Raises a ConfigError if rank 0 cannot write `evaluation.cache_dir`, or not every rank sees it.
     """
     own, asked = run_dir / "evaluation" / CACHE, config.evaluation.cache_dir
     folder = shards.folder if asked is None else Path(asked)
@@ -72,26 +72,44 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
     wanted = folder / CACHE if asked is None else folder
     probe = wanted / f".probe_{parallel.broadcast_object(secrets.token_hex(8))}"
 
-    fault = ""
-    if world.is_main:
+    def make_probe() -> str:
         try:
             wanted.mkdir(parents=True, exist_ok=True)
             probe.touch()
         except OSError as error:
-            fault = str(error)
-    fault = parallel.broadcast_object(fault)
-    if parallel.any_rank(not fault and not probe.exists()):
-        fault = "not every rank sees it"
-    if world.is_main:
-        with suppress(OSError):  # where it could not be made it cannot be removed
-            probe.unlink()
+            return str(error)
+        return ""
+
+    fault = parallel.on_main(make_probe)
     if not fault:
-        return [wanted]
+        seen = not parallel.any_rank(not probe.exists())
+        if world.is_main:
+            probe.unlink(missing_ok=True)
+        if seen:
+            return [wanted]
+        fault = "not every rank sees it"
     if asked is not None:
         raise ConfigError(f"evaluation.cache_dir={asked}: cannot be used ({fault}); choose another folder")
     if world.is_main:
         logger.info("%s: cannot be used (%s); new statistics of real images are kept in %s", wanted, fault, own)
     return [wanted, own]
+
+
+def finished_parts(config: Config) -> int:
+    """How far the measurements of a run are, as a number of files that a restart does not compute again.
+
+    They are blocks of samples, and sums over real images, in any folder that `cache_folders` may choose.
+    """
+    evaluation, own = config.evaluation, Path(config.run.dir) / "evaluation"
+    if evaluation.cache_dir is not None:
+        shared = Path(evaluation.cache_dir)
+    else:
+        size = evaluation.reference_size or config.model.image_size
+        shards = Path((evaluation.reference or config.data.shards).replace("{resolution}", str(size)))
+        # A glob or brace pattern names tars in one folder.
+        shared = (shards.parent if shards.suffix == ".tar" else shards) / CACHE
+    sums = {path for folder in (own / CACHE, shared) for path in folder.glob("*_*/part_*.npz")}
+    return len(sums) + len(list(own.glob(SAMPLE_BLOCKS)))
 
 
 class RealImages:
@@ -100,7 +118,7 @@ class RealImages:
     def __init__(self, file: NetworkFile, shards: ShardSet, folders: Sequence[Path]) -> None:
         """Find what is kept of `shards` in the network `file`, in `folders` from `cache_folders`; a collective call."""
         self.file, self._shards, self._images = file, shards, range(shards.num_samples)
-        self._main = next(iter(file.sizes))  # the part of a block whose features are kept
+        self._main = next(iter(file.sizes))  # the array whose features are kept
         self.identity: dict[str, Any] = {
             "manifest": shards.manifest_hash,
             "network": file.name,
@@ -111,30 +129,27 @@ class RealImages:
         places = [folder / f"{file.name}_{digest_of(self.identity)}" for folder in folders]
         complete = parallel.on_main(lambda: [place for place in places if (place / "facts.json").exists()])
         self.folder = [*complete, places[-1]][0]
-        # Enough images for a part's sums to be smaller than its features, and few parts where there are many images.
-        size = BLOCK * math.ceil(max(2 * max(file.sizes.values()), len(self._images) / MOST_PARTS) / BLOCK)
+        # Enough images for the sums of a share to be smaller than its features, and few shares of many images.
+        size = BLOCK * math.ceil(max(2 * max(file.sizes.values()), len(self._images) / MOST_SHARES) / BLOCK)
         starts = self._images[::size]
-        self._parts = {self.folder / f"part_{n:03d}.npz": self._images[at:][:size] for n, at in enumerate(starts)}
+        self._shares = {self.folder / f"part_{n:03d}.npz": self._images[at:][:size] for n, at in enumerate(starts)}
 
     def _is_complete(self) -> bool:
         return (self.folder / "facts.json").exists()
 
     def bytes_to_write(self) -> int:
-        """What computing takes on disk at most, parts that are removed in the end included; 0 if all is there."""
+        """What computing takes on disk at most, with the shares' sums that the end removes; 0 if all is there."""
         if self._is_complete():
             return 0
         square = sum(width * width for width in self.file.sizes.values())
         kept = min(KEPT_FEATURES, len(self._images)) * self.file.sizes[self._main]
-        return 8 * square * (len(self._parts) * HALVES + 1) + 4 * 2 * kept
+        return 8 * square * (len(self._shares) * HALVES + 1) + 4 * 2 * kept
 
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
-        `network` maps uint8 images (B, 3, height, width) to their parts of a block; `num_workers` processes of this
-        rank decode them.
-
-        Raises:
-            DataError: on every rank: an image cannot be read, or the cache cannot be written.
+        `network` maps uint8 images (B, 3, height, width) to their feature arrays; `num_workers` processes of this rank
+        decode them. Raises a DataError on every rank if an image cannot be read, or the cache cannot be written.
         """
         with ExitStack() as held:
             said = False
@@ -148,7 +163,7 @@ class RealImages:
 
     def _state(self, held: ExitStack) -> str:
         """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
-        with _writing(self.folder):
+        with writing(self.folder, REMEDY):
             if self._is_complete():
                 return "ready"
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,11 +174,11 @@ class RealImages:
         return "ready" if ours else "wait"
 
     def _compute(self, network: Network, world: World, num_workers: int) -> None:
-        """Parts by turns, each a file, then their sum; what a killed run has left is used."""
-        missing = parallel.broadcast_object([path for path in self._parts if not path.exists()])
-        total = sum(len(self._parts[path]) for path in missing)
+        """Shares of the work by turns, each a file, then their sum; what a killed run has left is used."""
+        missing = parallel.broadcast_object([path for path in self._shares if not path.exists()])
+        total = sum(len(self._shares[path]) for path in missing)
 
-        def counting(images: torch.Tensor) -> Block:
+        def counting(images: torch.Tensor) -> FeatureArrays:
             found = network(images)
             progress.update(min(len(images) * world.size, total - progress.n))  # the other ranks are as far
             return found
@@ -171,8 +186,8 @@ class RealImages:
         def share() -> None:
             for path in missing[world.rank :: world.size]:
                 try:
-                    content = self._part(counting, self._parts[path], num_workers)
-                    with _writing(self.folder), atomic_write(path) as file:
+                    content = self._sums_over(self._shares[path], counting, num_workers)
+                    with writing(self.folder, REMEDY), atomic_write(path) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
                 except ValueError as error:
                     if not isinstance(error, UserError):
@@ -197,8 +212,8 @@ class RealImages:
         """The images whose features are kept, in their order, (M,)."""
         return permutation(len(self._images), 0, Purpose.REFERENCE_FEATURES)[:KEPT_FEATURES]
 
-    def _part(self, network: Network, ids: range, num_workers: int) -> Block:
-        """Sums over both halves of some images, of each part of a block, and the features to keep with their places."""
+    def _sums_over(self, ids: range, network: Network, num_workers: int) -> FeatureArrays:
+        """Sums of each feature array over both halves of some images, and the features to keep with their places."""
         sums = self._distances_of_halves()
         places = np.flatnonzero((self._chosen >= ids.start) & (self._chosen < ids.stop))
         chosen = self._chosen[places]
@@ -212,24 +227,24 @@ class RealImages:
                     sums[name].update(features[name][self._halves[rows.start : rows.stop] == half], real=half == 1)
                 own = (chosen >= rows.start) & (chosen < rows.stop)
                 kept[own] = features[self._main][chosen[own] - rows.start]
-        content: Block = {"places": places, "kept": kept}
+        content: FeatureArrays = {"places": places, "kept": kept}
         for name, sum_ in sums.items():
             content |= {f"{name}/{key}": np.asarray(value) for key, value in sum_.metric_state.items()}
         return content
 
     def _distances_of_halves(self) -> dict[str, FrechetDistance]:
-        """Of no images, for each part of a block."""
+        """Of no images, for each feature array."""
         from jitscale.evaluation.metrics import FrechetDistance  # noqa: PLC0415 (slow)
 
         return {name: FrechetDistance(width) for name, width in self.file.sizes.items()}
 
     def _finish(self) -> None:
-        """Sum up the parts, in their order whoever made them, and write what is kept."""
+        """Sum up the shares, in their order whoever made them, and write what is kept."""
         from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
 
         sums = self._distances_of_halves()
         features = np.empty((len(self._chosen), self.file.sizes[self._main]), np.float32)
-        for path in self._parts:
+        for path in self._shares:
             try:
                 with np.load(path) as content:
                     features[content["places"]] = content["kept"]
@@ -237,17 +252,17 @@ class RealImages:
                         sum_.merge_state({key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state})
             except DAMAGED as error:
                 if self._is_complete():
-                    return  # on a file system without locks another run was faster, and has removed the parts
+                    return  # on a file system without locks another run was faster, and has removed the shares
                 raise DataError(
                     f"{path}: cannot be read ({error}); remove it and start again, it is then made again"
                 ) from error
-        arrays: Block = {}
+        arrays: FeatureArrays = {}
         for name, sum_ in sums.items():
             arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
         floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
         half = len(features) // 2  # they are in a random order
         floors["kid"], floors["kid_std"] = kernel_distance(features[:half], features[half:])
-        with _writing(self.folder):
+        with writing(self.folder, REMEDY):
             with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             with atomic_write(self.folder / "features.npy") as file:
@@ -264,12 +279,8 @@ class RealImages:
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)
 
-    def read(self) -> tuple[Block, npt.NDArray[np.float32], dict[str, Any]]:
-        """Statistics, features and facts, with all hashes compared.
-
-        Raises:
-            DataError: the cache is damaged.
-        """
+    def read(self) -> tuple[FeatureArrays, npt.NDArray[np.float32], dict[str, Any]]:
+        """Statistics, features and facts, with all hashes compared. Raises a DataError if the cache is damaged."""
         try:
             facts = json.loads((self.folder / "facts.json").read_text())
             differing = [name for name, digest in facts["files"].items() if sha256_of(self.folder / name) != digest]
@@ -283,11 +294,3 @@ class RealImages:
                 f"{self.folder}: statistics of the real images are damaged ({error}); remove the folder, they are then "
                 "computed again"
             ) from error
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error}); make room, or set evaluation.cache_dir") from error

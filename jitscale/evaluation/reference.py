@@ -21,6 +21,7 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError, DataError
+from jitscale.evaluation.blocks import writing
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
@@ -38,19 +39,15 @@ class FeatureStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with.
+    """What generated images are compared with."""
 
-    Attributes:
-        statistics: mean and covariance of each part of `NetworkFile.sizes`; of a file, of those parts that it has.
-        features: (M, F) of the main network in a random order, where they are known: some of the images.
-        floors: the distance of one half of the real images to the other, by part, and `kid` and `kid_std`; where known.
-        facts: where it comes from, for the record.
-    """
-
+    # Of each array of `NetworkFile.sizes`; of a file, those that it has.
     statistics: dict[str, FeatureStatistics]
+    # (M, F) of the main network, of some of the images in a random order; where known.
     features: npt.NDArray[np.float32] | None
+    # The distances of one half of the real images to the other, by array, and `kid` and `kid_std`; where known.
     floors: dict[str, float]
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # where it comes from, for the record
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
@@ -67,16 +64,12 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     if not kept:
         return parallel.raise_together(lambda: read_statistics(Path(source), embedder.files) if world.is_main else None)
     for number, images in enumerate(kept):
-        images.compute_once(partial(embedder.parts_of, number), world, config.data.num_workers)
+        images.compute_once(partial(embedder.arrays_of, number), world, config.data.num_workers)
     return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
 
 
 def reference_source(config: Config) -> str:
-    """`evaluation.reference`, or else `data.shards`.
-
-    Raises:
-        ConfigError: neither is set.
-    """
+    """`evaluation.reference`, or else `data.shards`. Raises a ConfigError if neither is set."""
     source = config.evaluation.reference or config.data.shards
     if not source:
         raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
@@ -106,17 +99,13 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
 
 
 def _combined(kept: Sequence[RealImages], source: str) -> Reference:
-    """One reference of what all networks say, the main one first.
-
-    Raises:
-        DataError: the cache is damaged.
-    """
+    """One reference of what all networks say, the main one first. Raises a DataError if the cache is damaged."""
     contents = [images.read() for images in kept]
     statistics, floors = {}, {}
     for images, (arrays, _, facts) in zip(kept, contents, strict=True):
-        for part in images.file.sizes:
-            statistics[part] = FeatureStatistics(arrays[f"all/{part}/mean"], arrays[f"all/{part}/covariance"])
-            floors[part] = float(facts["floors"][part])
+        for name in images.file.sizes:
+            statistics[name] = FeatureStatistics(arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"])
+            floors[name] = float(facts["floors"][name])
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
     said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
@@ -128,46 +117,42 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
 def write_statistics(path: Path, reference: Reference) -> None:
     """Write the statistics and where they come from as an .npz that `read_statistics` takes.
 
-    Raises:
-        DataError: it cannot be written.
+    Raises a DataError if it cannot be written.
     """
     arrays = {"facts": np.array(json.dumps({**reference.facts, "floors": reference.floors}))}
-    for part, statistics in reference.statistics.items():
-        arrays |= dict(zip(_names(part), statistics, strict=True))
-    try:
+    for name, statistics in reference.statistics.items():
+        arrays |= dict(zip(_keys(name), statistics, strict=True))
+    with writing(path, "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose another --output") from error
 
 
 def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
-    """The statistics of an .npz file, of those parts of the networks, the main one first, that it has.
+    """The statistics of an .npz file, of those arrays of the networks, the main one first, that it has.
 
-    Raises:
-        DataError: it cannot be read, is of another network, or lacks one that is asked for.
+    Raises a DataError if it cannot be read, is of another network, or lacks one that is asked for.
     """
     statistics, sizes = {}, sizes_of(files)
     try:
         with np.load(path, allow_pickle=False) as content:
-            for part in sizes:
-                names = _names(part)
-                if part != "spatial" or names[0] in content:  # the authors' files are without
-                    statistics[part] = FeatureStatistics(*(content[name].astype(np.float64) for name in names))
+            for name in sizes:
+                keys = _keys(name)
+                if name != "spatial" or keys[0] in content:  # the authors' files are without
+                    statistics[name] = FeatureStatistics(*(content[key].astype(np.float64) for key in keys))
             described = json.loads(str(content["facts"])) if "facts" in content else {}
             facts: dict[str, Any] = described or {"source": path.name}
     except DAMAGED as error:
         raise DataError(
-            f"evaluation.reference={path}: no statistics with {' and '.join(_names('features'))} ({error}); make them "
+            f"evaluation.reference={path}: no statistics with {' and '.join(_keys('features'))} ({error}); make them "
             "with tools/make_reference.py, or name shards"
         ) from error
-    for part, (mean, covariance) in statistics.items():
-        size = sizes[part]
+    for name, (mean, covariance) in statistics.items():
+        size = sizes[name]
         if (mean.shape, covariance.shape) != ((size,), (size, size)):
             raise DataError(
-                f"evaluation.reference={path}: {' and '.join(_names(part))} have the shapes {mean.shape} and "
-                f"{covariance.shape}, the network {files[0].name} has {size} {part}; choose the one they were made with"
+                f"evaluation.reference={path}: {' and '.join(_keys(name))} have the shapes {mean.shape} and "
+                f"{covariance.shape}, the network {files[0].name} has {size} {name}; choose the one they were made with"
             )
     for key, expected in identity_of(files).items():
         if facts.get(key, expected) != expected:
@@ -179,7 +164,7 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
     return Reference(statistics, None, floors, {**facts, "file_sha256": sha256_of(path)})
 
 
-def _names(part: str) -> tuple[str, str]:
+def _keys(name: str) -> tuple[str, str]:
     """Of mean and covariance in a file: ADM's where ADM has any."""
-    suffix = {"features": "", "spatial": "_s"}.get(part, part.removeprefix("features"))
+    suffix = {"features": "", "spatial": "_s"}.get(name, name.removeprefix("features"))
     return f"mu{suffix}", f"sigma{suffix}"

@@ -34,11 +34,11 @@ def table_of(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_sweep(result: dict[str, Any], path: Path) -> bool:
-    """FID and IS over guidance, a line for each weight set and interval; returns whether there is a matplotlib."""
+def draw_sweep(result: dict[str, Any], path: Path) -> None:
+    """FID and IS over guidance, a line for each weight set and interval; without matplotlib, it warns."""
     if find_spec("matplotlib") is None:
         logger.warning("%s is not drawn: matplotlib is not installed (pip install 'jitscale[demo]')", path)
-        return False
+        return
     from jitscale.figures import MARKERS, figure  # noqa: PLC0415  # matplotlib belongs to an extra
 
     fewest = min(row["num_images"] for row in result["table"])
@@ -59,4 +59,3 @@ def draw_sweep(result: dict[str, Any], path: Path) -> bool:
                 axis.plot(scales, [row[key] for row in precise], "k*", label=f"{precise[0]['num_images']} images")
             axis.set(xlabel="guidance scale", ylabel=name, title=f"{name}, {fewest} images each")
         panels[0].legend(fontsize=7)
-    return True

@@ -11,28 +11,24 @@ from pathlib import Path
 from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig, weight_set_names
 from jitscale.errors import ConfigError, DataError
+from jitscale.evaluation.blocks import SAMPLE_BLOCKS
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
 from jitscale.evaluation.reference import open_real_images, read_statistics, reference_source
-from jitscale.evaluation.settings import final_settings, images_of, sweep_images
+from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_images, sweep_points
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
 logger = logging.getLogger(__name__)
 
 
-def check_training_measures(config: Config, world: World) -> Config:
-    """`check_measurable` for every stage of a training that will measure, and that this takes no more than is allowed.
+def measurable_config(config: Config, world: World) -> Config:
+    """`config` as it can be measured, after `check_measurable` for all its stages that will; a collective call.
 
-    A collective call.
-
-    Returns:
-        The configuration to train with. A run without a final evaluation must not need a feature network's file:
-        without one it is not measured on the way either, and that is said.
-
-    Raises:
-        UserError: on every rank.
+    A run without a final evaluation must not need a feature network's file: without one it is not measured on the way
+    either, and a warning says so. Raises a UserError on every rank if a check fails, or the sweep takes more compute
+    than `evaluation.sweep_max_share`.
     """
     if not config.evaluation.at_end and config.evaluation.every_images:
         try:
@@ -52,17 +48,17 @@ def check_training_measures(config: Config, world: World) -> Config:
             f"compute (measuring: {cost}); lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
         )
     for stage in measured:
-        settings = final_settings(stage, weight_set_names(stage)) if stage.evaluation.at_end else []
-        check_measurable(stage, world, settings)
+        points = sweep_points(stage, weight_set_names(stage)) if stage.evaluation.at_end else []
+        check_measurable(stage, world, points)
     if world.is_main:
         logger.info("measuring: %s", cost)
     return config
 
 
-def check_measurable(config: Config, world: World, settings: Sequence[EvaluationConfig]) -> None:
+def check_measurable(config: Config, world: World, points: Sequence[SweepPoint]) -> None:
     """Feature networks, real images, labels and room are there; a collective call.
 
-    The final evaluation tries `settings`; without any, there are measurements on few images alone.
+    The final evaluation tries `points`; without any, there are measurements on few images alone.
 
     Raises:
         ConfigError: on every rank: no feature network or reference is configured, or there is no room.
@@ -85,14 +81,14 @@ def check_measurable(config: Config, world: World, settings: Sequence[Evaluation
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
             raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")
-        if settings:
-            images, folder = images_of(settings), run_dir / "evaluation"
+        if points:
+            images, folder = images_of(points), run_dir / "evaluation"
             values = sum(sizes_of(files).values()) + FEATURE_NETWORKS[files[0].name].num_logits
-            needed = 4 * values * images - sum(path.stat().st_size for path in folder.glob("samples_*/block_*.npz"))
+            needed = 4 * values * images - sum(path.stat().st_size for path in folder.glob(SAMPLE_BLOCKS))
             purpose = f"the features of {images} images take"
             remedy = "lower evaluation.num_images or evaluation.sweep_images"
             _check_room(folder, needed, f"run.dir={config.run.dir}", purpose, remedy)
-        _warn_of_few_images(evaluation, sizes_of(files), len(settings))
+        _warn_of_few_images(evaluation, sizes_of(files), len(points))
 
     parallel.on_main(check)
 
@@ -107,15 +103,15 @@ def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str
         )
 
 
-def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], settings: int) -> None:
+def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], points: int) -> None:
     """Warn where covariances will be singular: the distance then depends mostly on the number of images."""
-    counts = {"num_images": evaluation.num_images} if settings else {}
-    if settings > 1:
+    counts = {"num_images": evaluation.num_images} if points else {}
+    if points > 1:
         counts["sweep_images"] = sweep_images(evaluation)
     if evaluation.every_images:
         counts["few_images"] = evaluation.few_images
     for name, count in counts.items():
-        wide = {part: size for part, size in sizes.items() if size > count}
+        wide = {array: size for array, size in sizes.items() if size > count}
         if wide:
             logger.warning(
                 f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}: "

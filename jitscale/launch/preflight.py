@@ -30,7 +30,7 @@ from jitscale.command import Parser
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.evaluation.requirements import check_training_measures
+from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.FAILED
     if options.work == "train":  # an evaluation checks by itself what it needs
         local_rank = int(os.environ["LOCAL_RANK"])
-        check_training_measures(config, World(rank, world_size, local_rank, torch.device("cpu")))
+        measurable_config(config, World(rank, world_size, local_rank, torch.device("cpu")))
     slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device), limit)))
     if rank == 0:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"

@@ -137,10 +137,8 @@ def choose_kernel(
     """The kernel `asked`, or for "auto" the first of `FASTEST_FIRST` that passes a probe at the real shape.
 
     The probe runs forward and backward at every number of tokens and every dropout that the network has, and compares
-    with `unfused` where nothing is dropped.
-
-    Raises:
-        ConfigError: the kernel that was asked for does not pass; the message says why.
+    with `unfused` where nothing is dropped. Raises a ConfigError that says why, if the kernel that was asked for does
+    not pass.
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")

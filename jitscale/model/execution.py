@@ -55,10 +55,8 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     """Let the blocks of `model` compute as `engine` says, on `device`; changed in place.
 
     A setting of None is on for GPUs, and alignment also for float8. For sampling, nothing is dropped or recomputed.
-
-    Raises:
-        ConfigError: an attention kernel that was asked for does not work, there is no float8, or it is asked for
-            without alignment.
+    Raises a ConfigError if the attention kernel that was asked for does not work, there is no float8, or float8 is
+    asked for without alignment.
     """
     on_gpu = device.type == "cuda"
     config, length = model.config, image_tokens(model.config)

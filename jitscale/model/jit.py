@@ -58,12 +58,7 @@ class FinalLayer(nn.Module):
 
 
 class JiT(nn.Module):
-    """net(z, t, y): noisy images, times and labels to what the objective asks for (the clean image by default).
-
-    Attributes:
-        config: the sizes.
-        diffusion: how it was trained; samplers take the noise scale and the meaning of the prediction from it.
-    """
+    """net(z, t, y): noisy images, times and labels to what the objective asks for (the clean image by default)."""
 
     pos_embed: Tensor
     rope: Tensor
@@ -71,7 +66,7 @@ class JiT(nn.Module):
     def __init__(self, config: ModelConfig, diffusion: DiffusionConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.diffusion = diffusion or DiffusionConfig()
+        self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
         grid = config.image_size // config.patch_size
         head_dim = config.hidden_size // config.num_heads
 

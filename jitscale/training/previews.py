@@ -16,9 +16,9 @@ from jitscale.config import Config, EvaluationConfig, weight_set_names
 from jitscale.config.cautions import start_caution
 from jitscale.data.shards import ShardSet
 from jitscale.evaluation.evaluator import Evaluator
-from jitscale.evaluation.final import measure_finally
+from jitscale.evaluation.final import run_evaluation
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
-from jitscale.evaluation.settings import final_settings
+from jitscale.evaluation.sweep import sweep_points
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.tracking import BEST_SAMPLES, Tracker, read_evaluations, read_held_out
@@ -104,8 +104,8 @@ class Previews:
     def final(self) -> None:
         """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
         state, run_dir = self.state, Path(self.config.run.dir)
-        settings = final_settings(self.config, weight_set_names(self.config))
-        result = measure_finally(self._network, settings, self._evaluator, run_dir, is_end=True)
+        settings = sweep_points(self.config, weight_set_names(self.config))
+        result = run_evaluation(self._network, settings, self._evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
             recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]
@@ -118,7 +118,7 @@ class Previews:
         state, config = self.state, self.config
         if config.evaluation.at_end:
             last_step = state.step + (end - state.images) // config.data.batch_size
-            for setting in final_settings(config, weight_set_names(config)):
+            for setting in sweep_points(config, weight_set_names(config)):
                 self.caution_about(setting.weights, last_step)
 
     def caution_about(self, weights: str, steps: int) -> None:

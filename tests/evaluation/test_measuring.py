@@ -22,9 +22,9 @@ from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.generate import random_labels
 from jitscale.evaluation.metrics import FrechetDistance
-from jitscale.evaluation.real_images import cache_folders
-from jitscale.evaluation.requirements import check_training_measures
-from jitscale.evaluation.settings import final_settings
+from jitscale.evaluation.real_images import cache_folders, finished_parts
+from jitscale.evaluation.requirements import measurable_config
+from jitscale.evaluation.sweep import sweep_points
 from jitscale.parallel import World
 from tests.support import ROOT
 
@@ -62,7 +62,7 @@ def test_a_guided_image_of_the_recipe_costs_62_images_of_training() -> None:
     cost = measuring_cost(config)
     assert cost.final == pytest.approx(50_000 * 187 / 3)
     assert cost.share == pytest.approx(50_000 * 187 / 3 / 768_700_200)
-    assert (cost.few, cost.sweep, cost.settings) == (0, 0, 1)
+    assert (cost.in_training, cost.sweep, cost.points) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
@@ -71,7 +71,7 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
     config = load_config(path)
     evaluation = config.evaluation
     assert (evaluation.features, evaluation.num_images, evaluation.at_end) == ("inception", 50_000, True)
-    settings = final_settings(config, weight_set_names(config))
+    settings = sweep_points(config, weight_set_names(config))
     assert {setting.weights for setting in settings} == {"ema_0.9996", "ema_0.9998", "ema_0.9999"}
     assert evaluation.guidance_scale in {setting.guidance_scale for setting in settings}
     cost = measuring_cost(config)
@@ -80,12 +80,12 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
     if path.name.startswith("finetune_"):
         assert images_of_run(config) == pytest.approx(40 * 1_281_167, rel=1e-4)
         assert cost.sweep / cost.trained <= 0.04
-        assert cost.on_the_way == 3, "every 10 epochs; after 40 the final evaluation"
+        assert cost.times_in_training == 3, "every 10 epochs; after 40 the final evaluation"
         assert cost.pictures / cost.trained == pytest.approx(40 * 80 * 62.3 / (40 * 1_281_167), rel=1e-2)
     else:
         assert cost.trained == pytest.approx(600 * 1_281_167, rel=1e-4)
         assert cost.share <= 0.02
-        assert cost.on_the_way == 11, "every 50 epochs; after 600 the final evaluation"
+        assert cost.times_in_training == 11, "every 50 epochs; after 600 the final evaluation"
         assert cost.pictures / cost.trained == pytest.approx(120 * 80 * 62.3 / (600 * 1_281_167), rel=1e-2)
     assert "x 5,000 images on the way" in str(cost)
 
@@ -138,12 +138,12 @@ def test_what_is_missing_is_known_beforehand(tmp_path: Path, overrides: list[str
     config = load_config(tmp_path / "config.yaml", [*settings, "evaluation.num_images=10", *overrides])
     world = World(0, 1, 0, torch.device("cpu"))
     if message is None:
-        assert check_training_measures(config, world) == config
+        assert measurable_config(config, world) == config
     else:
         with pytest.raises(UserError, match=message):
-            check_training_measures(config, world)
+            measurable_config(config, world)
     config.evaluation.at_end = False
-    assert check_training_measures(config, world) == config, "nothing is asked for where nothing is measured"
+    assert measurable_config(config, world) == config, "nothing is asked for where nothing is measured"
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +155,7 @@ def test_few_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     settings += [f"data.shards={tmp_path / 'shards'}", "evaluation.features=digits", "evaluation.num_images=64"]
     settings += ["evaluation.every_images=1024", "evaluation.few_images=63", "evaluation.sweep_images=10"]
     config = load_config(tmp_path / "config.yaml", [*settings, 'evaluation.sweep=["guidance=1,2"]'])
-    check_training_measures(config, World(0, 1, 0, torch.device("cpu")))
+    measurable_config(config, World(0, 1, 0, torch.device("cpu")))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [line.split(" is fewer than the 64 dimensions of features")[0] for line in said] == [
         "evaluation.sweep_images=10",
@@ -236,8 +236,8 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
 def test_blocks_are_the_same_without_files(tmp_path: Path) -> None:
     def compute(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
         for block in missing:
-            for setting in block.settings:
-                yield {"features": np.full((2, 1), 10.0 * setting + block.number)}
+            for point in block.points:
+                yield {"features": np.full((2, 1), 10.0 * point + block.number)}
 
     world = World(0, 1, 0, torch.device("cpu"))
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -268,6 +268,30 @@ def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -
     assert folders(None) == folders(str(asked)) == [own]
 
 
+def test_finished_parts_are_counted_wherever_they_are(tmp_path: Path) -> None:
+    """Statistics of real images grow beside the shards, however their place is written, or in the cache asked for."""
+    for setting, folder in (
+        ("data.shards=/data", "run/evaluation/real_images"),
+        (f"data.shards={tmp_path}/shards", "shards/real_images"),
+        (f"data.shards={tmp_path}/of_{{resolution}}/shard-{{000..007}}.tar", "of_32/real_images"),
+        (f"data.shards={tmp_path}/some/*.tar", "some/real_images"),
+        (f"evaluation.reference={tmp_path}/real", "real/real_images"),
+        (f"evaluation.cache_dir={tmp_path}/asked", "asked"),
+    ):
+        config = load_config(CONFIGS / "demo.yaml", [f"run.dir={tmp_path}/run", "data.shards=/data", setting])
+        before = finished_parts(config)
+        place = tmp_path / folder / "digits_0"
+        place.mkdir(parents=True)
+        (place / "part_000.npz").touch()
+        assert finished_parts(config) == before + 1, setting
+        samples = tmp_path / "run/evaluation/samples_0"
+        samples.mkdir(parents=True, exist_ok=True)
+        (samples / f"block_{len(list(samples.iterdir())):06d}.npz").touch()
+        assert finished_parts(config) == before + 2, setting
+        (place / "facts.json").touch()
+        assert finished_parts(config) == before + 2, setting
+
+
 def test_the_datas_labels_need_data() -> None:
     config = load_config(CONFIGS / "jit_b_256.yaml", ["evaluation.labels=data", "evaluation.reference=real.npz"])
     with pytest.raises(ConfigError, match=r"evaluation\.labels=data: needs shards whose labels are counted"):
@@ -280,5 +304,5 @@ def test_a_progressive_run_is_measured_in_every_stage() -> None:
     whole, last = (measuring_cost(one) for one in (config, alone))
     assert (whole.trained, last.trained) == (768_700_200, 384_350_100)
     # 200 epochs at 64 px, 100 at 128 px: 4 and 2 measurements; 300 epochs at 256 px: 5, and the final evaluation.
-    assert (whole.on_the_way, last.on_the_way) == (4 + 2 + 5, 5)
+    assert (whole.times_in_training, last.times_in_training) == (4 + 2 + 5, 5)
     assert (whole.sweep, whole.final) == (last.sweep, last.final)

@@ -16,7 +16,7 @@ from jitscale.config import Config, DiffusionConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
-from jitscale.evaluation.settings import final_settings
+from jitscale.evaluation.sweep import sweep_points
 from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Config:
 
 def settings_of(axes: list[str], config: Config) -> list[tuple[str, list[float], float]]:
     config.evaluation.sweep = axes
-    return [(s.weights, s.guidance_interval, s.guidance_scale) for s in final_settings(config, SETS)]
+    return [(s.weights, s.guidance_interval, s.guidance_scale) for s in sweep_points(config, SETS)]
 
 
 def test_combinations(config: Config) -> None:

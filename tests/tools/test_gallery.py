@@ -60,7 +60,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     ]
     result = {"best": best, "fid": 3.25, "fid_floor": 0.5, "inception_score": 9.0, "num_images": 50_000, "table": rows}
     (folder / "result.json").write_text(json.dumps(result))
-    assert draw_sweep(result, folder / "sweep.svg")
+    draw_sweep(result, folder / "sweep.svg")
     tracker = Tracker(Config(), folder, True, None)
     tracker.log_image(BEST_SAMPLES, np.zeros((16, 16, 3), np.uint8), 232)
     tracker.close()

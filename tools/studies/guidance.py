@@ -15,9 +15,9 @@ from jitscale import parallel
 from jitscale.checkpoints.opening import open_weights
 from jitscale.config import ema_name
 from jitscale.evaluation.evaluator import Evaluator
-from jitscale.evaluation.final import measure_settings
+from jitscale.evaluation.final import measure_points
 from jitscale.evaluation.generate import ready_to_sample
-from jitscale.evaluation.settings import final_settings
+from jitscale.evaluation.sweep import sweep_points
 from jitscale.figures import curve_over, figure, plus_minus
 from jitscale.model.jit import JiT
 from studies.run import Run, seeded
@@ -58,8 +58,8 @@ class Sweep(Task):
             return ready_to_sample(stored.network(name), config, world.device)
 
         evaluator = Evaluator(config, world, folder / self.name)
-        settings = final_settings(config, stored.weight_sets)
-        results = measure_settings(settings, network, evaluator, neighbours=False)
+        settings = sweep_points(config, stored.weight_sets)
+        results = measure_points(settings, network, evaluator, neighbours=False)
         return {
             "fid": {_key(s.weights, s.guidance_interval, s.guidance_scale): measured["fid"] for s, measured in results}
         }

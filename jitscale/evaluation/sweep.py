@@ -1,4 +1,4 @@
-"""Settings that an evaluation tries: weight sets, guidance scales and intervals, as text names them."""
+"""Points of a sweep over weight sets, guidance scales and intervals, as text names them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dataclasses import replace
 from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import ConfigError
 
+SweepPoint = EvaluationConfig  # one combination: how to sample, and how many images
+
 MOST_SCALES = 200
 AXES = ("guidance", "ema", "interval")
 TRIED = ("weights", "guidance_scale", "guidance_interval")  # what the axes set in the configuration
 
 
 def sweep_images(evaluation: EvaluationConfig) -> int:
-    """Images of each setting of a sweep: no more than the best one is measured on."""
+    """Images of each point of a sweep: no more than the best one is measured on."""
     return min(evaluation.sweep_images, evaluation.num_images)
 
 
-def images_of(settings: Sequence[EvaluationConfig]) -> int:
-    """Images whose features a final evaluation of `settings` keeps: few of each, and the rest of the best ones."""
-    if not settings:
+def images_of(points: Sequence[SweepPoint]) -> int:
+    """Images whose features a final evaluation of `points` keeps: few of each, and the rest of the best ones."""
+    if not points:
         return 0
-    evaluation, few = settings[0], sweep_images(settings[0])
-    best = min(evaluation.sweep_keep, len(settings))
-    return len(settings) * few + best * (evaluation.num_images - few)
+    evaluation, few = points[0], sweep_images(points[0])
+    best = min(evaluation.sweep_keep, len(points))
+    return len(points) * few + best * (evaluation.num_images - few)
 
 
-def final_settings(config: Config, weight_sets: Sequence[str]) -> list[EvaluationConfig]:
+def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]:
     """What the final evaluation tries: every combination of what `evaluation.sweep` names, by networks and intervals.
 
     Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
-    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured.
-
-    Raises:
-        ConfigError: an unknown axis or weight set, or impossible numbers.
+    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured. Raises a ConfigError at an
+    unknown axis or weight set, or impossible numbers.
     """
     evaluation = config.evaluation
     scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [evaluation.guidance_interval]
