@@ -3,8 +3,8 @@
     srun python -m jitscale.launch.preflight --config configs/jit_h_256.yaml data.shards=/data/imagenet_256
 
 Each rank checks its own machine, then all compare. A fault is printed as one line that names the node, and every rank
-ends with exit code 1; a fault of all machines is a mistake of the configuration, and exit code 2. The others name a
-rank that does not come to the comparison.
+ends with exit code 1. A fault of all machines, if there are several, is a mistake of the configuration: exit code 2.
+The ranks that come to the comparison name those that do not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,19 @@ DISK_BYTES = 2**20
 PRODUCT_SIZE = 1024
 
 
+class Fault(NamedTuple):
+    """What a check found on a node; equal to the same fault of another rank."""
+
+    message: str  # without names that differ from rank to rank
+    is_users: bool = False  # a mistake that a user can mend
+
+
 @dataclass(frozen=True)
 class Finding:
     """What one rank found on its node, and what must be the same everywhere: code, configuration, kind of device."""
 
     node: str
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
     code: str
     config: str
     device: str
@@ -65,16 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     world_size = adopt_launcher_environment()
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
-    faults = []
-    for check in (_gpu, _folders, _shards):  # each raises what is wrong
-        try:
-            check(config)
-        except (UserError, OSError, RuntimeError) as error:
-            faults.append(" ".join(str(error).split()))
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
     finding = Finding(
         node=socket.gethostname(),
-        faults=tuple(faults),
+        faults=faults_of(config),
         code=_hash_of_code(),
         config=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
         device="cuda" if on_gpu else "cpu",
@@ -87,10 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
     findings = parallel.gather_objects(finding)
-    if mistakes := sorted({finding.mistake for finding in findings if finding.mistake}):
-        raise UserError(mistakes[0])  # the same on all nodes
-    if everywhere := set.intersection(*(set(finding.faults) for finding in findings)):
-        raise UserError("; ".join(sorted(everywhere)))  # no node's fault
+    if wrong := mistakes(findings):
+        raise UserError("; ".join(wrong))
     problems = compare(findings)
     if rank == 0:
         for node, what in problems:
@@ -110,9 +110,32 @@ def main(arguments: list[str] | None = None) -> int:
     return ExitCode.DONE
 
 
+def faults_of(config: Config) -> tuple[Fault, ...]:
+    """What is wrong with this rank's GPU, the folders it writes to, or the shards."""
+    faults = []
+    for check in (_gpu, _folders, _shards):
+        try:
+            check(config)
+        except (UserError, OSError, RuntimeError) as error:
+            faults.append(Fault(" ".join(str(error).split()), isinstance(error, UserError)))
+    return tuple(faults)
+
+
+def mistakes(findings: list[Finding]) -> list[str]:
+    """The faults that a start on other nodes would meet again.
+
+    If several nodes, and all ranks, have the same fault, no node is to blame. The only node of a job may be.
+    """
+    if settings := sorted({finding.mistake for finding in findings if finding.mistake}):
+        return settings[:1]  # the same on all nodes
+    several = len({finding.node for finding in findings}) > 1
+    everywhere = set.intersection(*(set(finding.faults) for finding in findings))
+    return sorted(fault.message for fault in everywhere if several or fault.is_users)
+
+
 def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     """(node, fault) for what is wrong on the ranks' machines, each once, and for what differs from the majority."""
-    problems = [(finding.node, fault) for finding in findings for fault in finding.faults]
+    problems = [(finding.node, fault.message) for finding in findings for fault in finding.faults]
     for name, what in (("code", "code"), ("config", "configuration"), ("device", "kind of device (cuda or cpu)")):
         common, _ = Counter(getattr(finding, name) for finding in findings).most_common(1)[0]
         other = f"another {what} than most ranks have; install and mount the same there"
@@ -154,7 +177,8 @@ def _gpu(config: Config) -> None:
     if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return  # a CPU build
-        raise RuntimeError("Slurm gave it GPUs and PyTorch sees none; look at nvidia-smi there")
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
+        raise RuntimeError(f"CUDA_VISIBLE_DEVICES={visible}, but PyTorch sees no GPU; look at nvidia-smi on this node")
     device = parallel.choose_device(config.run.device)
     if device.type != "cuda":
         return
@@ -178,9 +202,11 @@ def _folders(config: Config) -> None:
                 os.fsync(file.fileno())
                 file.seek(0)
                 if file.read() != content:
-                    raise RuntimeError(f"{folder}: reads back other bytes than were written")
+                    raise RuntimeError(f"{folder}: reads back other bytes than were written; drain the node")
         except OSError as error:
-            raise RuntimeError(f"{folder}: cannot be written ({error})") from error
+            # Without the name of the temporary file, which is another one on every rank.
+            remedy = "make room there, or choose another run.dir, TMPDIR or data.cache_dir"
+            raise RuntimeError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def _shards(config: Config) -> None:

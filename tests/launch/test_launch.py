@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import wandb
 
 from jitscale.config import load_config
 from jitscale.errors import CheckpointError, ConfigError, UserError
-from jitscale.launch.preflight import Finding, compare
+from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import work_of
 from jitscale.run_folder import Attempts, forget_completion, is_complete, is_complete_under, mark_complete
@@ -74,11 +77,40 @@ def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) ->
 def test_ranks_are_compared() -> None:
     sound = Finding("a", (), "code", "config", "cuda")
     assert compare([sound, sound]) == []
-    assert compare([sound, Finding("b", ("/scratch: full",), "code", "config", "cuda")]) == [("b", "/scratch: full")]
+    broken = replace(sound, node="b", faults=(Fault("/scratch: full"),))
+    assert compare([sound, broken]) == [("b", "/scratch: full")]
     other = compare([sound, sound, Finding("c", (), "old", "config", "cuda")])
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another code")]
     other = compare([sound, sound, Finding("c", (), "code", "config", "cpu")])
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another kind of device (cuda or cpu)")]
+
+
+def test_a_fault_of_one_node_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk names a temporary file of a random name; all ranks of a job of one node meet it."""
+
+    def full(**named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{named['dir']}/.preflight{next(numbers)}")
+
+    numbers = itertools.count()
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    config = load_config(ROOT / "configs/jit_b_256.yaml", [f"run.dir={tmp_path}", "run.device=cpu"])
+    found = [faults_of(config) for _ in range(2)]
+    assert found[0] == found[1]
+    assert "No space left on device" in found[0][0].message
+    alone = [Finding("a", faults, "code", "config", "cpu") for faults in found]
+    assert mistakes(alone) == []
+    assert compare(alone) == [("a", fault.message) for fault in found[0]]
+    everywhere = [alone[0], replace(alone[1], node="b")]
+    assert mistakes(everywhere) == [found[0][0].message]
+    assert mistakes([alone[0], Finding("b", (), "code", "config", "cpu")]) == []
+
+
+def test_missing_shards_are_a_mistake_of_the_user_on_one_node_too(tmp_path: Path) -> None:
+    settings = [f"run.dir={tmp_path}", "run.device=cpu", f"data.shards={tmp_path}/absent"]
+    faults = faults_of(load_config(ROOT / "configs/demo.yaml", settings))
+    found = mistakes([Finding("a", faults, "code", "config", "cpu")])
+    assert len(found) == 1
+    assert "absent" in found[0]
 
 
 def test_work_is_known_from_the_command_line(tmp_path: Path, wandb_offline: None) -> None:
