@@ -33,6 +33,7 @@ from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
 from jitscale.tracking import Tracker, check_wandb
+from jitscale.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,11 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
     """Whether the run in `run_dir` has ended with the stored weights, or there is no run."""
     if not (run_dir / "config.yaml").exists():
         return True
-    run, newest = load_config(run_dir / "config.yaml").run, latest_checkpoint(run_dir)
+    newest = latest_checkpoint(run_dir)
     if newest is None or stored.path.resolve() != newest.path.resolve():
         return False
-    ends = ((run.max_images, newest.progress.images), (run.max_steps, newest.progress.step))
-    return any(end is not None and seen >= end for end, seen in ends)
+    reached = RunState(newest.progress.step, newest.progress.images)
+    return reached.images_at_end(load_config(run_dir / "config.yaml")) <= reached.images
 
 
 def _say_what_is_the_start(stored: StoredWeights, settings: Sequence[EvaluationConfig]) -> None:
