@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jitscale.errors import ExitCode, UserError
+from jitscale.errors import CheckpointError, ExitCode, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +43,50 @@ class Parser(argparse.ArgumentParser):
     def add_json(self) -> None:
         """Add `--json`, for programs that read the output."""
         self.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+# The command lines of a run. The supervisor of a batch script reads them too, before the ranks do.
+
+
+def train_parser(description: str | None = None) -> Parser:
+    """The parser of `python -m jitscale.train`."""
+    parser = Parser(description, prog="python -m jitscale.train")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument("--print-config", action="store_true", help="print all settings, explained, and stop")
+    parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
+    parser.add_overrides("settings that win over the file, such as optim.lr=1e-4")
+    return parser
+
+
+def evaluate_parser(description: str | None = None) -> Parser:
+    """The parser of `python -m jitscale.evaluate`; `complete_source` says whether its options make sense."""
+    parser = Parser(description, prog="python -m jitscale.evaluate")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
+    sets = "model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)"
+    parser.add_argument("--weights", metavar="NAME", help=sets)
+    parser.add_overrides("settings that win over the file, such as evaluation.num_images=5000")
+    return parser
+
+
+def complete_source(options: argparse.Namespace) -> None:
+    """Fill in the configuration of a run that is to be evaluated.
+
+    Raises:
+        CheckpointError: there is no such run.
+        UserError: the options of `evaluate_parser` do not say what to evaluate.
+    """
+    if options.run is not None:
+        own = options.run / "config.yaml"
+        if not own.exists():
+            raise CheckpointError(f"{options.run}: no run there (no config.yaml); give a run's folder, or --checkpoint")
+        options.config = options.config or own
+    elif options.checkpoint is None or options.config is None:
+        folders = [word for word in options.overrides if "=" not in word]
+        meant = f"; write --run {folders[0]}" if folders else ""
+        raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
 
 
 # Types of options. Each raises ArgumentTypeError for another text, and argparse turns it into an error of the command.

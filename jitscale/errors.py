@@ -29,7 +29,7 @@ class LauncherError(UserError):
     """The launcher's variables do not say which rank this process is, so every process prints it."""
 
 
-class MeetingError(RuntimeError):
+class RendezvousError(RuntimeError):
     """Some ranks did not come. In general this is no mistake of the user's: a new start may succeed."""
 
 
@@ -59,15 +59,15 @@ class CheckpointError(UserError):
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2, a `MeetingError` one message and exit code 1. If mistakes are the
-    `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment` only, because
-    before it RANK may be left over from another command.
+    A `UserError` becomes one message and exit code 2, a `RendezvousError` one message and exit code 1. If mistakes are
+    the `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment` only,
+    because before it RANK may be left over from another command.
     """
     try:
         code = command()
-    except (UserError, MeetingError) as error:
+    except (UserError, RendezvousError) as error:
         code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
-        of_one_rank = isinstance(error, (LauncherError, MeetingError)) or not same_on_all_ranks
+        of_one_rank = isinstance(error, (LauncherError, RendezvousError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -19,10 +19,10 @@ from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
-from jitscale.command import Parser
+from jitscale.command import complete_source, evaluate_parser
 from jitscale.config import Config, load_config
 from jitscale.config.cautions import start_caution
-from jitscale.errors import CheckpointError, ConfigError, ExitCode, exit_with_message
+from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured_end, run_evaluation
 from jitscale.evaluation.generate import ready_to_sample
@@ -33,6 +33,7 @@ from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
 from jitscale.tracking import Tracker, check_wandb
+from jitscale.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +43,14 @@ SWEPT = ("evaluation.weights=", "evaluation.guidance_scale=", "evaluation.guidan
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and evaluate; returns the process's exit code."""
-    parser = Parser(__doc__, prog="python -m jitscale.evaluate")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
-    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
-    sets = "model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)"
-    parser.add_argument("--weights", metavar="NAME", help=sets)
-    parser.add_overrides("settings that win over the file, such as evaluation.num_images=5000")
-    options = parser.parse_intermixed_args(arguments)
-    if options.checkpoint is not None and options.config is None:
-        parser.error("--checkpoint needs --config")
-
+    options = evaluate_parser(__doc__).parse_intermixed_args(arguments)
     adopt_launcher_environment()
-    run, path = options.run, options.config
+    complete_source(options)
     # A file of somebody else's is measured under one setting, unless a sweep is asked for.
-    alone = options.weights is not None or run is None
-    if run is not None and not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run}: no run there (no config.yaml); give a run's folder, or --checkpoint")
+    alone = options.weights is not None or options.run is None
     overrides = [*options.overrides, *without_sweep(options.overrides, alone=alone)]
-    checkpoint = run or options.checkpoint
-    evaluate(checkpoint, path or run / "config.yaml", overrides, options.weights, described=run is not None)
+    checkpoint = options.run or options.checkpoint
+    evaluate(checkpoint, options.config, overrides, options.weights, described=options.run is not None)
     return ExitCode.DONE
 
 
@@ -126,11 +114,11 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
     """Whether the run in `run_dir` has ended with the stored weights, or there is no run."""
     if not (run_dir / "config.yaml").exists():
         return True
-    run, newest = load_config(run_dir / "config.yaml").run, latest_checkpoint(run_dir)
+    newest = latest_checkpoint(run_dir)
     if newest is None or stored.path.resolve() != newest.path.resolve():
         return False
-    ends = ((run.max_images, newest.progress.images), (run.max_steps, newest.progress.step))
-    return any(end is not None and seen >= end for end, seen in ends)
+    reached = RunState(newest.progress.step, newest.progress.images)
+    return reached.images_at_end(load_config(run_dir / "config.yaml")) <= reached.images
 
 
 def _say_what_is_the_start(stored: StoredWeights, points: Sequence[SweepPoint]) -> None:

@@ -129,6 +129,7 @@ def _of_srun() -> dict[str, str]:
         found["MASTER_ADDR"] = hosts_in("SLURM_STEP_NODELIST")[0]
     if "MASTER_PORT" not in found:
         job = integer("SLURM_JOB_ID", required(["SLURM_JOB_ID"], step, remedy)[0])
+        # In a batch script slurm/launch.sh has chosen one, which changes with each start.
         found["MASTER_PORT"] = str(20_000 + job % 20_000)
     return _checked(found, SRUN)
 

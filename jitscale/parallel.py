@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, MeetingError, UserError
+from jitscale.errors import ConfigError, RendezvousError, UserError
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def start(device: torch.device) -> World:
 
     Raises:
         LauncherError: the launcher's variables do not fit together.
-        MeetingError: the ranks did not meet within `MEETING_SECONDS`.
+        RendezvousError: the ranks did not meet within `MEETING_SECONDS`.
     """
     adopt_launcher_environment()
     if device.type == "cuda":
@@ -99,7 +99,9 @@ def start(device: torch.device) -> World:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=_meet(), rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
+        dist.init_process_group(
+            backend, store=_store_of_all_ranks(), rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT
+        )
     hosts = gather_objects(socket.gethostname())
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), hosts.count(socket.gethostname())
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, local_size)
@@ -234,14 +236,14 @@ def on_main(call: Callable[[], T]) -> T:
     return cast(T, broadcast_object(raise_together(lambda: call() if this_rank() == 0 else None)))
 
 
-def _meet() -> Store:
+def _store_of_all_ranks() -> Store:
     """The store that all ranks share, when all have come."""
     seconds = positive_setting("JITSCALE_MEETING_SECONDS", MEETING_SECONDS)
     try:
         with waiting_for_ranks():
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except dist.DistError as error:
-        raise MeetingError(
+        raise RendezvousError(
             f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s "
             f"({first_line(error)}); start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
         ) from error

@@ -48,7 +48,7 @@ class Attempts:
     """The record of a run's starts; kept as attempts.json in its folder."""
 
     starts: int = 0
-    position: int = -1  # how far the run was when it was last started, such as a checkpoint's step
+    position: int = -1  # the progress mark at the last start: saved steps and finished parts of evaluations
     without_progress: int = 0  # starts in a row that found the run where the one before had found it
     excluded: list[str] = field(default_factory=list)  # nodes that have failed, which the run keeps away from
     last_reason: str = ""  # why the last start ended
@@ -71,8 +71,9 @@ class Attempts:
         if stuck:
             reason = f" ({now.last_reason})" if now.last_reason else ""
             raise UserError(
-                f"{most} starts in a row have not brought the run beyond {position}{reason}; look at the log above, "
-                "save more often (checkpoint.every_images), or give it more time"
+                f"{run_dir}: {most} starts in a row have not brought the run beyond {position}{reason}, counted in "
+                "saved steps and evaluated parts; look at the log above, save more often (checkpoint.every_images), or "
+                "give it more time"
             )
         return now
 

@@ -14,7 +14,7 @@ from jitscale import parallel
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
-from jitscale.command import Parser
+from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, exit_with_message
@@ -31,12 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
-    parser = Parser(__doc__, prog="python -m jitscale.train")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
-    parser.add_argument("--print-config", action="store_true", help="print all settings, explained, and stop")
-    parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
-    parser.add_overrides("settings that win over the file, such as optim.lr=1e-4")
-    options = parser.parse_intermixed_args(arguments)
+    options = train_parser(__doc__).parse_intermixed_args(arguments)
 
     world_size = adopt_launcher_environment()
     config = load_config(

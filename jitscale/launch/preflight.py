@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     limit = timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
-    store = _meet(rank, world_size, limit)
+    store = _rendezvous(rank, world_size, limit)
     if store is None:
         return ExitCode.FAILED
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COMPARISON_LIMIT)
@@ -143,7 +143,7 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(problems))
 
 
-def _meet(rank: int, world_size: int, limit: timedelta) -> TCPStore | None:
+def _rendezvous(rank: int, world_size: int, limit: timedelta) -> TCPStore | None:
     """Wait for all ranks; if one does not come, None, and a line about each that is missing."""
     listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")  # the supervisor says where the ranks are
     if world_size % len(listed):

@@ -90,7 +90,7 @@ class Stage:
             forget_completion(work.run_dir, work.command)
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
             while not is_complete(work.run_dir, work.command):
-                Attempts.begin(work.run_dir, work.position)
+                Attempts.begin(work.run_dir, work.progress_mark)
                 self._run_python(*launcher, "-m", f"jitscale.{self.kind}", *self.arguments)
         if code != ExitCode.DONE:
             raise UserError(f"{self.name}: ended with code {code}; see the lines above")

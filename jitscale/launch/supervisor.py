@@ -24,9 +24,9 @@ from pathlib import Path
 from types import FrameType
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.command import Parser
+from jitscale.command import Parser, complete_source, evaluate_parser, train_parser
 from jitscale.config import Config, load_config
-from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.errors import ExitCode, exit_with_message
 from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 COMMANDS = ("train", "evaluate")
 LEFT_OVER = set(TORCHRUN) - {"MASTER_PORT"}  # slurm/launch.sh sets the port
-PREFLIGHT_SECONDS = 600.0  # after which the preflight itself hangs
+PREFLIGHT_LIMIT = 600.0  # seconds after which the preflight itself hangs
 TAIL_LINES = 2000  # of the ranks' output, in which failed tasks are looked for
 
 
@@ -55,12 +55,12 @@ class Work:
     command: str  # train or evaluate
     arguments: list[str]  # of the command
     run_dir: Path
-    config: list[str]  # arguments that describe the run to the preflight
+    preflight_arguments: list[str]
     caches: list[Path]  # folders in which statistics of real images may grow
     is_done: bool  # by an earlier job
 
     @property
-    def position(self) -> int:
+    def progress_mark(self) -> int:
         """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations.
 
         These parts are blocks of samples, and statistics of real images that are being made.
@@ -90,39 +90,26 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
 
     Raises:
         ConfigError: the configuration is impossible.
-        CheckpointError: there is no run to evaluate.
-        UserError: nothing says what to train or evaluate, or W&B has no key.
+        UserError: see `complete_source`; or W&B has no key.
     """
-    parser = Parser(prog=f"python -m jitscale.{command}", allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    if command == "evaluate":  # options with a value, which is no setting
-        parser.add_argument("--run", "--run-dir", type=Path)
-        parser.add_argument("--checkpoint")
-        parser.add_argument("--weights")
-    known, rest = parser.parse_known_args(arguments)
-    overrides = [word for word in rest if not word.startswith("-")]
-    done, path = False, known.config
+    done = False
     if command == "train":
-        if path is None:
-            raise UserError("train needs --config FILE")
-        config = load_config(path, overrides, world_size=tasks, needs_shards=True)
+        options = train_parser().parse_intermixed_args(arguments)
+        overrides = options.overrides
+        config = load_config(options.config, overrides, world_size=tasks, needs_shards=True)
         done = is_complete_under(config)
         if not done and "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks look
             check_wandb(config)
     else:
-        if known.run is not None:
-            overrides.append(f"run.dir={known.run}")
-            if not (known.run / "config.yaml").exists():
-                raise CheckpointError(f"{known.run}: no run there (no config.yaml)")
-            path = path or known.run / "config.yaml"
-        elif known.checkpoint is None or path is None:
-            folders = [word for word in overrides if "=" not in word]
-            meant = f"; write --run {folders[0]}" if folders else ""
-            raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
-        config = load_config(path, overrides)
+        options = evaluate_parser().parse_intermixed_args(arguments)
+        complete_source(options)
+        own = [] if options.run is None else [f"run.dir={options.run}"]
+        overrides = [*options.overrides, *own]
+        config = load_config(options.config, overrides)
     run_dir = Path(config.run.dir)
     caches = [run_dir / "evaluation", _cache_of_real_images(config)]
-    return Work(command, arguments, run_dir, ["--work", command, "--config", str(path), *overrides], caches, done)
+    preflight = ["--work", command, "--config", str(options.config), *overrides]
+    return Work(command, arguments, run_dir, preflight, caches, done)
 
 
 def _cache_of_real_images(config: Config) -> Path:
@@ -160,10 +147,10 @@ class Supervisor:
             logger.info("%s is complete; nothing is left to do", work.run_dir)
             return ExitCode.DONE
         retries = int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS))
-        self.attempts = Attempts.begin(work.run_dir, work.position, retries)
-        start = f"start {self.attempts.starts} of {work.run_dir} at position {self.attempts.position}"
+        self.attempts = Attempts.begin(work.run_dir, work.progress_mark, retries)
+        start = f"start {self.attempts.starts} of {work.run_dir} at progress mark {self.attempts.position}"
         logger.info("job %s, %s on %s", self.job.id, start, ",".join(self.job.nodes))
-        code, output = self._srun("preflight", "jitscale.launch.preflight", work.config, limit=PREFLIGHT_SECONDS)
+        code, output = self._srun("preflight", "launch.preflight", work.preflight_arguments, limit=PREFLIGHT_LIMIT)
         if code == ExitCode.USER_ERROR:
             return code
         if self.asked_to_stop:
@@ -172,7 +159,7 @@ class Supervisor:
             named = [line.split()[2].rstrip(":") for line in output.splitlines() if line.startswith(FAULT)]
             return self._again("the preflight failed", named or failed_tasks(output))
         forget_completion(work.run_dir, work.command)
-        code, output = self._srun(work.command, f"jitscale.{work.command}", work.arguments)
+        code, output = self._srun(work.command, work.command, work.arguments)
         if is_complete(work.run_dir, work.command):
             logger.info("%s is complete", work.run_dir)
             return ExitCode.DONE
@@ -186,7 +173,7 @@ class Supervisor:
         return self._again(f"{work.command} ended with code {code} before its end", failed_tasks(output)[:1])
 
     def _srun(self, what: str, module: str, arguments: list[str], limit: float | None = None) -> tuple[int, str]:
-        """Start a module on all ranks; returns its exit code and what srun and the ranks printed last."""
+        """Start a module of the package on all ranks; returns its exit code and the last lines of output."""
         if self.asked_to_stop:
             return ExitCode.REQUEUE, ""
         # The ranks are srun's tasks: they must not have the variables of another launcher.
@@ -195,7 +182,8 @@ class Supervisor:
         self.forwards = limit is None
         python = os.environ.get("JITSCALE_RANK_PYTHON", sys.executable)
         # If a rank fails, srun ends all: the others would wait for it in a collective.
-        command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", python, "-u", "-m", module, *arguments]
+        command = ["srun", "--kill-on-bad-exit=1", f"--job-name={what}", python, "-u", "-m"]
+        command += [f"jitscale.{module}", *arguments]
         tail: deque[str] = deque(maxlen=TAIL_LINES)
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -213,6 +201,7 @@ class Supervisor:
             try:
                 code = self.srun.wait(limit)
             except subprocess.TimeoutExpired:
+                logger.error("%s: not at its end after %.0f s; it is killed", what, limit)
                 self.srun.kill()
                 code = self.srun.wait()
             reader.join(timeout=10.0)

@@ -62,7 +62,8 @@ class Persistence:
         progress, state = checkpoint.progress, self.state
         missing = [name for name in self.ema.sets if name not in checkpoint.sets]
         if missing and self.world.is_main:
-            logger.warning("%s has no %s; starting from its weights", checkpoint.path, ", ".join(missing))
+            averages = ", ".join(missing)
+            logger.warning("%s: no average %s there; it starts from the weights", checkpoint.path, averages)
         self._fill(checkpoint, progress.optimizer_step, dict.fromkeys(missing, "model"))
         state.step, state.images = progress.step, progress.images
         state.skipped_steps, state.skipped_images = progress.skipped_steps, progress.skipped_images

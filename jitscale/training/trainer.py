@@ -1,6 +1,6 @@
 """The training loop: step, log, save, measure, stop.
 
-It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `previews`
+It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`
 (measurements and pictures during the run).
 """
 
@@ -34,6 +34,7 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import StepOutcomes, ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.feed import Feed
+from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
 from jitscale.training.persistence import (
     Persistence,
@@ -43,14 +44,13 @@ from jitscale.training.persistence import (
     newest_sound_checkpoint,
     open_records,
 )
-from jitscale.training.previews import Measurement, Previews
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
-from jitscale.training.watch import BadSamples, Clock, LossByTime, LossSpikes, RankTimes, StopSignal
+from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StopSignal
 
 logger = logging.getLogger(__name__)
 
-BATCH_LOG_SECONDS = 10.0  # between two lines of progress where there is no terminal
+PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
@@ -102,7 +102,7 @@ class Trainer:
         elif initial is not None:
             self.persistence.begin_with(initial)
         self.end = self.state.images_at_end(config)
-        self.loss_by_time, self.spikes = LossByTime(world.device), LossSpikes()
+        self.loss_by_noise_level, self.spikes = LossByNoiseLevel(world.device), LossSpikes()
         self.outcomes, self.rank_times = StepOutcomes(world.device), RankTimes(world.device, self.engine.micro_batches)
         profiled = config.run.profile and world.is_main
         self.profile = StepProfile(Path(config.run.dir) / "profile", world.device, active=profiled)
@@ -112,13 +112,13 @@ class Trainer:
         self.feed = Feed(config, world, shards, micro_batches=micro_batches, origin=origin, compiled=compiled)
         self.feed.start(self.state.position)
         self.clock = Clock(self.state.images)
-        self.stop_requested = StopSignal()
+        self.stop_signal = StopSignal()
         self.tracker, self.watch = parallel.raise_together(lambda: open_records(config, world, self.state, self.end))
-        self.previews = Previews(config, world, shards, self.engine, self.ema, self.state, self.tracker, guide)
+        self.measurements = Measurements(config, world, shards, self.engine, self.ema, self.state, self.tracker, guide)
         if world.is_main:
             for caution in cautions(config, self.end):
                 logger.warning("%s", caution)
-        self.previews.caution_about_final(self.end)
+        self.measurements.caution_about_final(self.end)
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
@@ -126,10 +126,10 @@ class Trainer:
         batch, log_every = config.data.batch_size, config.tracking.log_every_steps
         agree_every = 1
         save_is_due = False
-        interval = 0.1 if sys.stderr.isatty() else BATCH_LOG_SECONDS
+        interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
         shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
         with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
-            if not self._measure(self.previews.cut_short(self.end)):
+            if not self._measure(self.measurements.cut_short(self.end)):
                 return ExitCode.REQUEUE
             while state.images < self.end:
                 self.watch.alive()
@@ -151,11 +151,13 @@ class Trainer:
                 if log_point or save_is_due:
                     state.count(self.outcomes.settle())
                 if log_point:
-                    rate = self.clock.rate(state.images)
+                    self.persistence.finish_save(only_if_written=True)
+                    bad_samples = self.bad_samples.check(state.images)
+                    rate = self.clock.take_rate(state.images)
                     seconds = parallel.broadcast_object(batch / rate)  # of a step, alike on all ranks
                     agree_every = max(1, min(log_every, int(AGREE_SECONDS / seconds)))
-                    progress.set_postfix_str(f"loss {self.log(loss, rate):.4f}")
-                if (log_point or state.step % agree_every == 0) and parallel.any_rank(self.stop_requested.received):
+                    progress.set_postfix_str(f"loss {self.log(loss, rate, bad_samples):.4f}")
+                if (log_point or state.step % agree_every == 0) and parallel.any_rank(self.stop_signal.received):
                     state.count(self.outcomes.settle())
                     self.persistence.save(last=True)
                     return ExitCode.REQUEUE
@@ -163,17 +165,17 @@ class Trainer:
                     save_is_due = False
                     with self.clock.stopped():
                         self.persistence.save()
-                if not self._measure(self.previews.due(self.end)):
+                if not self._measure(self.measurements.due(self.end)):
                     return ExitCode.REQUEUE
                 if state.crossed(config.evaluation.grid_every_images, batch):
                     with self.clock.stopped():
-                        self.previews.grid(SAMPLES, config.evaluation)
+                        self.measurements.grid(SAMPLES, config.evaluation)
         state.count(self.outcomes.settle())
         self.persistence.save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
-            with self.stop_requested.exiting_at_once():  # the evaluation's blocks are files of their own
-                self.previews.final()
+            with self.stop_signal.exit_on_signal():  # the evaluation's blocks are files of their own
+                self.measurements.final()
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
@@ -193,7 +195,7 @@ class Trainer:
                 self.bad_samples.note(inputs.bad_samples)
                 prediction = engine(inputs.z, inputs.t, inputs.labels)
                 losses = self.sample_loss(prediction, inputs.x, inputs.e, inputs.z, inputs.t, config.diffusion)
-                self.loss_by_time.add(inputs.t, losses)
+                self.loss_by_noise_level.add(inputs.t, losses)
                 loss = self.faults.loss(losses.mean())
             with self.part("engine_backward"):
                 engine.backward(loss)
@@ -206,13 +208,12 @@ class Trainer:
         state.count(self.outcomes.add(moved))
         return total
 
-    def log(self, loss: torch.Tensor, rate: float) -> float:
-        """Record the last step, taken at `rate` images a second; returns its loss."""
+    def log(self, loss: torch.Tensor, rate: float, bad_samples: int) -> float:
+        """Record the last step, taken at `rate` images a second; returns its loss. A collective call."""
         config, state = self.config, self.state
-        self.persistence.finish_save(only_if_written=True)
         mean_loss = float(parallel.sum_over_ranks(loss))
-        spike = self.spikes.is_spike(mean_loss)
-        slow_ranks = self.rank_times.slow_ranks()
+        spike = self.spikes.record(mean_loss)
+        slow_ranks = self.rank_times.take_slow_ranks()
         if self.world.is_main:
             if spike:
                 logger.warning("step %d: the loss %.4g stands far above the last ones", state.step, mean_loss)
@@ -227,9 +228,9 @@ class Trainer:
             "images_per_second": rate,
             "skipped_steps": state.skipped_steps,
             "skipped_images": state.skipped_images,
-            "bad_samples": self.bad_samples.check(state.images),
+            "bad_samples": bad_samples,
             "loss_spike": int(spike),
-            **self.loss_by_time.means(),
+            **self.loss_by_noise_level.take_means(),
         }
         peak = peak_tflops(self.world.device)
         if peak is not None:
@@ -244,7 +245,7 @@ class Trainer:
         self.profile.close()
         self.feed.close()
         self.tracker.close()
-        self.stop_requested.restore()
+        self.stop_signal.restore()
         self.engine.destroy()
 
     def _measure(self, due: Sequence[Measurement]) -> bool:
@@ -263,10 +264,10 @@ class Trainer:
                 self.persistence.save()
                 self.persistence.finish_save()
             saved = self.persistence.saved_step == self.state.step
-            if saved and parallel.any_rank(self.stop_requested.received):
+            if saved and parallel.any_rank(self.stop_signal.received):
                 return False
             self.watch.pause()
-            with self.stop_requested.exiting_at_once() if saved else nullcontext():
+            with self.stop_signal.exit_on_signal() if saved else nullcontext():
                 for measure in due:
                     measure()
         return True

@@ -33,7 +33,7 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     @contextmanager
-    def exiting_at_once(self) -> Iterator[None]:
+    def exit_on_signal(self) -> Iterator[None]:
         """Everything is saved: in the body of the `with` statement a signal, also one that was noted, ends the process.
 
         The exit code is the one for a requeue. Afterwards signals are noted again.
@@ -100,7 +100,7 @@ class BadSamples:
         return total
 
 
-class LossByTime:
+class LossByNoiseLevel:
     """The mean loss in ten equal intervals of t since the last log point, kept on the device."""
 
     BINS = 10
@@ -115,7 +115,7 @@ class LossByTime:
         sums.index_add_(0, bins, losses.detach().float())
         counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
-    def means(self) -> dict[str, float | None]:
+    def take_means(self) -> dict[str, float | None]:
         """`loss_t0` for t in [0, 0.1), ..., None where there was no sample; then from zero. A collective call."""
         sums, counts = parallel.sum_over_ranks(self._sums_and_counts).tolist()
         self._sums_and_counts.zero_()
@@ -131,10 +131,11 @@ class LossSpikes:
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=self.MOST)
 
-    def is_spike(self, loss: float) -> bool:
-        """Whether `loss` lies more than `DEVIATIONS` robust standard deviations above the median of the last ones.
+    def record(self, loss: float) -> bool:
+        """Keep `loss`; returns whether it is a spike.
 
-        The robust standard deviation is 1.4826 times the median absolute deviation, which spikes do not widen.
+        A spike lies more than `DEVIATIONS` robust standard deviations above the median of the last losses. The robust
+        standard deviation is 1.4826 times the median absolute deviation, which spikes do not widen.
         """
         if not math.isfinite(loss):
             return False  # such a step is skipped, and counted elsewhere
@@ -179,7 +180,7 @@ class RankTimes:
             yield
             self._seconds += time.perf_counter() - started
 
-    def slow_ranks(self) -> list[tuple[int, float, float]]:
+    def take_slow_ranks(self) -> list[tuple[int, float, float]]:
         """(rank, its seconds a step, the median over ranks) of ranks that are much slower than the median.
 
         Over the steps since the last call; a collective call.
@@ -215,7 +216,7 @@ class Clock:
         finally:
             self._began += time.perf_counter() - stopped
 
-    def rate(self, images: int) -> float:
+    def take_rate(self, images: int) -> float:
         """Images a second since the last call or restart."""
         rate = (images - self._images) / (time.perf_counter() - self._began)
         self.restart(images)

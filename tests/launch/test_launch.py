@@ -113,24 +113,34 @@ def test_missing_shards_are_a_mistake_of_the_user_on_one_node_too(tmp_path: Path
     assert "absent" in found[0]
 
 
-def test_work_is_known_from_the_command_line(tmp_path: Path, wandb_offline: None) -> None:
+def test_work_is_known_from_the_command_line(
+    tmp_path: Path, wandb_offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = ROOT / "configs/jit_b_256.yaml"
     words = ["--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
     work = work_of("train", words, tasks=8)
-    assert (work.run_dir, work.position) == (tmp_path, 0)
-    assert work.config == ["--work", "train", "--config", str(config), f"run.dir={tmp_path}", "data.shards=/data"]
+    assert (work.run_dir, work.progress_mark) == (tmp_path, 0)
+    assert work.preflight_arguments == [
+        "--work",
+        "train",
+        "--config",
+        str(config),
+        f"run.dir={tmp_path}",
+        "data.shards=/data",
+    ]
     with pytest.raises(ConfigError, match=r"data\.batch_size=1024"):
         work_of("train", words, tasks=7)
-    with pytest.raises(UserError, match="train needs --config"):
+    with pytest.raises(SystemExit, match="2"):
         work_of("train", [], tasks=8)
+    assert "required: --config" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="no run there"):
         work_of("evaluate", ["--run", str(tmp_path)], tasks=8)
     (tmp_path / "config.yaml").write_text(f"run: {{dir: {tmp_path}, max_steps: 1}}")
     (tmp_path / "evaluation/samples_1").mkdir(parents=True)
     (tmp_path / "evaluation/samples_1/block_000000.npz").write_bytes(b"")
     work = work_of("evaluate", ["--run", str(tmp_path), "--weights", "model", "evaluation.steps=3"], tasks=7)
-    assert (work.run_dir, work.position) == (tmp_path, 1)
-    assert "model" not in work.config
+    assert (work.run_dir, work.progress_mark) == (tmp_path, 1)
+    assert "model" not in work.preflight_arguments
     work = work_of("evaluate", ["--checkpoint", "theirs.pth", "--config", str(config), f"run.dir={tmp_path}"], tasks=7)
     assert work.run_dir == tmp_path
 
@@ -220,9 +230,9 @@ def test_progress_on_real_images_is_seen_wherever_they_are(tmp_path: Path, monke
         work = work_of("train", ["--config", config, f"run.dir={tmp_path}/run", "data.shards=/data", setting], tasks=1)
         place = tmp_path / folder / ("digits_0" if folder == "asked" else "real_images/digits_0")
         place.mkdir(parents=True)
-        before = work.position
+        before = work.progress_mark
         (place / "part_000.npz").write_bytes(b"")
-        assert work.position == before + 1, setting
+        assert work.progress_mark == before + 1, setting
 
 
 def test_to_profile_a_finished_run_leaves_nothing_to_do(tmp_path: Path) -> None:

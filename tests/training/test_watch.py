@@ -45,13 +45,13 @@ def test_verdicts_are_read_in_order_and_late_where_reading_waits() -> None:
 def test_a_spike_stands_far_above_and_a_nan_is_none() -> None:
     spikes = LossSpikes()
     for step in range(40):
-        assert not spikes.is_spike(1.0 + 0.01 * (step % 7))
-    assert spikes.is_spike(3.0)
+        assert not spikes.record(1.0 + 0.01 * (step % 7))
+    assert spikes.record(3.0)
     for _ in range(10):
-        assert not spikes.is_spike(float("nan"))
+        assert not spikes.record(float("nan"))
     for step in range(60):
-        assert not spikes.is_spike(1.0 + 0.01 * (step % 7)), "what was not finite must not disturb the median"
-    assert spikes.is_spike(3.0)
+        assert not spikes.record(1.0 + 0.01 * (step % 7)), "what was not finite must not disturb the median"
+    assert spikes.record(3.0)
 
 
 def test_the_stacks_of_an_earlier_hang_stay(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_stacks_of_an_earlier_hang_stay(tmp_path: Path) -> None:
 def test_a_signal_while_everything_is_saved_asks_for_a_requeue() -> None:
     program = (
         "import time; from jitscale.training.watch import StopSignal\n"
-        "with StopSignal().exiting_at_once(): print('ready', flush=True); time.sleep(60)"
+        "with StopSignal().exit_on_signal(): print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}

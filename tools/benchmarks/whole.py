@@ -53,7 +53,8 @@ def whole_training(
             started = time.perf_counter()
             loss = trainer.train_step()
             if watch.enabled:
-                trainer.log(loss, batch / (time.perf_counter() - started))
+                rate = batch / (time.perf_counter() - started)
+                trainer.log(loss, rate, trainer.bad_samples.total())
 
         yield step, trainer.engine.execution
         trainer.close()

@@ -1,4 +1,4 @@
-"""Measurements and pictures of a run, during training and at its end: grids, few images, held-out loss, final FID."""
+"""Measurements and pictures of a run: grids, FID on few images, held-out loss, and at its end the final FID."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Measurement = Callable[[], None]
 
 
 @dataclass(eq=False)
-class Previews:
+class Measurements:
     """Measures the weights of a run as they are; every method but `due` is a collective call."""
 
     config: Config
