@@ -1,7 +1,5 @@
 """What the commands share: their parser, the types of their options, and a table for terminals and pages alike."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The errors that a user can cause, and the exit codes and messages with which a process ends."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

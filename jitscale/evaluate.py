@@ -8,8 +8,6 @@ RUN/results keeps every result. RUN/result.json is the evaluation of the run's o
 file it is the last one. torchrun takes `--run` for an option of its own: with it, write `--run-dir`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One look for all figures: colours that colour-blind readers tell apart (Okabe and Ito 2008), and error bars."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

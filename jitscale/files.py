@@ -1,7 +1,5 @@
 """Files that are either whole or not there, locks, and what identifies a file's content."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@ A draw depends on nothing that happened before it. So a resumed run repeats and 
 workers or micro-batches changes no draw. Only integer hashing is used, no generator whose stream a library may change.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

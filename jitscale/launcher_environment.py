@@ -4,8 +4,6 @@ The variables of a launcher are believed as one set. If only a part is set, it i
 rest did not get into a container. A guess of the rest would give a run that waits for ranks that nobody starts.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import socket

@@ -1,7 +1,5 @@
 """Ranks: which one this process is, and how ranks agree. Every function works in a single process too."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

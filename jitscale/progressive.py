@@ -6,8 +6,6 @@ resolution (checkpoints/upgrade.py), and the learning rate of the patch embeddin
 last one is the run itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

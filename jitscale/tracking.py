@@ -4,8 +4,6 @@ metrics.jsonl holds steps and held-out losses; evaluations.jsonl the measurement
 `samples` and `best_samples` pictures; wandb_id the id of the W&B record.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

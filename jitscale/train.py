@@ -3,8 +3,6 @@
 The same command resumes the run from its newest checkpoint. It may be started as one process, by torchrun, or by srun.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import partial

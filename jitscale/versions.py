@@ -1,7 +1,5 @@
 """Which versions of packages a run or a measurement has used, for the record."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 

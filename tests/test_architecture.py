@@ -1,7 +1,5 @@
 """Imports go down only, and deepspeed is behind one file."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 
@@ -18,7 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"launch"},
-    {"train", "evaluate", "__init__"},
+    {"train", "evaluate", "preparation", "__init__"},
 ]
 RANK = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 
@@ -64,6 +62,7 @@ def test_packages_see_only_what_they_need() -> None:
         "model": {"config", "errors", "model", "versions"},
         "diffusion": {"config", "diffusion"},
         "data": {"config", "data", "errors", "files", "keyed_random"},
+        "preparation": {"data", "errors", "files", "keyed_random", "preparation"},
     }
     for package, units in allowed.items():
         for path in (ROOT / "jitscale" / package).rglob("*.py"):

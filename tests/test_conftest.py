@@ -1,7 +1,5 @@
 """GPUs are hidden from all tests but those that a user runs on one."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Which rank this process is: torchrun, srun, plain python, and what only looks like one of them."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """How ranks agree, and on what they compute."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

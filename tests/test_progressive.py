@@ -1,7 +1,5 @@
 """The stages of a run through rising resolutions, and which are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

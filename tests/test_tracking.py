@@ -1,7 +1,5 @@
 """metrics.jsonl and W&B."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

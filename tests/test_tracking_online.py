@@ -1,7 +1,5 @@
 """W&B online, on a local server that speaks its protocol: `make test-wandb`, which installs the server."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -16,8 +16,6 @@ a batch that is already on the device. `--compare reference` measures the author
 `data` reads shards of synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -11,8 +11,6 @@ safetensors: a folder with one file a weight set, and the network's config in it
 optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the source.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

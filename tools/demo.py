@@ -7,8 +7,6 @@ configs/demo.yaml. The checkpoint is upgraded to 64 px and fine-tuned with confi
 continues an interrupted demo.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -22,13 +20,13 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.command import Parser, positive, run_python, usable_cores
 from jitscale.config import Config, EvaluationConfig, load_config
-from jitscale.data.digits import DIGIT_CLASSES
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.figures import figure
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
+from jitscale.preparation.digits import DIGIT_CLASSES
 from jitscale.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,6 @@ command continues an interrupted sweep. It ends with a table. RUN/results has th
 is written if the sweep is that of the run's config.yaml.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -6,8 +6,6 @@ The same command continues an interrupted experiment: outcomes are kept under ru
 docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the former.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

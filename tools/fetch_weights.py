@@ -6,8 +6,6 @@
 The sha256 of every file is compared, also of files that are there already.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jitscale.command import Parser

@@ -6,8 +6,6 @@
 The runs may be still training.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

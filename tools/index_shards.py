@@ -11,8 +11,6 @@ labels) and decodes every image. Every defect is one line with shard, byte and r
 2: defects.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -24,11 +22,11 @@ from typing import TextIO
 from jitscale.command import Parser
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
-from jitscale.data.survey import survey
 from jitscale.data.tar_index import Defect
-from jitscale.data.verification import verify
 from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
+from jitscale.preparation.survey import survey
+from jitscale.preparation.verification import verify
 
 MOST_LINES = 50  # of defects that are printed
 

@@ -6,8 +6,6 @@
 No manifest is needed. Damaged tars and images that cannot be decoded are counted; tools/index_shards.py lists them.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 
 from jitscale.command import Parser, markdown
 from jitscale.data.find import find_tars
-from jitscale.data.inspection import balance, collect, contact_sheet, extensions, look, statistics
 from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.preparation.inspection import balance, collect, contact_sheet, extensions, look, statistics
 
 MOST_NAMED = 5  # classes or bad inputs that the table names
 

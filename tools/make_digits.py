@@ -3,15 +3,13 @@
 python tools/make_digits.py --resolution 32 --output runs/digits_32px
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jitscale.command import Parser
-from jitscale.data.array_shards import write_shards_once
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.data.images import CODECS
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.preparation.array_shards import write_shards_once
+from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 
 
 def main() -> int:

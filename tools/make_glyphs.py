@@ -6,15 +6,13 @@ Image i is the same letter, font, colours and place at every resolution, so that
 together.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jitscale.command import Parser
-from jitscale.data.array_shards import write_shards_once
-from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.data.images import CODECS
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.preparation.array_shards import write_shards_once
+from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
 
 
 def main() -> int:

@@ -9,8 +9,6 @@ are used, and new ones are kept there. The file names the number of images, the 
 and the size; an evaluation with another network refuses it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -19,8 +19,6 @@ machines, give a part to each, for example in a Slurm array
 The last part to finish writes the manifest. Images that cannot be used are left out and listed in the manifest.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import signal
@@ -35,14 +33,14 @@ from tqdm import tqdm
 
 from jitscale.command import Parser, natural, part_of
 from jitscale.data.manifest import Manifest, read_class_names
-from jitscale.data.packing_job import (
+from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.preparation.packing_job import (
     PACKING_CODECS,
     PackingJob,
     PackingOptions,
     finished,
     remove_leftovers,
 )
-from jitscale.errors import DataError, ExitCode, exit_with_message
 
 BAD_SHOWN = 10
 

@@ -8,8 +8,6 @@ Everything is counted from shapes; nothing was measured on a GPU, and the utilis
 bytes, GiB 2^30. Bandwidths are those of one GPU in one direction.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

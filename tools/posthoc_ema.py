@@ -15,8 +15,6 @@ Printed for each width:
   amplification   sum of the coefficients' absolute values, by which the snapshots' float32 rounding grows
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ An id always gives the same image, up to the rounding of another batch: its nois
 is id mod the number of classes. An evaluation with the same settings measures the same images.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from pathlib import Path

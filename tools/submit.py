@@ -11,8 +11,6 @@ A sweep is an array, one run folder a variant. A chain's stages wait for each ot
 after it are cancelled. --dry-run shows the batch scripts, --local does the work on this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

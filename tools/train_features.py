@@ -7,8 +7,6 @@ These commands made the files in jitscale/evaluation. Do not train one again wit
 weights do not compare, so every result names the hash of its file.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +22,14 @@ from torch import nn
 from tqdm import tqdm
 
 from jitscale.command import Parser, positive
-from jitscale.data.digits import digit_images
-from jitscale.data.glyphs import Glyphs
 from jitscale.data.images import UInt8Array
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures, GlyphFeatures
 from jitscale.keyed_random import Int64Array
+from jitscale.preparation.digits import digit_images
+from jitscale.preparation.glyphs import Glyphs
 
 BATCH = 64
 EMBEDDED_TOGETHER = 600  # images

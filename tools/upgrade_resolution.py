@@ -8,8 +8,6 @@ folder at step 0, with all weight sets. The optimizer's moments start from zero 
 kept. docs/upgrade.md derives the method.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ include the fixed position table, and the optimizer counts parameters in the ord
 without weight decay, then the others.
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 from collections.abc import Mapping

@@ -12,8 +12,6 @@ the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed, 
 the previous one usable.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """From a path to the weights behind it, whichever program wrote them."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Mapping

@@ -8,8 +8,6 @@ batch size and also if it changes: there is no discretisation error.
 Shapes: I snapshots, O wanted averages.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ A snapshot's position is a function of the images seen. So a resumed run writes 
 that its checkpoint does not know of.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import platform

@@ -1,7 +1,5 @@
 """safetensors files written and read in pieces, for weights that do not fit into memory."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping

@@ -18,8 +18,6 @@ time.
 Shapes: P old patch, Q new patch (pixels a side), C hidden size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from fractions import Fraction

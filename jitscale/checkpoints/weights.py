@@ -3,8 +3,6 @@
 A set is named `model`, `ema_<decay>` or `power_<width>`; some files also hold the optimizer's moments.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from abc import ABC, abstractmethod

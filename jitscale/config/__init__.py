@@ -1,7 +1,5 @@
 """Every setting of a run: the schema, how files and overrides become a configuration, and what is refused."""
 
-from __future__ import annotations
-
 from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
 from jitscale.config.schema import (
     CHOICES,

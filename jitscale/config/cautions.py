@@ -1,7 +1,5 @@
 """Warnings about settings that are allowed but rarely intended."""
 
-from __future__ import annotations
-
 from jitscale.config.schema import Config, ema_name
 
 START_SHARE = 0.5  # of an average: with more of it, samples are those of the network that the run began with

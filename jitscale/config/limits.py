@@ -1,7 +1,5 @@
 """What a field of the schema says about its setting besides the type, and the check of one value against it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ YAML file (relative to it, in order, recursively), the YAML file itself, the dot
 Importing this file does not import torch, so that a mistake is reported at once.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

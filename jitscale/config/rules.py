@@ -5,8 +5,6 @@ of them is refused already, the rule is skipped. It may also name what `load_con
 `world_size`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from typing import Any

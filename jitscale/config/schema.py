@@ -3,8 +3,6 @@
 limits.py says what a setting can have, and rules.py what several settings must have together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 

@@ -9,8 +9,6 @@
 Locks are `flock`s: the kernel releases the locks of a killed process. The folder must lie on a disk of this node.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

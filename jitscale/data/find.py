@@ -1,7 +1,5 @@
 """Finding the tars that a pattern means: a folder, a glob or a brace pattern, on this machine or in remote storage."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence

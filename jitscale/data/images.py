@@ -3,8 +3,6 @@
 Shapes: H rows, W columns; an image is uint8 (H, W, 3), RGB.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager

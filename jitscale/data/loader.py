@@ -3,8 +3,6 @@
 Shapes: B images of a micro-batch, H rows, W columns. G is the global batch, R the number of ranks.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

@@ -3,8 +3,6 @@
 Letters: N samples of an epoch, C canonical streams, B positions asked for at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ bytes, and must not wait for torch, which webdataset imports.
 Shapes: B images of a block, S pixels a side.
 """
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Generator
 from functools import partial

@@ -1,7 +1,5 @@
 """Remote storage: files of s3://, gs:// and https:// through fsspec, with retries and one clear line when it fails."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

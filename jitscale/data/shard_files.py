@@ -1,7 +1,5 @@
 """The shards that a pattern means: found, and checked as far as possible without reading the images."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

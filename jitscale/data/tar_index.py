@@ -4,8 +4,6 @@ The index of `shard.tar` is `shard.index.npy` next to it, to be memory-mapped. `
 sample's key, in the same order; only a run that holds out a fraction of the samples reads it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -7,8 +7,6 @@ is 1 / max(t, t_eps), in the prediction and in the target alike, so that the two
 Shapes: B batch; images are (B, 3, height, width); times (B,).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

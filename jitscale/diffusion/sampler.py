@@ -3,8 +3,6 @@
 Shapes: B batch; images are (B, 3, height, width).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise

@@ -4,8 +4,6 @@ Ranks take blocks by turns and never wait for each other on the way; any number 
 and the result depends on neither. A rank that dies costs its current block.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

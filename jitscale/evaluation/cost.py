@@ -1,7 +1,5 @@
 """Cost of the measurements of a run, in images trained on: counted from the sampler, before anything is sampled."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby

@@ -5,8 +5,6 @@ Oquab et al. 2023 (arXiv 2304.07193). Modules are named as in the published weig
 Shapes: B batch, N tokens (the class token first), C width.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -5,8 +5,6 @@ A network brings its own resize and takes uint8 only, so that two evaluations of
 preprocessing. The hash of its weights belongs into every result: distances of different networks do not compare.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -8,8 +8,6 @@ RUN/result.json                              the one that the run's config.yaml 
 RUN/sweep.svg                                its figure; those of the others lie in results/
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -6,8 +6,6 @@ in blocks of a fixed size, so that the arithmetic is the same whatever the world
 Shapes: B images, S image size.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

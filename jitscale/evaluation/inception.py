@@ -7,8 +7,6 @@ as in the published weights, so that these load as they are.
 Shapes: B batch, C channels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """The feature networks that `evaluation.features` can name, with their weights."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Weights that others have published, by hash: downloaded where there is a network, read where there is none."""
 
-from __future__ import annotations
-
 import http.client
 import socket
 import urllib.error

@@ -5,8 +5,6 @@ of spatial features as ADM's have them, and the like for further networks; what 
 from how many images, by which networks and of which size.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A final evaluation for people: a table of all settings, and a figure over guidance."""
 
-from __future__ import annotations
-
 import logging
 from importlib.util import find_spec
 from itertools import cycle

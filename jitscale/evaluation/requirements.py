@@ -1,7 +1,5 @@
 """Checks before the first step that a run can be measured later: nobody finds out after 600 epochs."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ Their weights are files of this repository, written by tools/train_features.py.
 Shapes: B batch, F features, L logits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -62,7 +60,7 @@ class DigitsFeatures(_PooledConvolutions):
 
 
 class GlyphFeatures(_PooledConvolutions):
-    """For the letters of data/glyphs.py, at 128 px: trained to tell letters and fonts, it sees what blurs an edge."""
+    """For the letters of `preparation.glyphs`, at 128 px: trained to tell letters and fonts, it sees a blurred edge."""
 
     name = "glyphs"
     weights = Path(__file__).with_name("glyphs_features.safetensors")

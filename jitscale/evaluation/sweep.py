@@ -1,7 +1,5 @@
 """Points of a sweep over weight sets, guidance scales and intervals, as text names them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ ends with exit code 1. A fault of all machines, if there are several, is a mista
 The ranks that come to the comparison name those that do not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """The stages of a chain of jobs: train at a resolution, upgrade to another, train there, evaluate."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

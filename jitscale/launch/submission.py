@@ -1,7 +1,5 @@
 """Jobs through submitit: what is submitted, in which folder, and what became of it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -9,8 +9,6 @@ mistake of the user's, or several starts that lead nowhere, end it with a messag
 names are excluded from the next start, as long as the partition has enough others.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -6,8 +6,6 @@ weight (0 outside training); it returns (B, N, H, D) in the dtype of v.
 Shapes: B batch, N tokens, H heads, D head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -3,8 +3,6 @@
 Shapes: B images of a batch, S image size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

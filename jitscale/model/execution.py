@@ -3,8 +3,6 @@
 Nothing here is part of a checkpoint: parameters keep their names and shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

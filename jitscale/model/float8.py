@@ -4,8 +4,6 @@ For GPUs from Hopper on. The products are those of the attention and feed-forwar
 work; sums, norms, modulation and the two ends of the network stay as they are.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

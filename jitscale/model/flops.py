@@ -1,7 +1,5 @@
 """Floating-point operations of a network, counted from shapes, and what GPUs can do at most."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: B batch, N tokens, C hidden size, P patch size, G = image_size / P tokens a side.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

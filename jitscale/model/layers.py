@@ -4,8 +4,6 @@ Shapes: B batch, N tokens, H heads, D head dim, C hidden size, G tokens a side o
 Parameter names are those of the authors' checkpoints, so that their files load as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

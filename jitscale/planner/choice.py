@@ -1,7 +1,5 @@
 """The ways to run a configuration on a cluster, and the one to choose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from jitscale.config import Config

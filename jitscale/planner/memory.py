@@ -3,8 +3,6 @@
 Tests compare the state's memory with the tensors of CPU ranks, and activations with what autograd keeps on a CPU.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import astuple, dataclass

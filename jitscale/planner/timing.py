@@ -1,7 +1,5 @@
 """Communication and time of a step, counted from shapes; nothing here was measured on a GPU."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every rank averages only the slices of the masters that it owns, so an average c
 update is a function of the step's position in the run alone, so a resumed run averages as the unbroken one does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ checkpoints are built on that, because DeepSpeed's own checkpoints fit one world
 is read from private attributes of DeepSpeed 0.19.8; so pyproject.toml pins it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -7,8 +7,6 @@ Kinds: `nan` makes the rank's loss not finite, `kill` ends the process by SIGKIL
 on `rank` (default: every rank), and in the following steps until it was injected `times` times (default: 1).
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

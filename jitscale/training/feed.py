@@ -6,8 +6,6 @@ nothing and skips nothing, on any number of ranks.
 Shapes: B images of a micro-batch, S pixels a side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar

@@ -7,8 +7,6 @@ can be compared within a run and between runs: they tell whether the network gen
 Shapes: B samples of a block, K times, H rows, W columns.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor

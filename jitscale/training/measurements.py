@@ -1,7 +1,5 @@
 """Measurements and pictures of a run: grids, FID on few images, held-out loss, and at its end the final FID."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable

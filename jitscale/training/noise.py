@@ -3,8 +3,6 @@
 Shapes: B images, S pixels a side.
 """
 
-from __future__ import annotations
-
 import torch
 
 from jitscale.diffusion.objective import interpolate

@@ -1,7 +1,5 @@
 """Parameter groups and the learning rate as a function of images seen."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's state on disk: resuming, saving, rolling back."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Where the time of a few steps goes: a trace for a browser and a table of the slowest kernels."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

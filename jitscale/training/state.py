@@ -1,7 +1,5 @@
 """Where a run is: the counters that every rank keeps alike, and what follows from them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

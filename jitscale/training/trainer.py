@@ -4,8 +4,6 @@ It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk
 (measurements and pictures during the run).
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a run watches: signals, bad samples, the loss by time and its spikes, its rate, slow ranks, hanging ranks."""
 
-from __future__ import annotations
-
 import faulthandler
 import logging
 import math

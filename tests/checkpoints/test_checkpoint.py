@@ -1,7 +1,5 @@
 """Checkpoints on disk: what counts as complete, what is refused."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from dataclasses import replace

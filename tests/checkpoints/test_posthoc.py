@@ -1,7 +1,5 @@
 """Power-function averages after the run: the mathematics, and what tools/posthoc_ema.py refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weights written in pieces."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The upgraded network is the old one seen through pooling."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Configuration: composition, overrides, and everything that is refused."""
 
-from __future__ import annotations
-
 import ast
 import math
 import subprocess

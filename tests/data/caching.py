@@ -1,7 +1,5 @@
 """Helpers of the tests of the cache of remote shards."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time

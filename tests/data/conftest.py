@@ -1,17 +1,13 @@
-"""Fixtures of several files: a server of shards, ways to start a process, photographs to pack."""
-
-from __future__ import annotations
+"""Fixtures of several files: a server of shards, and ways to start a process."""
 
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext
-from pathlib import Path
 
 import pytest
 
 from jitscale.data import remote
 from tests.data.caching import Context
-from tests.data.packing_jobs import packed, write_tree
 from tests.support.servers import Storage
 
 
@@ -39,16 +35,3 @@ def context(request: pytest.FixtureRequest) -> Context:
 @pytest.fixture
 def fork() -> ForkContext:
     return multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tree(tmp_path_factory.mktemp("input") / "photos", dirty=True)
-
-
-@pytest.fixture(scope="module")
-def clean(tree: Path) -> Path:
-    """What one command that nothing disturbed makes of `tree`."""
-    output = tree.parent / "clean"
-    packed(tree, output)
-    return output

@@ -1,7 +1,5 @@
 """Shards whose samples say which ones they are, some of them held out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +8,9 @@ import torch
 from jitscale.config import Config, DataConfig
 from jitscale.data.images import encode
 from jitscale.data.manifest import MANIFEST, Manifest
-from jitscale.data.packing import shard_name, write_shard
 from jitscale.data.shards import ShardSet
 from jitscale.parallel import World
+from jitscale.preparation.packing import shard_name, write_shard
 
 COUNT = 120
 CPU = World(0, 1, 0, torch.device("cpu"))

@@ -1,7 +1,5 @@
 """The cache of remote shards, against a real HTTP server and a real S3 server, from real processes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The cache of remote shards: what is evicted, who waits for room, and the indexes next to the shards."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import threading

@@ -1,7 +1,5 @@
 """A corpus of damage: each case has one outcome, and docs/data.md states it under the same name."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -17,10 +15,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.images import ImageError, encode
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
+from jitscale.preparation.array_shards import write_shards
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, write_tar
 

@@ -1,7 +1,5 @@
 """Held-out samples: which ones they are, and that no position of training reaches them."""
 
-from __future__ import annotations
-
 import pickle
 import re
 import shutil
@@ -16,13 +14,13 @@ from jitscale.data.find import find_tars
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST
 from jitscale.data.order import EpochOrder
-from jitscale.data.packing import shard_name
 from jitscale.data.shards import open_training_shards
-from jitscale.data.survey import survey
 from jitscale.data.tar_index import TarSample, key_hashes, keys_path
-from jitscale.data.verification import verify
 from jitscale.errors import ConfigError, DataError
 from jitscale.keyed_random import Purpose, uniform
+from jitscale.preparation.packing import shard_name
+from jitscale.preparation.survey import survey
+from jitscale.preparation.verification import verify
 from tests.data.held_out_shards import COUNT, config_of, damage, held, members, write
 from tests.support.servers import serving
 

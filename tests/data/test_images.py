@@ -1,7 +1,5 @@
 """Images between bytes and pixels."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 

@@ -1,7 +1,5 @@
 """Micro-batches: the same global sequence for any number of ranks and workers, from any position on."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -19,11 +17,11 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.loader import Batch, ShardLoader, naming_dead_workers
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
+from jitscale.preparation.array_shards import write_shards
 from jitscale.training.noise import to_model_input
 from tests.support.servers import serving
 

@@ -1,7 +1,5 @@
 """The order of samples: every one once an epoch, whoever reads it, and for ever the same."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections import Counter
@@ -16,9 +14,9 @@ from jitscale.data.images import encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest
 from jitscale.data.order import EpochOrder
-from jitscale.data.packing import shard_name, write_shard
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
+from jitscale.preparation.packing import shard_name, write_shard
 
 UNEVEN = [3, 50, 17, 1, 29, 64, 8, 40, 5, 31]  # 248 samples
 

@@ -1,7 +1,5 @@
 """Each sample once, in tar order, through webdataset's reader."""
 
-from __future__ import annotations
-
 import shutil
 from itertools import chain
 from pathlib import Path

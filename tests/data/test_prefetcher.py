@@ -1,7 +1,5 @@
 """Shards are fetched ahead of need, in order of need, and without holding up the end of a process."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

@@ -1,7 +1,5 @@
 """Shards on disk, and what is refused about them."""
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing
@@ -13,11 +11,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.manifest import Manifest
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError
+from jitscale.preparation.array_shards import write_shards
 from tests.support.pictures import number_of, numbered, numbered_png, samples_of, write_tar
 
 CLASSES = 10

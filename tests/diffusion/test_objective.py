@@ -1,7 +1,5 @@
 """Identities of the nine prediction x loss pairs, and of the sampler."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,7 +1,5 @@
 """Fixtures of several files: evaluations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The demo in miniature: every stage and every file, not its quality."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

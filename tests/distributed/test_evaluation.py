@@ -1,7 +1,5 @@
 """`python -m jitscale.evaluate` in real processes: the result does not depend on how many there are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Experiments in miniature: runs in workers, upgraded from each other, measured, and gone on with after a stop."""
 
-from __future__ import annotations
-
 import base64
 import json
 import multiprocessing
@@ -18,10 +16,10 @@ import pytest
 from PIL import Image
 
 from jitscale.config import ema_name
-from jitscale.data.array_shards import write_shards
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
-from jitscale.data.glyphs import GLYPH_CLASSES, Glyphs
 from jitscale.errors import UserError
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
+from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
 from studies import guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of

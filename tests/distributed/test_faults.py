@@ -1,7 +1,5 @@
 """What goes wrong on purpose: fault injection, full disks, two runs at once, and what the run does about each."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

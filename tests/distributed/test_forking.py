@@ -1,7 +1,5 @@
 """A forked rank does what the interpreter would do that a user starts."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The held-out loss of real runs: the same on any number of ranks, once for each moment, and without effect."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_held_out, read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks, start_ranks

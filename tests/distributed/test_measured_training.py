@@ -1,7 +1,5 @@
 """Trainings that are measured on the way and at their end."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Muon over ranks: every ZeRO stage is plain torch, and a checkpoint goes on in another stage."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The planner's memory next to the tensors that ranks hold, in every stage and precision."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

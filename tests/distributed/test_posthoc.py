@@ -1,7 +1,5 @@
 """Averages, snapshots and tools/posthoc_ema.py on real runs: killed, moved to other numbers of ranks, reconstructed."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

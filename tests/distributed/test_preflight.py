@@ -1,7 +1,5 @@
 """The preflight in real processes: fit ranks, and ranks that do not come."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The statistics of real images: computed once, kept, and continued after a kill, by any number of ranks."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -9,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jitscale.data.array_shards import write_shards
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
 from jitscale.files import exclusive
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from tests.support.evaluations import Evaluation
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.runs import zero_samples

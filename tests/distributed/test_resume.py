@@ -4,8 +4,6 @@
 turn on as many ranks and on others. `make test-slow` runs the rest.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

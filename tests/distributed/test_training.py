@@ -1,7 +1,5 @@
 """`python -m jitscale.train` in real processes: resume after SIGKILL or elsewhere, signals, mistakes."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -16,7 +14,7 @@ import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support import ROOT
 from tests.support.forking import Process

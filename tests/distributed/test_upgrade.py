@@ -1,7 +1,5 @@
 """From one resolution to another between jobs of other stages and ranks, and inside one run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -13,7 +11,7 @@ import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 from jitscale.run_folder import is_complete
 from jitscale.tracking import read_metrics
 from tests.support.processes import run_ranks, start_ranks

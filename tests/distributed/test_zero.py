@@ -3,8 +3,6 @@
 `make test` runs every stage on two ranks, and one stage on one and on three ranks; `make test-slow` runs the rest.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """DINOv2 against numbers computed with transformers 5.23.0, its positions resampled as the published code does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

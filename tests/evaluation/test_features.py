@@ -1,7 +1,5 @@
 """The stored digits network on the real digits: what its distance sees and what it ignores."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
@@ -11,13 +9,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from jitscale.config import EvaluationConfig
-from jitscale.data.digits import digit_images
 from jitscale.errors import UserError
 from jitscale.evaluation.features import Embedding, FeatureNetwork, to_uint8
 from jitscale.evaluation.metrics import frechet_distance, inception_score, label_agreement
 from jitscale.evaluation.networks import find_network, identity_of, network_files
 from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
 from jitscale.parallel import World
+from jitscale.preparation.digits import digit_images
 
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
 DIGITS_SHA256 = "5f12f99d2677e7f00703410b24d12586470479353fd6595ebb7853d962ca0e22"

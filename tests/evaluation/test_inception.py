@@ -1,7 +1,5 @@
 """Inception against numbers computed with the published port (toshas/torch-fidelity 0.3.0) in float32 on a CPU."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

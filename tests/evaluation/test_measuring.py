@@ -1,7 +1,5 @@
 """What measurements cost and need, and what is said about a configuration before it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +10,6 @@ import torch
 
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.config.cautions import cautions, start_caution
-from jitscale.data.array_shards import write_shards
-from jitscale.data.digits import digit_images
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
@@ -26,6 +22,8 @@ from jitscale.evaluation.real_images import cache_folders, finished_parts
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.parallel import World
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.digits import digit_images
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"

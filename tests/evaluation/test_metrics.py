@@ -1,7 +1,5 @@
 """The metrics against independent computations: scipy's matrix root, closed forms, plain loops."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

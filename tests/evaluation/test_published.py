@@ -1,7 +1,5 @@
 """Published weights come by hash, from a real HTTP server."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path

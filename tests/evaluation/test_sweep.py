@@ -1,7 +1,5 @@
 """What a sweep names, and that sharing the steps before guidance changes nothing and saves what it should."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a job decides, and what it reads from Slurm's messages."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

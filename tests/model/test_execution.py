@@ -3,8 +3,6 @@
 One long file, because tests/conftest.py shows GPUs to this file alone.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace

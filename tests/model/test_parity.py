@@ -1,7 +1,5 @@
 """Agreement with numbers that the authors' code computed (tests/files/README.md)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

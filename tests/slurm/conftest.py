@@ -1,7 +1,5 @@
 """One cluster for all tests of this folder, and a tiny run to submit to it."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.slurm.cluster import SlurmCluster
 from tests.support import ROOT

@@ -1,7 +1,5 @@
 """The headline command ends with its number: a sweep on all ranks, through a requeue, known beforehand to work."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

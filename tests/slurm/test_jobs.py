@@ -1,7 +1,5 @@
 """`sbatch slurm/train_jit_h.sh` on a real Slurm: whatever happens to it, it ends with the same losses."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

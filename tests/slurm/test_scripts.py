@@ -1,7 +1,5 @@
 """The other scripts: packing in an array, upgrading and fine-tuning, evaluating."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """tools/submit.py on a real Slurm: a chain, a sweep, a stage that fails."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

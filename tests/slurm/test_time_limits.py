@@ -1,7 +1,5 @@
 """The run that was submitted first, and has been through several time limits meanwhile."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

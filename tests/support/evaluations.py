@@ -1,13 +1,11 @@
 """Evaluations of the authors' tiny network, started as a user starts them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
-from jitscale.data.array_shards import write_shards
-from jitscale.data.digits import DIGIT_CLASSES, digit_images
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from tests.support import FILES
 from tests.support.processes import run_ranks
 from tests.support.tiny import model_yaml

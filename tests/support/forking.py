@@ -7,8 +7,6 @@ command as the interpreter would.
     python -m tests.support.forking SOCKET   (started by `Process`, once for each process of pytest)
 """
 
-from __future__ import annotations
-
 import array
 import atexit
 import functools

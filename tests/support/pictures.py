@@ -1,7 +1,5 @@
 """Images whose pixels a test knows, in files and in tars."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path

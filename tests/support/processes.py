@@ -1,7 +1,5 @@
 """Start real processes on the CPU and wait for them."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -1,7 +1,5 @@
 """A tiny training run, started as a user starts it, and what two such runs have in common."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks

@@ -1,7 +1,5 @@
 """HTTP servers: one of a folder, and one that counts its requests and answers them badly when a test says so."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """Which cases of a test `make test` leaves to `make test-slow`."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """A network that trains in milliseconds, as a configuration, as overrides and as the words of a YAML file."""
 
-from __future__ import annotations
-
 from jitscale.config import ModelConfig
 
 MODEL = ModelConfig(

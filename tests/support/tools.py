@@ -1,7 +1,5 @@
 """Commands of tools/ in the process of the test: what a user gets, without a new interpreter and its imports."""
 
-from __future__ import annotations
-
 import io
 import os
 import runpy

@@ -1,7 +1,5 @@
 """The benchmark runs and its numbers are consistent; how large they are is not checked."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """tools/convert_checkpoint.py: every form of the weights into every other, bit by bit."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page about a run: complete in one file, whatever the run has so far."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

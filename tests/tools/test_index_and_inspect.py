@@ -1,7 +1,5 @@
 """tools/index_shards.py and tools/inspect_shards.py from the command line."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -13,7 +11,7 @@ import pytest
 from jitscale.data.find import find_tars
 from jitscale.data.manifest import Manifest
 from jitscale.errors import DataError
-from tests.data.surveying import NAMES, theirs, tool
+from tests.preparation.surveying import NAMES, theirs, tool
 from tests.support import ROOT
 from tests.support.pictures import numbered_png, write_tar
 

@@ -1,7 +1,5 @@
 """tools/sample.py: the same images by id, whatever is drawn beside them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """tools/submit.py: what would be submitted, and what is refused before."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

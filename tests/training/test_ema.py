@@ -1,7 +1,5 @@
 """Averages as the engine updates them: warm-up, power functions, skipped steps. Every rank runs the same code."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The values of the held-out loss, and what ranks and bad images do to it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +7,12 @@ import pytest
 import torch
 
 from jitscale.config import Config
-from jitscale.data.packing import shard_name
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import DataError
 from jitscale.keyed_random import Float64Array, Purpose, generator_seeds
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
+from jitscale.preparation.packing import shard_name
 from jitscale.training.held_out import TIMES, HeldOutLoss
 from tests.data.held_out_shards import COUNT, CPU, config_of, damage, members, write
 

@@ -1,7 +1,5 @@
 """Muon against torch's own on whole matrices, and what groups it takes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

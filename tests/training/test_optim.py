@@ -1,7 +1,5 @@
 """Parameter groups and the learning rate."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """What a run watches: bad samples, spikes, stacks of hangs, signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 One line a way; exit code 1 if any failed. tests/versions/run.sh runs it in environments of several versions.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jitscale.data.array_shards import write_shards
+from jitscale.preparation.array_shards import write_shards
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["-m", "jitscale.train", "--config", str(ROOT / "configs/digits_32.yaml")]

@@ -1,7 +1,5 @@
 """Attention kernels at the shapes of a configuration: forward and backward."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saving and loading the whole state of a run, and how long training stalls for it."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

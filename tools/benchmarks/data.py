@@ -4,8 +4,6 @@ The photographs are synthetic, 500 x 375, JPEG with quality 95: about 110 KB, as
 uint8 images into one buffer, as a batch is filled. They take turns, so that they meet the same load of the machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import multiprocessing
@@ -30,9 +28,9 @@ from jitscale.data.images import CODECS, center_crop, decode, encode
 from jitscale.data.loader import ShardLoader
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.order import EpochOrder
-from jitscale.data.packing import Sample, shard_name, write_shard
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_path
+from jitscale.preparation.packing import Sample, shard_name, write_shard
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 BATCH = 128  # of the hand-off

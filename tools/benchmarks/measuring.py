@@ -1,7 +1,5 @@
 """What all measurements share: the configuration to measure, the machine, and a stopwatch."""
 
-from __future__ import annotations
-
 import argparse
 import platform
 import re

@@ -1,7 +1,5 @@
 """Bytes that each rank holds in the middle of a step: the summed storages of all its tensors, not an estimate."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 from typing import Any

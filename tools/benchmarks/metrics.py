@@ -1,7 +1,5 @@
 """What the metrics of an evaluation cost, from features that are already there."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

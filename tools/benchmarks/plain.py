@@ -1,7 +1,5 @@
 """One process without DeepSpeed: the same network, optimizer and averages, for machines that lack our packages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count

@@ -5,8 +5,6 @@ Two whole averages are updated tensor by tensor. The host reads the loss in ever
 for every velocity, also outside the guidance interval.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

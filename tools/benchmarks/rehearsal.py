@@ -4,8 +4,6 @@ The counts of images and steps are smaller than the recipe's, the arithmetic on 
 are random. So the metrics mean nothing, but the time and memory of each part do. scikit-learn has the two photographs.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Guided sampling of one batch, as evaluation does it; with --compare, in turns with the authors' way."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

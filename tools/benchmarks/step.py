@@ -1,7 +1,5 @@
 """Training steps, and where their time goes; with --compare, in turns with the authors' steps."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import statistics

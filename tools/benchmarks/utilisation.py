@@ -1,7 +1,5 @@
 """How much of a device is used: against its data sheet, and against a matrix product measured in the same run."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The trainer itself, on shards of random images, with the parts of its step timed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +12,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from benchmarks.measuring import Stopwatch
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.array_shards import write_shards
 from jitscale.data.shards import open_training_shards
 from jitscale.model.execution import Execution
+from jitscale.preparation.array_shards import write_shards
 from jitscale.training.trainer import Trainer
 
 IMAGES_AT_LEAST = 256

@@ -3,8 +3,6 @@
 Glyphs at 32 px in four patches of 768 numbers, which pass through 768 numbers (nothing is lost) down to 8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean

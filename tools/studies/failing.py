@@ -4,8 +4,6 @@ x-prediction with the loss in v is v-prediction of a network with a long skip co
 Digits, patches and loss are the same. With the skip the network need not carry the noise; without it (net = v) it must.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean

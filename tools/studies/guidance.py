@@ -3,8 +3,6 @@
 One network for the digits a seed, several averages of its weights, and a sweep over all combinations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

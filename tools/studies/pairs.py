@@ -5,8 +5,6 @@ manifold of few dimensions, but not noise, which fills all of them. Digits at 16
 than the network is wide. The paper's table 2 (arXiv 2511.13720) does the same with ImageNet at 256 and 64 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path

@@ -5,8 +5,6 @@ signal-to-noise ratio by 2 log k (simple diffusion, Hoogeboom et al. 2023, arXiv
 multiplied by k, or the times are shifted. Glyphs, 16 tokens at every resolution.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jitscale.data.glyphs import Glyphs
 from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, plus_minus
+from jitscale.preparation.glyphs import Glyphs
 from studies.run import Run, seeded
 from studies.tasks import Outcomes, Shards, by_seed, ends
 

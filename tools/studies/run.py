@@ -1,7 +1,5 @@
 """One training run of a study: train it, measure its checkpoints, record what came out."""
 
-from __future__ import annotations
-
 import base64
 import time
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ An experiment is a module of this folder: its tasks, a summary of their outcomes
 outcome is kept in its folder, so that an interrupted experiment continues, and a figure needs no new training.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing

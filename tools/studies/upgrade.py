@@ -4,8 +4,6 @@ Glyphs at 32, 64 and 128 px, 16 tokens at each, so that an image costs about the
 high resolution from scratch, (b) upgraded and fine-tuned, (c) upgraded only, (d) low-resolution samples enlarged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

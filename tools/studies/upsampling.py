@@ -4,8 +4,6 @@ Half of the glyphs, drawn at 128 px, are made smaller by averaging and larger ag
 given in units of the distance between the halves. Nothing is trained; the feature network sees images of 128 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from jitscale.config import EvaluationConfig
-from jitscale.data.glyphs import Glyphs
 from jitscale.evaluation.metrics import frechet_distance, inception_score
 from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.figures import curve_over, figure, plus_minus
+from jitscale.preparation.glyphs import Glyphs
 from studies.tasks import Outcomes, Shards, Task, by_seed
 
 SHARDS: Shards = []

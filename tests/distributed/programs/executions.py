@@ -3,8 +3,6 @@
 Usage: executions.py RESULT.json STAGE WAY ...
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Usage: load_and_save.py --config FILE [group.key=value ...], as for jitscale.train.
 """
 
-from __future__ import annotations
-
 import sys
 
 import torch

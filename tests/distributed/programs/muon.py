@@ -3,8 +3,6 @@
 Usage: muon.py RESULT.json FOLDER
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

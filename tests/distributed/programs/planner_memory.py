@@ -3,8 +3,6 @@
 Usage: planner_memory.py RESULT.json [STAGE-PRECISION ...]
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

@@ -4,8 +4,6 @@ Usage: resume_matrix.py save FOLDER
        resume_matrix.py load FOLDER 'SOURCE to PLACE' ...    both as RANKS-STAGE; a PLACE has the ranks of this start
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

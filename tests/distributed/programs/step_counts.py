@@ -3,8 +3,6 @@
 Usage: step_counts.py RESULT.json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter

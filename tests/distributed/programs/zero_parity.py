@@ -3,8 +3,6 @@
 Usage: zero_parity.py RESULT.json 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (fp32 with a NaN).
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

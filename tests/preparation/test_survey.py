@@ -1,7 +1,5 @@
 """Surveys of foreign tars, which make shards of them."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -13,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.images import encode
 from jitscale.data.manifest import read_class_names
-from jitscale.data.processes import in_processes
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar
 from jitscale.errors import DataError
-from tests.data.surveying import NAMES, defects, flip, index, offset, theirs
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.processes import in_processes
+from tests.preparation.surveying import NAMES, defects, flip, index, offset, theirs
 from tests.support import ROOT
 from tests.support.pictures import numbered, numbered_png, samples_of, write_tar
 
@@ -187,7 +185,7 @@ def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jitscale.data.survey.save_array", killed)
+    monkeypatch.setattr("jitscale.preparation.survey.save_array", killed)
     with pytest.raises(KeyboardInterrupt):
         index(tmp_path / "t", ["dog", "cat"])
     assert not (tmp_path / "t/manifest.json").exists()

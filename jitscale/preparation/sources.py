@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
-from jitscale.data.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.tar_index import LARGEST_LABEL, scan_tar, wrong_end
 from jitscale.errors import DataError, data_error
+from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
 WHOLE_FILE = -1  # as a size

@@ -2,8 +2,6 @@
 beside every tar and a manifest. The tars themselves are only read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +11,7 @@ from tqdm import tqdm
 
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
-from jitscale.data.labels import REFUSED, Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.processes import in_processes
 from jitscale.data.tar_index import (
     LARGEST_LABEL,
     Defect,
@@ -33,6 +29,8 @@ from jitscale.data.tar_index import (
 from jitscale.errors import DataError, data_error
 from jitscale.files import remove_durably, sha256_of
 from jitscale.keyed_random import UInt64Array
+from jitscale.preparation.labels import REFUSED, Classes, CodedLabels, find_classes, label_code, parse_label
+from jitscale.preparation.processes import in_processes
 
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 

@@ -9,8 +9,6 @@
 A shard depends on the plan and its number alone, so that every process writes the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -28,7 +26,11 @@ import numpy as np
 
 from jitscale.data.images import CODECS, MOST_PIXELS
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
-from jitscale.data.packing import (
+from jitscale.data.tar_index import count_classes, index_path, map_index
+from jitscale.errors import DataError, UserError
+from jitscale.files import aside_pattern, atomic_write, sha256_of
+from jitscale.keyed_random import Int64Array, Purpose, permutation
+from jitscale.preparation.packing import (
     ORIGINAL,
     PackedShard,
     ShardTask,
@@ -37,12 +39,8 @@ from jitscale.data.packing import (
     shard_name,
     shard_number,
 )
-from jitscale.data.processes import WorkerDiedError, in_processes
-from jitscale.data.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
-from jitscale.data.tar_index import count_classes, index_path, map_index
-from jitscale.errors import DataError, UserError
-from jitscale.files import aside_pattern, atomic_write, sha256_of
-from jitscale.keyed_random import Int64Array, Purpose, permutation
+from jitscale.preparation.processes import WorkerDiedError, in_processes
+from jitscale.preparation.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
 
 PACKING_CODECS = (*CODECS, ORIGINAL)
 

@@ -1,7 +1,5 @@
 """Verifying shards: every kind of damage is found, in one run."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -9,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_path, index_tar, save_array, scan_tar
-from jitscale.data.verification import verify
 from jitscale.errors import DataError
-from tests.data.surveying import change_manifest, defects, flip, index, offset, theirs, tool
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.verification import verify
+from tests.preparation.surveying import change_manifest, defects, flip, index, offset, theirs, tool
 from tests.support.pictures import numbered, numbered_png, write_tar
 
 

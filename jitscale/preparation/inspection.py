@@ -1,7 +1,5 @@
 """What a folder of tars holds: counts, classes and their balance, statistics of a random sample, a contact sheet."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +16,12 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
-from jitscale.data.processes import in_processes
-from jitscale.data.survey import by_place, scan_shards
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import Int64Array, Purpose, hash64
+from jitscale.preparation.processes import in_processes
+from jitscale.preparation.survey import by_place, scan_shards
 
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

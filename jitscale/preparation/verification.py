@@ -3,8 +3,6 @@
 Images are read by offset, not in a pass (`passes`): webdataset stops at damage, and brings torch, which takes seconds.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +15,6 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.processes import in_processes
-from jitscale.data.survey import by_place
 from jitscale.data.tar_index import (
     NO_LABEL,
     Defect,
@@ -36,6 +32,8 @@ from jitscale.data.tar_index import (
 )
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
+from jitscale.preparation.processes import in_processes
+from jitscale.preparation.survey import by_place
 
 _REBUILD = "rebuild it with tools/index_shards.py --force"
 

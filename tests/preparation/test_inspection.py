@@ -1,7 +1,5 @@
 """Inspecting shards: statistics, balance, contact sheets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +7,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from jitscale.data.array_shards import write_shards
 from jitscale.data.find import find_tars
 from jitscale.data.images import encode
-from jitscale.data.inspection import (
+from jitscale.data.manifest import BadInput
+from jitscale.data.shards import ShardSet
+from jitscale.data.tar_index import index_tar, save_array
+from jitscale.preparation.array_shards import write_shards
+from jitscale.preparation.inspection import (
     CAPTION,
     SHEET_TILES,
     TILE,
@@ -24,10 +25,7 @@ from jitscale.data.inspection import (
     random_positions,
     statistics,
 )
-from jitscale.data.manifest import BadInput
-from jitscale.data.shards import ShardSet
-from jitscale.data.tar_index import index_tar, save_array
-from tests.data.surveying import change_manifest
+from tests.preparation.surveying import change_manifest
 from tests.support.pictures import number_of, numbered, numbered_png, write_tar
 
 

@@ -1,7 +1,5 @@
 """Which images are found in folders, tars and tables, and what is refused about them. No image is opened."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
@@ -9,9 +7,9 @@ import pytest
 import webdataset
 
 from jitscale.data.manifest import read_class_names
-from jitscale.data.sources import WHOLE_FILE, Source, SourceTable, find_sources
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.errors import DataError
+from jitscale.preparation.sources import WHOLE_FILE, Source, SourceTable, find_sources
 from tests.support.pictures import tar_bytes, write_tar
 
 CONTENT = b"not looked at"

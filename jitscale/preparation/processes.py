@@ -1,7 +1,5 @@
 """Worker processes: each does one task at a time, none outlives this process, and any of them may die at any time."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Writing one shard: a tar by webdataset, with its index and keys beside it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat
@@ -12,7 +10,6 @@ from pathlib import Path
 
 from jitscale.data.images import ImageError, center_crop, content_extension, decode, encode
 from jitscale.data.manifest import BadInput, ShardRecord
-from jitscale.data.sources import WHOLE_FILE, Source
 from jitscale.data.tar_index import (
     NO_LABEL,
     OffsetReader,
@@ -26,6 +23,7 @@ from jitscale.data.tar_index import (
 )
 from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
+from jitscale.preparation.sources import WHOLE_FILE, Source
 
 ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
 

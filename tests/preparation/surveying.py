@@ -1,7 +1,5 @@
 """Helpers of the tests of tools about shards that exist."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,9 +10,9 @@ from typing import Any
 import webdataset
 
 from jitscale.data.find import find_tars
-from jitscale.data.survey import Survey, survey
 from jitscale.data.tar_index import index_tar
-from jitscale.data.verification import verify
+from jitscale.preparation.survey import Survey, survey
+from jitscale.preparation.verification import verify
 from tests.support import ROOT
 from tests.support.pictures import numbered
 

@@ -1,7 +1,5 @@
 """Glyphs: the same pictures at every resolution, and what their feature network sees in them."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys
@@ -12,13 +10,13 @@ import pytest
 import torch
 
 from jitscale.config import EvaluationConfig
-from jitscale.data.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from jitscale.data.shards import ShardSet
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, label_agreement
 from jitscale.evaluation.networks import find_network, network_files
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.parallel import World
+from jitscale.preparation.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from tests.support import ROOT
 
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.

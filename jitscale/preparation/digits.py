@@ -1,7 +1,5 @@
 """Real images that come with a Python package: the handwritten digits of scikit-learn (Alpaydin and Kaynak 1998)."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image

@@ -1,7 +1,5 @@
 """Writes images from memory as shards with a manifest. (`packing_job` packs files.)"""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +10,10 @@ from tqdm import tqdm
 
 from jitscale.data.images import CODECS, UInt8Array, encode
 from jitscale.data.manifest import MANIFEST, Manifest
-from jitscale.data.packing import Sample, shard_name, write_shard
 from jitscale.data.tar_index import LARGEST_LABEL
 from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, permutation
+from jitscale.preparation.packing import Sample, shard_name, write_shard
 
 
 class Images(Protocol):

@@ -1,7 +1,5 @@
 """tools/make_shards.py, started by tests, and photographs to pack."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

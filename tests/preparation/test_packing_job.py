@@ -1,7 +1,5 @@
 """Packing jobs in several parts, killed, stopped and continued: dying does not matter."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -16,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from jitscale.data import packing_job
 from jitscale.data.manifest import Manifest
-from jitscale.data.packing_job import PackingJob, PackingOptions
-from jitscale.data.sources import SourceTable, find_sources
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
-from tests.data.packing_jobs import (
+from jitscale.preparation import packing_job
+from jitscale.preparation.packing_job import PackingJob, PackingOptions
+from jitscale.preparation.sources import SourceTable, find_sources
+from tests.preparation.packing_jobs import (
     PER_SHARD,
     RESOLUTION,
     SLOW,

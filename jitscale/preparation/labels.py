@@ -1,7 +1,5 @@
 """Labels as users write them, class numbers, class names or none, and the classes that they mean together."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

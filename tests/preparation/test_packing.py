@@ -1,7 +1,5 @@
 """tools/make_shards.py in real processes: what it writes, what it leaves out, and what it refuses."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -16,10 +14,10 @@ from PIL import Image
 
 from jitscale.data.images import CODECS, center_crop, decode
 from jitscale.data.manifest import BadInput, Manifest
-from jitscale.data.packing_job import PackingJob, PackingOptions, default_most_bad
 from jitscale.data.shards import ShardSet
 from jitscale.keyed_random import Purpose, permutation
-from tests.data.packing_jobs import (
+from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
+from tests.preparation.packing_jobs import (
     CLASSES,
     PER_CLASS,
     PER_SHARD,
