@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jitscale.versions import __version__
+
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the fir
     from jitscale.model.jit import JiT
 
 __all__ = ["__version__", "load_model", "sample"]
-__version__ = "0.1.0"
 
 
 def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:

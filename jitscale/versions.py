@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+__version__ = "0.1.0"  # here, so that a checkout that is not installed has one
+
 
 def version_of(package: str) -> str | None:
     """The version of an installed package, or None if it has no metadata: not installed, or taken from PYTHONPATH."""

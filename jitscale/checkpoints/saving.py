@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from jitscale import __version__, parallel
+from jitscale import parallel
 from jitscale.checkpoints.format import (
     FORMAT,
     MARKER,
@@ -38,7 +38,7 @@ from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
 from jitscale.files import flush, sha256_of
-from jitscale.versions import version_of
+from jitscale.versions import __version__, version_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.command import Parser, complete_source, evaluate_parser, train_parser
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.evaluation.real_images import finished_parts
 from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
@@ -52,24 +53,22 @@ class Work:
 
     command: str  # train or evaluate
     arguments: list[str]  # of the command
-    run_dir: Path
+    config: Config
     preflight_arguments: list[str]
-    caches: list[Path]  # folders in which statistics of real images may grow
     is_done: bool  # by an earlier job
 
     @property
-    def progress_mark(self) -> int:
-        """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations.
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir)
 
-        These parts are blocks of samples, and statistics of real images that are being made.
-        """
-        patterns = ("*_*/part_*.npz", "real_images/*/part_*.npz")
-        parts = [path for cache in self.caches for pattern in patterns for path in cache.glob(pattern)]
-        parts += self.run_dir.glob("evaluation/samples_*/block_*.npz")
+    @property
+    def progress_mark(self) -> int:
+        """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations."""
         newest: list[Path] = []
         if self.command == "train":
             newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
-        return len(parts) + sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
+        return finished_parts(self.config) + sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,20 +103,8 @@ def work_of(command: str, arguments: list[str], tasks: int) -> Work:
         own = [] if options.run is None else [f"run.dir={options.run}"]
         overrides = [*options.overrides, *own]
         config = load_config(options.config, overrides)
-    run_dir = Path(config.run.dir)
-    caches = [run_dir / "evaluation", _cache_of_real_images(config)]
     preflight = ["--work", command, "--config", str(options.config), *overrides]
-    return Work(command, arguments, run_dir, preflight, caches, done)
-
-
-def _cache_of_real_images(config: Config) -> Path:
-    """Where statistics of real images grow: `evaluation.cache_dir`, or the folder of the reference's shards."""
-    evaluation = config.evaluation
-    if evaluation.cache_dir is not None:
-        return Path(evaluation.cache_dir)
-    size = evaluation.reference_size or config.model.image_size
-    shards = Path((evaluation.reference or config.data.shards).replace("{resolution}", str(size)))
-    return shards.parent if shards.suffix == ".tar" else shards  # a glob or brace pattern names tars in one folder
+    return Work(command, arguments, config, preflight, done)
 
 
 class Supervisor:

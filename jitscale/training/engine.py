@@ -8,7 +8,6 @@ is read from private attributes of DeepSpeed 0.19.8; so pyproject.toml pins it.
 import logging
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -317,36 +316,6 @@ class ZeroEngine:
                 nothing = replace(other, start=0, length=0, offset=0)
                 pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
         muon.lay_out(pieces, self.world.rank, self.world.size)
-
-
-class StepOutcomes:
-    """Whether steps moved the weights; on GPUs read some steps later, since the host would wait for the newest one."""
-
-    LATE = 2  # steps
-
-    def __init__(self, device: torch.device) -> None:
-        self._late = self.LATE if device.type == "cuda" else 0
-        self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
-
-    def add(self, moved: torch.Tensor) -> list[bool]:
-        """Note the last step's boolean (); returns the outcomes that are old enough to be read, oldest first."""
-        copied = None
-        if moved.device.type == "cuda":
-            moved = moved.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._unread.append((moved, copied))
-        return self.settle(self._late)
-
-    def settle(self, leave: int = 0) -> list[bool]:
-        """All that were not read yet, but the `leave` newest; may wait for the device."""
-        found = []
-        while len(self._unread) > leave:
-            moved, copied = self._unread.popleft()
-            if copied is not None:
-                copied.synchronize()
-            found.append(bool(moved))
-        return found
 
 
 def _name_device_as_deepspeed_does(device: torch.device) -> None:

@@ -29,7 +29,7 @@ from jitscale.parallel import World
 from jitscale.run_folder import claim
 from jitscale.tracking import SAMPLES
 from jitscale.training.ema import ShardedEma
-from jitscale.training.engine import StepOutcomes, ZeroEngine
+from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.feed import Feed
 from jitscale.training.measurements import Measurement, Measurements
@@ -44,7 +44,7 @@ from jitscale.training.persistence import (
 )
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
-from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StopSignal
+from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StepOutcomes, StopSignal
 
 logger = logging.getLogger(__name__)
 

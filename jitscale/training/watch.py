@@ -1,4 +1,4 @@
-"""What a run watches: signals, bad samples, the loss by time and its spikes, its rate, slow ranks, hanging ranks."""
+"""What a run watches: signals, skipped steps, bad samples, losses by noise level, spikes, its rate, slow or hung ranks."""
 
 import faulthandler
 import logging
@@ -53,6 +53,36 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+class StepOutcomes:
+    """Whether steps moved the weights; on GPUs read some steps later, since the host would wait for the newest one."""
+
+    LATE = 2  # steps
+
+    def __init__(self, device: torch.device) -> None:
+        self._late = self.LATE if device.type == "cuda" else 0
+        self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, moved: torch.Tensor) -> list[bool]:
+        """Note the last step's boolean (); returns the outcomes that are old enough to be read, oldest first."""
+        copied = None
+        if moved.device.type == "cuda":
+            moved = moved.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((moved, copied))
+        return self.settle(self._late)
+
+    def settle(self, leave: int = 0) -> list[bool]:
+        """All that were not read yet, but the `leave` newest; may wait for the device."""
+        found = []
+        while len(self._unread) > leave:
+            moved, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            found.append(bool(moved))
+        return found
 
 
 class BadSamples:

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from jitscale.errors import DataError, ExitCode
-from jitscale.training.engine import StepOutcomes
-from jitscale.training.watch import BadSamples, HangWatch, LossSpikes
+from jitscale.training.watch import BadSamples, HangWatch, LossSpikes, StepOutcomes
 from tests.support import ROOT
 
 
