@@ -1,4 +1,4 @@
-"""What a run watches: signals, skipped steps, bad samples, losses by noise level, spikes, its rate, slow or hung ranks."""
+"""What a run watches: signals, skipped steps, bad samples, losses by noise level, spikes, rate, slow or hung ranks."""
 
 import faulthandler
 import logging
