@@ -24,7 +24,6 @@ from jitscale.preparation.processes import in_processes
 from jitscale.preparation.survey import by_place, scan_shards
 
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Of one image: its size in pixels; of each channel, in [0, 255], the mean and the mean square; whether all are equal.
 IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", 3), ("square", "<f8", 3), ("grey", "?")])
@@ -69,15 +68,14 @@ class Collection:
 class Look(NamedTuple):
     """What a sample of the images looks like."""
 
-    found: npt.NDArray[np.void]  # an `IMAGE` record each
+    found: npt.NDArray[np.void]  # an `IMAGE` record of each that was decoded
     undecodable: list[Defect]  # not among `found`
 
 
 def collect(tars: Tars, workers: int) -> Collection:
     """The shards of `tars`. A tar is scanned unless the manifest names it and its index lies next to it.
 
-    Raises:
-        DataError: a process died. A tar that is missing or damaged is counted among the defects.
+    Tars that are missing or damaged are counted among the defects. Raises a DataError if a process died.
     """
     manifest = tars.manifest
     records = {} if manifest is None else {tars.folder / record.name: record for record in manifest.shards}
@@ -141,8 +139,7 @@ def random_positions(total: int, count: int, seed: int) -> Int64Array:
 def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
     """Decode `count` random images of the collection in parallel, the same ones for equal seeds.
 
-    Raises:
-        DataError: a process died. Images that cannot be decoded are counted.
+    Raises a DataError if a process died.
     """
     chosen = random_positions(collection.samples, count, seed)
     tasks = [
@@ -188,10 +185,8 @@ def statistics(seen: Look) -> dict[str, Any]:
 def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     """Write a PNG of `SHEET_TILES` x `SHEET_TILES` images, of classes at equal distances, with the class below each.
 
-    With fewer classes than tiles, several images of each; without classes, random images.
-
-    Raises:
-        DataError: there are no samples, or the file cannot be written.
+    With fewer classes than tiles, several images of each; without classes, random images. Raises a DataError if there
+    are no samples, or the file cannot be written.
     """
     chosen = _for_the_sheet(collection, seed)
     if not len(chosen):
@@ -246,11 +241,7 @@ def _look_at(task: tuple[Path, list[Record]]) -> Look:
 
 
 def _read(file: OffsetReader, record: Record) -> UInt8Array:
-    """The image of an `INDEX` record.
-
-    Raises:
-        DataError: it cannot be decoded, or the index lies.
-    """
+    """The image of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index lies."""
     offset, size, _, extension = record
     try:
         data = file.read(offset, size)
@@ -282,7 +273,7 @@ def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
     return np.concatenate(chosen)
 
 
-def _fitting(text: str, font: Font) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of `text` as fits below a tile; Pillow's built-in font knows Latin letters."""
     text = text.encode("latin-1", errors="replace").decode("latin-1")
     while font.getlength(text) > TILE:
