@@ -146,7 +146,7 @@ def _check_space(job: PackingJob) -> None:
     needed, free = job.bytes_to_write(), shutil.disk_usage(job.folder).free
     about = {"raw": "exactly", "original": "about"}.get(job.options.codec, "at most")
     print(f"{job.folder}: {about} {_bytes(needed)} to write, {_bytes(free)} free", flush=True)
-    if needed > free and job.options.codec == "raw":
+    if needed > free and job.options.codec == "raw":  # of the others the size is estimated
         remedy = "make room, or choose another --output or --codec webp (about half)"
         raise DataError(f"{job.folder}: {_bytes(needed)} to write, but {_bytes(free)} free; {remedy}")
     if needed > free:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
-from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
+from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import Int64Array, Purpose, hash64
@@ -53,10 +53,6 @@ class Collection:
     @property
     def samples(self) -> int:
         return sum(map(len, self.indices))
-
-    def labels(self) -> npt.NDArray[np.int32]:
-        """Of all samples, in the order of the shards."""
-        return np.concatenate([np.empty(0, np.int32), *(index["label"] for index in self.indices)])
 
     def class_text(self, label: int) -> str:
         """The number of a class, with its name if that says more."""
@@ -109,10 +105,9 @@ def collect(tars: Tars, workers: int) -> Collection:
 
 def balance(collection: Collection) -> dict[str, Any]:
     """How many samples each class has: the classes with the fewest and most, the median, and who has none."""
-    labels, num_classes = collection.labels(), collection.manifest.num_classes
-    labelled = labels[(labels >= 0) & (labels < num_classes)]
-    counts = np.bincount(labelled, minlength=num_classes)
-    result: dict[str, Any] = {"number": num_classes, "samples_without_label": len(labels) - len(labelled)}
+    num_classes = collection.manifest.num_classes
+    counts = np.array(count_classes(collection.indices, num_classes) or [], np.int64)
+    result: dict[str, Any] = {"number": num_classes, "samples_without_label": collection.samples - int(counts.sum())}
     if num_classes:
         smallest, largest = int(counts.argmin()), int(counts.argmax())
         result["smallest"] = {"class": collection.class_text(smallest), "samples": int(counts[smallest])}
@@ -261,7 +256,8 @@ def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int
 
 def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
     """The samples on the contact sheet in the order of their tiles, each at most once."""
-    tiles, labels = SHEET_TILES**2, collection.labels()
+    tiles = SHEET_TILES**2
+    labels = np.concatenate([np.empty(0, np.int32), *(index["label"] for index in collection.indices)])
     present = np.unique(labels[labels >= 0])
     if not len(present):
         return random_positions(collection.samples, tiles, seed)

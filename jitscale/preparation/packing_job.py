@@ -73,11 +73,7 @@ class PackingJob:
     """The shards of one folder: those to write, and those written already."""
 
     def __init__(
-        self,
-        folder: Path,
-        options: PackingOptions,
-        most_bad: int | None = None,
-        on_found: OnFound = lambda count: None,
+        self, folder: Path, options: PackingOptions, most_bad: int | None = None, on_found: OnFound = lambda count: None
     ) -> None:
         """Plan the job, or take part in it if it was planned before. `on_found` is as of `find_sources`.
 
