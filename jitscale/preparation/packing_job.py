@@ -155,8 +155,7 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        record = {"options": _from_root(asdict(self.options), self._root), "root": "/"}
-        _write_json(self.folder / _PACKED, record)
+        _write_json(self.folder / _PACKED, {"options": _from_root(asdict(self.options), self._root), "root": "/"})
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
