@@ -62,10 +62,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     _report(found.defects, options.report, sys.stderr)
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
-        raise DataError(
-            f"{tars.folder}: {_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars; "
-            "nothing was written, mend or leave out these tars"
-        )
+        what = f"{_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars"
+        raise DataError(f"{tars.folder}: {what}; nothing was written, mend or leave out these tars")
     found.write()
     manifest = found.manifest
     classes = _many(manifest.num_classes, "class", "classes") if manifest.num_classes else "no labels"
@@ -85,10 +83,9 @@ def _indexed_before(tars: Tars, manifest: Manifest) -> int:
     if tars.whole_folder:
         differing += named.keys() - there.keys()
     if differing:
-        raise DataError(
-            f"{tars.folder / MANIFEST}: is there, but {len(differing)} tars are missing, not named or of another size "
-            f"({min(differing)}, ...); look with --verify, or index again with --force"
-        )
+        what = f"{len(differing)} tars are missing, not named or of another size ({min(differing)}, ...)"
+        remedy = "look with --verify, or index again with --force"
+        raise DataError(f"{tars.folder / MANIFEST}: is there, but {what}; {remedy}")
     print(f"{tars.folder}: is indexed already, {_many(len(named), 'shard')} with {_many(manifest.total, 'image')}")
     return ExitCode.DONE
 

@@ -34,13 +34,7 @@ from tqdm import tqdm
 from jitscale.command import Parser, natural, part_of
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.errors import DataError, ExitCode, exit_with_message
-from jitscale.preparation.packing_job import (
-    PACKING_CODECS,
-    PackingJob,
-    PackingOptions,
-    finished,
-    remove_leftovers,
-)
+from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
 
 BAD_SHOWN = 10
 
@@ -52,13 +46,9 @@ class Stopped(BaseException):
 def main() -> int:
     """Parse the command line, write the missing shards of one part, and the manifest if no part is missing."""
     given = parser().parse_args()
+    class_names = None if given.class_names is None else read_class_names(given.class_names)
     options = PackingOptions(
-        input=given.input,
-        codec=given.codec,
-        resolution=given.resolution,
-        samples_per_shard=given.samples_per_shard,
-        seed=given.seed,
-        class_names=None if given.class_names is None else read_class_names(given.class_names),
+        given.input, given.codec, given.resolution, given.samples_per_shard, given.seed, class_names
     )
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -121,10 +111,8 @@ def _pack(job: PackingJob, given: argparse.Namespace, started: float) -> ExitCod
             bar.update(shard.record.samples + len(shard.bad))
     manifest = job.finish()
     seconds = time.monotonic() - started
-    print(
-        f"{output}: {to_do} images ({_bytes(stored)}) in {len(missing)} shards took {seconds:.1f} s, "
-        f"{to_do / seconds:.0f} images/s with {workers} workers"
-    )
+    took = f"took {seconds:.1f} s, {to_do / seconds:.0f} images/s with {workers} workers"
+    print(f"{output}: {to_do} images ({_bytes(stored)}) in {len(missing)} shards {took}")
     if manifest is None:
         print(
             f"{output}: part {part}/{parts} is done; {len(job.missing(job.shards))} of {len(job.shards)} shards are "
@@ -154,20 +142,13 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
 
 
 def _check_space(job: PackingJob) -> None:
-    """Compare the size of the missing shards with the free space.
-
-    Raises:
-        DataError: raw shards, whose size is known, do not fit.
-    """
+    """Compare the size of the missing shards with the free space. Raises a DataError if raw ones do not fit."""
     needed, free = job.bytes_to_write(), shutil.disk_usage(job.folder).free
-    exact = job.options.codec == "raw"
     about = {"raw": "exactly", "original": "about"}.get(job.options.codec, "at most")
     print(f"{job.folder}: {about} {_bytes(needed)} to write, {_bytes(free)} free", flush=True)
-    if needed > free and exact:
-        raise DataError(
-            f"{job.folder}: {_bytes(needed)} to write, but {_bytes(free)} free; make room, or choose another --output "
-            "or --codec webp (about half)"
-        )
+    if needed > free and job.options.codec == "raw":  # of the others the size is estimated
+        remedy = "make room, or choose another --output or --codec webp (about half)"
+        raise DataError(f"{job.folder}: {_bytes(needed)} to write, but {_bytes(free)} free; {remedy}")
     if needed > free:
         print(f"{job.folder}: warning: that may be more than is free", file=sys.stderr, flush=True)
 

@@ -12,8 +12,7 @@ DIGIT_CLASSES = [str(digit) for digit in range(10)]
 def digit_images(resolution: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """All 1,797 digits, resized from 8 x 8 by bicubic interpolation: images (1797, R, R, 3), labels (1797,).
 
-    Raises:
-        UserError: scikit-learn is not installed.
+    Raises a UserError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415

@@ -38,23 +38,17 @@ FINEST = 4096  # pixels of a letter's height at which its curves are indistingui
 class Glyphs:
     """`count` glyphs as a sequence of images, drawn when they are asked for.
 
-    Attributes:
-        labels: (count,) class of each, an index into `GLYPH_CLASSES`; balanced.
-        fonts: (count,) font of each, an index into `GLYPH_FONTS`.
-
-    Raises:
-        UserError: matplotlib is not installed.
+    Raises a UserError if matplotlib is not installed.
     """
 
     def __init__(self, count: int, resolution: int, seed: int = 0) -> None:
         try:
             import matplotlib  # noqa: F401, PLC0415
         except ImportError as error:
-            raise UserError(
-                "the glyphs are drawn with matplotlib, which is missing; pip install 'jitscale[demo]'"
-            ) from error
+            raise UserError("glyphs are drawn by matplotlib, which is missing; pip install 'jitscale[demo]'") from error
         self._resolution = resolution
         draws = uniform(seed, Purpose.GLYPH, np.arange(count)[:, None], np.arange(11)[None])  # (count, 11)
+        # (count,) each: indices into `GLYPH_CLASSES`, balanced, and into `GLYPH_FONTS`.
         self.labels: Int64Array = np.arange(count, dtype=np.int64) % len(GLYPH_CLASSES)
         self.fonts: Int64Array = (draws[:, 0] * len(GLYPH_FONTS)).astype(np.int64)
         self._angles = (2 * draws[:, 1] - 1) * LARGEST_ANGLE

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jitscale.data.find import Tars
 from jitscale.data.images import UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
-from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, index_path, map_index
+from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import Int64Array, Purpose, hash64
@@ -24,7 +24,6 @@ from jitscale.preparation.processes import in_processes
 from jitscale.preparation.survey import by_place, scan_shards
 
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Of one image: its size in pixels; of each channel, in [0, 255], the mean and the mean square; whether all are equal.
 IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", 3), ("square", "<f8", 3), ("grey", "?")])
@@ -55,10 +54,6 @@ class Collection:
     def samples(self) -> int:
         return sum(map(len, self.indices))
 
-    def labels(self) -> npt.NDArray[np.int32]:
-        """Of all samples, in the order of the shards."""
-        return np.concatenate([np.empty(0, np.int32), *(index["label"] for index in self.indices)])
-
     def class_text(self, label: int) -> str:
         """The number of a class, with its name if that says more."""
         names = self.manifest.class_names or []
@@ -69,15 +64,14 @@ class Collection:
 class Look(NamedTuple):
     """What a sample of the images looks like."""
 
-    found: npt.NDArray[np.void]  # an `IMAGE` record each
+    found: npt.NDArray[np.void]  # an `IMAGE` record of each that was decoded
     undecodable: list[Defect]  # not among `found`
 
 
 def collect(tars: Tars, workers: int) -> Collection:
     """The shards of `tars`. A tar is scanned unless the manifest names it and its index lies next to it.
 
-    Raises:
-        DataError: a process died. A tar that is missing or damaged is counted among the defects.
+    Tars that are missing or damaged are counted among the defects. Raises a DataError if a process died.
     """
     manifest = tars.manifest
     records = {} if manifest is None else {tars.folder / record.name: record for record in manifest.shards}
@@ -111,10 +105,9 @@ def collect(tars: Tars, workers: int) -> Collection:
 
 def balance(collection: Collection) -> dict[str, Any]:
     """How many samples each class has: the classes with the fewest and most, the median, and who has none."""
-    labels, num_classes = collection.labels(), collection.manifest.num_classes
-    labelled = labels[(labels >= 0) & (labels < num_classes)]
-    counts = np.bincount(labelled, minlength=num_classes)
-    result: dict[str, Any] = {"number": num_classes, "samples_without_label": len(labels) - len(labelled)}
+    num_classes = collection.manifest.num_classes
+    counts = np.array(count_classes(collection.indices, num_classes) or [], np.int64)
+    result: dict[str, Any] = {"number": num_classes, "samples_without_label": collection.samples - int(counts.sum())}
     if num_classes:
         smallest, largest = int(counts.argmin()), int(counts.argmax())
         result["smallest"] = {"class": collection.class_text(smallest), "samples": int(counts[smallest])}
@@ -141,8 +134,7 @@ def random_positions(total: int, count: int, seed: int) -> Int64Array:
 def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
     """Decode `count` random images of the collection in parallel, the same ones for equal seeds.
 
-    Raises:
-        DataError: a process died. Images that cannot be decoded are counted.
+    Raises a DataError if a process died.
     """
     chosen = random_positions(collection.samples, count, seed)
     tasks = [
@@ -188,10 +180,8 @@ def statistics(seen: Look) -> dict[str, Any]:
 def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     """Write a PNG of `SHEET_TILES` x `SHEET_TILES` images, of classes at equal distances, with the class below each.
 
-    With fewer classes than tiles, several images of each; without classes, random images.
-
-    Raises:
-        DataError: there are no samples, or the file cannot be written.
+    With fewer classes than tiles, several images of each; without classes, random images. Raises a DataError if there
+    are no samples, or the file cannot be written.
     """
     chosen = _for_the_sheet(collection, seed)
     if not len(chosen):
@@ -246,11 +236,7 @@ def _look_at(task: tuple[Path, list[Record]]) -> Look:
 
 
 def _read(file: OffsetReader, record: Record) -> UInt8Array:
-    """The image of an `INDEX` record.
-
-    Raises:
-        DataError: it cannot be decoded, or the index lies.
-    """
+    """The image of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index lies."""
     offset, size, _, extension = record
     try:
         data = file.read(offset, size)
@@ -270,7 +256,8 @@ def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int
 
 def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
     """The samples on the contact sheet in the order of their tiles, each at most once."""
-    tiles, labels = SHEET_TILES**2, collection.labels()
+    tiles = SHEET_TILES**2
+    labels = np.concatenate([np.empty(0, np.int32), *(index["label"] for index in collection.indices)])
     present = np.unique(labels[labels >= 0])
     if not len(present):
         return random_positions(collection.samples, tiles, seed)
@@ -282,7 +269,7 @@ def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
     return np.concatenate(chosen)
 
 
-def _fitting(text: str, font: Font) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of `text` as fits below a tile; Pillow's built-in font knows Latin letters."""
     text = text.encode("latin-1", errors="replace").decode("latin-1")
     while font.getlength(text) > TILE:

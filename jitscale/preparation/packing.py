@@ -8,19 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from jitscale.data.images import ImageError, center_crop, content_extension, decode, encode
+from jitscale.data import images, tar_index
+from jitscale.data.images import ImageError
 from jitscale.data.manifest import BadInput, ShardRecord
-from jitscale.data.tar_index import (
-    NO_LABEL,
-    OffsetReader,
-    ShortReadError,
-    index_of,
-    index_path,
-    key_hashes,
-    keys_path,
-    save_array,
-    scan_tar,
-)
+from jitscale.data.tar_index import NO_LABEL, OffsetReader
 from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
 from jitscale.preparation.sources import WHOLE_FILE, Source
@@ -75,28 +66,24 @@ def shard_number(name: str) -> int:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
-    """Write one shard with its index and keys; equal samples give equal bytes.
-
-    A shard without samples is a whole tar too.
-    """
+    """Write one shard, maybe without samples, with its index and keys; equal samples give equal bytes."""
     from webdataset import TarWriter  # noqa: PLC0415  # imports torch, which only processes that write shards need
 
     with atomic_write(path) as file, TarWriter(file, mtime=0) as tar:
         for sample in samples:
             tar.write(sample)
-    found = scan_tar(path)
-    save_array(keys_path(path), key_hashes(found))
-    save_array(index_path(path), index_of(found, [int(sample.label or NO_LABEL) for sample in found]))
+    found = tar_index.scan_tar(path)
+    index = tar_index.index_of(found, [int(sample.label or NO_LABEL) for sample in found])
+    tar_index.save_array(tar_index.keys_path(path), tar_index.key_hashes(found))
+    tar_index.save_array(tar_index.index_path(path), index)
     return ShardRecord(path.name, len(found), path.stat().st_size, sha256_of(path))
 
 
 def pack_shard(task: ShardTask) -> PackedShard:
     """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
 
-    Raises:
-        TooManyBadError: more than `task.most_bad` cannot be used.
-        OSError: the shard cannot be written.
-        DataError: images cannot be read for a reason that lies in this process.
+    Raises a TooManyBadError if more than `task.most_bad` cannot be used, an OSError if the shard cannot be written, and
+    a DataError if images cannot be read for a reason that lies in this process.
     """
     bad: list[BadInput] = []
     enlarged = 0
@@ -107,11 +94,11 @@ def pack_shard(task: ShardTask) -> PackedShard:
         for number, source in task.sources.items():
             try:
                 data = _read(source, open_file)
-                image = decode(data, source.extension)
+                image = images.decode(data, source.extension)
                 if task.codec == ORIGINAL:
-                    extension = content_extension(data)
+                    extension = images.content_extension(data)
                 else:
-                    extension, data = encode(center_crop(image, task.resolution), task.codec)
+                    extension, data = images.encode(images.center_crop(image, task.resolution), task.codec)
             except ImageError as error:
                 bad.append(BadInput(source.place, str(error)))
                 if len(bad) > task.most_bad:
@@ -134,15 +121,14 @@ def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
         if size > _MOST_BYTES:
             raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
         return file.read(source.offset, size)
-    except ShortReadError as error:
+    except tar_index.ShortReadError as error:
         raise ImageError(str(error)) from error
     except OSError as error:
+        what = f"cannot be read ({error.strerror})"
         if error.errno in _OUR_FAULT:
-            raise DataError(
-                f"{source.place}: cannot be read ({error.strerror}); raise the limits of the process, or use fewer "
-                "workers"
-            ) from error
-        raise ImageError(f"cannot be read ({error.strerror})") from error
+            remedy = "raise the limits of the process, or use fewer workers"
+            raise DataError(f"{source.place}: {what}; {remedy}") from error
+        raise ImageError(what) from error
 
 
 def _open(root: str, path: str) -> OffsetReader:

@@ -27,18 +27,11 @@ import numpy as np
 from jitscale.data.images import CODECS, MOST_PIXELS
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.tar_index import count_classes, index_path, map_index
-from jitscale.errors import DataError, UserError
+from jitscale.errors import DataError, UserError, data_error
 from jitscale.files import aside_pattern, atomic_write, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
-from jitscale.preparation.packing import (
-    ORIGINAL,
-    PackedShard,
-    ShardTask,
-    TooManyBadError,
-    pack_shard,
-    shard_name,
-    shard_number,
-)
+from jitscale.preparation import packing
+from jitscale.preparation.packing import ORIGINAL, PackedShard, ShardTask, shard_name, shard_number
 from jitscale.preparation.processes import WorkerDiedError, in_processes
 from jitscale.preparation.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
 
@@ -66,10 +59,7 @@ class PackingOptions:
     class_names: list[str] | None  # as the user gave them
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            DataError: an unknown codec, or a number out of its range.
-        """
+        """Raises a DataError at an unknown codec, or a number out of its range."""
         if self.codec not in PACKING_CODECS:
             raise DataError(f"codec {self.codec!r}: is unknown; choose one of {', '.join(PACKING_CODECS)}")
         most = math.isqrt(MOST_PIXELS)
@@ -80,27 +70,15 @@ class PackingOptions:
 
 
 class PackingJob:
-    """The shards of one folder: those to write, and those written already.
-
-    Attributes:
-        folder: of the shards.
-        options: that determine the shards.
-        inputs: all images.
-        shards: the numbers of all shards.
-        most_bad: how many inputs may be bad, in this and other tasks' shards.
-    """
+    """The shards of one folder: those to write, and those written already."""
 
     def __init__(
-        self,
-        folder: Path,
-        options: PackingOptions,
-        most_bad: int | None = None,
-        on_found: OnFound = lambda count: None,
+        self, folder: Path, options: PackingOptions, most_bad: int | None = None, on_found: OnFound = lambda count: None
     ) -> None:
         """Plan the job, or take part in it if it was planned before. `on_found` is as of `find_sources`.
 
-        Raises:
-            DataError: the input makes no sense, the folder cannot be used, or the job was begun with other options.
+        `most_bad` inputs may be bad, in this and other tasks' shards. Raises a DataError if the input makes no sense,
+        the folder cannot be used, or the job was begun with other options.
         """
         if not (folder / _FOLDER).exists():
             _make_plan(folder, options, on_found)
@@ -108,8 +86,8 @@ class PackingJob:
         _refuse_other_options(folder, options, plan)
         self.folder = folder
         self.options = options
-        self.shards = range(-(-len(self.inputs) // options.samples_per_shard))
-        self.most_bad = default_most_bad(len(self.inputs)) if most_bad is None else most_bad
+        self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all
+        self._most_bad = default_most_bad(len(self.inputs)) if most_bad is None else most_bad
         self._root: str = plan["root"]
         self._order = permutation(len(self.inputs), options.seed, Purpose.PACKING_ORDER)
         self._packed: dict[int, PackedShard] = {}
@@ -127,9 +105,8 @@ class PackingJob:
     def run(self, shards: Sequence[int], workers: int) -> Generator[PackedShard, None, None]:
         """Write those of `shards` that are missing in `workers` processes, and yield each as it is finished.
 
-        Raises:
-            DataError: more than `most_bad` inputs are bad, or a shard cannot be written. What is finished stays.
-            UserError: a worker died. What is finished stays.
+        Raises a DataError if too many inputs are bad, or a shard cannot be written, and a UserError if a worker died.
+        What is finished stays.
         """
         self._check_bad()
         tasks = map(self._task, self.missing(shards))
@@ -143,23 +120,18 @@ class PackingJob:
                         self._refresh()
                         refreshed = time.monotonic()
                     self._check_bad()
-        except TooManyBadError as error:
-            raise self._too_many([*self._bad, *error.bad]) from error
+        except packing.TooManyBadError as error:
+            self._check_bad(error.bad)
         except WorkerDiedError as error:
             left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
             shard = "nothing yet" if left is None else shard_name(shard_number(left.name[1:].partition(".")[0]))
-            raise UserError(
-                f"{error.what} while it wrote {shard}; all finished shards stay: give the same command again to go on, "
-                f"maybe with fewer --workers than {workers}"
-            ) from error
+            remedy = f"give the same command again to go on, maybe with fewer --workers than {workers}"
+            raise UserError(f"{error.what} while it wrote {shard}; all finished shards stay: {remedy}") from error
 
     def finish(self) -> Manifest | None:
         """Write the manifest if all shards are there; None if other tasks still have to write some.
 
-        Several tasks may do so at once.
-
-        Raises:
-            DataError: more than `most_bad` inputs are bad, or all are.
+        Several tasks may do so at once. Raises a DataError if too many inputs are bad, or all are.
         """
         self._refresh()
         self._check_bad()
@@ -183,8 +155,7 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        record = {"options": _from_root(asdict(self.options), self._root), "root": "/"}
-        _write_json(self.folder / _PACKED, record)
+        _write_json(self.folder / _PACKED, {"options": _from_root(asdict(self.options), self._root), "root": "/"})
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
@@ -227,23 +198,21 @@ class PackingJob:
     def _task(self, shard: int) -> ShardTask:
         sources = {number: self.inputs[number] for number in self._slice(shard).tolist()}
         path, options = self.folder / shard_name(shard), self.options
-        most_bad = self.most_bad - len(self._bad)
+        most_bad = self._most_bad - len(self._bad)
         return ShardTask(path, self._root, sources, options.codec, options.resolution, most_bad)
 
     def _slice(self, shard: int) -> Int64Array:
         size = self.options.samples_per_shard
         return self._order[shard * size : (shard + 1) * size]
 
-    def _check_bad(self) -> None:
-        if len(self._bad) > self.most_bad:
-            raise self._too_many(self._bad)
-
-    def _too_many(self, bad: list[BadInput]) -> DataError:
-        return DataError(
-            f"{self.folder}: {len(bad)} of {len(self.inputs)} images cannot be used, the limit is {self.most_bad} "
-            f"({_few(bad)}); what was written stays: mend --input, or go on by the same command with --max-bad "
-            f"{len(bad)} or more"
-        )
+    def _check_bad(self, more: Sequence[BadInput] = ()) -> None:
+        """Refuse too many bad inputs; `more` are those of a shard that was given up."""
+        bad = [*self._bad, *more]
+        if len(bad) > self._most_bad:
+            raise DataError(
+                f"{self.folder}: {len(bad)} of {len(self.inputs)} images cannot be used, the limit is {self._most_bad} "
+                f"({_few(bad)}); what was written stays: mend --input, or go on with --max-bad {len(bad)} or more"
+            )
 
 
 def default_most_bad(images: int) -> int:
@@ -254,8 +223,7 @@ def default_most_bad(images: int) -> int:
 def finished(folder: Path, options: PackingOptions) -> Manifest | None:
     """The manifest of a job that is done; None if it is not.
 
-    Raises:
-        DataError: the shards were written with other options, or are damaged.
+    Raises a DataError if the shards were written with other options, or are damaged.
     """
     if not (folder / MANIFEST).exists():
         return None
@@ -277,10 +245,8 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
         _refuse_other_options(folder, options, json.loads((folder / _PACKED).read_bytes()))
     lost = [record.name for record in manifest.shards if not _is_there(folder, record)]
     if lost:
-        raise DataError(
-            f"{folder / lost[0]}: missing, without its index, or of another size ({len(lost)} of {shards} finished "
-            "shards are); restore them, or remove the folder and pack again"
-        )
+        what = f"missing, without its index, or of another size ({len(lost)} of {shards} finished shards are)"
+        raise DataError(f"{folder / lost[0]}: {what}; restore them, or remove the folder and pack again")
     return manifest
 
 
@@ -299,12 +265,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
     """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan."""
-    try:
+    with data_error(f"{folder}: cannot be written to", "choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
         foreign = next(folder.glob("*.tar"), None)
         scratch = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.", suffix=".partial", dir=folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
     with scratch:
         if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
             raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
@@ -330,8 +294,8 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
             if isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists():
                 return  # others have finished, and removed this plan as a leftover
             if not (folder / _FOLDER / _PLAN).exists():
-                what = f"the plan cannot be written ({error.strerror}); make room and start again"
-                raise DataError(f"{folder}: {what}") from error
+                what = f"the plan cannot be written ({error.strerror})"
+                raise DataError(f"{folder}: {what}; make room and start again") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -362,9 +326,7 @@ def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str,
     if flags:
         was = " ".join(f"{flag} {_shown(begun.get(key))}" for key, flag in flags.items())
         now = " ".join(f"{flag} {_shown(given[key])}" for key, flag in flags.items())
-        raise DataError(
-            f"{folder}: was begun with {was}, not with {now}; give the same options or choose another --output"
-        )
+        raise DataError(f"{folder}: was begun with {was}, not with {now}; give the same options or another --output")
 
 
 def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -386,19 +348,14 @@ def _shown(value: object) -> str:
 def _pack(task: ShardTask) -> PackedShard:
     """Write one shard and its commit record, in any process; raises as `pack_shard`, with remedies."""
     warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
+    remedy = "all finished shards stay: make room or mend the storage, and give the same command again"
     try:
-        packed = pack_shard(task)
-        _write_json(task.path.parent / _FOLDER / f"{task.path.stem}.json", asdict(packed))
+        with data_error(f"{task.path}: cannot be written", remedy):
+            packed = packing.pack_shard(task)
+            _write_json(task.path.parent / _FOLDER / f"{task.path.stem}.json", asdict(packed))
+            return packed
     except MemoryError as error:
-        raise DataError(
-            f"{task.path}: too little memory to write it; give the same command with fewer --workers"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{task.path}: cannot be written ({error.strerror}); all finished shards stay: make room or mend the "
-            "storage, and give the same command again"
-        ) from error
-    return packed
+        raise DataError(f"{task.path}: too little memory; give the same command with fewer --workers") from error
 
 
 def _read_record(path: Path) -> PackedShard | None:

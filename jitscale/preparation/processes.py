@@ -25,12 +25,11 @@ _SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a g
 
 
 class WorkerDiedError(DataError):
-    """A worker process died."""
+    """A worker process died. `what` says how, to begin a message with."""
 
     def __init__(self, pid: int, what: str, workers: int) -> None:
         super().__init__(f"{what}; start again, maybe with fewer --workers than {workers}")
-        self.pid = pid
-        self.what = what  # how it died, to begin a message with
+        self.pid, self.what = pid, what
 
 
 def in_processes(
@@ -38,15 +37,10 @@ def in_processes(
 ) -> Generator[tuple[int, Result], None, None]:
     """`work(task)` of every task with the task's number, as they are finished, by at most `workers` processes.
 
-    One worker, or the worker of a single task, is this process itself. The processes end with the generator.
-
-    Args:
-        work: a function of a module. What it raises is raised here, and ends the other tasks.
-        tasks: read as they are needed.
-        preload: modules that `work` imports. They are imported once, and all workers share their memory.
-
-    Raises:
-        WorkerDiedError: a process died.
+    One worker, or the worker of a single task, is this process itself. The processes end with the generator. `work` is
+    a function of a module. What it raises is raised here, and ends the other tasks. `tasks` are read as they are
+    needed. Of `preload`, the modules that `work` imports, all workers share the memory. Raises a WorkerDiedError if a
+    process died.
     """
     numbered = enumerate(tasks)
     first = list(islice(numbered, 2 * workers))

@@ -58,20 +58,14 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceTable:
-    """All images of an input, numbered from 0, in a few arrays.
-
-    Attributes:
-        num_classes: labels are below it; 0: there are none.
-        class_names: None if labels are numbers without names, or there are none.
-        ignored: how many files were no images, by extension.
-    """
+    """All images of an input, numbered from 0, in a few arrays."""
 
     table: npt.NDArray[np.void]  # (images,) _SOURCE
     paths: npt.NDArray[np.uint8]  # all paths, end to end
     path_ends: npt.NDArray[np.int64]  # (paths,)
-    num_classes: int
-    class_names: list[str] | None
-    ignored: Counter[str]
+    num_classes: int  # labels are below it; 0: there are none
+    class_names: list[str] | None  # None if labels are numbers without names, or there are none
+    ignored: Counter[str]  # files that were no images, by extension
 
     def __len__(self) -> int:
         return len(self.table)
@@ -88,11 +82,7 @@ class SourceTable:
 
     @classmethod
     def read(cls, path: Path, num_classes: int, class_names: list[str] | None) -> SourceTable:
-        """What `write` wrote to the file `path`.
-
-        Raises:
-            OSError, ValueError, KeyError: it is not there, or something else.
-        """
+        """What `write` wrote to the file `path`. Raises an OSError, ValueError or KeyError if that is not there."""
         with np.load(path, allow_pickle=False) as arrays:
             table, paths, ends = arrays["table"], arrays["paths"], arrays["path_ends"]
         if table.dtype != _SOURCE:
@@ -108,16 +98,11 @@ def find_sources(
     An input is recognised by what it is: a folder with a folder for each class, or with images and no classes; a tar
     of tars, one for each class, as ImageNet is published; webdataset tars, as a file, a glob, a brace pattern or a
     folder; a .csv or .jsonl with `path` and maybe `label`, where paths are relative to its folder. Hidden files are
-    passed over.
+    passed over. The labels of all inputs mean the same.
 
-    Args:
-        inputs: one or several, whose labels mean the same.
-        class_names: gives names to labels that are numbers, and numbers to labels that are names; without it names
-            are numbered in sorted order.
-        on_found: called with a number of images, now and then.
-
-    Raises:
-        DataError: an input is missing, damaged or none of these, holds no images, or its labels make no sense.
+    `class_names` give names to labels that are numbers, and numbers to labels that are names; without them names are
+    numbered in sorted order. `on_found` is called with a number of images, now and then. Raises a DataError if an input
+    is missing, damaged or none of these, holds no images, or its labels make no sense.
     """
     _refuse_twice([Path(name) for name in inputs])
     finder = _Finder(class_names or [])
@@ -145,10 +130,8 @@ def find_sources(
     classes = find_classes([labels], class_names)
     _refuse_wrong(labels, classes, places)
     table["label"] = labels.numbers(classes)
-    ends = np.array(path_ends, np.int64)
-    return SourceTable(
-        table, np.frombuffer(bytes(paths), np.uint8), ends, classes.number, classes.names, finder.ignored
-    )
+    path_bytes, ends = np.frombuffer(bytes(paths), np.uint8), np.array(path_ends, np.int64)
+    return SourceTable(table, path_bytes, ends, classes.number, classes.names, finder.ignored)
 
 
 def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str]) -> None:
@@ -236,9 +219,7 @@ class _Finder:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)
                 if entry.is_symlink() and ((here + "/").startswith(real + "/") or real in above):
-                    raise DataError(
-                        f"{entry.path}: is a link to a folder that holds it, which has no end; remove the link"
-                    )
+                    raise DataError(f"{entry.path}: is a link to a folder that holds it, without end; remove it")
                 yield from self._pictures_below(entry.path, (*above, here))
             elif (extension := _extension(entry.name)) in PICTURES:
                 yield entry.path, extension  # packing lists it as a bad input if it cannot be read
@@ -260,10 +241,8 @@ class _Finder:
             inner = []
             for member in _members(file, path, 0, os.fstat(file.fileno()).st_size):
                 if _extension(member.name) != "tar":
-                    raise DataError(
-                        f"{path}: byte {member.offset}: {member.name!r} is no tar, but others in it are; "
-                        "a tar of tars holds one .tar for each class and nothing else"
-                    )
+                    what = f"byte {member.offset}: {member.name!r} is no tar, but others in it are"
+                    raise DataError(f"{path}: {what}; a tar of tars holds one .tar a class and nothing else")
                 inner.append((PurePosixPath(member.name).stem, member.offset_data, member.size))
             for label, start, length in sorted(inner):
                 pictures = []
@@ -303,10 +282,8 @@ class _Finder:
         """The label that `text` is; refuses an empty one, and a number that no class can have."""
         label = parse_label(text)
         if label is None and text is not None and text not in self._known:
-            raise DataError(
-                f"{place}: label {text!r} is neither a class number, an integer in 0..{LARGEST_LABEL}, nor a name; "
-                "correct it"
-            )
+            number = f"a class number, an integer in 0..{LARGEST_LABEL}"
+            raise DataError(f"{place}: label {text!r} is neither {number}, nor a name; correct it")
         return text if label is None else label
 
 
@@ -319,28 +296,21 @@ def _tars_of(pattern: str) -> list[Path]:
         raise DataError(f"{pattern}: matches no file; {_REMEDY}")
     for path in paths:
         if path.suffix.lower() != ".tar" or not path.is_file():
-            raise DataError(
-                f"{path}: {'is no .tar' if path.is_file() else 'there is no such file'}, a pattern names tars only; "
-                "correct the pattern"
-            )
+            what = "is no .tar" if path.is_file() else "there is no such file"
+            raise DataError(f"{path}: {what}, a pattern names tars only; correct the pattern")
     _refuse_twice(paths)
     return paths
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
+    with data_error(f"{entry.path}: cannot be looked at", "remove it or correct it"):
         return entry.is_dir()
-    except OSError as error:
-        raise DataError(f"{entry.path}: cannot be looked at ({error.strerror}); remove it or correct it") from error
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     """What is in `folder`, sorted by name, without hidden files."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); make it readable or move it away") from error
+    with data_error(f"{folder}: cannot be listed", "make it readable or move it away"), os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _extension(name: str) -> str:
@@ -360,41 +330,35 @@ def _is_tar_of_tars(path: Path) -> bool:
 def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
     """The regular members of the tar in bytes [start, start + size) of `file`; refuses a damaged or cut one."""
     end = start + size
-    try:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > end:  # maybe a header of the tar around it
-                    raise tarfile.ReadError("unexpected end of data")
-                if member.isreg():
-                    yield member
-            broken = wrong_end(path, file, min(tar.offset, end), end)
-    except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in pax headers
-        raise DataError(
-            f"{path}: bytes {start}..{end}: no whole tar ({error}); copy it again and compare its checksum"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); start again when the storage works") from error
+    damage = (tarfile.TarError, ValueError)  # ValueError: numbers in pax headers
+    file.seek(start)
+    with (
+        data_error(f"{path}: cannot be read", "start again when the storage works"),
+        data_error(f"{path}: bytes {start}..{end}: no whole tar", "copy it again and compare its checksum", damage),
+        tarfile.open(fileobj=file, mode="r:") as tar,
+    ):
+        for member in tar:
+            if member.offset_data + member.size > end:  # maybe a header of the tar around it
+                raise tarfile.ReadError("unexpected end of data")
+            if member.isreg():
+                yield member
+        broken = wrong_end(path, file, min(tar.offset, end), end)
     if broken is not None:
         raise DataError(str(broken))
 
 
 def _refuse_other_columns(place: str, columns: Collection[str]) -> None:
     if "label" not in columns and set(columns) - {"path"}:
-        raise DataError(
-            f"{place}: no 'label' among {', '.join(map(repr, columns))}; call the labels so, or leave path alone for "
-            "images without labels"
-        )
+        what = f"no 'label' among {', '.join(map(repr, columns))}"
+        raise DataError(f"{place}: {what}; call the labels so, or leave path alone for images without labels")
 
 
 def _csv_rows(file: IO[str], place: str) -> Iterator[_Row]:
     reader = csv.DictReader(file, strict=True)
     columns = reader.fieldnames or []
     if "path" not in columns:
-        raise DataError(
-            f"{place} 1: no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}; "
-            "begin the file with the line path,label (or path), separated by commas"
-        )
+        what = f"no column 'path' among {', '.join(map(repr, columns)) or 'nothing'}"
+        raise DataError(f"{place} 1: {what}; begin the file with the line path,label (or path), separated by commas")
     _refuse_other_columns(f"{place} 1", columns)
     for row in reader:
         yield reader.line_num, row["path"], row.get("label") or None

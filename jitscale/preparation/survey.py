@@ -9,23 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jitscale.data import tar_index
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.tar_index import (
-    LARGEST_LABEL,
-    Defect,
-    IndexArray,
-    OffsetReader,
-    TarSample,
-    count_classes,
-    index_of,
-    index_path,
-    key_hashes,
-    keys_path,
-    save_array,
-    survey_tar,
-)
+from jitscale.data.tar_index import Defect
 from jitscale.errors import DataError, data_error
 from jitscale.files import remove_durably, sha256_of
 from jitscale.keyed_random import UInt64Array
@@ -43,7 +31,7 @@ class ShardScan:
 
     path: Path
     record: ShardRecord  # without a sha256 if the content was not asked for, or the tar is damaged
-    index: IndexArray
+    index: tar_index.IndexArray
     names: list[str]  # that label codes in the index stand for, see `CodedLabels`
     keys: UInt64Array  # hashes of the samples' keys
     image_sizes: set[tuple[int, int]]  # width and height
@@ -61,19 +49,15 @@ class Survey:
     defects: list[Defect]  # sorted; with any, the rest does not describe the tars
 
     def write(self) -> None:
-        """Write the index and the keys of every tar, and the manifest last.
-
-        Raises:
-            DataError: the folder cannot be written to.
-        """
+        """Write the index and the keys of every tar, and the manifest last. Raises a DataError if that fails."""
         assert not self.defects
         manifest = self.tars.folder / MANIFEST
         with data_error(f"{self.tars.folder}: cannot be written to", "make room or correct it"):
             if self.tars.manifest is not None and self.tars.manifest != self.manifest:
                 remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
             for scan in self.scans:
-                save_array(keys_path(scan.path), scan.keys)
-                save_array(index_path(scan.path), scan.index)
+                tar_index.save_array(tar_index.keys_path(scan.path), scan.keys)
+                tar_index.save_array(tar_index.index_path(scan.path), scan.index)
             self.manifest.write(manifest)
 
 
@@ -82,13 +66,8 @@ def scan_shards(
 ) -> tuple[list[ShardScan], Classes, list[Defect]]:
     """Scan tars in parallel with a progress bar, and give every sample the number of its class, see `find_classes`.
 
-    With `content`, sha256 and the sizes of the images are read too.
-
-    Returns:
-        The scans in the order of `paths`, the classes, and the defects of tars and labels.
-
-    Raises:
-        DataError: a process died.
+    Returns the scans in the order of `paths`, the classes, and the defects of tars and labels. With `content`, sha256
+    and the sizes of the images are read too. Raises a DataError if a process died.
     """
     found: dict[int, ShardScan] = {}
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
@@ -107,23 +86,16 @@ def scan_shards(
 
 
 def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
-    """Scan `tars` for what makes them shards; nothing is written.
+    """Scan `tars` for what makes them shards; nothing is written. Mistakes in tars and labels are among the defects.
 
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
-
-    Args:
-        class_names: in the order of their numbers; None where labels are numbers, or to sort the names.
-
-    Raises:
-        DataError: no sample at all; class names for a packing; a process died. Mistakes in tars and labels are among
-            the defects.
+    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. Raises a
+    DataError if there is no sample at all, class names come with a packing, or a process died.
     """
     packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
         if class_names is not None:
-            raise DataError(
-                f"{tars.folder / MANIFEST}: came from packing, which named the classes; leave out --class-names"
-            )
+            raise DataError(f"{tars.folder}: came from packing, which named the classes; leave out --class-names")
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
     scans, classes, defects = scan_shards(tars.paths, class_names, workers)
@@ -139,7 +111,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     sizes = set().union(*(scan.image_sizes for scan in scans))
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     resolution = width if width == height else None
-    counts = count_classes((scan.index for scan in scans), classes.number)
+    counts = tar_index.count_classes((scan.index for scan in scans), classes.number)
     manifest = Manifest(FOREIGN, resolution, classes.number, classes.names, total, records, class_counts=counts)
     return Survey(tars, manifest, scans, by_place(defects))
 
@@ -151,7 +123,7 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
 
 def _scan(path: Path, *, content: bool) -> ShardScan:
     """One shard, in any process; mistakes in it are defects."""
-    tar = survey_tar(path)
+    tar = tar_index.survey_tar(path)
     defects = list(tar.defects)
     codes: list[int] = []
     names: dict[str, int] = {}
@@ -159,7 +131,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
         label = parse_label(sample.label)
         wrong = ""
         if label is None and sample.label is not None:
-            wrong = f"a number outside 0..{LARGEST_LABEL}" if sample.label else "nothing"
+            wrong = f"a number outside 0..{tar_index.LARGEST_LABEL}" if sample.label else "nothing"
         elif isinstance(label, str) and ("\ufffd" in label or not label.isprintable()):
             wrong = "not printable UTF-8"
         if wrong:
@@ -171,7 +143,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     try:
         size = path.stat().st_size
         if content and tar.complete:
-            sha256, file = sha256_of(path), OffsetReader(path)
+            sha256, file = sha256_of(path), tar_index.OffsetReader(path)
             for sample in tar.samples:
                 try:
                     image_sizes.add(_image_size(file, sample))
@@ -181,11 +153,11 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
         if tar.complete:  # otherwise the scan has listed a defect already
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     record = ShardRecord(path.name, len(tar.samples), size, sha256)
-    index, keys = index_of(tar.samples, codes), key_hashes(tar.samples)
+    index, keys = tar_index.index_of(tar.samples, codes), tar_index.key_hashes(tar.samples)
     return ShardScan(path, record, index, list(names), keys, image_sizes, undecodable, defects)
 
 
-def _image_size(file: OffsetReader, sample: TarSample) -> tuple[int, int]:
+def _image_size(file: tar_index.OffsetReader, sample: tar_index.TarSample) -> tuple[int, int]:
     """Width and height by the image's header, which its first bytes hold if it is an ordinary one."""
     head = file.read(sample.offset, min(sample.size, _HEAD))
     try:

@@ -12,24 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jitscale.data import tar_index
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
-from jitscale.data.tar_index import (
-    NO_LABEL,
-    Defect,
-    IndexArray,
-    OffsetReader,
-    TarSample,
-    class_number,
-    index_of,
-    index_path,
-    key_hashes,
-    keys_path,
-    map_index,
-    parse_keys,
-    survey_tar,
-)
+from jitscale.data.tar_index import Defect, TarSample
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
 from jitscale.preparation.processes import in_processes
@@ -55,16 +42,11 @@ def verify(tars: Tars, workers: int) -> Verification:
     Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
     and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
     others; of a tar that breaks off, the samples before are checked. Of a whole folder, every shard that its manifest
-    names is checked.
-
-    Raises:
-        DataError: there is no manifest; a process died.
+    names is checked. Raises a DataError if there is no manifest, or a process died.
     """
     manifest = tars.manifest
     if manifest is None:
-        raise DataError(
-            f"{tars.folder}: has no {MANIFEST} to compare the tars with; make one with tools/index_shards.py"
-        )
+        raise DataError(f"{tars.folder}: has no {MANIFEST} to compare with; make one with tools/index_shards.py")
     names = manifest.class_names
     defects: list[Defect] = []
     if names is not None and len(names) != manifest.num_classes:
@@ -104,7 +86,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
             defects.append(Defect(path, None, what))
         else:
             remedy = "write the shard again without it, or leave it: training replaces it"
-        scan = survey_tar(path)
+        scan = tar_index.survey_tar(path)
         samples = len(scan.samples)
         labels, wrong_labels = _labels(path, manifest, scan.samples)
         defects += scan.defects + list(wrong_labels.values())
@@ -112,7 +94,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
             if samples != record.samples:
                 what = f"holds {samples} samples, the manifest says {record.samples}; write the manifest again"
                 defects.append(Defect(path, None, what))
-            defects += _index_defects(path, index_of(scan.samples, labels), list(wrong_labels))
+            defects += _index_defects(path, tar_index.index_of(scan.samples, labels), list(wrong_labels))
             defects += _key_defects(path, scan.samples)
         defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
@@ -127,54 +109,51 @@ def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[l
     labels: list[int] = []
     wrong: dict[int, Defect] = {}
     for row, sample in enumerate(samples):
-        label = None if sample.label is None else class_number(sample.label, numbers)
+        label = None if sample.label is None else tar_index.class_number(sample.label, numbers)
         if classes and (label is None or label >= classes):
             found = "no label" if sample.label is None else f"label {sample.label!r}"
             what = f"sample {row} has {found}, needs one in 0..{classes - 1}; write the shard again"
             wrong[row] = Defect(path, sample.offset, what)
-        labels.append(NO_LABEL if label is None else label)
+        labels.append(tar_index.NO_LABEL if label is None else label)
     return labels, wrong
 
 
-def _index_defects(path: Path, fresh: IndexArray, wrong_labels: list[int]) -> Iterator[Defect]:
+def _index_defects(path: Path, fresh: tar_index.IndexArray, wrong_labels: list[int]) -> list[Defect]:
     """Where the index differs from the headers of the tar, except in `wrong_labels`, which are defects already."""
-    beside = index_path(path)
+    beside = tar_index.index_path(path)
     if not beside.exists():
-        yield Defect(path, None, f"has no index beside it; {_REBUILD}")
-        return
+        return [Defect(path, None, f"has no index beside it; {_REBUILD}")]
     try:
-        index = map_index(beside)
+        index = tar_index.map_index(beside)
     except DataError as error:
-        yield Defect(path, None, f"has an index that {str(error).removeprefix(f'{beside}: ')}")
-        return
+        return [Defect(path, None, f"has an index that {str(error).removeprefix(f'{beside}: ')}")]
     if len(index) != len(fresh):
-        yield Defect(path, None, f"holds {len(fresh)} samples, {beside.name} lists {len(index)}; {_REBUILD}")
-        return
+        return [Defect(path, None, f"holds {len(fresh)} samples, {beside.name} lists {len(index)}; {_REBUILD}")]
     differs = index != fresh
     differs[np.array(wrong_labels, np.int64)] = False
-    if differs.any():
-        first = int(differs.argmax())
-        what = (
-            f"{beside.name} differs in {differs.sum()} of {len(fresh)} samples: of sample {first} it says "
-            f"{_entry(index[first].item())}, the tar {_entry(fresh[first].item())}; {_REBUILD}"
-        )
-        yield Defect(path, int(fresh["offset"][first]), what)
+    if not differs.any():
+        return []
+    first = int(differs.argmax())
+    what = f"{beside.name} differs in {differs.sum()} of {len(fresh)} samples: of sample {first} it says "
+    what += f"{_entry(index[first].item())}, the tar {_entry(fresh[first].item())}; {_REBUILD}"
+    return [Defect(path, int(fresh["offset"][first]), what)]
 
 
-def _key_defects(path: Path, samples: list[TarSample]) -> Iterator[Defect]:
+def _key_defects(path: Path, samples: list[TarSample]) -> list[Defect]:
     """Whether the keys beside the tar are those in its headers; a shard may do without them."""
-    beside = keys_path(path)
+    beside = tar_index.keys_path(path)
     if not beside.exists():
-        return
+        return []
     try:
-        differs = parse_keys(beside.read_bytes(), str(beside), len(samples)) != key_hashes(samples)
+        keys = tar_index.parse_keys(beside.read_bytes(), str(beside), len(samples))
     except DataError as error:
-        yield Defect(path, None, f"has keys beside it: {str(error).removeprefix(f'{beside}: ')}")
-        return
-    if differs.any():
-        first = int(differs.argmax())
-        what = f"{beside.name} differs in {differs.sum()} of {len(samples)} samples, first in {first}; {_REBUILD}"
-        yield Defect(path, samples[first].offset, what)
+        return [Defect(path, None, f"has keys beside it: {str(error).removeprefix(f'{beside}: ')}")]
+    differs = keys != tar_index.key_hashes(samples)
+    if not differs.any():
+        return []
+    first = int(differs.argmax())
+    what = f"{beside.name} differs in {differs.sum()} of {len(samples)} samples, first in {first}; {_REBUILD}"
+    return [Defect(path, samples[first].offset, what)]
 
 
 def _entry(record: tuple[int, int, int, bytes]) -> str:
@@ -183,7 +162,7 @@ def _entry(record: tuple[int, int, int, bytes]) -> str:
 
 
 def _image_defects(path: Path, resolution: int | None, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
-    file = OffsetReader(path)
+    file = tar_index.OffsetReader(path)
     for row, sample in enumerate(samples):
         try:
             height, width = decode(file.read(sample.offset, sample.size), sample.extension).shape[:2]

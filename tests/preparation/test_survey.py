@@ -185,7 +185,7 @@ def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jitscale.preparation.survey.save_array", killed)
+    monkeypatch.setattr("jitscale.data.tar_index.save_array", killed)
     with pytest.raises(KeyboardInterrupt):
         index(tmp_path / "t", ["dog", "cat"])
     assert not (tmp_path / "t/manifest.json").exists()
