@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
 from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
-from jitscale.errors import ConfigError
+from jitscale.errors import ConfigError, first_line
 
 
 def load_config(
@@ -31,13 +31,9 @@ def load_config(
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
-    Args:
-        world_size: ranks that will share a batch.
-        bf16_supported: whether the device that `run.device` names has bfloat16.
-        needs_shards: whether `data.shards` must be set.
-
-    Raises:
-        ConfigError: everything that is wrong, together, each with its value, its limit and the remedy.
+    `world_size` ranks will share a batch. `bf16_supported` says of `run.device` whether it has bfloat16. `data.shards`
+    must be set if the caller `needs_shards`. Raises a ConfigError that says everything that is wrong, each with its
+    value, its limit and the remedy.
     """
     unread: dict[str, str] = {}  # override -> why
     user = OmegaConf.create(_compose(Path(path), ()))
@@ -48,11 +44,11 @@ def load_config(
         try:
             user.merge_with_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            unread[override] = f"is not key=value ({_first_line(error)})"
+            unread[override] = f"is not key=value ({first_line(error)})"
     try:
         values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {first_line(error)}") from error
 
     typed = OmegaConf.structured(Config)
     problems = [problem for key, value in _leaves(values, "") for problem in _assign(typed, key, value)]
@@ -106,10 +102,6 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """`path` merged over the files of its `defaults:` list."""
     if path.resolve() in parents:
@@ -151,7 +143,7 @@ def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
             OmegaConf.update(typed, key, value)
         except OmegaConfBaseException as error:
             usual = f"the default is {shown(SETTINGS[key].default)}"
-            yield Problem(key, value, f"has the wrong type ({_first_line(error)})", usual)
+            yield Problem(key, value, f"has the wrong type ({first_line(error)})", usual)
     elif key in typed:
         yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
     else:
