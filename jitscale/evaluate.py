@@ -63,17 +63,13 @@ def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]
 
 
 def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | None, *, described: bool) -> None:
-    """Do the final evaluation of stored weights and print it; starts and leaves the process group.
+    """Do the final evaluation of any stored weights and print it; starts and leaves the process group.
 
-    Raises a UserError, as `load_config`, `run_evaluation`, `open_weights` and `check_measurable` do.
-
-    Args:
-        checkpoint: any stored weights.
-        path: a YAML file, whose configuration, with the `overrides`, says how; the results go to its `run.dir`.
-        overrides: settings that win over the file.
-        weights: the set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is
-            among the overrides, else the stored weights' default.
-        described: whether `checkpoint` is a run, which says what network it is of; else the configuration does.
+    The configuration of the YAML file `path`, with the `overrides`, says how; the results go to its `run.dir`. It also
+    says what network the weights are of, unless `checkpoint` is a run, which is `described` by itself. `weights` is the
+    set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is among the
+    overrides, else the stored weights' default. Raises a UserError, as `load_config`, `run_evaluation`, `open_weights`
+    and `check_measurable` do.
     """
     if described:
         overrides = [*overrides, f"run.dir={checkpoint}"]

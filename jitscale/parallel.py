@@ -70,9 +70,7 @@ def shared_gpu() -> str:
 
 def bf16_supported(setting: str) -> bool:
     """Whether `run.device` has bfloat16 arithmetic: always a CPU, GPUs from compute capability 8.0."""
-    if setting == "cpu" or not torch.cuda.is_available():
-        return True
-    return torch.cuda.get_device_capability()[0] >= 8
+    return setting == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
 def start(device: torch.device) -> World:

@@ -36,7 +36,7 @@ def load_config(
     value, its limit and the remedy.
     """
     unread: dict[str, str] = {}  # override -> why
-    user = OmegaConf.create(_compose(Path(path), ()))
+    user = _compose(Path(path), ())
     for override in overrides:
         if "=" not in override:
             unread[override] = "has no '='"
@@ -102,7 +102,7 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
-def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+def _compose(path: Path, parents: tuple[Path, ...]) -> DictConfig:
     """`path` merged over the files of its `defaults:` list."""
     if path.resolve() in parents:
         raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
@@ -118,11 +118,8 @@ def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     names = loaded.pop("defaults", ListConfig([]))
     if not isinstance(names, ListConfig):
         raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
-    base = OmegaConf.create({})
-    for name in names:
-        base.merge_with(_compose((path.parent / str(name)).with_suffix(".yaml"), (*parents, path.resolve())))
-    base.merge_with(loaded)
-    return cast(dict[str, Any], OmegaConf.to_container(base))
+    files = [(path.parent / str(name)).with_suffix(".yaml") for name in names]
+    return cast(DictConfig, OmegaConf.merge(*(_compose(file, (*parents, path.resolve())) for file in files), loaded))
 
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -147,8 +147,8 @@ def _held_out_samples(every: int, held_out: str | None) -> Faults:
 @rule("progressive.resolutions", "model.image_size")
 def _rising_resolutions(resolutions: list[int], image_size: int) -> Faults:
     if [*resolutions, image_size] != sorted({*resolutions, image_size}):
-        limit = f"must rise, and end below model.image_size={image_size}"
-        yield limit, f"for example [{image_size // 4},{image_size // 2}]"
+        example = f"for example [{image_size // 4},{image_size // 2}]"
+        yield f"must rise, and end below model.image_size={image_size}", example
 
 
 @rule("progressive.resolutions", "model.image_size", "model.patch_size")
@@ -169,8 +169,7 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
 @rule("progressive.images", "progressive.resolutions")
 def _images_of_resolutions(images: list[int], resolutions: list[int]) -> Faults:
     if len(images) != len(resolutions):
-        count = len(resolutions)
-        yield f"must say for each of the {count} lower resolutions how many images are seen there", f"give {count}"
+        yield "must say how many images are seen at each of progressive.resolutions", f"give {len(resolutions)}"
 
 
 @rule("run.max_images", "run.max_steps")

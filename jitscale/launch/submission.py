@@ -35,11 +35,6 @@ class Resources:
     signal_seconds: int  # before the limit, for the last checkpoint
     options: dict[str, str]  # more options of sbatch, as {"account": "vision"}
 
-    @property
-    def tasks(self) -> int:
-        """Ranks of a job."""
-        return self.nodes * self.tasks_per_node
-
 
 @dataclass(frozen=True)
 class Record:
@@ -134,11 +129,12 @@ def _executor(folder: Path, resources: Resources, stage: Stage, after: str | Non
 
 def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[str, Any]:
     """What sbatch must be told, by submitit's names."""
-    signal = f"B:USR1@{resources.signal_seconds}"
-    additional: dict[str, Any] = {"requeue": True, "signal": signal, **resources.options}
+    additional: dict[str, Any] = {"requeue": True, "signal": f"B:USR1@{resources.signal_seconds}", **resources.options}
     parameters: dict[str, Any] = {
         "nodes": resources.nodes,
         "ntasks_per_node": resources.tasks_per_node,
+        "partition": resources.partition,
+        "dependency": None if after is None else f"afterok:{after}",
         "job_name": stage.name.replace(" ", "-"),
         "time": resources.minutes,
         "cpus_per_task": resources.cpus_per_task,
@@ -151,10 +147,7 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
         parameters |= {"nodes": 1, "ntasks_per_node": 1}
     elif resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
-    if resources.partition is not None:
-        parameters["partition"] = resources.partition
     if after is not None:
-        parameters["dependency"] = f"afterok:{after}"
         additional["kill-on-invalid-dep"] = "yes"
     return parameters
 

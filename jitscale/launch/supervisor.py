@@ -199,8 +199,7 @@ class Supervisor:
             logger.warning("%s; they are tried again", missing)
             self.attempts.excluded = []
         self.attempts.write(self.work.run_dir)
-        named = f"; excluded: {', '.join(new)}" if new else ""
-        logger.info("%s%s; back into the queue", reason, named)
+        logger.info("%s%s; back into the queue", reason, f"; excluded: {', '.join(new)}" if new else "")
         # Requeuing sends SIGTERM to all processes of this script, and scontrol still has work to do.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ask("scontrol", "requeue", job)
