@@ -79,7 +79,8 @@ def positive_setting(name: str, default: float) -> float:
     """
     text = os.environ.get(name) or str(default)
     with suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
+        value = float(text)
+        if 0 < value < math.inf:
             return value
     raise LauncherError(f"{name}={text}: must be a number above 0, such as {default:g}; correct it, or unset it")
 

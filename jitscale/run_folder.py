@@ -66,9 +66,9 @@ class Attempts:
         now.write(run_dir)
         if stuck:
             beyond = f"{position} ({now.last_reason})" if now.last_reason else position
-            what = f"{most} starts in a row have not brought the run beyond {beyond} saved steps and evaluated parts"
+            what = f"{run_dir}: {most} starts in a row have not brought the run beyond {beyond}"
             remedy = "look at the log above, save more often (checkpoint.every_images), or give it more time"
-            raise UserError(f"{run_dir}: {what}; {remedy}")
+            raise UserError(f"{what}, counted in saved steps and evaluated parts; {remedy}")
         return now
 
     def write(self, run_dir: Path) -> None:

@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace) -> list[list[Stage]]:
-    """The chains that the command line asks for, one a variant. Raises a UserError at settings that make no sense."""
+    """The chains that the command line asks for, one a variant. Raises a UserError at impossible settings or stages."""
     if not options.config.exists():
         raise UserError(f"{options.config}: no such config file; see the folder configs/")
     variants, at = parse_settings(options.set)

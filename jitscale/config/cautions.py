@@ -14,9 +14,8 @@ def cautions(config: Config, images: int) -> list[str]:
         limit = f"is more than the {images} images of the run: the learning rate never reaches optim.lr"
         found.append(f"optim.warmup_images={config.optim.warmup_images} {limit}")
     if model.depth >= LARGE_DEPTH and model.hidden_size >= LARGE_WIDTH:
-        without = [name for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0]
-        if without:
-            named = " and ".join(f"model.{name}" for name in without)
+        named = " and ".join(f"model.{name}" for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0)
+        if named:
             found.append(f"{named} of 0: the paper trains networks of JiT-H's size and larger with 0.2")
     return found
 

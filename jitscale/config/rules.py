@@ -169,7 +169,8 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
 @rule("progressive.images", "progressive.resolutions")
 def _images_of_resolutions(images: list[int], resolutions: list[int]) -> Faults:
     if len(images) != len(resolutions):
-        yield "must say how many images are seen at each of progressive.resolutions", f"give {len(resolutions)}"
+        count = len(resolutions)
+        yield f"must say for each of the {count} lower resolutions how many images are seen there", f"give {count}"
 
 
 @rule("run.max_images", "run.max_steps")

@@ -49,7 +49,7 @@ def check_commands() -> None:
 
 
 def described_job(job: str) -> dict[str, str]:
-    """What Slurm's controller says of a job, such as its JobState. Raises what `ask` does, and at unknown jobs."""
+    """What Slurm's controller says of a job, such as its JobState. Raises what `ask` does, so for unknown jobs too."""
     return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", job)))
 
 

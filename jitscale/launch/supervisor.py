@@ -35,7 +35,6 @@ from jitscale.tracking import check_wandb
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("train", "evaluate")
 LEFT_OVER = set(TORCHRUN) - {"MASTER_PORT"}  # slurm/launch.sh sets the port
 PREFLIGHT_LIMIT = 600.0  # seconds after which the preflight itself hangs
 TAIL_LINES = 2000  # of the ranks' output, in which failed tasks are looked for
@@ -67,7 +66,7 @@ class Work:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and supervise; returns the batch script's exit code."""
     parser = Parser(__doc__, prog="python -m jitscale.launch.supervisor")
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m jitscale.COMMAND")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor: %(message)s", stream=sys.stdout)
