@@ -58,7 +58,7 @@ class Work:
     @property
     def progress_mark(self) -> int:
         """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations."""
-        trained = run_dirs(self.run_dir) if self.command == "train" else ()
+        trained = run_dirs(self.run_dir) if self.command == "train" else []
         newest = [folder for run_dir in trained for folder in complete_checkpoints(run_dir)[-1:]]
         return finished_parts(self.config) + sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
 
