@@ -24,6 +24,9 @@ __all__ = ["__version__", "load_model", "sample"]
 def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:
     """The network of a checkpoint, in eval mode on the CPU, callable as `model(z, t, y)`.
 
+    Raises a jitscale.errors.CheckpointError if nothing readable is there, there is no such weight set, or the sizes do
+    not fit.
+
     Args:
         path: a run folder, a step folder, a .safetensors file or the authors' .pth file.
         weights: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, or the authors'
@@ -31,9 +34,6 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
         config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields
             (image_size, patch_size, hidden_size, depth, num_heads, bottleneck_dim, in_context_len, in_context_start,
             num_classes) with an optional noise_scale.
-
-    Raises:
-        jitscale.errors.CheckpointError: nothing readable there, no such weight set, or the sizes do not fit.
     """
     from jitscale.checkpoints.opening import open_weights  # noqa: PLC0415
 
@@ -54,6 +54,8 @@ def sample(
 ) -> torch.Tensor:
     """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
+    Raises a ValueError at a label outside [0, num_classes], noise of another shape, or an unknown method.
+
     Args:
         model: from `load_model`.
         labels: B class indices; `model.null_label` for no class.
@@ -65,19 +67,14 @@ def sample(
         guidance_scale: 1 for none.
         guidance_interval: times between which guidance acts.
         guide: a smaller or less trained network, for autoguidance; None guides by leaving the label out.
-
-    Raises:
-        ValueError: a label outside [0, num_classes], noise of another shape, or an unknown method.
     """
     import torch  # noqa: PLC0415
 
     from jitscale.diffusion.sampler import Sampler  # noqa: PLC0415
     from jitscale.evaluation.generate import noise_of, sample_images  # noqa: PLC0415
 
-    low, high = guidance_interval
-    trained = model.diffusion
-    sampler = Sampler(method, steps, guidance_scale, (low, high), trained.prediction, trained.t_eps)
-    labels = torch.as_tensor(labels)
+    trained, labels = model.diffusion, torch.as_tensor(labels)
+    sampler = Sampler(method, steps, guidance_scale, guidance_interval, trained.prediction, trained.t_eps)
     if noise is None:
         noise = noise_of(seed, range(len(labels)), model.config.image_size)
     scale = trained.noise_scale if noise_scale is None else noise_scale

@@ -72,9 +72,7 @@ def evaluate_parser(description: str | None = None) -> Parser:
 def complete_source(options: argparse.Namespace) -> None:
     """Fill in the configuration of a run that is to be evaluated.
 
-    Raises:
-        CheckpointError: there is no such run.
-        UserError: the options of `evaluate_parser` do not say what to evaluate.
+    Raises a UserError if the options of `evaluate_parser` do not say what, a CheckpointError if there is no such run.
     """
     if options.run is not None:
         own = options.run / "config.yaml"
@@ -113,24 +111,15 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def refuse_existing(*outputs: Path) -> None:
-    """Refuse to write over files.
-
-    Raises:
-        UserError: one of `outputs` exists.
-    """
+    """Refuse to write over files. Raises a UserError if one of `outputs` exists."""
     for path in outputs:
         if path.exists():
             raise UserError(f"{path}: exists already; remove it or choose another --output")
 
 
 def run_python(*arguments: str, cwd: Path, **environment: str) -> None:
-    """Run this Python in a process of its own, whose output is seen.
-
-    Raises:
-        UserError: it failed.
-    """
-    command, variables = [sys.executable, *arguments], {**os.environ, **environment}
-    finished = subprocess.run(command, cwd=cwd, env=variables, check=False)
+    """Run this Python in a process of its own, whose output is seen. Raises a UserError if it fails."""
+    finished = subprocess.run([sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}, check=False)
     if finished.returncode != 0:
         raise UserError(f"{' '.join(arguments)}: ended with code {finished.returncode}; see above")
 

@@ -54,6 +54,11 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+def first_line(error: BaseException) -> str:
+    """The message of an error, without the lines that libraries write below it, such as torch's stack."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 

@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     # A file of somebody else's is measured under one setting, unless a sweep is asked for.
     alone = options.weights is not None or options.run is None
     overrides = [*options.overrides, *without_sweep(options.overrides, alone=alone)]
-    checkpoint = options.run or options.checkpoint
-    evaluate(checkpoint, options.config, overrides, options.weights, described=options.run is not None)
+    described = options.run is not None
+    evaluate(options.run or options.checkpoint, options.config, overrides, options.weights, described=described)
     return ExitCode.DONE
 
 
@@ -63,18 +63,13 @@ def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]
 
 
 def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | None, *, described: bool) -> None:
-    """Do the final evaluation of stored weights and print it; starts and leaves the process group.
+    """Do the final evaluation of any stored weights and print it; starts and leaves the process group.
 
-    Args:
-        checkpoint: any stored weights.
-        path: a YAML file, whose configuration, with the `overrides`, says how; the results go to its `run.dir`.
-        overrides: settings that win over the file.
-        weights: the set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is
-            among the overrides, else the stored weights' default.
-        described: whether `checkpoint` is a run, which says what network it is of; else the configuration does.
-
-    Raises:
-        UserError: see `load_config`, `run_evaluation`, `open_weights` and `check_measurable`.
+    The configuration of the YAML file `path`, with the `overrides`, says how; the results go to its `run.dir`. It also
+    says what network the weights are of, unless `checkpoint` is a run, which is `described` by itself. `weights` is the
+    set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is among the
+    overrides, else the stored weights' default. Raises a UserError, as `load_config`, `run_evaluation`, `open_weights`
+    and `check_measurable` do.
     """
     if described:
         overrides = [*overrides, f"run.dir={checkpoint}"]
@@ -99,8 +94,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
         def network(name: str) -> JiT:
             return ready_to_sample(stored.network(name), config, world.device)
 
-        evaluator = Evaluator(config, world, run_dir, guide)
-        result = run_evaluation(network, points, evaluator, run_dir, is_end=is_end)
+        result = run_evaluation(network, points, Evaluator(config, world, run_dir, guide), run_dir, is_end=is_end)
         if world.is_main:
             mark_complete(run_dir, "evaluate")
             if tracked:
@@ -127,8 +121,7 @@ def _say_what_is_the_start(stored: StoredWeights, points: Sequence[SweepPoint]) 
     if progress.optimizer_step > progress.step:
         return  # upgraded: the averages had a start of their own
     for name in dict.fromkeys(point.weights for point in points):
-        caution = start_caution(stored.config, name, progress.step)
-        if caution is not None:
+        if caution := start_caution(stored.config, name, progress.step):
             logger.warning("%s", caution)
 
 
@@ -139,7 +132,7 @@ def _track(config: Config, run_dir: Path, result: dict[str, Any]) -> None:
     except ConfigError as error:
         logger.warning("the result is not sent to W&B: %s", error)
         return
-    tracker = Tracker(config, run_dir, True, None)
+    tracker = Tracker(config, run_dir, active=True, resumed_step=None)
     tracker.log_final(result)
     tracker.close()
 

@@ -52,9 +52,8 @@ def flush(path: Path) -> None:
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, which the kernel releases when the process ends, however it ends.
 
-    Raises:
-        UserError: another process holds it; `what` says what must not be done twice.
-        OSError: the file cannot be made, or the file system has no locks.
+    Raises a UserError if another process holds it, with `what` must not be done twice, and an OSError if the file
+    cannot be made or the file system has no locks.
     """
     with path.open("a+", errors="replace") as file:
         try:
@@ -73,8 +72,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 def exclusive_or_not(path: Path) -> Iterator[bool]:
     """As `exclusive`, but say whether the lock is ours; a file system without locks gives it to everybody.
 
-    Raises:
-        OSError: the file cannot be made.
+    Raises an OSError if the file cannot be made.
     """
     with path.open("a+") as file:
         ours = True
@@ -94,11 +92,7 @@ def aside_pattern(name: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The hex digest of the file's content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """The hex digest of the file's content. Raises an OSError if it cannot be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

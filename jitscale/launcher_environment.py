@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 from jitscale.errors import LauncherError
@@ -21,10 +22,8 @@ def adopt_launcher_environment() -> int:
     """Give this process torchrun's variables, whoever has started it; returns the world size.
 
     A task of srun is recognised by its step: a batch script and a shell of salloc have other variables of Slurm, but
-    are no tasks. A task that is alone in its step, such as a shell of `srun --pty`, is a world of one.
-
-    Raises:
-        LauncherError: the variables are incomplete, or contradict each other.
+    are no tasks. A task that is alone in its step, such as a shell of `srun --pty`, is a world of one. Raises a
+    LauncherError if the variables are incomplete, or contradict each other.
     """
     if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
         found = _of_srun()
@@ -39,10 +38,7 @@ def adopt_launcher_environment() -> int:
 def hosts_in(variable: str) -> list[str]:
     """The names in one of Slurm's variables for a list of nodes: n[1-2,5] is n1, n2 and n5.
 
-    scontrol would say the same, but is not there in a container.
-
-    Raises:
-        LauncherError: the variable holds no such list.
+    scontrol would say the same, but is not there in a container. Raises a LauncherError if there is no such list.
     """
     # Slow to import, and needed on clusters only.
     from submitit.slurm.slurm import SlurmJobEnvironment, SlurmParseException  # noqa: PLC0415
@@ -50,57 +46,43 @@ def hosts_in(variable: str) -> list[str]:
     class Environment(SlurmJobEnvironment):
         _env: ClassVar[dict[str, str]] = {"nodes": variable}  # documented in the base class
 
-    try:
+    with suppress(SlurmParseException):
         hosts = Environment().hostnames
-    except SlurmParseException as error:
-        nodelist = os.environ[variable]
-        raise LauncherError(f"{nodelist!r}: no list of nodes as Slurm writes it, such as n[1-2,5]") from error
-    if not hosts or not all(hosts):
-        raise LauncherError(f"{os.environ[variable]!r}: a list of nodes without a name; Slurm writes n[1-2,5]")
-    return hosts
+        if hosts and all(hosts):
+            return hosts
+    raise LauncherError(f"{os.environ[variable]!r}: no list of nodes' names as Slurm writes it, such as n[1-2,5]")
 
 
 def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
     """The values of variables that must all be there; `because` says why, as the beginning of a sentence.
 
-    Raises:
-        LauncherError: some are missing or empty; the message names them all.
+    Raises a LauncherError that names all that are missing or empty.
     """
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
+    if missing := [name for name in names if not os.environ.get(name)]:
         raise LauncherError(f"{because}, but there is no value of {', '.join(missing)}; {remedy}")
     return [os.environ[name] for name in names]
 
 
 def integer(name: str, value: str, least: int = 0, most: int | None = None) -> int:
-    """The number in a launcher's variable.
-
-    Raises:
-        LauncherError: it is none, or outside [least, most].
-    """
+    """The number in a launcher's variable. Raises a LauncherError if it is none, or outside [least, most]."""
     number = int(value) if value.isascii() and value.isdigit() else -1
     if number < least or (most is not None and number > most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise LauncherError(
-            f"{name}={value}: must be a whole number, {limit}; start with srun or torchrun, or unset it"
-        )
+        raise LauncherError(f"{name}={value}: must be an integer, {limit}; start with srun or torchrun, or unset it")
     return number
 
 
 def positive_setting(name: str, default: float) -> float:
     """The positive number in one of the project's own variables, JITSCALE_...; `default` where it is not set.
 
-    Raises:
-        LauncherError: it is no such number.
+    Raises a LauncherError if it is no such number.
     """
     text = os.environ.get(name) or str(default)
-    try:
+    with suppress(ValueError):
         value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise LauncherError(f"{name}={text}: must be a number above 0, such as {default:g}; correct it, or unset it")
-    return value
+        if 0 < value < math.inf:
+            return value
+    raise LauncherError(f"{name}={text}: must be a number above 0, such as {default:g}; correct it, or unset it")
 
 
 def _of_torchrun() -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, RendezvousError, UserError
+from jitscale.errors import ConfigError, RendezvousError, UserError, first_line
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
@@ -49,17 +49,12 @@ class World:
 
 
 def choose_device(setting: str) -> torch.device:
-    """`run.device` as this rank's device.
-
-    Raises:
-        ConfigError: cuda was asked for and is not there, or a node has more ranks than GPUs.
-    """
+    """`run.device` as this rank's device. Raises a ConfigError without the GPU asked for, or if ranks share one."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    shared = shared_gpu()
-    if shared:
+    if shared := shared_gpu():
         raise ConfigError(shared)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
@@ -69,25 +64,20 @@ def shared_gpu() -> str:
     local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not 1 < seen <= local_rank:  # a task that sees one GPU has it for itself
         return ""
-    return (
-        f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; start {seen} tasks a node "
-        "(--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
-    )
+    remedy = f"start {seen} tasks a node (--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
+    return f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; {remedy}"
 
 
 def bf16_supported(setting: str) -> bool:
     """Whether `run.device` has bfloat16 arithmetic: always a CPU, GPUs from compute capability 8.0."""
-    if setting == "cpu" or not torch.cuda.is_available():
-        return True
-    return torch.cuda.get_device_capability()[0] >= 8
+    return setting == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
 def start(device: torch.device) -> World:
     """Join the job's process group: gloo on CPU, NCCL next to gloo on GPUs.
 
-    Raises:
-        LauncherError: the launcher's variables do not fit together.
-        RendezvousError: the ranks did not meet within `MEETING_SECONDS`.
+    Raises a LauncherError if the launcher's variables do not fit together, a RendezvousError if the ranks did not meet
+    within `MEETING_SECONDS`.
     """
     adopt_launcher_environment()
     if device.type == "cuda":
@@ -96,13 +86,10 @@ def start(device: torch.device) -> World:
         _keep_freed_memory()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            backend, store=_store_of_all_ranks(), rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT
-        )
-    hosts = gather_objects(socket.gethostname())
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), hosts.count(socket.gethostname())
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, local_size)
+        rank, size, store = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _store_of_all_ranks()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
+    local_size = gather_objects(socket.gethostname()).count(socket.gethostname())
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device, local_size)
 
 
 @contextmanager
@@ -209,11 +196,7 @@ def buckets(items: Iterable[T], elements: Callable[[T], int]) -> Iterator[list[T
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call on every rank, and raise on every rank what any rank met, so that none waits for a rank that has left.
-
-    Raises:
-        UserError: the first failing rank's error, of the type it had there.
-    """
+    """Call on every rank; all raise the first failing rank's UserError, so that none waits for a rank that has left."""
     result, error = None, None
     try:
         result = call()
@@ -226,11 +209,7 @@ def raise_together(call: Callable[[], T]) -> T:
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """Call on rank 0 alone; returns the result on every rank. A collective call.
-
-    Raises:
-        UserError: on every rank: what rank 0 met.
-    """
+    """Call on rank 0 alone; its result is every rank's, and so is its UserError. A collective call."""
     return cast(T, broadcast_object(raise_together(lambda: call() if this_rank() == 0 else None)))
 
 
@@ -241,10 +220,9 @@ def _store_of_all_ranks() -> Store:
         with waiting_for_ranks():
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except dist.DistError as error:
-        raise RendezvousError(
-            f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s "
-            f"({first_line(error)}); start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
-        ) from error
+        what = f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s"
+        remedy = "start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
+        raise RendezvousError(f"{what} ({first_line(error)}); {remedy}") from error
     store.set_timeout(COLLECTIVE_LIMIT)
     return store
 
@@ -252,11 +230,6 @@ def _store_of_all_ranks() -> Store:
 def meeting_place() -> str:
     """Where ranks meet, as HOST:PORT."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error, without the stack that torch writes below it."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _keep_freed_memory() -> None:

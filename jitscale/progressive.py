@@ -6,7 +6,6 @@ resolution (checkpoints/upgrade.py), and the learning rate of the patch embeddin
 last one is the run itself.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,9 @@ def stages_of(config: Config) -> list[Config]:
     return [replace(stage, optim=_optim(stage, stages[0].model.image_size)) for stage in stages]
 
 
-def run_dirs(run_dir: Path) -> Iterator[Path]:
+def run_dirs(run_dir: Path) -> list[Path]:
     """The folders of a run and of the lower stages that it has had."""
-    yield run_dir
-    yield from sorted(run_dir.glob(LOWER_STAGES))
+    return [run_dir, *sorted(run_dir.glob(LOWER_STAGES))]
 
 
 def _optim(stage: Config, lowest: int) -> OptimConfig:

@@ -4,8 +4,6 @@ A scheduler's exit codes prove no completion: srun may return 0 although a node 
 nothing to do any more.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -27,8 +25,7 @@ logger = logging.getLogger(__name__)
 def claim(run_dir: Path, held: ExitStack) -> None:
     """Lock the run's folder until `held` is closed; a collective call.
 
-    Raises:
-        UserError: on every rank: another process is at work there, or it cannot be written.
+    Raises a UserError on every rank if another process is at work there, or it cannot be written.
     """
 
     def lock() -> None:
@@ -54,11 +51,10 @@ class Attempts:
     last_reason: str = ""  # why the last start ended
 
     @classmethod
-    def begin(cls, run_dir: Path, position: int, most: int = MOST_WITHOUT_PROGRESS) -> Attempts:
+    def begin(cls, run_dir: Path, position: int, most: int = MOST_WITHOUT_PROGRESS) -> "Attempts":
         """Count a start of the run in `run_dir` at `position`, and keep the record.
 
-        Raises:
-            UserError: the last `most` starts have not moved the run. A further start begins anew.
+        Raises a UserError if the last `most` starts have not moved the run; a further start begins anew.
         """
         path = run_dir / "attempts.json"
         now = cls(**json.loads(path.read_text())) if path.exists() else cls()
@@ -69,12 +65,10 @@ class Attempts:
             now.without_progress, now.position = 0, -1
         now.write(run_dir)
         if stuck:
-            reason = f" ({now.last_reason})" if now.last_reason else ""
-            raise UserError(
-                f"{run_dir}: {most} starts in a row have not brought the run beyond {position}{reason}, counted in "
-                "saved steps and evaluated parts; look at the log above, save more often (checkpoint.every_images), or "
-                "give it more time"
-            )
+            beyond = f"{position} ({now.last_reason})" if now.last_reason else position
+            what = f"{run_dir}: {most} starts in a row have not brought the run beyond {beyond}"
+            remedy = "look at the log above, save more often (checkpoint.every_images), or give it more time"
+            raise UserError(f"{what}, counted in saved steps and evaluated parts; {remedy}")
         return now
 
     def write(self, run_dir: Path) -> None:

@@ -39,10 +39,7 @@ def check_wandb(config: Config) -> None:
     """Refuse `tracking.wandb=online` where W&B finds no key: the run would record offline, which nobody asked for.
 
     W&B looks into the environment, netrc and its settings files. It asks no server, so a key that the server rejects is
-    only noticed when the run begins.
-
-    Raises:
-        ConfigError: there is no key, or W&B cannot use what it finds.
+    only noticed when the run begins. Raises a ConfigError if there is no key, or W&B cannot use what it finds.
     """
     if config.tracking.wandb != "online" or wandb.run is not None:  # a run that is open has its key
         return
@@ -51,14 +48,12 @@ def check_wandb(config: Config) -> None:
         if wandb.login(prompt=False, verify=False):
             return
         settings = wandb.setup().settings
-        mode, server = settings.mode, settings.base_url
         wandb.teardown()  # ends the service process that setup starts
     except (wandb.errors.Error, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tracking.wandb=online: {reason} {_KEY_REMEDY}") from error
+        raise ConfigError(f"tracking.wandb=online: {' '.join(str(error).split())} {_KEY_REMEDY}") from error
     # WANDB_MODE=offline or disabled is the user's decision for this machine, and needs no key.
-    if mode in ("online", "run", "shared"):
-        raise ConfigError(f"tracking.wandb=online: no API key for {server}. {_KEY_REMEDY}")
+    if settings.mode in ("online", "run", "shared"):
+        raise ConfigError(f"tracking.wandb=online: no API key for {settings.base_url}. {_KEY_REMEDY}")
 
 
 class Tracker:
@@ -104,9 +99,7 @@ class Tracker:
             yield
         except OSError as error:
             if not self._unwritten:
-                logger.error(
-                    "%s: cannot be written (%s); lines will be missing, training goes on", self._metrics, error
-                )
+                logger.error("%s: cannot be written (%s); lines get lost, training goes on", self._metrics, error)
             self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
@@ -128,8 +121,8 @@ class Tracker:
 
     def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
         """Record a measurement on few images while training, by names that say on how many: `fid_5k`."""
-        images_used = result["num_images"]
-        count = f"{images_used // 1000}k" if images_used % 1000 == 0 else str(images_used)
+        used = result["num_images"]
+        count = f"{used // 1000}k" if used % 1000 == 0 else str(used)
         of_samples = {key for key in result if key not in NOT_MEASURED and not key.endswith("_floor")}
         named = {f"{key}_{count}" if key in of_samples else key: value for key, value in result.items()}
         self.log_result(named, step, images)

@@ -30,19 +30,14 @@ logger = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
     options = train_parser(__doc__).parse_intermixed_args(arguments)
-
-    world_size = adopt_launcher_environment()
+    overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
+    ranks, trains = adopt_launcher_environment(), not options.print_config
     config = load_config(
-        options.config,
-        [*options.overrides, *(["run.profile=true"] if options.profile else [])],
-        world_size=world_size,
-        bf16_supported=parallel.bf16_supported,
-        needs_shards=not options.print_config,
+        options.config, overrides, world_size=ranks, bf16_supported=parallel.bf16_supported, needs_shards=trains
     )
     if options.print_config:
         print(explained_yaml(config), end="")
         return ExitCode.DONE
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key

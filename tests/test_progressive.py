@@ -36,7 +36,7 @@ def test_stages_differ_by_what_an_upgrade_changes() -> None:
 
 def test_folders_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "at_64px").mkdir()
-    assert list(run_dirs(tmp_path)) == [tmp_path, tmp_path / "at_64px"]
+    assert run_dirs(tmp_path) == [tmp_path, tmp_path / "at_64px"]
 
 
 @pytest.mark.parametrize(

@@ -416,5 +416,5 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
     record.log({"step": 2, "images": 16})
     record.log({"step": 3, "images": 24})
     record.close()
-    assert caplog.text.count("lines will be missing, training goes on") == 1
+    assert caplog.text.count("lines get lost, training goes on") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]

@@ -14,6 +14,7 @@ after it are cancelled. --dry-run shows the batch scripts, --local does the work
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     chains = plan(options)
     for chain in chains:
         for stage in chain:
-            stage.check(resources.tasks)
+            stage.check(options.nodes * options.tasks_per_node)
     folder = options.folder.resolve()
     if options.dry_run:
         for chain in chains:
@@ -89,11 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace) -> list[list[Stage]]:
-    """The chains that the command line asks for, one a variant.
-
-    Raises:
-        UserError: settings or stages that make no sense.
-    """
+    """The chains that the command line asks for, one a variant. Raises a UserError at impossible settings or stages."""
     if not options.config.exists():
         raise UserError(f"{options.config}: no such config file; see the folder configs/")
     variants, at = parse_settings(options.set)
@@ -124,16 +121,14 @@ def status(words: list[str]) -> int:
     options = parser.parse_args(words)
     if not (options.folder / "jobs").is_dir():
         raise UserError(f"{options.folder}: nothing was submitted from here; give --folder")
-    if not options.watch:
-        show(options.folder)
-        return ExitCode.DONE
-    with Live(table(options.folder), refresh_per_second=2) as live:
-        try:
+    if options.watch:
+        with Live(table(options.folder), refresh_per_second=2) as live, suppress(KeyboardInterrupt):
             while True:
                 time.sleep(REFRESH_SECONDS)
                 live.update(table(options.folder))
-        except KeyboardInterrupt:
-            return ExitCode.DONE
+    else:
+        show(options.folder)
+    return ExitCode.DONE
 
 
 def show(folder: Path) -> None:

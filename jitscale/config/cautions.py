@@ -9,16 +9,13 @@ LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # JiT-H's (arXiv 2511.13720, table 9), whic
 def cautions(config: Config, images: int) -> list[str]:
     """One line for each setting that is rarely intended in a training on `images` images."""
     found = []
-    if config.optim.warmup_images > images:
-        found.append(
-            f"optim.warmup_images={config.optim.warmup_images} is more than the {images} images of the run: the "
-            "learning rate never reaches optim.lr"
-        )
     model = config.model
+    if config.optim.warmup_images > images:
+        limit = f"is more than the {images} images of the run: the learning rate never reaches optim.lr"
+        found.append(f"optim.warmup_images={config.optim.warmup_images} {limit}")
     if model.depth >= LARGE_DEPTH and model.hidden_size >= LARGE_WIDTH:
-        without = [name for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0]
-        if without:
-            named = " and ".join(f"model.{name}" for name in without)
+        named = " and ".join(f"model.{name}" for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0)
+        if named:
             found.append(f"{named} of 0: the paper trains networks of JiT-H's size and larger with 0.2")
     return found
 
@@ -36,7 +33,5 @@ def start_caution(config: Config, weights: str, steps: int) -> str | None:
     share = decays[weights] ** steps
     if share <= START_SHARE:
         return None
-    return (
-        f"{weights} after {steps} steps is {share:.0%} the weights that the run began with, and so are its samples; "
-        "set ema.warmup=true, add a shorter average to ema.decays, or measure evaluation.weights=model"
-    )
+    what = f"{weights} after {steps} steps is {share:.0%} the weights that the run began with, and so are its samples"
+    return f"{what}; set ema.warmup=true, add a shorter average to ema.decays, or measure evaluation.weights=model"

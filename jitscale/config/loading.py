@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
 from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
-from jitscale.errors import ConfigError
+from jitscale.errors import ConfigError, first_line
 
 
 def load_config(
@@ -31,16 +31,12 @@ def load_config(
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
-    Args:
-        world_size: ranks that will share a batch.
-        bf16_supported: whether the device that `run.device` names has bfloat16.
-        needs_shards: whether `data.shards` must be set.
-
-    Raises:
-        ConfigError: everything that is wrong, together, each with its value, its limit and the remedy.
+    `world_size` ranks will share a batch. `bf16_supported` says of `run.device` whether it has bfloat16. `data.shards`
+    must be set if the caller `needs_shards`. Raises a ConfigError that says everything that is wrong, each with its
+    value, its limit and the remedy.
     """
     unread: dict[str, str] = {}  # override -> why
-    user = OmegaConf.create(_compose(Path(path), ()))
+    user = _compose(Path(path), ())
     for override in overrides:
         if "=" not in override:
             unread[override] = "has no '='"
@@ -48,11 +44,11 @@ def load_config(
         try:
             user.merge_with_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            unread[override] = f"is not key=value ({_first_line(error)})"
+            unread[override] = f"is not key=value ({first_line(error)})"
     try:
         values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {first_line(error)}") from error
 
     typed = OmegaConf.structured(Config)
     problems = [problem for key, value in _leaves(values, "") for problem in _assign(typed, key, value)]
@@ -106,11 +102,7 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+def _compose(path: Path, parents: tuple[Path, ...]) -> DictConfig:
     """`path` merged over the files of its `defaults:` list."""
     if path.resolve() in parents:
         raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
@@ -126,11 +118,8 @@ def _compose(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     names = loaded.pop("defaults", ListConfig([]))
     if not isinstance(names, ListConfig):
         raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
-    base = OmegaConf.create({})
-    for name in names:
-        base.merge_with(_compose((path.parent / str(name)).with_suffix(".yaml"), (*parents, path.resolve())))
-    base.merge_with(loaded)
-    return cast(dict[str, Any], OmegaConf.to_container(base))
+    files = [(path.parent / str(name)).with_suffix(".yaml") for name in names]
+    return cast(DictConfig, OmegaConf.merge(*(_compose(file, (*parents, path.resolve())) for file in files), loaded))
 
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -151,7 +140,7 @@ def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
             OmegaConf.update(typed, key, value)
         except OmegaConfBaseException as error:
             usual = f"the default is {shown(SETTINGS[key].default)}"
-            yield Problem(key, value, f"has the wrong type ({_first_line(error)})", usual)
+            yield Problem(key, value, f"has the wrong type ({first_line(error)})", usual)
     elif key in typed:
         yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
     else:

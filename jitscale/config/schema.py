@@ -16,11 +16,10 @@ WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which the
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 
-def _fraction_or_shards(held_out: str) -> Faults:
+def _held_out(held_out: str) -> Faults:
     fraction = held_out_fraction(DataConfig(held_out=held_out))
     if held_out == "" or (fraction is not None and not 0 < fraction < 1):
-        remedy = "for example 0.01, a folder of shards, or null to train on all"
-        yield "must be a fraction in (0, 1), or name shards", remedy
+        yield "must be a fraction in (0, 1), or name shards", "give 0.01, a folder of shards, or null to train on all"
 
 
 def _low_and_high(interval: list[float]) -> Faults:
@@ -70,9 +69,7 @@ class DataConfig:
     streams: int = setting(512, "contiguous streams read side by side; part of the order (data/order.py)", at_least=1)
     window: int = setting(512, "samples shuffled together inside a stream", at_least=1)
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
-    held_out: str | None = setting(
-        None, "never trained on: shards, or a fraction chosen by the keys; null: none", check=_fraction_or_shards
-    )
+    held_out: str | None = setting(None, "never trained on: shards, or a fraction by keys; null: none", check=_held_out)
     max_bad_fraction: float = setting(
         1e-4, "largest share of undecodable images (10 are always allowed); others replace them", at_least=0, below=1
     )
@@ -164,9 +161,7 @@ class EvaluationConfig:
     block_size: int = setting(64, "images generated together; fixed, so that ranks do not change a result", at_least=1)
     cuda_graphs: bool = setting(False, "the network as one CUDA graph for each size of a batch: GPUs only")
     at_end: bool = setting(False, "evaluate when the run is complete")
-    sweep: list[str] | None = setting(
-        None, "axes of evaluate_fid.py, as [guidance=1.8:2.6:0.2,ema=averages]; null: the configured setting alone"
-    )
+    sweep: list[str] | None = setting(None, "axes of evaluate_fid.py, as [guidance=2:3:0.2,ema=averages]; null: none")
     sweep_images: int = setting(5000, "images of each setting of it; num_images at most", at_least=10, reason=SPLITS)
     sweep_keep: int = setting(1, "best settings that are measured on num_images", at_least=1)
     sweep_max_share: float | None = setting(None, "of the run's compute; a larger sweep is refused; null: any", above=0)
@@ -195,9 +190,7 @@ class RunConfig:
     max_steps: int | None = setting(None, "see max_images", at_least=0)
     seed: int = setting(0, "for everything random in training", at_least=0, at_most=LARGEST_SEED)
     device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    init_from: str | None = setting(
-        None, "start from these weights: a run, a step folder, .safetensors, the authors' .pth; null: from random ones"
-    )
+    init_from: str | None = setting(None, "start from: a run, step folder, .safetensors, authors' .pth; null: random")
     init_weights: str | None = setting(None, "the weight set to start from; null: model, or the only one")
     init_ema: bool = setting(True, "averages of init_from go on where ema.* has them; false: start from init_weights")
     rollback_after: int = setting(10, "steps in a row without a finite gradient, after which to roll back", at_least=1)

@@ -27,7 +27,7 @@ from jitscale import parallel
 from jitscale.command import Parser
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_training_shards
-from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.errors import ExitCode, UserError, exit_with_message, first_line
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 from jitscale.parallel import World
@@ -72,14 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
-    finding = Finding(
-        node=socket.gethostname(),
-        faults=faults_of(config),
-        code=_hash_of_code(),
-        config=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
-        device="cuda" if on_gpu else "cpu",
-        mistake=parallel.shared_gpu() if on_gpu else "",
-    )
+    code, settings = _hash_of_code(), hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    device, mistake = ("cuda", parallel.shared_gpu()) if on_gpu else ("cpu", "")
+    finding = Finding(socket.gethostname(), faults_of(config), code, settings, device, mistake)
 
     limit = timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
     store = _rendezvous(rank, world_size, limit)
@@ -96,8 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     if problems:
         return ExitCode.FAILED
     if options.work == "train":  # an evaluation checks by itself what it needs
-        local_rank = int(os.environ["LOCAL_RANK"])
-        measurable_config(config, World(rank, world_size, local_rank, torch.device("cpu")))
+        measurable_config(config, World(rank, world_size, int(os.environ["LOCAL_RANK"]), torch.device("cpu")))
     slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device), limit)))
     if rank == 0:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"
@@ -152,7 +146,7 @@ def _rendezvous(rank: int, world_size: int, limit: timedelta) -> TCPStore | None
         try:
             store = TCPStore(address, port, world_size, is_master=rank == 0, wait_for_workers=False, timeout=limit)
         except dist.DistError as error:  # rank 0 did not come, or its port is taken
-            what = f"rank 0 does not serve {parallel.meeting_place()} ({parallel.first_line(error)})"
+            what = f"rank 0 does not serve {parallel.meeting_place()} ({first_line(error)})"
             print(f"{FAULT} {nodes[0]}: {what}", flush=True)
             return None
         try:

@@ -1,7 +1,5 @@
 """Requests to Slurm. Each has a time limit: a controller that is busy must not hold a job."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -26,12 +24,8 @@ class SlurmJob:
     partition: str
 
     @classmethod
-    def current(cls) -> SlurmJob:
-        """From the environment of a batch script.
-
-        Raises:
-            UserError: this is not one, or only a part of its environment is here.
-        """
+    def current(cls) -> "SlurmJob":
+        """From a batch script's environment. Raises a UserError elsewhere, or if only a part of it is here."""
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError("not inside a Slurm job; submit a script: sbatch slurm/train_jit_h.sh")
         names = ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION"]
@@ -47,55 +41,34 @@ class SlurmJob:
 
 
 def check_commands() -> None:
-    """Slurm's commands are on PATH.
-
-    Raises:
-        UserError: some are not; the message names them all.
-    """
-    missing = [name for name in COMMANDS if shutil.which(name) is None]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)}: not on PATH; the batch script needs Slurm's commands, so start it outside of a "
-            "container, and name what starts a rank inside by JITSCALE_RANK_PYTHON (docs/cluster.md)"
-        )
+    """Slurm's commands are on PATH. Raises a UserError that names those that are not."""
+    if missing := [name for name in COMMANDS if shutil.which(name) is None]:
+        outside = "start the batch script, which needs Slurm's commands, outside of a container"
+        inside = "name what starts a rank inside by JITSCALE_RANK_PYTHON (docs/cluster.md)"
+        raise UserError(f"{', '.join(missing)}: not on PATH; {outside}, and {inside}")
 
 
 def described_job(job: str) -> dict[str, str]:
-    """What Slurm's controller says of a job, such as its JobState.
-
-    Raises:
-        UserError: Slurm does not answer, or does not know the job any more.
-    """
+    """What Slurm's controller says of a job, such as its JobState. Raises what `ask` does, so for unknown jobs too."""
     return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", job)))
 
 
 def usable_nodes(partition: str) -> set[str]:
-    """The nodes of a partition that are, or will again be, there for jobs.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
+    """The nodes of a partition that are, or will again be, there for jobs. Raises what `ask` does."""
     listed = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t")
-    pairs = [line.split() for line in listed.splitlines()]
     gone = ("down", "drain", "drng", "fail", "maint", "unk", "inval")
+    pairs = (line.split() for line in listed.splitlines())
     return {name for name, state in pairs if not (state.startswith(gone) or state.endswith("*"))}
 
 
 def failed_tasks(text: str) -> list[str]:
-    """The nodes that srun's messages name for failed tasks, in order.
-
-    Tasks that srun killed as a consequence are ignored.
-    """
+    """The nodes that srun's messages name for failed tasks, in order, without tasks that srun killed in consequence."""
     found = re.findall(r"^srun: error: ([\w.-]+): tasks? [\d,\-]+: (.+)$", text, re.MULTILINE)
     return list(dict.fromkeys(node for node, what in found if "Terminated" not in what))
 
 
 def ask(*command: str) -> str:
-    """What a command of Slurm prints.
-
-    Raises:
-        UserError: it is not there, fails, or does not answer.
-    """
+    """What a command of Slurm prints. Raises a UserError if it is not there, fails, or does not answer."""
     try:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except FileNotFoundError as error:

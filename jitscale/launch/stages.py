@@ -58,8 +58,7 @@ class Stage:
     def check(self, tasks: int) -> None:
         """Refuse what can be known to fail before anything is queued.
 
-        Raises:
-            UserError: the configuration is impossible, its shards are not there, or W&B has no key.
+        Raises a UserError if the configuration is impossible, its shards are not there, or W&B has no key.
         """
         trains = self.kind == "train"
         config = load_config(self.config, self.settings, world_size=tasks, needs_shards=trains)
@@ -69,11 +68,7 @@ class Stage:
                 check_wandb(config)
 
     def __call__(self) -> str:
-        """Do the work to its end; returns what was done.
-
-        Raises:
-            UserError: it has failed.
-        """
+        """Do the work to its end; returns what was done. Raises a UserError if it has failed."""
         code: int = ExitCode.DONE
         if self.kind == "upgrade":
             if not complete_checkpoints(self.run_dir):  # by an earlier start of this job
@@ -102,10 +97,7 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
     """`train:256,upgrade:512,train:512,evaluate` as stages; a kind without a resolution takes the one before it.
 
     `stage` has the first resolution's config and run folder, whose names carry the resolution. `overrides` (resolution
-    -> settings) hold there only.
-
-    Raises:
-        UserError: an unknown kind, an upgrade of nothing, or a config that is not there.
+    -> settings) hold there only. Raises a UserError at an unknown kind, an upgrade of nothing, or an absent config.
     """
     stages: list[Stage] = []
     resolution = ""
@@ -120,33 +112,20 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
             raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
         if kind == "upgrade" and previous in ("", resolution):
             raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
-        config = _at(stage.config, resolution)
+        config, run_dir = _at(stage.config, resolution), _at(stage.run_dir, resolution)
         if not config.exists():
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
-        stages.append(
-            replace(
-                stage,
-                kind=kind,
-                config=config,
-                run_dir=_at(stage.run_dir, resolution),
-                overrides=(*stage.overrides, *overrides.get(resolution, [])),
-                source=_at(stage.run_dir, previous) if kind == "upgrade" else None,
-            )
-        )
+        source = _at(stage.run_dir, previous) if kind == "upgrade" else None
+        settings = (*stage.overrides, *overrides.get(resolution, []))
+        stages.append(replace(stage, kind=kind, config=config, run_dir=run_dir, overrides=settings, source=source))
     return stages
 
 
 def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
-    """--set options as variants of a sweep, and as settings of single resolutions of a chain.
+    """--set options as variants of a sweep (end of the run folder -> settings), and as settings at a resolution.
 
     `optim.lr=1e-4,2e-4` makes two variants, and several such options one for each combination. `512/optim.lr=1e-5` is
-    for 512 px only.
-
-    Returns:
-        The end of a variant's run folder -> its settings; resolution -> its settings.
-
-    Raises:
-        UserError: not key=value.
+    for 512 px of a chain only. Raises a UserError at what is not key=value.
     """
     axes: list[list[str]] = []
     at: dict[str, list[str]] = {}

@@ -35,11 +35,6 @@ class Resources:
     signal_seconds: int  # before the limit, for the last checkpoint
     options: dict[str, str]  # more options of sbatch, as {"account": "vision"}
 
-    @property
-    def tasks(self) -> int:
-        """Ranks of a job."""
-        return self.nodes * self.tasks_per_node
-
 
 @dataclass(frozen=True)
 class Record:
@@ -55,11 +50,7 @@ class Record:
 
 
 def check_partition(partition: str | None) -> None:
-    """Refuse a partition that is not there.
-
-    Raises:
-        UserError: it is not, or there is no Slurm.
-    """
+    """Raise a UserError if the partition is not there, or there is no Slurm."""
     names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
     if partition is not None and partition not in names:
         raise UserError(f"--partition {partition}: not on this cluster; choose one of {', '.join(sorted(names))}")
@@ -81,28 +72,23 @@ def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path
         after = None
         for stage in chain:
             job = _executor(folder, resources, stage, after).submit(stage)
-            _record(job.job_id, stage, after, folder)
-            after = job.job_id
+            after = _record(job.job_id, stage, after, folder)
 
 
 def submit_here(chain: Sequence[Stage], folder: Path) -> None:
     """Do a chain on this machine without Slurm, one stage after another, each in a process of submitit's.
 
-    Raises:
-        UserError: a stage has failed; those after it are not begun.
+    Raises a UserError if a stage has failed; those after it are not begun.
     """
     after = None
     executor = LocalExecutor(folder)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     for stage in chain:
         job = executor.submit(stage)
-        name = f"local_{job.job_id}"
-        _record(name, stage, after, folder)
-        after = name
+        after = _record(f"local_{job.job_id}", stage, after, folder)
         print(f"{stage.name}: process {job.job_id}, log {job.paths.stdout}", flush=True)
-        error = job.exception()
-        if error is not None:
-            last = [line for line in str(error).splitlines() if line.strip()][-1]
+        if error := job.exception():
+            last = str(error).strip().splitlines()[-1]
             raise UserError(f"{stage.name}: {last}; its log is {job.paths.stderr}")
 
 
@@ -143,11 +129,12 @@ def _executor(folder: Path, resources: Resources, stage: Stage, after: str | Non
 
 def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[str, Any]:
     """What sbatch must be told, by submitit's names."""
-    signal = f"B:USR1@{resources.signal_seconds}"
-    additional: dict[str, Any] = {"requeue": True, "signal": signal, **resources.options}
+    additional: dict[str, Any] = {"requeue": True, "signal": f"B:USR1@{resources.signal_seconds}", **resources.options}
     parameters: dict[str, Any] = {
         "nodes": resources.nodes,
         "ntasks_per_node": resources.tasks_per_node,
+        "partition": resources.partition,
+        "dependency": None if after is None else f"afterok:{after}",
         "job_name": stage.name.replace(" ", "-"),
         "time": resources.minutes,
         "cpus_per_task": resources.cpus_per_task,
@@ -160,21 +147,20 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
         parameters |= {"nodes": 1, "ntasks_per_node": 1}
     elif resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
-    if resources.partition is not None:
-        parameters["partition"] = resources.partition
     if after is not None:
-        parameters["dependency"] = f"afterok:{after}"
         additional["kill-on-invalid-dep"] = "yes"
     return parameters
 
 
-def _record(job: str, stage: Stage, after: str | None, folder: Path) -> None:
+def _record(job: str, stage: Stage, after: str | None, folder: Path) -> str:
+    """Keep the record of a submitted job; returns its id, for the stage that waits for it."""
     log = folder / f"{job.removeprefix('local_')}_0_log.out"
     submitted = datetime.now(timezone.utc).isoformat()
     record = Record(job, stage.name, stage.kind, str(stage.run_dir), after, str(log), submitted)
     (folder / "jobs").mkdir(exist_ok=True)
     with atomic_write(folder / "jobs" / f"{job}.json") as file:
         file.write(json.dumps(asdict(record)).encode())
+    return job
 
 
 def _state(record: Record) -> tuple[str, int, str]:

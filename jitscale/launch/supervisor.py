@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from jitscale import run_folder
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.command import Parser, complete_source, evaluate_parser, train_parser
 from jitscale.config import Config, load_config
@@ -30,18 +31,10 @@ from jitscale.launch.preflight import FAULT
 from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
-from jitscale.run_folder import (
-    MOST_WITHOUT_PROGRESS,
-    Attempts,
-    forget_completion,
-    is_complete,
-    is_complete_under,
-)
 from jitscale.tracking import check_wandb
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("train", "evaluate")
 LEFT_OVER = set(TORCHRUN) - {"MASTER_PORT"}  # slurm/launch.sh sets the port
 PREFLIGHT_LIMIT = 600.0  # seconds after which the preflight itself hangs
 TAIL_LINES = 2000  # of the ranks' output, in which failed tasks are looked for
@@ -65,16 +58,15 @@ class Work:
     @property
     def progress_mark(self) -> int:
         """How far it is: steps of the newest checkpoints of all stages, and the finished parts of evaluations."""
-        newest: list[Path] = []
-        if self.command == "train":
-            newest = [folder for run_dir in run_dirs(self.run_dir) for folder in complete_checkpoints(run_dir)[-1:]]
+        trained = run_dirs(self.run_dir) if self.command == "train" else []
+        newest = [folder for run_dir in trained for folder in complete_checkpoints(run_dir)[-1:]]
         return finished_parts(self.config) + sum(1 + int(folder.name.removeprefix("step_")) for folder in newest)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and supervise; returns the batch script's exit code."""
     parser = Parser(__doc__, prog="python -m jitscale.launch.supervisor")
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m jitscale.COMMAND")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor: %(message)s", stream=sys.stdout)
@@ -85,23 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
 def work_of(command: str, arguments: list[str], tasks: int) -> Work:
     """What the arguments mean; a mistake in them is found before the ranks start.
 
-    Raises:
-        ConfigError: the configuration is impossible.
-        UserError: see `complete_source`; or W&B has no key.
+    Raises a UserError if the configuration is impossible or W&B has no key, and what `complete_source` does.
     """
     done = False
     if command == "train":
         options = train_parser().parse_intermixed_args(arguments)
         overrides = options.overrides
         config = load_config(options.config, overrides, world_size=tasks, needs_shards=True)
-        done = is_complete_under(config)
+        done = run_folder.is_complete_under(config)
         if not done and "JITSCALE_RANK_PYTHON" not in os.environ:  # a container may have the key, and its ranks look
             check_wandb(config)
     else:
         options = evaluate_parser().parse_intermixed_args(arguments)
         complete_source(options)
-        own = [] if options.run is None else [f"run.dir={options.run}"]
-        overrides = [*options.overrides, *own]
+        overrides = [*options.overrides, *([] if options.run is None else [f"run.dir={options.run}"])]
         config = load_config(options.config, overrides)
     preflight = ["--work", command, "--config", str(options.config), *overrides]
     return Work(command, arguments, config, preflight, done)
@@ -112,7 +101,7 @@ class Supervisor:
 
     def __init__(self, job: SlurmJob, work: Work) -> None:
         self.job, self.work = job, work
-        self.attempts = Attempts()
+        self.attempts = run_folder.Attempts()
         self.srun: subprocess.Popen[str] | None = None
         self.forwards = False  # the preflight is short, and has nothing to save
         self.asked_to_stop = False  # by the time limit's warning, or by the user
@@ -123,16 +112,15 @@ class Supervisor:
     def run(self) -> int:
         """Check, start, decide; returns the exit code of the batch script.
 
-        Raises:
-            UserError: several starts in a row have led nowhere, or Slurm's commands are not here.
+        Raises a UserError if several starts in a row have led nowhere, or Slurm's commands are not here.
         """
         check_commands()
         work = self.work
-        if work.is_done or (self.job.restarts > 0 and is_complete(work.run_dir, work.command)):
+        if work.is_done or (self.job.restarts > 0 and run_folder.is_complete(work.run_dir, work.command)):
             logger.info("%s is complete; nothing is left to do", work.run_dir)
             return ExitCode.DONE
-        retries = int(positive_setting("JITSCALE_MOST_RETRIES", MOST_WITHOUT_PROGRESS))
-        self.attempts = Attempts.begin(work.run_dir, work.progress_mark, retries)
+        retries = int(positive_setting("JITSCALE_MOST_RETRIES", run_folder.MOST_WITHOUT_PROGRESS))
+        self.attempts = run_folder.Attempts.begin(work.run_dir, work.progress_mark, retries)
         start = f"start {self.attempts.starts} of {work.run_dir} at progress mark {self.attempts.position}"
         logger.info("job %s, %s on %s", self.job.id, start, ",".join(self.job.nodes))
         code, output = self._srun("preflight", "launch.preflight", work.preflight_arguments, limit=PREFLIGHT_LIMIT)
@@ -143,9 +131,9 @@ class Supervisor:
         if code != ExitCode.DONE:
             named = [line.split()[2].rstrip(":") for line in output.splitlines() if line.startswith(FAULT)]
             return self._again("the preflight failed", named or failed_tasks(output))
-        forget_completion(work.run_dir, work.command)
+        run_folder.forget_completion(work.run_dir, work.command)
         code, output = self._srun(work.command, work.command, work.arguments)
-        if is_complete(work.run_dir, work.command):
+        if run_folder.is_complete(work.run_dir, work.command):
             logger.info("%s is complete", work.run_dir)
             return ExitCode.DONE
         if code == ExitCode.USER_ERROR:
@@ -210,8 +198,7 @@ class Supervisor:
             logger.warning("%s; they are tried again", missing)
             self.attempts.excluded = []
         self.attempts.write(self.work.run_dir)
-        named = f"; excluded: {', '.join(new)}" if new else ""
-        logger.info("%s%s; back into the queue", reason, named)
+        logger.info("%s%s; back into the queue", reason, f"; excluded: {', '.join(new)}" if new else "")
         # Requeuing sends SIGTERM to all processes of this script, and scontrol still has work to do.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ask("scontrol", "requeue", job)
