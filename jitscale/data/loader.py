@@ -55,10 +55,8 @@ class ShardLoader:
     consecutive slices of that list, so any R and any micro-batch size read the same global batches. There is no state
     to save: the trainer knows the position from the steps it completed.
 
-    An image that cannot be decoded is replaced by another sample, chosen by a hash of its position.
-
-    Raises:
-        DataError: G is not a multiple of R times B; while iterating, a shard that cannot be read, or a dead worker.
+    An image that cannot be decoded is replaced by another sample, chosen by a hash of its position. Raises a DataError
+    if G is not a multiple of R times B; while iterating, at a shard that cannot be read, or a dead worker.
     """
 
     shard_set: ShardSet
@@ -114,8 +112,7 @@ class ShardLoader:
     def check_shared_memory(self, local_ranks: int) -> None:
         """Refuse a file system that the batches of `local_ranks` ranks of a node would fill, which kills by SIGBUS.
 
-        Raises:
-            DataError: naming the size that is needed.
+        Raises a DataError with the size that is needed.
         """
         batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
         needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
@@ -163,10 +160,7 @@ def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: 
     """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
     With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
-    traceback.
-
-    Raises:
-        DataError: while iterating: that of the dataset, or a dead worker.
+    traceback. Iterating raises it here, and a DataError at a dead worker.
     """
     closing = multiprocessing.Event()
     loader: DataLoader[T | DataError] = DataLoader(

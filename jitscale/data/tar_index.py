@@ -107,11 +107,8 @@ def scan_tar(path: Path) -> list[TarSample]:
     """The samples of one tar in its order.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
-    base name. One of them is the image; `cls` is the label; others are ignored.
-
-    Raises:
-        DataError: the tar is missing, empty, compressed, truncated or damaged; a key comes twice; a sample has no
-            image or several.
+    base name. One of them is the image; `cls` is the label; others are ignored. Raises a DataError if the tar is
+    missing, empty, compressed, truncated or damaged, a key comes twice, or a sample has no image or several.
     """
     scan = survey_tar(path)
     if scan.defects:
@@ -148,10 +145,8 @@ def survey_tar(path: Path) -> TarScan:
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
     """One `INDEX` record of each sample that `scan_tar` finds.
 
-    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`.
-
-    Raises:
-        DataError: see `scan_tar`; or a label is neither a class number in decimal nor one of `class_names`.
+    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`. Raises as `scan_tar`, and a
+    DataError if a label is neither a class number in decimal nor one of `class_names`.
     """
     samples, labels = scan_tar(path), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
@@ -210,8 +205,7 @@ def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] 
 def map_index(path: Path) -> IndexArray:
     """The index in the file `path`, memory-mapped: of 100 million samples it has 2 GB, in every worker.
 
-    Raises:
-        DataError: it is missing or damaged.
+    Raises a DataError if it is missing or damaged.
     """
     remedy = "remove it, the tar is then scanned"
     with data_error(f"{path}: cannot be mapped", remedy, (OSError, ValueError, EOFError)):
@@ -231,8 +225,7 @@ def key_hashes(samples: Sequence[TarSample]) -> UInt64Array:
 def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     """The hashes of `samples` keys in the `content` of their file; `source` is its name for messages.
 
-    Raises:
-        DataError: it is damaged, or is of another number of samples.
+    Raises a DataError if it is damaged, or is of another number of samples.
     """
     remedy = "write it again with tools/index_shards.py --force"
     with data_error(f"{source}: cannot be read", remedy, (ValueError, EOFError)):
