@@ -85,9 +85,7 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
 def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     """The authors' `checkpoint-last.pth`."""
     if options.weights is not None:
-        raise UserError(
-            "--weights: the authors' file holds the model and two averages; choose them by --ema1 and --ema2"
-        )
+        raise UserError("--weights: the authors' file holds the model and two averages; choose by --ema1 and --ema2")
     refuse_existing(options.output)
     averages = [name for name in stored.weight_sets if name.startswith("ema_")]
     for option, name in (("ema1", options.ema1), ("ema2", options.ema2)):

@@ -69,8 +69,7 @@ def main() -> int:
 def parse_widths(texts: Sequence[str]) -> list[float]:
     """The widths that the command line names, each once, in its order.
 
-    Raises:
-        UserError: not numbers, or no widths of a power function.
+    Raises a UserError if they are not numbers, or no widths of a power function.
     """
     widths: list[float] = []
     for text in texts:
@@ -88,8 +87,7 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
             found = numbers
         else:
             raise UserError(f"--widths {text}: must be a number or FROM:TO:STEP; for example 0.1 or 0.05:0.25:0.05")
-        wrong = [width for width in found if not 0 < width < WIDEST_POWER]
-        if wrong:
+        if wrong := [width for width in found if not 0 < width < WIDEST_POWER]:
             raise UserError(
                 f"--widths {text}: {wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f}) "
                 "(the latter is a plain mean over the run); give such a number, for example 0.1"
@@ -101,8 +99,7 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
 def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     """The snapshots up to `at_images`, verified, oldest first.
 
-    Raises:
-        UserError: fewer than two, none at `at_images`, or not of one network.
+    Raises a UserError at fewer than two, none at `at_images`, or not of one network.
     """
     folders = complete_snapshots(run)
     if not folders:
@@ -128,11 +125,7 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
 
 
 def report(widths: Sequence[float], solution: Reconstruction, source: str) -> None:
-    """Print how good the reconstruction will be.
-
-    Raises:
-        UserError: a width that the snapshots cannot express.
-    """
+    """Print how good the reconstruction will be. Raises a UserError at a width that the snapshots cannot express."""
     lines = [source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}"]
     amplifications = np.abs(solution.coefficients).sum(axis=0)
     rows = zip(widths, solution.errors, solution.sum_errors, amplifications, strict=True)
@@ -152,8 +145,7 @@ def write(
 ) -> None:
     """Mix the stored sets, block by block of each parameter, into one file for each width; all files appear together.
 
-    Raises:
-        CheckpointError: a snapshot is damaged, or the output cannot be written.
+    Raises a CheckpointError if a snapshot is damaged, or the output cannot be written.
     """
     newest = inputs[-1][0]
     coefficients = torch.from_numpy(solution.coefficients)
@@ -165,8 +157,8 @@ def write(
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
                 metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
                 appends.append(stack.enter_context(atomic_safetensors(file, newest.shapes, metadata)))
-            bar = tqdm(total=elements(newest.shapes), unit="elements", unit_scale=True, desc="mix")
-            progress = stack.enter_context(bar)
+            count = elements(newest.shapes)
+            progress = stack.enter_context(tqdm(total=count, unit="elements", unit_scale=True, desc="mix"))
             for parameter, shape in newest.shapes.items():
                 for low in range(0, math.prod(shape), BLOCK):
                     high = min(low + BLOCK, math.prod(shape))

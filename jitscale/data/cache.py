@@ -128,10 +128,9 @@ class ShardCache:
         if self._is_here(record):
             return
         if record.bytes > self.capacity:
-            raise DataError(
-                f"{url}: has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}; raise "
-                f"data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller shards"
-            )
+            what = f"has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}"
+            remedy = f"raise data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller ones"
+            raise DataError(f"{url}: {what}; {remedy}")
         tar, partial = self._file(record, _TAR), self._file(record, _PARTIAL)
         start = time.monotonic()
         with self._writing(url, record.bytes):

@@ -9,7 +9,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from jitscale.data.manifest import MANIFEST, Manifest
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,8 @@ def find_remote_shards(pattern: str) -> tuple[str, list[str] | None]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    try:
+    with data_error(f"{pattern}: has unbalanced braces", "write for example shard-{000..007}.tar", ValueError):
         return list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
 
 
 def _refuse_repeated(pattern: str, names: Sequence[object]) -> None:

@@ -72,10 +72,9 @@ class ShardLoader:
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
         if self.global_batch_size % together != 0:
-            raise DataError(
-                f"data.batch_size={self.global_batch_size}: is not a multiple of {self.world_size} ranks x "
-                f"micro-batch {self.micro_batch_size} = {together}; change one of them"
-            )
+            product = f"{self.world_size} ranks x micro-batch {self.micro_batch_size} = {together}"
+            size = self.global_batch_size
+            raise DataError(f"data.batch_size={size}: is not a multiple of {product}; change one of them")
 
     def __iter__(self) -> Generator[Batch, None, None]:
         dataset, order = _MicroBatches(self.shard_set, self.order), self.order
@@ -150,10 +149,8 @@ class _MicroBatches(Dataset["Batch | DataError"]):
                 bad_samples.append(str(error))
                 draw = hash64(self.order.seed, Purpose.REPLACEMENT, position, attempt)
                 shard, index = self.shards.shard_and_index(int(draw[0] % np.uint64(self.shards.num_samples)))
-        raise DataError(
-            f"{bad_samples[-1]}; neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it; "
-            "check the shards with tools/index_shards.py --verify"
-        )
+        others = f"neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it"
+        raise DataError(f"{bad_samples[-1]}; {others}; check the shards with tools/index_shards.py --verify")
 
 
 def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: Any) -> Generator[T, None, None]:

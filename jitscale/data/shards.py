@@ -162,17 +162,13 @@ class ShardSet:
         """Raise a DataError if a shard of `held_out` is one of these too, or its labels mean other classes."""
         own = {mark: shard.location for shard in self._shards for mark in shard.identities()}
         for shard in held_out._shards:
-            common = [own[mark] for mark in shard.identities() if mark in own]
-            if common:
-                raise DataError(
-                    f"data.held_out: {shard.location} is trained on as {common[0]} of data.shards; name shards that "
-                    "data.shards leaves out, or hold out a fraction, for example data.held_out=0.01"
-                )
+            if common := [own[mark] for mark in shard.identities() if mark in own]:
+                what = f"{shard.location} is trained on as {common[0]} of data.shards"
+                remedy = "name shards that it leaves out, or hold out a fraction, for example data.held_out=0.01"
+                raise DataError(f"data.held_out: {what}; {remedy}")
         if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
-            raise DataError(
-                "data.held_out: its manifest names other classes than that of data.shards, and a label must mean one "
-                "thing; write its shards with the same class names"
-            )
+            remedy = "a label must mean one thing, so write its shards with the same class names"
+            raise DataError(f"data.held_out: its manifest names other classes than that of data.shards; {remedy}")
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
@@ -190,10 +186,8 @@ class ShardSet:
             return count_classes((shard.local_index() for shard in self._shards), self._num_classes) or []
         counts = self._manifests[0].class_counts or []
         if sum(counts) != self.num_samples:
-            raise DataError(
-                f"{self._shards[0].location}: the manifest does not count the samples of each class; write it again "
-                "with tools/index_shards.py"
-            )
+            what = "the manifest does not count the samples of each class"
+            raise DataError(f"{self._shards[0].location}: {what}; write it again with tools/index_shards.py")
         return counts + [0] * (self._num_classes - len(counts))
 
     def check_cache(self, side_by_side: int) -> None:
@@ -205,10 +199,9 @@ class ShardSet:
             return
         largest = sorted((shard.record.bytes for shard in self._shards), reverse=True)[:side_by_side]
         if sum(largest) > self._cache.capacity:
-            raise DataError(
-                f"data.cache_gb={self._cache.capacity / 1e9:g}: this node reads {len(largest)} shards side by side, "
-                f"together {sum(largest) / 1e9:.3g} GB; raise it, or lower data.streams"
-            )
+            needed = f"reads {len(largest)} shards side by side, together {sum(largest) / 1e9:.3g} GB"
+            held = f"data.cache_gb={self._cache.capacity / 1e9:g}"
+            raise DataError(f"{held}: this node {needed}; raise it, or lower data.streams")
 
     def read(self, shard: int, index: int) -> tuple[UInt8Array, int]:
         """Sample `index` of this set's part of `shard`: its image and its label.
@@ -258,11 +251,9 @@ class ShardSet:
             image = decode(data, extension.decode())
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
-                raise ImageError(
-                    f"is {width} x {height} pixels, smaller than the image size {self.image_size}; "
-                    f"lower {self._wanted.size_setting}, write larger shards, or let tools/index_shards.py record that "
-                    "images have their original sizes"
-                )
+                what = f"is {width} x {height} pixels, smaller than the image size {self.image_size}"
+                record = "let tools/index_shards.py record that images have their original sizes"
+                raise ImageError(f"{what}; lower {self._wanted.size_setting}, write larger shards, or {record}")
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
             raise ImageError(f"{self.place(shard, row)} {error}") from error

@@ -124,10 +124,8 @@ def survey_tar(path: Path) -> TarScan:
             for key, parts in _read_members(scan, file).items():
                 found = [extension for extension in parts if extension in EXTENSIONS]
                 if len(found) != 1:
-                    what = (
-                        f"sample {key!r} has {len(found)} images among {sorted(parts)}, needs exactly one of "
-                        f"{', '.join(EXTENSIONS)}; remove it or write the shard again"
-                    )
+                    has = f"sample {key!r} has {len(found)} images among {sorted(parts)}"
+                    what = f"{has}, needs exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
                     scan.refuse(min(part.offset for part in parts.values()), what)
                     continue
                 image, label, label_offset = parts[found[0]], None, 0
@@ -153,11 +151,9 @@ def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | 
     for sample in samples:
         label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
         if label is None:
-            raise DataError(
-                f"{path}: byte {sample.label_offset}: {sample.key}.cls holds {sample.label!r}, neither an integer in "
-                f"0..{LARGEST_LABEL} nor a known class name; write the class number in decimal, or name the classes "
-                "with tools/index_shards.py"
-            )
+            what = f"{sample.key}.cls holds {sample.label!r}, neither an integer in 0..{LARGEST_LABEL} nor a known class"
+            remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
+            raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")
         labels.append(label)
     return index_of(samples, labels)
 
@@ -283,8 +279,7 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
     tarfile stopped at `offset` of `file`. The tar ends at `end`, or with the file. `path` is for the message.
     """
     descriptor = file.fileno()
-    if end is None:
-        end = os.fstat(descriptor).st_size
+    end = os.fstat(descriptor).st_size if end is None else end
     found = os.pread(descriptor, max(min(len(_END_OF_ARCHIVE), end - offset), 0), offset)
     at = offset + len(found)
     if len(found) < len(_END_OF_ARCHIVE):
