@@ -88,10 +88,9 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
         else:
             raise UserError(f"--widths {text}: must be a number or FROM:TO:STEP; for example 0.1 or 0.05:0.25:0.05")
         if wrong := [width for width in found if not 0 < width < WIDEST_POWER]:
-            raise UserError(
-                f"--widths {text}: {wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f}) "
-                "(the latter is a plain mean over the run); give such a number, for example 0.1"
-            )
+            what = f"{wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f})"
+            latter = "the latter is a plain mean over the run"
+            raise UserError(f"--widths {text}: {what} ({latter}); give such a number, for example 0.1")
         widths += found
     return list(dict.fromkeys(widths))
 
@@ -103,19 +102,15 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     """
     folders = complete_snapshots(run)
     if not folders:
-        raise CheckpointError(
-            f"{run}: no snapshots (no {run / 'snapshots'}/images_*); train with ema.power_widths=[0.05,0.1] and "
-            "ema.snapshot_every_images"
-        )
+        remedy = "train with ema.power_widths=[0.05,0.1] and ema.snapshot_every_images"
+        raise CheckpointError(f"{run}: no snapshots (no {run / 'snapshots'}/images_*); {remedy}")
     if at_images is not None and at_images not in folders:
         nearest = min(folders, key=lambda images: abs(images - at_images))
         raise UserError(f"--at-images {at_images}: {run} has no snapshot there; the nearest is {nearest}")
     chosen = [folder for images, folder in folders.items() if at_images is None or images <= at_images]
     if len(chosen) < 2:
-        raise CheckpointError(
-            f"{run}: {len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or "
-            "more; train on, or lower ema.snapshot_every_images"
-        )
+        what = f"{len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or more"
+        raise CheckpointError(f"{run}: {what}; train on, or lower ema.snapshot_every_images")
     snapshots = [Checkpoint(folder) for folder in chosen]
     for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):
         snapshot.verify()
@@ -132,10 +127,9 @@ def report(widths: Sequence[float], solution: Reconstruction, source: str) -> No
     for width, error, sum_error, amplification in rows:
         line = f"  {power_name(width):<14}{error:>16.1e}{sum_error:>12.1e}{amplification:>16.1f}"
         if error > WORST_ERROR:
-            raise UserError(
-                f"--widths {width}: {source} cannot express it (expected error {error:.0%}, at most "
-                f"{WORST_ERROR:.0%}); give a width nearer to the tracked ones, or take snapshots more often"
-            )
+            what = f"{source} cannot express it (expected error {error:.0%}, at most {WORST_ERROR:.0%})"
+            remedy = "give a width nearer to the tracked ones, or take snapshots more often"
+            raise UserError(f"--widths {width}: {what}; {remedy}")
         lines.append(line + ("  coarse: snapshots are far apart for this width" if error > COARSE_ERROR else ""))
     print("\n".join(lines))
 
@@ -157,8 +151,8 @@ def write(
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
                 metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
                 appends.append(stack.enter_context(atomic_safetensors(file, newest.shapes, metadata)))
-            count = elements(newest.shapes)
-            progress = stack.enter_context(tqdm(total=count, unit="elements", unit_scale=True, desc="mix"))
+            bar = tqdm(total=elements(newest.shapes), unit="elements", unit_scale=True, desc="mix")
+            progress = stack.enter_context(bar)
             for parameter, shape in newest.shapes.items():
                 for low in range(0, math.prod(shape), BLOCK):
                     high = min(low + BLOCK, math.prod(shape))

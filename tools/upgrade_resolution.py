@@ -71,8 +71,7 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
         print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
     kept = len(stored.shapes) - len(plan.resized)
     print(f"  kept: the other {kept} parameters of each of {', '.join(stored.weight_sets)}")
-    moments = [name for name in sets if name in MOMENTS]
-    if not moments:
+    if not any(name in MOMENTS for name in sets):
         print("  moments of the optimizer: begin at zero (none were stored, another optimizer's, or --reset-moments)")
     elif plan.resized:
         print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
@@ -137,9 +136,8 @@ def preview(path: Path, stored: StoredWeights, target: Config, plan: upgrade.Upg
     after = jitscale.sample(new, labels, noise=noise, steps=PREVIEW_STEPS)
     rows = [after]
     if plan.mode == "patch":
-        old = stored.network(name)
         seen = plan.pool(target.diffusion.noise_scale * noise)
-        before = jitscale.sample(old, labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
+        before = jitscale.sample(stored.network(name), labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
         rows = [before, plan.pool(after), after]
     shown = [torch.nn.functional.interpolate(row, size=(size, size), mode="nearest") for row in rows]
     grid = torch.cat([torch.cat(list(row), dim=2) for row in shown], dim=1)

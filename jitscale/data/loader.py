@@ -117,10 +117,9 @@ class ShardLoader:
         needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed
         if needed > free:
-            raise DataError(
-                f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {self.num_workers} workers need "
-                f"{-(-needed >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
-            )
+            readers = f"{local_ranks} ranks x {self.num_workers} workers need {-(-needed >> 20)} MiB"
+            remedy = "enlarge it (containers: --shm-size) or lower data.num_workers"
+            raise DataError(f"{SHARED_MEMORY}: has {free >> 20} MiB free, {readers}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,9 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 def _dead_worker(what: str) -> DataError:
-    return DataError(
-        f"data.num_workers: {' '.join(what.split()).rstrip('.')}. Out of memory is the usual cause: lower "
-        "data.num_workers or engine.micro_batch_size, then start the same command again"
-    )
+    remedy = "lower data.num_workers or engine.micro_batch_size, then start the same command again"
+    said = " ".join(what.split()).rstrip(".")
+    return DataError(f"data.num_workers: {said}. Out of memory is the usual cause: {remedy}")
 
 
 def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:

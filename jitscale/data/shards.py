@@ -39,8 +39,6 @@ from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE_BYTES = 100 * 10**9
-
 _FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
 _MOST_MAPPED = 4096  # shards that a process keeps open
 _MOST_HELD_OUT_MAPPED = 2  # of held-out samples, which are read in sequence
@@ -55,6 +53,7 @@ class ShardSet:
     ) -> None:
         self._wanted, self._num_classes = wanted, wanted.num_classes
         self._shards, self._manifests, self._cache = shards, manifests, cache
+        self.is_remote = cache is not None  # so that shards are fetched before they are read
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
         # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
         # mapping too, of which Linux gives a process 65,530.
@@ -84,7 +83,7 @@ class ShardSet:
         image_size: int | None = None,
         *,
         cache_dir: str | Path | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int = 100 * 10**9,
         setting: str = "data.shards",
         size_setting: str = "model.image_size",
     ) -> ShardSet:
@@ -114,11 +113,6 @@ class ShardSet:
         if not any(shard.record.samples for shard in shards):
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
         return cls(wanted, shards, manifests, cache)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether shards are fetched before they are read."""
-        return self._cache is not None
 
     def without_fraction(self, fraction: float) -> ShardSet:
         """These samples without about `fraction` of them, in (0, 1), which become `held_out`.
@@ -164,7 +158,7 @@ class ShardSet:
         for shard in held_out._shards:
             if common := [own[mark] for mark in shard.identities() if mark in own]:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
-                remedy = "name shards that it leaves out, or hold out a fraction, for example data.held_out=0.01"
+                remedy = "name shards that data.shards leaves out, or hold out a fraction, as data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
         if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
             remedy = "a label must mean one thing, so write its shards with the same class names"

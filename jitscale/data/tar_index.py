@@ -151,7 +151,8 @@ def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | 
     for sample in samples:
         label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
         if label is None:
-            what = f"{sample.key}.cls holds {sample.label!r}, neither an integer in 0..{LARGEST_LABEL} nor a known class"
+            holds = f"{sample.key}.cls holds {sample.label!r}"
+            what = f"{holds}, neither an integer in 0..{LARGEST_LABEL} nor a known class name"
             remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
             raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")
         labels.append(label)
