@@ -70,7 +70,7 @@ def decode(data: bytes, extension: str) -> UInt8Array:
 
 
 def content_extension(data: bytes) -> str:
-    """The extension that fits the first bytes of `data`, whatever its file was called. Raises an ImageError if none."""
+    """The extension that fits the first bytes of `data`, not its file's name. Raises an ImageError if none does."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
     for extension, magic in _MAGIC.items():

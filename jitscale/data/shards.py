@@ -53,7 +53,7 @@ class ShardSet:
     ) -> None:
         self._wanted, self._num_classes = wanted, wanted.num_classes
         self._shards, self._manifests, self._cache = shards, manifests, cache
-        self.is_remote = cache is not None  # so that shards are fetched before they are read
+        self.is_remote = cache is not None  # whether shards are fetched before they are read
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
         # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
         # mapping too, of which Linux gives a process 65,530.
@@ -158,7 +158,7 @@ class ShardSet:
         for shard in held_out._shards:
             if common := [own[mark] for mark in shard.identities() if mark in own]:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
-                remedy = "name shards that data.shards leaves out, or hold out a fraction, as data.held_out=0.01"
+                remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
         if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
             remedy = "a label must mean one thing, so write its shards with the same class names"
@@ -266,7 +266,7 @@ class ShardSet:
         return {**self.__dict__, "_opened": LRUCache(), "held_out": None}
 
     def _count(self, samples_per_shard: Int64Array) -> None:
-        self.samples_per_shard = samples_per_shard
+        self.samples_per_shard = samples_per_shard  # (shards,)
         self._starts = np.cumsum(samples_per_shard) - samples_per_shard
         self.num_samples = int(samples_per_shard.sum())
 
