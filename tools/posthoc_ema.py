@@ -67,10 +67,7 @@ def main() -> int:
 
 
 def parse_widths(texts: Sequence[str]) -> list[float]:
-    """The widths that the command line names, each once, in its order.
-
-    Raises a UserError if they are not numbers, or no widths of a power function.
-    """
+    """The widths of a power function that `texts` name, each once, in order. Raises a UserError at other texts."""
     widths: list[float] = []
     for text in texts:
         try:

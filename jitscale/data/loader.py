@@ -109,10 +109,7 @@ class ShardLoader:
         return 2 * streams
 
     def check_shared_memory(self, local_ranks: int) -> None:
-        """Refuse a file system that the batches of `local_ranks` ranks of a node would fill, which kills by SIGBUS.
-
-        Raises a DataError with the size that is needed.
-        """
+        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory: that kills by SIGBUS."""
         batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
         needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed

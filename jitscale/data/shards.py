@@ -143,10 +143,7 @@ class ShardSet:
         return others.holding_out(held_out)
 
     def holding_out(self, held_out: ShardSet) -> ShardSet:
-        """This set, with `held_out` as those that are never trained on.
-
-        Raises a DataError if none of the first held-out images can be decoded.
-        """
+        """This set, with `held_out` never trained on. Raises a DataError if none of its first images can be decoded."""
         held_out._first_image_size()
         held_out._most_open = _MOST_HELD_OUT_MAPPED
         self.held_out = held_out
@@ -185,10 +182,7 @@ class ShardSet:
         return counts + [0] * (self._num_classes - len(counts))
 
     def check_cache(self, side_by_side: int) -> None:
-        """Refuse a cache that evicts shards before they are used up, since it holds fewer than `side_by_side`.
-
-        Raises a DataError with the size that is needed.
-        """
+        """Raise a DataError if the cache evicts shards before they are used up: it holds fewer than `side_by_side`."""
         if self._cache is None:
             return
         largest = sorted((shard.record.bytes for shard in self._shards), reverse=True)[:side_by_side]
