@@ -109,7 +109,7 @@ class ShardLoader:
         return 2 * streams
 
     def check_shared_memory(self, local_ranks: int) -> None:
-        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory: that kills by SIGBUS."""
+        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory, which is a SIGBUS."""
         batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
         needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed
