@@ -85,17 +85,13 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
 def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     """The authors' `checkpoint-last.pth`."""
     if options.weights is not None:
-        raise UserError(
-            "--weights: the authors' file holds the model and two averages; choose them by --ema1 and --ema2"
-        )
+        raise UserError("--weights: the authors' file holds the model and two averages; choose by --ema1 and --ema2")
     refuse_existing(options.output)
     averages = [name for name in stored.weight_sets if name.startswith("ema_")]
     for option, name in (("ema1", options.ema1), ("ema2", options.ema2)):
         if name not in averages:
-            raise UserError(
-                f"--{option} {name}: not among the averages of {stored.path}; choose one of "
-                f"{', '.join(averages) or 'none: the authors format needs an exponential average'}"
-            )
+            choice = ", ".join(averages) or "none: the authors format needs an exponential average"
+            raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_authors_file(options.output, stored, options.ema1, options.ema2, options.epoch)
     if stored.optimizer_step == 0:

@@ -67,11 +67,7 @@ def main() -> int:
 
 
 def parse_widths(texts: Sequence[str]) -> list[float]:
-    """The widths that the command line names, each once, in its order.
-
-    Raises:
-        UserError: not numbers, or no widths of a power function.
-    """
+    """The widths of a power function that `texts` name, each once, in order. Raises a UserError at other texts."""
     widths: list[float] = []
     for text in texts:
         try:
@@ -88,12 +84,10 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
             found = numbers
         else:
             raise UserError(f"--widths {text}: must be a number or FROM:TO:STEP; for example 0.1 or 0.05:0.25:0.05")
-        wrong = [width for width in found if not 0 < width < WIDEST_POWER]
-        if wrong:
-            raise UserError(
-                f"--widths {text}: {wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f}) "
-                "(the latter is a plain mean over the run); give such a number, for example 0.1"
-            )
+        if wrong := [width for width in found if not 0 < width < WIDEST_POWER]:
+            what = f"{wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f})"
+            latter = "the latter is a plain mean over the run"
+            raise UserError(f"--widths {text}: {what} ({latter}); give such a number, for example 0.1")
         widths += found
     return list(dict.fromkeys(widths))
 
@@ -101,24 +95,19 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
 def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     """The snapshots up to `at_images`, verified, oldest first.
 
-    Raises:
-        UserError: fewer than two, none at `at_images`, or not of one network.
+    Raises a UserError at fewer than two, none at `at_images`, or not of one network.
     """
     folders = complete_snapshots(run)
     if not folders:
-        raise CheckpointError(
-            f"{run}: no snapshots (no {run / 'snapshots'}/images_*); train with ema.power_widths=[0.05,0.1] and "
-            "ema.snapshot_every_images"
-        )
+        remedy = "train with ema.power_widths=[0.05,0.1] and ema.snapshot_every_images"
+        raise CheckpointError(f"{run}: no snapshots (no {run / 'snapshots'}/images_*); {remedy}")
     if at_images is not None and at_images not in folders:
         nearest = min(folders, key=lambda images: abs(images - at_images))
         raise UserError(f"--at-images {at_images}: {run} has no snapshot there; the nearest is {nearest}")
     chosen = [folder for images, folder in folders.items() if at_images is None or images <= at_images]
     if len(chosen) < 2:
-        raise CheckpointError(
-            f"{run}: {len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or "
-            "more; train on, or lower ema.snapshot_every_images"
-        )
+        what = f"{len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or more"
+        raise CheckpointError(f"{run}: {what}; train on, or lower ema.snapshot_every_images")
     snapshots = [Checkpoint(folder) for folder in chosen]
     for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):
         snapshot.verify()
@@ -128,21 +117,16 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
 
 
 def report(widths: Sequence[float], solution: Reconstruction, source: str) -> None:
-    """Print how good the reconstruction will be.
-
-    Raises:
-        UserError: a width that the snapshots cannot express.
-    """
+    """Print how good the reconstruction will be. Raises a UserError at a width that the snapshots cannot express."""
     lines = [source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}"]
     amplifications = np.abs(solution.coefficients).sum(axis=0)
     rows = zip(widths, solution.errors, solution.sum_errors, amplifications, strict=True)
     for width, error, sum_error, amplification in rows:
         line = f"  {power_name(width):<14}{error:>16.1e}{sum_error:>12.1e}{amplification:>16.1f}"
         if error > WORST_ERROR:
-            raise UserError(
-                f"--widths {width}: {source} cannot express it (expected error {error:.0%}, at most "
-                f"{WORST_ERROR:.0%}); give a width nearer to the tracked ones, or take snapshots more often"
-            )
+            what = f"{source} cannot express it (expected error {error:.0%}, at most {WORST_ERROR:.0%})"
+            remedy = "give a width nearer to the tracked ones, or take snapshots more often"
+            raise UserError(f"--widths {width}: {what}; {remedy}")
         lines.append(line + ("  coarse: snapshots are far apart for this width" if error > COARSE_ERROR else ""))
     print("\n".join(lines))
 
@@ -152,8 +136,7 @@ def write(
 ) -> None:
     """Mix the stored sets, block by block of each parameter, into one file for each width; all files appear together.
 
-    Raises:
-        CheckpointError: a snapshot is damaged, or the output cannot be written.
+    Raises a CheckpointError if a snapshot is damaged, or the output cannot be written.
     """
     newest = inputs[-1][0]
     coefficients = torch.from_numpy(solution.coefficients)

@@ -77,14 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: int) -> list[int]:
-    """Ids of images of these classes, class by class; a network without classes counts as one of a single class.
-
-    Raises a UserError if the network does not have a class.
-    """
-    num_classes = max(1, num_classes)
+    """Ids of images of these classes, class by class. Raises a UserError at a class that the network does not have."""
+    num_classes = max(1, num_classes)  # a network without classes counts as one of a single class
     wanted = range(min(10, num_classes)) if classes is None else classes
-    wrong = [label for label in wanted if not 0 <= label < num_classes]
-    if wrong:
+    if wrong := [label for label in wanted if not 0 <= label < num_classes]:
         raise UserError(f"--classes {wrong[0]}: the network has classes 0 to {num_classes - 1}")
     return [label + (first + n) * num_classes for label in wanted for n in range(per_class)]
 

@@ -14,18 +14,9 @@ import torch
 from PIL import Image
 
 import jitscale
+from jitscale.checkpoints import upgrade
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
-from jitscale.checkpoints.upgrade import (
-    KERNELS,
-    MODES,
-    OUTPUT_BIAS,
-    OUTPUT_WEIGHT,
-    PATCH_EMBEDDING,
-    Upgrade,
-    plan_upgrade,
-    write_upgraded,
-)
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, elements
 from jitscale.command import Parser
 from jitscale.config import Config, load_config
@@ -43,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
     parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the YAML file of the new resolution")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
-    parser.add_argument("--mode", choices=MODES, help="resize patches, or add tokens; default: as CONFIG needs")
-    parser.add_argument("--kernel", choices=KERNELS, default=KERNELS[0], help="of patches; default: %(default)s")
+    parser.add_argument("--mode", choices=upgrade.MODES, help="resize patches, or add tokens; default: as CONFIG needs")
+    kernels = upgrade.KERNELS
+    parser.add_argument("--kernel", choices=kernels, default=kernels[0], help="of patches; default: %(default)s")
     parser.add_argument("--reset-moments", action="store_true", help="discard all moments of the optimizer")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
     parser.add_overrides("settings that win over --to")
@@ -52,67 +44,66 @@ def main(arguments: list[str] | None = None) -> int:
 
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
     stored = open_weights(options.checkpoint, options.config)
-    upgrade = plan_upgrade(stored.config, target, options.kernel, options.mode)
+    plan = upgrade.plan_upgrade(stored.config, target, options.kernel, options.mode)
     check_fits(stored, stored.config)
     if complete_checkpoints(options.output):
         raise UserError(f"{options.output}: holds checkpoints already; choose another --output")
     stored.verify()
-    folder, sets = write_upgraded(stored, target, upgrade, keep_moments=not options.reset_moments)
-    report(stored, target, upgrade, folder, sets)
+    folder, sets = upgrade.write_upgraded(stored, target, plan, keep_moments=not options.reset_moments)
+    report(stored, target, plan, folder, sets)
     for name in stored.weight_sets:
-        print(f"  self-check of {name}: {self_check(stored, name, target, upgrade)}")
+        print(f"  self-check of {name}: {self_check(stored, name, target, plan)}")
     if options.preview is not None:
-        preview(options.preview, stored, target, upgrade)
+        preview(options.preview, stored, target, plan)
         print(f"  {options.preview}: before and after, pooled and as it is")
     print(f"next: python -m jitscale.train --config {options.to} run.dir={options.output}")
     return ExitCode.DONE
 
 
-def report(stored: StoredWeights, target: Config, upgrade: Upgrade, folder: Path, sets: list[str]) -> None:
+def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder: Path, sets: list[str]) -> None:
     """Print what was resized, kept and reset."""
     old, new = stored.config.model, target.model
     print(f"{stored.path}: {old.image_size} px, patch {old.patch_size}")
-    print(f"{folder}: {new.image_size} px, patch {new.patch_size}, mode {upgrade.mode}")
-    if upgrade.resized:
-        print(f"  resized by {upgrade.ratio}: {', '.join(upgrade.resized)}")
+    print(f"{folder}: {new.image_size} px, patch {new.patch_size}, mode {plan.mode}")
+    if plan.resized:
+        print(f"  resized by {plan.ratio}: {', '.join(plan.resized)}")
     else:
         print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
-    kept = len(stored.shapes) - len(upgrade.resized)
+    kept = len(stored.shapes) - len(plan.resized)
     print(f"  kept: the other {kept} parameters of each of {', '.join(stored.weight_sets)}")
-    moments = [name for name in sets if name in MOMENTS]
-    if not moments:
+    if not any(name in MOMENTS for name in sets):
         print("  moments of the optimizer: begin at zero (none were stored, another optimizer's, or --reset-moments)")
-    elif upgrade.resized:
+    elif plan.resized:
         print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
     print(f"  noise scale: {stored.config.diffusion.noise_scale:g} -> {target.diffusion.noise_scale:g}")
-    if upgrade.mode == "patch":
-        deviation = upgrade.noise_deviation()
+    if plan.mode == "patch":
+        deviation = plan.noise_deviation()
         print(f"  pooled noise has {deviation:.3f} times the standard deviation that was trained (1: in distribution)")
-    if upgrade.mode == "patch" and upgrade.resized:
-        factor = 1 / float(upgrade.ratio) ** 2
+    if plan.mode == "patch" and plan.resized:
+        factor = 1 / float(plan.ratio) ** 2
         print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g}, or a warm-up (docs/upgrade.md)")
 
 
 @torch.no_grad()
-def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrade) -> str:
+def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> str:
     """The measured difference between the pooled new function and the old one on random input, in words.
 
     Only two layers change, so these are always checked. The whole network is checked if two of it fit into memory.
     """
     torch.manual_seed(0)
-    if upgrade.mode == "tokens":
+    if plan.mode == "tokens":
         return "nothing was resized"
-    enter, leave = upgrade.enter.float(), upgrade.leave.float()
+    enter, leave = plan.enter.float(), plan.leave.float()
     old_patch, new_patch = enter.shape
-    embedding = stored.tensor(name, PATCH_EMBEDDING)
+    embedding = stored.tensor(name, upgrade.PATCH_EMBEDDING)
     patches = torch.randn(16, 3, new_patch, new_patch)
     seen = torch.einsum("bcqr,iq,jr->bcij", patches, enter, enter)
-    embedded = torch.einsum("bcqr,dcqr->bd", patches, upgrade.tensor(PATCH_EMBEDDING, embedding))
+    embedded = torch.einsum("bcqr,dcqr->bd", patches, plan.tensor(upgrade.PATCH_EMBEDDING, embedding))
     entering = _difference(embedded, torch.einsum("bcij,dcij->bd", seen, embedding))
-    weight, bias = stored.tensor(name, OUTPUT_WEIGHT), stored.tensor(name, OUTPUT_BIAS)
+    weight, bias = stored.tensor(name, upgrade.OUTPUT_WEIGHT), stored.tensor(name, upgrade.OUTPUT_BIAS)
     hidden = torch.randn(16, weight.shape[1])
     before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, 3)
-    after = hidden @ upgrade.tensor(OUTPUT_WEIGHT, weight).T + upgrade.tensor(OUTPUT_BIAS, bias)
+    after = hidden @ plan.tensor(upgrade.OUTPUT_WEIGHT, weight).T + plan.tensor(upgrade.OUTPUT_BIAS, bias)
     after = after.view(-1, new_patch, new_patch, 3)
     if new_patch >= old_patch:  # pooling reverses the new layer
         leaving = _difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before)
@@ -121,34 +112,33 @@ def self_check(stored: StoredWeights, name: str, target: Config, upgrade: Upgrad
     text = f"patch embedding {entering:.1e}, output layer {leaving:.1e}"
     if elements(stored.shapes) > LARGEST_WHOLE_CHECK or new_patch < old_patch:
         return text
-    old, new = stored.network(name), upgraded_network(stored, name, target, upgrade)
+    old, new = stored.network(name), upgraded_network(stored, name, target, plan)
     size = target.model.image_size
     z, t = target.diffusion.noise_scale * torch.randn(2, 3, size, size), torch.tensor([0.2, 0.7])
     y = torch.tensor([0, old.null_label])
-    return f"{text}, whole network {_difference(upgrade.pool(new(z, t, y)), old(upgrade.pool(z), t, y)):.1e}"
+    return f"{text}, whole network {_difference(plan.pool(new(z, t, y)), old(plan.pool(z), t, y)):.1e}"
 
 
-def upgraded_network(stored: StoredWeights, name: str, target: Config, upgrade: Upgrade) -> JiT:
+def upgraded_network(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> JiT:
     """The new network with one weight set, in eval mode."""
     network = JiT(target.model, target.diffusion)
-    network.load_state_dict({key: upgrade.tensor(key, stored.tensor(name, key)) for key in stored.shapes})
+    network.load_state_dict({key: plan.tensor(key, stored.tensor(name, key)) for key in stored.shapes})
     return network.eval()
 
 
-def preview(path: Path, stored: StoredWeights, target: Config, upgrade: Upgrade) -> None:
+def preview(path: Path, stored: StoredWeights, target: Config, plan: upgrade.Upgrade) -> None:
     """Draw samples of the old network, of the new one pooled, and of the new one, from the same noise."""
     name = stored.default
-    new = upgraded_network(stored, name, target, upgrade)
+    new = upgraded_network(stored, name, target, plan)
     size = target.model.image_size
     noise = torch.randn(PREVIEW_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
     labels = [index % max(1, target.model.num_classes) for index in range(PREVIEW_IMAGES)]
     after = jitscale.sample(new, labels, noise=noise, steps=PREVIEW_STEPS)
     rows = [after]
-    if upgrade.mode == "patch":
-        old = stored.network(name)
-        seen = upgrade.pool(target.diffusion.noise_scale * noise)
-        before = jitscale.sample(old, labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
-        rows = [before, upgrade.pool(after), after]
+    if plan.mode == "patch":
+        seen = plan.pool(target.diffusion.noise_scale * noise)
+        before = jitscale.sample(stored.network(name), labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
+        rows = [before, plan.pool(after), after]
     shown = [torch.nn.functional.interpolate(row, size=(size, size), mode="nearest") for row in rows]
     grid = torch.cat([torch.cat(list(row), dim=2) for row in shown], dim=1)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from jitscale.data.manifest import ShardRecord
@@ -44,16 +44,11 @@ class ShardCache:
     Any number of processes and threads of one node may use the folder at the same time, through this object or through
     others; the object can be pickled. An evicted tar occupies the disk until the last descriptor of it is closed.
 
-    Attributes:
-        capacity: bytes that all tars may take, complete or partial; indexes come on top.
+    The folder is made if it is not there. Raises a DataError if it can neither be made nor written.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
-        """
-        Raises:
-            DataError: `folder`, which is made if it is not there, can neither be made nor written.
-        """
-        self.capacity = capacity
+        self.capacity = capacity  # bytes that all tars may take, complete or partial; indexes come on top
         self._folder = folder.absolute()
         self._everything_lock = self._folder / "cache.lock"
         self._marked: dict[str, float] = {}  # sha256 to when this process marked the shard as used
@@ -63,12 +58,9 @@ class ShardCache:
             pass
 
     def open(self, url: str, record: ShardRecord) -> int:
-        """A descriptor of the shard that `record` describes, to be read and closed; fetches the shard if necessary.
+        """A descriptor of the shard that `record` describes, to be read and closed; raises as `fetch`.
 
-        It stays good when the shard is evicted.
-
-        Raises:
-            DataError: see `fetch`.
+        The shard is fetched if necessary. The descriptor stays good when it is evicted.
         """
         while True:
             self.fetch(url, record)
@@ -80,9 +72,8 @@ class ShardCache:
     def fetch(self, url: str, record: ShardRecord) -> None:
         """Make sure that the shard is there, and mark it as used.
 
-        Raises:
-            DataError: it is missing, access is refused, the storage cannot be reached, its content differs from
-                `record`; it is larger than the cache, or the disk is full.
+        Raises a DataError if it is missing, access is refused, the storage cannot be reached, its content differs from
+        `record`, it is larger than the cache, or the disk is full.
         """
         if not self._is_here(record):
             with _locked(self._file(record, _LOCK)):
@@ -91,11 +82,7 @@ class ShardCache:
     def index(
         self, url: str, record: ShardRecord, class_names: list[str] | None, *, with_labels: bool = True
     ) -> IndexArray:
-        """The index of the shard, see `index_tar`; scanned by one process, which fetches the shard if necessary.
-
-        Raises:
-            DataError: see `fetch` and `index_tar`.
-        """
+        """The shard's index; one process fetches the shard if necessary, and scans. See `fetch` and `index_tar`."""
         meaning = hashlib.sha256(json.dumps([class_names, with_labels]).encode()).hexdigest()[:8]
         path = self._file(record, f".{meaning}.index.npy")
         index = _load_index(path, record)
@@ -118,9 +105,7 @@ class ShardCache:
 
     def _file(self, record: ShardRecord, suffix: str) -> Path:
         if not _SHA256.fullmatch(str(record.sha256)):  # a damaged manifest must not choose the names of files
-            raise DataError(
-                f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write the manifest again"
-            )
+            raise DataError(f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write it again")
         return self._folder / f"{record.sha256}{suffix}"
 
     def _is_here(self, record: ShardRecord) -> bool:
@@ -143,10 +128,9 @@ class ShardCache:
         if self._is_here(record):
             return
         if record.bytes > self.capacity:
-            raise DataError(
-                f"{url}: has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}; raise "
-                f"data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller shards"
-            )
+            what = f"has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}"
+            remedy = f"raise data.cache_gb to {record.bytes / 1e9:.3g} and more for other shards, or write smaller ones"
+            raise DataError(f"{url}: {what}; {remedy}")
         tar, partial = self._file(record, _TAR), self._file(record, _PARTIAL)
         start = time.monotonic()
         with self._writing(url, record.bytes):
@@ -226,31 +210,20 @@ class ShardCache:
                     file.unlink(missing_ok=True)
         return held
 
-    @contextmanager
-    def _writing(self, url: str, needed: int) -> Iterator[None]:
+    def _writing(self, url: str, needed: int) -> AbstractContextManager[None]:
         """An error of this node's disk, not of the network."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{url}: cannot be written to the cache {self._folder} ({error}), where it needs {needed} bytes; free "
-                "space there, lower data.cache_gb, or choose another folder"
-            ) from error
+        what = f"{url}: cannot be written to the cache {self._folder}, where it needs {needed} bytes"
+        return data_error(what, "free space there, lower data.cache_gb, or choose another folder")
 
 
 class Prefetcher:
     """Daemon threads that fetch shards ahead of need: a running download does not hold up the end of the process.
 
-    It must be made in the process that uses it.
+    `fetch` makes sure that a shard is there. It is called in several `threads` at once, and its errors are logged: the
+    reader of that shard meets them too. A prefetcher must be made in the process that uses it.
     """
 
     def __init__(self, fetch: Callable[[int], None], threads: int = 4) -> None:
-        """
-        Args:
-            fetch: makes sure that a shard is there; called in several threads at once. Its errors are logged; the
-                reader of that shard meets them too.
-            threads: how many shards are fetched at once.
-        """
         self._fetch = fetch
         self._changed = threading.Condition()
         self._waiting: deque[int] = deque()
@@ -286,7 +259,7 @@ class Prefetcher:
                 self._running.add(shard)
             try:
                 self._fetch(shard)
-            except Exception as error:  # the reader of this shard meets it too
+            except Exception as error:
                 logger.warning("shard %d: could not be fetched ahead of need: %s", shard, error)
             finally:
                 with self._changed:
@@ -322,8 +295,7 @@ _held: set[int] = set()  # descriptors of locks that threads of this process hol
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path`, made if necessary. Without `wait`, yields False if somebody else holds it.
 
-    Raises:
-        DataError: its folder cannot be written, or does not support locks.
+    Raises a DataError if its folder cannot be written, or does not support locks.
     """
     with data_error(f"{path}: cannot be written", "choose a cache folder that can be"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -335,9 +307,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             got = False
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be locked ({error}); choose a cache folder on a disk of this node"
-            ) from error
+            raise DataError(f"{path}: cannot be locked ({error}); choose a folder on a disk of this node") from error
         yield got
     finally:
         # Closing does not release the lock while a process that was forked meanwhile has the descriptor too.

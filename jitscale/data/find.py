@@ -9,7 +9,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from jitscale.data.manifest import MANIFEST, Manifest
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,7 @@ class Tars:
 def paths_of(pattern: str) -> list[Path]:
     """The tars in the folder `pattern`, or all files that a glob or brace pattern names, in its order.
 
-    A file that is named without a wildcard need not exist.
-
-    Raises:
-        DataError: the pattern has unbalanced braces.
+    A file that is named without a wildcard need not exist. Raises a DataError at unbalanced braces.
     """
     if Path(pattern).is_dir():
         return sorted(Path(pattern).glob("*.tar"))
@@ -42,19 +39,14 @@ def paths_of(pattern: str) -> list[Path]:
 
 
 def manifests_of(folders: Sequence[Path]) -> dict[Path, Manifest]:
-    """The manifests of those `folders` that have one.
-
-    Raises:
-        DataError: a manifest is damaged.
-    """
+    """The manifests of those `folders` that have one. Raises a DataError if one is damaged."""
     return {folder: Manifest.read(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists()}
 
 
 def find_tars(pattern: str) -> Tars:
     """The tars in the folder `pattern`, or those that a glob or brace pattern names, and the manifest of their folder.
 
-    Raises:
-        DataError: there are none; they lie in several folders, on a remote storage, or are not called `.tar`.
+    Raises a DataError if there are none, or they lie in several folders, on a remote storage, or are not called `.tar`.
     """
     if pattern.startswith("pipe:") or "://" in pattern:
         raise DataError(f"{pattern}: only local folders are surveyed; copy the shards or mount their storage")
@@ -63,10 +55,8 @@ def find_tars(pattern: str) -> Tars:
     if not whole_folder:
         folders = sorted({path.parent for path in paths})
         if len(folders) > 1:
-            raise DataError(
-                f"{pattern}: names tars in {len(folders)} folders ({folders[0]}, {folders[1]}, ...), and each has a "
-                "manifest of its own; give one folder at a time"
-            )
+            named = f"{len(folders)} folders ({folders[0]}, {folders[1]}, ...)"
+            raise DataError(f"{pattern}: names tars in {named}, and each has a manifest of its own; give one at a time")
         folder = folders[0] if folders else folder
         for path in paths:
             if not path.is_file():
@@ -82,10 +72,8 @@ def find_tars(pattern: str) -> Tars:
 def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Manifest]]:
     """The tars that `pattern` means, in order, and the manifests of their folders; a folder's manifest names its tars.
 
-    `setting` is the one that gave the pattern, for messages.
-
-    Raises:
-        DataError: the pattern names a storage that is not known, no tar, a tar twice, or one that is missing.
+    `setting` is the one that gave the pattern, for messages. Raises a DataError if the pattern names a storage that is
+    not known, no tar, a tar twice, or one that is missing.
     """
     if scheme := re.match(r"([a-z0-9+]+):", pattern):
         what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
@@ -97,38 +85,31 @@ def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Mani
     if not paths:
         raise DataError(f"{pattern}: no tar shards here; correct {setting} or write them")
     _refuse_repeated(pattern, paths)
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: missing ({len(missing)} of {len(paths)} shards are); copy it again or correct {setting}"
-        )
+    if missing := [path for path in paths if not path.is_file()]:
+        lost = f"{len(missing)} of {len(paths)} shards are"
+        raise DataError(f"{missing[0]}: missing ({lost}); copy it again or correct {setting}")
     return paths, manifests
 
 
 def find_remote_shards(pattern: str) -> tuple[str, list[str] | None]:
     """The address of the folder of remote shards, and the names in it, or None for all of its manifest.
 
-    Raises:
-        DataError: the pattern means several folders, has wildcards, or names a shard twice.
+    Raises a DataError if the pattern means several folders, has wildcards, or names a shard twice.
     """
     if not pattern.rstrip("/").endswith(".tar"):
         return pattern.rstrip("/"), None
     addresses = _expand_braces(pattern)
     folders = {address.rpartition("/")[0] for address in addresses}
     if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
-        raise DataError(
-            f"{pattern}: remote shards lie in one folder, whose manifest names them; give the folder, or a brace "
-            "pattern of tars in it"
-        )
+        what = "remote shards lie in one folder, whose manifest names them"
+        raise DataError(f"{pattern}: {what}; give the folder, or a brace pattern of tars in it")
     _refuse_repeated(pattern, addresses)
     return folders.pop(), [address.rpartition("/")[2] for address in addresses]
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    try:
+    with data_error(f"{pattern}: has unbalanced braces", "write for example shard-{000..007}.tar", ValueError):
         return list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern}: has unbalanced braces; write for example shard-{{000..007}}.tar") from error
 
 
 def _refuse_repeated(pattern: str, names: Sequence[object]) -> None:

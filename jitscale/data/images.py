@@ -39,8 +39,7 @@ class ImageError(DataError):
 def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
     """The extension and the bytes of `image` (H, W, 3) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
 
-    Raises:
-        DataError: an unknown codec, or an array that is no RGB image.
+    Raises a DataError at an unknown codec, or an array that is no RGB image.
     """
     if codec not in CODECS:
         raise DataError(f"codec {codec!r}: is unknown; choose one of {', '.join(CODECS)}")
@@ -59,11 +58,8 @@ def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
 def decode(data: bytes, extension: str) -> UInt8Array:
     """The image (H, W, 3) in `data`; the array may be read-only. Grey, palette, alpha and CMYK become RGB.
 
-    An EXIF orientation is ignored, as ADM did. Nothing is unpickled.
-
-    Raises:
-        ImageError: damaged data, pixels that do not fit into 8 bits, or more than `MOST_PIXELS` of them.
-        DataError: an extension that is not in `EXTENSIONS`.
+    An EXIF orientation is ignored, as ADM did. Nothing is unpickled. Raises an ImageError at damaged data, at pixels
+    that do not fit into 8 bits, or more than `MOST_PIXELS` of them; a DataError at an extension not in `EXTENSIONS`.
     """
     if extension not in EXTENSIONS:
         raise DataError(f"extension {extension!r} is not an image's; expected one of {', '.join(EXTENSIONS)}")
@@ -74,11 +70,7 @@ def decode(data: bytes, extension: str) -> UInt8Array:
 
 
 def content_extension(data: bytes) -> str:
-    """The extension that fits the content of `data`, whatever its file was called.
-
-    Raises:
-        ImageError: it begins like none of the stored forms.
-    """
+    """The extension that fits the first bytes of `data`, not its file's name. Raises an ImageError if none does."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
     for extension, magic in _MAGIC.items():
@@ -88,11 +80,7 @@ def content_extension(data: bytes) -> str:
 
 
 def dimensions(data: bytes, extension: str) -> tuple[int, int]:
-    """Width and height in pixels as the header says; the pixels are not decoded.
-
-    Raises:
-        ImageError: there is no readable header.
-    """
+    """Width and height in pixels as the header says, without decoding. Raises an ImageError if it cannot be read."""
     with _decoding(extension):
         if extension == "npy":
             height, width, _ = _decode_npy(data).shape

@@ -55,10 +55,8 @@ class ShardLoader:
     consecutive slices of that list, so any R and any micro-batch size read the same global batches. There is no state
     to save: the trainer knows the position from the steps it completed.
 
-    An image that cannot be decoded is replaced by another sample, chosen by a hash of its position.
-
-    Raises:
-        DataError: G is not a multiple of R times B; while iterating, a shard that cannot be read, or a dead worker.
+    An image that cannot be decoded is replaced by another sample, chosen by a hash of its position. Raises a DataError
+    if G is not a multiple of R times B; while iterating, at a shard that cannot be read, or a dead worker.
     """
 
     shard_set: ShardSet
@@ -74,10 +72,9 @@ class ShardLoader:
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
         if self.global_batch_size % together != 0:
-            raise DataError(
-                f"data.batch_size={self.global_batch_size}: is not a multiple of {self.world_size} ranks x "
-                f"micro-batch {self.micro_batch_size} = {together}; change one of them"
-            )
+            product = f"{self.world_size} ranks x micro-batch {self.micro_batch_size} = {together}"
+            size = self.global_batch_size
+            raise DataError(f"data.batch_size={size}: is not a multiple of {product}; change one of them")
 
     def __iter__(self) -> Generator[Batch, None, None]:
         dataset, order = _MicroBatches(self.shard_set, self.order), self.order
@@ -112,19 +109,14 @@ class ShardLoader:
         return 2 * streams
 
     def check_shared_memory(self, local_ranks: int) -> None:
-        """Refuse a file system that the batches of `local_ranks` ranks of a node would fill, which kills by SIGBUS.
-
-        Raises:
-            DataError: naming the size that is needed.
-        """
+        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory, which is a SIGBUS."""
         batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
         needed = local_ranks * self.num_workers * (_BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed
         if needed > free:
-            raise DataError(
-                f"{SHARED_MEMORY}: has {free >> 20} MiB free, {local_ranks} ranks x {self.num_workers} workers need "
-                f"{-(-needed >> 20)} MiB; enlarge it (containers: --shm-size) or lower data.num_workers"
-            )
+            readers = f"{local_ranks} ranks x {self.num_workers} workers need {-(-needed >> 20)} MiB"
+            remedy = "enlarge it (containers: --shm-size) or lower data.num_workers"
+            raise DataError(f"{SHARED_MEMORY}: has {free >> 20} MiB free, {readers}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -153,20 +145,15 @@ class _MicroBatches(Dataset["Batch | DataError"]):
                 bad_samples.append(str(error))
                 draw = hash64(self.order.seed, Purpose.REPLACEMENT, position, attempt)
                 shard, index = self.shards.shard_and_index(int(draw[0] % np.uint64(self.shards.num_samples)))
-        raise DataError(
-            f"{bad_samples[-1]}; neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it; "
-            "check the shards with tools/index_shards.py --verify"
-        )
+        others = f"neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it"
+        raise DataError(f"{bad_samples[-1]}; {others}; check the shards with tools/index_shards.py --verify")
 
 
 def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: Any) -> Generator[T, None, None]:
     """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
     With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
-    traceback.
-
-    Raises:
-        DataError: while iterating: that of the dataset, or a dead worker.
+    traceback. Iterating raises it here, and a DataError at a dead worker.
     """
     closing = multiprocessing.Event()
     loader: DataLoader[T | DataError] = DataLoader(
@@ -234,10 +221,9 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 def _dead_worker(what: str) -> DataError:
-    return DataError(
-        f"data.num_workers: {' '.join(what.split()).rstrip('.')}. Out of memory is the usual cause: lower "
-        "data.num_workers or engine.micro_batch_size, then start the same command again"
-    )
+    remedy = "lower data.num_workers or engine.micro_batch_size, then start the same command again"
+    said = " ".join(what.split()).rstrip(".")
+    return DataError(f"data.num_workers: {said}. Out of memory is the usual cause: {remedy}")
 
 
 def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:

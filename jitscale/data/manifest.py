@@ -1,7 +1,4 @@
-"""The manifest: what belongs to one folder of shards, and what it holds.
-
-Written last, so that a folder without one was not finished.
-"""
+"""The manifest of one folder of shards, written last: a folder without one was not finished."""
 
 from __future__ import annotations
 
@@ -55,8 +52,7 @@ class Manifest:
     def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
         """The manifest in the file `source`, or in `content`, which came from there.
 
-        Raises:
-            DataError: it is missing or damaged, or contradicts itself.
+        Raises a DataError if it is missing or damaged, or contradicts itself.
         """
         damage = (OSError, ValueError, TypeError, KeyError, AttributeError)
         with data_error(f"{source}: cannot be read as a manifest", "write the shards again", damage):
@@ -64,8 +60,7 @@ class Manifest:
             shards = [ShardRecord(**record) for record in values.pop("shards")]
             bad = [BadInput(**entry) for entry in values.pop("bad", [])]
             manifest = cls(shards=shards, bad=bad, **values)
-        wrong = _wrong_value(manifest)
-        if wrong:
+        if wrong := _wrong_value(manifest):
             raise DataError(f"{source}: {wrong}; write it again")
         return manifest
 
@@ -114,11 +109,9 @@ def _wrong_value(manifest: Manifest) -> str:
 def read_class_names(path: Path) -> list[str]:
     """The names in a text file, one a line, in the order of their numbers.
 
-    Raises:
-        DataError: the file cannot be read, or a name is empty, comes twice, or is another's number.
+    Raises a DataError if it cannot be read, or a name is empty, comes twice, or is another's number.
     """
-    unreadable = (OSError, UnicodeDecodeError)
-    with data_error(f"{path}: cannot be read as class names", "write one a line, in UTF-8", unreadable):
+    with data_error(f"{path}: cannot be read as class names", "write one a line, in UTF-8", (OSError, ValueError)):
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     first: dict[str, int] = {}
     for line, name in enumerate(names, start=1):

@@ -29,10 +29,8 @@ def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) ->
     """The images of one or more `samples`, in order, as blocks uint8 (B, S, S, 3); all but the last have `block`.
 
     Samples are counted over all `shards` in turn; these have all samples of their tars. `num_workers` processes decode
-    them if there are many.
-
-    Raises:
-        DataError: an image cannot be decoded, a tar does not hold what its index says, or a worker died.
+    them if there are many. Raises a DataError if an image cannot be decoded, a tar does not hold what its index says,
+    or a worker died.
     """
     blocks = [samples[first : first + block] for first in range(0, len(samples), block)]
     pipeline = webdataset.DataPipeline(partial(_own_blocks, blocks), webdataset.map(partial(_read_block, shards)))
@@ -63,11 +61,7 @@ def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
 
 
 def _files(shards: ShardSet, shard: int, rows: range) -> list[tuple[int, bytes]]:
-    """The images' files of some neighbours in one tar.
-
-    Raises:
-        DataError: they cannot be read. webdataset ends silently at a damaged header, so the files are counted.
-    """
+    """The images' files of some neighbours in one tar. Raises a DataError if they cannot be read."""
     try:
         with shards.open_tar(shard, rows.start) as tar:
             images = tar_file_iterator(tar, skip_meta=None, select_files=is_image)
@@ -75,7 +69,7 @@ def _files(shards: ShardSet, shard: int, rows: range) -> list[tuple[int, bytes]]
     except (OSError, tarfile.TarError) as error:
         what = f"cannot be read, or one behind it ({error}); copy the shard again"
         raise DataError(f"{shards.place(shard, rows.start)} {what}") from error
-    if len(files) < len(rows):
+    if len(files) < len(rows):  # webdataset ends silently at a damaged header
         what = "is not where the index says, since a header is damaged; copy the shard again"
         raise DataError(f"{shards.place(shard, rows[len(files)])} {what}")
     return list(zip(rows, files, strict=True))

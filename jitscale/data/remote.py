@@ -47,8 +47,7 @@ def is_remote(pattern: str) -> bool:
 def read_remote(url: str) -> bytes:
     """The content of a small remote file.
 
-    Raises:
-        DataError: it is missing, access to it is refused, or its storage cannot be reached.
+    Raises a DataError if it is missing, access to it is refused, or its storage cannot be reached.
     """
     return retried(url, lambda: b"".join(read_in_chunks(url)))
 
@@ -72,8 +71,7 @@ def read_in_chunks(url: str, size: int | None = None) -> Iterator[bytes]:
 def retried(url: str, attempt: Callable[[], T]) -> T:
     """`attempt()`, again after growing waits if it fails for a reason that may pass.
 
-    Raises:
-        DataError: the reason cannot pass, or the attempts are used up.
+    Raises a DataError if the reason cannot pass, or the attempts are used up.
     """
     for number in range(1, _ATTEMPTS + 1):
         try:

@@ -8,20 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jitscale.data import tar_index
 from jitscale.data.find import find_remote_shards, find_shards
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.remote import is_remote, read_remote
-from jitscale.data.tar_index import (
-    NO_LABEL,
-    IndexArray,
-    index_path,
-    index_tar,
-    key_hashes,
-    keys_path,
-    map_index,
-    parse_keys,
-    scan_tar,
-)
 from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import UInt64Array
 
@@ -45,13 +35,10 @@ class ShardFile:
 
     location: str  # a path, or a URL
     record: ShardRecord  # of the manifest; without one, what a scan found, and no sha256
-    index: IndexArray | None  # of a scan; None: the index lies next to the tar
+    index: tar_index.IndexArray | None  # of a scan; None: the index lies next to the tar
 
     def identities(self) -> Iterator[object]:
-        """What two names of the same shard have in common: the file, and the hash in a manifest.
-
-        Shards without samples have nothing in common.
-        """
+        """What two names of the same shard have in common: file, and hash in a manifest; nothing without samples."""
         if not self.record.samples:
             return
         if is_remote(self.location):
@@ -62,51 +49,40 @@ class ShardFile:
         if self.record.sha256:
             yield self.record.sha256
 
-    def local_index(self) -> IndexArray:
+    def local_index(self) -> tar_index.IndexArray:
         """The index of a shard of this machine, mapped unless a scan made it; raises as `map_index`."""
-        return map_index(index_path(Path(self.location))) if self.index is None else self.index
+        return tar_index.map_index(tar_index.index_path(Path(self.location))) if self.index is None else self.index
 
     def has_keys(self) -> bool:
         """Whether a file next to the tar holds them; where no manifest names the tar, it may be of another tar."""
-        return is_remote(self.location) or (self.index is None and keys_path(Path(self.location)).exists())
+        return is_remote(self.location) or (self.index is None and tar_index.keys_path(Path(self.location)).exists())
 
     def keys(self) -> UInt64Array:
-        """The hashes of the keys of its samples.
-
-        Raises:
-            DataError: they cannot be read.
-        """
+        """The hashes of the keys of its samples. Raises a DataError if they cannot be read."""
         if is_remote(self.location):
             url = f"{self.location.removesuffix('.tar')}.keys.npy"
-            try:
-                return parse_keys(read_remote(url), url, self.record.samples)
-            except DataError as error:
-                raise DataError(
-                    f"data.held_out: a fraction is chosen by the samples' keys, and {error} (tools/index_shards.py "
-                    "writes it); or name shards to hold out"
-                ) from error
+            remedy = "write them with tools/index_shards.py, or name shards to hold out"
+            with data_error("data.held_out: a fraction is chosen by the samples' keys", remedy, DataError):
+                return tar_index.parse_keys(read_remote(url), url, self.record.samples)
         path = Path(self.location)
         if not self.has_keys():
-            return key_hashes(scan_tar(path))
-        beside = keys_path(path)
+            return tar_index.key_hashes(tar_index.scan_tar(path))
+        beside = tar_index.keys_path(path)
         with data_error(f"{beside}: cannot be read", "start again when the storage works"):
-            return parse_keys(beside.read_bytes(), str(beside), self.record.samples)
+            return tar_index.parse_keys(beside.read_bytes(), str(beside), self.record.samples)
 
 
 def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
-    """The shards in folders of this machine, and the manifests of these folders.
+    """The shards in folders of this machine, and the manifests of these folders; raises as `ShardSet.open`.
 
     Tars that no manifest names, or that have no index, are scanned.
-
-    Raises:
-        DataError: see `ShardSet.open`.
     """
     pattern, num_classes = wanted.pattern, wanted.num_classes
     paths, found = find_shards(pattern, wanted.setting)
     manifests = list(found.values())
     _check_manifests(wanted, manifests)
     records = {folder / record.name: record for folder, manifest in found.items() for record in manifest.shards}
-    unindexed = {path for path in paths if path not in records or not index_path(path).exists()}
+    unindexed = {path for path in paths if path not in records or not tar_index.index_path(path).exists()}
     if unindexed:
         logger.info("%s: %d of %d shards have no index; scanning their headers", pattern, len(unindexed), len(paths))
     names = manifests[0].class_names if manifests else None
@@ -115,7 +91,10 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
         size, record, scan = path.stat().st_size, records.get(path), path in unindexed
         if record is not None and size != record.bytes:
             raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
-        index = index_tar(path, with_labels=num_classes > 0, class_names=names) if scan else map_index(index_path(path))
+        if scan:
+            index = tar_index.index_tar(path, with_labels=num_classes > 0, class_names=names)
+        else:
+            index = tar_index.map_index(tar_index.index_path(path))
         if record is None:
             record = ShardRecord(path.name, len(index), size, "")
             if not len(index):
@@ -126,11 +105,7 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
 
 
 def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
-    """Shards of remote storage as their manifest describes them; their content is checked when it is fetched.
-
-    Raises:
-        DataError: see `ShardSet.open`.
-    """
+    """Shards of remote storage as their manifest says, checked when they are fetched; raises as `ShardSet.open`."""
     folder, names = find_remote_shards(wanted.pattern)
     url = f"{folder}/{MANIFEST}"
     manifest = Manifest.read(url, read_remote(url))
@@ -142,27 +117,22 @@ def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]
     return [ShardFile(f"{folder}/{name}", records[name], None) for name in names or records], [manifest]
 
 
-def check_index(location: str, index: IndexArray, record: ShardRecord, num_classes: int) -> None:
+def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord, num_classes: int) -> None:
     """Compare the index of a tar with what is known of it.
 
-    Raises:
-        DataError: it has another number of samples, points behind the tar's end, or has a label out of range.
+    Raises a DataError if it has another number of samples, points behind the tar's end, or has a label out of range.
     """
     if len(index) != record.samples:
         raise DataError(f"{location}: holds {len(index)} samples, the manifest says {record.samples}; write it again")
     if int((index["offset"] + index["size"]).max(initial=0)) > record.bytes:
-        raise DataError(
-            f"{index_path(Path(location))}: points behind the tar's {record.bytes} bytes; remove it, the tar is then "
-            "scanned"
-        )
+        what = f"points behind the tar's {record.bytes} bytes; remove it, the tar is then scanned"
+        raise DataError(f"{tar_index.index_path(Path(location))}: {what}")
     wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= num_classes))
     if num_classes and len(wrong):
         offset, _, label, _ = index[wrong[0]].item()
-        found = "no label" if label == NO_LABEL else f"label {label}"
-        raise DataError(
-            f"{location}: byte {offset}: sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}; "
-            "correct model.num_classes or the shard"
-        )
+        found = "no label" if label == tar_index.NO_LABEL else f"label {label}"
+        what = f"sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}"
+        raise DataError(f"{location}: byte {offset}: {what}; correct model.num_classes or the shard")
 
 
 def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> None:
@@ -178,10 +148,9 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
             remedy = f"set model.num_classes={classes} or choose other shards"
             wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
         elif num_classes and not classes:
-            remedy = "set model.num_classes=0 for unconditional training, or write the shards with labels"
-            wrong = f"says that there are no labels; {remedy}"
+            wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with them"
         elif image_size is not None and resolution is not None and resolution < image_size:
-            remedy = "lower it or write larger shards"
-            wrong = f"says {resolution} pixels a side, {wanted.size_setting} is {image_size}; {remedy}"
+            size = f"{wanted.size_setting} is {image_size}"
+            wrong = f"says {resolution} pixels a side, {size}; lower it or write larger shards"
         if wrong:
             raise DataError(f"{pattern}: the manifest {wrong}")

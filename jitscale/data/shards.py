@@ -39,8 +39,6 @@ from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE_BYTES = 100 * 10**9
-
 _FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
 _MOST_MAPPED = 4096  # shards that a process keeps open
 _MOST_HELD_OUT_MAPPED = 2  # of held-out samples, which are read in sequence
@@ -48,50 +46,34 @@ _KEY_THREADS = 16  # that read the keys of the shards
 
 
 class ShardSet:
-    """Checked shards whose samples are read by (shard, index) in any process.
-
-    Attributes:
-        num_samples: over all shards.
-        samples_per_shard: (shards,).
-        image_size: pixels a side of the images that `read` returns.
-        folder: of the first shard; None for remote ones.
-        class_names: from the manifest, or None.
-        is_hashed: whether manifests vouch for the content of all shards.
-        stored: codec, resolution and crop as the first manifest has them; empty without one.
-        manifest_hash: `content_hash` of the shards.
-        held_out: samples that are never trained on, as `data.held_out` says; None where all are.
-    """
+    """Checked shards whose samples are read by (shard, index) in any process."""
 
     def __init__(
-        self,
-        wanted: ShardRequest,
-        shards: list[ShardFile],
-        manifests: Sequence[Manifest],
-        cache: ShardCache | None,
+        self, wanted: ShardRequest, shards: list[ShardFile], manifests: Sequence[Manifest], cache: ShardCache | None
     ) -> None:
         self._wanted, self._num_classes = wanted, wanted.num_classes
         self._shards, self._manifests, self._cache = shards, manifests, cache
+        self.is_remote = cache is not None  # whether shards are fetched before they are read
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
         # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
         # mapping too, of which Linux gives a process 65,530.
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most_open = _MOST_MAPPED
-        if limit != resource.RLIM_INFINITY:
-            self._most_open = min(_MOST_MAPPED, max(16, (limit - 256) // 2))
+        unlimited = limit == resource.RLIM_INFINITY
+        self._most_open = _MOST_MAPPED if unlimited else min(_MOST_MAPPED, max(16, (limit - 256) // 2))
         self._chosen: list[Int64Array] | None = None  # rows of each tar; None: all samples are in this set
         self._has_chosen = False  # this set has the chosen samples; otherwise all others
         self._count(np.array([shard.record.samples for shard in shards], np.int64))
-        self.folder = Path(shards[0].location).parent if cache is None else None
-        self.held_out: ShardSet | None = None
+        self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
+        self.held_out: ShardSet | None = None  # never trained on, as `data.held_out` says; None: all are
         self.class_names = manifests[0].class_names if manifests else None
-        self.stored: dict[str, str | int | None] = {
+        self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
-        self.is_hashed = all(shard.record.sha256 for shard in shards)
+        self.is_hashed = all(shard.record.sha256 for shard in shards)  # manifests vouch for the content of all
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
         self.manifest_hash = content_hash([shard.record for shard in shards])
         self.image_size = wanted.image_size or 0
-        self.image_size = self._first_image_size()  # a size that does not fit is met now
+        self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
 
     @classmethod
     def open(
@@ -101,11 +83,13 @@ class ShardSet:
         image_size: int | None = None,
         *,
         cache_dir: str | Path | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int = 100 * 10**9,
         setting: str = "data.shards",
         size_setting: str = "model.image_size",
     ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
+
+        Raises a DataError at the first thing that is wrong, with shard, byte, limit and remedy.
 
         Args:
             pattern: a folder, a glob, or a brace pattern such as `shard-{000..007}.tar`. A folder's manifest says
@@ -118,11 +102,7 @@ class ShardSet:
                 sizes. Otherwise they are refused: these are more likely the wrong shards.
             cache_dir: a folder of this node for remote shards; None: one of this user in $TMPDIR.
             cache_bytes: its capacity.
-            setting: the one that gave the pattern, for messages.
-            size_setting: the one that gave the image size, for messages.
-
-        Raises:
-            DataError: the first thing that is wrong, with shard, byte, limit and remedy.
+            setting: the one that gave the pattern, for messages; `size_setting` gave the image size.
         """
         wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting)
         cache, find = None, local_shards
@@ -134,20 +114,12 @@ class ShardSet:
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
         return cls(wanted, shards, manifests, cache)
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether shards are fetched before they are read."""
-        return self._cache is not None
-
     def without_fraction(self, fraction: float) -> ShardSet:
         """These samples without about `fraction` of them, in (0, 1), which become `held_out`.
 
         The key of a sample and the fraction alone decide. So the same pictures are held out however they are packed, at
-        every resolution and under every seed, and a larger fraction holds out all that a smaller one does.
-
-        Raises:
-            DataError: none or all of the samples are chosen, the keys cannot be read, or none of the first held-out
-                images can be decoded.
+        every resolution and under every seed, and a larger fraction holds out all that a smaller one does. Raises a
+        DataError if none or all samples are chosen, the keys cannot be read, or `holding_out` refuses.
         """
         bare = [shard.location for shard in self._shards if not shard.has_keys()]
         if bare:
@@ -171,35 +143,23 @@ class ShardSet:
         return others.holding_out(held_out)
 
     def holding_out(self, held_out: ShardSet) -> ShardSet:
-        """This set, with `held_out` as those that are never trained on.
-
-        Raises:
-            DataError: none of the first held-out images can be decoded.
-        """
+        """This set, with `held_out` never trained on. Raises a DataError if none of its first images can be decoded."""
         held_out._first_image_size()
         held_out._most_open = _MOST_HELD_OUT_MAPPED
         self.held_out = held_out
         return self
 
     def check_apart(self, held_out: ShardSet) -> None:
-        """Refuse `held_out` where a shard of it is one of these too, or where its labels mean other classes.
-
-        Raises:
-            DataError: naming the shard.
-        """
+        """Raise a DataError if a shard of `held_out` is one of these too, or its labels mean other classes."""
         own = {mark: shard.location for shard in self._shards for mark in shard.identities()}
         for shard in held_out._shards:
-            common = [own[mark] for mark in shard.identities() if mark in own]
-            if common:
-                raise DataError(
-                    f"data.held_out: {shard.location} is trained on as {common[0]} of data.shards; name shards that "
-                    "data.shards leaves out, or hold out a fraction, for example data.held_out=0.01"
-                )
+            if common := [own[mark] for mark in shard.identities() if mark in own]:
+                what = f"{shard.location} is trained on as {common[0]} of data.shards"
+                remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
+                raise DataError(f"data.held_out: {what}; {remedy}")
         if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
-            raise DataError(
-                "data.held_out: its manifest names other classes than that of data.shards, and a label must mean one "
-                "thing; write its shards with the same class names"
-            )
+            remedy = "a label must mean one thing, so write its shards with the same class names"
+            raise DataError(f"data.held_out: its manifest names other classes than that of data.shards; {remedy}")
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
@@ -209,8 +169,7 @@ class ShardSet:
     def class_counts(self) -> list[int]:
         """Samples of each class, by the indexes; of remote shards by their manifest.
 
-        Raises:
-            DataError: there are no classes, or remote shards whose manifest does not count them.
+        Raises a DataError if there are no classes, or remote shards whose manifest does not count them.
         """
         if not self._num_classes:
             raise DataError("data.shards: model.num_classes=0, so that no class has a frequency")
@@ -218,35 +177,25 @@ class ShardSet:
             return count_classes((shard.local_index() for shard in self._shards), self._num_classes) or []
         counts = self._manifests[0].class_counts or []
         if sum(counts) != self.num_samples:
-            raise DataError(
-                f"{self._shards[0].location}: the manifest does not count the samples of each class; write it again "
-                "with tools/index_shards.py"
-            )
+            what = "the manifest does not count the samples of each class"
+            raise DataError(f"{self._shards[0].location}: {what}; write it again with tools/index_shards.py")
         return counts + [0] * (self._num_classes - len(counts))
 
     def check_cache(self, side_by_side: int) -> None:
-        """Refuse a cache that evicts shards before they are used up, since it holds fewer than `side_by_side`.
-
-        Raises:
-            DataError: naming the size that is needed.
-        """
+        """Raise a DataError if the cache evicts shards before they are used up: it holds fewer than `side_by_side`."""
         if self._cache is None:
             return
         largest = sorted((shard.record.bytes for shard in self._shards), reverse=True)[:side_by_side]
         if sum(largest) > self._cache.capacity:
-            raise DataError(
-                f"data.cache_gb={self._cache.capacity / 1e9:g}: this node reads {len(largest)} shards side by side, "
-                f"together {sum(largest) / 1e9:.3g} GB; raise it, or lower data.streams"
-            )
+            needed = f"reads {len(largest)} shards side by side, together {sum(largest) / 1e9:.3g} GB"
+            held = f"data.cache_gb={self._cache.capacity / 1e9:g}"
+            raise DataError(f"{held}: this node {needed}; raise it, or lower data.streams")
 
     def read(self, shard: int, index: int) -> tuple[UInt8Array, int]:
         """Sample `index` of this set's part of `shard`: its image and its label.
 
-        The image is uint8 (image_size, image_size, 3), and may be read-only.
-
-        Raises:
-            ImageError: the image cannot be decoded, or is smaller than the image size; other samples may be sound.
-            DataError: the shard cannot be read.
+        The image is uint8 (image_size, image_size, 3), and may be read-only. Raises a DataError if the shard cannot be
+        read, an ImageError if the image cannot be decoded, or is smaller than the image size; others may be sound.
         """
         rows, tar = self._open(shard)
         row = index
@@ -267,9 +216,7 @@ class ShardSet:
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
         """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
 
-        Raises:
-            DataError: see `ShardCache.fetch`.
-            OSError: it cannot be opened.
+        Raises an OSError if it cannot be opened, a DataError as `ShardCache.fetch`.
         """
         start = 0
         if row:
@@ -280,11 +227,9 @@ class ShardSet:
         return tar
 
     def decode(self, shard: int, row: int, data: bytes) -> UInt8Array:
-        """The image of sample `row` of the tar, as `read` returns it, from its bytes.
+        """The image of sample `row` of the tar, from its bytes; returns and raises as `read`.
 
-        Raises:
-            ImageError: see `read`.
-            DataError: the index says another size of the file.
+        Raises a DataError if the index says another size of the file.
         """
         _, size, _, extension = self._open(shard).rows[row].item()
         if len(data) != size:
@@ -294,11 +239,9 @@ class ShardSet:
             image = decode(data, extension.decode())
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
-                raise ImageError(
-                    f"is {width} x {height} pixels, smaller than the image size {self.image_size}; "
-                    f"lower {self._wanted.size_setting}, write larger shards, or let tools/index_shards.py record that "
-                    "images have their original sizes"
-                )
+                what = f"is {width} x {height} pixels, smaller than the image size {self.image_size}"
+                record = "let tools/index_shards.py record that images have their original sizes"
+                raise ImageError(f"{what}; lower {self._wanted.size_setting}, write larger shards, or {record}")
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
             raise ImageError(f"{self.place(shard, row)} {error}") from error
@@ -317,16 +260,12 @@ class ShardSet:
         return {**self.__dict__, "_opened": LRUCache(), "held_out": None}
 
     def _count(self, samples_per_shard: Int64Array) -> None:
-        self.samples_per_shard = samples_per_shard
+        self.samples_per_shard = samples_per_shard  # (shards,)
         self._starts = np.cumsum(samples_per_shard) - samples_per_shard
         self.num_samples = int(samples_per_shard.sum())
 
     def _first_image_size(self) -> int:
-        """The size of the first image that can be decoded.
-
-        Raises:
-            DataError: none of the first ones can be.
-        """
+        """The size of the first image that can be decoded. Raises an ImageError if none of the first ones can be."""
         met: ImageError | None = None
         for sample in range(min(_FIRST_IMAGES, self.num_samples)):
             try:
@@ -364,8 +303,7 @@ class _OpenShard(NamedTuple):
 def open_training_shards(config: Config) -> ShardSet:
     """What `data.shards` and `data.held_out` leave to train on, under the configuration's settings.
 
-    Raises:
-        DataError: see `ShardSet.open`; or nothing is held out, nothing is left, or held-out shards are trained on too.
+    Raises as `ShardSet.open`; a DataError if nothing is held out or left, or held-out shards are trained on too.
     """
     classes = config.model.num_classes
     shards = open_setting(config, "data.shards", classes)
@@ -379,11 +317,7 @@ def open_training_shards(config: Config) -> ShardSet:
 
 
 def open_setting(config: Config, setting: str, num_classes: int, size_setting: str = "model.image_size") -> ShardSet:
-    """The shards that `setting` names, with {resolution} for the value of `size_setting`.
-
-    Raises:
-        DataError: see `ShardSet.open`.
-    """
+    """What `setting` names, with {resolution} for the value of `size_setting`; raises as `ShardSet.open`."""
     image_size: int = attrgetter(size_setting)(config)
     pattern: str = attrgetter(setting)(config)
     try:

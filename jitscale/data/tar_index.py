@@ -107,11 +107,8 @@ def scan_tar(path: Path) -> list[TarSample]:
     """The samples of one tar in its order.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
-    base name. One of them is the image; `cls` is the label; others are ignored.
-
-    Raises:
-        DataError: the tar is missing, empty, compressed, truncated or damaged; a key comes twice; a sample has no
-            image or several.
+    base name. One of them is the image; `cls` is the label; others are ignored. Raises a DataError if the tar is
+    missing, empty, compressed, truncated or damaged, a key comes twice, or a sample has no image or several.
     """
     scan = survey_tar(path)
     if scan.defects:
@@ -127,10 +124,8 @@ def survey_tar(path: Path) -> TarScan:
             for key, parts in _read_members(scan, file).items():
                 found = [extension for extension in parts if extension in EXTENSIONS]
                 if len(found) != 1:
-                    what = (
-                        f"sample {key!r} has {len(found)} images among {sorted(parts)}, needs exactly one of "
-                        f"{', '.join(EXTENSIONS)}; remove it or write the shard again"
-                    )
+                    has = f"sample {key!r} has {len(found)} images among {sorted(parts)}"
+                    what = f"{has}, needs exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
                     scan.refuse(min(part.offset for part in parts.values()), what)
                     continue
                 image, label, label_offset = parts[found[0]], None, 0
@@ -148,21 +143,18 @@ def survey_tar(path: Path) -> TarScan:
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
     """One `INDEX` record of each sample that `scan_tar` finds.
 
-    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`.
-
-    Raises:
-        DataError: see `scan_tar`; or a label is neither a class number in decimal nor one of `class_names`.
+    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`. Raises as `scan_tar`, and a
+    DataError if a label is neither a class number in decimal nor one of `class_names`.
     """
     samples, labels = scan_tar(path), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
     for sample in samples:
         label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
         if label is None:
-            raise DataError(
-                f"{path}: byte {sample.label_offset}: {sample.key}.cls holds {sample.label!r}, neither an integer in "
-                f"0..{LARGEST_LABEL} nor a known class name; write the class number in decimal, or name the classes "
-                "with tools/index_shards.py"
-            )
+            holds = f"{sample.key}.cls holds {sample.label!r}"
+            what = f"{holds}, neither an integer in 0..{LARGEST_LABEL} nor a known class name"
+            remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
+            raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")
         labels.append(label)
     return index_of(samples, labels)
 
@@ -210,8 +202,7 @@ def count_classes(indices: Iterable[IndexArray], num_classes: int) -> list[int] 
 def map_index(path: Path) -> IndexArray:
     """The index in the file `path`, memory-mapped: of 100 million samples it has 2 GB, in every worker.
 
-    Raises:
-        DataError: it is missing or damaged.
+    Raises a DataError if it is missing or damaged.
     """
     remedy = "remove it, the tar is then scanned"
     with data_error(f"{path}: cannot be mapped", remedy, (OSError, ValueError, EOFError)):
@@ -231,8 +222,7 @@ def key_hashes(samples: Sequence[TarSample]) -> UInt64Array:
 def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     """The hashes of `samples` keys in the `content` of their file; `source` is its name for messages.
 
-    Raises:
-        DataError: it is damaged, or is of another number of samples.
+    Raises a DataError if it is damaged, or is of another number of samples.
     """
     remedy = "write it again with tools/index_shards.py --force"
     with data_error(f"{source}: cannot be read", remedy, (ValueError, EOFError)):
@@ -290,8 +280,7 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
     tarfile stopped at `offset` of `file`. The tar ends at `end`, or with the file. `path` is for the message.
     """
     descriptor = file.fileno()
-    if end is None:
-        end = os.fstat(descriptor).st_size
+    end = os.fstat(descriptor).st_size if end is None else end
     found = os.pread(descriptor, max(min(len(_END_OF_ARCHIVE), end - offset), 0), offset)
     at = offset + len(found)
     if len(found) < len(_END_OF_ARCHIVE):
