@@ -28,9 +28,8 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
     diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
 
-    Raises:
-        CheckpointError: nothing readable there, or a config is needed.
-        ConfigError: sizes that no network can have.
+    Raises a CheckpointError if nothing readable is there or a config is needed, a ConfigError at sizes that no network
+    can have.
     """
     path = Path(path)
     if not path.exists():
@@ -49,9 +48,8 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
 def read_guide(config: Config) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
 
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: it sees other images, classes or noise than the network that it must guide.
+    Raises a CheckpointError if it cannot be read, a ConfigError if it sees other images, classes or noise than the
+    network that it must guide.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
@@ -74,10 +72,9 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
         return Checkpoint(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        newest = latest_checkpoint(folder)
-        if newest is None:
-            raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
-        return newest
+        if (newest := latest_checkpoint(folder)) is not None:
+            return newest
+        raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
     if not (folder / HUB_CONFIG).exists() or folder / HUB_WEIGHTS not in files:
         return _open_safetensors(folder, files, config)
     try:

@@ -64,10 +64,8 @@ class Save:
     ) -> None:
         """Begin to save this rank's `fragments` of `sets` (set name -> flat tensors) into what becomes `final`.
 
-        `writer` writes the tensors into this rank's file.
-
-        Raises:
-            CheckpointError: on every rank: there is not enough room, or the folder cannot be made.
+        `writer` writes the tensors into this rank's file. Raises a CheckpointError on every rank if there is not enough
+        room, or the folder cannot be made.
         """
         self.progress, self._config, self._final = progress, config, final
         self._sets, self._fragments = list(sets), fragments
@@ -89,13 +87,9 @@ class Save:
         return not parallel.any_rank(not self._written.done())
 
     def finish(self) -> Path:
-        """Wait for all files, and make the folder complete; a collective call.
+        """Wait for all files, and make the folder complete; returns it. A collective call.
 
-        Returns:
-            The complete folder.
-
-        Raises:
-            CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
+        Raises a CheckpointError on every rank if any rank could not write. What an earlier save wrote stays.
         """
         # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
         try:
@@ -127,22 +121,19 @@ def write_streamed(
     """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
 
     The folder `final` appears complete or not at all. It holds all parameters (name -> shape) in all `sets`, moments
-    included; `tensor` is asked once for the float32 values of each (set, parameter).
-
-    Raises:
-        CheckpointError: there is not enough room, or the folder cannot be written.
+    included; `tensor` is asked once for the float32 values of each (set, parameter). Raises a CheckpointError if there
+    is not enough room, or the folder cannot be written.
     """
     fragments, file = whole_fragments(shapes), _file(final, 0)
     entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
     try:
-        _make_room(final, _bytes(fragments, sets))
         with _unwritable(final):
+            _make_room(final, _bytes(fragments, sets))
             with atomic_safetensors(file, entries) as append:
                 for parameter in shapes:
                     for name in sets:
                         append(tensor(name, parameter))
-            written = _described(file)
-        _complete(final, progress, config, sets, [written], [fragments])
+            _complete(final, progress, config, sets, [_described(file)], [fragments])
     except BaseException:
         shutil.rmtree(_aside(final), ignore_errors=True)
         raise

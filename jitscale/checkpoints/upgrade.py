@@ -89,8 +89,6 @@ class Upgrade:
 
         1 is in distribution. The noise is scaled by `ratio`, as the configurations must scale it.
         """
-        if self.mode == "tokens":
-            return float(self.ratio)
         return float(self.ratio) * float(self.enter.square().sum(dim=1).mean())
 
 
@@ -98,16 +96,12 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
     """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
 
     `kernel`, one of `KERNELS`, is for patches; `mode` is one of `MODES`, or None for what the two patch sizes mean.
-
-    Raises:
-        ConfigError: settings other than resolution and patch size differ; the sizes fit no mode; the noise scale is not
-            the ratio times the old one.
+    Raises a ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, or the noise
+    scale is not the ratio times the old one.
     """
-    differing = network_differences(old, new, ignored=("image_size", "patch_size", "position_grid"))
+    differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid")))
     if differing:
-        raise ConfigError(
-            f"an upgrade changes image and patch size only, the target also differs in {'; '.join(differing)}"
-        )
+        raise ConfigError(f"an upgrade changes image and patch size only, the target also differs in {differing}")
     ratio = Fraction(new.model.image_size, old.model.image_size)
     patches = Fraction(new.model.patch_size, old.model.patch_size)
     meant = "patch" if patches == ratio else "tokens" if patches == 1 else None
@@ -145,15 +139,11 @@ def write_upgraded(
 ) -> tuple[Path, list[str]]:
     """Write the verified `stored`, upgraded, as a run at step 0 into `target.run.dir`, with all weight sets.
 
-    The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written.
+    The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written. Returns the
+    checkpoint's folder, and the names of the sets in it, moments included.
 
-    Returns:
-        The checkpoint's folder, and the names of the sets in it, moments included.
-
-    Raises:
-        UserError: the target's folder holds checkpoints.
-        CheckpointError: the source is damaged or not the network of its config, there is no room, or the target cannot
-            be written.
+    Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged or not the
+    network of its config, there is no room, or the target cannot be written.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
@@ -178,11 +168,7 @@ def write_upgraded(
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`enter` (old, new) and `leave` (new, old), in float64, for patches of these pixels a side.
-
-    Raises:
-        ConfigError: an unknown kernel.
-    """
+    """`enter` (old, new) and `leave` (new, old), float64, for these pixels a side; a ConfigError at another kernel."""
     small, large = min(old, new), max(old, new)
     if kernel not in KERNELS:
         raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")

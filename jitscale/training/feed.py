@@ -58,8 +58,7 @@ class Feed:
     def start(self, position: int) -> None:
         """Begin, or begin again, at `position`; a collective call.
 
-        Raises:
-            UserError: on every rank: shared memory or the cache's disk is too small.
+        Raises a UserError on every rank if shared memory or the cache's disk is too small.
         """
         self.close()
         data, world = self._config.data, self._world

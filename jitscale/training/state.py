@@ -29,9 +29,7 @@ class RunState:
 
     def crossed(self, every_images: int, batch_size: int) -> bool:
         """Whether the last step crossed a multiple of `every_images`; never if that is 0."""
-        if every_images == 0:
-            return False
-        return self.images // every_images > (self.images - batch_size) // every_images
+        return every_images > 0 and self.images // every_images > (self.images - batch_size) // every_images
 
     def images_at_end(self, config: Config) -> int:
         """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""

@@ -28,20 +28,13 @@ from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.run_folder import claim
 from jitscale.tracking import SAMPLES
+from jitscale.training import persistence
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.feed import Feed
 from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
-from jitscale.training.persistence import (
-    Persistence,
-    check_resumable,
-    data_identity,
-    initial_weights,
-    newest_sound_checkpoint,
-    open_records,
-)
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
 from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StepOutcomes, StopSignal
@@ -53,16 +46,11 @@ AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
 def train(config: Config, world: World) -> ExitCode:
-    """Train until `run.max_images` or `run.max_steps`.
+    """Train until `run.max_images` or `run.max_steps` (DONE), or a signal asks to stop and the state is saved (REQUEUE).
 
     The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
-    without these, with random ones.
-
-    Returns:
-        DONE, or REQUEUE after a signal asked to stop and the state was saved.
-
-    Raises:
-        UserError: on every rank: a mistake that a user can mend, found before the first step where possible.
+    without these, with random ones. Raises a UserError on every rank at a mistake that a user can mend, found before
+    the first step where possible.
     """
     with ExitStack() as held:
         claim(Path(config.run.dir), held)
@@ -79,11 +67,11 @@ class Trainer:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config))
-        checkpoint = newest_sound_checkpoint(Path(config.run.dir), world)
-        data = data_identity(config, shards, checkpoint)
+        checkpoint = persistence.newest_sound_checkpoint(Path(config.run.dir), world)
+        data = persistence.data_identity(config, shards, checkpoint)
         if checkpoint is not None:
-            check_resumable(checkpoint, config)
-        initial = initial_weights(config, world) if checkpoint is None else None
+            persistence.check_resumable(checkpoint, config)
+        initial = persistence.initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
         if world.is_main:
@@ -94,7 +82,7 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
         saved = (self.engine, self.ema, self.state, self.bad_samples)
-        self.persistence = Persistence(config, world, *saved, self.faults, data)
+        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data)
         if checkpoint is not None:
             self.persistence.load(checkpoint)
         elif initial is not None:
@@ -111,7 +99,9 @@ class Trainer:
         self.feed.start(self.state.position)
         self.clock = Clock(self.state.images)
         self.stop_signal = StopSignal()
-        self.tracker, self.watch = parallel.raise_together(lambda: open_records(config, world, self.state, self.end))
+        self.tracker, self.watch = parallel.raise_together(
+            lambda: persistence.open_records(config, world, self.state, self.end)
+        )
         self.measurements = Measurements(config, world, shards, self.engine, self.ema, self.state, self.tracker, guide)
         if world.is_main:
             for caution in cautions(config, self.end):
@@ -249,10 +239,8 @@ class Trainer:
     def _measure(self, due: Sequence[Measurement]) -> bool:
         """Measure after this step, which is saved first: a measurement may take longer than a scheduler waits.
 
-        A signal then ends the process at once, and the resumed run makes up for the measurement.
-
-        Returns:
-            False if a signal has come already: the run must stop instead.
+        A signal then ends the process at once, and the resumed run makes up for the measurement. Returns False if a
+        signal has come already: the run must stop instead.
         """
         if not due:
             return True

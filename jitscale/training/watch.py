@@ -115,8 +115,7 @@ class BadSamples:
     def check(self, images: int) -> int:
         """The total after `images` images; a collective call.
 
-        Raises:
-            DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
+        Raises a DataError on every rank if it is more than `ALWAYS_ALLOWED` and more than the allowed fraction.
         """
         total = self.total()
         if total > max(self.ALWAYS_ALLOWED, self._fraction * images):
