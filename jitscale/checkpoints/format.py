@@ -8,8 +8,7 @@
 
 A fragment is a contiguous slice of one flattened parameter, in the coordinates of the parameter as the network defines
 it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of
-the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed, so that a kill during a save leaves
-the previous one usable.
+the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed: a kill leaves the previous one usable.
 """
 
 import json
@@ -159,13 +158,13 @@ class Checkpoint(StoredWeights):
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
-        return self.read(set_name, parameter, 0, prod(self.shapes[parameter])).view(self.shapes[parameter])
+        shape = self.shapes[parameter]
+        return self.read(set_name, parameter, 0, prod(shape)).view(shape)
 
     def _damaged(self, file: str, what: object) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path / file}: {' '.join(str(what).split())}; the file is damaged, remove {self.path} to fall back "
-            "to the checkpoint before it"
-        )
+        one_line = f"{self.path / file}: {' '.join(str(what).split())}"
+        remedy = f"remove {self.path} to fall back to the checkpoint before it"
+        return CheckpointError(f"{one_line}; the file is damaged, {remedy}")
 
     def _open(self, file: int) -> MappedSafetensors:
         if file not in self._opened:

@@ -23,17 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jitscale import parallel
-from jitscale.checkpoints.format import (
-    FORMAT,
-    MARKER,
-    Checkpoint,
-    Flats,
-    Fragment,
-    Progress,
-    complete_checkpoints,
-    complete_folders,
-    whole_fragments,
-)
+from jitscale.checkpoints import format as layout
+from jitscale.checkpoints.format import MARKER, Flats, Fragment, Progress
 from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
@@ -124,7 +115,7 @@ def write_streamed(
     included; `tensor` is asked once for the float32 values of each (set, parameter). Raises a CheckpointError if there
     is not enough room, or the folder cannot be written.
     """
-    fragments, file = whole_fragments(shapes), _file(final, 0)
+    fragments, file = layout.whole_fragments(shapes), _file(final, 0)
     entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
     try:
         with _unwritable(final):
@@ -145,11 +136,11 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
 
     The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`.
     """
-    folders = complete_checkpoints(run_dir)
+    folders = layout.complete_checkpoints(run_dir)
     kept, previous = set(folders[-keep_last:]), 0
     if keep_every_images is not None:
         for folder in folders:
-            images = Checkpoint(folder).progress.images // keep_every_images
+            images = layout.Checkpoint(folder).progress.images // keep_every_images
             if images > previous:
                 kept.add(folder)
             previous = images
@@ -167,7 +158,7 @@ def snapshot_folder(run_dir: Path, images: int) -> Path:
 
 def complete_snapshots(run_dir: Path) -> dict[int, Path]:
     """All complete snapshot folders of a run by the images seen, oldest first."""
-    return complete_folders(run_dir / "snapshots", r"images_(\d{12,})")
+    return layout.complete_folders(run_dir / "snapshots", r"images_(\d{12,})")
 
 
 def remove_snapshots_after(run_dir: Path, images: int) -> None:
@@ -210,10 +201,8 @@ def _make_room(final: Path, needed: int) -> None:
         free = shutil.disk_usage(aside).free
         if needed > free:
             aside.rmdir()
-            raise CheckpointError(
-                f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the previous "
-                "checkpoint stays"
-            )
+            what = f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+            raise CheckpointError(f"{what}; make room, the previous checkpoint stays")
 
 
 def _write(final: Path, rank: int, tensors: dict[str, torch.Tensor], writer: Writer) -> _Written:
@@ -243,7 +232,7 @@ def _complete(
             entry = parameters.setdefault(f.name, {"shape": list(f.shape), "fragments": []})
             entry["fragments"].append([rank, f.offset, f.length])
     index = {
-        "format": FORMAT,
+        "format": layout.FORMAT,
         "progress": asdict(progress),
         "sets": list(sets),
         "files": {name: size for name, size, _ in written},

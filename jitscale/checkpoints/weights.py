@@ -37,10 +37,7 @@ class StoredWeights(ABC):
         return MOMENTS if self.optimizer_step > 0 else ()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
-        """Compare the content with what was written, as far as the form has hashes; or a share of its files.
-
-        Raises a CheckpointError if a file is damaged.
-        """
+        """Compare all files, or a share, with their hashes, if any; raises a CheckpointError if one is damaged."""
 
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
@@ -135,16 +132,12 @@ def check_fits(stored: StoredWeights, config: Config) -> None:
     """
     settings = "; ".join(network_differences(stored.config, config))
     if differing := settings or shape_differences(stored.shapes, shapes_of(config)):
-        raise CheckpointError(
-            f"{stored.path}: weights of another network ({differing}); restore these settings, or choose other "
-            "weights (in training: another run.dir)"
-        )
+        remedy = "restore these settings, or choose other weights (in training: another run.dir)"
+        raise CheckpointError(f"{stored.path}: weights of another network ({differing}); {remedy}")
     trained_with, asked = stored.config.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
-        raise CheckpointError(
-            f"{stored.path}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
-            f"add diffusion.noise_scale={trained_with}"
-        )
+        setting = f"diffusion.noise_scale={trained_with}"
+        raise CheckpointError(f"{stored.path}: made for {setting}, the config says {asked}; add {setting}")
 
 
 def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:

@@ -191,8 +191,7 @@ class ZeroEngine:
     def gather(self, flats: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
 
-        Zeros replace what is None. A collective call. Each element is owned by one rank, so that summing over ranks is
-        exact.
+        Zeros replace what is None. A collective call; each element is owned by one rank, so that the sum is exact.
         """
         own = {f.name: f for f in self.fragments}
         shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters]
@@ -339,14 +338,12 @@ def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def _deepspeed_config(config: Config, world: World, micro_batches: int) -> dict[str, Any]:
     engine, ranks, cpu = config.engine, world.size, world.device.type == "cpu"
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "zero_hpz_partition_size": engine.hpz_group_size}
     if engine.zero_stage == 1 and (cpu or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         zero |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
     if engine.zero_stage in (1, 2) and not cpu and ranks > 1:
         zero["overlap_comm"] = True  # by default in stage 3 only
-    if engine.hpz_group_size > 1:
-        zero["zero_hpz_partition_size"] = engine.hpz_group_size
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks // micro_batches,

@@ -119,7 +119,11 @@ class Persistence:
             save.finish()
             self.saved_step, self._failed_saves = save.progress.step, 0
             if self.world.is_main:
-                self._prune()
+                keep = self.config.checkpoint
+                try:
+                    prune(self._run_dir, keep.keep_last, keep.keep_every_images)
+                except (OSError, CheckpointError) as error:
+                    logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
     def snapshot(self) -> None:
         """Store the power averages as they are; a CheckpointError on every rank if several saves failed in a row."""
@@ -152,13 +156,6 @@ class Persistence:
         state, updates = self.state, self.engine.optimizer_step()
         skipped = state.skipped_steps, state.skipped_images
         return Progress(state.step, state.images, updates, self.data, bad_samples, *skipped)
-
-    def _prune(self) -> None:
-        keep = self.config.checkpoint
-        try:
-            prune(self._run_dir, keep.keep_last, keep.keep_every_images)
-        except (OSError, CheckpointError) as error:
-            logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
     @contextmanager
     def _tolerated_failures(self, *, last: bool = False) -> Iterator[None]:
@@ -228,14 +225,11 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
 
     Raises a DataError that names what differs from `checkpoint`: samples would be seen twice or never.
     """
-    now: DataIdentity = {
-        "seed": config.run.seed,
-        "streams": config.data.streams,
-        "window": config.data.window,
-        "manifest": shards.manifest_hash,
-    }
+    data = config.data
+    now: DataIdentity = {"seed": config.run.seed, "streams": data.streams, "window": data.window}
+    now["manifest"] = shards.manifest_hash
     if shards.held_out is not None:
-        now["held_out"] = str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
+        now["held_out"] = str(held_out_fraction(data) or shards.held_out.manifest_hash)
     if checkpoint is None or checkpoint.progress.data is None:  # none before the first image
         return {**now, "origin": 0}
     progress, before = checkpoint.progress, checkpoint.progress.data
@@ -243,12 +237,10 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     if not differing:
         return {**now, "origin": before.get("origin", 0)}
     changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
-    if differing != ["manifest"] or not config.data.accept_new_shards:
-        raise DataError(
-            f"{checkpoint.path}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
-            "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
-            "with data.accept_new_shards=true"
-        )
+    if differing != ["manifest"] or not data.accept_new_shards:
+        remedy = "restore data.shards, data.held_out, run.seed, data.streams and data.window, start a new run.dir"
+        other = "or begin a new epoch of other shards with data.accept_new_shards=true"
+        raise DataError(f"{checkpoint.path}: the data or its order changed ({changes}); {remedy}, {other}")
     logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
     return {**now, "origin": progress.images + progress.skipped_images}
 
@@ -256,8 +248,7 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
     """Raise a CheckpointError if `checkpoint` is that of another network, noise scale or optimizer."""
     check_fits(checkpoint, config)
-    if checkpoint.config.optim.name != config.optim.name:
-        raise CheckpointError(
-            f"{checkpoint.path}: its moments are those of optim.name={checkpoint.config.optim.name}, the config says "
-            f"{config.optim.name}; restore it, or start a new run.dir with run.init_from={checkpoint.path}"
-        )
+    path, stored, asked = checkpoint.path, checkpoint.config.optim.name, config.optim.name
+    if stored != asked:
+        what = f"{path}: its moments are those of optim.name={stored}, the config says {asked}"
+        raise CheckpointError(f"{what}; restore it, or start a new run.dir with run.init_from={path}")

@@ -1,7 +1,6 @@
 """The training loop: step, log, save, measure, stop.
 
-It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`
-(measurements and pictures during the run).
+It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`.
 """
 
 import logging
@@ -46,11 +45,10 @@ AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
 def train(config: Config, world: World) -> ExitCode:
-    """Train until `run.max_images` or `run.max_steps` (DONE), or a signal asks to stop and the state is saved (REQUEUE).
+    """Train until `run.max_images` or `run.max_steps`; DONE, or REQUEUE after a signal to stop and a save of the state.
 
     The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
-    without these, with random ones. Raises a UserError on every rank at a mistake that a user can mend, found before
-    the first step where possible.
+    without these, with random ones. A user's mistake is a UserError on every rank, before the first step if possible.
     """
     with ExitStack() as held:
         claim(Path(config.run.dir), held)
@@ -112,8 +110,8 @@ class Trainer:
         """Step until the end of the run or a signal."""
         config, state = self.config, self.state
         batch, log_every = config.data.batch_size, config.tracking.log_every_steps
-        agree_every = 1
-        save_is_due = False
+        snapshot_every = config.ema.snapshot_every_images
+        agree_every, save_is_due = 1, False
         interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
         shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
         with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
@@ -130,9 +128,7 @@ class Trainer:
                     progress.n = state.images
                     continue
                 # Before anything may save this step: a resumed run goes on after it.
-                if config.ema.snapshot_every_images is not None and (
-                    state.crossed(config.ema.snapshot_every_images, batch) or state.images >= self.end
-                ):
+                if snapshot_every is not None and (state.crossed(snapshot_every, batch) or state.images >= self.end):
                     self.persistence.snapshot()
                 log_point = state.step % log_every == 0 or state.images >= self.end
                 save_is_due = save_is_due or state.crossed(config.checkpoint.every_images, batch)
@@ -220,8 +216,7 @@ class Trainer:
             "loss_spike": int(spike),
             **self.loss_by_noise_level.take_means(),
         }
-        peak = peak_tflops(self.world.device)
-        if peak is not None:
+        if (peak := peak_tflops(self.world.device)) is not None:
             values["mfu"] = rate * training_flops(config.model) / (peak * 1e12 * self.world.size)
         with self.part("tracking"):
             self.tracker.log(values)
