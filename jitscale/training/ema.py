@@ -14,7 +14,7 @@ from jitscale.config import EmaConfig, ema_name, power_name
 
 
 class ShardedEma:
-    """Averages of one rank's flat masters; one that is added in the middle of a run begins with the weights it finds."""
+    """Averages of one rank's flat masters; one added in the middle of a run begins with the weights it finds."""
 
     def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
         """Begin with the masters; `compiled` reads each of them once for all averages."""
