@@ -38,7 +38,8 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: unreadable, neither safetensors nor of torch.save; give a run or such a file")
+        what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save"
+        raise CheckpointError(f"{what}; give a run or such a file")
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
