@@ -31,8 +31,7 @@ class AuthorsWeights(StoredWeights):
     def __init__(self, path: Path, model: ModelConfig | None) -> None:
         """Open; `model`, the sizes, is only needed if the network is not one of the paper's.
 
-        Raises:
-            CheckpointError: the file cannot be read, has another format, or its network's sizes are not known.
+        Raises a CheckpointError if the file cannot be read, has another format, or its network's sizes are not known.
         """
         self.path = path
         try:
@@ -56,8 +55,7 @@ class AuthorsWeights(StoredWeights):
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
         except (KeyError, AttributeError, TypeError) as error:
-            what = f"{path}: not the authors' format ({error}); it has model, model_ema1, args"
-            raise CheckpointError(what) from error
+            raise CheckpointError(f"{path}: not the authors' format of model, model_ema1, args ({error})") from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._sets["model"].items()}
         size = named.split("/", maxsplit=1)[0]
@@ -84,11 +82,7 @@ def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, 
     """Write a file for the authors' `--resume`, with the optimizer's moments where `stored` has them.
 
     `ema1` and `ema2`, named `ema_<decay>`, become model_ema1 and model_ema2. Training goes on after `epoch`, the last
-    complete one.
-
-    Raises:
-        CheckpointError: one of the sets is not there.
-        OSError: the file cannot be written.
+    complete one. Raises a CheckpointError if one of the sets is not there, an OSError if the file cannot be written.
     """
     sets = {"model": "model", "model_ema1": ema1, "model_ema2": ema2}
     decays = [float(name.removeprefix("ema_")) for name in (ema1, ema2)]

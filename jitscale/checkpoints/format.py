@@ -8,8 +8,7 @@
 
 A fragment is a contiguous slice of one flattened parameter, in the coordinates of the parameter as the network defines
 it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of
-the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed, so that a kill during a save leaves
-the previous one usable.
+the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed: a kill leaves the previous one usable.
 """
 
 import json
@@ -83,8 +82,7 @@ class Checkpoint(StoredWeights):
     def __init__(self, folder: Path) -> None:
         """Open; `verify` looks at the content.
 
-        Raises:
-            CheckpointError: the marker is missing, a file is missing or has another size, or the format is unknown.
+        Raises a CheckpointError if the marker or a file is missing, a file has another size, or the format is unknown.
         """
         self.path = folder
         if not (folder / MARKER).exists():
@@ -94,10 +92,8 @@ class Checkpoint(StoredWeights):
                 self._check_content(name, sha256)
             index = json.loads((folder / "index.json").read_text())
             if index["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
-                    "use the version of jitscale that wrote it"
-                )
+                text = f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
+                raise CheckpointError(text + "use the version of jitscale that wrote it")
             self.progress = Progress(**index["progress"])
             self.sets: list[str] = index["sets"]  # moments included
             self.weight_sets = [name for name in self.sets if name not in MOMENTS]
@@ -145,11 +141,7 @@ class Checkpoint(StoredWeights):
         return self.progress.optimizer_step if self.config.optim.name == "adamw" else 0
 
     def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32.
-
-        Raises:
-            CheckpointError: a file is damaged, or no file holds some of the elements.
-        """
+        """See `StoredWeights`. Raises a CheckpointError if a file is damaged, or no file holds some of the elements."""
         out, filled = torch.empty(stop - start), 0
         for number, offset, length in self._fragments[parameter]:
             low, high = max(start, offset), min(stop, offset + length)
@@ -170,10 +162,9 @@ class Checkpoint(StoredWeights):
         return self.read(set_name, parameter, 0, prod(shape)).view(shape)
 
     def _damaged(self, file: str, what: object) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path / file}: {' '.join(str(what).split())}; the file is damaged, remove {self.path} to fall back "
-            "to the checkpoint before it"
-        )
+        one_line = f"{self.path / file}: {' '.join(str(what).split())}"
+        remedy = f"remove {self.path} to fall back to the checkpoint before it"
+        return CheckpointError(f"{one_line}; the file is damaged, {remedy}")
 
     def _open(self, file: int) -> MappedSafetensors:
         if file not in self._opened:

@@ -28,9 +28,7 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
     diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
 
-    Raises:
-        CheckpointError: nothing readable there, or a config is needed.
-        ConfigError: sizes that no network can have.
+    Raises a CheckpointError if nothing readable is there or a config is needed, a ConfigError at impossible sizes.
     """
     path = Path(path)
     if not path.exists():
@@ -40,18 +38,15 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint, neither safetensors nor of torch.save; give a run or such a file"
-        )
+        what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save"
+        raise CheckpointError(f"{what}; give a run or such a file")
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
 def read_guide(config: Config) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
 
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: it sees other images, classes or noise than the network that it must guide.
+    Raises a CheckpointError if it cannot be read, a ConfigError if images, classes or noise are not those of `config`.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
@@ -74,10 +69,9 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
         return Checkpoint(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        newest = latest_checkpoint(folder)
-        if newest is None:
-            raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
-        return newest
+        if (newest := latest_checkpoint(folder)) is not None:
+            return newest
+        raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
     if not (folder / HUB_CONFIG).exists() or folder / HUB_WEIGHTS not in files:
         return _open_safetensors(folder, files, config)
     try:

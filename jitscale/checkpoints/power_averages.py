@@ -24,10 +24,8 @@ _SMALLEST_SINGULAR = 1e-13  # of normalised inner products; below it the float64
 def gamma_of_width(width: float) -> float:
     """The exponent of the profile whose relative standard deviation is `width` (equations 123 and 126, algorithm 2).
 
-    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic equation with one root above -1.
-
-    Raises:
-        ValueError: `width` is not in (0, WIDEST_POWER), where gamma is positive.
+    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic equation with one root above -1. Raises a ValueError
+    if `width` is not in (0, WIDEST_POWER), where gamma is positive.
     """
     if not 0 < width < WIDEST_POWER:
         raise ValueError(f"a width of {width} is outside (0, {WIDEST_POWER:.4f})")
@@ -61,8 +59,7 @@ class Reconstruction:
 def solve(images: Array, widths: Array, at_images: float, wanted_widths: Array) -> Reconstruction:
     """The least-squares mixture of stored averages for each wanted one (section 3.2, algorithm 3), in float64.
 
-    The stored averages (I,) have these `widths`, after these `images`. The wanted ones (O,) end at `at_images`, which
-    is not before any of `images`.
+    The stored averages (I,) have these `widths` after `images`; the wanted ones (O,) end at `at_images`, no earlier.
     """
     end = np.full(len(wanted_widths), float(at_images))
     stored, wanted = (images, _gammas(widths)), (end, _gammas(wanted_widths))

@@ -23,17 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jitscale import parallel
-from jitscale.checkpoints.format import (
-    FORMAT,
-    MARKER,
-    Checkpoint,
-    Flats,
-    Fragment,
-    Progress,
-    complete_checkpoints,
-    complete_folders,
-    whole_fragments,
-)
+from jitscale.checkpoints import format as layout
+from jitscale.checkpoints.format import MARKER, Flats, Fragment, Progress
 from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
@@ -64,10 +55,8 @@ class Save:
     ) -> None:
         """Begin to save this rank's `fragments` of `sets` (set name -> flat tensors) into what becomes `final`.
 
-        `writer` writes the tensors into this rank's file.
-
-        Raises:
-            CheckpointError: on every rank: there is not enough room, or the folder cannot be made.
+        `writer` writes the tensors into this rank's file. Raises a CheckpointError on every rank if there is not enough
+        room, or the folder cannot be made.
         """
         self.progress, self._config, self._final = progress, config, final
         self._sets, self._fragments = list(sets), fragments
@@ -89,13 +78,9 @@ class Save:
         return not parallel.any_rank(not self._written.done())
 
     def finish(self) -> Path:
-        """Wait for all files, and make the folder complete; a collective call.
+        """Wait for all files, and make the folder complete; returns it. A collective call.
 
-        Returns:
-            The complete folder.
-
-        Raises:
-            CheckpointError: on every rank, if any rank could not write. What an earlier save wrote stays.
+        Raises a CheckpointError on every rank if any rank could not write. What an earlier save wrote stays.
         """
         # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
         try:
@@ -127,22 +112,19 @@ def write_streamed(
     """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
 
     The folder `final` appears complete or not at all. It holds all parameters (name -> shape) in all `sets`, moments
-    included; `tensor` is asked once for the float32 values of each (set, parameter).
-
-    Raises:
-        CheckpointError: there is not enough room, or the folder cannot be written.
+    included; `tensor` is asked once for the float32 values of each (set, parameter). Raises a CheckpointError if there
+    is not enough room, or the folder cannot be written.
     """
-    fragments, file = whole_fragments(shapes), _file(final, 0)
+    fragments, file = layout.whole_fragments(shapes), _file(final, 0)
     entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
     try:
-        _make_room(final, _bytes(fragments, sets))
         with _unwritable(final):
+            _make_room(final, _bytes(fragments, sets))
             with atomic_safetensors(file, entries) as append:
                 for parameter in shapes:
                     for name in sets:
                         append(tensor(name, parameter))
-            written = _described(file)
-        _complete(final, progress, config, sets, [written], [fragments])
+            _complete(final, progress, config, sets, [_described(file)], [fragments])
     except BaseException:
         shutil.rmtree(_aside(final), ignore_errors=True)
         raise
@@ -154,11 +136,11 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
 
     The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`.
     """
-    folders = complete_checkpoints(run_dir)
+    folders = layout.complete_checkpoints(run_dir)
     kept, previous = set(folders[-keep_last:]), 0
     if keep_every_images is not None:
         for folder in folders:
-            images = Checkpoint(folder).progress.images // keep_every_images
+            images = layout.Checkpoint(folder).progress.images // keep_every_images
             if images > previous:
                 kept.add(folder)
             previous = images
@@ -176,7 +158,7 @@ def snapshot_folder(run_dir: Path, images: int) -> Path:
 
 def complete_snapshots(run_dir: Path) -> dict[int, Path]:
     """All complete snapshot folders of a run by the images seen, oldest first."""
-    return complete_folders(run_dir / "snapshots", r"images_(\d{12,})")
+    return layout.complete_folders(run_dir / "snapshots", r"images_(\d{12,})")
 
 
 def remove_snapshots_after(run_dir: Path, images: int) -> None:
@@ -219,10 +201,8 @@ def _make_room(final: Path, needed: int) -> None:
         free = shutil.disk_usage(aside).free
         if needed > free:
             aside.rmdir()
-            raise CheckpointError(
-                f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, the previous "
-                "checkpoint stays"
-            )
+            what = f"{final}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+            raise CheckpointError(f"{what}; make room, the previous checkpoint stays")
 
 
 def _write(final: Path, rank: int, tensors: dict[str, torch.Tensor], writer: Writer) -> _Written:
@@ -252,7 +232,7 @@ def _complete(
             entry = parameters.setdefault(f.name, {"shape": list(f.shape), "fragments": []})
             entry["fragments"].append([rank, f.offset, f.length])
     index = {
-        "format": FORMAT,
+        "format": layout.FORMAT,
         "progress": asdict(progress),
         "sets": list(sets),
         "files": {name: size for name, size, _ in written},

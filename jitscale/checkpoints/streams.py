@@ -20,9 +20,7 @@ class MappedSafetensors:
     """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
 
     Pages that were read count as the process's memory while the file is mapped. So it is mapped anew now and then.
-
-    Raises:
-        OSError, SafetensorError: here and in its methods: it cannot be read.
+    This and every method raises an OSError or a SafetensorError if it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,10 +56,7 @@ def atomic_safetensors(
     """A safetensors file of float32 tensors whose values come one after the other; whole or not there at all.
 
     Yields a function that appends the next float32 values, any number of them, from the CPU; they come in the order of
-    `shapes` (tensor name -> shape).
-
-    Raises:
-        OSError: the file cannot be written.
+    `shapes` (tensor name -> shape). Raises an OSError if the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

@@ -12,8 +12,7 @@ repetition of pixels); in `smooth` it is bicubic interpolation, corrected so tha
 `pi-bicubic` U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not
 preserve the noise's deviation. For a lower resolution D and U change places: W U and D V.
 
-An upgrade is linear in the weights, so it applies to every average too. The new checkpoint is written one tensor at a
-time.
+An upgrade is linear in the weights, so it applies to every average too. The checkpoint is written tensor by tensor.
 
 Shapes: P old patch, Q new patch (pixels a side), C hidden size.
 """
@@ -89,8 +88,6 @@ class Upgrade:
 
         1 is in distribution. The noise is scaled by `ratio`, as the configurations must scale it.
         """
-        if self.mode == "tokens":
-            return float(self.ratio)
         return float(self.ratio) * float(self.enter.square().sum(dim=1).mean())
 
 
@@ -98,46 +95,36 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
     """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
 
     `kernel`, one of `KERNELS`, is for patches; `mode` is one of `MODES`, or None for what the two patch sizes mean.
-
-    Raises:
-        ConfigError: settings other than resolution and patch size differ; the sizes fit no mode; the noise scale is not
-            the ratio times the old one.
+    Raises a ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, or the noise
+    scale is not the ratio times the old one.
     """
-    differing = network_differences(old, new, ignored=("image_size", "patch_size", "position_grid"))
+    differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid")))
     if differing:
-        raise ConfigError(
-            f"an upgrade changes image and patch size only, the target also differs in {'; '.join(differing)}"
-        )
-    ratio = Fraction(new.model.image_size, old.model.image_size)
-    patches = Fraction(new.model.patch_size, old.model.patch_size)
+        raise ConfigError(f"an upgrade changes image and patch size only, the target also differs in {differing}")
+    old_patch, new_patch = old.model.patch_size, new.model.patch_size
+    ratio, patches = Fraction(new.model.image_size, old.model.image_size), Fraction(new_patch, old_patch)
     meant = "patch" if patches == ratio else "tokens" if patches == 1 else None
     if meant is None:
-        raise ConfigError(
-            f"model.patch_size={new.model.patch_size} must be {float(ratio):g} x {old.model.patch_size}, as the image "
-            f"size grows (the number of tokens stays), or stay {old.model.patch_size} (tokens are added)"
-        )
+        grown = f"{float(ratio):g} x {old_patch}, as the image size grows (the number of tokens stays)"
+        raise ConfigError(f"model.patch_size={new_patch} must be {grown}, or stay {old_patch} (tokens are added)")
     if ratio != 1 and mode not in (None, meant):
-        raise ConfigError(
-            f"--mode {mode}: the target's patches of {new.model.patch_size} pixels mean mode {meant}; give a target of "
-            f"the same image size with model.patch_size={old.model.patch_size if meant == 'patch' else 'larger'}"
-        )
-    grid = old.model.position_grid or old.model.image_size // old.model.patch_size
+        what = f"--mode {mode}: the target's patches of {new_patch} pixels mean mode {meant}"
+        other = old_patch if meant == "patch" else "larger"
+        raise ConfigError(f"{what}; give a target of the same image size with model.patch_size={other}")
+    grid = old.model.position_grid or old.model.image_size // old_patch
     if meant == "tokens" and new.model.position_grid != grid:
-        raise ConfigError(
-            f"model.position_grid={new.model.position_grid} must be {grid}, so that the positions of more tokens span "
-            f"the range that was trained; add model.position_grid={grid}"
-        )
+        why = "so that the positions of more tokens span the range that was trained"
+        what = f"model.position_grid={new.model.position_grid} must be {grid}, {why}"
+        raise ConfigError(f"{what}; add model.position_grid={grid}")
     noise_scale = float(ratio) * old.diffusion.noise_scale
     if not math.isclose(new.diffusion.noise_scale, noise_scale):
-        raise ConfigError(
-            f"diffusion.noise_scale={new.diffusion.noise_scale} must be {float(ratio):g} x the old one, since pooling "
-            f"divides the noise by {float(ratio):g}; add diffusion.noise_scale={noise_scale:g}"
-        )
+        why = f"since pooling divides the noise by {float(ratio):g}"
+        what = f"diffusion.noise_scale={new.diffusion.noise_scale} must be {float(ratio):g} x the old one, {why}"
+        raise ConfigError(f"{what}; add diffusion.noise_scale={noise_scale:g}")
     if meant == "tokens":
-        same = torch.eye(old.model.patch_size, dtype=torch.float64)
+        same = torch.eye(old_patch, dtype=torch.float64)
         return Upgrade(meant, ratio, same, same)
-    enter, leave = operators(old.model.patch_size, new.model.patch_size, kernel)
-    return Upgrade(meant, ratio, enter, leave)
+    return Upgrade(meant, ratio, *operators(old_patch, new_patch, kernel))
 
 
 def write_upgraded(
@@ -145,15 +132,11 @@ def write_upgraded(
 ) -> tuple[Path, list[str]]:
     """Write the verified `stored`, upgraded, as a run at step 0 into `target.run.dir`, with all weight sets.
 
-    The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written.
+    The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written. Returns the
+    checkpoint's folder, and the names of the sets in it, moments included.
 
-    Returns:
-        The checkpoint's folder, and the names of the sets in it, moments included.
-
-    Raises:
-        UserError: the target's folder holds checkpoints.
-        CheckpointError: the source is damaged or not the network of its config, there is no room, or the target cannot
-            be written.
+    Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged or not the
+    network of its config, there is no room, or the target cannot be written.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
@@ -178,11 +161,7 @@ def write_upgraded(
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`enter` (old, new) and `leave` (new, old), in float64, for patches of these pixels a side.
-
-    Raises:
-        ConfigError: an unknown kernel.
-    """
+    """`enter` (old, new) and `leave` (new, old), float64, for these pixels a side; a ConfigError at another kernel."""
     small, large = min(old, new), max(old, new)
     if kernel not in KERNELS:
         raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")

@@ -37,30 +37,18 @@ class StoredWeights(ABC):
         return MOMENTS if self.optimizer_step > 0 else ()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
-        """Compare the content with what was written, as far as the form has hashes; or a share of its files.
-
-        Raises:
-            CheckpointError: a file is damaged.
-        """
+        """Compare all files, or a share, with their hashes, if any; raises a CheckpointError if one is damaged."""
 
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
-        """One whole parameter in one set, float32.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """One whole parameter in one set, float32. Raises a CheckpointError if the file is damaged."""
 
     def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter in one set: (stop - start,) float32."""
         return self.tensor(set_name, parameter).flatten()[start:stop]
 
     def choose(self, name: str | None) -> str:
-        """`name`, or the default where it is None.
-
-        Raises:
-            CheckpointError: there is no such set.
-        """
+        """`name`, or the default where it is None. Raises a CheckpointError if there is no such set."""
         chosen = name or self.default
         if chosen not in self.weight_sets:
             raise CheckpointError(f"{self.path}: no weight set {chosen!r}; choose one of {', '.join(self.weight_sets)}")
@@ -69,8 +57,7 @@ class StoredWeights(ABC):
     def network(self, name: str | None = None) -> JiT:
         """The network with the weights of one set, or of the default where `name` is None; in eval mode.
 
-        Raises:
-            CheckpointError: there is no such set, its tensors do not fit the sizes, or the file is damaged.
+        Raises a CheckpointError if there is no such set, its tensors do not fit the sizes, or the file is damaged.
         """
         network = JiT(self.config.model, self.config.diffusion)
         self.load_into(network, name)
@@ -80,11 +67,8 @@ class StoredWeights(ABC):
     def load_into(self, network: JiT, name: str | None = None) -> None:
         """Give `network` the weights of one set; `name` and errors are those of `network`."""
         chosen, parameters = self.choose(name), dict(network.named_parameters())
-        differing = shape_differences(self.shapes, {name: tuple(p.shape) for name, p in parameters.items()})
-        if differing:
-            raise CheckpointError(
-                f"the weights do not fit the network ({differing}); give the config they were trained with"
-            )
+        if differing := shape_differences(self.shapes, {key: tuple(p.shape) for key, p in parameters.items()}):
+            raise CheckpointError(f"the weights do not fit the network ({differing}); give their training's config")
         for parameter, values in parameters.items():
             values.copy_(self.tensor(chosen, parameter))
 
@@ -95,20 +79,16 @@ class SafetensorsWeights(StoredWeights):
     def __init__(self, path: Path, files: Mapping[str, MappedSafetensors], config: Config) -> None:
         """The sets in `files` (set name -> file, the first one is the default) at `path`, of the network in `config`.
 
-        Raises:
-            CheckpointError: the files hold different networks.
+        Raises a CheckpointError if the files hold different networks.
         """
         self.path, self.config, self._files = path, config, files
         self.weight_sets = list(files)
-        self.default = self.weight_sets[0]
-        self.shapes = files[self.default].shapes()
+        self.default, first = next(iter(files.items()))
+        self.shapes = first.shapes()
         for file in files.values():
-            differing = shape_differences(file.shapes(), self.shapes)
-            if differing:
-                raise CheckpointError(
-                    f"{file.path}: another network than {files[self.default].path} ({differing}); keep the sets of one "
-                    "network in a folder"
-                )
+            if differing := shape_differences(file.shapes(), self.shapes):
+                text = f"{file.path}: another network than {first.path} ({differing})"
+                raise CheckpointError(f"{text}; keep the sets of one network in a folder")
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
@@ -119,11 +99,7 @@ class SafetensorsWeights(StoredWeights):
 
 
 def open_safetensors(path: Path) -> MappedSafetensors:
-    """A safetensors file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """A safetensors file. Raises a CheckpointError if it cannot be read."""
     try:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
@@ -137,11 +113,7 @@ def description(name: str, config: Config) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, stored: StoredWeights, set_name: str) -> None:
-    """One weight set in one file, with its config in the metadata; tensor by tensor.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """One weight set in one file, with its config in the metadata, tensor by tensor; an OSError if that fails."""
     with atomic_safetensors(path, stored.shapes, description(set_name, stored.config)) as append:
         for parameter in stored.shapes:
             append(stored.tensor(set_name, parameter))
@@ -156,22 +128,16 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 def check_fits(stored: StoredWeights, config: Config) -> None:
     """Refuse weights of another network than the one that `config` describes, or of another noise scale.
 
-    Raises:
-        CheckpointError: naming what differs: settings, or else parameters.
+    The CheckpointError names what differs: settings, or else parameters.
     """
     settings = "; ".join(network_differences(stored.config, config))
-    differing = settings or shape_differences(stored.shapes, shapes_of(config))
-    if differing:
-        raise CheckpointError(
-            f"{stored.path}: weights of another network ({differing}); restore these settings, or choose other "
-            "weights (in training: another run.dir)"
-        )
+    if differing := settings or shape_differences(stored.shapes, shapes_of(config)):
+        remedy = "restore these settings, or choose other weights (in training: another run.dir)"
+        raise CheckpointError(f"{stored.path}: weights of another network ({differing}); {remedy}")
     trained_with, asked = stored.config.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
-        raise CheckpointError(
-            f"{stored.path}: made for diffusion.noise_scale={trained_with}, the config says {asked}; "
-            f"add diffusion.noise_scale={trained_with}"
-        )
+        setting = f"diffusion.noise_scale={trained_with}"
+        raise CheckpointError(f"{stored.path}: made for {setting}, the config says {asked}; add {setting}")
 
 
 def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:

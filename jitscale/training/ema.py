@@ -14,10 +14,7 @@ from jitscale.config import EmaConfig, ema_name, power_name
 
 
 class ShardedEma:
-    """Averages of one rank's flat master tensors.
-
-    An average that is added in the middle of a run begins with the weights of that moment.
-    """
+    """Averages of one rank's flat masters; one added in the middle of a run begins with the weights it finds."""
 
     def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
         """Begin with the masters; `compiled` reads each of them once for all averages."""
@@ -47,16 +44,12 @@ class ShardedEma:
         # The weights of the averages are on the device: the host does not wait to know whether the step was skipped.
         kind: dict[str, Any] = {"dtype": live[0].dtype, "device": live[0].device} if live else {}
         moved = torch.as_tensor(moved, **kind)
-        weights = [moved * (1.0 - self._decay_at(decay, step)) for decay in self._decays.values()]
+        # Warm-up as in TensorFlow's ExponentialMovingAverage(num_updates=step): an average follows the weights while
+        # `step` is small against 9 / (1 - decay).
+        largest = (1 + step) / (10 + step) if self._warmup else 1.0
+        weights = [moved * (1.0 - min(decay, largest)) for decay in self._decays.values()]
         weights += [torch.full((), power_step(gamma, *images), **kind) for gamma in self._gammas.values()]
         self._follow(list(self.sets.values()), live, weights)
-
-    def _decay_at(self, decay: float, step: int) -> float:
-        """The decay of a step; warm-up as in TensorFlow's ExponentialMovingAverage(num_updates=step).
-
-        With warm-up the average follows the weights while `step` is small against 9 / (1 - decay).
-        """
-        return min(decay, (1 + step) / (10 + step)) if self._warmup else decay
 
 
 Tensors = list[torch.Tensor]

@@ -48,7 +48,6 @@ class ZeroEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
-        self._sharded_stages = (stage_1_and_2, stage3)
         self.stage = config.engine.zero_stage
         self.execution = prepare(model, config.engine, world.device, training=True)
         if self.execution.by_block and self.stage == 3:
@@ -75,6 +74,7 @@ class ZeroEngine:
         # AdamW skips a step by itself where a tensor on the device says so; the host need not wait to know.
         on_device = not isinstance(self._base, Muon) and config.engine.precision != "bf16"
         self._skips_on_device = on_device and not config.engine.offload_optimizer
+        self._judged = (stage_1_and_2, stage3) if self._skips_on_device else ()  # modules that ask about the norm
         self._moved = torch.ones((), dtype=torch.bool)
         if self.stage == 0 and not self._skips_on_device:
             # The sharded stages skip gradients that are not finite by themselves; here DeepSpeed would apply them.
@@ -121,10 +121,7 @@ class ZeroEngine:
 
     @contextmanager
     def _judged_on_device(self) -> Iterator[None]:
-        if not self._skips_on_device:
-            yield
-            return
-        asked = [(module, module.is_invalid_grad_norm) for module in self._sharded_stages]
+        asked = [(module, module.is_invalid_grad_norm) for module in self._judged]
         for module, _ in asked:
             module.is_invalid_grad_norm = self._judge
         try:
@@ -144,38 +141,28 @@ class ZeroEngine:
 
     def moments(self) -> dict[str, Flats]:
         """The optimizer's moments beside the masters, None where Muon has none; empty before the first step."""
-        found: dict[str, Flats] = {}
-        for name in MOMENTS:
-            flats = [state.get(name) for state in self._optimizer_states()]
-            if any(flat is not None for flat in flats):
-                found[name] = self._owned(flats)
-        return found
+        states = self._optimizer_states()
+        present = [name for name in MOMENTS if any(name in state for state in states)]
+        return {name: self._owned([state.get(name) for state in states]) for name in present}
 
     def optimizer_step(self) -> int:
         """Updates that the moments have seen."""
-        steps = {int(state["step"]) for state in self._optimizer_states() if "step" in state}
-        return max(steps, default=0)
+        return max((int(state["step"]) for state in self._optimizer_states() if "step" in state), default=0)
 
     @torch.no_grad()
     def prepare_to_load(self, optimizer_step: int) -> dict[str, Flats]:
-        """Make room for a saved state, and return the flat tensors to fill before `finish_loading`.
+        """Make room for a saved state; returns the flat tensors to fill before `finish_loading`.
 
         They are `model` (the masters) and, if `optimizer_step` > 0, the moments.
         """
         if self.stage == 3:
             self._optimizer.checkpoint_event_prologue()  # partitions what is still gathered
-        if optimizer_step == 0:
-            for state in self._optimizer_states():
-                state.clear()
-        else:
-            for flat, state, muon in zip(self._flats(), self._optimizer_states(), self._by_muon(), strict=True):
-                if muon:
-                    state["exp_avg"] = torch.zeros_like(flat)
-                    continue
-                # One step tensor for each flat: a shared one would be advanced several times a step.
-                state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(flat)
+        for flat, state, by_muon in zip(self._flats(), self._optimizer_states(), self._by_muon(), strict=True):
+            state.clear()
+            if optimizer_step > 0:
+                state.update({name: torch.zeros_like(flat) for name in (("exp_avg",) if by_muon else MOMENTS)})
+                if not by_muon:  # a tensor for each flat: a shared one would be advanced several times a step
+                    state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
         return {"model": self.masters(), **self.moments()}
 
     @torch.no_grad()
@@ -184,10 +171,9 @@ class ZeroEngine:
         optimizer = self._optimizer
         if self.stage == 0:
             # Everything is whole on every rank, and each rank has loaded its share only.
-            moments = self.moments()
             for weight, whole in zip(self._flats(), self.gather(self.masters()).values(), strict=True):
                 weight.copy_(whole)
-            for moment, flats in moments.items():
+            for moment, flats in self.moments().items():
                 for state, whole in zip(self._optimizer_states(), self.gather(flats).values(), strict=True):
                     if moment in state:
                         state[moment].copy_(whole)
@@ -205,8 +191,7 @@ class ZeroEngine:
     def gather(self, flats: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
 
-        Zeros replace what is None. A collective call. Each element is owned by one rank, so that summing over ranks is
-        exact.
+        Zeros replace what is None. A collective call; each element is owned by one rank, so that the sum is exact.
         """
         own = {f.name: f for f in self.fragments}
         shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters]
@@ -215,9 +200,7 @@ class ZeroEngine:
             lengths = [prod(shape) for _, shape in bucket]
             buffer = torch.zeros(sum(lengths), device=self.world.device)
             for (name, shape), part in zip(bucket, buffer.split(lengths), strict=True):
-                f = own.get(name)
-                flat = None if f is None else flats[f.flat]
-                if f is not None and flat is not None:
+                if (f := own.get(name)) is not None and (flat := flats[f.flat]) is not None:
                     part[f.offset : f.offset + f.length] = flat[f.start : f.start + f.length]
                 whole[name] = part.view(shape)
             parallel.sum_over_ranks(buffer)
@@ -238,11 +221,9 @@ class ZeroEngine:
             yield from self._even_shares()
         elif self.stage < 3:
             for name, p in self._parameters:
-                mapping = p._hp_mapping
-                if mapping is not None:
+                if (mapping := p._hp_mapping) is not None:
                     master, offset = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
-                    flat = mapping.param_group_index
-                    yield Fragment(name, tuple(p.shape), flat, master.start, master.numel, offset)
+                    yield Fragment(name, tuple(p.shape), mapping.param_group_index, master.start, master.numel, offset)
         else:
             optimizer = self._optimizer
             for name, p in self._parameters:
@@ -254,18 +235,16 @@ class ZeroEngine:
 
     def _even_shares(self) -> Iterator[Fragment]:
         """Stage 0 replicates the masters; each rank owns an even share of their concatenation, slice by slice."""
-        named = [(name, tuple(p.shape)) for name, p in self._parameters]
-        total = sum(prod(shape) for _, shape in named)
+        total = sum(p.numel() for _, p in self._parameters)
         low = self.world.rank * total // self.world.size
         high = (self.world.rank + 1) * total // self.world.size
         position = flat = 0
-        for name, shape in named:
-            length = prod(shape)
-            first, last = max(low, position), min(high, position + length)
+        for name, p in self._parameters:
+            first, last = max(low, position), min(high, position + p.numel())
             if first < last:
-                yield Fragment(name, shape, flat, 0, last - first, first - position)
+                yield Fragment(name, tuple(p.shape), flat, 0, last - first, first - position)
                 flat += 1
-            position += length
+            position += p.numel()
 
     def _flats(self) -> list[torch.Tensor]:
         """The tensors that the optimizer steps: flat masters, or in stage 0 the whole parameters."""
@@ -359,14 +338,12 @@ def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def _deepspeed_config(config: Config, world: World, micro_batches: int) -> dict[str, Any]:
     engine, ranks, cpu = config.engine, world.size, world.device.type == "cpu"
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "zero_hpz_partition_size": engine.hpz_group_size}
     if engine.zero_stage == 1 and (cpu or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         zero |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
     if engine.zero_stage in (1, 2) and not cpu and ranks > 1:
         zero["overlap_comm"] = True  # by default in stage 3 only
-    if engine.hpz_group_size > 1:
-        zero["zero_hpz_partition_size"] = engine.hpz_group_size
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks // micro_batches,

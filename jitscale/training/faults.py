@@ -43,11 +43,7 @@ class FaultInjection:
     """The faults of one rank."""
 
     def __init__(self, rank: int) -> None:
-        """The faults that the variable names for `rank`.
-
-        Raises:
-            ConfigError: an entry has no known kind, or a wrong setting.
-        """
+        """The faults of the variable for `rank`. Raises a ConfigError at an unknown kind or a wrong setting."""
         faults = [_parse(entry) for entry in os.environ.get(VARIABLE, "").split(",") if entry]
         self._faults = [fault for fault in faults if fault.rank in (None, rank)]
         self._due: list[Fault] = []
@@ -91,9 +87,7 @@ def _parse(entry: str) -> Fault:
         step, rank = int(values.pop("step")), int(values.pop("rank")) if "rank" in values else None
         fault = Fault(kind, step, rank, int(values.pop("times", "1")), float(values.pop("seconds", "0")))
     except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{VARIABLE}: {entry!r} is no fault ({error}); write for example nan:step=5:rank=1"
-        ) from error
+        raise ConfigError(f"{VARIABLE}: {entry!r} is no fault ({error}); write e.g. nan:step=5:rank=1") from error
     if kind not in KINDS or values:
         raise ConfigError(f"{VARIABLE}: {entry!r}: choose a kind of {', '.join(KINDS)} with step, rank, times, seconds")
     return fault

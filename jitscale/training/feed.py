@@ -58,8 +58,7 @@ class Feed:
     def start(self, position: int) -> None:
         """Begin, or begin again, at `position`; a collective call.
 
-        Raises:
-            UserError: on every rank: shared memory or the cache's disk is too small.
+        Raises a UserError on every rank if shared memory or the cache's disk is too small.
         """
         self.close()
         data, world = self._config.data, self._world
@@ -124,8 +123,7 @@ def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
     """The same batches on `device`; a GPU's next one is prepared and copied while the current one is used.
 
-    Copies are made from page-locked memory, or they would wait for the GPU. Images that lie there already are not
-    moved.
+    Copies are made from page-locked memory, or they would wait for the GPU. Images that lie there are not moved.
     """
     if device.type != "cuda":
         yield from batches

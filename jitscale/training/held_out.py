@@ -64,14 +64,10 @@ class HeldOutLoss:
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
         """The losses of the weight set `name`, in a `network` that `ready_to_sample` has made; a collective call.
 
-        Returns:
-            On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
-            means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and
-            `held_out_bad_samples` of undecodable ones. The loss is that of training, in the space `diffusion.loss`,
-            without flips, dropped labels and dropout.
-
-        Raises:
-            DataError: on every rank: a shard cannot be read, or no image can be decoded.
+        On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
+        means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and
+        `held_out_bad_samples` of undecodable ones. The loss is that of training, in the space `diffusion.loss`, without
+        flips, dropped labels and dropout. Raises a DataError on every rank if a shard cannot be read, or no image can.
         """
         started = time.perf_counter()
         losses, bad = self._losses(network)
@@ -103,10 +99,8 @@ class HeldOutLoss:
         in_order = [by_rank[number % world.size][number // world.size] for number in range(count)]
         losses, bad = np.concatenate([part for part, _ in in_order]), sum(bad for _, bad in in_order)
         if not len(losses):
-            raise DataError(
-                f"data.held_out={self.config.data.held_out}: none of {bad} images can be decoded; check the shards "
-                "with tools/index_shards.py --verify"
-            )
+            what = f"data.held_out={self.config.data.held_out}: none of {bad} images can be decoded"
+            raise DataError(f"{what}; check the shards with tools/index_shards.py --verify")
         return losses, bad
 
     def _read(self, number: int) -> _Block:
@@ -117,10 +111,9 @@ class HeldOutLoss:
         for row, sample in enumerate(ids[ids < samples.num_samples].tolist()):
             try:
                 images[row], labels[row] = samples.read(*samples.shard_and_index(sample))
+                sound.append(row)
             except ImageError as error:
                 bad.append(str(error))
-            else:
-                sound.append(row)
         for reason in bad:
             if reason not in self._reasons and len(self._reasons) < _MOST_REASONS:
                 self._reasons.add(reason)

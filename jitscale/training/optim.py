@@ -27,8 +27,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "matrices": 1.0,
     }
     members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
-    # ZeRO concatenates a group's parameters. Odd sizes come last: the others start at the multiples of 16 bytes that
-    # GPU kernels assume.
+    # ZeRO joins a group's parameters. Odd sizes come last: the others start at multiples of 16 bytes, as GPUs assume.
     for name, p in sorted(model.named_parameters(), key=lambda named: named[1].numel() % ALIGNED_ELEMENTS != 0):
         if p.requires_grad:
             kind = parameter_kind(name, p.ndim)

@@ -1,7 +1,8 @@
 """A run's state on disk: resuming, saving, rolling back."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3  # in a row
 
-# What fixes the sample sequence, and `origin`, the position where its epoch 0 begins.
-DataIdentity = dict[str, int | str]
+DataIdentity = dict[str, int | str]  # what fixes the sample sequence, and `origin`, where its epoch 0 begins
 
 
 @dataclass(eq=False)
@@ -52,16 +52,11 @@ class Persistence:
         return Path(self.config.run.dir)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`.
-
-        Raises:
-            CheckpointError: on every rank: it is damaged.
-        """
+        """Go on from `checkpoint`. Raises a CheckpointError on every rank if it is damaged."""
         progress, state = checkpoint.progress, self.state
         missing = [name for name in self.ema.sets if name not in checkpoint.sets]
         if missing and self.world.is_main:
-            averages = ", ".join(missing)
-            logger.warning("%s: no average %s there; it starts from the weights", checkpoint.path, averages)
+            logger.warning("%s: no average %s there; it starts from the weights", checkpoint.path, ", ".join(missing))
         self._fill(checkpoint, progress.optimizer_step, dict.fromkeys(missing, "model"))
         state.step, state.images = progress.step, progress.images
         state.skipped_steps, state.skipped_images = progress.skipped_steps, progress.skipped_images
@@ -73,8 +68,7 @@ class Persistence:
     def begin_with(self, initial: StoredWeights) -> None:
         """Take over weights, and averages where both sides have them; the moments begin at zero.
 
-        Raises:
-            CheckpointError: on every rank: they are damaged, or lack `run.init_weights`.
+        Raises a CheckpointError on every rank if they are damaged, or lack `run.init_weights`.
         """
         run, default = self.config.run, "model" if "model" in initial.weight_sets else None
         weights = initial.choose(run.init_weights or default)
@@ -100,110 +94,86 @@ class Persistence:
     def save(self, *, last: bool = False) -> None:
         """Write the state unless it is on disk: in the background if configured, but the `last` save is synchronous.
 
-        A save that fails leaves the previous checkpoint, and training goes on for a few more attempts.
-
-        Raises:
-            CheckpointError: on every rank: the last save failed, or several in a row.
+        A save that fails leaves the previous checkpoint, and training goes on for a few more attempts. Raises a
+        CheckpointError on every rank if the last save failed, or several in a row.
         """
         self.finish_save()
         if self.saved_step == self.state.step:
             return
         sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         progress, folder = self._progress(self.bad_samples.total()), step_folder(self._run_dir, self.state.step)
-        try:
+        with self._tolerated_failures(last=last):
             self._saving = Save(folder, progress, self.config, self.engine.fragments, sets, self.faults.writer())
-        except CheckpointError as error:
-            self._tolerate(error, last=last)
-            return
         if last or not self.config.checkpoint.asynchronous:
             self.finish_save(last=last)
 
     def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
-        """Complete the checkpoint that is being written, if there is one; a failure of the `last` one ends the run.
+        """Complete the checkpoint that is being written, if there is one; with `only_if_written` without waiting.
 
-        With `only_if_written` it does not wait.
-
-        Raises:
-            CheckpointError: on every rank: the last save failed, or several in a row.
+        Raises a CheckpointError on every rank if the last save failed, or several in a row.
         """
         if self._saving is None or (only_if_written and not self._saving.is_written()):
             return
         save, self._saving = self._saving, None
-        try:
+        with self._tolerated_failures(last=last):
             save.finish()
-        except CheckpointError as error:
-            self._tolerate(error, last=last)
-            return
-        self.saved_step, self._failed_saves = save.progress.step, 0
-        if self.world.is_main:
-            keep = self.config.checkpoint
-            try:
-                prune(self._run_dir, keep.keep_last, keep.keep_every_images)
-            except (OSError, CheckpointError) as error:
-                logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
+            self.saved_step, self._failed_saves = save.progress.step, 0
+            if self.world.is_main:
+                keep = self.config.checkpoint
+                try:
+                    prune(self._run_dir, keep.keep_last, keep.keep_every_images)
+                except (OSError, CheckpointError) as error:
+                    logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
     def snapshot(self) -> None:
-        """Store the power averages as they are after this step.
-
-        Raises:
-            CheckpointError: on every rank: several saves failed in a row.
-        """
+        """Store the power averages as they are; a CheckpointError on every rank if several saves failed in a row."""
         folder = snapshot_folder(self._run_dir, self.state.images)
-        try:
+        with self._tolerated_failures():
             write_folder(folder, self._progress(0), self.config, self.engine.fragments, self.ema.power_sets)
-        except CheckpointError as error:
-            self._tolerate(error)
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint, and jump over the data since, which made the gradients infinite.
 
-        Raises:
-            UserError: on every rank: there is no checkpoint, or it has been tried too often.
+        Raises a UserError on every rank if there is no checkpoint, or it has been tried too often.
         """
         self.finish_save()
         self._rollbacks += 1
-        state, limit = self.state, self.config.run.max_rollbacks
-        step, position, skipped = state.step, state.position, state.skipped_in_a_row
+        state, limit, position = self.state, self.config.run.max_rollbacks, self.state.position
+        what = f"step {state.step}: no finite gradient in {state.skipped_in_a_row} steps"
         checkpoint = newest_sound_checkpoint(self._run_dir, self.world)
         if checkpoint is None or self._rollbacks > limit:
-            raise UserError(
-                f"step {step}: no finite gradient in {skipped} steps, and "
-                + ("no checkpoint to go back to" if checkpoint is None else f"run.max_rollbacks={limit} are used up")
-                + "; lower optim.lr, set optim.grad_clip, or look at the data before this step"
-            )
+            why = "no checkpoint to go back to" if checkpoint is None else f"run.max_rollbacks={limit} are used up"
+            remedy = "lower optim.lr, set optim.grad_clip, or look at the data before this step"
+            raise UserError(f"{what}, and {why}; {remedy}")
         self.load(checkpoint)
         state.skipped_images, state.skipped_in_a_row = position - state.images, 0
         if self.world.is_main:
             remove_snapshots_after(self._run_dir, state.images)
-            logger.warning(
-                "step %d: no finite gradient in %d steps; back to step %d, %d images are jumped over",
-                step,
-                skipped,
-                state.step,
-                state.skipped_images,
-            )
+            text = "%s; back to step %d, %d images are jumped over"
+            logger.warning(text, what, state.step, state.skipped_images)
 
     def _progress(self, bad_samples: int) -> Progress:
         state, updates = self.state, self.engine.optimizer_step()
         skipped = state.skipped_steps, state.skipped_images
         return Progress(state.step, state.images, updates, self.data, bad_samples, *skipped)
 
-    def _tolerate(self, error: CheckpointError, *, last: bool = False) -> None:
+    @contextmanager
+    def _tolerated_failures(self, *, last: bool = False) -> Iterator[None]:
         """Go on after a failed save, unless it was the `last` one or one of several in a row; alike on all ranks."""
-        self._failed_saves += 1
-        if last or self._failed_saves >= MOST_FAILED_SAVES:
-            raise error
-        if self.world.is_main:
-            logger.error("%s; training goes on, and the next save may work", error)
+        try:
+            yield
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if last or self._failed_saves >= MOST_FAILED_SAVES:
+                raise
+            if self.world.is_main:
+                logger.error("%s; training goes on, and the next save may work", error)
 
 
 def open_records(config: Config, world: World, state: RunState, end: int) -> tuple[Tracker, HangWatch]:
     """Begin to write into the run's folder: only after all checks, so that a refused start leaves the run as it was.
 
-    The run goes on at `state` and is complete after `end` images.
-
-    Raises:
-        UserError: the folder cannot be written.
+    The run goes on at `state` and is complete after `end` images. Raises a UserError if the folder cannot be written.
     """
     run_dir = Path(config.run.dir)
     try:
@@ -222,8 +192,7 @@ def open_records(config: Config, world: World, state: RunState, end: int) -> tup
 def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
     """The newest complete checkpoint, the same on every rank, with all its files verified; a collective call.
 
-    Raises:
-        CheckpointError: on every rank: it is damaged.
+    Raises a CheckpointError on every rank if it is damaged.
     """
     # One rank looks: a shared file system may show the others an older state.
     folders = parallel.broadcast_object(complete_checkpoints(run_dir)[-1:])
@@ -237,8 +206,7 @@ def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
 def initial_weights(config: Config, world: World) -> StoredWeights | None:
     """The weights that `run.init_from` names, verified; None if it names none. A collective call.
 
-    Raises:
-        CheckpointError: on every rank: they cannot be read, or are those of another network.
+    Raises a CheckpointError on every rank if they cannot be read, or are those of another network.
     """
 
     def opened() -> StoredWeights | None:
@@ -255,17 +223,13 @@ def initial_weights(config: Config, world: World) -> StoredWeights | None:
 def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None) -> DataIdentity:
     """What fixes the sample sequence; its epoch 0 begins where `checkpoint` says, or at it if the shards changed.
 
-    Raises:
-        DataError: naming what differs from `checkpoint`: samples would be seen twice or never.
+    Raises a DataError that names what differs from `checkpoint`: samples would be seen twice or never.
     """
-    now: DataIdentity = {
-        "seed": config.run.seed,
-        "streams": config.data.streams,
-        "window": config.data.window,
-        "manifest": shards.manifest_hash,
-    }
+    data = config.data
+    now: DataIdentity = {"seed": config.run.seed, "streams": data.streams, "window": data.window}
+    now["manifest"] = shards.manifest_hash
     if shards.held_out is not None:
-        now["held_out"] = str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
+        now["held_out"] = str(held_out_fraction(data) or shards.held_out.manifest_hash)
     if checkpoint is None or checkpoint.progress.data is None:  # none before the first image
         return {**now, "origin": 0}
     progress, before = checkpoint.progress, checkpoint.progress.data
@@ -273,25 +237,18 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     if not differing:
         return {**now, "origin": before.get("origin", 0)}
     changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
-    if differing != ["manifest"] or not config.data.accept_new_shards:
-        raise DataError(
-            f"{checkpoint.path}: the data or its order changed ({changes}); restore data.shards, data.held_out, "
-            "run.seed, data.streams and data.window, start a new run.dir, or begin a new epoch of other shards "
-            "with data.accept_new_shards=true"
-        )
+    if differing != ["manifest"] or not data.accept_new_shards:
+        remedy = "restore data.shards, data.held_out, run.seed, data.streams and data.window, start a new run.dir"
+        other = "or begin a new epoch of other shards with data.accept_new_shards=true"
+        raise DataError(f"{checkpoint.path}: the data or its order changed ({changes}); {remedy}, {other}")
     logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
     return {**now, "origin": progress.images + progress.skipped_images}
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse to go on from a checkpoint of another run.
-
-    Raises:
-        CheckpointError: the network, the noise scale or the optimizer differs.
-    """
+    """Raise a CheckpointError if `checkpoint` is that of another network, noise scale or optimizer."""
     check_fits(checkpoint, config)
-    if checkpoint.config.optim.name != config.optim.name:
-        raise CheckpointError(
-            f"{checkpoint.path}: its moments are those of optim.name={checkpoint.config.optim.name}, the config says "
-            f"{config.optim.name}; restore it, or start a new run.dir with run.init_from={checkpoint.path}"
-        )
+    path, stored, asked = checkpoint.path, checkpoint.config.optim.name, config.optim.name
+    if stored != asked:
+        what = f"{path}: its moments are those of optim.name={stored}, the config says {asked}"
+        raise CheckpointError(f"{what}; restore it, or start a new run.dir with run.init_from={path}")

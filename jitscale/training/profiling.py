@@ -32,9 +32,8 @@ class StepProfile:
         """The body of the `with` statement is a step."""
         self._step += 1
         if self._active and self._step == FIRST:
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-            self._profiler = profile(activities=activities)
+            device = ProfilerActivity.CUDA if self._device.type == "cuda" else ProfilerActivity.CPU
+            self._profiler = profile(activities={ProfilerActivity.CPU, device})
             self._profiler.start()
         yield
         if self._step == LAST:

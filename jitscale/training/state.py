@@ -29,16 +29,11 @@ class RunState:
 
     def crossed(self, every_images: int, batch_size: int) -> bool:
         """Whether the last step crossed a multiple of `every_images`; never if that is 0."""
-        if every_images == 0:
-            return False
-        return self.images // every_images > (self.images - batch_size) // every_images
+        return every_images > 0 and self.images // every_images > (self.images - batch_size) // every_images
 
     def images_at_end(self, config: Config) -> int:
         """Images seen when the run is complete: whole steps until `run.max_images` or `run.max_steps`."""
         run, batch = config.run, config.data.batch_size
-        steps = []
-        if run.max_steps is not None:
-            steps.append(run.max_steps - self.step)
-        if run.max_images is not None:
-            steps.append(-(-(run.max_images - self.images) // batch))
-        return self.images + max(0, min(steps)) * batch
+        by_steps = [] if run.max_steps is None else [run.max_steps - self.step]
+        by_images = [] if run.max_images is None else [-(-(run.max_images - self.images) // batch)]
+        return self.images + max(0, min(by_steps + by_images)) * batch

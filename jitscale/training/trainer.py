@@ -1,7 +1,6 @@
 """The training loop: step, log, save, measure, stop.
 
-It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`
-(measurements and pictures during the run).
+It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`.
 """
 
 import logging
@@ -28,20 +27,13 @@ from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.run_folder import claim
 from jitscale.tracking import SAMPLES
+from jitscale.training import persistence
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.feed import Feed
 from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
-from jitscale.training.persistence import (
-    Persistence,
-    check_resumable,
-    data_identity,
-    initial_weights,
-    newest_sound_checkpoint,
-    open_records,
-)
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
 from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StepOutcomes, StopSignal
@@ -53,16 +45,10 @@ AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
 def train(config: Config, world: World) -> ExitCode:
-    """Train until `run.max_images` or `run.max_steps`.
+    """Train until `run.max_images` or `run.max_steps`; DONE, or REQUEUE after a signal to stop and a save of the state.
 
     The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
-    without these, with random ones.
-
-    Returns:
-        DONE, or REQUEUE after a signal asked to stop and the state was saved.
-
-    Raises:
-        UserError: on every rank: a mistake that a user can mend, found before the first step where possible.
+    without these, with random ones. A user's mistake is a UserError on every rank, before the first step if possible.
     """
     with ExitStack() as held:
         claim(Path(config.run.dir), held)
@@ -79,11 +65,11 @@ class Trainer:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config))
-        checkpoint = newest_sound_checkpoint(Path(config.run.dir), world)
-        data = data_identity(config, shards, checkpoint)
+        checkpoint = persistence.newest_sound_checkpoint(Path(config.run.dir), world)
+        data = persistence.data_identity(config, shards, checkpoint)
         if checkpoint is not None:
-            check_resumable(checkpoint, config)
-        initial = initial_weights(config, world) if checkpoint is None else None
+            persistence.check_resumable(checkpoint, config)
+        initial = persistence.initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
         if world.is_main:
@@ -94,7 +80,7 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
         saved = (self.engine, self.ema, self.state, self.bad_samples)
-        self.persistence = Persistence(config, world, *saved, self.faults, data)
+        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data)
         if checkpoint is not None:
             self.persistence.load(checkpoint)
         elif initial is not None:
@@ -111,7 +97,9 @@ class Trainer:
         self.feed.start(self.state.position)
         self.clock = Clock(self.state.images)
         self.stop_signal = StopSignal()
-        self.tracker, self.watch = parallel.raise_together(lambda: open_records(config, world, self.state, self.end))
+        self.tracker, self.watch = parallel.raise_together(
+            lambda: persistence.open_records(config, world, self.state, self.end)
+        )
         self.measurements = Measurements(config, world, shards, self.engine, self.ema, self.state, self.tracker, guide)
         if world.is_main:
             for caution in cautions(config, self.end):
@@ -122,8 +110,8 @@ class Trainer:
         """Step until the end of the run or a signal."""
         config, state = self.config, self.state
         batch, log_every = config.data.batch_size, config.tracking.log_every_steps
-        agree_every = 1
-        save_is_due = False
+        snapshot_every = config.ema.snapshot_every_images
+        agree_every, save_is_due = 1, False
         interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
         shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
         with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
@@ -140,9 +128,7 @@ class Trainer:
                     progress.n = state.images
                     continue
                 # Before anything may save this step: a resumed run goes on after it.
-                if config.ema.snapshot_every_images is not None and (
-                    state.crossed(config.ema.snapshot_every_images, batch) or state.images >= self.end
-                ):
+                if snapshot_every is not None and (state.crossed(snapshot_every, batch) or state.images >= self.end):
                     self.persistence.snapshot()
                 log_point = state.step % log_every == 0 or state.images >= self.end
                 save_is_due = save_is_due or state.crossed(config.checkpoint.every_images, batch)
@@ -230,8 +216,7 @@ class Trainer:
             "loss_spike": int(spike),
             **self.loss_by_noise_level.take_means(),
         }
-        peak = peak_tflops(self.world.device)
-        if peak is not None:
+        if (peak := peak_tflops(self.world.device)) is not None:
             values["mfu"] = rate * training_flops(config.model) / (peak * 1e12 * self.world.size)
         with self.part("tracking"):
             self.tracker.log(values)
@@ -249,10 +234,8 @@ class Trainer:
     def _measure(self, due: Sequence[Measurement]) -> bool:
         """Measure after this step, which is saved first: a measurement may take longer than a scheduler waits.
 
-        A signal then ends the process at once, and the resumed run makes up for the measurement.
-
-        Returns:
-            False if a signal has come already: the run must stop instead.
+        A signal then ends the process at once, and the resumed run makes up for the measurement. Returns False if a
+        signal has come already: the run must stop instead.
         """
         if not due:
             return True

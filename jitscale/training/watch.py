@@ -69,8 +69,7 @@ class StepOutcomes:
         copied = None
         if moved.device.type == "cuda":
             moved = moved.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+            copied = torch.cuda.current_stream().record_event()
         self._unread.append((moved, copied))
         return self.settle(self._late)
 
@@ -115,16 +114,14 @@ class BadSamples:
     def check(self, images: int) -> int:
         """The total after `images` images; a collective call.
 
-        Raises:
-            DataError: on every rank, when there are more than `ALWAYS_ALLOWED` and more than the allowed fraction.
+        Raises a DataError on every rank if it is more than `ALWAYS_ALLOWED` and more than the allowed fraction.
         """
         total = self.total()
         if total > max(self.ALWAYS_ALLOWED, self._fraction * images):
             reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
-            raise DataError(
-                f"data.max_bad_fraction={self._fraction:g}: {total} of {images} images could not be decoded, such as "
-                f"{'; '.join(reasons[:3])}. Check the shards with tools/index_shards.py --verify, or raise the limit"
-            )
+            what = f"data.max_bad_fraction={self._fraction:g}: {total} of {images} images could not be decoded"
+            remedy = "Check the shards with tools/index_shards.py --verify, or raise the limit"
+            raise DataError(f"{what}, such as {'; '.join(reasons[:3])}. {remedy}")
         return total
 
 
