@@ -8,7 +8,8 @@ import pytest
 # Before torch is imported: sums must not depend on how many threads shared them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest.register_assert_rewrite("tests.support", "tests.data", "tests.preparation")  # helpers say what was wrong, as tests do
+# Helpers say what was wrong, as tests do.
+pytest.register_assert_rewrite("tests.support", "tests.data", "tests.preparation")
 
 ON_A_GPU = Path(__file__).parent / "model/test_execution.py"  # has tests that need one, where there is one
 

@@ -79,18 +79,26 @@ def _stage_0_in_fp32(stage: int, precision: str) -> Faults:
         yield "works in fp32 only (in bf16 it has no fp32 masters)", "set engine.zero_stage=1 or engine.precision=fp32"
 
 
-@rule("engine.hpz_group_size", "engine.zero_stage", "world_size")
-def _hpz_groups(group_size: int, stage: int, ranks: int) -> Faults:
+@rule("engine.hpz_group_size", "engine.zero_stage")
+def _hpz_in_stage_3(group_size: int, stage: int) -> Faults:
     if group_size > 1 and stage != 3:
         yield "needs ZeRO stage 3 and its shards", "set engine.zero_stage=3 or engine.hpz_group_size=1"
+
+
+@rule("engine.hpz_group_size", "world_size")
+def _hpz_over_ranks(group_size: int, ranks: int) -> Faults:
     if ranks > 1 and ranks % group_size:
         yield f"must divide the {ranks} ranks", "give the number of GPUs of a node"
 
 
-@rule("engine.offload_optimizer", "engine.zero_stage", "optim.name")
-def _offload(offload: bool, stage: int, name: str) -> Faults:
+@rule("engine.offload_optimizer", "engine.zero_stage")
+def _offload_in_a_stage(offload: bool, stage: int) -> Faults:
     if offload and stage == 0:
         yield "needs a ZeRO stage from 1 on", "set engine.zero_stage=1 or engine.offload_optimizer=false"
+
+
+@rule("engine.offload_optimizer", "optim.name")
+def _offload_without_muon(offload: bool, name: str) -> Faults:
     if offload and name == "muon":
         limit = "does not work with Muon, which gathers matrices over the GPUs' network"
         yield limit, "set engine.offload_optimizer=false or optim.name=adamw"
