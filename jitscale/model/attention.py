@@ -154,10 +154,8 @@ def choose_kernel(
     if asked == "auto":
         found = "; ".join(f"{name}: {why}" for name, why in failures.items())
         raise ConfigError(f"engine.attention=auto: no kernel works here ({found})")
-    raise ConfigError(
-        f"engine.attention={asked} does not work here ({failures[asked]}); head dim {head_dim}, {dtype}, dropout "
-        f"{max(dropouts)}, {device}; choose auto"
-    )
+    case = f"head dim {head_dim}, {dtype}, dropout {max(dropouts)}, {device}"
+    raise ConfigError(f"engine.attention={asked} does not work here ({failures[asked]}); {case}; choose auto")
 
 
 def _probe(

@@ -42,11 +42,9 @@ class Execution:
 
     def __str__(self) -> str:
         chosen = self.attention
-        parts = [f"attention {chosen.name} ({chosen.version}; {chosen.reason})"]
-        parts += ["feed-forward widths padded"] if self.aligned else []
-        parts += ["float8"] if self.float8 else []
-        parts += ["blocks compiled"] if self.compiled else []
-        return ", ".join(parts)
+        kernel = f"attention {chosen.name} ({chosen.version}; {chosen.reason})"
+        on = {"feed-forward widths padded": self.aligned, "float8": self.float8, "blocks compiled": self.compiled}
+        return ", ".join([kernel, *(name for name in on if on[name])])
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
@@ -56,8 +54,7 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     Raises a ConfigError if the attention kernel that was asked for does not work, there is no float8, or float8 is
     asked for without alignment.
     """
-    on_gpu = device.type == "cuda"
-    config, length = model.config, image_tokens(model.config)
+    on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
     attention = choose_kernel(
         engine.attention,
@@ -90,9 +87,7 @@ def _compile(forward: Forward, *, training: bool) -> Forward:
 
     Training has one size of a batch. If the size is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
     dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
-    since it ends with what is left over.
-
-    The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside of it.
+    since it ends with what is left over. The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside.
     """
     limits = torch._dynamo.config
     limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
