@@ -39,10 +39,8 @@ def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Te
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         named = ", ".join(str(index if ids is None else ids[index]) for index in broken)
-        raise UserError(
-            f"generated images with values that are not finite, ids {named}; are these weights of a training that went "
-            "astray, or is the guidance scale too large?"
-        )
+        cause = "are these weights of a training that went astray, or is the guidance scale too large?"
+        raise UserError(f"generated images with values that are not finite, ids {named}; {cause}")
     return (images.float().clamp(-1.0, 1.0) * 127.5 + 127.5).round().to(torch.uint8)
 
 

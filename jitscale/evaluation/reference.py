@@ -128,8 +128,7 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
             keys = _keys(name)
             if name != "spatial" or keys[0] in content:  # the authors' files are without
                 statistics[name] = FeatureStatistics(*(content[key].astype(np.float64) for key in keys))
-        described = json.loads(str(content["facts"])) if "facts" in content else {}
-        facts: dict[str, Any] = described or {"source": path.name}
+        facts: dict[str, Any] = json.loads(str(content["facts"])) if "facts" in content else {"source": path.name}
     for name, (mean, covariance) in statistics.items():
         size = sizes[name]
         if (mean.shape, covariance.shape) != ((size,), (size, size)):

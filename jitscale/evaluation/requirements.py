@@ -41,10 +41,9 @@ def measurable_config(config: Config, world: World) -> Config:
     cost = measuring_cost(config)
     limit, sweep_share = config.evaluation.sweep_max_share, cost.share_of(cost.sweep)
     if limit is not None and sweep_share > limit:
-        raise ConfigError(
-            f"evaluation.sweep_max_share={limit:g}: the sweep would take {percent(sweep_share)} of the run's "
-            f"compute (measuring: {cost}); lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
-        )
+        fault = f"the sweep would take {percent(sweep_share)} of the run's compute (measuring: {cost})"
+        remedy = "lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
+        raise ConfigError(f"evaluation.sweep_max_share={limit:g}: {fault}; {remedy}")
     for stage in measured:
         points = sweep_points(stage, weight_set_names(stage)) if stage.evaluation.at_end else []
         check_measurable(stage, world, points)
