@@ -174,6 +174,8 @@ def resize_as_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
     for axis in (2, 3):
         length = images.shape[axis]
+        if length == size:
+            continue
         at = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
         low = at.floor()
         share = at - low

@@ -36,7 +36,7 @@ class Published:
 def published_folder(evaluation: EvaluationConfig) -> Path:
     """`evaluation.features_dir`, or torch hub's folder ($TORCH_HOME/hub/checkpoints)."""
     folder = evaluation.features_dir
-    return Path(torch.hub.get_dir(), "checkpoints") if folder is None else Path(folder)
+    return Path(folder) if folder is not None else Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def fetch(published: Published, folder: Path) -> Path:

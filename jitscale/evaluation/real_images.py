@@ -195,8 +195,8 @@ class RealImages:
                     logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
                     raise error from None
 
-        name = f"real images, {self.file.name}"
-        with tqdm(total=total, unit="img", desc=name, disable=not world.is_main) as progress:
+        description = f"real images, {self.file.name}"
+        with tqdm(total=total, unit="img", desc=description, disable=not world.is_main) as progress:
             parallel.raise_together(share)
         parallel.on_main(self._finish)
 

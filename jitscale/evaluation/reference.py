@@ -38,12 +38,9 @@ class FeatureStatistics(NamedTuple):
 class Reference:
     """What generated images are compared with."""
 
-    # Of each array of `NetworkFile.sizes`; of a file, those that it has.
-    statistics: dict[str, FeatureStatistics]
-    # (M, F) of the main network, of some of the images in a random order; where known.
-    features: npt.NDArray[np.float32] | None
-    # The distances of one half of the real images to the other, by array, and `kid` and `kid_std`; where known.
-    floors: dict[str, float]
+    statistics: dict[str, FeatureStatistics]  # of each array of `NetworkFile.sizes`; of a file, those that it has
+    features: npt.NDArray[np.float32] | None  # (M, F) of the main network, of some images in a random order; if known
+    floors: dict[str, float]  # distances of the real images' halves, by array, with `kid` and `kid_std`; if known
     facts: dict[str, Any]  # where it comes from, for the record
 
 

@@ -106,7 +106,5 @@ def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], poi
     for name, count in counts.items():
         wide = {array: size for array, size in sizes.items() if size > count}
         if wide:
-            logger.warning(
-                f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}: "
-                "compare its distances with those of as many images only"
-            )
+            few = f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}"
+            logger.warning("%s: compare its distances with those of as many images only", few)
