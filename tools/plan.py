@@ -28,8 +28,6 @@ from jitscale.planner.timing import Cluster
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
-SHOWN_CHECKPOINTING = (0, 1)
-CAVEAT = "Counted from shapes; nothing was measured on a GPU."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +71,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     shown = [
         candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
         for stage in stages
-        for every in SHOWN_CHECKPOINTING
+        for every in (0, 1)
     ]
     paper = replace(cluster, gpus=PAPER_GPUS)
     at_paper = replace(config, data=replace(config.data, batch_size=PAPER_GPUS * PAPER_SHARE))
@@ -81,7 +79,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     cost = measuring_cost(config)
     choice = recommend(config, cluster)
     return {
-        "caveat": CAVEAT,
+        "caveat": "Counted from shapes; nothing was measured on a GPU.",
         "cluster": asdict(cluster),
         "precision": config.engine.precision,
         "batch_size": config.data.batch_size,
@@ -119,10 +117,8 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
     """Why these settings are recommended, or why none are."""
     room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} of {_size(cluster.gpu_memory)}"
     if choice is None:
-        return (
-            f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: take more GPUs, "
-            "larger ones, or fewer ema.decays."
-        )
+        remedy = "take more GPUs, larger ones, or fewer ema.decays"
+        return f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: {remedy}."
     size, every = choice.micro_batch_size, choice.activation_checkpointing
     parts = config.data.batch_size // cluster.gpus // size
     reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
@@ -134,9 +130,8 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
         slower = f"lower stages fit too, but their steps take over {MIN_GAIN:.0%} longer"
         reasons.append(slower if any(option.fits for option in lower) else "lower stages do not fit so")
     whole = "a GPU's whole share of the batch" if parts == 1 else f"1/{parts} of a GPU's share"
-    reasons.append(f"{size} images at a time are {whole}")
-    reasons.append("computing blocks again is what makes it fit" if every else "no block has to be computed again")
-    return "; ".join(reasons) + "."
+    again = "computing blocks again is what makes it fit" if every else "no block has to be computed again"
+    return "; ".join([*reasons, f"{size} images at a time are {whole}", again]) + "."
 
 
 def _text(plan: dict[str, Any]) -> str:
@@ -160,46 +155,33 @@ def _text(plan: dict[str, Any]) -> str:
         memory.append([*settings, *sizes, "yes" if s["fits"] else "NO"])
         rates = [f"{s['images_per_second']:.0f}", f"{s['images_per_second_per_gpu']:.1f}"]
         time.append([*settings, f"{s['step_seconds'] * 1e3:.1f}", *rates, f"{s['days']:.2f}", f"{s['gpu_hours']:.0f}"])
-    lines = [
-        plan["caveat"],
+    paragraphs = [
+        f"{plan['caveat']}\n"
         f"Assumed: matrix products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
-        "",
-        *_table(["", ""], run.items()),
-        "",
+        _table(["", ""], run.items()),
         "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
-        "",
-        *_table(["stage", "checkpointing", *parts, "fits"], memory),
-        "",
+        _table(["stage", "checkpointing", *parts, "fits"], memory),
         f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
-        "",
-        *_communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
-        "",
+        _communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
-        "",
-        *_communication_table(plan["paper_batch"]),
-        "",
-        "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.",
+        _communication_table(plan["paper_batch"]),
+        "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.\n"
         "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
-        "",
         "Time, at the assumed utilisation:",
-        "",
-        *_table(["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"], time),
-        "",
+        _table(["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",
     ]
     if (choice := plan["recommended"]) is not None:
-        lines += [
-            f"Expected: {choice['images_per_second']:.0f} images/s ({choice['images_per_second_per_gpu']:.1f} a GPU), "
-            f"{choice['days']:.2f} days, {choice['gpu_hours']:.0f} GPU-hours, if the assumptions hold.",
-            "",
-            " ".join(choice["overrides"]),
-        ]
-    return "\n".join(lines)
+        speed = f"{choice['images_per_second']:.0f} images/s ({choice['images_per_second_per_gpu']:.1f} a GPU)"
+        duration = f"{choice['days']:.2f} days, {choice['gpu_hours']:.0f} GPU-hours"
+        paragraphs[-1] += f"\nExpected: {speed}, {duration}, if the assumptions hold."
+        paragraphs.append(" ".join(choice["overrides"]))
+    return "\n\n".join(paragraphs)
 
 
-def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
+def _communication_table(stages: list[dict[str, Any]]) -> str:
     columns = ["stage", "GB sent a GPU", "ms", "not hidden, ms", "after the update, ms", "share of step"]
     rows = []
     for stage in stages:
@@ -211,8 +193,8 @@ def _communication_table(stages: list[dict[str, Any]]) -> list[str]:
     return _table([*columns, "images/GPU that hide the rest"], rows)
 
 
-def _table(head: list[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+def _table(head: list[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _size(size: float) -> str:

@@ -48,10 +48,7 @@ class Sampler:
         return self.steps
 
     def evaluations(self, steps: range | None = None) -> tuple[int, int]:
-        """How often an image goes through the network with its label, and without it or through the guide.
-
-        Counted are `steps`; None for all.
-        """
+        """How often `steps`, or all, take an image through the network with its label, and without it or the guide."""
         grid = self._grid()
         strong = weak = 0
         for index in range(self.steps) if steps is None else steps:
@@ -68,10 +65,8 @@ class Sampler:
 
         The state stays in float32 whatever the network computes in. `network(z, t, y)` sees conditional and
         unconditional images in one batch of 2 B where guidance acts, and B images where it does not. With a `guide`,
-        a smaller or less trained network, `network` sees B images, and so does the guide where guidance acts.
-
-        Returns:
-            (B, 3, height, width) float32, nominally in [-1, 1]; not clamped.
+        a smaller or less trained network, `network` sees B images, and so does the guide where guidance acts. Returns
+        (B, 3, height, width) float32, nominally in [-1, 1]; not clamped.
         """
         return self.carry(network, noise.float(), labels, null_label, range(self.steps), guide)
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.errors import DataError, UserError
+from jitscale.errors import UserError
 from jitscale.files import atomic_write
 from jitscale.parallel import World
 
@@ -40,15 +39,6 @@ def digest_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turn a failure to write `path` into a DataError that ends with `remedy`."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); {remedy}") from error
-
-
 def compute_blocks(
     folders: Sequence[Path],
     count: int,
@@ -58,17 +48,11 @@ def compute_blocks(
     *,
     keep: bool,
 ) -> list[FeatureArrays]:
-    """Compute the blocks that are not on disk yet, by turns; a collective call.
+    """Of `count` blocks of `size` images compute those that are not on disk yet, by turns; a collective call.
 
-    Args:
-        folders: of the files, one for each point of a sweep; blocks of the same images are made together.
-        count: how many blocks.
-        size: images of a block, for the progress bar.
-        compute: from the missing blocks of this rank their contents, in order.
-        keep: False computes all blocks and sends them to rank 0 instead of writing files: for few images.
-
-    Returns:
-        On rank 0 for each folder all blocks, concatenated; on the others nothing.
+    There is one of `folders` for each point of a sweep; blocks of the same images are made together. `compute` makes
+    the contents of this rank's missing blocks, in order. Without `keep` all blocks are computed, and sent to rank 0
+    instead of written: for few images. Returns on rank 0 for each folder all blocks, concatenated; on others nothing.
     """
 
     def path(point: int, number: int) -> Path:

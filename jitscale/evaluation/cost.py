@@ -38,19 +38,14 @@ class MeasuringCost:
         return cost / max(1, self.trained)
 
     def __str__(self) -> str:
-        evaluation, parts = self.evaluation, []
-        for count, text, cost in (
-            (
-                self.times_in_training,
-                f"{self.times_in_training} x {evaluation.few_images:,} images on the way",
-                self.in_training,
-            ),
+        evaluation, times = self.evaluation, self.times_in_training
+        measured = (
+            (times, f"{times} x {evaluation.few_images:,} images on the way", self.in_training),
             (self.pictures, "pictures of samples", self.pictures),
             (self.points > 1, f"{self.points} settings x {sweep_images(evaluation):,} in a sweep", self.sweep),
             (self.points, f"{evaluation.num_images:,} at the end", self.final),
-        ):
-            if count:
-                parts.append(f"{text} ({percent(self.share_of(cost))})")
+        )
+        parts = [f"{text} ({percent(self.share_of(cost))})" for count, text, cost in measured if count]
         return f"{', '.join(parts) or 'nothing'}; {percent(self.share)} of the run's compute"
 
 
@@ -60,10 +55,7 @@ def percent(share: float) -> str:
 
 
 def measuring_cost(config: Config) -> MeasuringCost:
-    """Cost of the measurements of a training, of all its stages.
-
-    Raises a ConfigError if `evaluation.sweep` is impossible.
-    """
+    """What measuring costs in all stages of a training. Raises a ConfigError if `evaluation.sweep` is impossible."""
     evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
     for stage in stages_of(config):
         images, image_cost = images_of_run(stage), _image_cost(stage.evaluation, stage)
@@ -79,12 +71,9 @@ def measuring_cost(config: Config) -> MeasuringCost:
             cost.pictures += grids * len(grid_ids(stage.model.num_classes)) * image_cost
     if evaluation.at_end:
         points = sweep_points(config, weight_set_names(config))
-        swept = 0
-        if len(points) > 1:
-            swept = sweep_images(evaluation) * len(points)
-            cost.sweep = sweep_images(evaluation) * _sweep_cost(points, config)
-        cost.points = len(points)
-        cost.final = (images_of(points) - swept) * max(_image_cost(point, config) for point in points)
+        few = sweep_images(evaluation) if len(points) > 1 else 0
+        cost.points, cost.sweep = len(points), few * _sweep_cost(points, config)
+        cost.final = (images_of(points) - few * len(points)) * max(_image_cost(point, config) for point in points)
     return cost
 
 

@@ -70,8 +70,7 @@ class DinoV2(FeatureNetwork):
 
     def embed(self, images: torch.Tensor) -> Embedding:
         """Resize, normalise by ImageNet's mean and deviation, and apply the network."""
-        size = (self.input_size, self.input_size)
-        x = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True) / 255.0
+        x = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=True) / 255.0
         mean, deviation = (x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
         tokens = self.patch_embed((x - mean) / deviation).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self._positions()

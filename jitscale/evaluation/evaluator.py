@@ -15,17 +15,9 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
+from jitscale.evaluation import generate
 from jitscale.evaluation.blocks import FeatureArrays, Missing, compute_blocks, digest_of
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import (
-    autocast,
-    configured_sampler,
-    generate_by_scale,
-    labels_of,
-    noise_ahead,
-    random_labels,
-    ready_to_sample,
-)
 from jitscale.evaluation.networks import Embedder, identity_of
 from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.evaluation.sweep import SweepPoint
@@ -45,13 +37,10 @@ class Evaluator:
         """Load the networks, and what is known of the real images, or compute that; a collective call.
 
         Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide` is made ready to sample.
-
-        Raises:
-            ConfigError: no feature network is configured, or there is no reference.
-            DataError: the reference is missing or damaged.
+        Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
-        self.guide = None if guide is None else ready_to_sample(guide, config, world.device)
+        self.guide = None if guide is None else generate.ready_to_sample(guide, config, world.device)
         self._guide_digest = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
@@ -63,23 +52,17 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """The metrics of samples of `model`, for points that differ in the guidance scale alone; a collective call.
 
-        Args:
-            model: made by `ready_to_sample`; the same weights on every rank.
-            points: how to sample, and how many images; their weight set is for the record.
-            neighbours: whether to compute what compares pairs of images, and takes the longest.
-            keep_blocks: False writes no files: for few images.
+        `model` was made by `ready_to_sample`, with the same weights on every rank. `points` say how to sample, and how
+        many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
+        computed, which take the longest; without `keep_blocks`, no files are written: for few images.
 
-        Returns:
-            On every rank and for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid`
-            where the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision` and
-            `recall` with `neighbours` and where features of real images are at hand, not only statistics; for each
-            distance `<distance>_floor`, of one half of the real images to the other, where it is known;
-            `label_agreement` where the feature network has as many classes as the model.
-
-        Raises:
-            UserError: an image with values that are not finite.
+        Returns on every rank for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid` if
+        the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision` and `recall` with
+        `neighbours` and where features of real images are at hand, not only statistics; for each distance
+        `<distance>_floor`, of one half of the real images to the other, where it is known; `label_agreement` if the
+        feature network has the model's number of classes. Raises a UserError at images that are not finite.
         """
-        samplers = [configured_sampler(point, model.diffusion) for point in points]
+        samplers = [generate.configured_sampler(point, model.diffusion) for point in points]
         evaluation, size = points[0], points[0].block_size
         # All that determines the generated images and their features; not what only changes the order of sums
         # (attention kernels, compilation, padding).
@@ -102,11 +85,11 @@ class Evaluator:
         def blocks(missing: Sequence[Missing]) -> Iterator[FeatureArrays]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
-            noises = noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
+            noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
             for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
                 labels, chosen = self._labels(ids), [samplers[index] for index in block.points]
-                with autocast(self.config, self.world.device):
-                    for images in generate_by_scale(model, chosen, labels, noise, self.guide):
+                with generate.autocast(self.config, self.world.device):
+                    for images in generate.generate_by_scale(model, chosen, labels, noise, self.guide):
                         yield {**self.embedder(to_uint8(images, ids)), "labels": labels.numpy()}
 
         folders = [self.folder / f"samples_{digest_of(protocol)}" for protocol in protocols]
@@ -124,11 +107,11 @@ class Evaluator:
 
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
-        for array, real in reference.statistics.items():
+        for array, statistics in reference.statistics.items():
             # Fréchet distances: fid, sfid, and fd_<name> of further networks.
             name = {"features": "fid", "spatial": "sfid"}.get(array, array.replace("features", "fd"))
             if array not in self._distances:
-                self._distances[array] = metrics.FrechetDistance.from_statistics(real.mean, real.covariance)
+                self._distances[array] = metrics.FrechetDistance.from_statistics(*statistics)
             distance = self._distances[array]
             distance.reset()
             distance.update(samples[array], real=False)
@@ -139,11 +122,9 @@ class Evaluator:
             result["num_real_images"] = reference.facts["images"]
         result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            real_features = reference.features  # in a random order, so that the first ones are a fair choice
-            result["kid"], result["kid_std"] = metrics.kernel_distance(real_features, generated)
-            result["precision"], result["recall"] = metrics.precision_recall(
-                real_features[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS]
-            )
+            real, some = reference.features, slice(MOST_NEIGHBOURS)  # a fair choice: real images have a random order
+            result["kid"], result["kid_std"] = metrics.kernel_distance(real, generated)
+            result["precision"], result["recall"] = metrics.precision_recall(real[some], generated[some])
             result["kid_floor"] = reference.floors["kid"]
         if self.embedder.networks[0].num_logits == model.config.num_classes:
             result["label_agreement"] = metrics.label_agreement(samples["logits"], samples["labels"])
@@ -153,21 +134,20 @@ class Evaluator:
 def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.Tensor], dict[str, Any]]:
     """The class of each image by its id, as `evaluation.labels` says, and what identifies that.
 
-    Raises:
-        ConfigError: the data's frequencies are asked for, and there is no data.
-        DataError: its labels are not known.
+    Raises a ConfigError if the data's frequencies are asked for without data, a DataError if its labels are not known.
     """
     classes, kind, seed = config.model.num_classes, config.evaluation.labels, config.evaluation.seed
     if kind == "balanced" or classes == 0:
-        return lambda ids: labels_of(ids, classes), {"labels": "balanced" if classes else None}
+        return lambda ids: generate.labels_of(ids, classes), {"labels": "balanced" if classes else None}
     if kind == "random":
-        return lambda ids: random_labels(ids, seed, [1] * classes), {"labels": kind}
+        return lambda ids: generate.random_labels(ids, seed, [1] * classes), {"labels": kind}
     setting = "data.shards" if config.data.shards else "evaluation.reference"
     source = config.data.shards or config.evaluation.reference or ""
     if not source or source.endswith(".npz"):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
     counts = open_setting(config, setting, classes).class_counts()
-    return lambda ids: random_labels(ids, seed, counts), {"labels": kind, "class_counts": digest_of({"counts": counts})}
+    identity = {"labels": kind, "class_counts": digest_of({"counts": counts})}
+    return lambda ids: generate.random_labels(ids, seed, counts), identity
 
 
 def weights_digest(model: JiT) -> str:

@@ -31,22 +31,16 @@ def without_tf32() -> Iterator[None]:
 def to_uint8(images: torch.Tensor, ids: Sequence[int] | None = None) -> torch.Tensor:
     """Images as they are written to files: rounded to the nearest of 256 levels, as the authors do, not truncated.
 
-    From (B, 3, height, width) floating point, clamped to [-1, 1], to uint8. A message calls the images by `ids`, or by
-    their batch indices.
-
-    Raises:
-        ValueError: another shape or dtype.
-        UserError: values that are not finite; the message has the ids.
+    From (B, 3, height, width) floating point, clamped to [-1, 1], to uint8. Raises a ValueError at another shape or
+    dtype, and a UserError at values that are not finite: it calls the images by `ids`, or by their batch indices.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"expected (B, 3, height, width) floating point, got {tuple(images.shape)} {images.dtype}")
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         named = ", ".join(str(index if ids is None else ids[index]) for index in broken)
-        raise UserError(
-            f"generated images with values that are not finite, ids {named}; are these weights of a training that went "
-            "astray, or is the guidance scale too large?"
-        )
+        cause = "are these weights of a training that went astray, or is the guidance scale too large?"
+        raise UserError(f"generated images with values that are not finite, ids {named}; {cause}")
     return (images.float().clamp(-1.0, 1.0) * 127.5 + 127.5).round().to(torch.uint8)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from jitscale import parallel
 from jitscale.config import Config, load_config
 from jitscale.data.remote import is_remote
-from jitscale.evaluation.blocks import digest_of, writing
+from jitscale.errors import data_error
+from jitscale.evaluation.blocks import digest_of
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.report import draw_sweep
 from jitscale.evaluation.sweep import TRIED, SweepPoint, sweep_images, sweep_points
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 Measured = tuple[SweepPoint, dict[str, Any]]  # a point and its metrics
 
-RESULTS = "results"  # the folder's name
 # Settings of `evaluation` that change nothing of a final evaluation.
 _ELSEWHERE = (
     *("at_end", "every_images", "few_images", "grid_every_images", "held_out_every_images"),
@@ -69,28 +69,16 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
 
 
 def run_evaluation(
-    network: Callable[[str], JiT],
-    points: Sequence[SweepPoint],
-    evaluator: Evaluator,
-    run_dir: Path,
-    *,
-    is_end: bool,
+    network: Callable[[str], JiT], points: Sequence[SweepPoint], evaluator: Evaluator, run_dir: Path, *, is_end: bool
 ) -> dict[str, Any]:
     """Try `points` on few images and measure the best ones, and write what came out; a collective call.
 
-    Args:
-        network: from the name of a weight set the network, ready to sample, on the device.
-        points: of `sweep_points`.
-        evaluator: has the configuration.
-        is_end: whether these are the weights that the run in `run_dir` has ended with, or there is no run.
+    `network` makes from the name of a weight set the network, ready to sample, on the device; `points` come from
+    `sweep_points`; `is_end` says that these weights are what the run in `run_dir` has ended with, or there is no run.
 
-    Returns:
-        On every rank: the metrics of the best point (see `Evaluator.measure`) with `best`, that point, and `table`,
-        a row for every point that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
-
-    Raises:
-        DataError: the result cannot be written.
-        UserError: an image with values that are not finite.
+    Returns on every rank the metrics of the best point (see `Evaluator.measure`) with `best`, that point, and `table`,
+    a row for every point that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
+    Raises a DataError if the result cannot be written, a UserError at an image with values that are not finite.
     """
     evaluation = evaluator.config.evaluation
     few, chosen = sweep_images(evaluation), points
@@ -126,15 +114,14 @@ def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_e
 
     Raises a DataError if it cannot be written; what was measured stays in the blocks.
     """
-    content = json.dumps(result, indent=2).encode()
-    paths = [run_dir / RESULTS / f"{_name(result)}.json"]
+    paths = [run_dir / "results" / f"{_name(result)}.json"]
     if is_end and is_configured_end(run_dir, config):
         paths.append(run_dir / "result.json")
     for path in paths:
-        with writing(path, "make room and start the same command again: no image is made twice"):
+        with data_error(f"{path}: cannot be written", "make room and repeat the command: no image is made twice"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
-                file.write(content)
+                file.write(json.dumps(result, indent=2).encode())
             if len(result["table"]) > 1:
                 draw_sweep(result, path.with_suffix(".svg") if path.name != "result.json" else run_dir / "sweep.svg")
     logger.info("%s", paths[-1])

@@ -15,6 +15,8 @@ from jitscale.evaluation.features import Embedding, FeatureNetwork
 from jitscale.evaluation.published import Published
 
 SPATIAL_CHANNELS = 7
+# Of the weights with which published FIDs are computed.
+RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and a kernel or two that see the same input
@@ -40,7 +42,7 @@ class Mixed(nn.Module):
     layers that see the same input have letters. The branch `branch_pool` begins with the pooling.
     """
 
-    def __init__(self, width: int, pool: str, stride: int = 1, **branches: list[Layer]) -> None:
+    def __init__(self, width: int, pool: str = "average", stride: int = 1, **branches: list[Layer]) -> None:
         super().__init__()
         padding = 1 if stride == 1 else 0
         average = nn.AvgPool2d(3, stride, padding, count_include_pad=False)
@@ -73,7 +75,6 @@ def block_a(width: int, pooled: int) -> Mixed:
     """35 x 35, to 224 + `pooled` channels."""
     return Mixed(
         width,
-        "average",
         branch1x1=[(64, 1)],
         branch5x5=[(48, 1), (64, 5)],
         branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
@@ -91,7 +92,6 @@ def block_c(width: int, inner: int) -> Mixed:
     row, column = (1, 7), (7, 1)
     return Mixed(
         width,
-        "average",
         branch1x1=[(192, 1)],
         branch7x7=[(inner, 1), (inner, row), (192, column)],
         branch7x7dbl=[(inner, 1), (inner, column), (inner, row), (inner, column), (192, row)],
@@ -126,12 +126,7 @@ class Inception(FeatureNetwork):
     """
 
     name = "inception"
-    # With which published FIDs are computed (toshas/torch-fidelity).
-    weights = Published(
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        "6726825d",
-        "inception",
-    )
+    weights = Published(f"{RELEASE}/weights-inception-2015-12-05-6726825d.pth", "6726825d", "inception")
     num_features = 2048
     num_logits = 1008
     num_spatial = 17 * 17 * SPATIAL_CHANNELS

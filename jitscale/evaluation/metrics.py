@@ -115,19 +115,16 @@ class FrechetDistance(FrechetInceptionDistance):
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R A R, R^2 = B.
         Two symmetric eigendecompositions cannot leave the real numbers, unlike those of torchmetrics, and R is kept.
-        Fewer images than features leave A singular, and the distance then depends mostly on N: logged.
-
-        Round-off can leave the distance of equal sets a little below zero. A set has two images at least.
+        Fewer images than features leave A singular, and the distance then depends mostly on N: logged. Round-off can
+        leave the distance of equal sets a little below zero. A set has two images at least.
         """
-        mean_a, a = self.gaussian("fake")
-        mean_b, b = self.gaussian("real")
+        (mean_a, a), (mean_b, b) = self.gaussian("fake"), self.gaussian("real")
         images = int(self.fake_features_num_samples)
         if images < len(mean_a):
             logger.warning("%d images for %d features: their covariance is singular", images, len(mean_a))
         if self._root is None:
             values, vectors = np.linalg.eigh(b)
-            # A covariance has negative eigenvalues by round-off only.
-            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T  # below 0 by round-off only
         product = self._root @ a @ self._root
         cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
         difference = mean_a - mean_b
@@ -158,9 +155,8 @@ def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
     if logits.ndim != 2 or not 1 <= splits <= logits.shape[0]:
         raise ValueError(f"expected logits (N, L) of at least {splits} images, got shape {logits.shape}")
     _refuse_non_finite(logits, "logits")
-    images = logits.shape[0]
-    order = np.random.RandomState(INCEPTION_SCORE_SEED).permutation(images)
-    log_p = logits.astype(np.float64)[order]
+    images = len(logits)
+    log_p = logits.astype(np.float64)[np.random.RandomState(INCEPTION_SCORE_SEED).permutation(images)]
     log_p -= np.logaddexp.reduce(log_p, axis=1, keepdims=True)
     scores = []
     for part in range(splits):
@@ -177,10 +173,8 @@ def kernel_distance(
 
     The unbiased estimate, for `subsets` random subsets of features (N, F) and (M, F), of `subset_size` or all images,
     drawn with a fixed seed; unlike the Fréchet distance it does not depend on N in the mean. torchmetrics' own metric
-    draws its subsets from torch's global generator. A set has two images at least.
-
-    Returns:
-        Mean and population standard deviation over the subsets; multiply by 1000 for what some papers print.
+    draws its subsets from torch's global generator. A set has two images at least. Returns mean and population standard
+    deviation over the subsets; multiply by 1000 for what some papers print.
     """
     _refuse_sets(features_a, features_b, fewest=2)
     size = min(subset_size, len(features_a), len(features_b))
@@ -224,9 +218,8 @@ def label_agreement(logits: Array, labels: Array) -> float:
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
     # Its accuracy is this quotient in float32.
-    correct, *_, images = multiclass_stat_scores(
-        torch.from_numpy(logits), torch.from_numpy(labels), logits.shape[1], average="micro"
-    ).tolist()
+    tensors = torch.from_numpy(logits), torch.from_numpy(labels)
+    correct, *_, images = multiclass_stat_scores(*tensors, logits.shape[1], average="micro").tolist()
     return correct / images
 
 

@@ -14,7 +14,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import EvaluationConfig
-from jitscale.errors import ConfigError, DataError, UserError
+from jitscale.errors import ConfigError, DataError, UserError, data_error
 from jitscale.evaluation.blocks import FeatureArrays
 from jitscale.evaluation.dinov2 import DinoV2
 from jitscale.evaluation.features import FeatureNetwork
@@ -42,10 +42,7 @@ class NetworkFile:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Widths of the feature arrays that have a Fréchet distance.
-
-        They are `features` and, where there are any, `spatial` of the main network, and `features_<name>` of others.
-        """
+        """Widths of the arrays with a Fréchet distance: `features`, perhaps `spatial`; of others `features_<name>`."""
         network = FEATURE_NETWORKS[self.name]
         spatial = {"spatial": network.num_spatial} if network.num_spatial and not self.suffix else {}
         return {f"features{self.suffix}": network.num_features, **spatial}
@@ -67,19 +64,15 @@ class NetworkFile:
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             network.load_state_dict(state)
         except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
-            reason = [*str(error).splitlines(), type(error).__name__][0]
-            raise UserError(f"cannot load {self.path}: {reason}; restore the file") from error
+            raise UserError(f"cannot load {self.path}: {parallel.first_line(error)}; restore the file") from error
         return network.eval().requires_grad_(False).to(device)
 
 
 def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFile]:
     """The networks that `evaluation` names, the main one first, their files found; a collective call.
 
-    Published weights that are missing are downloaded, by one rank of every folder.
-
-    Raises:
-        ConfigError: no feature network is configured.
-        DataError: on every rank: weights are missing and cannot be downloaded, or are another file.
+    Published weights that are missing are downloaded, by one rank of every folder. Raises a ConfigError if no network
+    is configured, a DataError on every rank if weights are missing and cannot be downloaded, or are another file.
     """
     if evaluation.features is None:
         raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
@@ -110,10 +103,9 @@ def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) 
         return NetworkFile(name, folder / weights.file_name, verify(weights, folder), suffix)
     else:
         path, remedy = weights, "restore the file"
-    try:
-        return NetworkFile(name, path, sha256_of(path), suffix)
-    except OSError as error:
-        raise DataError(f"cannot load {path}: {error.strerror}; {remedy}") from error
+    with data_error(f"cannot load {path}", remedy):
+        digest = sha256_of(path)
+    return NetworkFile(name, path, digest, suffix)
 
 
 class Embedder:
@@ -127,10 +119,8 @@ class Embedder:
 
     def __call__(self, images: torch.Tensor) -> FeatureArrays:
         """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
-        found: FeatureArrays = {}
-        for number in range(len(self.files)):
-            found |= self.arrays_of(number, images)
-        return found
+        said = [self.arrays_of(number, images) for number in range(len(self.files))]
+        return {name: values for arrays in said for name, values in arrays.items()}
 
     def arrays_of(self, number: int, images: torch.Tensor) -> FeatureArrays:
         """What one of `networks` says about uint8 `images`."""

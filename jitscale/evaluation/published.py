@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from jitscale.config import EvaluationConfig
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 from jitscale.files import sha256_of
 
 ANSWER_SECONDS = 30.0  # a download is given up after so long without a byte
@@ -54,10 +54,8 @@ def fetch(published: Published, folder: Path) -> Path:
         socket.setdefaulttimeout(ANSWER_SECONDS)  # urllib would wait for a network that drops packets for minutes
         torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        reason = f"{published.url}: {getattr(error, 'reason', error)}"
-        raise DataError(
-            f"{path}: is not there, and cannot be downloaded here ({reason}); {published.remedy(folder)}"
-        ) from error
+        fault = f"is not there, and cannot be downloaded here ({published.url}: {getattr(error, 'reason', error)})"
+        raise DataError(f"{path}: {fault}; {published.remedy(folder)}") from error
     except RuntimeError as error:
         raise DataError(f"{published.url}: not the file with sha256 {published.sha256}... ({error})") from error
     except OSError as error:
@@ -68,15 +66,10 @@ def fetch(published: Published, folder: Path) -> Path:
 
 
 def verify(published: Published, folder: Path) -> str:
-    """Compare the file in the folder with its hash; returns the whole sha256.
-
-    Raises a DataError if it is missing, or another file.
-    """
+    """The whole sha256 of the file in `folder`. Raises a DataError if it is missing, or another file."""
     path = folder / published.file_name
-    try:
+    with data_error(f"{path}: cannot be read", published.remedy(folder)):
         digest = sha256_of(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); {published.remedy(folder)}") from error
     if not digest.startswith(published.sha256):
         raise DataError(f"{path}: its sha256 begins with {digest[:8]}, expected {published.sha256}; remove it")
     return digest

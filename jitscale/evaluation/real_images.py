@@ -35,8 +35,8 @@ from jitscale.config import Config
 from jitscale.data.loader import naming_dead_workers
 from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
-from jitscale.errors import ConfigError, DataError, UserError
-from jitscale.evaluation.blocks import SAMPLE_BLOCKS, FeatureArrays, digest_of, writing
+from jitscale.errors import ConfigError, DataError, UserError, data_error
+from jitscale.evaluation.blocks import SAMPLE_BLOCKS, FeatureArrays, digest_of
 from jitscale.evaluation.networks import NetworkFile
 from jitscale.files import aside_pattern, atomic_write, exclusive_or_not, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -163,7 +163,7 @@ class RealImages:
 
     def _state(self, held: ExitStack) -> str:
         """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
-        with writing(self.folder, REMEDY):
+        with data_error(f"{self.folder}: cannot be written", REMEDY):
             if self._is_complete():
                 return "ready"
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ class RealImages:
             for path in missing[world.rank :: world.size]:
                 try:
                     content = self._sums_over(self._shares[path], counting, num_workers)
-                    with writing(self.folder, REMEDY), atomic_write(path) as file:
+                    with data_error(f"{self.folder}: cannot be written", REMEDY), atomic_write(path) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
                 except ValueError as error:
                     if not isinstance(error, UserError):
@@ -253,44 +253,34 @@ class RealImages:
             except DAMAGED as error:
                 if self._is_complete():
                     return  # on a file system without locks another run was faster, and has removed the shares
-                raise DataError(
-                    f"{path}: cannot be read ({error}); remove it and start again, it is then made again"
-                ) from error
+                raise DataError(f"{path}: cannot be read ({error}); remove it and start again to remake it") from error
         arrays: FeatureArrays = {}
         for name, sum_ in sums.items():
             arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
         floors = {name: float(sum_.compute()) for name, sum_ in sums.items()}
         half = len(features) // 2  # they are in a random order
         floors["kid"], floors["kid_std"] = kernel_distance(features[:half], features[half:])
-        with writing(self.folder, REMEDY):
+        with data_error(f"{self.folder}: cannot be written", REMEDY):
             with atomic_write(self.folder / "statistics.npz") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             with atomic_write(self.folder / "features.npy") as file:
                 np.save(file, features)
-            facts = {
-                **self.identity,
-                "images": len(self._images),
-                "stored": self._shards.stored,
-                "floors": floors,
-                "files": {name: sha256_of(self.folder / name) for name in ("statistics.npz", "features.npy")},
-            }
+            digests = {name: sha256_of(self.folder / name) for name in ("statistics.npz", "features.npy")}
+            facts = {**self.identity, "images": len(self._images), "stored": self._shards.stored, "floors": floors}
             with atomic_write(self.folder / "facts.json") as file:
-                file.write(json.dumps(facts, indent=1).encode())
+                file.write(json.dumps({**facts, "files": digests}, indent=1).encode())
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)
 
     def read(self) -> tuple[FeatureArrays, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared. Raises a DataError if the cache is damaged."""
-        try:
+        remedy = "remove the folder, they are then computed again"
+        with data_error(f"{self.folder}: statistics of the real images are damaged", remedy, DAMAGED):
             facts = json.loads((self.folder / "facts.json").read_text())
             differing = [name for name, digest in facts["files"].items() if sha256_of(self.folder / name) != digest]
             if differing:
                 raise ValueError(f"{differing[0]} has another sha256 than when it was written")
             with np.load(self.folder / "statistics.npz") as content:
                 statistics = dict(content)
-            return statistics, np.load(self.folder / "features.npy"), facts
-        except DAMAGED as error:
-            raise DataError(
-                f"{self.folder}: statistics of the real images are damaged ({error}); remove the folder, they are then "
-                "computed again"
-            ) from error
+            features = np.load(self.folder / "features.npy")
+        return statistics, features, facts

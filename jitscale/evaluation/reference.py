@@ -18,8 +18,7 @@ import numpy.typing as npt
 from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_setting
-from jitscale.errors import ConfigError, DataError
-from jitscale.evaluation.blocks import writing
+from jitscale.errors import ConfigError, DataError, data_error
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
@@ -39,23 +38,18 @@ class FeatureStatistics(NamedTuple):
 class Reference:
     """What generated images are compared with."""
 
-    # Of each array of `NetworkFile.sizes`; of a file, those that it has.
-    statistics: dict[str, FeatureStatistics]
-    # (M, F) of the main network, of some of the images in a random order; where known.
-    features: npt.NDArray[np.float32] | None
-    # The distances of one half of the real images to the other, by array, and `kid` and `kid_std`; where known.
-    floors: dict[str, float]
+    statistics: dict[str, FeatureStatistics]  # of each array of `NetworkFile.sizes`; of a file, those that it has
+    features: npt.NDArray[np.float32] | None  # (M, F) of the main network, of some images in a random order; if known
+    floors: dict[str, float]  # distances of the real images' halves, by array, with `kid` and `kid_std`; if known
     facts: dict[str, Any]  # where it comes from, for the record
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
     """The real images that `config` names, a statistics file or shards; a collective call. None on ranks other than 0.
 
-    The cache is in `run_dir` if it can be neither next to the shards nor in `evaluation.cache_dir`.
-
-    Raises:
-        ConfigError: there is no reference, or too few images.
-        DataError: the shards, the statistics or the cache cannot be read, or are of another network.
+    The cache is in `run_dir` if it can be neither next to the shards nor in `evaluation.cache_dir`. Raises a
+    ConfigError if there is no reference, or too few images, and a DataError if the shards, the statistics or the cache
+    cannot be read, or are of another network.
     """
     source = reference_source(config)
     kept = open_real_images(embedder.files, config, world, run_dir)
@@ -77,9 +71,8 @@ def reference_source(config: Config) -> str:
 def open_real_images(files: Sequence[NetworkFile], config: Config, world: World, run_dir: Path) -> list[RealImages]:
     """The real images as each network sees them, none if the reference is a file of statistics; a collective call.
 
-    Raises:
-        ConfigError: there is no reference, it has too few images, or `evaluation.cache_dir` cannot be used.
-        DataError: on every rank: the shards cannot be opened.
+    Raises a ConfigError if there is no reference, it has too few images, or `evaluation.cache_dir` cannot be used, and
+    a DataError on every rank if the shards cannot be opened.
     """
     source = reference_source(config)
     if source.endswith(".npz"):
@@ -88,10 +81,8 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
     size_setting = "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
     shards = parallel.raise_together(lambda: open_setting(config, setting, 0, size_setting))
     if shards.num_samples < FEWEST_REAL_IMAGES:
-        raise ConfigError(
-            f"evaluation.reference={source}: {shards.num_samples} images; each half needs two, give at least "
-            f"{FEWEST_REAL_IMAGES}"
-        )
+        fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
+        raise ConfigError(f"evaluation.reference={source}: {fault}")
     folders = cache_folders(config, shards, run_dir, world)
     return [RealImages(file, shards, folders) for file in files]
 
@@ -107,20 +98,16 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
     said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
-    return Reference(
-        statistics, features, floors, {**said, "source": source, **identity_of([images.file for images in kept])}
-    )
+    facts = {**said, "source": source, **identity_of([images.file for images in kept])}
+    return Reference(statistics, features, floors, facts)
 
 
 def write_statistics(path: Path, reference: Reference) -> None:
-    """Write the statistics and where they come from as an .npz that `read_statistics` takes.
-
-    Raises a DataError if it cannot be written.
-    """
+    """Write an .npz that `read_statistics` takes, with all facts. Raises a DataError if it cannot be written."""
     arrays = {"facts": np.array(json.dumps({**reference.facts, "floors": reference.floors}))}
     for name, statistics in reference.statistics.items():
         arrays |= dict(zip(_keys(name), statistics, strict=True))
-    with writing(path, "choose another --output"):
+    with data_error(f"{path}: cannot be written", "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -132,32 +119,23 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
     Raises a DataError if it cannot be read, is of another network, or lacks one that is asked for.
     """
     statistics, sizes = {}, sizes_of(files)
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            for name in sizes:
-                keys = _keys(name)
-                if name != "spatial" or keys[0] in content:  # the authors' files are without
-                    statistics[name] = FeatureStatistics(*(content[key].astype(np.float64) for key in keys))
-            described = json.loads(str(content["facts"])) if "facts" in content else {}
-            facts: dict[str, Any] = described or {"source": path.name}
-    except DAMAGED as error:
-        raise DataError(
-            f"evaluation.reference={path}: no statistics with {' and '.join(_keys('features'))} ({error}); make them "
-            "with tools/make_reference.py, or name shards"
-        ) from error
+    place, remedy = f"evaluation.reference={path}", "make them with tools/make_reference.py, or name shards"
+    with data_error(f"{place}: no statistics with mu and sigma", remedy, DAMAGED), np.load(path) as content:
+        for name in sizes:
+            keys = _keys(name)
+            if name != "spatial" or keys[0] in content:  # the authors' files are without
+                statistics[name] = FeatureStatistics(*(content[key].astype(np.float64) for key in keys))
+        facts: dict[str, Any] = json.loads(str(content["facts"])) if "facts" in content else {"source": path.name}
     for name, (mean, covariance) in statistics.items():
         size = sizes[name]
         if (mean.shape, covariance.shape) != ((size,), (size, size)):
-            raise DataError(
-                f"evaluation.reference={path}: {' and '.join(_keys(name))} have the shapes {mean.shape} and "
-                f"{covariance.shape}, the network {files[0].name} has {size} {name}; choose the one they were made with"
-            )
+            found = f"{' and '.join(_keys(name))} have the shapes {mean.shape} and {covariance.shape}"
+            needed = f"the network {files[0].name} has {size} {name}; choose the one they were made with"
+            raise DataError(f"{place}: {found}, {needed}")
     for key, expected in identity_of(files).items():
         if facts.get(key, expected) != expected:
-            raise DataError(
-                f"evaluation.reference={path}: made with {key}={str(facts[key])[:40]}, evaluation.features="
-                f"{files[0].name} has {str(expected)[:40]}; make it again"
-            )
+            known, needed = str(facts[key])[:40], f"evaluation.features={files[0].name} has {str(expected)[:40]}"
+            raise DataError(f"{place}: made with {key}={known}, {needed}; make it again")
     floors: dict[str, float] = facts.pop("floors", {})
     return Reference(statistics, None, floors, {**facts, "file_sha256": sha256_of(path)})
 

@@ -18,10 +18,8 @@ def table_of(result: dict[str, Any]) -> str:
     lines = [f"{'weights':16}{'interval':>14}{'guidance':>10}{'images':>9}{'FID':>12}{'IS':>10}"]
     for row in rows:
         interval = ":".join(f"{t:g}" for t in row["guidance_interval"])
-        lines.append(
-            f"{row['weights']:16}{interval:>14}{row['guidance_scale']:10g}{row['num_images']:9}{row['fid']:12.3f}"
-            f"{row['inception_score']:10.2f}"
-        )
+        setting = f"{row['weights']:16}{interval:>14}{row['guidance_scale']:10g}{row['num_images']:9}"
+        lines.append(f"{setting}{row['fid']:12.3f}{row['inception_score']:10.2f}")
     best = result["best"]
     lines.append(f"best: {best['weights']}, guidance {best['guidance_scale']:g}, {result['num_images']} images")
     further = [key for key in result if key.startswith("fd_") and not key.endswith("_floor")]

@@ -41,10 +41,9 @@ def measurable_config(config: Config, world: World) -> Config:
     cost = measuring_cost(config)
     limit, sweep_share = config.evaluation.sweep_max_share, cost.share_of(cost.sweep)
     if limit is not None and sweep_share > limit:
-        raise ConfigError(
-            f"evaluation.sweep_max_share={limit:g}: the sweep would take {percent(sweep_share)} of the run's "
-            f"compute (measuring: {cost}); lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
-        )
+        fault = f"the sweep would take {percent(sweep_share)} of the run's compute (measuring: {cost})"
+        remedy = "lower evaluation.sweep_images, set evaluation.sweep=null, or raise it"
+        raise ConfigError(f"evaluation.sweep_max_share={limit:g}: {fault}; {remedy}")
     for stage in measured:
         points = sweep_points(stage, weight_set_names(stage)) if stage.evaluation.at_end else []
         check_measurable(stage, world, points)
@@ -56,12 +55,9 @@ def measurable_config(config: Config, world: World) -> Config:
 def check_measurable(config: Config, world: World, points: Sequence[SweepPoint]) -> None:
     """Feature networks, real images, labels and room are there; a collective call.
 
-    The final evaluation tries `points`; without any, there are measurements on few images alone.
-
-    Raises:
-        ConfigError: on every rank: no feature network or reference is configured, or there is no room.
-        DataError: on every rank: weights are missing and cannot be downloaded now, or are no such network; the
-            reference does not open or fit.
+    The final evaluation tries `points`; without any, there are measurements on few images alone. Raises on every rank
+    a ConfigError if no feature network or reference is configured, or there is no room, and a DataError if weights are
+    missing and cannot be downloaded now, or are no such network, or the reference does not open or fit.
     """
     evaluation, run_dir = config.evaluation, Path(config.run.dir)
     files, source = network_files(evaluation, world), reference_source(config)
@@ -96,9 +92,8 @@ def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str
     absolute = folder.absolute()
     free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     if needed > free:
-        raise ConfigError(
-            f"{named}: {free / 1e9:.3g} GB are free, {purpose} {needed / 1e9:.3g} GB; make room, or {remedy}"
-        )
+        room = f"{free / 1e9:.3g} GB are free, {purpose} {needed / 1e9:.3g} GB"
+        raise ConfigError(f"{named}: {room}; make room, or {remedy}")
 
 
 def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], points: int) -> None:
@@ -111,7 +106,5 @@ def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], poi
     for name, count in counts.items():
         wide = {array: size for array, size in sizes.items() if size > count}
         if wide:
-            logger.warning(
-                f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}: "
-                "compare its distances with those of as many images only"
-            )
+            few = f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}"
+            logger.warning("%s: compare its distances with those of as many images only", few)

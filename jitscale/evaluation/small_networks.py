@@ -41,10 +41,9 @@ class _PooledConvolutions(FeatureNetwork):
         self.classes = nn.Linear(self.num_features, self.num_logits)
 
     def embed(self, images: torch.Tensor) -> Embedding:
-        size = (self.input_size, self.input_size)
-        if images.shape[2:] != size:
+        if images.shape[2:] != (self.input_size, self.input_size):
             # Antialiased, or noise and edges of larger images would be sampled, not averaged.
-            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
+            images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=True)
         features = self.scale(self.trunk(images / 127.5 - 1.0))
         return Embedding(features, self.classes(features), features.new_empty(len(features), 0))
 

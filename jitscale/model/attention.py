@@ -140,24 +140,20 @@ def choose_kernel(
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    failures: dict[str, str] = {}  # by kernel, why it does not work
+    failures: list[str] = []  # which kernel does not work, and why
     for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
             for length, dropout in sorted(set(product(tokens, dropouts))):
                 _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
         except Exception as error:  # compilers of kernels raise what they like; it is said
-            failures[name] = [*str(error).strip().splitlines(), type(error).__name__][0]
+            failures.append(f"{name}: {[*str(error).strip().splitlines(), type(error).__name__][0]}")
         else:
-            others = "; ".join(f"{other}: {why}" for other, why in failures.items())
-            reason = "asked for" if asked != "auto" else others or "the first that was tried"
+            reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
             return ChosenKernel(name, _version(name), reason)
     if asked == "auto":
-        found = "; ".join(f"{name}: {why}" for name, why in failures.items())
-        raise ConfigError(f"engine.attention=auto: no kernel works here ({found})")
-    raise ConfigError(
-        f"engine.attention={asked} does not work here ({failures[asked]}); head dim {head_dim}, {dtype}, dropout "
-        f"{max(dropouts)}, {device}; choose auto"
-    )
+        raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+    case = f"head dim {head_dim}, {dtype}, dropout {max(dropouts)}, {device}"
+    raise ConfigError(f"engine.attention={asked} does not work here ({failures[0]}); {case}; choose auto")
 
 
 def _probe(

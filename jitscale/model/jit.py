@@ -7,17 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jitscale.config import DiffusionConfig, ModelConfig
-from jitscale.model.layers import (
-    Attention,
-    BottleneckPatchEmbed,
-    LabelEmbedder,
-    RMSNorm,
-    SwiGLU,
-    TimestepEmbedder,
-    modulate,
-    rope_table,
-    sincos_position_table,
-)
+from jitscale.model import layers
 
 
 class Block(nn.Module):
@@ -26,17 +16,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, attn_dropout: float, proj_dropout: float) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, config.num_heads, attn_dropout, proj_dropout)
-        self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, proj_dropout)
+        self.norm1 = layers.RMSNorm(width)
+        self.attn = layers.Attention(width, config.num_heads, attn_dropout, proj_dropout)
+        self.norm2 = layers.RMSNorm(width)
+        self.mlp = layers.SwiGLU(width, proj_dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * self.attn(layers.modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2[:, None] * self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -45,14 +35,14 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm_final = RMSNorm(width)
+        self.norm_final = layers.RMSNorm(width)
         self.linear = nn.Linear(width, config.patch_size**2 * 3)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(layers.modulate(self.norm_final(x), shift, scale))
 
 
 class JiT(nn.Module):
@@ -65,14 +55,12 @@ class JiT(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
-        grid = config.image_size // config.patch_size
-        head_dim = config.hidden_size // config.num_heads
-
-        self.x_embedder = BottleneckPatchEmbed(config.patch_size, config.bottleneck_dim, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        width, grid, span = config.hidden_size, config.image_size // config.patch_size, config.position_grid
+        self.x_embedder = layers.BottleneckPatchEmbed(config.patch_size, config.bottleneck_dim, width)
+        self.t_embedder = layers.TimestepEmbedder(width)
+        self.y_embedder = layers.LabelEmbedder(config.num_classes, width)
         if config.in_context_len > 0:
-            self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, config.hidden_size))
+            self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, width))
         middle_half = range(config.depth // 4, config.depth // 4 * 3)
         dropouts = (config.attn_dropout, config.proj_dropout)
         self.blocks = nn.ModuleList(
@@ -80,19 +68,16 @@ class JiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
-        span = config.position_grid
-        self.register_buffer("pos_embed", sincos_position_table(config.hidden_size, grid, span), persistent=False)
-        self.register_buffer("rope", rope_table(head_dim, grid, config.in_context_len, span), persistent=False)
+        rope = layers.rope_table(width // config.num_heads, grid, config.in_context_len, span)
+        self.register_buffer("pos_embed", layers.sincos_position_table(width, grid, span), persistent=False)
+        self.register_buffer("rope", rope, persistent=False)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw every weight from torch's default generator (authors' code; arXiv 2511.13720, appendix A)."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

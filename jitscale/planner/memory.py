@@ -122,13 +122,9 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
     kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
     kept += (2 * FP32 + 2 * a) * block_tokens(model, model.depth - 1) * width  # final layer
     kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
-    casts = 0
-    if precision == "autocast":
-        casts = sum(
-            math.prod(shape)
-            for name, shape in parameter_shapes(model).items()
-            if len(shape) > 1 and "embedding_table" not in name and name != "in_context_posemb"
-        )
+    embeddings = ("y_embedder.embedding_table.weight", "in_context_posemb")  # nothing is multiplied by them
+    matrices = [shape for name, shape in parameter_shapes(model).items() if len(shape) > 1 and name not in embeddings]
+    casts = sum(math.prod(shape) for shape in matrices) if precision == "autocast" else 0
     return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * casts
 
 

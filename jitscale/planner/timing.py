@@ -65,8 +65,7 @@ def communication(config: Config, cluster: Cluster) -> Communication:
     3's second gather; forward hides stage 3's first. Nothing hides the gather after the update. Nothing is hidden
     without `overlap` in stages 0-2, nor in bf16 in stage 1, whose reduction comes after backward.
     """
-    stage, precision, d = config.engine.zero_stage, config.engine.precision, config.model.depth
-    n = cluster.gpus
+    stage, precision, d, n = config.engine.zero_stage, config.engine.precision, config.model.depth, cluster.gpus
     if n == 1:
         return Communication(0.0, 0.0, 0.0, 0.0, 1)
     share = config.data.batch_size // n
