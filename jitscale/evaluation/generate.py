@@ -24,7 +24,8 @@ from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import to_uint8
 from jitscale.keyed_random import Purpose, uniform
-from jitscale.model.execution import CudaGraphs, prepare
+from jitscale.model.cuda_graphs import CudaGraphs
+from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 

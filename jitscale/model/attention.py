@@ -152,8 +152,9 @@ def choose_kernel(
             return ChosenKernel(name, _version(name), reason)
     if asked == "auto":
         raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
+    why = failures[0].removeprefix(f"{asked}: ")
     case = f"head dim {head_dim}, {dtype}, dropout {max(dropouts)}, {device}"
-    raise ConfigError(f"engine.attention={asked} does not work here ({failures[0]}); {case}; choose auto")
+    raise ConfigError(f"engine.attention={asked} does not work here ({why}); {case}; choose auto")
 
 
 def _probe(

@@ -1,4 +1,4 @@
-"""How the network computes on a device: attention's kernel, aligned widths, float8, compilation, CUDA graphs.
+"""How the network computes on a device: attention's kernel, aligned widths, float8, compilation.
 
 What it computes stays, and nothing here is part of a checkpoint: parameters keep their names and shapes.
 """
@@ -6,7 +6,7 @@ What it computes stays, and nothing here is part of a checkpoint: parameters kee
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from jitscale.config import EngineConfig
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, ChosenKernel, choose_kernel
+from jitscale.model.float8 import float8_product
 from jitscale.model.flops import image_tokens
 from jitscale.model.jit import Block, JiT
-from jitscale.model.layers import Product, in_arithmetic_of
 
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
 GRAPHS = 32
-FLOAT8_WIDTH = 16  # what both sides of a float8 product must be multiples of
-WARM_UPS = 3  # passes before a CUDA graph is recorded: what is compiled or tuned at first use must not be recorded
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -121,76 +119,3 @@ def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[Tensor])
     for node in graph.graph.find_nodes(op="placeholder"):
         node.meta.get("tensor_dict", {}).pop("_dynamo_static_input_type", None)
     return compile_fx(graph, inputs)  # type: ignore[return-value]
-
-
-def float8_product(device: torch.device) -> Product:
-    """x (..., K), weight (M, K), bias (M,) -> (..., M), as torch.nn.functional.linear, by torchao; on CPUs emulated.
-
-    Every row of both factors has its own scale, from its largest element. For GPUs from Hopper on, and for the products
-    of the attention and feed-forward layers, nearly all of the network's work; sums, norms, modulation and the two ends
-    of the network stay as they are. Raises a ConfigError if torchao is missing, or the GPU has no float8.
-    """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(f"engine.float8=true: {torch.cuda.get_device_name(device)} has no float8; set it to false")
-    try:
-        from torchao.float8.config import Float8LinearConfig  # noqa: PLC0415  # an extra
-        from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args  # noqa: PLC0415
-    except ImportError as error:
-        remedy = "pip install 'jitscale[float8]', or remove it"
-        raise ConfigError(f"engine.float8=true: torchao cannot be imported ({error}); {remedy}") from error
-    config = Float8LinearConfig.from_recipe_name("rowwise")
-    if device.type != "cuda":
-        object.__setattr__(config, "emulate", True)
-    products = Float8Linear(FLOAT8_WIDTH, FLOAT8_WIDTH, config=config, device="meta").linear_mm_config
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = in_arithmetic_of(x, x)
-        out = matmul_with_hp_or_float8_args.apply(x, in_arithmetic_of(x, weight).t(), products, config)
-        return out + bias.to(out.dtype)
-
-    return product
-
-
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, Tensor, Tensor]
-    output: Tensor
-
-
-class CudaGraphs:
-    """A network's forward pass as one CUDA graph for each batch size: the host starts it whole, not kernel by kernel.
-
-    Stands in for `forward`, without gradients; recorded at the first batch of a size, replayed at all others. The
-    weights must stay where they are. Each recorded size holds its activations.
-    """
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self._recorded: dict[tuple[int, bool], _Recorded] = {}
-
-    @torch.no_grad()
-    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The prediction (B, 3, height, width) for z of that shape, t and y (B,), in memory of its own."""
-        key = (len(z), torch.is_autocast_enabled("cuda"))
-        if key not in self._recorded:
-            self._recorded[key] = self._record(z, t, y)
-        graph, inputs, output = self._recorded[key]
-        for kept, given in zip(inputs, (z, t, y), strict=True):
-            kept.copy_(given)
-        graph.replay()
-        return output.clone()
-
-    def _record(self, z: Tensor, t: Tensor, y: Tensor) -> _Recorded:
-        inputs = (z.clone(), t.clone(), y.clone())
-        # Weights that autocast has cast are forgotten when its region ends, and a graph would go on reading them.
-        with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    self._forward(*inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = self._forward(*inputs)
-        return _Recorded(graph, inputs, output)

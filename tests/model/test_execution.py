@@ -20,7 +20,8 @@ from jitscale.config import EngineConfig, ModelConfig, OptimConfig, load_config
 from jitscale.errors import ConfigError
 from jitscale.model import attention
 from jitscale.model.attention import KERNELS, choose_kernel
-from jitscale.model.execution import CudaGraphs, prepare
+from jitscale.model.cuda_graphs import CudaGraphs
+from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
 from jitscale.training.optim import parameter_groups

@@ -1,0 +1,40 @@
+"""Matrix products in float8, by torchao: every row of both factors has its own scale, from its largest element.
+
+For GPUs from Hopper on. The products are those of the attention and feed-forward layers, nearly all of the network's
+work; sums, norms, modulation and the two ends of the network stay as they are.
+"""
+
+import torch
+from torch import Tensor
+
+from jitscale.errors import ConfigError
+from jitscale.model.layers import Product, in_arithmetic_of
+
+SMALLEST = 16  # what both sides of a float8 product must be multiples of
+
+
+def float8_product(device: torch.device) -> Product:
+    """x (..., K), weight (M, K), bias (M,) -> (..., M), as torch.nn.functional.linear; on CPUs emulated.
+
+    Raises a ConfigError if torchao is missing, or the GPU has no float8.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"engine.float8=true: {torch.cuda.get_device_name(device)} has no float8; set it to false")
+    try:
+        from torchao.float8.config import Float8LinearConfig  # noqa: PLC0415  # an extra
+        from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.float8=true: torchao cannot be imported ({error}); pip install 'jitscale[float8]', or remove it"
+        ) from error
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    if device.type != "cuda":
+        object.__setattr__(config, "emulate", True)
+    products = Float8Linear(SMALLEST, SMALLEST, config=config, device="meta").linear_mm_config
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = in_arithmetic_of(x, x)
+        out = matmul_with_hp_or_float8_args.apply(x, in_arithmetic_of(x, weight).t(), products, config)
+        return out + bias.to(out.dtype)
+
+    return product
