@@ -14,7 +14,7 @@ import torch
 
 from jitscale import parallel
 from jitscale.config import EvaluationConfig
-from jitscale.errors import ConfigError, DataError, UserError, data_error
+from jitscale.errors import ConfigError, DataError, UserError, data_error, first_line
 from jitscale.evaluation.blocks import FeatureArrays
 from jitscale.evaluation.dinov2 import DinoV2
 from jitscale.evaluation.features import FeatureNetwork
@@ -64,7 +64,7 @@ class NetworkFile:
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             network.load_state_dict(state)
         except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
-            raise UserError(f"cannot load {self.path}: {parallel.first_line(error)}; restore the file") from error
+            raise UserError(f"cannot load {self.path}: {first_line(error)}; restore the file") from error
         return network.eval().requires_grad_(False).to(device)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jitscale.errors import ConfigError
+from jitscale.errors import ConfigError, first_line
 from jitscale.versions import version_of
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -146,7 +146,7 @@ def choose_kernel(
             for length, dropout in sorted(set(product(tokens, dropouts))):
                 _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
         except Exception as error:  # compilers of kernels raise what they like; it is said
-            failures.append(f"{name}: {[*str(error).strip().splitlines(), type(error).__name__][0]}")
+            failures.append(f"{name}: {first_line(error)}")
         else:
             reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
             return ChosenKernel(name, _version(name), reason)
