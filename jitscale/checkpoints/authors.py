@@ -15,7 +15,7 @@ import torch
 
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, DiffusionConfig, EmaConfig, ModelConfig, ema_name
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, first_line
 from jitscale.files import atomic_write
 from jitscale.model.layers import sincos_position_table
 
@@ -52,8 +52,9 @@ class AuthorsWeights(StoredWeights):
             self._optimizer = content.get("optimizer") or {}
             named, image_size = str(args.model), int(args.img_size)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
+            raise CheckpointError(
+                f"{path}: not a readable checkpoint of the authors' format ({first_line(error)})"
+            ) from error
         except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path}: not the authors' format of model, model_ema1, args ({error})") from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])
