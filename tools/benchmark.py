@@ -32,11 +32,10 @@ def main() -> int:
     # Only the chosen measurement is imported: a machine need not have the packages of the others.
     measurement = importlib.import_module(f"benchmarks.{options.command}")
     load = os.getloadavg()[0]  # before the measurement adds to it
-    result = {**measurement.measure(options), **environment(), "load": load}
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(markdown([*measurement.describe(result), *describe_conditions(result)]))
+    # Numbers are kept with the options that led to them, and with the conditions.
+    result = {**vars(options), **measurement.measure(options), **environment(), "load": load}
+    lines = [*measurement.describe(result), *describe_conditions(result)]
+    print(json.dumps(result) if options.json else markdown(lines))
     return ExitCode.DONE
 
 

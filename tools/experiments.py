@@ -24,16 +24,8 @@ from studies import bottleneck, failing, guidance, manifold, pairs, resolution, 
 from studies.run import ROOT
 from studies.tasks import Experiment, outcomes_of
 
-EXPERIMENTS: dict[str, Experiment] = {
-    "manifold": manifold,
-    "pairs": pairs,
-    "bottleneck": bottleneck,
-    "resolution": resolution,
-    "upgrade": upgrade,
-    "upsampling": upsampling,
-    "failing": failing,
-    "guidance": guidance,
-}
+MODULES: list[Experiment] = [manifold, pairs, bottleneck, resolution, upgrade, upsampling, failing, guidance]
+EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
 ALONE = "upgrade"  # takes as long as all others together
 
 
@@ -55,8 +47,7 @@ def main() -> int:
     for name in [name for name in EXPERIMENTS if name != ALONE] if options.name == "all" else [options.name]:
         experiment, results = EXPERIMENTS[name], options.output / f"{name}.json"
         if not options.figure_only:
-            spent = (time.monotonic() - started) / 60
-            measure(name, options, results, max(0.0, options.budget - spent))
+            measure(name, options, results, max(0.0, options.budget - (time.monotonic() - started) / 60))
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
@@ -69,13 +60,11 @@ def main() -> int:
 def measure(name: str, options: argparse.Namespace, results: Path, minutes: float) -> None:
     """Do the work that is left, beginning nothing after `minutes`, and write the numbers.
 
-    Raises:
-        UserError: a task or a tool failed, or the time was not enough.
+    Raises a UserError if a task or a tool failed, or the time was not enough.
     """
     experiment = EXPERIMENTS[name]
     for kind, size in experiment.SHARDS:
-        shards = ["--resolution", str(size), "--output", f"runs/{kind}/{size}px"]
-        run_python(f"tools/make_{kind}.py", *shards, cwd=ROOT)
+        run_python(f"tools/make_{kind}.py", f"--resolution={size}", f"--output=runs/{kind}/{size}px", cwd=ROOT)
     tasks = [task for seed in range(options.seeds) for task in experiment.tasks(seed)]
     outcomes = outcomes_of(tasks, Path("runs/experiments") / name, options.workers, minutes)
     facts = {

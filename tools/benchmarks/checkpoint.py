@@ -4,11 +4,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import timeit
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import CPU, Stopwatch, Table, measured_config
+from benchmarks.measuring import Stopwatch, Table, measured_config
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save
@@ -30,16 +29,18 @@ LABELS = {
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of saving, stalling, verifying, loading and importing."""
-    config, watch = measured_config(options, ["tracking.wandb=off"]), Stopwatch(CPU)
-    with parallel.joined(CPU) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+    config, device = measured_config(options, ["tracking.wandb=off"])
+    watch, imports = Stopwatch(device), Stopwatch(device)
+    with parallel.joined(device) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         size = _time_saves(watch, config, world, Path(scratch), options.repeats)
+    for line in 2 * IMPORTS:
+        with imports.part(line):  # a fresh interpreter that does nothing else
+            subprocess.run([sys.executable, "-c", line], check=True, stderr=subprocess.DEVNULL)
     return {
-        "config": options.config,
-        "repeats": options.repeats,
         "bytes": size,
         "seconds": watch.medians(),
         "range": {name: [min(measured), max(measured)] for name, measured in watch.times.items()},
-        "imports": {line: _time_import(line) for line in IMPORTS},
+        "imports": {line: min(measured) for line, measured in imports.times.items()},  # the first may fill caches
     }
 
 
@@ -78,10 +79,3 @@ def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, re
             engine.finish_loading()
     engine.destroy()
     return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _time_import(line: str) -> float:
-    """Seconds of a fresh interpreter that does nothing else; the better of two, since the first may fill caches."""
-    command = [sys.executable, "-c", line]
-    runs = timeit.repeat(lambda: subprocess.run(command, check=True, stderr=subprocess.DEVNULL), number=1, repeat=2)
-    return min(runs)

@@ -26,12 +26,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # Between two micro-batches of a step, gradients are there and activations are not.
         options.batch = MICRO_BATCHES * world.size
         for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
-            config = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
+            config, _ = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
             held = parallel.gather_objects(state_bytes(config, world))
             stages[str(stage)] = {"bytes": held, "predicted": state_memory(config, world.size).state}
     if not world.is_main:
         raise SystemExit(0)  # the main rank prints
-    return {"config": options.config, "overrides": options.overrides, "ranks": world.size, "stages": stages}
+    return {"ranks": world.size, "stages": stages}
 
 
 def describe(result: dict[str, Any]) -> Table:
@@ -48,8 +48,7 @@ def describe(result: dict[str, Any]) -> Table:
 def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
     """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there.
 
-    Returns:
-        `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.
+    They are `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.
     """
     before = _storages()  # of engines that are gone, and torch's own
     torch.manual_seed(0)
