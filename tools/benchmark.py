@@ -29,7 +29,8 @@ from jitscale.errors import ExitCode, exit_with_message
 def main() -> int:
     """Parse the command line, measure and print."""
     options = _parser().parse_args()
-    # Only the chosen measurement is imported: a machine need not have the packages of the others.
+    # Only the chosen measurement is imported: a machine need not have the packages of the others. Its `measure` finds
+    # the numbers, its `describe` makes the lines of the table of them.
     measurement = importlib.import_module(f"benchmarks.{options.command}")
     load = os.getloadavg()[0]  # before the measurement adds to it
     # Numbers are kept with the options that led to them, and with the conditions.

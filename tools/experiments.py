@@ -8,7 +8,6 @@ docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the
 
 import argparse
 import json
-import math
 import os
 import platform
 import time
@@ -36,7 +35,7 @@ def main() -> int:
     names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
     parser.add_number("--seeds", 3, "seeds of each run")
-    parser.add_number("--budget", math.inf, "minutes after which no run begins", float)
+    parser.add_number("--budget", float("inf"), "minutes after which no run begins", float)
     parser.add_workers()
     parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
     parser.add_argument("--figure-only", action="store_true", help="draw again from the numbers in DIR")

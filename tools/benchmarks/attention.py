@@ -36,7 +36,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             with watch.part("forward"):
-                out = KERNELS[name](*qkv.unbind(2), dropout)
+                q, k, v = qkv.unbind(2)
+                out = KERNELS[name](q, k, v, dropout)
             with watch.part("backward"):
                 torch.autograd.grad(out, qkv, gradient)
             if device.type == "cuda":  # on a CPU only the peak of the whole process is known
@@ -67,7 +68,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> measuring.Table:
-    """The lines of the table of `measure`."""
     shape = " x ".join(map(str, result["shape"]))
     lines = [("shape", f"{shape}, {result['dtype']}, dropout {result['dropout']}")]
     for name, found in result["kernels"].items():

@@ -13,7 +13,6 @@ from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragme
 from jitscale.checkpoints.saving import Save
 from jitscale.config import Config
 from jitscale.model.jit import JiT
-from jitscale.parallel import World
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 
@@ -29,7 +28,7 @@ LABELS = {
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of saving, stalling, verifying, loading and importing."""
-    config, device = measured_config(options, ["tracking.wandb=off"])
+    config, device = measured_config(options, ["tracking.wandb=off"], on_gpu=False)
     watch, imports = Stopwatch(device), Stopwatch(device)
     with parallel.joined(device) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         size = _time_saves(watch, config, world, Path(scratch), options.repeats)
@@ -45,7 +44,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
     for name, label in LABELS.items():
         low, high = result["range"][name]
@@ -53,7 +51,7 @@ def describe(result: dict[str, Any]) -> Table:
     return [*lines, *((f"python -c '{line}'", f"{seconds:.2f} s") for line, seconds in result["imports"].items())]
 
 
-def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, repeats: int) -> int:
+def _time_saves(watch: Stopwatch, config: Config, world: parallel.World, folder: Path, repeats: int) -> int:
     """Save and load in both ways; returns the bytes of a checkpoint."""
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     ema = ShardedEma(config.ema, engine.masters())

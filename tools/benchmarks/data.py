@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -59,7 +58,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     lines = []
     for resolution, forms in result["forms"].items():
         stock = forms["stock"]["images_per_second"]
@@ -107,7 +105,7 @@ def _time_forms(folder: Path, jpegs: list[bytes], resolution: int, seconds: floa
         _write(folder / codec, codec, None if codec == "original" else resolution, samples)
     readers = {"stock": _stock(folder / "original", resolution)}
     readers |= {codec: _ours(ShardSet.open(folder / codec, 1, resolution)) for codec in stored}
-    rates: dict[str, list[float]] = defaultdict(list)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in tqdm(range(ROUNDS), unit="round", desc=f"read at {resolution} px"):
         for name, reader in readers.items():
             rates[name].append(_rate(reader, seconds / ROUNDS))
@@ -160,8 +158,7 @@ def _rate(items: Iterator[object], seconds: float) -> float:
 def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
     """Images a second that arrive in the training process."""
     order = EpochOrder(shards.samples_per_shard, seed=0)
-    loader = ShardLoader(shards, order, BATCH, BATCH, 0, 1, 0, workers, pin_memory=False)
-    batches = iter(loader)
+    batches = iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, 0, workers, pin_memory=False))
     for _ in range(4 * workers):
         next(batches)
     rates = [_rate(batches, seconds / ROUNDS) * BATCH for _ in range(ROUNDS)]

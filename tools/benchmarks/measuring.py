@@ -32,9 +32,7 @@ MATMUL_SECONDS = 1.0
 Table = list[tuple[str, str]]  # labels and values
 
 
-def measured_config(
-    options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False
-) -> tuple[Config, torch.device]:
+def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool) -> tuple[Config, torch.device]:
     """The configuration to measure and its device; `settings` (dotted) and --batch win over everything.
 
     With `on_gpu`, this measurement uses a GPU where there is one. Raises a ConfigError if the configuration is
@@ -128,12 +126,9 @@ def matmul_tflops(config: Config, device: torch.device) -> float:
 
 
 def utilisation(tflops: float, device: torch.device, product: float) -> dict[str, Any]:
-    """The share of the device that `tflops` TFLOP/s use: of a large matrix product, and of the data sheet's bf16 peak.
-
-    The product reaches `product` TFLOP/s, measured in the same run. `mfu` is None if the peak is unknown.
-    """
+    """The share of the device that `tflops` TFLOP/s use, where a large matrix product reaches `product`."""
     peak = peak_tflops(device)
-    mfu = None if peak is None else tflops / peak
+    mfu = None if peak is None else tflops / peak  # of the data sheet's bf16 peak, if it is known
     return {"tflops_per_second": tflops, "mfu": mfu, "mfu_of_matmul": tflops / product}
 
 

@@ -41,6 +41,4 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
-    seconds = [(name, f"{value:.1f} s") for name, value in result["seconds"].items()]
-    return [*seconds, ("images", f"{result['images']}")]
+    return [*((name, f"{value:.1f} s") for name, value in result["seconds"].items()), ("images", f"{result['images']}")]

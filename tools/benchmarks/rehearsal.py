@@ -54,7 +54,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     return [
         (LABELS[name].format(**result), f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
         for name, (seconds, memory) in result["parts"].items()
@@ -101,10 +100,7 @@ def _ends(run: Path) -> dict[str, Callable[[], bool]]:
 
 
 def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> dict[str, tuple[float, int]]:
-    """Run a command of Python; seconds of each of its parts, and the most bytes that its processes held together.
-
-    Raises a UserError if it fails.
-    """
+    """Seconds of each part of a command of Python, and the most bytes its processes held; a UserError if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=sys.stderr)
     found, begin, held = {}, time.monotonic(), 0

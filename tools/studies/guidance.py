@@ -54,9 +54,8 @@ class Sweep(Task):
         def network(name: str) -> JiT:
             return ready_to_sample(stored.network(name), config, world.device)
 
-        evaluator = Evaluator(config, world, folder / self.name)
         settings = sweep_points(config, stored.weight_sets)
-        results = measure_points(settings, network, evaluator, neighbours=False)
+        results = measure_points(settings, network, Evaluator(config, world, folder / self.name), neighbours=False)
         fid = {_key(s.weights, s.guidance_interval, s.guidance_scale): measured["fid"] for s, measured in results}
         return {"fid": fid}
 

@@ -8,7 +8,7 @@ Shapes: B points.
 """
 
 from dataclasses import dataclass
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ class Toy(Task):
         diffusion = DiffusionConfig(prediction=self.prediction, loss="v", mu=0.0, sigma=1.0)
         plane = torch.linalg.qr(torch.randn(self.dimensions, 2)).Q  # (D, 2)
         widths = [self.dimensions + 1, *[WIDTH] * (LAYERS - 1), self.dimensions]
-        linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        layers = nn.Sequential(*chain.from_iterable((layer, nn.ReLU()) for layer in linear[:-1]), linear[-1])
+        layers = nn.Sequential()
+        for before, after in pairwise(widths):
+            layers.extend([nn.Linear(before, after), nn.ReLU()])
+        layers.pop(-1)
 
         def network(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
             return as_images(layers(torch.cat([z.flatten(1), t[:, None]], 1)))
@@ -131,7 +133,6 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """A line for each D and prediction."""
     lines = [f"distance in the plane (data against data {summary['floor']:.3f}), and RMS outside of it"]
     for name, cell in summary["cells"].items():
         d, space = name.split()

@@ -92,17 +92,13 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """Distances, and what an image costs."""
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))
-        seconds = fmean(summary["training_seconds"][str(size)])
-        flops = summary["flops_an_image"][str(size)]
-        lines.append(
-            f"{size:4} px: noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; "
-            f"floor {summary['floor'][str(size)]:.2f}; {flops / 1e6:.0f} MFLOP and "
-            f"{1e3 * seconds / summary['images']:.2f} ms an image"
-        )
+        floor, mflop = summary["floor"][str(size)], summary["flops_an_image"][str(size)] / 1e6
+        ms = 1e3 * fmean(summary["training_seconds"][str(size)]) / summary["images"]
+        distances = f"noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; floor {floor:.2f}"
+        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms an image")
     for mu in MUS:
         lines.append(f"64 px, noise scale 1, mu {mu:g}: {plus_minus(summary['mu'][f'{mu:g}'], digits=1)}")
     return lines

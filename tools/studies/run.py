@@ -20,7 +20,6 @@ from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
 from jitscale.model.flops import training_flops
-from jitscale.parallel import World
 from jitscale.training.trainer import train
 from studies.tasks import Task
 
@@ -88,7 +87,7 @@ class Run(Task):
         if self.as_initial:
             config.run.init_from = target.run.dir
 
-    def _measure(self, path: Path, folder: Path, world: World) -> dict[str, Any]:
+    def _measure(self, path: Path, folder: Path, world: parallel.World) -> dict[str, Any]:
         config = self.load(folder, *self.evaluation)
         weights = config.evaluation.weights
         model = ready_to_sample(open_weights(path).network(weights), config, world.device)

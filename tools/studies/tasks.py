@@ -5,7 +5,6 @@ outcome is kept in its folder, so that an interrupted experiment continues, and 
 """
 
 import json
-import math
 import multiprocessing
 import os
 import threading
@@ -66,7 +65,7 @@ class Experiment(Protocol):
         """The lines of the table of a summary."""
 
 
-def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = math.inf) -> dict[str, Any]:
+def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = float("inf")) -> dict[str, Any]:
     """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
     Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
