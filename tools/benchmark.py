@@ -29,14 +29,14 @@ from jitscale.errors import ExitCode, exit_with_message
 def main() -> int:
     """Parse the command line, measure and print."""
     options = _parser().parse_args()
-    # Only the chosen measurement is imported: a machine need not have the packages of the others.
+    # Only the chosen measurement is imported: a machine need not have the packages of the others. Its `measure` finds
+    # the numbers, its `describe` makes the lines of the table of them.
     measurement = importlib.import_module(f"benchmarks.{options.command}")
     load = os.getloadavg()[0]  # before the measurement adds to it
-    result = {**measurement.measure(options), **environment(), "load": load}
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(markdown([*measurement.describe(result), *describe_conditions(result)]))
+    # Numbers are kept with the options that led to them, and with the conditions.
+    result = {**vars(options), **measurement.measure(options), **environment(), "load": load}
+    lines = [*measurement.describe(result), *describe_conditions(result)]
+    print(json.dumps(result) if options.json else markdown(lines))
     return ExitCode.DONE
 
 

@@ -8,7 +8,6 @@ continues an interrupted demo.
 """
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def _settings(output: Path, resolution: int, images: int | None, samples: int | 
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
     run_python("tools/make_digits.py", "--resolution", str(resolution), "--output", str(shards), cwd=ROOT)
-    block = None if samples is None else min(EvaluationConfig().block_size, math.ceil(samples / 2))  # two processes
+    block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)  # two processes
     counts = {"run.max_images": images, "evaluation.num_images": samples, "evaluation.block_size": block}
     places = [f"run.dir={output / f'{resolution}px'}", f"data.shards={shards}"]
     return places + [f"{key}={count}" for key, count in counts.items() if count is not None]

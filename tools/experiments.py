@@ -8,7 +8,6 @@ docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the
 
 import argparse
 import json
-import math
 import os
 import platform
 import time
@@ -24,16 +23,8 @@ from studies import bottleneck, failing, guidance, manifold, pairs, resolution, 
 from studies.run import ROOT
 from studies.tasks import Experiment, outcomes_of
 
-EXPERIMENTS: dict[str, Experiment] = {
-    "manifold": manifold,
-    "pairs": pairs,
-    "bottleneck": bottleneck,
-    "resolution": resolution,
-    "upgrade": upgrade,
-    "upsampling": upsampling,
-    "failing": failing,
-    "guidance": guidance,
-}
+MODULES: list[Experiment] = [manifold, pairs, bottleneck, resolution, upgrade, upsampling, failing, guidance]
+EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
 ALONE = "upgrade"  # takes as long as all others together
 
 
@@ -44,7 +35,7 @@ def main() -> int:
     names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
     parser.add_number("--seeds", 3, "seeds of each run")
-    parser.add_number("--budget", math.inf, "minutes after which no run begins", float)
+    parser.add_number("--budget", float("inf"), "minutes after which no run begins", float)
     parser.add_workers()
     parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
     parser.add_argument("--figure-only", action="store_true", help="draw again from the numbers in DIR")
@@ -55,8 +46,7 @@ def main() -> int:
     for name in [name for name in EXPERIMENTS if name != ALONE] if options.name == "all" else [options.name]:
         experiment, results = EXPERIMENTS[name], options.output / f"{name}.json"
         if not options.figure_only:
-            spent = (time.monotonic() - started) / 60
-            measure(name, options, results, max(0.0, options.budget - spent))
+            measure(name, options, results, max(0.0, options.budget - (time.monotonic() - started) / 60))
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
@@ -69,13 +59,11 @@ def main() -> int:
 def measure(name: str, options: argparse.Namespace, results: Path, minutes: float) -> None:
     """Do the work that is left, beginning nothing after `minutes`, and write the numbers.
 
-    Raises:
-        UserError: a task or a tool failed, or the time was not enough.
+    Raises a UserError if a task or a tool failed, or the time was not enough.
     """
     experiment = EXPERIMENTS[name]
     for kind, size in experiment.SHARDS:
-        shards = ["--resolution", str(size), "--output", f"runs/{kind}/{size}px"]
-        run_python(f"tools/make_{kind}.py", *shards, cwd=ROOT)
+        run_python(f"tools/make_{kind}.py", f"--resolution={size}", f"--output=runs/{kind}/{size}px", cwd=ROOT)
     tasks = [task for seed in range(options.seeds) for task in experiment.tasks(seed)]
     outcomes = outcomes_of(tasks, Path("runs/experiments") / name, options.workers, minutes)
     facts = {

@@ -11,7 +11,7 @@ from tests.support import ROOT
 from tests.support.forking import Process
 from tests.support.tiny import OVERRIDES
 
-ENVIRONMENT = {"device", "torch", "deepspeed", "torchao", "threads", "load", "date"}
+ENVIRONMENT = {"command", "json", "device", "torch", "deepspeed", "torchao", "threads", "load", "date"}
 USED = {"tflops_per_second", "mfu", "mfu_of_matmul"}
 COMMON = {"config", "overrides", "batch", "images_per_second", "matmul_tflops_per_second", "peak_memory_mib"} | USED
 FOREIGN = ("deepspeed", "PIL", "wandb", "webdataset", "simplejpeg", "safetensors", "fsspec", "submitit", "rich")
@@ -56,7 +56,7 @@ def test_step() -> None:
     arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", *OVERRIDES]
     result: dict[str, Any] = benchmark_json(*arguments)
     own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network", "engine", "execution"}
-    own |= {"host_waits", "reference", "ratio", "network_ratio"}
+    own |= {"host_waits", "reference", "ratio", "network_ratio", "warmup", "compare"}
     assert set(result) == COMMON | ENVIRONMENT | own
     parts = {"data", "forward", "backward", "zero_backward", "optimizer", "ema", "tracking", "rest"}
     assert set(result["ms"]) == set(result["share"]) == parts
@@ -80,7 +80,7 @@ def test_step() -> None:
 def test_step_and_sample_need_torch_and_little_more() -> None:
     result = benchmark_json("step", "--steps", "1", "--warmup", "1", *OVERRIDES, without=FOREIGN)
     assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
-    assert "--engine zero: the trainer needs wandb," in benchmark(
+    assert "--engine zero: the trainer needs wandb;" in benchmark(
         "step", "--engine", "zero", without=("wandb",), expect=2
     )
     assert result["host_waits"] == {}
@@ -93,6 +93,7 @@ def test_sample() -> None:
     result: dict[str, Any] = benchmark_json(*arguments)
     own = {"sampler_steps", "guidance", "seconds", "seconds_range", "evaluations_per_image", "network_calls"}
     own |= {"network_share", "reference", "ratio", "largest_difference", "largest_value"}
+    own |= {"method", "repeats", "compare"}
     assert set(result) == COMMON | ENVIRONMENT | own
     assert 0 < result["network_share"] < 1
     # 49 Heun steps and one of Euler: 99 velocities. Times 0, 0.02, ... 0.1 lie before the guidance interval: the first
@@ -134,7 +135,8 @@ def test_the_table_and_a_refusal() -> None:
 @pytest.mark.slow
 def test_checkpoint() -> None:
     result: dict[str, Any] = benchmark_json("checkpoint", "--repeats", "1", *OVERRIDES)
-    assert set(result) == {"config", "repeats", "bytes", "seconds", "range", "imports"} | ENVIRONMENT
+    asked = {"config", "overrides", "batch", "repeats", "folder"}
+    assert set(result) == {"bytes", "seconds", "range", "imports"} | asked | ENVIRONMENT
     assert set(result["seconds"]) == {"stall_sync", "stall_async", "written_async", "verify", "load"}
     assert result["seconds"]["stall_async"] < result["seconds"]["written_async"]
     assert all(seconds > 0 for seconds in result["imports"].values())
@@ -143,7 +145,8 @@ def test_checkpoint() -> None:
 def test_data() -> None:
     arguments = ["--resolutions", "16", "24", "--images", "4", "--seconds", "0.1", "--resume-samples", "3000"]
     result: dict[str, Any] = benchmark_json("data", *arguments)
-    assert set(result) == {"images", "forms", "hand_off", "resume"} | ENVIRONMENT
+    asked = {"images", "resolutions", "seconds", "workers", "resume_samples"}
+    assert set(result) == {"forms", "hand_off", "resume"} | asked | ENVIRONMENT
     assert set(result["forms"]) == {"16", "24"}
     for resolution, forms in result["forms"].items():
         assert set(forms) == {"stock", "original", "raw", "png", "webp", "jpeg"}

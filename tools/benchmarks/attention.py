@@ -6,18 +6,17 @@ from typing import Any
 import torch
 from tqdm import trange
 
-from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_mib
-from benchmarks.utilisation import arithmetic, describe_utilisation, matmul_tflops, utilisation
+from benchmarks import measuring
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, choose_kernel
-from jitscale.parallel import choose_device
+from jitscale.model.flops import image_tokens
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every kernel that works here, in turns; the others with the reason."""
-    config = measured_config(options, [], on_gpu=True)
-    device, model, dtype = choose_device(config.run.device), config.model, arithmetic(config)
-    tokens = (model.image_size // model.patch_size) ** 2 + model.in_context_len
+    config, device = measuring.measured_config(options, [], on_gpu=True)
+    model, dtype = config.model, measuring.arithmetic(config)
+    tokens = image_tokens(model) + model.in_context_len
     heads, head_dim = model.num_heads, model.hidden_size // model.num_heads
     dropout = model.attn_dropout if options.dropout is None else options.dropout
     shape = (options.batch, tokens, heads, head_dim)
@@ -26,7 +25,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name in KERNELS:
         try:
             choose_kernel(name, **wanted, dtype=dtype, device=device)
-            watches[name] = Stopwatch(device, enabled=False)
+            watches[name] = measuring.Stopwatch(device, enabled=False)
         except ConfigError as error:
             missing[name] = str(error)
     peaks: dict[str, float] = {}
@@ -42,43 +41,40 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with watch.part("backward"):
                 torch.autograd.grad(out, qkv, gradient)
             if device.type == "cuda":  # on a CPU only the peak of the whole process is known
-                peaks[name] = peak_memory_mib(device)
+                peaks[name] = measuring.peak_memory_mib(device)
             watch.enabled = True  # the first turn was the warm-up
     # Two products forward, four backward. Products that a kernel computes again do not count.
-    flops = {"forward": 4 * options.batch * heads * tokens**2 * head_dim}
-    flops["backward"] = 2 * flops["forward"]
-    product = matmul_tflops(config, device)
-    seconds = {name: watch.medians() for name, watch in watches.items()}
+    tflop = {"forward": 4 * options.batch * heads * tokens**2 * head_dim / 1e12}
+    tflop["backward"] = 2 * tflop["forward"]
+    product = measuring.matmul_tflops(config, device)
+    kernels = {}
+    for name, watch in watches.items():
+        seconds = watch.medians()
+        kernels[name] = {
+            "ms": {part: 1e3 * value for part, value in seconds.items()},
+            "images_per_second": options.batch / sum(seconds.values()),
+            "peak_memory_mib": peaks.get(name),
+            **{part: measuring.utilisation(tflop[part] / value, device, product) for part, value in seconds.items()},
+        }
     return {
-        "config": options.config,
-        "overrides": options.overrides,
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": dropout,
-        "kernels": {
-            name: {
-                "ms": {part: 1e3 * value for part, value in parts.items()},
-                "images_per_second": options.batch / sum(parts.values()),
-                "peak_memory_mib": peaks.get(name),
-                **{part: utilisation(flops[part] / value / 1e12, device, product) for part, value in parts.items()},
-            }
-            for name, parts in seconds.items()
-        },
+        "kernels": kernels,
         "missing": missing,
         "matmul_tflops_per_second": product,
-        "peak_memory_mib": peak_memory_mib(device),
+        "peak_memory_mib": measuring.peak_memory_mib(device),
     }
 
 
-def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
+def describe(result: dict[str, Any]) -> measuring.Table:
     shape = " x ".join(map(str, result["shape"]))
     lines = [("shape", f"{shape}, {result['dtype']}, dropout {result['dropout']}")]
     for name, found in result["kernels"].items():
         lines.append((f"{name}: images/s of one layer", f"{found['images_per_second']:.4g}"))
         for part, ms in found["ms"].items():
             lines.append((f"{name}: {part}", f"{ms:.3f} ms"))
-            used = describe_utilisation(found[part], result["matmul_tflops_per_second"])
+            used = measuring.describe_utilisation(found[part], result["matmul_tflops_per_second"])
             lines += [(f"{name}: {part}, {label}", value) for label, value in used]
         if found["peak_memory_mib"] is not None:
             lines.append((f"{name}: peak memory", f"{found['peak_memory_mib']:.0f} MiB"))

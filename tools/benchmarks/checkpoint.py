@@ -4,17 +4,15 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import timeit
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import CPU, Stopwatch, Table, measured_config
+from benchmarks.measuring import Stopwatch, Table, measured_config
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint, Flats, Progress, load_fragments, step_folder
 from jitscale.checkpoints.saving import Save
 from jitscale.config import Config
 from jitscale.model.jit import JiT
-from jitscale.parallel import World
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 
@@ -30,21 +28,22 @@ LABELS = {
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of saving, stalling, verifying, loading and importing."""
-    config, watch = measured_config(options, ["tracking.wandb=off"]), Stopwatch(CPU)
-    with parallel.joined(CPU) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+    config, device = measured_config(options, ["tracking.wandb=off"], on_gpu=False)
+    watch, imports = Stopwatch(device), Stopwatch(device)
+    with parallel.joined(device) as world, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         size = _time_saves(watch, config, world, Path(scratch), options.repeats)
+    for line in 2 * IMPORTS:
+        with imports.part(line):  # a fresh interpreter that does nothing else
+            subprocess.run([sys.executable, "-c", line], check=True, stderr=subprocess.DEVNULL)
     return {
-        "config": options.config,
-        "repeats": options.repeats,
         "bytes": size,
         "seconds": watch.medians(),
         "range": {name: [min(measured), max(measured)] for name, measured in watch.times.items()},
-        "imports": {line: _time_import(line) for line in IMPORTS},
+        "imports": {line: min(measured) for line, measured in imports.times.items()},  # the first may fill caches
     }
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
     for name, label in LABELS.items():
         low, high = result["range"][name]
@@ -52,7 +51,7 @@ def describe(result: dict[str, Any]) -> Table:
     return [*lines, *((f"python -c '{line}'", f"{seconds:.2f} s") for line, seconds in result["imports"].items())]
 
 
-def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, repeats: int) -> int:
+def _time_saves(watch: Stopwatch, config: Config, world: parallel.World, folder: Path, repeats: int) -> int:
     """Save and load in both ways; returns the bytes of a checkpoint."""
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     ema = ShardedEma(config.ema, engine.masters())
@@ -78,10 +77,3 @@ def _time_saves(watch: Stopwatch, config: Config, world: World, folder: Path, re
             engine.finish_loading()
     engine.destroy()
     return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _time_import(line: str) -> float:
-    """Seconds of a fresh interpreter that does nothing else; the better of two, since the first may fill caches."""
-    command = [sys.executable, "-c", line]
-    runs = timeit.repeat(lambda: subprocess.run(command, check=True, stderr=subprocess.DEVNULL), number=1, repeat=2)
-    return min(runs)

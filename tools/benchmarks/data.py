@@ -10,14 +10,12 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import webdataset
 from PIL import Image
@@ -46,16 +44,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        photographs = [_photograph(number) for number in tqdm(range(options.images), unit="img", desc="photographs")]
-        forms = {
-            size: _time_forms(folder / str(size), photographs, size, options.seconds) for size in options.resolutions
-        }
+        jpegs = [_photograph(number) for number in tqdm(range(options.images), unit="img", desc="photographs")]
+        forms = {size: _time_forms(folder / str(size), jpegs, size, options.seconds) for size in options.resolutions}
         first = options.resolutions[0]
         handed_over = _time_hand_off(ShardSet.open(folder / str(first) / "raw", 1), options.workers, options.seconds)
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its peak of memory is its own
             resume = fresh.apply(_time_resume, (folder / "many", options.resume_samples))
     return {
-        "images": options.images,
         "forms": forms,
         "hand_off": {"resolution": first, "workers": options.workers, "images_per_second": handed_over},
         "resume": resume,
@@ -63,7 +58,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     lines = []
     for resolution, forms in result["forms"].items():
         stock = forms["stock"]["images_per_second"]
@@ -78,11 +72,10 @@ def describe(result: dict[str, Any]) -> Table:
         lines.append((f"cores that read {name} for one GPU's aim", cores))
     hand_off, resume = result["hand_off"], result["resume"]
     handed_over = f"hand-off of raw at {hand_off['resolution']} px, {hand_off['workers']} workers, batch {BATCH}"
-    opened = f"opening {resume['shards']:,} shards with {resume['samples']:,} samples"
     return [
         *lines,
         (handed_over, f"{hand_off['images_per_second']:,.0f} images/s"),
-        (opened, f"{resume['open_s']:.2f} s"),
+        (f"opening {resume['shards']:,} shards with {resume['samples']:,} samples", f"{resume['open_s']:.2f} s"),
         ("first batch at position 0", f"{1e3 * resume['first_s']:.0f} ms"),
         ("first batch inside the epoch", f"{1e3 * resume['inside_s']:.0f} ms"),
         ("memory for all that", f"{resume['mib']:.0f} MiB"),
@@ -104,15 +97,15 @@ def _photograph(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def _time_forms(folder: Path, photographs: list[bytes], resolution: int, seconds: float) -> dict[str, dict[str, Any]]:
-    crops = [center_crop(decode(data, "jpg"), resolution) for data in photographs]
-    stored = {"original": [("jpg", data) for data in photographs]}
+def _time_forms(folder: Path, jpegs: list[bytes], resolution: int, seconds: float) -> dict[str, dict[str, Any]]:
+    crops = [center_crop(decode(data, "jpg"), resolution) for data in jpegs]
+    stored = {"original": [("jpg", data) for data in jpegs]}
     stored |= {codec: [encode(crop, codec) for crop in crops] for codec in CODECS}
     for codec, samples in stored.items():
         _write(folder / codec, codec, None if codec == "original" else resolution, samples)
     readers = {"stock": _stock(folder / "original", resolution)}
     readers |= {codec: _ours(ShardSet.open(folder / codec, 1, resolution)) for codec in stored}
-    rates: dict[str, list[float]] = defaultdict(list)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in tqdm(range(ROUNDS), unit="round", desc=f"read at {resolution} px"):
         for name, reader in readers.items():
             rates[name].append(_rate(reader, seconds / ROUNDS))
@@ -165,8 +158,7 @@ def _rate(items: Iterator[object], seconds: float) -> float:
 def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
     """Images a second that arrive in the training process."""
     order = EpochOrder(shards.samples_per_shard, seed=0)
-    loader = ShardLoader(shards, order, BATCH, BATCH, 0, 1, 0, workers, pin_memory=False)
-    batches = iter(loader)
+    batches = iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, 0, workers, pin_memory=False))
     for _ in range(4 * workers):
         next(batches)
     rates = [_rate(batches, seconds / ROUNDS) * BATCH for _ in range(ROUNDS)]
@@ -184,15 +176,14 @@ def _time_resume(folder: Path, samples: int) -> dict[str, float]:
         with watch.part(name):
             order = EpochOrder(shards.samples_per_shard, seed=0)
             next(iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, position, 0, pin_memory=False)))
-    facts = {"shards": links, "samples": shards.num_samples, "mib": peak_memory_mib() - before}
-    return {**facts, **watch.medians()}
+    memory = peak_memory_mib() - before
+    return {"shards": links, "samples": shards.num_samples, "mib": memory, **watch.medians()}
 
 
 def _write_many(folder: Path, samples: int) -> int:
     """Shards of 1,000 tiny samples under many names; returns how many."""
     folder.mkdir()
-    pixel: npt.NDArray[np.uint8] = np.zeros((1, 1, 3), np.uint8)
-    extension, data = encode(pixel, "raw")
+    extension, data = encode(np.zeros((1, 1, 3), np.uint8), "raw")
     contents: list[Sample] = [{"__key__": f"{key:09d}", extension: data, "cls": b"0"} for key in range(1000)]
     records: list[ShardRecord] = []
     for number in tqdm(range(max(1, samples // len(contents))), unit="shard", desc="many shards"):

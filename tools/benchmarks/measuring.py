@@ -1,4 +1,4 @@
-"""What all measurements share: the configuration to measure, the machine, and a stopwatch."""
+"""What all measurements share: the configuration to measure, the machine, a stopwatch, and how much of it is used."""
 
 import argparse
 import platform
@@ -17,6 +17,7 @@ import torch
 
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError
+from jitscale.model.flops import peak_tflops
 from jitscale.parallel import choose_device
 from jitscale.versions import version_of
 
@@ -25,17 +26,17 @@ DEFAULTS = ["run.max_steps=1"]  # the overrides win over these
 ON_CPU = ["engine.precision=fp32", "run.device=cpu"]
 PACKAGES = ("deepspeed", "flash-attn", "flash-attn-4", "torchao")
 CONDITIONS = ("device", "cuda", "cudnn", "torch", *PACKAGES, "threads", "load", "date")
+MATMUL_SIZES = {"cpu": 1536, "cuda": 8192}
+MATMUL_SECONDS = 1.0
 
 Table = list[tuple[str, str]]  # labels and values
 
 
-def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool = False) -> Config:
-    """The configuration to measure; `settings` (dotted) and --batch win over everything.
+def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool) -> tuple[Config, torch.device]:
+    """The configuration to measure and its device; `settings` (dotted) and --batch win over everything.
 
-    With `on_gpu`, this measurement uses a GPU where there is one.
-
-    Raises:
-        ConfigError: it is impossible, or is not measured here.
+    With `on_gpu`, this measurement uses a GPU where there is one. Raises a ConfigError if the configuration is
+    impossible, or is not measured here.
     """
     defaults = DEFAULTS if on_gpu and torch.cuda.is_available() else [*DEFAULTS, *ON_CPU]
     config = load_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
@@ -44,14 +45,16 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
         raise ConfigError(f"run.device={config.run.device}: only the CPU is measured; remove it")
     if device.type == "cpu" and config.engine.precision == "bf16":
         raise ConfigError("engine.precision=bf16: is not measured on CPUs; set fp32 or autocast")
-    return config
+    return config, device
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, threads and date, to be kept with every number; the GPU if this process has used it."""
     gpu = torch.cuda.is_initialized()
+    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cpu = processor[1].strip() if processor else platform.machine()
     known: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "device": torch.cuda.get_device_name() if gpu else cpu,
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
         "torch": torch.__version__,
@@ -60,12 +63,6 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     return {name: value for name, value in known.items() if value is not None}
-
-
-def _processor() -> str:
-    """The processor's name as the kernel gives it."""
-    named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return named[1].strip() if named else platform.machine()
 
 
 def peak_memory_mib(device: torch.device = CPU) -> float:
@@ -110,6 +107,38 @@ def wait_for(device: torch.device) -> None:
     """Wait until the kernels of a GPU have run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def arithmetic(config: Config) -> torch.dtype:
+    """The type in which a configuration's matrix products are computed."""
+    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+
+
+def matmul_tflops(config: Config, device: torch.device) -> float:
+    """TFLOP/s of one large matrix product in `arithmetic`: the fastest in a second or more."""
+    size = MATMUL_SIZES[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=arithmetic(config)) for _ in range(2))
+    watch, began = Stopwatch(device), time.perf_counter()
+    while time.perf_counter() - began < MATMUL_SECONDS:
+        with watch.part("product"):
+            a @ b
+    return 2 * size**3 / min(watch.times["product"]) / 1e12
+
+
+def utilisation(tflops: float, device: torch.device, product: float) -> dict[str, Any]:
+    """The share of the device that `tflops` TFLOP/s use, where a large matrix product reaches `product`."""
+    peak = peak_tflops(device)
+    mfu = None if peak is None else tflops / peak  # of the data sheet's bf16 peak, if it is known
+    return {"tflops_per_second": tflops, "mfu": mfu, "mfu_of_matmul": tflops / product}
+
+
+def describe_utilisation(found: dict[str, Any], product: float) -> Table:
+    """The lines of a table of `utilisation`."""
+    return [
+        ("TFLOP/s", f"{found['tflops_per_second']:.4g}"),
+        ("of one large matrix product", f"{found['mfu_of_matmul']:.1%} of {product:.4g}"),
+        ("of the data sheet's peak", "not known" if found["mfu"] is None else f"{found['mfu']:.1%}"),
+    ]
 
 
 def describe_conditions(result: dict[str, Any]) -> Table:

@@ -26,16 +26,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # Between two micro-batches of a step, gradients are there and activations are not.
         options.batch = MICRO_BATCHES * world.size
         for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
-            config = measured_config(options, [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"])
+            settings = [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"]
+            config, _ = measured_config(options, settings, on_gpu=False)
             held = parallel.gather_objects(state_bytes(config, world))
             stages[str(stage)] = {"bytes": held, "predicted": state_memory(config, world.size).state}
     if not world.is_main:
         raise SystemExit(0)  # the main rank prints
-    return {"config": options.config, "overrides": options.overrides, "ranks": world.size, "stages": stages}
+    return {"ranks": world.size, "stages": stages}
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     lines = [("ranks", str(result["ranks"]))]
     for stage, found in result["stages"].items():
         most = max(rank["state"] for rank in found["bytes"])
@@ -46,11 +46,7 @@ def describe(result: dict[str, Any]) -> Table:
 
 
 def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
-    """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there.
-
-    Returns:
-        `state`, and apart from it `buckets`, of DeepSpeed's stage 3, whose size does not depend on the network.
-    """
+    """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there."""
     before = _storages()  # of engines that are gone, and torch's own
     torch.manual_seed(0)
     size = config.model.image_size
@@ -70,6 +66,7 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
         ema.update(engine.masters(), step + 1, (step, step + 1))
     engine.destroy()
     own = [size for address, size in held.items() if before.get(address) != size]
+    # Counted apart from the state: the buckets of DeepSpeed's stage 3, whose size does not depend on the network.
     buckets = [size for size in own if size in (4 * BUCKET_ELEMENTS, 2 * BUCKET_ELEMENTS)]
     return {"state": sum(own) - sum(buckets), "buckets": sum(buckets)}
 

@@ -15,11 +15,9 @@ from jitscale.evaluation.inception import Inception
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each metric for `options.images` random images, real and generated ones, of Inception's widths."""
-    random = np.random.default_rng(0)
+    normal = np.random.default_rng(0).standard_normal
     widths = (Inception.num_features, Inception.num_features, Inception.num_logits, Inception.num_spatial)
-    real, generated, logits, spatial = (
-        random.standard_normal((options.images, width), dtype=np.float32) for width in widths
-    )
+    real, generated, logits, spatial = (normal((options.images, width), np.float32) for width in widths)
     distance = metrics.FrechetDistance(Inception.num_features)
     distance.update(real, real=True)
 
@@ -39,10 +37,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, compute in tqdm(computations.items(), unit="metric", desc="measure", disable=None):
         with watch.part(name):
             compute()
-    return {"images": options.images, "seconds": watch.medians(), "peak_memory_mib": peak_memory_mib()}
+    return {"seconds": watch.medians(), "peak_memory_mib": peak_memory_mib()}
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
-    seconds = [(name, f"{value:.1f} s") for name, value in result["seconds"].items()]
-    return [*seconds, ("images", f"{result['images']}")]
+    return [*((name, f"{value:.1f} s") for name, value in result["seconds"].items()), ("images", f"{result['images']}")]

@@ -39,11 +39,7 @@ LABELS = {
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory (bytes, of all ranks together) of each part.
-
-    Raises:
-        UserError: a command of the path fails.
-    """
+    """Seconds and peak memory (bytes, of all ranks together) of each part. Raises a UserError if a command fails."""
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         scratch = Path(name)
         write_crops(scratch / "crops", options.images)
@@ -54,13 +50,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
         train = ["-m", "jitscale.train", "--config", options.config, *_settings(options, scratch)]
         parts |= _watched([*(launcher if options.ranks > 1 else []), *train], _ends(scratch / "run"))
-        result = (scratch / "run/result.json").read_text()
-    asked = {"config": options.config, "ranks": options.ranks, "batch": options.batch}
-    return {**asked, "parts": parts, "result": result}
+        return {"parts": parts, "result": (scratch / "run/result.json").read_text()}
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
     return [
         (LABELS[name].format(**result), f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
         for name, (seconds, memory) in result["parts"].items()
@@ -107,11 +100,7 @@ def _ends(run: Path) -> dict[str, Callable[[], bool]]:
 
 
 def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> dict[str, tuple[float, int]]:
-    """Run a command of Python; seconds of each of its parts, and the most bytes that its processes held together.
-
-    Raises:
-        UserError: it fails.
-    """
+    """Seconds of each part of a command of Python, and the most bytes its processes held; a UserError if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=sys.stderr)
     found, begin, held = {}, time.monotonic(), 0
@@ -124,9 +113,8 @@ def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> 
         end = time.monotonic()
         found[name] = (end - begin, peak)
         begin = end
-    code = process.wait()
-    if code != 0:
-        raise UserError(f"{' '.join(command)}: ended with code {code}; see above")
+    if process.wait() != 0:
+        raise UserError(f"{' '.join(command)}: ended with code {process.returncode}; see above")
     return found
 
 

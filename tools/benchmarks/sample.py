@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from tqdm import trange
 
-from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_mib
-from benchmarks.reference import reference_network, reference_sample
-from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
+from benchmarks import measuring
+from benchmarks.plain import reference_network, reference_sample
 from jitscale.config import Config
 from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops
 from jitscale.model.jit import JiT
-from jitscale.parallel import choose_device
 
 WEIGHTS_DEVIATION = 0.02  # of what a fresh network sets to zero, so that it predicts something
 
@@ -25,8 +23,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Guided sampling of one batch, `options.repeats` times."""
     settings = {"method": options.method, "steps": options.sampler_steps, "guidance_scale": options.guidance}
     dotted = [f"evaluation.{key}={value}" for key, value in settings.items()]
-    config = measured_config(options, dotted, on_gpu=True)
-    device = choose_device(config.run.device)
+    config, device = measuring.measured_config(options, dotted, on_gpu=True)
     sampler = generate.configured_sampler(config.evaluation, config.diffusion)
     ids = range(options.batch)
     noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, config.model.image_size).to(device)
@@ -34,26 +31,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with generate.autocast(config, device), torch.no_grad():
         network = generate.ready_to_sample(_drawn(config), config, device)
         generate.sample_images(network, sampler, noise, labels)  # warms the device up
-        peak = peak_memory_mib(device)  # before another network is built
+        peak = measuring.peak_memory_mib(device)  # before another network is built
         ways = [Sampling(network, lambda: generate.sample_images(network, sampler, noise, labels))]
         if options.compare == "reference":
             other = reference_network(_drawn(config), config, device, training=False)
             other(noise, torch.zeros(len(noise), device=device), labels)
-            ways.append(Sampling(other, lambda: reference_sample(other, sampler, noise, labels, other.null_label)))
+            ways.append(Sampling(other, lambda: reference_sample(other, sampler, noise, labels)))
         for _ in trange(options.repeats, unit="batch", desc="measure", disable=None):
             for way in ways:
                 way.draw()
     ours = ways[0].result()
     tflops = ours["images_per_second"] * ours["evaluations_per_image"] * forward_flops(config.model) / 1e12
-    product = matmul_tflops(config, device)
+    product = measuring.matmul_tflops(config, device)
     result = {
-        "config": options.config,
-        "overrides": options.overrides,
-        "batch": options.batch,
-        "sampler_steps": options.sampler_steps,
-        "guidance": options.guidance,
         **ours,
-        **utilisation(tflops, device, product),
+        **measuring.utilisation(tflops, device, product),
         "matmul_tflops_per_second": product,
         "peak_memory_mib": peak,
     }
@@ -80,7 +72,7 @@ class Sampling:
 
     def __init__(self, network: JiT, draw: Callable[[], torch.Tensor]) -> None:
         self._draw, self._forward, self._device = draw, network.forward, network.pos_embed.device
-        self._watch = Stopwatch(self._device)
+        self._watch = measuring.Stopwatch(self._device)
         self._calls: list[tuple[Any, Any, int]] = []  # of the last draw: begin, end, rows of the batch
         self._network_seconds = 0.0
         network.forward = self._timed_forward  # type: ignore[method-assign, assignment]
@@ -121,10 +113,8 @@ class Sampling:
         }
 
 
-def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
-
-    def of(part: dict[str, Any]) -> Table:
+def describe(result: dict[str, Any]) -> measuring.Table:
+    def of(part: dict[str, Any]) -> measuring.Table:
         low, high = part["seconds_range"]
         return [
             ("images/s", f"{part['images_per_second']:.4f}"),
@@ -134,11 +124,10 @@ def describe(result: dict[str, Any]) -> Table:
             ("share of the network", f"{part['network_share']:.1%}; the rest: guidance and integration"),
         ]
 
-    lines = [*of(result), *describe_utilisation(result, result["matmul_tflops_per_second"])]
+    lines = [*of(result), *measuring.describe_utilisation(result, result["matmul_tflops_per_second"])]
     if "reference" in result:
         lines += [(f"the authors' way: {name}", value) for name, value in of(result["reference"])]
-        lines += [
-            ("ours / the authors' way", f"{result['ratio']:.2f}"),
-            ("largest difference of a pixel", f"{result['largest_difference']:.1e} of {result['largest_value']:.2g}"),
-        ]
+        difference = f"{result['largest_difference']:.1e} of {result['largest_value']:.2g}"
+        lines.append(("ours / the authors' way", f"{result['ratio']:.2f}"))
+        lines.append(("largest difference of a pixel", difference))
     return lines

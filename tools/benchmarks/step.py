@@ -14,16 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
-from benchmarks.measuring import Stopwatch, Table, measured_config, peak_memory_mib, wait_for
-from benchmarks.plain import RandomBatch, plain_training
-from benchmarks.reference import reference_step
-from benchmarks.utilisation import describe_utilisation, matmul_tflops, utilisation
+from benchmarks import measuring
+from benchmarks.measuring import Stopwatch, Table
+from benchmarks.plain import RandomBatch, plain_training, reference_step
 from jitscale.config import Config
 from jitscale.errors import UserError
 from jitscale.model.execution import prepare
 from jitscale.model.flops import training_flops
 from jitscale.model.jit import JiT
-from jitscale.parallel import choose_device
 
 PARTS = {
     "data": "waiting for data",
@@ -46,11 +44,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if options.engine == "zero" and missing:
-        raise UserError(
-            f"--engine zero: the trainer needs {', '.join(missing)}, which this machine lacks; install jitscale with "
-            "its packages, or choose --engine plain"
-        )
-    whole = options.engine == "zero" or (options.engine == "auto" and not missing)
+        raise UserError(f"--engine zero: the trainer needs {', '.join(missing)}; install them, or set --engine plain")
+    whole = options.engine != "plain" and not missing
     with tempfile.TemporaryDirectory() as scratch:
         training, settings = plain_training, ["engine.micro_batch_size=null", "tracking.wandb=off"]
         if whole:
@@ -58,38 +53,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             from benchmarks.whole import settings_in, whole_training  # noqa: PLC0415
 
             training, settings = whole_training, [*settings, *settings_in(Path(scratch))]
-        config = measured_config(options, settings, on_gpu=True)
-        device = choose_device(config.run.device)
+        config, device = measuring.measured_config(options, settings, on_gpu=True)
         torch.manual_seed(config.run.seed)
         watch = Stopwatch(device, enabled=False)
         with training(config, device, watch) as (step, execution):
             for _ in range(options.warmup):
                 step()
-            wait_for(device)
-            peak = peak_memory_mib(device)  # of training alone, before other networks are built
+            measuring.wait_for(device)
+            peak = measuring.peak_memory_mib(device)  # of training alone, before other networks are built
             waits = host_waits(step, device, compiled=execution.compiled)
             result = _take_turns(step, watch, options, config, device)
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
-    product = matmul_tflops(config, device)
+    product = measuring.matmul_tflops(config, device)
     lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
     return {
-        "config": options.config,
-        "overrides": options.overrides,
-        "batch": options.batch,
-        "steps": options.steps,
         "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else f"plain torch{lacks}",
         "execution": str(execution),
         "host_waits": waits,
         **result,
-        **utilisation(tflops, device, product),
+        **measuring.utilisation(tflops, device, product),
         "matmul_tflops_per_second": product,
         "peak_memory_mib": peak,
     }
 
 
 def describe(result: dict[str, Any]) -> Table:
-    """The lines of the table of `measure`."""
-
     def speed(of: dict[str, Any], median: str = "") -> Table:
         low, high = of["ms_per_step_range"]
         step = f"{of['ms_per_step']:.1f} ms{median} ({low:.1f} to {high:.1f})"
@@ -98,23 +86,20 @@ def describe(result: dict[str, Any]) -> Table:
     waits = result["host_waits"]
     lines = [
         *speed(result, f", the median of {result['steps']}"),
-        *describe_utilisation(result, result["matmul_tflops_per_second"]),
+        *measuring.describe_utilisation(result, result["matmul_tflops_per_second"]),
         ("engine", result["engine"]),
         ("execution", result["execution"]),
         ("times that the host waits in a step", "not counted" if waits is None else f"{sum(waits.values())}"),
     ]
-    for name, label in PARTS.items():
-        there = name in result["ms"]
-        lines.append((label, f"{result['ms'][name]:.1f} ms, {result['share'][name]:.1%}" if there else "not there"))
+    ms, share = result["ms"], result["share"]
+    lines += [(PARTS[name], f"{ms[name]:.1f} ms, {share[name]:.1%}" if name in ms else "not there") for name in PARTS]
     lines.append(("the engine's cost around the network", f"{result['around_network']:.1%}"))
     if "reference" in result:
         theirs = result["reference"]
         shown = [*speed(theirs), *((name, f"{ms:.1f} ms") for name, ms in theirs["ms"].items())]
         lines += [(f"the authors' way: {label}", value) for label, value in shown]
-        lines += [
-            ("ours / the authors' way", f"{result['ratio']:.2f}"),
-            ("forward and backward alone", f"{result['network_ratio']:.2f}"),
-        ]
+        lines.append(("ours / the authors' way", f"{result['ratio']:.2f}"))
+        lines.append(("forward and backward alone", f"{result['network_ratio']:.2f}"))
     return lines
 
 

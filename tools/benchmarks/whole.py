@@ -1,7 +1,7 @@
 """The trainer itself, on shards of random images, with the parts of its step timed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from benchmarks.measuring import Stopwatch
+from benchmarks.plain import Training
 from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_training_shards
-from jitscale.model.execution import Execution
 from jitscale.preparation.array_shards import write_shards
 from jitscale.training.trainer import Trainer
 
@@ -23,15 +23,12 @@ SHARDS = 4
 
 def settings_in(scratch: Path) -> list[str]:
     """Settings of a run whose files and data are in the folder `scratch`."""
-    places = [f"run.dir={scratch / 'run'}", f"data.shards={scratch / 'shards'}"]
     # The tiny steps at the beginning of a warm-up leave gradients in denormal numbers, on which CPUs are slow.
-    return [*places, "run.max_steps=1000000", "optim.warmup_images=0"]
+    return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "run.max_steps=1000000", "optim.warmup_images=0"]
 
 
 @contextmanager
-def whole_training(
-    config: Config, device: torch.device, watch: Stopwatch
-) -> Iterator[tuple[Callable[[], None], Execution]]:
+def whole_training(config: Config, device: torch.device, watch: Stopwatch) -> Iterator[Training]:
     """A step of the trainer, from shards to averages; `config` with `settings_in` a folder.
 
     `watch` times its parts. A step whose parts are timed is logged, since a run logs only every hundredth.
@@ -51,8 +48,7 @@ def whole_training(
             started = time.perf_counter()
             loss = trainer.train_step()
             if watch.enabled:
-                rate = batch / (time.perf_counter() - started)
-                trainer.log(loss, rate, trainer.bad_samples.total())
+                trainer.log(loss, batch / (time.perf_counter() - started), trainer.bad_samples.total())
 
         yield step, trainer.engine.execution
         trainer.close()

@@ -3,14 +3,12 @@
 Glyphs at 32 px in four patches of 768 numbers, which pass through 768 numbers (nothing is lost) down to 8.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from jitscale.figures import curve_over, figure, plus_minus
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, ends
+from studies.tasks import Outcomes, Shards, Summary, ends
 
 SHARDS: Shards = [("glyphs", 32)]
 WIDTHS = (8, 16, 32, 64, 128, 768)
@@ -18,7 +16,7 @@ IMAGES = 56_000
 PAPER = "ImageNet, 768 numbers: widths of 32 to 512 all better than none by up to 1.3 FID, 16 does not collapse"
 
 
-def tasks(seed: int) -> Sequence[Run]:
+def tasks(seed: int) -> list[Run]:
     """A run for each width."""
     return [
         seeded(f"width_{w}", seed, "glyphs_32.yaml", IMAGES, "model.patch_size=16", f"model.bottleneck_dim={w}")
@@ -26,7 +24,7 @@ def tasks(seed: int) -> Sequence[Run]:
     ]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances by width and seed."""
     keys = ("fid", "label_agreement")
     return {
@@ -36,7 +34,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """FID over the width."""
     with figure(path, panels=1) as (axis,):
         curve_over(axis, {width: summary["fid"][str(width)] for width in WIDTHS}, "")
@@ -45,8 +43,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         axis.set(xlabel="width of the bottleneck", ylabel="glyphs-FID", title="patches of 768 numbers")
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """A line for each width."""
+def describe(summary: Summary) -> list[str]:
     lines = [f"glyphs-FID after {summary['images']:,} images (floor {summary['floor']:.2f}); {PAPER}"]
     for width in WIDTHS:
         fid, asked = (summary[key][str(width)] for key in ("fid", "label_agreement"))

@@ -4,14 +4,13 @@ x-prediction with the loss in v is v-prediction of a network with a long skip co
 Digits, patches and loss are the same. With the skip the network need not carry the noise; without it (net = v) it must.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jitscale.figures import curve, figure, plus_minus, show_png
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, by_seed, ends
+from studies.tasks import Outcomes, Shards, Summary, by_seed, ends
 
 SHARDS: Shards = [("digits", 32)]
 IMAGES, POINTS = 128_000, 8
@@ -20,7 +19,7 @@ STRIP = 10
 SHOWN = 0.6  # of a strip; noise makes large files
 
 
-def tasks(seed: int) -> Sequence[Run]:
+def tasks(seed: int) -> list[Run]:
     """Both ways, measured while they train."""
     measured: dict[str, Any] = {"measured_every": IMAGES // POINTS, "strip": STRIP}
     return [
@@ -29,7 +28,7 @@ def tasks(seed: int) -> Sequence[Run]:
     ]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances over images by way and seed; strips of the first seed."""
     found = {way: by_seed(outcomes, way) for way in WAYS}
     return {
@@ -41,7 +40,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """FID over training, and the same noise at growing numbers of images."""
     images = [count / 1000 for count in summary["images"]]
     with figure(path, panels=3) as (distances, *samples):
@@ -55,8 +54,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             axis.set_title(f"{way}-prediction")
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """Where both ways end."""
+def describe(summary: Summary) -> list[str]:
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
         asked = fmean(summary["label_agreement"][way])

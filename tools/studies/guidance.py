@@ -3,7 +3,7 @@
 One network for the digits a seed, several averages of its weights, and a sweep over all combinations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from jitscale.evaluation.sweep import sweep_points
 from jitscale.figures import curve_over, figure, plus_minus
 from jitscale.model.jit import JiT
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, Task, by_seed
+from studies.tasks import Outcomes, Shards, Summary, Task, by_seed
 
 SHARDS: Shards = [("digits", 32)]
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -37,7 +37,6 @@ class Sweep(Task):
     samples: int = SAMPLES
 
     def cost(self, folder: Path) -> int:
-        """See `Task`."""
         return self.samples * 10 * len(DECAYS) * (1 + (len(SCALES) - 1) * len(INTERVALS))
 
     def execute(self, folder: Path) -> dict[str, Any]:
@@ -55,19 +54,17 @@ class Sweep(Task):
         def network(name: str) -> JiT:
             return ready_to_sample(stored.network(name), config, world.device)
 
-        evaluator = Evaluator(config, world, folder / self.name)
         settings = sweep_points(config, stored.weight_sets)
-        results = measure_points(settings, network, evaluator, neighbours=False)
-        return {
-            "fid": {_key(s.weights, s.guidance_interval, s.guidance_scale): measured["fid"] for s, measured in results}
-        }
+        results = measure_points(settings, network, Evaluator(config, world, folder / self.name), neighbours=False)
+        fid = {_key(s.weights, s.guidance_interval, s.guidance_scale): measured["fid"] for s, measured in results}
+        return {"fid": fid}
 
 
 def _key(weights: str, interval: Sequence[float], scale: float) -> str:
     return f"{weights} {interval[0]:g}:{interval[1]:g} {scale:g}"
 
 
-def tasks(seed: int) -> Sequence[Task]:
+def tasks(seed: int) -> list[Task]:
     """A training and its sweep."""
     averages = f"ema.decays=[{','.join(f'{decay:g}' for decay in DECAYS)}]"
     measured = (f"evaluation.weights={CHOSEN[0]}", "evaluation.steps=10", f"evaluation.num_images={SAMPLES}")
@@ -75,7 +72,7 @@ def tasks(seed: int) -> Sequence[Task]:
     return [run, Sweep(f"swept_s{seed}", run, after=run.name)]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances by setting and seed, and the best setting on average."""
     seeds = [outcome["fid"] for outcome in by_seed(outcomes, "swept")]
     fid = {key: [seed[key] for seed in seeds] for key in seeds[0]}
@@ -83,12 +80,12 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     return {"images": IMAGES, "samples": SAMPLES, "fid": fid, "best": best}
 
 
-def distances(summary: Mapping[str, Any], weights: str, interval: str, scale: float) -> list[float]:
+def distances(summary: Summary, weights: str, interval: str, scale: float) -> list[float]:
     """The distances of all seeds; without guidance, there is one interval."""
     return summary["fid"][f"{weights} {INTERVALS[0] if scale == 1 else interval} {scale:g}"]
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """FID over guidance for every interval, and for every average."""
     with figure(path, panels=2) as (by_interval, by_average):
         for number, interval in enumerate(INTERVALS):
@@ -104,7 +101,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         by_average.set(title=f"average, interval ({CHOSEN[1]})", yscale="log")
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
+def describe(summary: Summary) -> list[str]:
     """The best setting, and the cost of changing one thing of it."""
     weights, interval, scale = summary["best"].split()
     lines = [f"best: {summary['best']}: digits-FID {plus_minus(summary['fid'][summary['best']])}"]

@@ -7,7 +7,6 @@ two.
 Shapes: B points.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -21,7 +20,7 @@ from jitscale.config import DiffusionConfig
 from jitscale.diffusion.objective import interpolate, sample_loss, times_from_normal
 from jitscale.diffusion.sampler import Sampler
 from jitscale.figures import COLOURS, figure, plus_minus
-from studies.tasks import Outcomes, Shards, Task, by_seed
+from studies.tasks import Outcomes, Shards, Summary, Task, by_seed
 
 SHARDS: Shards = []
 DIMENSIONS = (2, 8, 16, 512)
@@ -44,8 +43,7 @@ class Toy(Task):
     samples: int = SAMPLES  # drawn and compared
 
     def cost(self, folder: Path) -> int:
-        """See `Task`; a step of 512 dimensions takes twice as long as one of two."""
-        return self.steps * (2 if self.dimensions > 100 else 1)
+        return self.steps * (2 if self.dimensions > 100 else 1)  # a step of 512 takes twice as long as one of two
 
     def execute(self, folder: Path) -> dict[str, Any]:
         """Train it, draw points, and compare them with the data."""
@@ -105,26 +103,24 @@ def sliced_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((first - second).square().mean().sqrt())
 
 
-def tasks(seed: int) -> Sequence[Toy]:
+def tasks(seed: int) -> list[Toy]:
     """All dimensions and predictions."""
     return [Toy(f"d{d}_{space}_s{seed}", d, space, seed) for d, space in product(DIMENSIONS, SPACES)]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """By dimensions and prediction; points of the first seed."""
     cells = {}
     for d, space in product(DIMENSIONS, SPACES):
         found = by_seed(outcomes, f"d{d}_{space}")
-        cells[f"{d} {space}"] = {
-            **{key: [outcome[key] for outcome in found] for key in ("distance", "outside")},
-            "points": found[0]["points"],
-        }
+        numbers = {key: [outcome[key] for outcome in found] for key in ("distance", "outside")}
+        cells[f"{d} {space}"] = {**numbers, "points": found[0]["points"]}
     torch.manual_seed(0)
     floor = [sliced_distance(spiral(SAMPLES), spiral(SAMPLES)) for _ in range(10)]
     return {"cells": cells, "floor": float(np.mean(floor)), "truth": np.round(spiral(DRAWN).numpy(), 3).tolist()}
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """Samples in the plane: a row for each prediction, a column for each D."""
     with figure(path, panels=len(DIMENSIONS), rows=len(SPACES), width=2.2, height=2.2) as axes:
         for axis, (space, d) in zip(axes, product(SPACES, DIMENSIONS), strict=True):
@@ -136,8 +132,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             axis.set_title(f"{space}-prediction, D = {d}", fontsize=8)
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """A line for each D and prediction."""
+def describe(summary: Summary) -> list[str]:
     lines = [f"distance in the plane (data against data {summary['floor']:.3f}), and RMS outside of it"]
     for name, cell in summary["cells"].items():
         d, space = name.split()

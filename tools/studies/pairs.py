@@ -5,14 +5,13 @@ manifold of few dimensions, but not noise, which fills all of them. Digits at 16
 than the network is wide. The paper's table 2 (arXiv 2511.13720) does the same with ImageNet at 256 and 64 px.
 """
 
-from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from jitscale.figures import UNCONNECTED, curve_over, figure, plus_minus, show_png
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, ends
+from studies.tasks import Outcomes, Shards, Summary, ends
 
 SHARDS: Shards = [("digits", 16), ("digits", 32)]
 SPACES = ("x", "e", "v")
@@ -31,7 +30,7 @@ PAPER = {  # FID on ImageNet, by loss and prediction
 }
 
 
-def tasks(seed: int) -> Sequence[Run]:
+def tasks(seed: int) -> list[Run]:
     """All pairs, with both patches."""
     found = []
     for (patches, settings), loss, prediction in product(WIDE.items(), SPACES, SPACES):
@@ -41,7 +40,7 @@ def tasks(seed: int) -> Sequence[Run]:
     return found
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances and labels by patch size, loss, prediction and seed; strips of the first seed."""
     cells: dict[str, dict[str, dict[str, Any]]] = {patches: {loss: {} for loss in SPACES} for patches in WIDE}
     for patches, loss, prediction in product(WIDE, SPACES, SPACES):
@@ -52,7 +51,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     return {"cells": cells, "floor": floors, "images": IMAGES}
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """Distances of the pairs on both sides; below, samples of the same noise and labels."""
     with figure(path, panels=2, rows=2) as axes:
         for axis, below, patches, title in zip(axes[:2], axes[2:], WIDE, TITLES, strict=True):
@@ -69,7 +68,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs], SHOWN)
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
+def describe(summary: Summary) -> list[str]:
     """The paper's table, in our numbers and in its own."""
     lines = []
     for patches, rows in summary["cells"].items():

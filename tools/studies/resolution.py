@@ -5,8 +5,7 @@ signal-to-noise ratio by 2 log k (simple diffusion, Hoogeboom et al. 2023, arXiv
 multiplied by k, or the times are shifted. Glyphs, 16 tokens at every resolution.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from jitscale.figures import COLOURS, UNCONNECTED, curve_over, figure, plus_minus
 from jitscale.preparation.glyphs import Glyphs
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, by_seed, ends
+from studies.tasks import Outcomes, Shards, Summary, by_seed, ends
 
 SIZES = (32, 64, 128)
 SHARDS: Shards = [("glyphs", size) for size in SIZES]
@@ -29,7 +28,7 @@ SHOWN_TIME = 0.4
 GLYPH = 3
 
 
-def tasks(seed: int) -> Sequence[Run]:
+def tasks(seed: int) -> list[Run]:
     """Every resolution with its noise scale, without it, and two other means of the times."""
 
     def run(what: str, size: int, *settings: str) -> Run:
@@ -43,12 +42,9 @@ def tasks(seed: int) -> Sequence[Run]:
     ]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances and seconds by run and seed."""
-
-    def fid(name: str) -> list[float]:
-        return ends(outcomes, name, "fid")
-
+    fid = partial(ends, outcomes, key="fid")
     scaled = {str(size): by_seed(outcomes, f"scaled_{size}") for size in SIZES}
     return {
         "images": IMAGES,
@@ -69,7 +65,7 @@ def noisy(size: int, noise_scale: float) -> Any:
     return (pooled[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """What pooling leaves of the noise; distances with and without noise scale; and over mu."""
     with figure(path, panels=4, width=3.6) as (seen, ratio, scales, means):
         rows = [[noisy(size, 1.0) for size in SIZES], [noisy(size, size / SIZES[0]) for size in SIZES]]
@@ -80,8 +76,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         seen.set_title(f"t = {SHOWN_TIME}, pooled to 32 px")
         t = np.linspace(0.02, 0.98, 97)
         for number, size in enumerate(SIZES):
-            shift = 2 * math.log(size / SIZES[0])
-            ratio.plot(t, 2 * np.log(t / (1 - t)) + shift, color=COLOURS[number], label=f"{size} px, scale 1")
+            log_snr = 2 * np.log(t / (1 - t)) + 2 * np.log(size / SIZES[0])
+            ratio.plot(t, log_snr, color=COLOURS[number], label=f"{size} px, scale 1")
         ratio.set(xlabel="t", ylabel="log SNR after pooling to 32 px")
         ratio.legend(fontsize=7)
         for number, (key, label) in enumerate((("scaled", "noise scale k"), ("unscaled", "noise scale 1"))):
@@ -95,18 +91,14 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         means.legend(fontsize=7)
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """Distances, and what an image costs."""
+def describe(summary: Summary) -> list[str]:
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))
-        seconds = fmean(summary["training_seconds"][str(size)])
-        flops = summary["flops_an_image"][str(size)]
-        lines.append(
-            f"{size:4} px: noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; "
-            f"floor {summary['floor'][str(size)]:.2f}; {flops / 1e6:.0f} MFLOP and "
-            f"{1e3 * seconds / summary['images']:.2f} ms an image"
-        )
+        floor, mflop = summary["floor"][str(size)], summary["flops_an_image"][str(size)] / 1e6
+        ms = 1e3 * fmean(summary["training_seconds"][str(size)]) / summary["images"]
+        distances = f"noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; floor {floor:.2f}"
+        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms an image")
     for mu in MUS:
         lines.append(f"64 px, noise scale 1, mu {mu:g}: {plus_minus(summary['mu'][f'{mu:g}'], digits=1)}")
     return lines

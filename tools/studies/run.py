@@ -20,7 +20,6 @@ from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
 from jitscale.model.flops import training_flops
-from jitscale.parallel import World
 from jitscale.training.trainer import train
 from studies.tasks import Task
 
@@ -47,7 +46,6 @@ class Run(Task):
         return load_config(ROOT / "configs" / self.config, [*self.settings, *more, f"run.dir={folder / self.name}"])
 
     def cost(self, folder: Path) -> int:
-        """See `Task`."""
         config = self.load(folder)
         images = config.run.max_images or 0
         times = 1 if self.measured_every is None else 1 + images // self.measured_every
@@ -56,12 +54,9 @@ class Run(Task):
     def execute(self, folder: Path) -> dict[str, Any]:
         """Train to the end, from where it was interrupted, and measure.
 
-        Returns:
-            `flops_an_image` of training, `training_seconds`, and `measurements`, a list of results of `evaluate_model`,
-            each with the `images` seen, and with the `strip`, a PNG in base64, if there is one.
-
-        Raises:
-            UserError: it cannot be trained, or was asked to stop.
+        The outcome is `flops_an_image` of training, `training_seconds`, and `measurements`, a list of results of
+        `evaluate_model`, each with the `images` seen, and with the `strip`, a PNG in base64, if there is one. Raises a
+        UserError if the run cannot be trained, or was asked to stop.
         """
         world = parallel.start(parallel.choose_device("cpu"))
         config = self.load(folder, "evaluation.at_end=false", f"checkpoint.keep_last={ALL}")
@@ -69,8 +64,7 @@ class Run(Task):
             config.checkpoint.every_images = self.measured_every
         started = time.perf_counter()
         self._begin(folder, config)
-        code = train(config, world)
-        if code != ExitCode.DONE:
+        if train(config, world) != ExitCode.DONE:
             raise UserError(f"{self.name}: was asked to stop; the same command goes on")
         seconds = time.perf_counter() - started
         run_dir = Path(config.run.dir)
@@ -85,16 +79,15 @@ class Run(Task):
         """Write the upgraded checkpoint that the run resumes, or from whose weights it starts as `config` then says."""
         if self.after is None:
             return
-        target = config
-        if self.as_initial:
-            target = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
+        initial = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
+        target = initial if self.as_initial else config
         if not complete_checkpoints(Path(target.run.dir)):
             low = open_weights(folder / self.after)
             write_upgraded(low, target, plan_upgrade(low.config, target, self.kernel), keep_moments=self.keep_moments)
         if self.as_initial:
             config.run.init_from = target.run.dir
 
-    def _measure(self, path: Path, folder: Path, world: World) -> dict[str, Any]:
+    def _measure(self, path: Path, folder: Path, world: parallel.World) -> dict[str, Any]:
         config = self.load(folder, *self.evaluation)
         weights = config.evaluation.weights
         model = ready_to_sample(open_weights(path).network(weights), config, world.device)

@@ -5,7 +5,6 @@ outcome is kept in its folder, so that an interrupted experiment continues, and 
 """
 
 import json
-import math
 import multiprocessing
 import os
 import threading
@@ -27,6 +26,7 @@ from jitscale.files import atomic_write
 OUTCOME = "outcome.json"
 
 Outcomes = Mapping[str, Any]  # by the name of the task
+Summary = Mapping[str, Any]  # of outcomes, as docs/experiments/NAME.json holds it
 Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
@@ -49,28 +49,27 @@ class Task(ABC):
 class Experiment(Protocol):
     """A module of this folder. The first line of its docstring is its title."""
 
+    __name__: str
     SHARDS: Shards  # of its runs
 
     def tasks(self, seed: int) -> Sequence[Task]:
         """The tasks of one seed."""
 
-    def summarise(self, outcomes: Outcomes) -> dict[str, Any]:
+    def summarise(self, outcomes: Outcomes) -> Summary:
         """The content of docs/experiments/NAME.json."""
 
-    def draw(self, summary: Mapping[str, Any], path: Path) -> None:
+    def draw(self, summary: Summary, path: Path) -> None:
         """Draw the figure of a summary."""
 
-    def describe(self, summary: Mapping[str, Any]) -> list[str]:
+    def describe(self, summary: Summary) -> list[str]:
         """The lines of the table of a summary."""
 
 
-def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = math.inf) -> dict[str, Any]:
+def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = float("inf")) -> dict[str, Any]:
     """The outcomes by the name of the task, of work in `workers` processes with one thread each.
 
     Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
-
-    Raises:
-        UserError: the time was not enough; the same call continues. Or a task failed.
+    Raises a UserError if the time was not enough (the same call continues), or if a task failed.
     """
     files = {task.name: folder / task.name / OUTCOME for task in tasks}
     done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
@@ -103,9 +102,8 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if left:
-        raise UserError(
-            f"{len(left)} of {len(tasks)} runs are left after {minutes:.3g} minutes; the same command goes on"
-        )
+        runs = f"{len(left)} of {len(tasks)} runs"
+        raise UserError(f"{runs} are left after {minutes:.3g} minutes; the same command goes on")
     return done
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jitscale.figures import COLOURS, curve, figure, mean_and_deviation, plus_minus
 from studies.run import Run, seeded
-from studies.tasks import Outcomes, Shards, by_seed
+from studies.tasks import Outcomes, Shards, Summary, by_seed
 
 SHARDS: Shards = [("glyphs", size) for size in (32, 64, 128)]
 LOW, LONG, SCRATCH, TUNED, SHORT = 64_000, 128_000, 128_000, 32_000, 8_000  # images seen
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-def tasks(seed: int) -> Sequence[Run]:
+def tasks(seed: int) -> list[Run]:
     """All runs, each after the one that it starts from."""
 
     def run(what: str, size: int, images: int, settings: Sequence[str] = (), **options: Any) -> Run:
@@ -50,24 +50,19 @@ def tasks(seed: int) -> Sequence[Run]:
         run("scratch_64", 64, SCRATCH, measured_every=SCRATCH // 8),
         tuned("tuned_64", 64, "low"),
         tuned("tuned_long_64", 64, "long"),
-        *(run(_named(name), 64, SHORT, settings, **short, **more) for name, (settings, more) in VARIANTS.items()),
+        *(run(name.replace(" ", "_"), 64, SHORT, own, **short, **more) for name, (own, more) in VARIANTS.items()),
         run("scratch_128", 128, SCRATCH, measured_every=SCRATCH // 8),
         tuned("tuned_128", 128, "tuned_long_64"),
     ]
 
 
-def _named(variant: str) -> str:
-    return variant.replace(" ", "_")
-
-
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """Distances by run and seed over images seen, cost an image, and the share of scratch's compute."""
     names = ["low", "long", "scratch_64", "tuned_64", "tuned_long_64", "scratch_128", "tuned_128"]
     curves = {name: _curve(by_seed(outcomes, name)) for name in names}
-    variants = {name: _curve(by_seed(outcomes, _named(name))) for name in VARIANTS}
     return {
         "curves": curves,
-        "variants": variants,
+        "variants": {name: _curve(by_seed(outcomes, name.replace(" ", "_"))) for name in VARIANTS},
         "floor": outcomes["scratch_64_s0"]["measurements"][0]["fid_floor"],
         "share_of_scratch": {
             name: _share(curves[name], curves[f"scratch_{name.rpartition('_')[2]}"])
@@ -96,7 +91,7 @@ def _share(tuned: Mapping[str, Any], scratch: Mapping[str, Any]) -> list[float |
     return shares
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """FID over compute at 64 and 128 px, and the variants after SHORT images."""
     curves = summary["curves"]
 
@@ -129,8 +124,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         variants.set(xlabel=f"FID after {SHORT // 1000}k images, minus nearest's", title="Variants, 64 x 64")
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """Means and deviations over seeds, as a table."""
+def describe(summary: Summary) -> list[str]:
     lines = [f"{'':32}{'images':>9}{'glyphs-FID':>16}{'as asked':>10}"]
     rows = [*summary["curves"].items(), *((f"  {name}", found) for name, found in summary["variants"].items())]
     for name, found in rows:

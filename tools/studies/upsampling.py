@@ -4,7 +4,6 @@ Half of the glyphs, drawn at 128 px, are made smaller by averaging and larger ag
 given in units of the distance between the halves. Nothing is trained; the feature network sees images of 128 px.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,7 @@ from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.figures import curve_over, figure, plus_minus
 from jitscale.preparation.glyphs import Glyphs
-from studies.tasks import Outcomes, Shards, Task, by_seed
+from studies.tasks import Outcomes, Shards, Summary, Task, by_seed
 
 SHARDS: Shards = []
 SIZE = GlyphFeatures.input_size
@@ -37,7 +36,6 @@ class Resampling(Task):
     images: int = IMAGES
 
     def cost(self, folder: Path) -> int:
-        """See `Task`."""
         return self.images * (1 + len(SOURCES) * len(KERNELS))
 
     def execute(self, folder: Path) -> dict[str, Any]:
@@ -65,20 +63,18 @@ class Resampling(Task):
 
 def resampled(images: torch.Tensor, source: int, kernel: str) -> torch.Tensor:
     """uint8 (N, 3, S, S) brought to `source` pixels a side by averaging over areas, and back by `kernel`."""
-    parts = []
-    for part in images.float().split(TOGETHER):
-        small = F.interpolate(part, size=(source, source), mode="area").round()
-        options = {} if kernel == "nearest" else {"align_corners": False}
-        parts.append(F.interpolate(small, size=images.shape[2:], mode=kernel, **options))
-    return torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
+    options = {} if kernel == "nearest" else {"align_corners": False}
+    parts = images.float().split(TOGETHER)
+    small = (F.interpolate(part, size=(source, source), mode="area").round() for part in parts)
+    large = [F.interpolate(part, size=images.shape[2:], mode=kernel, **options) for part in small]
+    return torch.cat(large).round().clamp(0, 255).to(torch.uint8)
 
 
-def tasks(seed: int) -> Sequence[Resampling]:
-    """One task."""
+def tasks(seed: int) -> list[Resampling]:
     return [Resampling(f"resampled_s{seed}", seed)]
 
 
-def summarise(outcomes: Outcomes) -> dict[str, Any]:
+def summarise(outcomes: Outcomes) -> Summary:
     """By kernel, source and seed."""
     seeds = by_seed(outcomes, "resampled")
     found: dict[str, dict[str, dict[str, list[float]]]] = {kernel: {} for kernel in KERNELS}
@@ -88,7 +84,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     return {**{key: [seed[key] for seed in seeds] for key in ("floor", "inception_score")}, "found": found}
 
 
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(summary: Summary, path: Path) -> None:
     """Distance and score over the source's size."""
     with figure(path, panels=2) as (distances, scores):
         for axis, key in ((distances, "distance"), (scores, "inception_score")):
@@ -100,11 +96,10 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         distances.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         distances.set(ylabel="distance / half against half", yscale="log")
         scores.set_ylabel("IS")
-        scores.axhline(np.mean(summary["inception_score"]), color="black", linewidth=0.8, linestyle=":")
+        scores.axhline(float(np.mean(summary["inception_score"])), color="black", linewidth=0.8, linestyle=":")
 
 
-def describe(summary: Mapping[str, Any]) -> list[str]:
-    """A line for each source and kernel."""
+def describe(summary: Summary) -> list[str]:
     floor, score = plus_minus(summary["floor"]), plus_minus(summary["inception_score"])
     lines = [f"half against half {floor}; Inception Score {score}"]
     for kernel, source in product(KERNELS, SOURCES):
