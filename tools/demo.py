@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from jitscale.checkpoints.format import complete_checkpoints
-from jitscale.checkpoints.opening import open_weights
 from jitscale.command import Parser, positive, run_python, usable_cores
 from jitscale.config import Config, EvaluationConfig, load_config
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.final import evaluate_model
-from jitscale.evaluation.generate import configured_sampler, sample_grid
 from jitscale.figures import figure
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.preparation.digits import DIGIT_CLASSES
-from jitscale.tracking import read_metrics
+from jitscale.tracking import BEST_SAMPLES, read_metrics
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -107,14 +106,14 @@ def _say(what: str) -> None:
 
 
 def _draw_samples(configs: list[Config], path: Path) -> None:
-    """A labelled grid, one row a class, the resolutions side by side."""
+    """The pictures of samples with which the runs have ended, one row a class, the resolutions side by side."""
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
         for axis, config in zip(axes, configs, strict=True):
-            sampler = configured_sampler(config.evaluation, config.diffusion)
-            grid = sample_grid(open_weights(config.run.dir).network(), sampler, config.evaluation.seed, ALONE)
+            newest = max((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))
+            grid = Image.open(newest)
             axis.imshow(grid)
             axis.grid(visible=False)
-            axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * len(grid) / len(DIGIT_CLASSES), DIGIT_CLASSES)
+            axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * grid.height / len(DIGIT_CLASSES), DIGIT_CLASSES)
             size = config.model.image_size
             title = f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}"
             axis.set(xticks=[], ylabel="class asked for", title=title)

@@ -1,31 +1,20 @@
-"""Without the trainer, in plain torch: our step, for machines that lack our packages, and the authors' way, to compare.
-
-The authors' way of training and sampling is what LTH14/JiT does on one GPU, on our network. Attention keeps float32
-logits in memory. Nothing is padded. Blocks are compiled if ours are. AdamW is torch's default. Two whole averages are
-updated tensor by tensor. The host reads the loss in every step. Sampling calls the network twice for every velocity,
-also outside the guidance interval.
-"""
+"""One process without DeepSpeed: the same network, optimizer and averages, for machines that lack our packages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import count
 
 import torch
 
 from benchmarks.measuring import Stopwatch
 from jitscale.config import Config
-from jitscale.diffusion.objective import sample_loss, times_from_normal, to_spaces
-from jitscale.diffusion.sampler import Sampler
+from jitscale.diffusion.objective import sample_loss, times_from_normal
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
 from jitscale.training.noise import add_noise
-from jitscale.training.optim import build_optimizer, parameter_groups
-
-REFERENCE_EMA_DECAYS = (0.9999, 0.9996)
-REFERENCE_BETAS = (0.9, 0.95)
+from jitscale.training.optim import build_optimizer
 
 Training = tuple[Callable[[], None], Execution]  # a step, and how its network computes
 
@@ -86,60 +75,3 @@ def plain_training(config: Config, device: torch.device, watch: Stopwatch) -> It
             ema.update(weights, number, ((number - 1) * images, number * images))
 
     yield step, execution
-
-
-def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
-    """`network` on `device`, changed in place to compute as the authors' does."""
-    plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
-    prepare(network.to(device), plain, device, training=training)
-    return network.train(training)
-
-
-def reference_step(config: Config, device: torch.device, batch: RandomBatch, watch: Stopwatch) -> Callable[[], None]:
-    """A step on `batch` with a network, an optimizer and averages of its own; `watch` times its parts."""
-    network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
-    optimizer = torch.optim.AdamW(parameter_groups(network, config.optim), lr=config.optim.lr, betas=REFERENCE_BETAS)
-    averages = [[p.detach().clone() for p in network.parameters()] for _ in REFERENCE_EMA_DECAYS]
-
-    def step() -> None:
-        x, e, z, t = batch.noised()
-        with watch.part("forward"), autocast(config, device):
-            loss = sample_loss(network(z, t, batch.labels), x, e, z, t, config.diffusion).mean()
-        loss.item()  # the host waits
-        with watch.part("backward"):
-            optimizer.zero_grad()
-            loss.backward()
-        with watch.part("optimizer"):
-            optimizer.step()
-        with watch.part("ema"), torch.no_grad():
-            for average, decay in zip(averages, REFERENCE_EMA_DECAYS, strict=True):
-                for target, source in zip(average, network.parameters(), strict=True):
-                    target.mul_(decay).add_(source, alpha=1 - decay)
-
-    return step
-
-
-@torch.no_grad()
-def reference_sample(network: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, S, S) from `noise`, which is multiplied by the noise scale already."""
-
-    def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        times = t.expand(len(z))
-        conditional, unconditional = (
-            to_spaces(network(z, times, y).float(), z, times, sampler.prediction, sampler.t_eps).v
-            for y in (labels, torch.full_like(labels, network.null_label))
-        )
-        low, high = sampler.guidance_interval
-        inside = (t < high) & ((t > low) | (torch.tensor(low) == 0.0).to(t.device))
-        scale = torch.where(inside, sampler.guidance_scale, 1.0)
-        return unconditional + scale * (conditional - unconditional)
-
-    z = noise.float()
-    times = torch.linspace(0.0, 1.0, sampler.steps + 1, device=z.device)
-    for index in range(sampler.steps):
-        t, t_next = times[index], times[index + 1]
-        v = velocity(z, t)
-        if sampler.method == "heun" and index < sampler.steps - 1:
-            v = 0.5 * (v + velocity(z + (t_next - t) * v, t_next))
-        z = z + (t_next - t) * v
-    return z

@@ -10,7 +10,7 @@ import torch
 from tqdm import trange
 
 from benchmarks import measuring
-from benchmarks.plain import reference_network, reference_sample
+from benchmarks.reference import reference_network, reference_sample
 from jitscale.config import Config
 from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops

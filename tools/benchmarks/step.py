@@ -16,7 +16,8 @@ from tqdm import trange
 
 from benchmarks import measuring
 from benchmarks.measuring import Stopwatch, Table
-from benchmarks.plain import RandomBatch, plain_training, reference_step
+from benchmarks.plain import RandomBatch, plain_training
+from benchmarks.reference import reference_step
 from jitscale.config import Config
 from jitscale.errors import UserError
 from jitscale.model.execution import prepare
