@@ -68,6 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> measuring.Table:
+    """The lines of the table of `measure`."""
     shape = " x ".join(map(str, result["shape"]))
     lines = [("shape", f"{shape}, {result['dtype']}, dropout {result['dropout']}")]
     for name, found in result["kernels"].items():

@@ -44,6 +44,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
     lines = [("size", f"{result['bytes'] / 1e9:.2f} GB")]
     for name, label in LABELS.items():
         low, high = result["range"][name]

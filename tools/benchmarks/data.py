@@ -58,6 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
     lines = []
     for resolution, forms in result["forms"].items():
         stock = forms["stock"]["images_per_second"]

@@ -36,6 +36,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
     lines = [("ranks", str(result["ranks"]))]
     for stage, found in result["stages"].items():
         most = max(rank["state"] for rank in found["bytes"])

@@ -41,4 +41,5 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
     return [*((name, f"{value:.1f} s") for name, value in result["seconds"].items()), ("images", f"{result['images']}")]

@@ -54,6 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
     return [
         (LABELS[name].format(**result), f"{seconds:.1f} s, {memory / 2**30:.2f} GiB")
         for name, (seconds, memory) in result["parts"].items()

@@ -114,6 +114,8 @@ class Sampling:
 
 
 def describe(result: dict[str, Any]) -> measuring.Table:
+    """The lines of the table of `measure`."""
+
     def of(part: dict[str, Any]) -> measuring.Table:
         low, high = part["seconds_range"]
         return [

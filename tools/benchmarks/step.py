@@ -79,6 +79,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Table:
+    """The lines of the table of `measure`."""
+
     def speed(of: dict[str, Any], median: str = "") -> Table:
         low, high = of["ms_per_step_range"]
         step = f"{of['ms_per_step']:.1f} ms{median} ({low:.1f} to {high:.1f})"

@@ -44,6 +44,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """A line for each width."""
     lines = [f"glyphs-FID after {summary['images']:,} images (floor {summary['floor']:.2f}); {PAPER}"]
     for width in WIDTHS:
         fid, asked = (summary[key][str(width)] for key in ("fid", "label_agreement"))

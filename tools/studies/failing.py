@@ -55,6 +55,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """Where both ways end."""
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
         asked = fmean(summary["label_agreement"][way])

@@ -133,6 +133,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """A line for each D and prediction."""
     lines = [f"distance in the plane (data against data {summary['floor']:.3f}), and RMS outside of it"]
     for name, cell in summary["cells"].items():
         d, space = name.split()

@@ -92,6 +92,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """Distances, and what an image costs."""
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))

@@ -125,6 +125,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """Means and deviations over seeds, as a table."""
     lines = [f"{'':32}{'images':>9}{'glyphs-FID':>16}{'as asked':>10}"]
     rows = [*summary["curves"].items(), *((f"  {name}", found) for name, found in summary["variants"].items())]
     for name, found in rows:

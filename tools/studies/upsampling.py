@@ -71,6 +71,7 @@ def resampled(images: torch.Tensor, source: int, kernel: str) -> torch.Tensor:
 
 
 def tasks(seed: int) -> list[Resampling]:
+    """One task."""
     return [Resampling(f"resampled_s{seed}", seed)]
 
 
@@ -100,6 +101,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
+    """A line for each source and kernel."""
     floor, score = plus_minus(summary["floor"]), plus_minus(summary["inception_score"])
     lines = [f"half against half {floor}; Inception Score {score}"]
     for kernel, source in product(KERNELS, SOURCES):
