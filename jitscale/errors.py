@@ -43,11 +43,12 @@ class DataError(UserError):
 def data_error(
     what: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError
 ) -> Iterator[None]:
-    """Turn `errors` into a `DataError` that says `what`, the error and the remedy."""
+    """Turn `errors` into a `DataError` that says `what`, the error and the remedy; `what` names the file."""
     try:
         yield
     except errors as error:
-        raise DataError(f"{what} ({error}); {remedy}") from error
+        reason = getattr(error, "strerror", None) or error  # without the file's name, which would stand there twice
+        raise DataError(f"{what} ({reason}); {remedy}") from error
 
 
 class CheckpointError(UserError):

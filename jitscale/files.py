@@ -52,7 +52,7 @@ def flush(path: Path) -> None:
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, which the kernel releases when the process ends, however it ends.
 
-    Raises a UserError if another process holds it, with `what` must not be done twice, and an OSError if the file
+    Raises a UserError if another process holds it (`what` says what must not be done twice), an OSError if the file
     cannot be made or the file system has no locks.
     """
     with path.open("a+", errors="replace") as file:

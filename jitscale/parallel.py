@@ -49,7 +49,7 @@ class World:
 
 
 def choose_device(setting: str) -> torch.device:
-    """`run.device` as this rank's device. Raises a ConfigError without the GPU asked for, or if ranks share one."""
+    """`run.device` as this rank's device. Raises a ConfigError if it is not there, or ranks share it."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
     if setting == "cpu" or not torch.cuda.is_available():
@@ -86,7 +86,8 @@ def start(device: torch.device) -> World:
         _keep_freed_memory()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        rank, size, store = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _store_of_all_ranks()
+        store = _store_of_all_ranks()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
     local_size = gather_objects(socket.gethostname()).count(socket.gethostname())
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device, local_size)

@@ -31,9 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
     options = train_parser(__doc__).parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
-    ranks, trains = adopt_launcher_environment(), not options.print_config
+    world_size = adopt_launcher_environment()
     config = load_config(
-        options.config, overrides, world_size=ranks, bf16_supported=parallel.bf16_supported, needs_shards=trains
+        options.config,
+        overrides,
+        world_size=world_size,
+        bf16_supported=parallel.bf16_supported,
+        needs_shards=not options.print_config,
     )
     if options.print_config:
         print(explained_yaml(config), end="")

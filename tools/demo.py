@@ -19,7 +19,7 @@ from PIL import Image
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.command import Parser, positive, run_python, usable_cores
 from jitscale.config import Config, EvaluationConfig, load_config
-from jitscale.errors import ExitCode, exit_with_message
+from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.final import evaluate_model
 from jitscale.figures import figure
 from jitscale.model.jit import JiT
@@ -109,8 +109,10 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
     """The pictures of samples with which the runs have ended, one row a class, the resolutions side by side."""
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
         for axis, config in zip(axes, configs, strict=True):
-            newest = max((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))
-            grid = Image.open(newest)
+            pictures = sorted((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))  # by images seen
+            if not pictures:
+                raise UserError(f"{config.run.dir}: has no picture of samples; remove it and start again")
+            grid = Image.open(pictures[-1])
             axis.imshow(grid)
             axis.grid(visible=False)
             axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * grid.height / len(DIGIT_CLASSES), DIGIT_CLASSES)

@@ -46,9 +46,13 @@ class Stopped(BaseException):
 def main() -> int:
     """Parse the command line, write the missing shards of one part, and the manifest if no part is missing."""
     given = parser().parse_args()
-    class_names = None if given.class_names is None else read_class_names(given.class_names)
     options = PackingOptions(
-        given.input, given.codec, given.resolution, given.samples_per_shard, given.seed, class_names
+        input=given.input,
+        codec=given.codec,
+        resolution=given.resolution,
+        samples_per_shard=given.samples_per_shard,
+        seed=given.seed,
+        class_names=None if given.class_names is None else read_class_names(given.class_names),
     )
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

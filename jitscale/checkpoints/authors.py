@@ -52,7 +52,8 @@ class AuthorsWeights(StoredWeights):
             self._optimizer = content.get("optimizer") or {}
             named, image_size = str(args.model), int(args.img_size)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path}: not readable as the authors' checkpoint ({first_line(error)})") from error
+            reason = first_line(error)
+            raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
         except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path}: not the authors' format of model, model_ema1, args ({error})") from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])

@@ -59,7 +59,8 @@ class Reconstruction:
 def solve(images: Array, widths: Array, at_images: float, wanted_widths: Array) -> Reconstruction:
     """The least-squares mixture of stored averages for each wanted one (section 3.2, algorithm 3), in float64.
 
-    The stored averages (I,) have these `widths` after `images`; the wanted ones (O,) end at `at_images`, no earlier.
+    The stored averages (I,) have these `widths`, after these `images`. The wanted ones (O,) end at `at_images`, which
+    is not before any of `images`.
     """
     end = np.full(len(wanted_widths), float(at_images))
     stored, wanted = (images, _gammas(widths)), (end, _gammas(wanted_widths))

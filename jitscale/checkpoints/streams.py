@@ -20,7 +20,7 @@ class MappedSafetensors:
     """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
 
     Pages that were read count as the process's memory while the file is mapped. So it is mapped anew now and then.
-    This and every method raises an OSError or a SafetensorError if it cannot be read.
+    The constructor and every method raise an OSError or a SafetensorError if the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:

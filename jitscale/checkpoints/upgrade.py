@@ -161,7 +161,10 @@ def write_upgraded(
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`enter` (old, new) and `leave` (new, old), float64, for these pixels a side; a ConfigError at another kernel."""
+    """`enter` (old, new) and `leave` (new, old), in float64, for patches of these pixels a side.
+
+    Raises a ConfigError if `kernel` is not one of `KERNELS`.
+    """
     small, large = min(old, new), max(old, new)
     if kernel not in KERNELS:
         raise ConfigError(f"--kernel {kernel}: choose one of {', '.join(KERNELS)}")

@@ -68,7 +68,8 @@ class StoredWeights(ABC):
         """Give `network` the weights of one set; `name` and errors are those of `network`."""
         chosen, parameters = self.choose(name), dict(network.named_parameters())
         if differing := shape_differences(self.shapes, {key: tuple(p.shape) for key, p in parameters.items()}):
-            raise CheckpointError(f"the weights do not fit the network ({differing}); give their training's config")
+            what = f"{self.path}: the weights do not fit the network ({differing})"
+            raise CheckpointError(f"{what}; give the config they were trained with")
         for parameter, values in parameters.items():
             values.copy_(self.tensor(chosen, parameter))
 

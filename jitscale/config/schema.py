@@ -19,7 +19,10 @@ SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 def _held_out(held_out: str) -> Faults:
     fraction = held_out_fraction(DataConfig(held_out=held_out))
     if held_out == "" or (fraction is not None and not 0 < fraction < 1):
-        yield "must be a fraction in (0, 1), or name shards", "give 0.01, a folder of shards, or null to train on all"
+        yield (
+            "must be a fraction in (0, 1), or name shards",
+            "for example 0.01, a folder of shards, or null: all are trained on",
+        )
 
 
 def _low_and_high(interval: list[float]) -> Faults:

@@ -105,7 +105,7 @@ class ShardCache:
 
     def _file(self, record: ShardRecord, suffix: str) -> Path:
         if not _SHA256.fullmatch(str(record.sha256)):  # a damaged manifest must not choose the names of files
-            raise DataError(f"{record.name}: the manifest gives {record.sha256!r} as its sha256; write it again")
+            raise DataError(f"{record.name}: has {record.sha256!r} as its sha256; write the manifest again")
         return self._folder / f"{record.sha256}{suffix}"
 
     def _is_here(self, record: ShardRecord) -> bool:
@@ -307,7 +307,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             got = False
         except OSError as error:
-            raise DataError(f"{path}: cannot be locked ({error}); choose a folder on a disk of this node") from error
+            raise DataError(f"{path}: cannot be locked ({error}); set data.cache_dir to a local disk") from error
         yield got
     finally:
         # Closing does not release the lock while a process that was forked meanwhile has the descriptor too.

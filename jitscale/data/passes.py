@@ -17,9 +17,9 @@ from torch.utils.data import get_worker_info
 from webdataset.tariterators import tar_file_iterator
 
 from jitscale.data.images import UInt8Array
-from jitscale.data.loader import start_workers
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import is_image
+from jitscale.data.workers import start_workers
 from jitscale.errors import DataError
 
 FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded by the time that workers have started

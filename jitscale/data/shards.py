@@ -46,7 +46,7 @@ _KEY_THREADS = 16  # that read the keys of the shards
 
 
 class ShardSet:
-    """Checked shards whose samples are read by (shard, index) in any process."""
+    """Checked shards, all or a part of their samples, which are read by (shard, index) in any process."""
 
     def __init__(
         self, wanted: ShardRequest, shards: list[ShardFile], manifests: Sequence[Manifest], cache: ShardCache | None
@@ -64,14 +64,14 @@ class ShardSet:
         self._has_chosen = False  # this set has the chosen samples; otherwise all others
         self._count(np.array([shard.record.samples for shard in shards], np.int64))
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
-        self.held_out: ShardSet | None = None  # never trained on, as `data.held_out` says; None: all are
-        self.class_names = manifests[0].class_names if manifests else None
+        self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
+        self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
         self.is_hashed = all(shard.record.sha256 for shard in shards)  # manifests vouch for the content of all
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
-        self.manifest_hash = content_hash([shard.record for shard in shards])
+        self.manifest_hash = content_hash([shard.record for shard in shards])  # says which samples, in which order
         self.image_size = wanted.image_size or 0
         self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
 
@@ -143,7 +143,10 @@ class ShardSet:
         return others.holding_out(held_out)
 
     def holding_out(self, held_out: ShardSet) -> ShardSet:
-        """This set, with `held_out` never trained on. Raises a DataError if none of its first images can be decoded."""
+        """This set, with `held_out` as what is never trained on.
+
+        Raises a DataError if none of the first held-out images can be decoded.
+        """
         held_out._first_image_size()
         held_out._most_open = _MOST_HELD_OUT_MAPPED
         self.held_out = held_out

@@ -48,7 +48,7 @@ class Sampler:
         return self.steps
 
     def evaluations(self, steps: range | None = None) -> tuple[int, int]:
-        """How often `steps`, or all, take an image through the network with its label, and without it or the guide."""
+        """How often `steps`, or all, take an image through the network: with its label, and for guidance."""
         grid = self._grid()
         strong = weak = 0
         for index in range(self.steps) if steps is None else steps:

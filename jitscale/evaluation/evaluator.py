@@ -122,9 +122,10 @@ class Evaluator:
             result["num_real_images"] = reference.facts["images"]
         result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            real, some = reference.features, slice(MOST_NEIGHBOURS)  # a fair choice: real images have a random order
+            real = reference.features  # in a random order, so that the first ones are a fair choice
             result["kid"], result["kid_std"] = metrics.kernel_distance(real, generated)
-            result["precision"], result["recall"] = metrics.precision_recall(real[some], generated[some])
+            found = metrics.precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
+            result["precision"], result["recall"] = found
             result["kid_floor"] = reference.floors["kid"]
         if self.embedder.networks[0].num_logits == model.config.num_classes:
             result["label_agreement"] = metrics.label_agreement(samples["logits"], samples["labels"])

@@ -15,7 +15,7 @@ from jitscale.evaluation.features import Embedding, FeatureNetwork
 from jitscale.evaluation.published import Published
 
 SPATIAL_CHANNELS = 7
-# Of the weights with which published FIDs are computed.
+# With these weights published FIDs are computed.
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 
 Kernel = int | tuple[int, int]

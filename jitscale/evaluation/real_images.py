@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.config import Config
-from jitscale.data.loader import naming_dead_workers
 from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
+from jitscale.data.workers import naming_dead_workers
 from jitscale.errors import ConfigError, DataError, UserError, data_error
 from jitscale.evaluation.blocks import SAMPLE_BLOCKS, FeatureArrays, digest_of
 from jitscale.evaluation.networks import NetworkFile

@@ -120,7 +120,7 @@ def read_statistics(path: Path, files: Sequence[NetworkFile]) -> Reference:
     """
     statistics, sizes = {}, sizes_of(files)
     place, remedy = f"evaluation.reference={path}", "make them with tools/make_reference.py, or name shards"
-    with data_error(f"{place}: no statistics with mu and sigma", remedy, DAMAGED), np.load(path) as content:
+    with data_error(f"{place}: no statistics of {', '.join(sizes)}", remedy, DAMAGED), np.load(path) as content:
         for name in sizes:
             keys = _keys(name)
             if name != "spatial" or keys[0] in content:  # the authors' files are without

@@ -56,7 +56,10 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
             raise _mistake(f"ema={','.join(names)}", f"no weight set {name}; there are {', '.join(weight_sets)}")
     unguided = evaluation.guide is None and (config.model.num_classes == 0 or config.diffusion.label_drop == 0)
     if unguided and any(scale != 1.0 for scale in scales):
-        raise _mistake("guidance", "nothing guides a network trained with labels only, or none; leave the axis out")
+        raise _mistake(
+            "guidance",
+            "there is nothing to guide a network that was trained always with or without labels; leave the axis out",
+        )
     return [
         replace(evaluation, weights=name, guidance_interval=interval, guidance_scale=scale)
         for name in names

@@ -72,9 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ["RANK"])
     config = load_config(options.config, options.overrides, world_size=world_size)
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
-    code, settings = _hash_of_code(), hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    device, mistake = ("cuda", parallel.shared_gpu()) if on_gpu else ("cpu", "")
-    finding = Finding(socket.gethostname(), faults_of(config), code, settings, device, mistake)
+    finding = Finding(
+        node=socket.gethostname(),
+        faults=faults_of(config),
+        code=_hash_of_code(),
+        config=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+        device="cuda" if on_gpu else "cpu",
+        mistake=parallel.shared_gpu() if on_gpu else "",
+    )
 
     limit = timedelta(seconds=positive_setting("JITSCALE_PREFLIGHT_SECONDS", WAIT_SECONDS))
     store = _rendezvous(rank, world_size, limit)

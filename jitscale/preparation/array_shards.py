@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from jitscale.data.images import UInt8Array, encode
+from jitscale.data.images import CODECS, UInt8Array, encode
 from jitscale.data.manifest import MANIFEST, Manifest
 from jitscale.data.tar_index import LARGEST_LABEL
 from jitscale.errors import DataError, data_error
@@ -35,17 +35,25 @@ def write_shards(
     class_names: list[str] | None = None,
     seed: int = 0,
 ) -> Manifest:
-    """Write `images`, all of one resolution, in a random order as shards with indexes and a manifest.
+    """Write `images` in a random order as shards with indexes and a manifest. Equal input gives equal bytes.
 
-    Equal input gives equal bytes. There is one label an image, counted from 0. `codec` is one of `CODECS`, and `seed`
-    that of the order; keys remain the indices into `images`. The folder `output` is made if it is not there. Raises a
-    DataError if labels, images and class names do not fit together, or the folder already holds a manifest.
+    Raises a DataError if labels, images and class names do not fit together, or the folder already holds a manifest.
+
+    Args:
+        images: all of one resolution.
+        labels: one class an image, counted from 0.
+        output: a folder, made if it is not there.
+        codec: the stored form, one of `CODECS`.
+        samples_per_shard: samples of every shard but the last.
+        class_names: the names of the classes, recorded in the manifest.
+        seed: of the order. Keys remain the indices into `images`.
     """
     folder = Path(output)
     if (folder / MANIFEST).exists():
         raise DataError(f"{folder / MANIFEST}: the folder holds shards already; remove it or choose another output")
-    if samples_per_shard < 1:
-        raise DataError(f"samples_per_shard {samples_per_shard}: choose at least 1")
+    if codec not in CODECS or samples_per_shard < 1:
+        given = f"codec {codec!r}, samples_per_shard {samples_per_shard}"
+        raise DataError(f"{given}: choose one of {', '.join(CODECS)}, and at least 1")
     if not 0 < len(images) == len(labels):
         raise DataError(f"{len(images)} images and {len(labels)} labels: give at least one image, and each a label")
     limit = LARGEST_LABEL if class_names is None else len(class_names) - 1

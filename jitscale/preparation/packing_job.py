@@ -122,6 +122,7 @@ class PackingJob:
                     self._check_bad()
         except packing.TooManyBadError as error:
             self._check_bad(error.bad)
+            raise  # never: a shard is given up only beyond the limit
         except WorkerDiedError as error:
             left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
             shard = "nothing yet" if left is None else shard_name(shard_number(left.name[1:].partition(".")[0]))

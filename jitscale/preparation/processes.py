@@ -62,8 +62,9 @@ def in_processes(
         # workers never handles them, so it outlives the workers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
-            running.update((pool.submit(_run, work, task), number) for number, task in more)
-            team.update(set(multiprocessing.active_children()) - others)
+            for number, task in more:
+                running[pool.submit(_run, work, task)] = number
+                team.update(set(multiprocessing.active_children()) - others)  # at once: one that dies is not listed
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -95,7 +95,9 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
         if class_names is not None:
-            raise DataError(f"{tars.folder}: came from packing, which named the classes; leave out --class-names")
+            raise DataError(
+                f"{tars.folder / MANIFEST}: came from packing, which named the classes; leave out --class-names"
+            )
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
     scans, classes, defects = scan_shards(tars.paths, class_names, workers)

@@ -123,7 +123,8 @@ def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
     """The same batches on `device`; a GPU's next one is prepared and copied while the current one is used.
 
-    Copies are made from page-locked memory, or they would wait for the GPU. Images that lie there are not moved.
+    Copies are made from page-locked memory, or they would wait for the GPU. Images that lie in it already are not
+    moved.
     """
     if device.type != "cuda":
         yield from batches

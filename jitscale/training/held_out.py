@@ -67,7 +67,9 @@ class HeldOutLoss:
         On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
         means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and
         `held_out_bad_samples` of undecodable ones. The loss is that of training, in the space `diffusion.loss`, without
-        flips, dropped labels and dropout. Raises a DataError on every rank if a shard cannot be read, or no image can.
+        flips, dropped labels and dropout.
+
+        Raises a DataError on every rank if a shard cannot be read, or no image can be decoded.
         """
         started = time.perf_counter()
         losses, bad = self._losses(network)

@@ -42,22 +42,26 @@ class Measurements:
     state: RunState
     tracker: Tracker
     guide: JiT | None  # the network of `evaluation.guide`, in eval mode
+    end: int  # images seen when the run is complete
     _warned: set[str] = field(default_factory=set)  # of averages that are mostly the start of the run
 
-    def due(self, end: int) -> list[Measurement]:
-        """The measurements after this step of a run that ends after `end` images."""
+    def due(self) -> list[Measurement]:
+        """The measurements after this step."""
         evaluation, state, batch = self.config.evaluation, self.state, self.config.data.batch_size
+        found: list[Measurement] = []
         # The last step is measured on few images only where no final evaluation follows.
-        few = state.images < end or not evaluation.at_end
-        due = [self.few] if few and state.crossed(evaluation.every_images, batch) else []
-        return due + ([self.held_out] if state.crossed(evaluation.held_out_every_images, batch) else [])
+        if state.crossed(evaluation.every_images, batch) and (state.images < self.end or not evaluation.at_end):
+            found.append(self.on_few_images)
+        if state.crossed(evaluation.held_out_every_images, batch):
+            found.append(self.on_held_out)
+        return found
 
-    def cut_short(self, end: int) -> list[Measurement]:
+    def cut_short(self) -> list[Measurement]:
         """Due measurements that are not recorded: the run was killed between its save and its measurement."""
         state, run_dir = self.state, Path(self.config.run.dir)
         if state.images == 0:
             return []
-        due, readers = self.due(end), {self.few: read_evaluations, self.held_out: read_held_out}
+        due, readers = self.due(), {self.on_few_images: read_evaluations, self.on_held_out: read_held_out}
 
         def recorded() -> list[bool]:
             return [any(line["step"] == state.step for line in readers[measure](run_dir)) for measure in due]
@@ -77,19 +81,19 @@ class Measurements:
         self.tracker.log_image(name, grid, self.state.images)
         parallel.barrier()
 
-    def few(self) -> None:
+    def on_few_images(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""
         evaluation, state = self.config.evaluation, self.state
-        few = replace(evaluation, num_images=evaluation.few_images)
+        point = replace(evaluation, num_images=evaluation.few_images)
         self.caution_about(evaluation.weights, state.step)
         network = self._network(evaluation.weights)
-        (result,) = self._evaluator.measure(network, [few], neighbours=False, keep_blocks=False)
+        (result,) = self._evaluator.measure(network, [point], neighbours=False, keep_blocks=False)
         if self.world.is_main:
             self.tracker.log_few(result, state.step, state.images)
             logger.info("%d images: FID %.4g on %d samples", state.images, result["fid"], result["num_images"])
         parallel.barrier()
 
-    def held_out(self) -> None:
+    def on_held_out(self) -> None:
         """Record the loss of the weights and of every average on the held-out samples."""
         measured: dict[str, float | int | None] = {}
         network = self._network("model")
@@ -102,8 +106,8 @@ class Measurements:
     def final(self) -> None:
         """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
         state, run_dir = self.state, Path(self.config.run.dir)
-        settings = sweep_points(self.config, weight_set_names(self.config))
-        result = run_evaluation(self._network, settings, self._evaluator, run_dir, is_end=True)
+        points = sweep_points(self.config, weight_set_names(self.config))
+        result = run_evaluation(self._network, points, self._evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         if self.world.is_main:
             recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]
@@ -111,13 +115,13 @@ class Measurements:
                 self.tracker.log_result(result, state.step, state.images)
             self.tracker.log_final(result)
 
-    def caution_about_final(self, end: int) -> None:
-        """Say which averages of the final evaluation will be mostly the start of a run that ends after `end` images."""
+    def caution_about_final(self) -> None:
+        """Say which averages of the final evaluation will be mostly the start of the run."""
         state, config = self.state, self.config
         if config.evaluation.at_end:
-            last_step = state.step + (end - state.images) // config.data.batch_size
-            for setting in sweep_points(config, weight_set_names(config)):
-                self.caution_about(setting.weights, last_step)
+            last_step = state.step + (self.end - state.images) // config.data.batch_size
+            for point in sweep_points(config, weight_set_names(config)):
+                self.caution_about(point.weights, last_step)
 
     def caution_about(self, weights: str, steps: int) -> None:
         """Say once for each average that it is mostly the start of the run, when it is sampled after `steps`."""

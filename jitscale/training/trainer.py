@@ -17,8 +17,8 @@ from jitscale import parallel
 from jitscale.checkpoints.opening import read_guide
 from jitscale.config import Config
 from jitscale.config.cautions import cautions
-from jitscale.data.loader import naming_dead_workers
 from jitscale.data.shards import ShardSet, open_training_shards
+from jitscale.data.workers import naming_dead_workers
 from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import ExitCode
 from jitscale.keyed_random import Purpose, generator_seeds
@@ -100,11 +100,12 @@ class Trainer:
         self.tracker, self.watch = parallel.raise_together(
             lambda: persistence.open_records(config, world, self.state, self.end)
         )
-        self.measurements = Measurements(config, world, shards, self.engine, self.ema, self.state, self.tracker, guide)
+        measured = (self.engine, self.ema, self.state, self.tracker)
+        self.measurements = Measurements(config, world, shards, *measured, guide, self.end)
         if world.is_main:
             for caution in cautions(config, self.end):
                 logger.warning("%s", caution)
-        self.measurements.caution_about_final(self.end)
+        self.measurements.caution_about_final()
 
     def run(self) -> ExitCode:
         """Step until the end of the run or a signal."""
@@ -115,7 +116,7 @@ class Trainer:
         interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
         shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
         with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
-            if not self._measure(self.measurements.cut_short(self.end)):
+            if not self._measure(self.measurements.cut_short()):
                 return ExitCode.REQUEUE
             while state.images < self.end:
                 self.watch.alive()
@@ -149,7 +150,7 @@ class Trainer:
                     save_is_due = False
                     with self.clock.stopped():
                         self.persistence.save()
-                if not self._measure(self.measurements.due(self.end)):
+                if not self._measure(self.measurements.due()):
                     return ExitCode.REQUEUE
                 if state.crossed(config.evaluation.grid_every_images, batch):
                     with self.clock.stopped():

@@ -302,7 +302,7 @@ def test_disk_that_refuses_a_file_of_this_size(storage: Storage, tmp_path: Path,
     process = fork.Process(target=_fetch_on_a_small_disk, args=(ShardCache(tmp_path, 400_000), url, record, theirs))
     process.start()
     joined(process)
-    needs = f"{url}: cannot be written to the cache {tmp_path}, where it needs 300000 bytes ([Errno 27] File too large)"
+    needs = f"{url}: cannot be written to the cache {tmp_path}, where it needs 300000 bytes (File too large)"
     assert needs in ours.recv()
     assert names(tmp_path, ".partial") == set()
 

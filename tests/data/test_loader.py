@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from jitscale.data.loader import Batch, ShardLoader, naming_dead_workers
+from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet
+from jitscale.data.workers import naming_dead_workers
 from jitscale.errors import DataError
 from jitscale.preparation.array_shards import write_shards
 from jitscale.training.noise import to_model_input

@@ -79,10 +79,13 @@ def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
     program = (
+        "import multiprocessing\n"
         "from pathlib import Path\n"
         "from studies.manifold import Toy\n"
         "from studies.tasks import outcomes_of\n"
         "if __name__ == '__main__':\n"
+        "    fork = multiprocessing.get_context('fork')\n"
+        "    multiprocessing.get_context = lambda method: fork\n"  # what is proven is no interpreter's start
         "    toys = [Toy(f'd2_x_s{seed}', 2, 'x', seed, steps=10**6) for seed in range(2)]\n"
         f"    outcomes_of(toys, Path({str(tmp_path)!r}), workers=2)\n"
     )

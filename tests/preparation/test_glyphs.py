@@ -1,8 +1,6 @@
 """Glyphs: the same pictures at every resolution, and what their feature network sees in them."""
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from jitscale.evaluation.networks import find_network, network_files
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.parallel import World
 from jitscale.preparation.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
-from tests.support import ROOT
+from tests.support.tools import Finished, run_tool
 
 # Every result names this hash. Another file makes distances that do not compare with the earlier ones.
 GLYPHS_SHA256 = "599b215cf4302e6cadb0b34084ef521e73a08e035f03b2f72877111a87a3271e"
@@ -65,20 +63,18 @@ def test_glyphs_differ_as_they_should(large: np.ndarray) -> None:
 
 
 def test_the_tool_writes_them_once(tmp_path: Path) -> None:
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["--resolution", "32", "--count", "50", "--output", str(tmp_path / "shards"), *more]
-        command = [sys.executable, "tools/make_glyphs.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    def run(*more: str) -> Finished:
+        return run_tool("make_glyphs", "--resolution", 32, "--count", 50, "--output", tmp_path / "shards", *more)
 
-    assert run().stdout == f"{tmp_path}/shards: 50 images in 1 shards\n"
+    assert run().out == f"{tmp_path}/shards: 50 images in 1 shards\n"
     shards = ShardSet.open(tmp_path / "shards", 10, 32)
     image, label = shards.read(0, 7)
     glyphs = Glyphs(50, 32)
     assert any(np.array_equal(image, glyphs[index]) for index in range(50) if glyphs.labels[index] == label)
-    assert run().stdout == f"{tmp_path}/shards: is there already\n"
+    assert run().out == f"{tmp_path}/shards: is there already\n"
     other = run("--seed", "1")
-    assert other.returncode == 2
-    assert "holds other shards" in other.stderr
+    assert other.code == 2
+    assert "holds other shards" in other.err
 
 
 def test_the_stored_weights_are_the_ones_results_refer_to() -> None:

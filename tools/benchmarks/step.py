@@ -45,7 +45,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if options.engine == "zero" and missing:
-        raise UserError(f"--engine zero: the trainer needs {', '.join(missing)}; install them, or set --engine plain")
+        what = f"--engine zero: the trainer needs {', '.join(missing)}, which this machine lacks"
+        raise UserError(f"{what}; install them, or set --engine plain")
     whole = options.engine != "plain" and not missing
     with tempfile.TemporaryDirectory() as scratch:
         training, settings = plain_training, ["engine.micro_batch_size=null", "tracking.wandb=off"]
