@@ -7,6 +7,7 @@ Importing this file does not import torch, so that a mistake is reported at once
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
 from typing import Any, cast
@@ -69,7 +70,7 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def explained_yaml(config: Config) -> str:
@@ -85,7 +86,7 @@ def explained_yaml(config: Config) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain nested dictionaries."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+    return asdict(config)
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -72,7 +72,7 @@ def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone
     assert plain["fid"] == result["fid"]
     for name, message in (
         ("small.npz", "the network digits has 64 features"),
-        ("config.yaml.npz", "no statistics with mu and sigma"),
+        ("config.yaml.npz", "no statistics of features"),
     ):
         said = run_ranks(
             1, *evaluation.command("refused", f"evaluation.reference={evaluation.folder / name}"), expect=2

@@ -94,7 +94,8 @@ def test_a_hung_rank_ends_the_job_and_leaves_stacks(job: Job, monkeypatch: pytes
 
 def test_a_slow_rank_is_named(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:rank=2:times=100:seconds=0.3")
-    said = run_ranks(3, *job.command("slow", "run.max_steps=6", "tracking.log_every_steps=3"))
+    settings = ["run.max_steps=6", "tracking.log_every_steps=3"]
+    said = run_ranks(3, *job.command("slow", *settings, world_size=3))
     assert re.search(r"rank 2 is slow: 0\.[3-9]\d* s to its first collective", said), said
 
 

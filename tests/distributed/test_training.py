@@ -107,7 +107,7 @@ def test_loading_is_exact(job: Job, unbroken: list[dict[str, Any]]) -> None:
         run_ranks(
             world_size,
             str(ROOT / "tests/distributed/programs/load_and_save.py"),
-            *job.command(name, f"engine.zero_stage={stage}")[2:],
+            *job.command(name, f"engine.zero_stage={stage}", world_size=world_size)[2:],
         )
         after = Checkpoint(job.folder / name / f"checkpoints/step_{STEPS - 3:08d}")
         assert after.progress.optimizer_step == before.progress.optimizer_step

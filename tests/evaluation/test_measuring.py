@@ -116,7 +116,7 @@ def test_the_sweep_counts_shared_steps_once() -> None:
             ["evaluation.reference_size=16"],
             r"the manifest says 8 pixels a side, evaluation\.reference_size is 16; lower it",
         ),
-        (["evaluation.reference=/nowhere.npz"], "evaluation.reference=/nowhere.npz: no statistics with mu and sigma"),
+        (["evaluation.reference=/nowhere.npz"], "evaluation.reference=/nowhere.npz: no statistics of features"),
         (
             ["evaluation.sweep_max_share=0.5", 'evaluation.sweep=["guidance=1,2"]', "evaluation.sweep_images=10"],
             r"evaluation\.sweep_max_share=0\.5: the sweep would take 230% of the run's .*evaluation\.sweep=null",

@@ -80,7 +80,7 @@ def test_step() -> None:
 def test_step_and_sample_need_torch_and_little_more() -> None:
     result = benchmark_json("step", "--steps", "1", "--warmup", "1", *OVERRIDES, without=FOREIGN)
     assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
-    assert "--engine zero: the trainer needs wandb;" in benchmark(
+    assert "--engine zero: the trainer needs wandb, which this machine lacks;" in benchmark(
         "step", "--engine", "zero", without=("wandb",), expect=2
     )
     assert result["host_waits"] == {}
