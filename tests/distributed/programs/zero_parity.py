@@ -1,6 +1,6 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (fp32 with a NaN).
+Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16, or poisoned: fp32 with a NaN.
 """
 
 import json
@@ -30,7 +30,7 @@ from tests.support import tiny
 from tests.support.processes import leave_after
 
 STAGES = (0, 1, 2, 3)
-STEPS, ROUNDED_STEPS, POISONED_STEPS = 50, 10, 2  # in fp32, in bf16 arithmetic, with a NaN in the first one
+ROUNDED_STEPS, POISONED_STEPS = 10, 2  # in bf16 arithmetic, with a NaN in the first one; STEPS are those in fp32
 GLOBAL_BATCH, DECAY, LR = 12, 0.9, 1e-3
 MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks: 3, 2 and 2 are accumulated
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
@@ -76,13 +76,13 @@ class Averages:
             self.power[name].lerp_(w, 1 - (step / (step + 1)) ** (POWER_GAMMA + 1))
 
 
-def train_plain() -> dict[str, Any]:
+def train_plain(steps: int) -> dict[str, Any]:
     model, config = build(0, "fp32", 1)
     optimizer = build_optimizer(model, config.optim)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     averages = Averages(weights)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = loss_of(model, *batch(step))
         optimizer.zero_grad()
         loss.backward()
@@ -122,7 +122,8 @@ def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, 
     ema = ShardedEma(config.ema, engine.masters())
     own = Averages(engine.gather(engine.masters()))
     losses, norms, applied = [], [], []
-    for step in range({"fp32": STEPS, "poisoned": POISONED_STEPS}.get(kind, ROUNDED_STEPS)):
+    steps = len(plain["losses"])
+    for step in range({"fp32": steps, "poisoned": POISONED_STEPS}.get(kind, ROUNDED_STEPS)):
         loss, moved = train_step(engine, ema, step, poison=kind == "poisoned" and step == 0)
         losses.append(loss)
         applied.append(moved)
@@ -154,10 +155,10 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    plain = train_plain()
+    plain = train_plain(int(sys.argv[2]))
     results: dict[str, Any] = {"plain": {"losses": plain["losses"], "norms": plain["norms"]}}
     results["parameters"] = sum(w.numel() for w in plain["weights"].values())
-    for training in sys.argv[2:]:
+    for training in sys.argv[3:]:
         stage, kind = training.split()
         results[training] = train_engine(int(stage), kind, world, plain)
     if world.is_main:
