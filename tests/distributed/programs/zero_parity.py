@@ -1,6 +1,6 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16, or poisoned: fp32 with a NaN.
+Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (with a NaN).
 """
 
 import json
