@@ -7,6 +7,7 @@ configs/demo.yaml. The checkpoint is upgraded to 64 px and fine-tuned with confi
 continues an interrupted demo.
 """
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -39,13 +40,14 @@ def main() -> int:
     parser.add_argument("--images", **count, help="images seen at 32 px; default: as configured")
     parser.add_argument("--finetune-images", **count, help="images seen at 64 px; default: as configured")
     parser.add_argument("--samples", **count, help="images generated for each evaluation; default: as configured")
+    parser.add_argument("--sampler-steps", **count, help="steps of the sampler; default: as configured")
     options = parser.parse_args()
 
     started = time.perf_counter()
     output = options.output
     _say("write shards")
-    low_settings = _settings(output, 32, options.images, options.samples)
-    high_settings = _settings(output, 64, options.finetune_images, options.samples)
+    low_settings = _settings(output, 32, options.images, options)
+    high_settings = _settings(output, 64, options.finetune_images, options)
     low = load_config(ROOT / "configs/demo.yaml", low_settings)
     high = load_config(ROOT / "configs/demo_64.yaml", high_settings)
 
@@ -81,13 +83,15 @@ def main() -> int:
     return ExitCode.DONE
 
 
-def _settings(output: Path, resolution: int, images: int | None, samples: int | None) -> list[str]:
+def _settings(output: Path, resolution: int, images: int | None, options: argparse.Namespace) -> list[str]:
     """The settings of the run at one resolution, whose shards are written unless they are there."""
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
     run_python("tools/make_digits.py", "--resolution", str(resolution), "--output", str(shards), cwd=ROOT)
+    samples, steps = options.samples, options.sampler_steps
     block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)  # two processes
     counts = {"run.max_images": images, "evaluation.num_images": samples, "evaluation.block_size": block}
+    counts["evaluation.steps"] = steps
     places = [f"run.dir={output / f'{resolution}px'}", f"data.shards={shards}"]
     return places + [f"{key}={count}" for key, count in counts.items() if count is not None]
 

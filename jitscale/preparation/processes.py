@@ -12,7 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 from jitscale.errors import DataError
 
@@ -119,7 +120,12 @@ def _end_with_parent() -> None:
 
 def _run(work: Callable[[Task], Result], task: Task) -> Result:
     """`work(task)` in a worker process; SIGTERM unwinds it, so that it leaves no partial files."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the unwinding
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, leave)
     try:
         return work(task)
     except SystemExit:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jitscale.data.manifest import Manifest
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, noise
-from tests.support.tools import run_tool
+from tests.support.tools import Finished, run_tool
 
 RESOLUTION = 16
 CLASSES = ["ant", "bee", "cat"]
@@ -58,9 +58,14 @@ def said(errors: str) -> str:
     return "\n".join(line for line in lines if not any(word in line for word in progress)).strip()
 
 
-def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Manifest:
+def alone(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Finished:
     """By the test's own process alone; the bytes are those of any number of processes, as other tests prove."""
-    finished = run_tool("make_shards", *command(source, output, "--workers", "1", *more, codec=codec)[2:])
+    return run_tool("make_shards", *command(source, output, "--workers", "1", *more, codec=codec)[2:])
+
+
+def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Manifest:
+    """What `alone` has packed without a word."""
+    finished = alone(source, output, *more, codec=codec)
     assert (finished.code, said(finished.err)) == (0, "")
     return Manifest.read(output / "manifest.json")
 

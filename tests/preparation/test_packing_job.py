@@ -1,6 +1,7 @@
 """Packing jobs in several parts, killed, stopped and continued: dying does not matter."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -17,13 +18,14 @@ import pytest
 from jitscale.data.manifest import Manifest
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
-from jitscale.preparation import packing_job
+from jitscale.preparation import packing_job, processes
 from jitscale.preparation.packing_job import PackingJob, PackingOptions
 from jitscale.preparation.sources import SourceTable, find_sources
 from tests.preparation.packing_jobs import (
     PER_SHARD,
     RESOLUTION,
     SLOW,
+    alone,
     command,
     committed,
     contents,
@@ -52,9 +54,9 @@ def test_parts_in_turn_do_what_one_does(tree: Path, clean: Path, tmp_path: Path)
     """From other folders, too: the plan knows what a relative path meant."""
     output = tmp_path / "out"
     here = os.path.relpath(tree, ROOT)
-    code, out, _ = finish(start(command(here, output, "--part", "2/2")))
-    assert (code, (output / "manifest.json").exists()) == (0, False)
-    assert "part 2/2 is done; 6 of 11 shards are left to other parts" in out
+    second = alone(here, output, "--part", "2/2")
+    assert (second.code, (output / "manifest.json").exists()) == (0, False)
+    assert "part 2/2 is done; 6 of 11 shards are left to other parts" in second.out
     process = subprocess.run(
         command(tree.name, output, "--part", "1/2"),
         cwd=tree.parent,
@@ -90,7 +92,7 @@ def test_a_finished_job_is_left_alone(tree: Path, clean: Path) -> None:
 
 def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert finish(start(command(tree, output, "--part", "1/3")))[0] == 0
+    assert alone(tree, output, "--part", "1/3").code == 0
     before = contents(output)
     message = refused(*command(tree, output, "--seed", "4", codec="webp"))
     assert "was begun with --codec raw --seed 0, not with --codec webp --seed 4; give the same options" in message
@@ -102,7 +104,7 @@ def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -
 
 def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert finish(start(command(tree, output, "--part", "1/3")))[0] == 0
+    assert alone(tree, output, "--part", "1/3").code == 0
     (output / "shard-000000.tar").write_bytes(b"")
     (output / "shard-000003.index.npy").unlink()
     (output / ".packing" / "shard-000006.json").write_text("{")
@@ -250,6 +252,28 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert len(before) >= 2
     packed(tree, tmp_path / "out", *SLOW)
     assert contents(tmp_path / "out") == contents(clean)
+
+
+def leave_slowly(folder: Path) -> None:
+    try:
+        (folder / "begun").touch()
+        time.sleep(60)
+    finally:
+        time.sleep(0.3)
+        (folder / "left").touch()
+
+
+def test_a_second_signal_does_not_interrupt_the_end_of_a_worker(tmp_path: Path) -> None:
+    """The scheduler's comes first, then that of the main process."""
+    worker = multiprocessing.get_context("fork").Process(target=processes._run, args=(leave_slowly, tmp_path))
+    worker.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    worker.terminate()
+    time.sleep(0.1)
+    worker.terminate()
+    worker.join()
+    assert (worker.exitcode, (tmp_path / "left").exists()) == (0, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
