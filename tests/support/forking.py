@@ -4,17 +4,20 @@ Those imports take a processor nine seconds, and the tests start several hundred
 each rank is a fork of it: a process of its own, with its own environment, output, signals and exit code, that runs the
 command as the interpreter would.
 
-    python -m tests.support.forking SOCKET   (started by `Process`, once for each process of pytest)
+    python -m tests.support.forking SOCKET   (started by `Process`, once for all processes of pytest)
 """
 
 import array
 import atexit
+import contextlib
+import errno
 import functools
 import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -131,28 +134,46 @@ class Process:
 
 @functools.cache
 def _server() -> socket.socket:
-    """The connection to the process that forks, which ends with this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.forking", str(theirs.fileno())],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-    )
-    theirs.close()
+    """The connection to the process that forks. It serves all processes of one pytest, and ends with the last."""
+    address = f"\0jitscale-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"  # no file: abstract
+    log = Path(tempfile.gettempdir(), f"{address[1:]}.log")
+    ours, listener = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:  # another process of this pytest has started it
+            raise
+    else:
+        _start_server(listener, log)
+    listener.close()
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):  # bound, but not listening yet
+            ours.connect(address)
+            break
+        time.sleep(0.1)
     if not ours.recv(16):
-        log.seek(0)
-        raise RuntimeError(f"the process that forks did not start: {log.read().decode()}")
-    atexit.register(server.wait)
+        raise RuntimeError(f"the process that forks did not start: {log.read_text()}")
     atexit.register(ours.close)
     return ours
 
 
-def _serve(control: socket.socket) -> dict[str, object]:
+def _start_server(listener: socket.socket, log: Path) -> None:
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forking", str(listener.fileno())],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    atexit.register(log.unlink, missing_ok=True)
+    atexit.register(server.wait)
+
+
+def _serve(listener: socket.socket) -> dict[str, object]:
     """Fork at each request; returns it in the fork."""
     for module in WARM:
         importlib.import_module(module)
@@ -162,19 +183,28 @@ def _serve(control: socket.socket) -> dict[str, object]:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' parents
     sys.stdout.flush()
     sys.stderr.flush()
-    control.send(b"ready")
+    connections: list[socket.socket] = []
     while True:
-        data, passed, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 2)
-        if not data:
-            os._exit(0)  # pytest has ended
-        if os.fork() == 0:
-            control.close()
-            status, output = passed
-            request: dict[str, object] = json.loads(data)
-            _fork(status, output, new_session=bool(request["new_session"]))
-            return request
-        for descriptor in passed:
-            os.close(descriptor)
+        for ready in select.select([listener, *connections], [], [])[0]:
+            if ready is listener:
+                connections.append(listener.accept()[0])
+                connections[-1].send(b"ready")
+                continue
+            data, passed, _, _ = socket.recv_fds(ready, MESSAGE_BYTES, 2)
+            if not data:  # a process of pytest has ended
+                ready.close()
+                connections.remove(ready)
+            elif os.fork() == 0:
+                for connection in (listener, *connections):
+                    connection.close()
+                status, output = passed
+                request: dict[str, object] = json.loads(data)
+                _fork(status, output, new_session=bool(request["new_session"]))
+                return request
+            for descriptor in passed:
+                os.close(descriptor)
+        if not connections:
+            os._exit(0)
 
 
 def _fork(status: int, output: int, *, new_session: bool) -> None:
