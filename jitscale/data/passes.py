@@ -1,7 +1,7 @@
 """Each sample of some shards read once, in tar order, by webdataset's reader in worker processes.
 
-Training reads by position instead (`loader`). So does --verify (`verification`), which goes on behind damage, names
-bytes, and must not wait for torch, which webdataset imports.
+Training reads by position instead (`loader`), and packing by offset, since their order is another. So does --verify,
+which goes on behind damage, names bytes, and must not wait for torch, which webdataset imports.
 
 Shapes: B images of a block, S pixels a side.
 """

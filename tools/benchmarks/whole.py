@@ -23,8 +23,7 @@ SHARDS = 4
 
 def settings_in(scratch: Path) -> list[str]:
     """Settings of a run whose files and data are in the folder `scratch`."""
-    # The tiny steps at the beginning of a warm-up leave gradients in denormal numbers, on which CPUs are slow.
-    return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "run.max_steps=1000000", "optim.warmup_images=0"]
+    return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "run.max_steps=1000000"]
 
 
 @contextmanager
