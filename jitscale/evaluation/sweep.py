@@ -58,7 +58,7 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
     if unguided and any(scale != 1.0 for scale in scales):
         raise _mistake(
             "guidance",
-            "there is nothing to guide a network that was trained always with or without labels; leave the axis out",
+            "a network that has always seen labels, or never, cannot be guided; leave the axis out",
         )
     return [
         replace(evaluation, weights=name, guidance_interval=interval, guidance_scale=scale)

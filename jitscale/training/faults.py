@@ -87,7 +87,7 @@ def _parse(entry: str) -> Fault:
         step, rank = int(values.pop("step")), int(values.pop("rank")) if "rank" in values else None
         fault = Fault(kind, step, rank, int(values.pop("times", "1")), float(values.pop("seconds", "0")))
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{VARIABLE}: {entry!r} is no fault ({error}); write e.g. nan:step=5:rank=1") from error
+        raise ConfigError(f"{VARIABLE}: {entry!r} is no fault ({error}); write one like nan:step=5:rank=1") from error
     if kind not in KINDS or values:
         raise ConfigError(f"{VARIABLE}: {entry!r}: choose a kind of {', '.join(KINDS)} with step, rank, times, seconds")
     return fault

@@ -66,7 +66,7 @@ def test_mistakes(config: Config, axis: str, message: str) -> None:
 
 def test_nothing_guides_a_network_without_labels(config: Config) -> None:
     config.model.num_classes = 0
-    with pytest.raises(UserError, match="there is nothing to guide a network"):
+    with pytest.raises(UserError, match="cannot be guided"):
         settings_of(["guidance=2"], config)
 
 
