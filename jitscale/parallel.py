@@ -41,6 +41,7 @@ class World:
     local_rank: int
     device: torch.device
     local_size: int = 1  # ranks on this node
+    first_of_node: int = 0  # the first rank on this node
 
     @property
     def is_main(self) -> bool:
@@ -89,8 +90,9 @@ def start(device: torch.device) -> World:
         store = _store_of_all_ranks()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
-    local_size = gather_objects(socket.gethostname()).count(socket.gethostname())
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device, local_size)
+    hosts, own = gather_objects(socket.gethostname()), socket.gethostname()
+    on_node = hosts.count(own), hosts.index(own)
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device, *on_node)
 
 
 @contextmanager
@@ -141,7 +143,7 @@ def this_rank() -> int:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    gather_objects(None)
+    any_rank(False)
 
 
 def broadcast_object(value: T) -> T:
@@ -165,11 +167,22 @@ def gather_objects(value: T) -> list[T]:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank."""
+    return bool(tally(torch.tensor([int(flag)]))[0].item())
+
+
+def tally(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over ranks of a few `values` (K,) on the CPU; and every rank's, (ranks, K), on rank 0 only.
+
+    Through rank 0, which has one message from each rank: a ring would take 2 (ranks - 1) steps one after another.
+    """
     if not dist.is_initialized():
-        return flag
-    count = torch.tensor([int(flag)])
-    dist.all_reduce(count)
-    return bool(count.item())
+        return values, values[None]
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(values, rows)
+    everyone = torch.stack(rows or [values])
+    total = everyone.sum(0)
+    dist.broadcast(total, 0)
+    return total, everyone
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,9 +216,8 @@ def raise_together(call: Callable[[], T]) -> T:
         result = call()
     except UserError as met:
         error = met
-    for other in gather_objects(error):
-        if other is not None:
-            raise other
+    if any_rank(error is not None):  # objects travel only when something is wrong
+        raise next(other for other in gather_objects(error) if other is not None)
     return cast(T, result)
 
 

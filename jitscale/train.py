@@ -14,7 +14,6 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
-from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment
@@ -22,6 +21,7 @@ from jitscale.parallel import World
 from jitscale.progressive import stages_of
 from jitscale.run_folder import mark_complete
 from jitscale.tracking import check_wandb
+from jitscale.training.feed import open_once_a_node
 from jitscale.training.trainer import train
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
     """Train every stage to its end, beginning with the last one that has a checkpoint, or the first."""
     for stage in stages[1:]:  # before time is spent on the first one
-        parallel.raise_together(partial(open_training_shards, stage))
+        open_once_a_node(stage, world)
     begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
     first = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
     for number, stage in enumerate(stages[first:], first):

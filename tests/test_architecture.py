@@ -10,6 +10,7 @@ LAYERS = [
     {"command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
     {"parallel", "run_folder"},
+    {"node"},
     {"model", "diffusion", "data"},
     {"figures", "planner", "progressive", "tracking"},
     {"checkpoints"},

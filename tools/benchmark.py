@@ -7,6 +7,7 @@
     python tools/benchmark.py metrics --images 50000
     python tools/benchmark.py checkpoint --config configs/jit_b_256.yaml
     torchrun --nproc-per-node 4 tools/benchmark.py memory --config configs/jit_b_256.yaml
+    python tools/benchmark.py ranks --ranks 4 8 16 24
     python tools/benchmark.py rehearsal --config configs/jit_b_256.yaml
 
 `step`, `sample` and `attention` run one process, on the GPU if there is one, with freshly initialised weights and
@@ -83,6 +84,11 @@ def _parser() -> Parser:
     rehearsal.add_number("--images", 1000, "crops")
     rehearsal.add_number("--ranks", 2, "processes that train")
     rehearsal.add_number("--batch", 8, "images of a step")
+
+    ranks = commands.add_parser("ranks", help="what ranks tell each other, and opening shards, by number of ranks")
+    ranks.add_argument("--ranks", type=positive, nargs="+", default=[4, 8, 16, 24], metavar="N", help="on this machine")
+    ranks.add_number("--repeats", 40, "measured exchanges of each kind")
+    ranks.add_number("--shards", 2000, "shards that are opened")
 
     for command in (save, rehearsal):
         command.add_argument("--folder", metavar="DIR", help="where files are written (default: the temporary folder)")

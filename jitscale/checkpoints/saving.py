@@ -73,9 +73,10 @@ class Save:
         self._written = thread.submit(_write, final, parallel.this_rank(), tensors, writer)
         thread.shutdown(wait=False)
 
+    @property
     def is_written(self) -> bool:
-        """Whether every rank's file is written or has failed; a collective call."""
-        return not parallel.any_rank(not self._written.done())
+        """Whether this rank's file is written or has failed."""
+        return self._written.done()
 
     def finish(self) -> Path:
         """Wait for all files, and make the folder complete; returns it. A collective call.

@@ -22,6 +22,7 @@ from jitscale.evaluation.networks import Embedder, identity_of
 from jitscale.evaluation.reference import Reference, reference_of
 from jitscale.evaluation.sweep import SweepPoint
 from jitscale.model.jit import JiT
+from jitscale.node import once_a_node
 from jitscale.parallel import World
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Evaluator:
         self.embedder = Embedder(config.evaluation, world)
         self.reference = reference_of(self.embedder, config, world, run_dir)
         self._distances: dict[str, FrechetDistance] = {}
-        self._labels, self._labels_identity = parallel.raise_together(lambda: configured_labels(config))
+        self._labels, self._labels_identity = once_a_node(world, lambda: configured_labels(config))
 
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True

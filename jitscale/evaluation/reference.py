@@ -22,6 +22,7 @@ from jitscale.errors import ConfigError, DataError, data_error
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
+from jitscale.node import once_a_node
 from jitscale.parallel import World
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
@@ -79,7 +80,7 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
         return []
     setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
     size_setting = "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
-    shards = parallel.raise_together(lambda: open_setting(config, setting, 0, size_setting))
+    shards = once_a_node(world, lambda: open_setting(config, setting, 0, size_setting))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
         raise ConfigError(f"evaluation.reference={source}: {fault}")

@@ -16,9 +16,10 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
-from jitscale.data.shards import ShardSet
+from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.diffusion.objective import times_from_normal
 from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
+from jitscale.node import once_a_node
 from jitscale.parallel import World
 from jitscale.training.noise import add_noise, seeded_noise
 
@@ -35,6 +36,20 @@ class MicroBatch:
     t: torch.Tensor  # float32 (B,) in [0, 1]
     labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
     bad_samples: list[str]  # why images could not be decoded; others replace them
+
+
+def open_once_a_node(config: Config, world: World) -> ShardSet:
+    """`open_training_shards` by one rank of each node for all of them; a collective call.
+
+    To open 100,000 shards takes half a minute, and the storage would be asked by every rank.
+    """
+
+    def opened() -> tuple[ShardSet, ShardSet | None]:
+        shards = open_training_shards(config)
+        return shards, shards.held_out
+
+    shards, shards.held_out = once_a_node(world, opened)  # held-out samples do not travel with the others
+    return shards
 
 
 class Feed:

@@ -107,12 +107,17 @@ class Persistence:
         if last or not self.config.checkpoint.asynchronous:
             self.finish_save(last=last)
 
-    def finish_save(self, *, last: bool = False, only_if_written: bool = False) -> None:
-        """Complete the checkpoint that is being written, if there is one; with `only_if_written` without waiting.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its file of a checkpoint."""
+        return self._saving is not None and not self._saving.is_written
+
+    def finish_save(self, *, last: bool = False) -> None:
+        """Complete the checkpoint that is being written, if there is one.
 
         Raises a CheckpointError on every rank if the last save failed, or several in a row.
         """
-        if self._saving is None or (only_if_written and not self._saving.is_written()):
+        if self._saving is None:
             return
         save, self._saving = self._saving, None
         with self._tolerated_failures(last=last):

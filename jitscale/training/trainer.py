@@ -17,7 +17,7 @@ from jitscale import parallel
 from jitscale.checkpoints.opening import read_guide
 from jitscale.config import Config
 from jitscale.config.cautions import cautions
-from jitscale.data.shards import ShardSet, open_training_shards
+from jitscale.data.shards import ShardSet
 from jitscale.data.workers import naming_dead_workers
 from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import ExitCode
@@ -31,7 +31,8 @@ from jitscale.training import persistence
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
-from jitscale.training.feed import Feed
+from jitscale.training.feed import Feed, open_once_a_node
+from jitscale.training.log_point import LogPoint, exchange
 from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
@@ -52,7 +53,7 @@ def train(config: Config, world: World) -> ExitCode:
     """
     with ExitStack() as held:
         claim(Path(config.run.dir), held)
-        trainer = Trainer(config, world, parallel.raise_together(lambda: open_training_shards(config)))
+        trainer = Trainer(config, world, open_once_a_node(config, world))
         held.callback(trainer.close)
         with naming_dead_workers():
             return trainer.run()
@@ -135,14 +136,18 @@ class Trainer:
                 save_is_due = save_is_due or state.crossed(config.checkpoint.every_images, batch)
                 if log_point or save_is_due:
                     state.count(self.outcomes.settle())
+                stop = False
                 if log_point:
-                    self.persistence.finish_save(only_if_written=True)
-                    bad_samples = self.bad_samples.check(state.images)
-                    rate = self.clock.take_rate(state.images)
-                    seconds = parallel.broadcast_object(batch / rate)  # of a step, alike on all ranks
-                    agree_every = max(1, min(log_every, int(AGREE_SECONDS / seconds)))
-                    progress.set_postfix_str(f"loss {self.log(loss, rate, bad_samples):.4f}")
-                if (log_point or state.step % agree_every == 0) and parallel.any_rank(self.stop_signal.received):
+                    agreed = self._exchange(loss)
+                    stop = agreed.stop
+                    if not agreed.writing:
+                        self.persistence.finish_save()
+                    agree_every = max(1, min(log_every, int(AGREE_SECONDS * agreed.rate / batch)))
+                    self.log(agreed)
+                    progress.set_postfix_str(f"loss {agreed.loss:.4f}")
+                elif state.step % agree_every == 0:
+                    stop = parallel.any_rank(self.stop_signal.received)
+                if stop:
                     state.count(self.outcomes.settle())
                     self.persistence.save(last=True)
                     return ExitCode.REQUEUE
@@ -193,21 +198,31 @@ class Trainer:
         state.count(self.outcomes.add(moved))
         return total
 
-    def log(self, loss: torch.Tensor, rate: float, bad_samples: int) -> float:
-        """Record the last step, taken at `rate` images a second; returns its loss. A collective call."""
-        config, state = self.config, self.state
-        mean_loss = float(parallel.sum_over_ranks(loss))
-        spike = self.spikes.record(mean_loss)
-        slow_ranks = self.rank_times.take_slow_ranks()
-        if self.world.is_main:
-            if spike:
-                logger.warning("step %d: the loss %.4g stands far above the last ones", state.step, mean_loss)
-            for slow in slow_ranks:
-                logger.warning("rank %d is slow: %.3f s to its first collective, the median %.3f s", *slow)
+    def _exchange(self, loss: torch.Tensor) -> LogPoint:
+        """Learn what the other ranks know after a step with this rank's `loss`. A collective call."""
+        return exchange(
+            stop=self.stop_signal.received,
+            writing=self.persistence.is_writing,
+            bad_samples=self.bad_samples.here,
+            rate=self.clock.take_rate(self.state.images),
+            seconds=self.rank_times.take(),
+            loss=loss,
+            losses=self.loss_by_noise_level.take(),
+        )
+
+    def log(self, agreed: LogPoint) -> None:
+        """Record the last step. Raises a DataError on every rank if too many images could not be decoded."""
+        config, state, rate = self.config, self.state, agreed.rate
+        bad_samples = self.bad_samples.check(agreed.bad_samples, state.images)
+        spike = self.spikes.record(agreed.loss)
+        if spike and self.world.is_main:
+            logger.warning("step %d: the loss %.4g stands far above the last ones", state.step, agreed.loss)
+        for slow in agreed.slow_ranks:
+            logger.warning("rank %d is slow: %.3f s to its first collective, the median %.3f s", *slow)
         values: dict[str, float | int | None] = {
             "step": state.step,
             "images": state.images,
-            "loss": mean_loss,
+            "loss": agreed.loss,
             "lr": learning_rate(config.optim, state.images, self.end),
             "grad_norm": self.engine.gradient_norm(),
             "images_per_second": rate,
@@ -215,13 +230,12 @@ class Trainer:
             "skipped_images": state.skipped_images,
             "bad_samples": bad_samples,
             "loss_spike": int(spike),
-            **self.loss_by_noise_level.take_means(),
+            **agreed.loss_by_noise_level,
         }
         if (peak := peak_tflops(self.world.device)) is not None:
             values["mfu"] = rate * training_flops(config.model) / (peak * 1e12 * self.world.size)
         with self.part("tracking"):
             self.tracker.log(values)
-        return mean_loss
 
     def close(self) -> None:
         """Release what the run holds."""

@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -93,30 +93,30 @@ class BadSamples:
         """`fraction` of the images seen is allowed."""
         self._fraction = fraction
         self._before = 0  # counted by all ranks until the checkpoint that this process began from
-        self._here = 0
+        self.here = 0  # counted by this rank since then
         self._reasons: list[str] = []
 
     def begin_again(self, before: int) -> None:
         """Count from a checkpoint that has counted `before`."""
-        self._before, self._here = before, 0
+        self._before, self.here = before, 0
 
     def note(self, reasons: list[str]) -> None:
         """Count this rank's bad samples, and say what is wrong with the first ones."""
-        self._here += len(reasons)
+        self.here += len(reasons)
         for reason in reasons[: self.ALWAYS_ALLOWED - len(self._reasons)]:
             self._reasons.append(reason)
             logger.warning("%s; another sample stands in for it", reason)
 
     def total(self) -> int:
         """Over all ranks since the beginning of the run; a collective call."""
-        return self._before + sum(parallel.gather_objects(self._here))
+        return self._before + int(parallel.tally(torch.tensor([self.here]))[0])
 
-    def check(self, images: int) -> int:
-        """The total after `images` images; a collective call.
+    def check(self, here: int, images: int) -> int:
+        """The total after `images` images, where all ranks together have counted `here`; a collective call.
 
         Raises a DataError on every rank if it is more than `ALWAYS_ALLOWED` and more than the allowed fraction.
         """
-        total = self.total()
+        total = self._before + here
         if total > max(self.ALWAYS_ALLOWED, self._fraction * images):
             reasons = [reason for rank in parallel.gather_objects(self._reasons[:3]) for reason in rank]
             what = f"data.max_bad_fraction={self._fraction:g}: {total} of {images} images could not be decoded"
@@ -140,11 +140,17 @@ class LossByNoiseLevel:
         sums.index_add_(0, bins, losses.detach().float())
         counts.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
-    def take_means(self) -> dict[str, float | None]:
-        """`loss_t0` for t in [0, 0.1), ..., None where there was no sample; then from zero. A collective call."""
-        sums, counts = parallel.sum_over_ranks(self._sums_and_counts).tolist()
+    def take(self) -> torch.Tensor:
+        """This rank's sums and counts, (2 * BINS,); the next ones begin at zero."""
+        taken = self._sums_and_counts.flatten().clone()
         self._sums_and_counts.zero_()
-        return {f"loss_t{k}": s / n if n else None for k, (s, n) in enumerate(zip(sums, counts, strict=True))}
+        return taken
+
+    @classmethod
+    def means(cls, taken: Sequence[float]) -> dict[str, float | None]:
+        """`loss_t0` for t in [0, 0.1), ..., None where there was no sample, from the ranks' summed `take`."""
+        pairs = enumerate(zip(taken[: cls.BINS], taken[cls.BINS :], strict=True))
+        return {f"loss_t{k}": total / count if count else None for k, (total, count) in pairs}
 
 
 class LossSpikes:
@@ -205,19 +211,20 @@ class RankTimes:
             yield
             self._seconds += time.perf_counter() - started
 
-    def take_slow_ranks(self) -> list[tuple[int, float, float]]:
-        """(rank, its seconds a step, the median over ranks) of ranks that are much slower than the median.
-
-        Over the steps since the last call; a collective call.
-        """
+    def take(self) -> float:
+        """This rank's seconds a step over the steps since the last call."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
         mine = self._seconds * self._parts_in_step / max(1, self._parts)
         self._seconds, self._parts, self._events = 0.0, 0, []
-        everyone = parallel.gather_objects(mine)
+        return mine
+
+    @classmethod
+    def slow_ranks(cls, everyone: Sequence[float]) -> list[tuple[int, float, float]]:
+        """(rank, its seconds a step, the median over ranks) of ranks that are much slower than the median."""
         median = statistics.median_low(everyone)
-        limit = max(self.FACTOR * median, median + self.LEAST_SECONDS)
+        limit = max(cls.FACTOR * median, median + cls.LEAST_SECONDS)
         return [(rank, seconds, median) for rank, seconds in enumerate(everyone) if seconds > limit]
 
 

@@ -23,9 +23,9 @@ def test_a_rollback_counts_bad_samples_once() -> None:
     bad.begin_again(5)  # the same images will be read again
     assert bad.total() == 5
     bad.note(["a", "b", "c"] * 3)
-    assert bad.check(100) == 14
+    assert bad.check(bad.here, 100) == 14
     with pytest.raises(DataError):
-        bad.check(20)
+        bad.check(bad.here, 20)
 
 
 def test_verdicts_are_read_in_order_and_late_where_reading_waits() -> None:

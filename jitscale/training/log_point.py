@@ -1,0 +1,45 @@
+"""What the ranks tell each other at a log point, in one small exchange."""
+
+from typing import NamedTuple
+
+import torch
+
+from jitscale import parallel
+from jitscale.training.watch import LossByNoiseLevel, RankTimes
+
+
+class LogPoint(NamedTuple):
+    """What all ranks know after the exchange."""
+
+    stop: bool  # a rank was asked to stop
+    writing: bool  # a rank still writes its file of a checkpoint
+    bad_samples: int  # of all ranks, counted as `BadSamples.here`
+    rate: float  # images a second, by rank 0's clock
+    loss: float  # mean over the batch
+    loss_by_noise_level: dict[str, float | None]  # as `LossByNoiseLevel.means`
+    slow_ranks: list[tuple[int, float, float]]  # as `RankTimes.slow_ranks`; known to rank 0 only
+
+
+def exchange(
+    *,
+    stop: bool,
+    writing: bool,
+    bad_samples: int,
+    rate: float,
+    seconds: float,
+    loss: torch.Tensor,
+    losses: torch.Tensor,
+) -> LogPoint:
+    """Bring together what each rank knows. A collective call; on a GPU it waits for the step.
+
+    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does; `loss` () is this
+    rank's part of the mean.
+    """
+    of_main = rate if parallel.this_rank() == 0 else 0.0
+    on_host = torch.tensor([stop, writing, bad_samples, of_main, seconds], dtype=torch.float64)
+    on_device = torch.cat([loss.detach().view(1), losses]).to("cpu", torch.float64)
+    total, everyone = parallel.tally(torch.cat([on_host, on_device]))
+    any_stop, any_writing, all_bad, rate, _, mean, *summed = total.tolist()
+    slow = RankTimes.slow_ranks(everyone[:, 4].tolist()) if parallel.this_rank() == 0 else []
+    means = LossByNoiseLevel.means(summed)
+    return LogPoint(bool(any_stop), bool(any_writing), int(all_bad), rate, mean, means, slow)
