@@ -29,7 +29,7 @@ def once_a_node(world: World, call: Callable[[], T]) -> T:
         if is_first:
             parallel.raise_together(lambda: None)
             return cast(T, result)
-        return parallel.raise_together(lambda: _take_over(shared) if shared and shared.exists() else call())
+        return cast(T, parallel.raise_together(lambda: _take_over(shared) if shared and shared.exists() else call()))
     finally:
         if path is not None:
             path.unlink()
@@ -38,7 +38,7 @@ def once_a_node(world: World, call: Callable[[], T]) -> T:
 def _hand_over(result: object) -> Path | None:
     """A temporary file that holds `result`: sizes of its parts, the pickle, the arrays; None where there is no room."""
     buffers: list[pickle.PickleBuffer] = []
-    parts = [pickle.dumps(result, protocol=5, buffer_callback=buffers.append)]
+    parts: list[bytes | memoryview] = [pickle.dumps(result, protocol=5, buffer_callback=buffers.append)]
     parts += [buffer.raw() for buffer in buffers]
     sizes = pickle.dumps([len(part) for part in parts])
     path = None

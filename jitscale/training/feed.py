@@ -48,7 +48,8 @@ def open_once_a_node(config: Config, world: World) -> ShardSet:
         shards = open_training_shards(config)
         return shards, shards.held_out
 
-    shards, shards.held_out = once_a_node(world, opened)  # held-out samples do not travel with the others
+    shards, held_out = once_a_node(world, opened)
+    shards.held_out = held_out  # they do not travel with the others
     return shards
 
 

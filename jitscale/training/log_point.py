@@ -32,8 +32,8 @@ def exchange(
 ) -> LogPoint:
     """Bring together what each rank knows. A collective call; on a GPU it waits for the step.
 
-    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does; `loss` () is this
-    rank's part of the mean.
+    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does, and `loss` () is
+    this rank's part of the mean.
     """
     of_main = rate if parallel.this_rank() == 0 else 0.0
     on_host = torch.tensor([stop, writing, bad_samples, of_main, seconds], dtype=torch.float64)

@@ -138,7 +138,7 @@ class Trainer:
                     state.count(self.outcomes.settle())
                 stop = False
                 if log_point:
-                    agreed = self._exchange(loss)
+                    agreed = self.agree(loss)
                     stop = agreed.stop
                     if not agreed.writing:
                         self.persistence.finish_save()
@@ -198,7 +198,7 @@ class Trainer:
         state.count(self.outcomes.add(moved))
         return total
 
-    def _exchange(self, loss: torch.Tensor) -> LogPoint:
+    def agree(self, loss: torch.Tensor) -> LogPoint:
         """Learn what the other ranks know after a step with this rank's `loss`. A collective call."""
         return exchange(
             stop=self.stop_signal.received,

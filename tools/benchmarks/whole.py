@@ -1,6 +1,5 @@
 """The trainer itself, on shards of random images, with the parts of its step timed."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,10 +43,9 @@ def whole_training(config: Config, device: torch.device, watch: Stopwatch) -> It
         trainer.part = watch.part
 
         def step() -> None:
-            started = time.perf_counter()
             loss = trainer.train_step()
             if watch.enabled:
-                trainer.log(loss, batch / (time.perf_counter() - started), trainer.bad_samples.total())
+                trainer.log(trainer.agree(loss))
 
         yield step, trainer.engine.execution
         trainer.close()

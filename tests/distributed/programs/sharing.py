@@ -58,7 +58,7 @@ def main() -> None:
         def refuse() -> None:
             raise UserError(f"rank {world.rank} refuses")
 
-        with pytest.raises(UserError, match="^rank 0 refuses$"):
+        with pytest.raises(UserError, match="rank 0 refuses"):
             once_a_node(world, refuse)
 
         tempfile.tempdir = f"/proc/{os.getpid()}"  # nothing can be written there
