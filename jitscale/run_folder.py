@@ -30,7 +30,7 @@ class Claim:
     """The right of this process to write into a run's folder: a lock, which rank 0 holds until `held` is closed."""
 
     run_dir: Path
-    held: ExitStack
+    held: ExitStack = field(default_factory=ExitStack)
     _lock: IO[str] | None = None  # None on other ranks, and on file systems without locks
 
     def take_again(self) -> None:

@@ -75,7 +75,7 @@ def compute_blocks(
     passing: dict[tuple[int, int], FeatureArrays] = {}
     whole: list[FeatureArrays] = []
 
-    def share(missing: Sequence[Missing], progress: "tqdm[None]", total: int) -> None:
+    def share(missing: Sequence[Missing], progress: "tqdm[Any]", total: int) -> None:
         own = missing[world.rank :: world.size]
         places = [(point, block.number) for block in own for point in block.points]
         try:

@@ -64,7 +64,7 @@ def train(config: Config, world: World, claimed: Claim | None = None) -> int:
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim) -> None:
+    def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim | None = None) -> None:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config))
@@ -82,7 +82,7 @@ class Trainer:
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
-        saved = (self.engine, self.ema, self.state, self.bad_samples)
+        saved, claimed = (self.engine, self.ema, self.state, self.bad_samples), claimed or Claim(Path(config.run.dir))
         self.persistence = persistence.Persistence(config, world, *saved, self.faults, data, claimed)
         if checkpoint is not None:
             self.persistence.load(checkpoint)

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -194,6 +195,27 @@ def test_the_examples_are_accepted(
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"run: {{dir: {run}, max_steps: 1}}")
     work_of(command, [*given.split(), *words], tasks)
+
+
+@pytest.mark.parametrize("name", ["new[1]", "new *", "plain"])
+def test_a_requeued_upgrade_goes_on_with_what_is_there(tmp_path: Path, name: str) -> None:
+    """Whatever the run's folder is called."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/launch.sh").write_text("set -euo pipefail\nsupervise() { echo supervise; }\n")
+    environment = {**os.environ, "JITSCALE_HOME": str(tmp_path), "JITSCALE_PYTHON": "echo"}
+    command = ["bash", str(ROOT / "slurm/upgrade_and_finetune.sh"), "low", "config", name]
+
+    def said() -> list[str]:
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return [line.split()[0] for line in finished.stdout.splitlines()]
+
+    (tmp_path / "new1/checkpoints/step_00000000").mkdir(parents=True)
+    (tmp_path / "new1/checkpoints/step_00000000/COMPLETE").touch()
+    assert said() == ["tools/upgrade_resolution.py", "supervise"]
+    (tmp_path / name / "checkpoints/step_00000000").mkdir(parents=True)
+    assert said() == ["tools/upgrade_resolution.py", "supervise"], "it is not complete"
+    (tmp_path / name / "checkpoints/step_00000000/COMPLETE").touch()
+    assert said() == ["supervise"]
 
 
 def test_every_script_has_an_example() -> None:
