@@ -1,13 +1,16 @@
 """Who may write into a run's folder, and the record of its starts."""
 
 import json
+import os
 import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from jitscale.errors import ExitCode, StorageError, UserError, data_error
+from jitscale.errors import ExitCode, StorageError, UserError, data_error, exit_with_message
+from jitscale.parallel import raise_together
 from jitscale.run_folder import Attempts, after_the_end, claim
 
 
@@ -62,5 +65,17 @@ def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptur
     assert "error: result.json: cannot be written (No space left on device); make room; all that" in caplog.text
     with pytest.raises(StorageError):
         full()
-    with pytest.raises(UserError, match="wrong"):
-        after_the_end(lambda: exec("raise UserError('wrong')", globals()))
+
+
+def test_an_error_of_a_file_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> int:
+        raise OSError(28, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        exit_with_message(full)
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/data/x'\n"
+    with pytest.raises(StorageError, match="No space left on device: '/data/x'"):
+        raise_together(full)

@@ -202,8 +202,8 @@ class Persistence:
             raise UserError(f"{what}, and {why}; {remedy}")
         self.load(checkpoint)
         state.skipped_images, state.skipped_in_a_row = position - state.images, 0
+        parallel.on_main(lambda: remove_snapshots_after(self._run_dir, state.images))
         if self.world.is_main:
-            remove_snapshots_after(self._run_dir, state.images)
             text = "%s; back to step %d, %d images are jumped over"
             logger.warning(text, what, state.step, state.skipped_images)
 
