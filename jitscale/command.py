@@ -119,9 +119,18 @@ def refuse_existing(*outputs: Path) -> None:
 
 def run_python(*arguments: str, cwd: Path, **environment: str) -> None:
     """Run this Python in a process of its own, whose output is seen. Raises a UserError if it fails."""
-    finished = subprocess.run([sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}, check=False)
-    if finished.returncode != 0:
-        raise UserError(f"{' '.join(arguments)}: ended with code {finished.returncode}; see above")
+    if code := call_python(*arguments, cwd=cwd, **environment):
+        raise UserError(f"{' '.join(arguments)}: ended with code {code}; see above")
+
+
+def call_python(*arguments: str, cwd: Path, **environment: str) -> int:
+    """As `run_python`, but return the exit code."""
+    with subprocess.Popen([sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # a terminal's Ctrl-C reaches it too, and it saves first; a second one ends both
+            raise
 
 
 def usable_cores() -> int:

@@ -43,12 +43,24 @@ class DataError(UserError):
 def data_error(
     what: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError
 ) -> Iterator[None]:
-    """Turn `errors` into a `DataError` that says `what`, the error and the remedy; `what` names the file."""
+    """Turn `errors` into a `DataError` that says `what`, the error and the remedy; `what` names the file.
+
+    An OSError becomes a `StorageError`.
+    """
     try:
         yield
     except errors as error:
         reason = getattr(error, "strerror", None) or error  # without the file's name, which would stand there twice
-        raise DataError(f"{what} ({reason}); {remedy}") from error
+        kind = StorageError if isinstance(error, OSError) else DataError
+        raise kind(f"{what} ({reason}); {remedy}") from error
+
+
+class StorageError(DataError):
+    """A disk or a network behind a file that failed, or is full: mending it helps, not another command."""
+
+
+class StopRequestedError(UserError):
+    """A signal asked the process to stop while it measured."""
 
 
 class CheckpointError(UserError):
@@ -63,15 +75,15 @@ def first_line(error: BaseException) -> str:
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2, a `RendezvousError` one message and exit code 1. If mistakes are
-    the `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment` only,
-    because before it RANK may be left over from another command.
+    A `UserError` becomes one message and exit code 2, a `RendezvousError` or an OSError one message and exit code 1. If
+    mistakes are the `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment`
+    only, because before it RANK may be left over from another command.
     """
     try:
         code = command()
-    except (UserError, RendezvousError) as error:
+    except (UserError, RendezvousError, OSError) as error:
         code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
-        of_one_rank = isinstance(error, (LauncherError, RendezvousError)) or not same_on_all_ranks
+        of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

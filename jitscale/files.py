@@ -49,11 +49,11 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str) -> Iterator[IO[str]]:
     """Hold the lock file `path`, which the kernel releases when the process ends, however it ends.
 
-    Raises a UserError if another process holds it (`what` says what must not be done twice), an OSError if the file
-    cannot be made or the file system has no locks.
+    Yields the open file. Raises a UserError if another process holds it (`what` says what must not be done twice), an
+    OSError if the file cannot be made or the file system has no locks.
     """
     with path.open("a+", errors="replace") as file:
         try:
@@ -65,7 +65,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield file
 
 
 @contextmanager

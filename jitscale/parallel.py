@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, RendezvousError, UserError, first_line
+from jitscale.errors import ConfigError, RendezvousError, StorageError, UserError, first_line
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
@@ -210,12 +210,17 @@ def buckets(items: Iterable[T], elements: Callable[[T], int]) -> Iterator[list[T
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call on every rank; all raise the first failing rank's UserError, so that none waits for a rank that has left."""
+    """Call on every rank; all raise the first failing rank's UserError, so that none waits for a rank that has left.
+
+    An OSError becomes a StorageError.
+    """
     result, error = None, None
     try:
         result = call()
     except UserError as met:
         error = met
+    except OSError as met:
+        error = StorageError(first_line(met))
     if any_rank(error is not None):  # objects travel only when something is wrong
         raise next(other for other in gather_objects(error) if other is not None)
     return cast(T, result)

@@ -7,14 +7,17 @@ nothing to do any more.
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 from jitscale import parallel
 from jitscale.config import Config, to_yaml
-from jitscale.errors import UserError
+from jitscale.errors import ExitCode, StorageError, UserError, first_line
 from jitscale.files import NO_LOCKS, atomic_write, exclusive
 
 MOST_WITHOUT_PROGRESS = 5  # starts
@@ -22,22 +25,60 @@ MOST_WITHOUT_PROGRESS = 5  # starts
 logger = logging.getLogger(__name__)
 
 
-def claim(run_dir: Path, held: ExitStack) -> None:
-    """Lock the run's folder until `held` is closed; a collective call.
+@dataclass
+class Claim:
+    """The right of this process to write into a run's folder: a lock, which rank 0 holds until `held` is closed."""
 
-    Raises a UserError on every rank if another process is at work there, or it cannot be written.
-    """
+    run_dir: Path
+    held: ExitStack = field(default_factory=ExitStack)
+    _lock: IO[str] | None = None  # None on other ranks, and on file systems without locks
 
-    def lock() -> None:
+    def take_again(self) -> None:
+        """Lock the folder; one that was removed is made again.
+
+        Raises a UserError if another process is at work there, or it cannot be written.
+        """
+        run_dir = self.run_dir
+        if self._lock is not None and not self.is_lost():
+            return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(run_dir / ".lock", "and two runs would overwrite each other"))
+            lock = exclusive(run_dir / ".lock", "and two runs would overwrite each other")
+            self._lock = self.held.enter_context(lock)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
             logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
 
-    parallel.on_main(lock)
+    def is_lost(self) -> bool:
+        """Whether somebody has removed, moved or replaced the folder or its lock."""
+        if self._lock is None:
+            return False
+        try:
+            return not os.path.samestat((self.run_dir / ".lock").stat(), os.fstat(self._lock.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+
+
+def claim(run_dir: Path, held: ExitStack) -> Claim:
+    """Lock the run's folder until `held` is closed; a collective call.
+
+    Raises a UserError on every rank if another process is at work there, or it cannot be written.
+    """
+    claimed = Claim(run_dir, held)
+    parallel.on_main(claimed.take_again)
+    return claimed
+
+
+def after_the_end(finish: Callable[[], object]) -> ExitCode:
+    """Do what comes after the last save, a collective call; a file system that fails is said, and FAILED."""
+    try:
+        finish()
+    except StorageError as error:
+        if parallel.this_rank() == 0:
+            logger.error("error: %s; all that was trained is saved, and the same command does the rest", error)
+        return ExitCode.FAILED
+    return ExitCode.DONE
 
 
 @dataclass
@@ -56,8 +97,7 @@ class Attempts:
 
         Raises a UserError if the last `most` starts have not moved the run; a further start begins anew.
         """
-        path = run_dir / "attempts.json"
-        now = cls(**json.loads(path.read_text())) if path.exists() else cls()
+        now = cls.read(run_dir)
         now.without_progress = now.without_progress + 1 if position == now.position else 0
         now.starts, now.position = now.starts + 1, position
         stuck = now.without_progress >= most
@@ -70,6 +110,24 @@ class Attempts:
             remedy = "look at the log above, save more often (checkpoint.every_images), or give it more time"
             raise UserError(f"{what}, counted in saved steps and evaluated parts; {remedy}")
         return now
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Attempts":
+        """The record that is kept in `run_dir`; a new one if there is none, or it is damaged."""
+        path = run_dir / "attempts.json"
+        try:
+            kept = cls(**json.loads(path.read_bytes()))
+            numbers = (kept.starts, kept.position, kept.without_progress)
+            names = (*kept.excluded, kept.last_reason) if isinstance(kept.excluded, list) else (None,)
+            if all(type(n) is int for n in numbers) and all(isinstance(name, str) for name in names):
+                return kept
+            reason = "its values have other types"
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            reason = first_line(error)
+        logger.warning("%s: damaged (%s); the record of starts begins anew", path, reason)
+        return cls()
 
     def write(self, run_dir: Path) -> None:
         """Keep the record."""

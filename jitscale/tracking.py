@@ -8,9 +8,12 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
+from mmap import MAP_PRIVATE, PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # key
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a job that was asked to stop must end by itself
 SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
+LONGEST_LINE = 2**20  # bytes; a longer one is none of ours
 HELD_OUT = "held_out/"  # prefix of the numbers of a held-out loss
 _KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
 # Names and folders of pictures: samples on the way, and samples of the final evaluation's best setting.
@@ -136,12 +140,11 @@ class Tracker:
         self._to_wandb(lambda record: _send_final(record, result))
 
     def rewind(self, step: int) -> None:
-        """Forget the lines after `step`: those steps will be run again."""
+        """Forget the lines after `step`: those steps will be run again. A last line that a kill cut short goes too."""
         for path in (self._metrics, self._evaluations):
-            if self._active and path.exists():  # a last line that a kill cut short goes too
-                kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-                with atomic_write(path) as file:
-                    file.write("".join(kept).encode())
+            if self._active and path.exists():
+                with self._tolerating_full_disks():
+                    os.truncate(path, end_of(path, step))
 
     def close(self) -> None:
         """End the record."""
@@ -160,16 +163,13 @@ class Tracker:
         os.environ.setdefault("WANDB_SILENT", "true")
 
         def start(offline: bool) -> None:
-            identity = run_dir / "wandb_id"
-            if not identity.exists():
-                with atomic_write(identity) as file:
-                    file.write(secrets.token_hex(4).encode())
+            own = _own_id(run_dir / "wandb_id")
             if not offline:
                 check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
             record = wandb.init(
                 project=config.tracking.project,
                 name=config.tracking.name or run_dir.name,
-                id=identity.read_text().strip(),
+                id=own,
                 resume="allow",
                 dir=run_dir,
                 mode="offline" if offline else None,  # None: online, unless WANDB_MODE says otherwise
@@ -178,6 +178,8 @@ class Tracker:
                     init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
                 ),
             )
+            if record.id != own:  # the environment has another one, as in a sweep of W&B's
+                logger.warning("W&B records under the id %s of its sweep, not under %s of RUN/wandb_id", record.id, own)
             # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
             record.define_metric("*", step_metric="images")
             self._record = self._wandb = record
@@ -207,6 +209,18 @@ class Tracker:
         return True
 
 
+def _own_id(path: Path) -> str:
+    """The id in the file `path`, which gets a new one if there is none, or none that W&B would take."""
+    kept = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", kept.strip()):
+        if kept:
+            logger.warning("%s: damaged, no id of W&B's; the run gets a new one, and a new record there", path)
+        kept = secrets.token_hex(4).encode()
+        with atomic_write(path) as file:
+            file.write(kept)
+    return kept.strip().decode()
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl that are about steps."""
     return [line for line in read_lines(run_dir / "metrics.jsonl") if not _is_held_out(line)]
@@ -217,26 +231,72 @@ def read_held_out(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(run_dir / "metrics.jsonl") if _is_held_out(line)]
 
 
-def _is_held_out(line: dict[str, Any]) -> bool:
-    return any(key.startswith(HELD_OUT) for key in line)
-
-
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """Measurements made while the run trained."""
     return read_lines(run_dir / "evaluations.jsonl")
 
 
+def held_out_after(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """As `read_held_out`, but only the lines after `step`."""
+    return [line for line in _lines_after(run_dir / "metrics.jsonl", step) if _is_held_out(line)]
+
+
+def evaluations_after(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """As `read_evaluations`, but only the lines after `step`."""
+    return _lines_after(run_dir / "evaluations.jsonl", step)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, without any that was cut short or is being written; nothing if there is no file."""
+    """JSON objects with a `step`, one a line, without damaged lines and one being written; none if there is no file."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: a line that was cut short is left out", path)
+    with path.open("rb") as file:
+        lines = [_parsed(text) for text in file]
+    found = [line for line in lines if line is not None]
+    if len(found) < len(lines):
+        logger.warning("%s: %d lines are damaged or cut short, and are left out", path, len(lines) - len(found))
     return found
+
+
+def end_of(path: Path, step: int) -> int:
+    """The number of bytes until the end of the last sound line that is not after `step`.
+
+    A run writes steps in their order. So this looks from the file's end, however long that is before.
+    """
+    return next((end for end, line in _from_the_end(path) if line is not None and line["step"] <= step), 0)
+
+
+def _lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    sound = (line for _, line in _from_the_end(path) if line is not None)
+    return list(takewhile(lambda line: line["step"] > step, sound))[::-1]
+
+
+def _from_the_end(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Where each whole line ends, and what it holds (None: it is damaged), the last one first."""
+    size = path.stat().st_size
+    if size == 0:
+        return
+    with path.open("rb") as file, mmap(file.fileno(), size, flags=MAP_PRIVATE, prot=PROT_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end > 0:
+            begin = text.rfind(b"\n", 0, end - 1) + 1
+            yield end, _parsed(text[begin:end]) if end - begin <= LONGEST_LINE else None
+            end = begin
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """The object of a line, None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # bad bytes are a ValueError too
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+def _is_held_out(line: dict[str, Any]) -> bool:
+    return any(key.startswith(HELD_OUT) for key in line)
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:

@@ -5,6 +5,7 @@ The same command resumes the run from its newest checkpoint. It may be started a
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
-from jitscale.run_folder import mark_complete
+from jitscale.run_folder import after_the_end, claim, mark_complete
 from jitscale.tracking import check_wandb
 from jitscale.training.feed import open_once_a_node
 from jitscale.training.trainer import train
@@ -46,22 +47,28 @@ def main(arguments: list[str] | None = None) -> int:
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
         measured = measurable_config(config, world)
-        code = _train_through(stages_of(measured), world)
-        if code == ExitCode.DONE and world.is_main:
-            mark_complete(Path(config.run.dir), "train", config)
+        with ExitStack() as held:
+            code = _train_through(stages_of(measured), world, held)
+            if code == ExitCode.DONE:
+                complete = partial(mark_complete, Path(config.run.dir), "train", config)
+                code = after_the_end(lambda: parallel.on_main(complete))
         return code
 
 
-def _train_through(stages: Sequence[Config], world: World) -> ExitCode:
-    """Train every stage to its end, beginning with the last one that has a checkpoint, or the first."""
+def _train_through(stages: Sequence[Config], world: World, held: ExitStack) -> int:
+    """Train every stage to its end, beginning with the last one that has a checkpoint, or the first.
+
+    The folder of the last one is the run's own, and is locked from the first stage on until `held` is closed.
+    """
     for stage in stages[1:]:  # before time is spent on the first one
         open_once_a_node(stage, world)
     begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
+    claimed = claim(Path(stages[-1].run.dir), held)
     first = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
     for number, stage in enumerate(stages[first:], first):
         if number > first:
             parallel.on_main(partial(_upgrade, stages[number - 1], stage))
-        code = train(stage, world)
+        code = train(stage, world, claimed if stage is stages[-1] else None)
         if code != ExitCode.DONE:
             return code
     return ExitCode.DONE

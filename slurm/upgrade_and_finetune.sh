@@ -18,7 +18,8 @@ if [ $# -lt 3 ]; then
 fi
 low=$1 config=$2 new=$3
 shift 3
-if ! compgen -G "$new/checkpoints/step_*/COMPLETE" >/dev/null; then # a requeued job goes on with what is there
+complete=("$new"/checkpoints/step_*/COMPLETE) # the pattern itself where nothing fits
+if [ ! -e "${complete[0]}" ]; then # a requeued job goes on with what is there
     "$JITSCALE_PYTHON" tools/upgrade_resolution.py --checkpoint "$low" --to "$config" --output "$new" "$@"
 fi
 supervise train --config "$config" "run.dir=$new" "$@"

@@ -1,13 +1,18 @@
 """The stages of a run through rising resolutions, and which are refused."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
+from jitscale import train as training
 from jitscale.checkpoints.upgrade import plan_upgrade
 from jitscale.config import Config, load_config
-from jitscale.errors import ConfigError
+from jitscale.errors import ConfigError, ExitCode, UserError
+from jitscale.parallel import World
 from jitscale.progressive import run_dirs, stages_of
+from jitscale.run_folder import Claim, claim
 from tests.support import ROOT
 
 
@@ -59,3 +64,25 @@ def test_folders_of_a_run(tmp_path: Path) -> None:
 def test_impossible_stages_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configured(*overrides)
+
+
+def test_the_lock_of_a_run_holds_through_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["progressive.resolutions=[64,128]", "progressive.images=[1000,2000]", "run.max_images=3000"]
+    stages = stages_of(configured(*settings, f"run.dir={tmp_path}"))
+    trained = []
+
+    def train(stage: Config, world: World, claimed: Claim | None) -> int:
+        trained.append((stage.model.image_size, claimed is not None))
+        with ExitStack() as other, pytest.raises(UserError, match="is at work there"):
+            claim(tmp_path, other)
+        return ExitCode.DONE
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "open_training_shards", lambda config: None)
+    monkeypatch.setattr(training, "_upgrade", lambda low, high: None)
+    with ExitStack() as held:
+        code = training._train_through(stages, World(0, 1, 0, torch.device("cpu")), held)
+    assert code == ExitCode.DONE
+    assert trained == [(64, False), (128, False), (256, True)]
+    with ExitStack() as held:
+        claim(tmp_path, held)

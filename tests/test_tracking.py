@@ -21,7 +21,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from jitscale.config import Config, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.model.flops import peak_tflops
-from jitscale.tracking import Tracker, check_wandb, read_held_out, read_metrics
+from jitscale.tracking import Tracker, _own_id, check_wandb, held_out_after, read_held_out, read_metrics
 from tests.support import ROOT
 
 KEY = "0" * 40
@@ -60,6 +60,32 @@ def test_lines_of_a_repeated_stretch_appear_once(tmp_path: Path) -> None:
     second.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0] * 5 + [2.0] * 3
+
+
+DAMAGED_LINES = (b'{"loss": 1.0}', b"[3]", b"7", b'{"step": "4"}', b'{"step": true}', b"\xff\xfe", b"", b"[" * 100_000)
+
+
+def test_damaged_lines_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sound = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*sound[:2], *DAMAGED_LINES, *sound[2:], *DAMAGED_LINES, b""]))
+    (tmp_path / "evaluations.jsonl").write_bytes(b"\xff\n")
+    resumed = tracker(tmp_path, resumed_step=4)
+    resumed.log({"step": 5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert f"metrics.jsonl: {len(DAMAGED_LINES)} lines are damaged or cut short, and are left out" in caplog.text
+    assert (tmp_path / "evaluations.jsonl").read_bytes() == b""
+
+
+def test_a_resume_reads_the_end_of_the_metrics_alone(tmp_path: Path) -> None:
+    """What is before the checkpoint may be as long as it likes: here it would not even fit into memory."""
+    path = tmp_path / "metrics.jsonl"
+    end = '\n{"step": 7}\n{"step": 8, "held_out/model": 1}\n{"step": 8, "loss": 2}\n'
+    with path.open("wb") as file:
+        file.seek(2**40)  # a hole
+        file.write((end + '{"step": 9}\n{"step": 10, "lo').encode())
+    tracker(tmp_path, resumed_step=8).close()
+    assert path.stat().st_size == 2**40 + len(end)
+    assert held_out_after(tmp_path, 7) == [{"step": 8, "held_out/model": 1}]
 
 
 def test_lines_of_held_out_samples_stand_aside(tmp_path: Path) -> None:
@@ -336,6 +362,26 @@ def test_an_id_that_cannot_be_read_does_not_stop_training(tmp_path: Path, caplog
     record.close()
     assert len(read_metrics(tmp_path)) == 1
     assert "W&B failed (IsADirectoryError" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"a/b", b"x" * 65])
+def test_a_damaged_id_is_replaced(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "wandb_id"
+    path.write_bytes(content)
+    new = _own_id(path)
+    assert len(new) == 8
+    assert path.read_text() == new == _own_id(path)
+    assert ("damaged, no id of W&B's" in caplog.text) == bool(content)
+
+
+def test_the_id_of_a_sweep_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "ofsweep1")
+    tracker(tmp_path, wandb="offline").close()
+    own = (tmp_path / "wandb_id").read_text()
+    assert f"W&B records under the id ofsweep1 of its sweep, not under {own} of RUN/wandb_id" in caplog.text
 
 
 def test_a_picture_that_wandb_cannot_take_does_not_stop_training(

@@ -7,6 +7,8 @@ and the result depends on neither. A rank that dies costs its current block.
 import hashlib
 import json
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.errors import UserError
+from jitscale.errors import DataError, UserError, data_error
 from jitscale.files import atomic_write
 from jitscale.parallel import World
 
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FeatureArrays = dict[str, npt.NDArray[Any]]  # what feature networks say about some images
 
+# What reading a damaged file raises.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 SAMPLE_BLOCKS = "samples_*/block_*.npz"  # in RUN/evaluation
 
 
@@ -53,6 +57,9 @@ def compute_blocks(
     There is one of `folders` for each point of a sweep; blocks of the same images are made together. `compute` makes
     the contents of this rank's missing blocks, in order. Without `keep` all blocks are computed, and sent to rank 0
     instead of written: for few images. Returns on rank 0 for each folder all blocks, concatenated; on others nothing.
+
+    A damaged block is computed again. Raises a DataError on every rank if one is damaged as soon as it is written, a
+    StorageError if one cannot be written.
     """
 
     def path(point: int, number: int) -> Path:
@@ -65,17 +72,17 @@ def compute_blocks(
         blocks = [Missing(n, [i for i in every if not (keep and path(i, n).exists())]) for n in range(count)]
         return [block for block in blocks if block.points]
 
-    # Listed by one rank: what the others see may have changed before they look.
-    missing = parallel.on_main(list_missing)
     passing: dict[tuple[int, int], FeatureArrays] = {}
+    whole: list[FeatureArrays] = []
 
-    def share() -> None:
+    def share(missing: Sequence[Missing], progress: "tqdm[Any]", total: int) -> None:
         own = missing[world.rank :: world.size]
         places = [(point, block.number) for block in own for point in block.points]
         try:
             for place, content in zip(places, compute(own), strict=True):
                 if keep:
-                    with atomic_write(path(*place)) as file:
+                    file_path = path(*place)
+                    with data_error(f"{file_path}: cannot be written", "make room"), atomic_write(file_path) as file:
                         np.savez(file, **content)  # type: ignore[arg-type]
                 else:
                     passing[place] = content
@@ -84,15 +91,50 @@ def compute_blocks(
             logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
             raise
 
-    total = size * count * len(folders)
-    done = total - size * sum(len(block.points) for block in missing)
-    with tqdm(total=total, initial=done, unit="img", desc="generate", disable=not world.is_main) as progress:
-        parallel.raise_together(share)
-    gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
+    def compute_missing() -> None:
+        # Listed by one rank: what the others see may have changed before they look.
+        missing = parallel.on_main(list_missing)
+        total = size * count * len(folders)
+        done = total - size * sum(len(block.points) for block in missing)
+        with tqdm(total=total, initial=done, unit="img", desc="generate", disable=not world.is_main) as progress:
+            parallel.raise_together(lambda: share(missing, progress, total))
 
-    def whole(point: int) -> FeatureArrays:
-        places = [(point, number) for number in range(count)]
-        parts = [dict(np.load(path(*place))) if keep else gathered[place] for place in places]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    def read_all() -> list[Path]:
+        """Fill `whole`; returns damaged files, which are removed."""
+        damaged = []
+        for point in range(len(folders)):
+            parts = []
+            for file in (path(point, number) for number in range(count)):
+                try:
+                    parts.append(_read(file, size))
+                except DAMAGED:
+                    logger.warning("%s: damaged; it is computed again", file)
+                    file.unlink(missing_ok=True)
+                    damaged.append(file)
+            whole.append(_concatenated(parts))
+        return damaged
 
-    return [whole(point) for point in range(len(folders))] if world.is_main else []
+    compute_missing()
+    if not keep:
+        gathered = {place: block for part in parallel.gather_objects(passing) for place, block in part.items()}
+        points = range(len(folders)) if world.is_main else ()
+        return [_concatenated([gathered[point, number] for number in range(count)]) for point in points]
+    if parallel.on_main(read_all):
+        whole.clear()
+        compute_missing()
+        if damaged := parallel.on_main(read_all):
+            raise DataError(f"{damaged[0]}: damaged as soon as it was written; look at the disk")
+    return whole
+
+
+def _read(file: Path, size: int) -> FeatureArrays:
+    """A block of `size` images. Raises one of DAMAGED if it is none."""
+    with np.load(file) as content:
+        arrays = dict(content)
+    if not arrays or any(len(array) != size for array in arrays.values()):
+        raise ValueError(f"no {size} images in it")
+    return arrays
+
+
+def _concatenated(parts: Sequence[FeatureArrays]) -> FeatureArrays:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}

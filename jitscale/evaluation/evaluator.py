@@ -34,8 +34,17 @@ MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the pr
 class Evaluator:
     """Feature networks and real images, with which samples are measured."""
 
-    def __init__(self, config: Config, world: World, run_dir: Path, guide: JiT | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        run_dir: Path,
+        guide: JiT | None = None,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
         """Load the networks, and what is known of the real images, or compute that; a collective call.
+
+        `stop` is called in every block of images, and may raise a UserError to end the work.
 
         Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide` is made ready to sample.
         Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
@@ -43,7 +52,7 @@ class Evaluator:
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide = None if guide is None else generate.ready_to_sample(guide, config, world.device)
         self._guide_digest = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
-        self.embedder = Embedder(config.evaluation, world)
+        self.embedder = Embedder(config.evaluation, world, stop)
         self.reference = reference_of(self.embedder, config, world, run_dir)
         self._distances: dict[str, FrechetDistance] = {}
         self._labels, self._labels_identity = once_a_node(world, lambda: configured_labels(config))

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,9 @@ class NetworkFile:
         damaged, or of another network.
         """
         network = FEATURE_NETWORKS[self.name]()
-        try:
+        with data_error(f"cannot load {self.path}", "restore the file"):
             content = self.path.read_bytes()
+        try:
             if hashlib.sha256(content).hexdigest() != self.sha256:
                 raise DataError(f"{self.path}: has changed since it was checked; start again")
             if self.path.suffix == ".safetensors":
@@ -63,7 +64,7 @@ class NetworkFile:
             else:
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             network.load_state_dict(state)
-        except (OSError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
+        except (EOFError, pickle.UnpicklingError, safetensors.SafetensorError, *NOT_A_STATE) as error:
             raise UserError(f"cannot load {self.path}: {first_line(error)}; restore the file") from error
         return network.eval().requires_grad_(False).to(device)
 
@@ -111,11 +112,14 @@ def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) 
 class Embedder:
     """The feature networks of an evaluation, all applied to the same images: the main one first."""
 
-    def __init__(self, evaluation: EvaluationConfig, world: World) -> None:
-        """Load the networks; a collective call. Raises what `network_files` and `NetworkFile.load` raise."""
+    def __init__(self, evaluation: EvaluationConfig, world: World, stop: Callable[[], None] = lambda: None) -> None:
+        """Load the networks; a collective call. `stop` is called whenever they are applied.
+
+        Raises what `network_files` and `NetworkFile.load` raise.
+        """
         self.files = network_files(evaluation, world)
         self.networks = parallel.raise_together(lambda: [file.load(world.device) for file in self.files])
-        self._device = world.device
+        self._device, self._stop = world.device, stop
 
     def __call__(self, images: torch.Tensor) -> FeatureArrays:
         """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
@@ -124,6 +128,7 @@ class Embedder:
 
     def arrays_of(self, number: int, images: torch.Tensor) -> FeatureArrays:
         """What one of `networks` says about uint8 `images`."""
+        self._stop()
         suffix, said = self.files[number].suffix, self.networks[number](images.to(self._device))
         arrays = {f"features{suffix}": said.features} if suffix else said._asdict()
         return {name: values.cpu().numpy() for name, values in arrays.items() if values.shape[1]}

@@ -17,7 +17,6 @@ import logging
 import math
 import secrets
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
@@ -36,7 +35,7 @@ from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import naming_dead_workers
 from jitscale.errors import ConfigError, DataError, UserError, data_error
-from jitscale.evaluation.blocks import SAMPLE_BLOCKS, FeatureArrays, digest_of
+from jitscale.evaluation.blocks import DAMAGED, SAMPLE_BLOCKS, FeatureArrays, digest_of
 from jitscale.evaluation.networks import NetworkFile
 from jitscale.files import aside_pattern, atomic_write, exclusive_or_not, sha256_of
 from jitscale.keyed_random import Int64Array, Purpose, permutation
@@ -57,7 +56,6 @@ ROWS = 1024  # of features that are added to a covariance at once
 HALVES = 2  # of the images: the distance between them is the floor of all distances
 REMEDY = "make room, or set evaluation.cache_dir"  # where the cache cannot be written
 WAIT_SECONDS = 2.0  # between two looks at what another run computes
-DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what reading a damaged file raises
 
 
 def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World) -> list[Path]:
@@ -198,7 +196,8 @@ class RealImages:
         description = f"real images, {self.file.name}"
         with tqdm(total=total, unit="img", desc=description, disable=not world.is_main) as progress:
             parallel.raise_together(share)
-        parallel.on_main(self._finish)
+        if parallel.on_main(self._finish):
+            self._compute(network, world, num_workers)
 
     @cached_property
     def _halves(self) -> npt.NDArray[np.int8]:
@@ -238,22 +237,30 @@ class RealImages:
 
         return {name: FrechetDistance(width) for name, width in self.file.sizes.items()}
 
-    def _finish(self) -> None:
-        """Sum up the shares, in their order whoever made them, and write what is kept."""
+    def _finish(self) -> list[Path]:
+        """Sum up the shares, in their order whoever made them, and write what is kept.
+
+        Damaged shares are removed instead and returned, to be computed again.
+        """
         from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
 
         sums = self._distances_of_halves()
         features = np.empty((len(self._chosen), self.file.sizes[self._main]), np.float32)
+        damaged = []
         for path in self._shares:
             try:
                 with np.load(path) as content:
                     features[content["places"]] = content["kept"]
                     for name, sum_ in sums.items():
                         sum_.merge_state({key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state})
-            except DAMAGED as error:
+            except DAMAGED:
                 if self._is_complete():
-                    return  # on a file system without locks another run was faster, and has removed the shares
-                raise DataError(f"{path}: cannot be read ({error}); remove it and start again to remake it") from error
+                    return []  # on a file system without locks another run was faster, and has removed the shares
+                logger.warning("%s: damaged; it is computed again", path)
+                path.unlink(missing_ok=True)
+                damaged.append(path)
+        if damaged:
+            return damaged
         arrays: FeatureArrays = {}
         for name, sum_ in sums.items():
             arrays[f"all/{name}/mean"], arrays[f"all/{name}/covariance"] = sum_.gaussian("real", "fake")
@@ -271,6 +278,7 @@ class RealImages:
                 file.write(json.dumps({**facts, "files": digests}, indent=1).encode())
             for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(aside_pattern("part_*.npz"))):
                 path.unlink(missing_ok=True)
+        return []
 
     def read(self) -> tuple[FeatureArrays, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared. Raises a DataError if the cache is damaged."""

@@ -19,8 +19,9 @@ from jitscale import parallel
 from jitscale.config import Config
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError, DataError, data_error
+from jitscale.evaluation.blocks import DAMAGED
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
-from jitscale.evaluation.real_images import DAMAGED, RealImages, cache_folders
+from jitscale.evaluation.real_images import RealImages, cache_folders
 from jitscale.files import atomic_write, sha256_of
 from jitscale.node import once_a_node
 from jitscale.parallel import World

@@ -3,14 +3,13 @@
 import itertools
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jitscale.checkpoints.format import complete_checkpoints
+from jitscale.command import call_python
 from jitscale.config import load_config
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError
@@ -90,7 +89,7 @@ class Stage:
         return f"{self.name} is complete"
 
     def _run_python(self, *arguments: str) -> int:
-        return subprocess.run([sys.executable, *arguments], cwd=self.home, check=False).returncode
+        return call_python(*arguments, cwd=self.home)
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:

@@ -9,6 +9,7 @@ Shapes: B samples of a block, K times, H rows, W columns.
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class HeldOutLoss:
     config: Config
     world: World
     samples: ShardSet  # the held-out ones
+    stop: Callable[[], None] = lambda: None  # called before every block; what it raises ends the measurement
     _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
@@ -125,6 +127,7 @@ class HeldOutLoss:
     @torch.no_grad()
     def _block_losses(self, network: JiT, block: _Block) -> Float64Array:
         """(sound, K)"""
+        self.stop()
         config, device = self.config, self.world.device
         generator = torch.Generator(device)
         images, labels = torch.from_numpy(block.images).to(device), torch.from_numpy(block.labels).to(device)

@@ -13,13 +13,14 @@ from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig, weight_set_names
 from jitscale.config.cautions import start_caution
 from jitscale.data.shards import ShardSet
+from jitscale.errors import StopRequestedError, StorageError
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import run_evaluation
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.tracking import BEST_SAMPLES, Tracker, read_evaluations, read_held_out
+from jitscale.tracking import BEST_SAMPLES, Tracker, evaluations_after, held_out_after
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.held_out import HeldOutLoss
@@ -43,6 +44,7 @@ class Measurements:
     tracker: Tracker
     guide: JiT | None  # the network of `evaluation.guide`, in eval mode
     end: int  # images seen when the run is complete
+    stop: Callable[[], None]  # raises a StopRequestedError between two blocks
     _warned: set[str] = field(default_factory=set)  # of averages that are mostly the start of the run
 
     def due(self) -> list[Measurement]:
@@ -56,15 +58,29 @@ class Measurements:
             found.append(self.on_held_out)
         return found
 
+    def attempt(self, measure: Measurement) -> bool:
+        """Measure while training; returns False if a signal has stopped it.
+
+        A file system that fails costs this measurement, on all ranks, and not the run.
+        """
+        try:
+            measure()
+        except StopRequestedError:
+            return False
+        except StorageError as error:
+            if self.world.is_main:
+                logger.error("step %d: a measurement is left out, training goes on: %s", self.state.step, error)
+        return True
+
     def cut_short(self) -> list[Measurement]:
         """Due measurements that are not recorded: the run was killed between its save and its measurement."""
         state, run_dir = self.state, Path(self.config.run.dir)
         if state.images == 0:
             return []
-        due, readers = self.due(), {self.on_few_images: read_evaluations, self.on_held_out: read_held_out}
+        due, readers = self.due(), {self.on_few_images: evaluations_after, self.on_held_out: held_out_after}
 
         def recorded() -> list[bool]:
-            return [any(line["step"] == state.step for line in readers[measure](run_dir)) for measure in due]
+            return [bool(readers[measure](run_dir, state.step - 1)) for measure in due]
 
         return [measure for measure, done in zip(due, parallel.on_main(recorded), strict=True) if not done]
 
@@ -109,11 +125,10 @@ class Measurements:
         points = sweep_points(self.config, weight_set_names(self.config))
         result = run_evaluation(self._network, points, self._evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
-        if self.world.is_main:
-            recorded = [line for line in read_evaluations(run_dir) if line["step"] == state.step]
-            if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
-                self.tracker.log_result(result, state.step, state.images)
-            self.tracker.log_final(result)
+        recorded = parallel.on_main(lambda: evaluations_after(run_dir, state.step - 1))
+        if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
+            self.tracker.log_result(result, state.step, state.images)
+        self.tracker.log_final(result)
 
     def caution_about_final(self) -> None:
         """Say which averages of the final evaluation will be mostly the start of the run."""
@@ -135,12 +150,12 @@ class Measurements:
     @cached_property
     def _evaluator(self) -> Evaluator:
         """It knows the real images, which are computed once."""
-        return Evaluator(self.config, self.world, Path(self.config.run.dir), copy.deepcopy(self.guide))
+        return Evaluator(self.config, self.world, Path(self.config.run.dir), copy.deepcopy(self.guide), self.stop)
 
     @cached_property
     def _held_out_loss(self) -> HeldOutLoss:
         assert self.shards.held_out is not None
-        return HeldOutLoss(self.config, self.world, self.shards.held_out)
+        return HeldOutLoss(self.config, self.world, self.shards.held_out, self.stop)
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
         """The whole parameters of the weight set `name`."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Checkpoint, Flats, Progress, complete_checkpoints, load_fragments, step_folder
+from jitscale.checkpoints.format import (
+    MARKER,
+    Checkpoint,
+    Flats,
+    Progress,
+    complete_checkpoints,
+    load_fragments,
+    step_folder,
+)
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import StoredWeights, check_fits
@@ -16,6 +24,7 @@ from jitscale.data.shards import ShardSet
 from jitscale.errors import CheckpointError, DataError, UserError
 from jitscale.files import atomic_write
 from jitscale.parallel import World
+from jitscale.run_folder import Claim
 from jitscale.tracking import Tracker
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
@@ -26,6 +35,12 @@ from jitscale.training.watch import BadSamples, HangWatch
 logger = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3  # in a row
+
+_TRAINING_SETTINGS = (  # besides those of the network, the loss, the optimizer and the averages
+    *("data.batch_size", "data.flip", "engine.precision", "engine.float8"),
+    *("run.max_images", "run.max_steps", "run.rollback_after"),
+)
+_NOTHING_LEFT = "nothing is left to train"
 
 DataIdentity = dict[str, int | str]  # what fixes the sample sequence, and `origin`, where its epoch 0 begins
 
@@ -42,6 +57,7 @@ class Persistence:
     bad_samples: BadSamples  # their count is saved
     faults: FaultInjection
     data: DataIdentity
+    claim: Claim
     saved_step: int | None = None
     _saving: Save | None = field(default=None, init=False)
     _failed_saves: int = field(default=0, init=False)
@@ -64,6 +80,8 @@ class Persistence:
         self.saved_step = progress.step
         if self.world.is_main:
             logger.info("resuming %s at step %d, %d images", checkpoint.path, state.step, state.images)
+            for line in changes_since(checkpoint, self.config):
+                logger.warning("%s", line)
 
     def begin_with(self, initial: StoredWeights) -> None:
         """Take over weights, and averages where both sides have them; the moments begin at zero.
@@ -98,6 +116,8 @@ class Persistence:
         CheckpointError on every rank if the last save failed, or several in a row.
         """
         self.finish_save()
+        if parallel.on_main(self._write_again_what_is_gone):
+            self.saved_step = None
         if self.saved_step == self.state.step:
             return
         sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
@@ -106,6 +126,41 @@ class Persistence:
             self._saving = Save(folder, progress, self.config, self.engine.fragments, sets, self.faults.writer())
         if last or not self.config.checkpoint.asynchronous:
             self.finish_save(last=last)
+
+    def save_before_stop(self) -> int:
+        """`save` for the last time, because of a signal; returns the step from which the next start goes on.
+
+        A save that fails costs what came after the older checkpoint. Raises a CheckpointError on every rank if there is
+        none.
+        """
+        try:
+            self.save(last=True)
+        except CheckpointError as error:
+            if self.saved_step is None:
+                raise
+            if self.world.is_main:
+                logger.error("%s", error)
+        assert self.saved_step is not None
+        return self.saved_step
+
+    def _write_again_what_is_gone(self) -> bool:
+        """After somebody has removed things from the run's folder; returns whether its newest checkpoint is gone.
+
+        Raises a UserError if they cannot be written, or another run has begun there.
+        """
+        marker = None if self.saved_step is None else step_folder(self._run_dir, self.saved_step) / MARKER
+        gone = [".lock"] if self.claim.is_lost() else []
+        gone += [] if (self._run_dir / "config.yaml").exists() else ["config.yaml"]
+        gone += [] if marker is None or marker.exists() else [f"checkpoints/{marker.parent.name}"]
+        if gone:
+            what = "removed or moved by somebody while the run was at work; what is missing is written again"
+            logger.error("run.dir=%s: %s gone, %s", self._run_dir, " and ".join(gone), what)
+            self.claim.take_again()
+            try:
+                write_config(self.config)
+            except OSError as error:
+                raise UserError(f"run.dir={self._run_dir}: cannot be written ({error}); make room") from error
+        return marker is not None and not marker.exists()
 
     @property
     def is_writing(self) -> bool:
@@ -152,8 +207,8 @@ class Persistence:
             raise UserError(f"{what}, and {why}; {remedy}")
         self.load(checkpoint)
         state.skipped_images, state.skipped_in_a_row = position - state.images, 0
+        parallel.on_main(lambda: remove_snapshots_after(self._run_dir, state.images))
         if self.world.is_main:
-            remove_snapshots_after(self._run_dir, state.images)
             text = "%s; back to step %d, %d images are jumped over"
             logger.warning(text, what, state.step, state.skipped_images)
 
@@ -183,8 +238,7 @@ def open_records(config: Config, world: World, state: RunState, end: int) -> tup
     run_dir = Path(config.run.dir)
     try:
         if world.is_main:
-            with atomic_write(run_dir / "config.yaml") as file:
-                file.write(to_yaml(config).encode())
+            write_config(config)
             if state.images < end:  # the result is no longer that of the run's end; results/ keeps it
                 (run_dir / "result.json").unlink(missing_ok=True)
             remove_snapshots_after(run_dir, state.images)
@@ -192,6 +246,12 @@ def open_records(config: Config, world: World, state: RunState, end: int) -> tup
         return tracker, HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{world.rank:05d}.txt")
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error}); make room or choose another") from error
+
+
+def write_config(config: Config) -> None:
+    """Write the configuration into the run's folder. Raises an OSError if that fails."""
+    with atomic_write(Path(config.run.dir) / "config.yaml") as file:
+        file.write(to_yaml(config).encode())
 
 
 def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
@@ -257,3 +317,28 @@ def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
     if stored != asked:
         what = f"{path}: its moments are those of optim.name={stored}, the config says {asked}"
         raise CheckpointError(f"{what}; restore it, or start a new run.dir with run.init_from={path}")
+
+
+def changes_since(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """What trains otherwise than until `checkpoint`, a line for each setting, and an end that lies before it."""
+    before, now = _training_settings(checkpoint.config), _training_settings(config)
+    changes = [(key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)]
+    lines = [f"since this checkpoint: {key} {old} -> {new}" for key, old, new in changes]
+    progress, run = checkpoint.progress, config.run
+    if run.max_steps is not None and run.max_steps < progress.step:
+        lines.append(f"run.max_steps={run.max_steps} is below the {progress.step} steps that are done; {_NOTHING_LEFT}")
+    if run.max_images is not None and run.max_images <= progress.images - config.data.batch_size:
+        done = f"{progress.images} images that are seen"
+        lines.append(f"run.max_images={run.max_images} is below the {done}; {_NOTHING_LEFT}")
+    return lines
+
+
+def _training_settings(config: Config) -> dict[str, object]:
+    """The settings that change what a run learns, by their dotted names; the order of the data has its own check."""
+    groups = {name: vars(group) for name, group in vars(config).items()}
+    return {
+        f"{group}.{name}": value
+        for group, named in groups.items()
+        for name, value in named.items()
+        if group in ("model", "diffusion", "optim", "ema") or f"{group}.{name}" in _TRAINING_SETTINGS
+    }

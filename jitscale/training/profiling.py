@@ -48,9 +48,13 @@ class StepProfile:
                 logger.warning("run.profile: %d steps only, profiling begins at step %d", self._step, FIRST)
             return
         profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
         order = f"self_{self._device.type}_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=80)
-        (self._folder / "kernels.txt").write_text(table + "\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+            (self._folder / "kernels.txt").write_text(table + "\n")
+        except OSError as error:
+            logger.error("run.profile: cannot be written (%s); training goes on", error)
+            return
         logger.info("steps %d to %d profiled into %s", FIRST, self._step, self._folder)

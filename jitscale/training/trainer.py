@@ -25,7 +25,7 @@ from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.flops import peak_tflops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.run_folder import claim
+from jitscale.run_folder import Claim, after_the_end, claim
 from jitscale.tracking import SAMPLES
 from jitscale.training import persistence
 from jitscale.training.ema import ShardedEma
@@ -45,15 +45,18 @@ PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no termi
 AGREE_SECONDS = 5.0  # between two agreements on whether to stop
 
 
-def train(config: Config, world: World) -> ExitCode:
-    """Train until `run.max_images` or `run.max_steps`; DONE, or REQUEUE after a signal to stop and a save of the state.
+def train(config: Config, world: World, claimed: Claim | None = None) -> int:
+    """Train until `run.max_images` or `run.max_steps`, in a folder that is `claimed` or else claimed here.
+
+    Returns the exit code: DONE; after a save of the state that a signal asked for REQUEUE, or INTERRUPTED by Ctrl-C;
+    FAILED if everything is saved, but a file system fails in the final evaluation.
 
     The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
     without these, with random ones. A user's mistake is a UserError on every rank, before the first step if possible.
     """
     with ExitStack() as held:
-        claim(Path(config.run.dir), held)
-        trainer = Trainer(config, world, open_once_a_node(config, world))
+        claimed = claimed or claim(Path(config.run.dir), held)
+        trainer = Trainer(config, world, open_once_a_node(config, world), claimed)
         held.callback(trainer.close)
         with naming_dead_workers():
             return trainer.run()
@@ -62,7 +65,7 @@ def train(config: Config, world: World) -> ExitCode:
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, config: Config, world: World, shards: ShardSet) -> None:
+    def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim | None = None) -> None:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config))
@@ -80,8 +83,8 @@ class Trainer:
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
-        saved = (self.engine, self.ema, self.state, self.bad_samples)
-        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data)
+        saved, claimed = (self.engine, self.ema, self.state, self.bad_samples), claimed or Claim(Path(config.run.dir))
+        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data, claimed)
         if checkpoint is not None:
             self.persistence.load(checkpoint)
         elif initial is not None:
@@ -102,14 +105,14 @@ class Trainer:
             lambda: persistence.open_records(config, world, self.state, self.end)
         )
         measured = (self.engine, self.ema, self.state, self.tracker)
-        self.measurements = Measurements(config, world, shards, *measured, guide, self.end)
+        self.measurements = Measurements(config, world, shards, *measured, guide, self.end, self.stop_signal.check)
         if world.is_main:
             for caution in cautions(config, self.end):
                 logger.warning("%s", caution)
         self.measurements.caution_about_final()
 
-    def run(self) -> ExitCode:
-        """Step until the end of the run or a signal."""
+    def run(self) -> int:
+        """Step until the end of the run or a signal; returns the exit code."""
         config, state = self.config, self.state
         batch, log_every = config.data.batch_size, config.tracking.log_every_steps
         snapshot_every = config.ema.snapshot_every_images
@@ -117,8 +120,9 @@ class Trainer:
         interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
         shown: dict[str, Any] = {"unit": "img", "unit_scale": True, "disable": not self.world.is_main}
         with tqdm(total=self.end, initial=state.images, desc="train", mininterval=interval, **shown) as progress:
+            self.clock.bar = progress
             if not self._measure(self.measurements.cut_short()):
-                return ExitCode.REQUEUE
+                return self._stop()
             while state.images < self.end:
                 self.watch.alive()
                 with self.profile.step():
@@ -148,24 +152,22 @@ class Trainer:
                 elif state.step % agree_every == 0:
                     stop = parallel.any_rank(self.stop_signal.received)
                 if stop:
-                    state.count(self.outcomes.settle())
-                    self.persistence.save(last=True)
-                    return ExitCode.REQUEUE
+                    return self._stop()
                 if save_is_due and state.skipped_in_a_row == 0:  # a roll-back must land on finite gradients
                     save_is_due = False
                     with self.clock.stopped():
                         self.persistence.save()
                 if not self._measure(self.measurements.due()):
-                    return ExitCode.REQUEUE
+                    return self._stop()
                 if state.crossed(config.evaluation.grid_every_images, batch):
-                    with self.clock.stopped():
+                    with self.clock.stopped("grid of samples"):
                         self.measurements.grid(SAMPLES, config.evaluation)
         state.count(self.outcomes.settle())
         self.persistence.save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
-            with self.stop_signal.exit_on_signal():  # the evaluation's blocks are files of their own
-                self.measurements.final()
+            with self.stop_signal.exit_on_signal(state.step):  # the evaluation's blocks are files of their own
+                return after_the_end(self.measurements.final)
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
@@ -246,15 +248,24 @@ class Trainer:
         self.stop_signal.restore()
         self.engine.destroy()
 
+    def _stop(self) -> int:
+        """Save because of a signal; returns the exit code, alike on all ranks."""
+        self.state.count(self.outcomes.settle())
+        saved_step = self.persistence.save_before_stop()
+        self.stop_signal.interrupted = parallel.any_rank(self.stop_signal.interrupted)
+        if self.world.is_main:
+            logger.info("%s", self.stop_signal.said(saved_step))
+        return self.stop_signal.code
+
     def _measure(self, due: Sequence[Measurement]) -> bool:
         """Measure after this step, which is saved first: a measurement may take longer than a scheduler waits.
 
-        A signal then ends the process at once, and the resumed run makes up for the measurement. Returns False if a
-        signal has come already: the run must stop instead.
+        A signal then ends the process at once, and the resumed run makes up for the measurement; where the save has
+        failed, at the next block. Returns False if the run must stop because of a signal.
         """
         if not due:
             return True
-        with self.clock.stopped():
+        with self.clock.stopped("measurement"):
             self.state.count(self.outcomes.settle())
             if self.state.skipped_in_a_row == 0:
                 self.persistence.save()
@@ -263,10 +274,8 @@ class Trainer:
             if saved and parallel.any_rank(self.stop_signal.received):
                 return False
             self.watch.pause()
-            with self.stop_signal.exit_on_signal() if saved else nullcontext():
-                for measure in due:
-                    measure()
-        return True
+            with self.stop_signal.exit_on_signal(self.state.step) if saved else nullcontext():
+                return all(self.measurements.attempt(measure) for measure in due)
 
     def _roll_back(self) -> None:
         """Go on from the last checkpoint with the data after this step."""

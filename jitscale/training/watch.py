@@ -6,45 +6,65 @@ import math
 import os
 import signal
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
 import torch
+from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.errors import DataError, ExitCode
+from jitscale.errors import INTERRUPTED, DataError, ExitCode, StopRequestedError
 
 logger = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers ask a job to stop; the ranks look between two steps."""
+    """Notes the signals that ask the process to stop: schedulers' SIGTERM, SIGUSR1 and SIGUSR2, and Ctrl-C's SIGINT.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    The ranks look between two steps. The kernel obeys a second Ctrl-C at once: no collective holds it up.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.interrupted = False  # interrupted: by Ctrl-C
+        self._saved_step: int | None = None  # while a signal may end the process
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     @contextmanager
-    def exit_on_signal(self) -> Iterator[None]:
+    def exit_on_signal(self, saved_step: int) -> Iterator[None]:
         """Everything is saved: in the body of the `with` statement a signal, also one that was noted, ends the process.
 
-        The exit code is the one for a requeue. Afterwards signals are noted again.
+        The exit code is `code`. Afterwards signals are noted again.
         """
-        for number in self.SIGNALS:
-            signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
+        self._saved_step = saved_step
         if self.received:
-            os._exit(ExitCode.REQUEUE)
+            self._exit(saved_step)
         try:
             yield
         finally:
-            for number in self.SIGNALS:
-                signal.signal(number, self._note)
+            self._saved_step = None
+
+    def check(self) -> None:
+        """Raise a StopRequestedError if a signal has come."""
+        if self.received:
+            raise StopRequestedError("a signal asks to stop; the measurement is left")
+
+    def said(self, saved_step: int) -> str:
+        """How the run ends after a signal, in a line for the user."""
+        by = "stopped by Ctrl-C" if self.interrupted else "a signal asked to stop"
+        return f"{by}: saved at step {saved_step}; the same command goes on from there"
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was asked to stop, and has saved."""
+        return INTERRUPTED if self.interrupted else ExitCode.REQUEUE
 
     def restore(self) -> None:
         """Put the former handlers back."""
@@ -53,6 +73,21 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._saved_step is not None:
+            self._exit(self._saved_step)
+        if self.interrupted:
+            self._say("Ctrl-C: the run saves and stops; a second Ctrl-C ends it at once")
+
+    def _exit(self, saved_step: int) -> None:
+        self._say(self.said(saved_step))
+        os._exit(self.code)
+
+    def _say(self, line: str) -> None:
+        if parallel.this_rank() == 0:  # past the buffers, in whose midst the signal may have come
+            os.write(2, f"\n{line}\n".encode())
 
 
 class StepOutcomes:
@@ -233,6 +268,7 @@ class Clock:
 
     def __init__(self, images: int) -> None:
         """`images` seen already."""
+        self.bar: tqdm[Any] | None = None  # its time left does not count that time either
         self.restart(images)
 
     def restart(self, images: int) -> None:
@@ -240,13 +276,20 @@ class Clock:
         self._began, self._images = time.perf_counter(), images
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The body of the `with` statement does not count."""
-        stopped = time.perf_counter()
+    def stopped(self, doing: str = "save") -> Iterator[None]:
+        """The body of the `with` statement does not count; meanwhile the bar says what the run is `doing`."""
+        stopped, bar = time.perf_counter(), None if self.bar is None or self.bar.disable else self.bar
+        if bar is not None:
+            usual = bar.desc
+            bar.set_description_str(doing)
         try:
             yield
         finally:
-            self._began += time.perf_counter() - stopped
+            seconds = time.perf_counter() - stopped
+            self._began += seconds
+            if bar is not None:
+                bar.start_t, bar.last_print_t = bar.start_t + seconds, bar.last_print_t + seconds
+                bar.set_description_str(usual)
 
     def take_rate(self, images: int) -> float:
         """Images a second since the last call or restart."""
@@ -259,28 +302,46 @@ class HangWatch:
     """Ends the process if `alive()` was not called for `seconds`, and leaves the stacks of all its threads.
 
     A rank that waits in a collective for a dead rank would wait for ever, and the job would pay for it. The watch is a
-    thread of the interpreter itself, which needs no lock of Python's.
+    thread that counts its own wake-ups: while the process is suspended (SIGSTOP, `scontrol suspend`) it does not wake
+    up, and the count goes on afterwards. It needs the interpreter's lock, which collectives, reads and waits for a GPU
+    release. A rank that hangs with the lock is ended by its launcher, when the watches of the ranks that wait for it
+    have ended those.
     """
+
+    WAKE_UPS = 20  # within `seconds`
 
     def __init__(self, seconds: float, stacks: Path) -> None:
         """Append stacks to the file `stacks`, after those of earlier hangs; `seconds` of 0 watch nothing."""
         self._seconds, self._path = seconds, stacks
         self._file = stacks.open("a") if seconds > 0 else None
+        self._signs, self._paused = 0, True  # signs of life
+        self._closed = threading.Event()
+        if self._file is not None:
+            threading.Thread(target=self._watch, args=(self._file,), name="hang watch", daemon=True).start()
 
     def alive(self) -> None:
         """Count from here."""
-        if self._file is not None:
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+        self._signs, self._paused = self._signs + 1, False
 
     def pause(self) -> None:
         """Stop counting until the next `alive()`."""
-        if self._file is not None:
-            faulthandler.cancel_dump_traceback_later()
+        self._paused = True
 
     def close(self) -> None:
         """Stop, and remove the file if it is empty."""
-        self.pause()
+        self._closed.set()
         if self._file is not None:
             self._file.close()
             if self._path.exists() and self._path.stat().st_size == 0:
                 self._path.unlink()
+
+    def _watch(self, file: TextIO) -> None:
+        signs = wake_ups = 0
+        while not self._closed.wait(self._seconds / self.WAKE_UPS):
+            wake_ups = 0 if self._paused or signs != self._signs else wake_ups + 1
+            signs = self._signs
+            if wake_ups >= self.WAKE_UPS:
+                file.write(f"Timeout: no step for {self._seconds:g} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+                os._exit(ExitCode.FAILED)

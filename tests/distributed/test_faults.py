@@ -13,8 +13,9 @@ import pytest
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.tracking import read_metrics
+from tests.support.forking import Process
 from tests.support.processes import run_ranks, start_ranks
-from tests.support.runs import BATCH, STEPS, Job, losses, same_state
+from tests.support.runs import BATCH, STEPS, Job, losses, same_state, wait_for_steps
 
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0"]
 SLOW = pytest.mark.slow
@@ -202,3 +203,62 @@ def test_a_rollback_verifies_and_counts_bad_images_once(job: Job, monkeypatch: p
     assert [line["skipped_images"] for line in metrics][-1] == 5 * BATCH
     assert all(line["loss"] is not None for line in metrics)
     assert not any(line["loss_spike"] for line in metrics)
+
+
+def started(job: Job, name: str, world_size: int, steps: int, *overrides: str) -> list[Process]:
+    """Ranks of a run that has logged so many steps."""
+    ranks = start_ranks(world_size, *job.command(name, *overrides, world_size=world_size))
+    wait_for_steps(ranks, job.folder / name, steps)
+    return ranks
+
+
+def ended(ranks: list[Process], code: int) -> str:
+    """What rank 0 said, after all have ended with `code`."""
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [code] * len(ranks), outputs
+    assert "Traceback" not in "".join(outputs)
+    return outputs[0]
+
+
+def test_ctrl_c_saves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun and srun pass it on, to every rank; and the next start says what differs."""
+    monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.1")
+    ranks = started(job, "ctrl_c", 2, 5)
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    said = ended(ranks, 130)
+    (last,) = re.findall(r"stopped by Ctrl-C: saved at step (\d+); the same command goes on from there", said)
+    assert steps_of(job.folder / "ctrl_c")[-1] == int(last) >= 5
+    monkeypatch.delenv("JITSCALE_FAULTS")
+    again = ["run.max_steps=3", "optim.lr=2e-3", "data.batch_size=6"]
+    said = run_ranks(2, *job.command("ctrl_c", *again))
+    changes = [line for line in said.splitlines() if line.startswith("since this checkpoint: ")]
+    settings = ["data.batch_size 12 -> 6", "optim.lr 0.001 -> 0.002", "run.max_steps 24 -> 3"]
+    assert changes == [f"since this checkpoint: {setting}" for setting in settings]
+    assert f"run.max_steps=3 is below the {last} steps that are done; nothing is left to train" in said
+
+
+@SLOW
+def test_a_last_save_that_fails_on_one_rank_asks_for_a_requeue(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an older checkpoint is there; without one it is the user who must act."""
+    steps = ",".join(f"unwritable:step={step}:rank=1" for step in range(5, 24))
+    monkeypatch.setenv("JITSCALE_FAULTS", f"{steps},slow:step=1:times=1000:seconds=0.2")
+    for name, first, code in (("with_older", 4, 75), ("without_older", 24, 2)):
+        ranks = started(job, name, 2, 5, f"checkpoint.every_images={first * BATCH}")
+        ranks[0].send_signal(signal.SIGUSR1)
+        said = ended(ranks, code)
+        assert "cannot be written" in said
+        assert ("saved at step 4;" in said) == (code == 75)
+        assert steps_of(job.folder / name) == [4] * (code == 75)
+
+
+@SLOW
+def test_a_folder_that_disappears_is_written_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.1")
+    ranks = started(job, "gone", 2, 5)
+    (job.folder / "gone").rename(job.folder / "moved")
+    said = ended(ranks, 0)
+    assert f"run.dir={job.folder}/gone: .lock and config.yaml and checkpoints/step_00000004 gone, removed or" in said
+    assert steps_of(job.folder / "gone")[-1] == STEPS
+    assert (job.folder / "gone/config.yaml").read_text() == (job.folder / "moved/config.yaml").read_text()
+    assert read_metrics(job.folder / "gone")[-1]["step"] == STEPS

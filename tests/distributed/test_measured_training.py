@@ -1,12 +1,19 @@
 """Trainings that are measured on the way and at their end."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+from contextlib import suppress
 from typing import Any
+
+import pytest
 
 from jitscale.checkpoints.format import complete_checkpoints
 from tests.support.evaluations import CHECKPOINT, Evaluation
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.runs import wait_for_steps
 
 
 def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
@@ -159,3 +166,68 @@ def test_only_the_end_of_a_run_is_its_result(evaluation: Evaluation) -> None:
     assert "these weights are not the end of the run" in said
     assert not (folder / "result.json").exists()
     assert len(list((folder / "results").glob("*.json"))) == 2, "the first step's, twice the same, and theirs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_disk_that_fills_costs_measurements_only(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way training goes on without them; at the end all that was trained is saved, in one line and code 1."""
+    folder, cache = evaluation.folder / "full", evaluation.folder / "full_cache"
+    cache.mkdir()
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
+        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
+        *("run.max_steps=12", "evaluation.every_images=32", "evaluation.few_images=16", "tracking.log_every_steps=1"),
+        *(f"evaluation.cache_dir={cache}", "evaluation.at_end=true"),
+    ]
+    monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.5")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(cache)], check=True)
+    try:
+        ranks = start_ranks(2, *command)
+        wait_for_steps(ranks, folder, 1)
+        with suppress(OSError), (cache / "filling").open("wb") as file:
+            file.write(bytes(2**23))
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [1, 1], outputs
+        assert "Traceback" not in "".join(outputs)
+        assert outputs[0].count("a measurement is left out, training goes on") == 2
+        assert outputs[0].count("error: ") == 1
+        assert "No space left on device" in outputs[0].splitlines()[-1]
+        assert outputs[0].splitlines()[-1].endswith("all that was trained is saved, and the same command does the rest")
+        assert [path.name for path in complete_checkpoints(folder)][-1] == "step_00000012"
+        assert not (folder / "complete_train.json").exists()
+        (cache / "filling").unlink()
+        (folder / "complete_train.json").mkdir()
+        said = run_ranks(2, *command, expect=1)
+        assert (folder / "result.json").exists()
+        assert re.search(r"error: .*complete_train.json.*; all that was trained is saved", said)
+        assert "Traceback" not in said
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_measurement_of_a_step_that_is_not_saved(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is not finite is saved only at the end: after the next block, and not after all."""
+    folder = evaluation.folder / "unsaved"
+    command = [
+        *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
+        *(f"data.shards={evaluation.folder / 'shards'}", "data.batch_size=8", "data.num_workers=0"),
+        *("run.max_steps=5", "evaluation.every_images=24", "evaluation.few_images=100000"),
+    ]
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=3:rank=1")
+    ranks = start_ranks(2, *command)
+    said = line = ""
+    while re.match(r"generate: .* [1-9]\d*/", line) is None:
+        line = ranks[0].stdout.readline()  # type: ignore[union-attr]
+        assert line, said
+        said += line
+    assert not complete_checkpoints(folder)
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [130, 130], outputs
+    assert "saved at step 3" in outputs[0]
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000003"]

@@ -12,7 +12,7 @@ from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.config.cautions import cautions, start_caution
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
-from jitscale.errors import ConfigError, UserError
+from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.blocks import Missing, compute_blocks
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.evaluation.evaluator import configured_labels
@@ -244,6 +244,40 @@ def test_blocks_are_the_same_without_files(tmp_path: Path) -> None:
     kept = compute_blocks(folders, 3, 2, compute, world, keep=True)
     assert [found["features"][:, 0].tolist() for found in passing] == [[0, 0, 1, 1, 2, 2], [10, 10, 11, 11, 12, 12]]
     assert all(np.array_equal(a["features"], b["features"]) for a, b in zip(passing, kept, strict=True))
+
+
+def test_a_damaged_block_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made: list[int] = []
+
+    def compute(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
+        for block in missing:
+            made.append(block.number)
+            yield {"features": np.full((2, 50), float(block.number)), "labels": np.arange(2)}
+
+    def compute_all() -> list[float]:
+        made.clear()
+        (found,) = compute_blocks([tmp_path], 5, 2, compute, World(0, 1, 0, torch.device("cpu")), keep=True)
+        return found["features"][:, 0].tolist()
+
+    files = [tmp_path / f"block_{number:06d}.npz" for number in range(5)]
+    whole = compute_all()
+    content = files[1].read_bytes()
+    flipped = bytearray(content)
+    flipped[200] ^= 1
+    for file, damaged in zip(files[1:], (content[:-100], b"", flipped, b"garbage"), strict=True):
+        file.write_bytes(damaged)
+    assert compute_all() == whole == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert made == [1, 2, 3, 4]
+    assert caplog.text.count("it is computed again") == 4
+    np.savez(files[2], features=np.zeros((1, 50)), labels=np.arange(1))  # of another size
+    assert (compute_all(), made) == (whole, [2])
+    files[0].write_bytes(b"")
+
+    def never_whole(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"features": np.zeros((1, 50))} for _ in missing)
+
+    with pytest.raises(DataError, match=r"block_000000\.npz: damaged as soon as it was written; look at the disk"):
+        compute_blocks([tmp_path], 1, 2, never_whole, World(0, 1, 0, torch.device("cpu")), keep=True)
 
 
 def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -> None:

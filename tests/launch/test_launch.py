@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import re
+import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +14,11 @@ from pathlib import Path
 import pytest
 import wandb
 
-from jitscale.config import load_config
-from jitscale.errors import CheckpointError, ConfigError, UserError
+from jitscale.config import Config, RunConfig, load_config
+from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, UserError
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
-from jitscale.launch.supervisor import work_of
+from jitscale.launch.supervisor import Supervisor, Work, work_of
 from jitscale.run_folder import Attempts, forget_completion, is_complete, is_complete_under, mark_complete
 from tests.support import ROOT
 from tools.make_shards import parser as packing_parser
@@ -194,6 +196,46 @@ def test_the_examples_are_accepted(
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"run: {{dir: {run}, max_steps: 1}}")
     work_of(command, [*given.split(), *words], tasks)
+
+
+@pytest.mark.parametrize("name", ["new[1]", "new *", "plain"])
+def test_a_requeued_upgrade_goes_on_with_what_is_there(tmp_path: Path, name: str) -> None:
+    """Whatever the run's folder is called."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/launch.sh").write_text("set -euo pipefail\nsupervise() { echo supervise; }\n")
+    environment = {**os.environ, "JITSCALE_HOME": str(tmp_path), "JITSCALE_PYTHON": "echo"}
+    command = ["bash", str(ROOT / "slurm/upgrade_and_finetune.sh"), "low", "config", name]
+
+    def said() -> list[str]:
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return [line.split()[0] for line in finished.stdout.splitlines()]
+
+    (tmp_path / "new1/checkpoints/step_00000000").mkdir(parents=True)
+    (tmp_path / "new1/checkpoints/step_00000000/COMPLETE").touch()
+    assert said() == ["tools/upgrade_resolution.py", "supervise"]
+    (tmp_path / name / "checkpoints/step_00000000").mkdir(parents=True)
+    assert said() == ["tools/upgrade_resolution.py", "supervise"], "it is not complete"
+    (tmp_path / name / "checkpoints/step_00000000/COMPLETE").touch()
+    assert said() == ["supervise"]
+
+
+def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not put back into the queue, and no node is blamed."""
+    job = SlurmJob("7", ("node1",), 1, 0, "batch")
+    work = Work("train", [], Config(run=RunConfig(dir=str(tmp_path))), [], is_done=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+    monkeypatch.setattr("jitscale.launch.supervisor.check_commands", lambda: None)
+    monkeypatch.setattr(
+        Supervisor,
+        "_srun",
+        lambda self, what, *others, **more: (INTERRUPTED if what == "train" else 0, "srun: error: node1: task 0: Exit"),
+    )
+    try:
+        assert Supervisor(job, work).run() == INTERRUPTED
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert Attempts.read(tmp_path).excluded == []
 
 
 def test_every_script_has_an_example() -> None:

@@ -1,0 +1,81 @@
+"""Who may write into a run's folder, and the record of its starts."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from jitscale.errors import ExitCode, StorageError, UserError, data_error, exit_with_message
+from jitscale.parallel import raise_together
+from jitscale.run_folder import Attempts, after_the_end, claim
+
+
+def test_a_folder_that_is_gone_is_noticed_and_claimed_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with ExitStack() as held, ExitStack() as other:
+        claimed = claim(run, held)
+        assert not claimed.is_lost()
+        run.rename(tmp_path / "moved")
+        assert claimed.is_lost()
+        claimed.take_again()
+        assert not claimed.is_lost()
+        shutil.rmtree(run)
+        claim(run, other)
+        assert claimed.is_lost(), "it is another run's"
+        with pytest.raises(UserError, match=r"run: process \d+ on \S+ is at work there"):
+            claimed.take_again()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"starts": 3, "posi',
+        b"\xff",
+        b"",
+        b"[1]",
+        b'{"unknown": 1}',
+        b'{"starts": "3"}',
+        b'{"excluded": "node1"}',
+        b'{"excluded": [1]}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_record_of_starts_begins_anew(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "attempts.json").write_bytes(content)
+    assert Attempts.begin(tmp_path, 5).starts == 1
+    assert f"{tmp_path}/attempts.json: damaged" in caplog.text
+    assert "the record of starts begins anew" in caplog.text
+    assert json.loads((tmp_path / "attempts.json").read_text())["position"] == 5
+    assert Attempts.begin(tmp_path, 6).starts == 2
+
+
+def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def full() -> None:
+        with data_error("result.json: cannot be written", "make room"):
+            raise OSError(28, "No space left on device")
+
+    assert after_the_end(lambda: None) == ExitCode.DONE
+    assert after_the_end(full) == ExitCode.FAILED
+    assert "error: result.json: cannot be written (No space left on device); make room; all that" in caplog.text
+    with pytest.raises(StorageError):
+        full()
+
+
+def test_an_error_of_a_file_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> int:
+        raise OSError(28, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        exit_with_message(full)
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/data/x'\n"
+    with pytest.raises(StorageError, match="No space left on device: '/data/x'"):
+        raise_together(full)

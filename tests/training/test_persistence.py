@@ -1,0 +1,57 @@
+"""What a resume says, and what a last save that fails leads to."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jitscale.checkpoints.format import Progress
+from jitscale.config import Config
+from jitscale.errors import CheckpointError
+from jitscale.training.persistence import Persistence, changes_since
+
+
+def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
+    before = Config()
+    before.run.max_images = 96_000
+    checkpoint: Any = SimpleNamespace(config=before, progress=Progress(100, 6400, 100, None, 0, 0, 0))
+    elsewhere = replace(before, run=replace(before.run, dir="moved", device="cpu"))
+    elsewhere = replace(elsewhere, tracking=replace(before.tracking, wandb="offline"))
+    assert changes_since(checkpoint, elsewhere) == []
+    now = replace(
+        before,
+        data=replace(before.data, batch_size=32, num_workers=1, flip=False),
+        optim=replace(before.optim, lr=1e-3, schedule="cosine"),
+        ema=replace(before.ema, decays=[0.9]),
+        run=replace(before.run, max_images=6368, max_steps=99),
+    )
+    since = [
+        "data.batch_size 1024 -> 32",
+        "data.flip True -> False",
+        "optim.lr 0.0002 -> 0.001",
+        "optim.schedule constant -> cosine",
+        "ema.decays [0.9996, 0.9998, 0.9999] -> [0.9]",
+        "run.max_images 96000 -> 6368",
+        "run.max_steps None -> 99",
+    ]
+    assert changes_since(checkpoint, now) == [
+        *(f"since this checkpoint: {change}" for change in since),
+        "run.max_steps=99 is below the 100 steps that are done; nothing is left to train",
+        "run.max_images=6368 is below the 6400 images that are seen; nothing is left to train",
+    ]
+    now.run.max_images = 6369  # the last batch reached beyond it
+    assert not any("run.max_images=" in line for line in changes_since(checkpoint, now))
+
+
+def test_a_last_save_that_fails_goes_back_to_an_older_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    def save(*, last: bool) -> None:
+        assert last
+        raise CheckpointError("step_00000007.partial: cannot be written")
+
+    state: Any = SimpleNamespace(save=save, saved_step=4, world=SimpleNamespace(is_main=True))
+    assert Persistence.save_before_stop(state) == 4
+    assert "step_00000007.partial: cannot be written" in caplog.text
+    state.saved_step = None
+    with pytest.raises(CheckpointError):
+        Persistence.save_before_stop(state)
