@@ -5,21 +5,22 @@ YAML file (relative to it, in order, recursively), the YAML file itself, the dot
 Importing this file does not import torch, so that a mistake is reported at once.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from textwrap import indent
-from typing import Any, cast
+from typing import Any
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from jitscale.config.hints import meant_elsewhere, remedy_of_unknown
+from jitscale.config.interpolation import Given, Interpolation, escaped, has_interpolation
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
-from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
-from jitscale.errors import ConfigError, first_line
+from jitscale.config.schema import SETTINGS, Config, ModelConfig
+from jitscale.config.values import WrongValueError, expanded, from_data, readable
+from jitscale.config.yaml_text import from_yaml, yaml_of
+from jitscale.errors import ConfigError
+
+GROUPS: dict[str, Any] = {group.name: group.type for group in fields(Config)}
 
 
 def load_config(
@@ -29,35 +30,32 @@ def load_config(
     world_size: int = 1,
     bf16_supported: Callable[[str], bool] = lambda device: True,
     needs_shards: bool = False,
+    stored: bool = False,
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
     `world_size` ranks will share a batch. `bf16_supported` says of `run.device` whether it has bfloat16. `data.shards`
-    must be set if the caller `needs_shards`. Raises a ConfigError that says everything that is wrong, each with its
-    value, its limit and the remedy.
+    must be set if the caller `needs_shards`. `stored`: the file may come from elsewhere with a run or a checkpoint, and
+    is data: it names no other file and nothing in it is evaluated. A `config.yaml` that lies next to checkpoints or
+    weights always is. Raises a ConfigError that says everything that is wrong, each with its value, its limit and the
+    remedy.
     """
-    unread: dict[str, str] = {}  # override -> why
-    user = _compose(Path(path), ())
+    given = {key: Given(value, is_text=False) for key, value in _compose(Path(path), (), stored).items()}
+    lines = []
     for override in overrides:
-        if "=" not in override:
-            unread[override] = "has no '='"
-            continue
-        try:
-            user.merge_with_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            unread[override] = f"is not key=value ({first_line(error)})"
-    try:
-        values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from error
-
-    typed = OmegaConf.structured(Config)
-    problems = [problem for key, value in _leaves(values, "") for problem in _assign(typed, key, value)]
-    known = dict(_leaves(cast(dict[str, Any], OmegaConf.to_container(typed)), ""))
-    known |= {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
-    problems += problems_of(known, {problem.key for problem in problems})
-    _refuse(str(path), problems, [f"{override} {why}; write group.key=value" for override, why in unread.items()])
-    return cast(Config, OmegaConf.to_object(typed))
+        key, equals, text = override.partition("=")
+        if equals:
+            given[key] = Given(text, is_text=True)
+        else:
+            known = f"{key}=VALUE" if key in SETTINGS else "group.key=value"
+            lines.append(f"{shown(override)} has no '='; write {known}")
+    interpolation = Interpolation({key: value for key, value in given.items() if key in SETTINGS})
+    values = interpolation.values()
+    problems = [_unknown(key, given[key].value) for key in given if key not in SETTINGS] + interpolation.problems
+    known_too = {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
+    problems += problems_of(values | known_too, {problem.key for problem in problems})
+    _refuse(str(path), problems, lines)
+    return _config(values)
 
 
 def check_model_config(model: ModelConfig, source: str) -> None:
@@ -69,8 +67,8 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The resolved configuration as YAML text that `load_config` reads back, as a stored file or a user's own."""
+    return yaml_of(escaped(to_dict(config)))
 
 
 def explained_yaml(config: Config) -> str:
@@ -79,7 +77,7 @@ def explained_yaml(config: Config) -> str:
     for group, values in to_dict(config).items():
         text += f"{group}:\n"
         for name, value in values.items():
-            written = OmegaConf.to_yaml(OmegaConf.create({name: value}))
+            written = yaml_of({name: escaped(value)})
             text += f"  # {SETTINGS[f'{group}.{name}'].described}\n{indent(written, '  ')}"
     return text
 
@@ -90,61 +88,99 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults."""
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults.
+
+    The values are data: no text is evaluated. Raises a ConfigError if one is unknown, or has the wrong type.
+    """
+    taken, problems = {key: setting.default for key, setting in SETTINGS.items()}, []
+    for key, value in _leaves(values).items():
+        try:
+            if key in SETTINGS:
+                taken[key] = from_data(key, value)
+            else:
+                problems.append(_unknown(key, value))
+        except WrongValueError as error:
+            problems.append(Problem(key, value, error.limit, error.remedy))
+    _refuse("stored settings", problems)
+    return _config(taken)
 
 
 def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ()) -> None:
     """Raise one error with everything that is wrong, or return."""
-    lines = [*lines, *(f"{key}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in problems)]
+    refused = [meant_elsewhere(problem) for problem in problems]
+    lines = [*lines, *(f"{shown(key)}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in refused)]
     if len(lines) == 1:
         raise ConfigError(f"{source}: {lines[0]}")
     if lines:
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
-def _compose(path: Path, parents: tuple[Path, ...]) -> DictConfig:
-    """`path` merged over the files of its `defaults:` list."""
+def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, Any]:
+    """The values of `path`, by dotted names, over those of the files of its `defaults:` list."""
     if path.resolve() in parents:
         raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = from_yaml(path)
     except FileNotFoundError as error:
         origin = f" (named in the defaults of {parents[-1]})" if parents else ""
         raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
-    names = loaded.pop("defaults", ListConfig([]))
-    if not isinstance(names, ListConfig):
-        raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
-    files = [(path.parent / str(name)).with_suffix(".yaml") for name in names]
-    return cast(DictConfig, OmegaConf.merge(*(_compose(file, (*parents, path.resolve())) for file in files), loaded))
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key, value
-
-
-def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
-    """Put one value into the typed configuration, or say why not."""
-    if key in SETTINGS:
-        if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
-            value = "on" if value else "off"  # YAML 1.1 reads a bare off as false
+    names = loaded.pop("defaults", [])
+    own = _leaves(loaded)
+    if stored or _lies_in_a_run(path):
+        _refuse_what_is_evaluated(path, names, own)
+    if not isinstance(names, list):
+        raise ConfigError(
+            f"{path}: defaults: {shown(names)} is not a list; write [size/b, recipe/imagenet] or the like"
+        )
+    values: dict[str, Any] = {}
+    for name in names:
         try:
-            OmegaConf.update(typed, key, value)
-        except OmegaConfBaseException as error:
-            usual = f"the default is {shown(SETTINGS[key].default)}"
-            yield Problem(key, value, f"has the wrong type ({first_line(error)})", usual)
-    elif key in typed:
-        yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
-    else:
-        close = difflib.get_close_matches(key, SETTINGS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "see jitscale/config/schema.py for all settings"
-        yield Problem(key, value, "is not a setting", remedy)
+            file = expanded(readable(name)) if isinstance(name, str) else ""
+        except WrongValueError as error:
+            raise ConfigError(f"{path}: defaults: {shown(name)} {error.limit}; {error.remedy}") from error
+        if not Path(file).name:
+            raise ConfigError(f"{path}: defaults: {shown(name)} is no name of a file; write size/b or the like")
+        values |= _compose((path.parent / file).with_suffix(".yaml"), (*parents, path.resolve()), stored)
+    return values | own
+
+
+def _lies_in_a_run(path: Path) -> bool:
+    """Whether `path` is the settings of a run or a checkpoint, as the files next to it show."""
+    folder = path.parent
+    beside = ((folder / name).exists() for name in ("checkpoints", "index.json"))
+    return path.name == "config.yaml" and (any(beside) or any(folder.glob("*.safetensors")))
+
+
+def _refuse_what_is_evaluated(path: Path, names: Any, values: dict[str, Any]) -> None:
+    why = "a run has stored this file, so it is data, and only a file of your own may have that"
+    if names:
+        raise ConfigError(f"{path}: has defaults, {shown(names)}; {why}: copy it from the run's folder")
+    for key, value in values.items():
+        if has_interpolation(value):
+            raise ConfigError(f"{path}: {shown(key)}={shown(value)} has an interpolation; {why}: write the value")
+
+
+def _leaves(values: dict[Any, Any]) -> dict[str, Any]:
+    """Settings by their dotted names."""
+    leaves = {}
+    for group, content in values.items():
+        inner = content.items() if isinstance(content, dict) else ()
+        leaves |= {f"{group}.{name}": value for name, value in inner} or (
+            {} if content == {} else {str(group): content}
+        )
+    return leaves
+
+
+def _config(values: dict[str, Any]) -> Config:
+    """The configuration of all settings by their dotted names."""
+    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        groups[group][name] = list(value) if isinstance(value, list) else value
+    return Config(**{group: GROUPS[group](**settings) for group, settings in groups.items()})
+
+
+def _unknown(key: str, value: Any) -> Problem:
+    if key in GROUPS:
+        return Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
+    return Problem(key, value, "is not a setting", remedy_of_unknown(key))
