@@ -162,7 +162,7 @@ def _refuse_what_is_evaluated(path: Path, names: Any, values: dict[str, Any]) ->
 
 def _leaves(values: dict[Any, Any]) -> dict[str, Any]:
     """Settings by their dotted names."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for group, content in values.items():
         inner = content.items() if isinstance(content, dict) else ()
         leaves |= {f"{group}.{name}": value for name, value in inner} or (

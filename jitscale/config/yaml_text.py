@@ -1,7 +1,7 @@
 """YAML files as plain values, and back."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -14,7 +14,7 @@ _DATES = "tag:yaml.org,2002:timestamp"
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without dates, which stay texts. A key that stands twice is refused."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it as an attribute of instances
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATES]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
