@@ -5,22 +5,34 @@ YAML file (relative to it, in order, recursively), the YAML file itself, the dot
 Importing this file does not import torch, so that a mistake is reported at once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from jitscale.config.hints import meant_elsewhere, remedy_of_unknown
-from jitscale.config.interpolation import Given, Interpolation, escaped, has_interpolation
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
 from jitscale.config.schema import SETTINGS, Config, ModelConfig
-from jitscale.config.values import WrongValueError, expanded, from_data, readable
-from jitscale.config.yaml_text import from_yaml, yaml_of
-from jitscale.errors import ConfigError
+from jitscale.config.values import (
+    INTERPOLATION_REMEDY,
+    WrongValueError,
+    checked,
+    escaped,
+    expanded,
+    from_text,
+    has_interpolation,
+    refuse_unevaluated,
+    wrong_type,
+)
+from jitscale.errors import ConfigError, first_line
 
-GROUPS: dict[str, Any] = {group.name: group.type for group in fields(Config)}
+LARGEST_FILE = 2**20  # bytes; no configuration comes near it
 
 
 def load_config(
@@ -40,22 +52,27 @@ def load_config(
     weights always is. Raises a ConfigError that says everything that is wrong, each with its value, its limit and the
     remedy.
     """
-    given = {key: Given(value, is_text=False) for key, value in _compose(Path(path), (), stored).items()}
-    lines = []
+    given = _compose(Path(path), (), stored)
+    problems, lines = [], []
     for override in overrides:
         key, equals, text = override.partition("=")
-        if equals:
-            given[key] = Given(text, is_text=True)
-        else:
+        if not equals:
             known = f"{key}=VALUE" if key in SETTINGS else "group.key=value"
             lines.append(f"{shown(override)} has no '='; write {known}")
-    interpolation = Interpolation({key: value for key, value in given.items() if key in SETTINGS})
-    values = interpolation.values()
-    problems = [_unknown(key, given[key].value) for key in given if key not in SETTINGS] + interpolation.problems
+            continue
+        try:
+            given[key] = from_text(key, text) if key in SETTINGS else text
+        except WrongValueError as error:
+            given.pop(key, None)
+            problems.append(Problem(key, text, error.limit, error.remedy))
+    values, refused = _evaluated(given)
+    typed, untyped = _typed(values, {key for key in values if has_interpolation(given[key])})
+    problems += refused + untyped
     known_too = {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
-    problems += problems_of(values | known_too, {problem.key for problem in problems})
+    resolved = _leaves(cast(dict[str, Any], OmegaConf.to_container(typed, resolve=True)))
+    problems += problems_of(resolved | known_too, {problem.key for problem in problems})
     _refuse(str(path), problems, lines)
-    return _config(values)
+    return cast(Config, OmegaConf.to_object(typed))
 
 
 def check_model_config(model: ModelConfig, source: str) -> None:
@@ -68,7 +85,7 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that `load_config` reads back, as a stored file or a user's own."""
-    return yaml_of(escaped(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config))))
 
 
 def explained_yaml(config: Config) -> str:
@@ -77,7 +94,7 @@ def explained_yaml(config: Config) -> str:
     for group, values in to_dict(config).items():
         text += f"{group}:\n"
         for name, value in values.items():
-            written = yaml_of({name: escaped(value)})
+            written = OmegaConf.to_yaml(OmegaConf.create({name: escaped(value)}))
             text += f"  # {SETTINGS[f'{group}.{name}'].described}\n{indent(written, '  ')}"
     return text
 
@@ -92,17 +109,9 @@ def from_dict(values: dict[str, Any]) -> Config:
 
     The values are data: no text is evaluated. Raises a ConfigError if one is unknown, or has the wrong type.
     """
-    taken, problems = {key: setting.default for key, setting in SETTINGS.items()}, []
-    for key, value in _leaves(values).items():
-        try:
-            if key in SETTINGS:
-                taken[key] = from_data(key, value)
-            else:
-                problems.append(_unknown(key, value))
-        except WrongValueError as error:
-            problems.append(Problem(key, value, error.limit, error.remedy))
+    typed, problems = _typed(_leaves(values))
     _refuse("stored settings", problems)
-    return _config(taken)
+    return cast(Config, OmegaConf.to_object(typed))
 
 
 def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ()) -> None:
@@ -115,33 +124,85 @@ def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ())
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
+def _evaluated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The values of `given`, by dotted names, with their interpolations, which see the defaults of the others."""
+    context = OmegaConf.create({group: dict(content) for group, content in escaped(to_dict(Config())).items()})
+    values, problems = {}, []
+    for key, value in given.items():
+        if key not in SETTINGS:
+            values[key] = value
+            continue
+        try:
+            refuse_unevaluated(value)
+            OmegaConf.update(context, key, value, merge=False)
+        except WrongValueError as error:
+            problems.append(Problem(key, value, error.limit, error.remedy))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(key, value, f"cannot be evaluated ({first_line(error)})", INTERPOLATION_REMEDY))
+    refused = {problem.key for problem in problems}
+    for key in [key for key in given if key in SETTINGS and key not in refused]:
+        try:
+            found = OmegaConf.select(context, key, throw_on_missing=True)
+            values[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except (OmegaConfBaseException, RecursionError) as error:
+            fault = f"cannot be evaluated ({first_line(error)})"
+            problems.append(Problem(key, given[key], fault, INTERPOLATION_REMEDY))
+    return values, problems
+
+
+def _typed(values: Mapping[str, Any], interpolated: Collection[str] = ()) -> tuple[DictConfig, list[Problem]]:
+    """The schema with `values` by their dotted names, and what is wrong with them; nothing in them is evaluated."""
+    typed, problems = OmegaConf.structured(Config), []
+    for key, value in values.items():
+        if key in SETTINGS:
+            try:
+                OmegaConf.update(typed, key, escaped(checked(key, value, interpolated=key in interpolated)))
+            except WrongValueError as error:
+                problems.append(Problem(key, value, error.limit, error.remedy))
+            except (OmegaConfBaseException, OverflowError):
+                error = wrong_type(key, value)
+                problems.append(Problem(key, value, error.limit, error.remedy))
+        elif key in typed:
+            problems.append(Problem(key, value, "is a group of settings", f"write {key}.NAME=value"))
+        else:
+            problems.append(Problem(key, value, "is not a setting", remedy_of_unknown(key)))
+    return typed, problems
+
+
 def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, Any]:
-    """The values of `path`, by dotted names, over those of the files of its `defaults:` list."""
+    """The values of `path`, by dotted names, over those of the files of its `defaults:` list, as they are written."""
     if path.resolve() in parents:
         raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
     try:
-        loaded = from_yaml(path)
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: has more than {LARGEST_FILE} bytes; give a YAML file of settings")
+        loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
         origin = f" (named in the defaults of {parents[-1]})" if parents else ""
         raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
-    names = loaded.pop("defaults", [])
-    own = _leaves(loaded)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
+    names = loaded.pop("defaults", ListConfig([]))
+    own = cast(dict[str, Any], OmegaConf.to_container(loaded))
     if stored or _lies_in_a_run(path):
-        _refuse_what_is_evaluated(path, names, own)
-    if not isinstance(names, list):
-        raise ConfigError(
-            f"{path}: defaults: {shown(names)} is not a list; write [size/b, recipe/imagenet] or the like"
-        )
-    values: dict[str, Any] = {}
+        _refuse_what_is_evaluated(path, names, _leaves(own))
+    if not isinstance(names, ListConfig):
+        what = f"{path}: defaults: {shown(names)} is not a list"
+        raise ConfigError(f"{what}; write [size/b, recipe/imagenet] or the like")
+    composed: dict[str, Any] = {}
     for name in names:
         try:
-            file = expanded(readable(name)) if isinstance(name, str) else ""
+            file = path.parent / expanded(name if isinstance(name, str) else "")
         except WrongValueError as error:
             raise ConfigError(f"{path}: defaults: {shown(name)} {error.limit}; {error.remedy}") from error
-        if not Path(file).name:
+        if not isinstance(name, str) or not file.name or file == path.parent:
             raise ConfigError(f"{path}: defaults: {shown(name)} is no name of a file; write size/b or the like")
-        values |= _compose((path.parent / file).with_suffix(".yaml"), (*parents, path.resolve()), stored)
-    return values | own
+        composed |= _leaves(_compose(file.with_suffix(".yaml"), (*parents, path.resolve()), stored))
+    return composed | _leaves(own)
 
 
 def _lies_in_a_run(path: Path) -> bool:
@@ -160,27 +221,12 @@ def _refuse_what_is_evaluated(path: Path, names: Any, values: dict[str, Any]) ->
             raise ConfigError(f"{path}: {shown(key)}={shown(value)} has an interpolation; {why}: write the value")
 
 
-def _leaves(values: dict[Any, Any]) -> dict[str, Any]:
-    """Settings by their dotted names."""
+def _leaves(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings by their dotted names; a group without any is left out."""
     leaves: dict[str, Any] = {}
     for group, content in values.items():
-        inner = content.items() if isinstance(content, dict) else ()
-        leaves |= {f"{group}.{name}": value for name, value in inner} or (
-            {} if content == {} else {str(group): content}
-        )
+        if isinstance(content, dict):
+            leaves |= {f"{group}.{name}": value for name, value in content.items()}
+        else:
+            leaves[str(group)] = content
     return leaves
-
-
-def _config(values: dict[str, Any]) -> Config:
-    """The configuration of all settings by their dotted names."""
-    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-    for key, value in values.items():
-        group, _, name = key.partition(".")
-        groups[group][name] = list(value) if isinstance(value, list) else value
-    return Config(**{group: GROUPS[group](**settings) for group, settings in groups.items()})
-
-
-def _unknown(key: str, value: Any) -> Problem:
-    if key in GROUPS:
-        return Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
-    return Problem(key, value, "is not a setting", remedy_of_unknown(key))
