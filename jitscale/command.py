@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jitscale.errors import CheckpointError, ExitCode, UserError
+from jitscale.files import with_home
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **options)
+        self.register("type", Path, lambda text: Path(path_text(text)))  # what all options of `type=Path` become
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong as `exit_with_message` would. Each rank says it: before ranks meet, none is the first."""
@@ -100,6 +102,14 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
     return int(text)
+
+
+def path_text(text: str) -> str:
+    """An option's path, pattern or address; a leading ~ or ~user is a home folder, also where the shell leaves it."""
+    try:
+        return with_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}; a file of this name is ./{text}") from error
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -74,7 +74,8 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
     if described:
         overrides = [*overrides, f"run.dir={checkpoint}"]
     # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
-    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported)
+    own = path == checkpoint / "config.yaml"
+    config = load_config(path, overrides, bf16_supported=parallel.bf16_supported, stored=own)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if weights is None and (described or any(text.startswith("evaluation.weights=") for text in overrides)):
         weights = config.evaluation.weights
@@ -110,7 +111,7 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
     if newest is None or stored.path.resolve() != newest.path.resolve():
         return False
     reached = RunState(newest.progress.step, newest.progress.images)
-    return reached.images_at_end(load_config(run_dir / "config.yaml")) <= reached.images
+    return reached.images_at_end(load_config(run_dir / "config.yaml", stored=True)) <= reached.images
 
 
 def _say_what_is_the_start(stored: StoredWeights, points: Sequence[SweepPoint]) -> None:

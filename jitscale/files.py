@@ -98,3 +98,14 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def with_home(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that user's home folder.
+
+    Raises a ValueError that says why, if there is no such user.
+    """
+    found = os.path.expanduser(path) if path.startswith("~") else path
+    if found.startswith("~"):
+        raise ValueError(f"begins with {Path(path).parts[0]}, and there is no such user")
+    return found

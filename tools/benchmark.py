@@ -12,7 +12,7 @@
 
 `step`, `sample` and `attention` run one process, on the GPU if there is one, with freshly initialised weights and
 random images. `step` is the trainer's own step, from shards in a temporary folder. These three need torch, numpy,
-omegaconf and tqdm only: without deepspeed, `step` measures the same network, optimizer and averages in plain torch, on
+pyyaml and tqdm only: without deepspeed, `step` measures the same network, optimizer and averages in plain torch, on
 a batch that is already on the device. `--compare reference` measures the authors' way in the same process, in turns.
 `data` reads shards of synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
 """
@@ -22,7 +22,7 @@ import json
 import os
 
 from benchmarks.measuring import describe_conditions, environment
-from jitscale.command import Parser, markdown, positive
+from jitscale.command import Parser, markdown, path_text, positive
 from jitscale.config import CHOICES
 from jitscale.errors import ExitCode, exit_with_message
 
@@ -91,13 +91,17 @@ def _parser() -> Parser:
     ranks.add_number("--shards", 2000, "shards that are opened")
 
     for command in (save, rehearsal):
-        command.add_argument("--folder", metavar="DIR", help="where files are written (default: the temporary folder)")
+        command.add_argument(
+            "--folder", type=path_text, metavar="DIR", help="where files are written (default: the temporary folder)"
+        )
     for command in (step, sample, attention):
         command.add_number("--batch", 4, "images")
     for command in (step, sample):
         command.add_argument("--compare", choices=("reference",), help="measure the authors' way too")
     for command in (step, sample, attention, save, memory, rehearsal):
-        command.add_argument("--config", default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s")
+        command.add_argument(
+            "--config", type=path_text, default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s"
+        )
         command.add_overrides()
     for command in commands.choices.values():
         command.add_json()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from jitscale.command import Parser
+from jitscale.command import Parser, path_text
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.tar_index import Defect
@@ -35,7 +35,7 @@ def main() -> int:
     """Parse the command line, then index or verify."""
     parser = Parser(__doc__)
     where = "a folder, or a glob or brace pattern of tars in one folder"
-    parser.add_argument("shards", metavar="DIR_OR_GLOB", help=where)
+    parser.add_argument("shards", type=path_text, metavar="DIR_OR_GLOB", help=where)
     parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
     again = "index again although there is a manifest; a manifest of packing is kept"
     parser.add_argument("--force", action="store_true", help=again)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jitscale.command import Parser, markdown
+from jitscale.command import Parser, markdown, path_text
 from jitscale.data.find import find_tars
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.inspection import balance, collect, contact_sheet, extensions, look, statistics
@@ -22,7 +22,9 @@ MOST_NAMED = 5  # classes or bad inputs that the table names
 def main() -> int:
     """Parse the command line, look and print."""
     parser = Parser(__doc__)
-    parser.add_argument("shards", metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder")
+    parser.add_argument(
+        "shards", type=path_text, metavar="PATTERN", help="a folder, or a glob or brace pattern of tars in one folder"
+    )
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
     parser.add_number("--samples", 2000, "random images to decode")
     parser.add_number("--seed", 0, "of the random sample", int)

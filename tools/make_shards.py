@@ -31,7 +31,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from jitscale.command import Parser, natural, part_of
+from jitscale.command import Parser, natural, part_of, path_text
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
@@ -173,7 +173,9 @@ def _bytes(number: int) -> str:
 def parser() -> Parser:
     """The command line."""
     found = Parser(__doc__, allow_abbrev=False)
-    found.add_argument("--input", nargs="+", required=True, metavar="SRC", help="what to pack; several become one set")
+    found.add_argument(
+        "--input", type=path_text, nargs="+", required=True, metavar="SRC", help="what to pack; several become one set"
+    )
     found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from jitscale.command import Parser, positive
+from jitscale.command import Parser, path_text, positive
 from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
@@ -33,7 +33,9 @@ PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, plan and print."""
     parser = Parser(__doc__)  # with the fields of `Cluster` among its options
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml")
+    parser.add_argument(
+        "--config", type=path_text, required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml"
+    )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
     size, rate = _bytes(""), _bytes("/s")
     parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jitscale.checkpoints.opening import open_weights, read_guide
-from jitscale.command import Parser, positive
+from jitscale.command import Parser, path_text, positive
 from jitscale.config import CHOICES, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import to_uint8
@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="W", help=scale)
     times = "times between which guidance acts; default: the run's"
     parser.add_argument("--interval", type=float, nargs=2, dest="guidance_interval", metavar="T", help=times)
-    parser.add_argument("--guide", metavar="PATH", help="autoguidance by these weights; default: the run's")
+    parser.add_argument(
+        "--guide", type=path_text, metavar="PATH", help="autoguidance by these weights; default: the run's"
+    )
     parser.add_number("--batch", 16, "images together")
     parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")

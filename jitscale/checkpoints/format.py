@@ -128,7 +128,7 @@ class Checkpoint(StoredWeights):
     @cached_property
     def config(self) -> Config:  # type: ignore[override]
         """The configuration of the run that wrote it."""
-        return load_config(self.path / "config.yaml")
+        return load_config(self.path / "config.yaml", stored=True)
 
     @property
     def default(self) -> str:  # type: ignore[override]

@@ -32,6 +32,8 @@ class Setting:
     at_most: float | None = None  # the largest value
     reason: str = ""  # of the limit, where the meaning does not give it
     choices: tuple[Any, ...] = ()  # all allowed values
+    path: bool = False  # a text whose leading ~ is a home folder
+    number_too: bool = False  # a text that a YAML file may give as a number
     check: Callable[[Any], Faults] = lambda value: iter(())  # yields what is wrong with the value as a whole
 
     @property
@@ -68,6 +70,8 @@ class Setting:
         bounds = ((gt, self.above), (ge, self.at_least), (lt, self.below), (le, self.at_most))
         if isinstance(value, float) and not math.isfinite(value):
             yield "must be finite", usual
+        elif value == "" and self.default != "" and not self.choices:
+            yield "is empty", usual
         elif not all(bound is None or holds(value, bound) for holds, bound in bounds) or (
             self.choices and value not in self.choices
         ):
@@ -84,10 +88,13 @@ def setting(default: T, meaning: str, **details: Any) -> T:
 
 
 def shown(value: Any) -> str:
-    """A value as one writes it in YAML."""
+    """A value as one writes it in YAML, in one line."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else "''" if value == "" else str(value)
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, list | dict) for each in value)):
+        return "{...}" if isinstance(value, dict) else "[[...]]"  # written out, aliases of YAML may be endless
+    text = "null" if value is None else "''" if value == "" else str(value)
+    return text if all(line == text for line in text.splitlines()) else repr(text)
 
 
 def distinct(values: list[float]) -> Faults:

@@ -5,8 +5,7 @@ YAML file (relative to it, in order, recursively), the YAML file itself, the dot
 Importing this file does not import torch, so that a mistake is reported at once.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
@@ -16,10 +15,24 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from jitscale.config.hints import meant_elsewhere, remedy_of_unknown
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
-from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
+from jitscale.config.schema import SETTINGS, Config, ModelConfig
+from jitscale.config.values import (
+    INTERPOLATION_REMEDY,
+    WrongValueError,
+    checked,
+    escaped,
+    expanded,
+    from_text,
+    has_interpolation,
+    refuse_unevaluated,
+    wrong_type,
+)
 from jitscale.errors import ConfigError, first_line
+
+LARGEST_FILE = 2**20  # bytes; no configuration comes near it
 
 
 def load_config(
@@ -29,34 +42,36 @@ def load_config(
     world_size: int = 1,
     bf16_supported: Callable[[str], bool] = lambda device: True,
     needs_shards: bool = False,
+    stored: bool = False,
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
     `world_size` ranks will share a batch. `bf16_supported` says of `run.device` whether it has bfloat16. `data.shards`
-    must be set if the caller `needs_shards`. Raises a ConfigError that says everything that is wrong, each with its
-    value, its limit and the remedy.
+    must be set if the caller `needs_shards`. `stored`: the file may come from elsewhere with a run or a checkpoint, and
+    is data: it names no other file and nothing in it is evaluated. A `config.yaml` that lies next to checkpoints or
+    weights always is. Raises a ConfigError that says everything that is wrong, each with its value, its limit and the
+    remedy.
     """
-    unread: dict[str, str] = {}  # override -> why
-    user = _compose(Path(path), ())
+    given = _compose(Path(path), (), stored)
+    problems, lines = [], []
     for override in overrides:
-        if "=" not in override:
-            unread[override] = "has no '='"
+        key, equals, text = override.partition("=")
+        if not equals:
+            known = f"{key}=VALUE" if key in SETTINGS else "group.key=value"
+            lines.append(f"{shown(override)} has no '='; write {known}")
             continue
         try:
-            user.merge_with_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            unread[override] = f"is not key=value ({first_line(error)})"
-    try:
-        values = cast(dict[str, Any], OmegaConf.to_container(user, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from error
-
-    typed = OmegaConf.structured(Config)
-    problems = [problem for key, value in _leaves(values, "") for problem in _assign(typed, key, value)]
-    known = dict(_leaves(cast(dict[str, Any], OmegaConf.to_container(typed)), ""))
-    known |= {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
-    problems += problems_of(known, {problem.key for problem in problems})
-    _refuse(str(path), problems, [f"{override} {why}; write group.key=value" for override, why in unread.items()])
+            given[key] = from_text(key, text) if key in SETTINGS else text
+        except WrongValueError as error:
+            given.pop(key, None)
+            problems.append(Problem(key, text, error.limit, error.remedy))
+    values, refused = _evaluated(given)
+    typed, untyped = _typed(values, {key for key in values if has_interpolation(given[key])})
+    problems += refused + untyped
+    known_too = {"world_size": world_size, "bf16_supported": bf16_supported, "needs_shards": needs_shards}
+    resolved = _leaves(cast(dict[str, Any], OmegaConf.to_container(typed, resolve=True)))
+    problems += problems_of(resolved | known_too, {problem.key for problem in problems})
+    _refuse(str(path), problems, lines)
     return cast(Config, OmegaConf.to_object(typed))
 
 
@@ -69,8 +84,8 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The resolved configuration as YAML text that `load_config` reads back, as a stored file or a user's own."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config))))
 
 
 def explained_yaml(config: Config) -> str:
@@ -79,7 +94,7 @@ def explained_yaml(config: Config) -> str:
     for group, values in to_dict(config).items():
         text += f"{group}:\n"
         for name, value in values.items():
-            written = OmegaConf.to_yaml(OmegaConf.create({name: value}))
+            written = OmegaConf.to_yaml(OmegaConf.create({name: escaped(value)}))
             text += f"  # {SETTINGS[f'{group}.{name}'].described}\n{indent(written, '  ')}"
     return text
 
@@ -90,61 +105,128 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults."""
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults.
+
+    The values are data: no text is evaluated. Raises a ConfigError if one is unknown, or has the wrong type.
+    """
+    typed, problems = _typed(_leaves(values))
+    _refuse("stored settings", problems)
+    return cast(Config, OmegaConf.to_object(typed))
 
 
 def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ()) -> None:
     """Raise one error with everything that is wrong, or return."""
-    lines = [*lines, *(f"{key}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in problems)]
+    refused = [meant_elsewhere(problem) for problem in problems]
+    lines = [*lines, *(f"{shown(key)}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in refused)]
     if len(lines) == 1:
         raise ConfigError(f"{source}: {lines[0]}")
     if lines:
         raise ConfigError("\n  ".join([f"{source}: {len(lines)} settings refused", *lines]))
 
 
-def _compose(path: Path, parents: tuple[Path, ...]) -> DictConfig:
-    """`path` merged over the files of its `defaults:` list."""
+def _evaluated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The values of `given`, by dotted names, with their interpolations, which see the defaults of the others."""
+    context = OmegaConf.create({group: dict(content) for group, content in escaped(to_dict(Config())).items()})
+    values, problems = {}, []
+    for key, value in given.items():
+        if key not in SETTINGS:
+            values[key] = value
+            continue
+        try:
+            refuse_unevaluated(value)
+            OmegaConf.update(context, key, value, merge=False)
+        except WrongValueError as error:
+            problems.append(Problem(key, value, error.limit, error.remedy))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(key, value, f"cannot be evaluated ({first_line(error)})", INTERPOLATION_REMEDY))
+    refused = {problem.key for problem in problems}
+    for key in [key for key in given if key in SETTINGS and key not in refused]:
+        try:
+            found = OmegaConf.select(context, key, throw_on_missing=True)
+            values[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except (OmegaConfBaseException, RecursionError) as error:
+            fault = f"cannot be evaluated ({first_line(error)})"
+            problems.append(Problem(key, given[key], fault, INTERPOLATION_REMEDY))
+    return values, problems
+
+
+def _typed(values: Mapping[str, Any], interpolated: Collection[str] = ()) -> tuple[DictConfig, list[Problem]]:
+    """The schema with `values` by their dotted names, and what is wrong with them; nothing in them is evaluated."""
+    typed, problems = OmegaConf.structured(Config), []
+    for key, value in values.items():
+        if key in SETTINGS:
+            try:
+                OmegaConf.update(typed, key, escaped(checked(key, value, interpolated=key in interpolated)))
+            except WrongValueError as error:
+                problems.append(Problem(key, value, error.limit, error.remedy))
+            except (OmegaConfBaseException, OverflowError):
+                error = wrong_type(key, value)
+                problems.append(Problem(key, value, error.limit, error.remedy))
+        elif key in typed:
+            problems.append(Problem(key, value, "is a group of settings", f"write {key}.NAME=value"))
+        else:
+            problems.append(Problem(key, value, "is not a setting", remedy_of_unknown(key)))
+    return typed, problems
+
+
+def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, Any]:
+    """The values of `path`, by dotted names, over those of the files of its `defaults:` list, as they are written."""
     if path.resolve() in parents:
         raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: has more than {LARGEST_FILE} bytes; give a YAML file of settings")
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
         origin = f" (named in the defaults of {parents[-1]})" if parents else ""
         raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
     names = loaded.pop("defaults", ListConfig([]))
+    own = cast(dict[str, Any], OmegaConf.to_container(loaded))
+    if stored or _lies_in_a_run(path):
+        _refuse_what_is_evaluated(path, names, _leaves(own))
     if not isinstance(names, ListConfig):
-        raise ConfigError(f"{path}: defaults: {names} is not a list; write [size/b, recipe/imagenet] or the like")
-    files = [(path.parent / str(name)).with_suffix(".yaml") for name in names]
-    return cast(DictConfig, OmegaConf.merge(*(_compose(file, (*parents, path.resolve())) for file in files), loaded))
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key, value
-
-
-def _assign(typed: DictConfig, key: str, value: Any) -> Iterator[Problem]:
-    """Put one value into the typed configuration, or say why not."""
-    if key in SETTINGS:
-        if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
-            value = "on" if value else "off"  # YAML 1.1 reads a bare off as false
+        what = f"{path}: defaults: {shown(names)} is not a list"
+        raise ConfigError(f"{what}; write [size/b, recipe/imagenet] or the like")
+    composed: dict[str, Any] = {}
+    for name in names:
         try:
-            OmegaConf.update(typed, key, value)
-        except OmegaConfBaseException as error:
-            usual = f"the default is {shown(SETTINGS[key].default)}"
-            yield Problem(key, value, f"has the wrong type ({first_line(error)})", usual)
-    elif key in typed:
-        yield Problem(key, value, "is a group of settings", f"write {key}.NAME=value")
-    else:
-        close = difflib.get_close_matches(key, SETTINGS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "see jitscale/config/schema.py for all settings"
-        yield Problem(key, value, "is not a setting", remedy)
+            file = path.parent / expanded(name if isinstance(name, str) else "")
+        except WrongValueError as error:
+            raise ConfigError(f"{path}: defaults: {shown(name)} {error.limit}; {error.remedy}") from error
+        if not isinstance(name, str) or not file.name or file == path.parent:
+            raise ConfigError(f"{path}: defaults: {shown(name)} is no name of a file; write size/b or the like")
+        composed |= _leaves(_compose(file.with_suffix(".yaml"), (*parents, path.resolve()), stored))
+    return composed | _leaves(own)
+
+
+def _lies_in_a_run(path: Path) -> bool:
+    """Whether `path` is the settings of a run or a checkpoint, as the files next to it show."""
+    folder = path.parent
+    beside = ((folder / name).exists() for name in ("checkpoints", "index.json"))
+    return path.name == "config.yaml" and (any(beside) or any(folder.glob("*.safetensors")))
+
+
+def _refuse_what_is_evaluated(path: Path, names: Any, values: dict[str, Any]) -> None:
+    why = "a run has stored this file, so it is data, and only a file of your own may have that"
+    if names:
+        raise ConfigError(f"{path}: has defaults, {shown(names)}; {why}: copy it from the run's folder")
+    for key, value in values.items():
+        if has_interpolation(value):
+            raise ConfigError(f"{path}: {shown(key)}={shown(value)} has an interpolation; {why}: write the value")
+
+
+def _leaves(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings by their dotted names; a group without any is left out."""
+    leaves: dict[str, Any] = {}
+    for group, content in values.items():
+        if isinstance(content, dict):
+            leaves |= {f"{group}.{name}": value for name, value in content.items()}
+        else:
+            leaves[str(group)] = content
+    return leaves

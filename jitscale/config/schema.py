@@ -18,7 +18,7 @@ SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 def _held_out(held_out: str) -> Faults:
     fraction = held_out_fraction(DataConfig(held_out=held_out))
-    if held_out == "" or (fraction is not None and not 0 < fraction < 1):
+    if fraction is not None and not 0 < fraction < 1:
         yield (
             "must be a fraction in (0, 1), or name shards",
             "for example 0.01, a folder of shards, or null: all are trained on",
@@ -65,18 +65,24 @@ class DiffusionConfig:
 class DataConfig:
     """Where the images come from and in which order."""
 
-    shards: str = setting("", "folder, glob or braces of tars; s3://, gs://, https://; {resolution}: the image size")
+    shards: str = setting(
+        "", "folder, glob or braces of tars; s3://, gs://, https://; {resolution}: the image size", path=True
+    )
     batch_size: int = setting(1024, "images of one optimizer step over all ranks", at_least=1)
     flip: bool = setting(True, "mirror half of the images")
     num_workers: int = setting(4, "loader processes a rank; 0 reads in the training process", at_least=0)
     streams: int = setting(512, "contiguous streams read side by side; part of the order (data/order.py)", at_least=1)
     window: int = setting(512, "samples shuffled together inside a stream", at_least=1)
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
-    held_out: str | None = setting(None, "never trained on: shards, or a fraction by keys; null: none", check=_held_out)
+    held_out: str | None = setting(
+        None, "never trained on: shards, or a fraction by keys; null: none", check=_held_out, path=True, number_too=True
+    )
     max_bad_fraction: float = setting(
         1e-4, "largest share of undecodable images (10 are always allowed); others replace them", at_least=0, below=1
     )
-    cache_dir: str | None = setting(None, "node-local folder for remote shards; null: a folder of the user in $TMPDIR")
+    cache_dir: str | None = setting(
+        None, "node-local folder for remote shards; null: a folder of the user in $TMPDIR", path=True
+    )
     cache_gb: float = setting(100.0, "largest size of that folder", unit="10^9 bytes", above=0)
 
 
@@ -148,17 +154,19 @@ class EvaluationConfig:
     steps: int = setting(50, "sampling steps", at_least=1)
     guidance_scale: float = setting(1.0, "1: no guidance")
     guidance_interval: list[float] = setting([0.1, 1.0], "in t", at_least=0, at_most=1, check=_low_and_high)
-    guide: str | None = setting(None, "autoguidance by a smaller or less trained network; null: no labels")
+    guide: str | None = setting(None, "autoguidance by a smaller or less trained network; null: no labels", path=True)
     guide_weights: str | None = setting(None, "the guide's weight set; null: its default")
     t_eps: float | None = setting(None, "as diffusion.t_eps, while sampling; null: training's", above=0)
     labels: str = setting("balanced", "classes; data: as in data.shards", choices=("balanced", "random", "data"))
     seed: int = setting(0, "for noise and random labels", at_least=0, at_most=LARGEST_SEED)
     features: str | None = setting(None, "network of FID and Inception Score; null: none", choices=WITH_LOGITS)
-    features_file: str | None = setting(None, "its weights, of the same shape; null: the published ones")
+    features_file: str | None = setting(None, "its weights, of the same shape; null: the published ones", path=True)
     more_features: list[str] = setting([], "for the Fréchet distance alone", choices=(*WITH_LOGITS, "dinov2"))
-    features_dir: str | None = setting(None, "folder of published feature networks; null: torch hub's folder")
-    cache_dir: str | None = setting(None, "folder for statistics of real images; null: next to their shards")
-    reference: str | None = setting(None, "shards of the real images; null: data.shards")
+    features_dir: str | None = setting(
+        None, "folder of published feature networks; null: torch hub's folder", path=True
+    )
+    cache_dir: str | None = setting(None, "folder for statistics of real images; null: next to their shards", path=True)
+    reference: str | None = setting(None, "shards of the real images; null: data.shards", path=True)
     reference_size: int | None = setting(None, "side of real images; null: model.image_size", unit="pixels", at_least=1)
     num_images: int = setting(50_000, "generated images", at_least=10, reason=SPLITS)
     block_size: int = setting(64, "images generated together; fixed, so that ranks do not change a result", at_least=1)
@@ -188,12 +196,14 @@ class TrackingConfig:
 class RunConfig:
     """The run as a whole."""
 
-    dir: str = setting("runs/jit", "folder of checkpoints and results")
+    dir: str = setting("runs/jit", "folder of checkpoints and results", path=True)
     max_images: int | None = setting(None, "the smaller of max_images and max_steps ends the run", at_least=0)
     max_steps: int | None = setting(None, "see max_images", at_least=0)
     seed: int = setting(0, "for everything random in training", at_least=0, at_most=LARGEST_SEED)
     device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    init_from: str | None = setting(None, "start from: a run, step folder, .safetensors, authors' .pth; null: random")
+    init_from: str | None = setting(
+        None, "start from: a run, step folder, .safetensors, authors' .pth; null: random", path=True
+    )
     init_weights: str | None = setting(None, "the weight set to start from; null: model, or the only one")
     init_ema: bool = setting(True, "averages of init_from go on where ema.* has them; false: start from init_weights")
     rollback_after: int = setting(10, "steps in a row without a finite gradient, after which to roll back", at_least=1)

@@ -133,7 +133,7 @@ def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_e
 def is_configured_end(run_dir: Path, config: Config) -> bool:
     """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run."""
     path = run_dir / "config.yaml"
-    return not path.exists() or _identity(config) == _identity(load_config(path))
+    return not path.exists() or _identity(config) == _identity(load_config(path, stored=True))
 
 
 def _identity(config: Config) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import jitscale
 from jitscale import parallel
-from jitscale.command import Parser
+from jitscale.command import Parser, path_text
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError, exit_with_message, first_line
@@ -63,7 +63,7 @@ class Finding:
 def main(arguments: list[str] | None = None) -> int:
     """Check, compare, print; returns the process's exit code."""
     parser = Parser(__doc__, prog="python -m jitscale.launch.preflight")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--config", type=path_text, required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--work", choices=("train", "evaluate"), default="train", help="default: %(default)s")
     parser.add_overrides("the run's settings")
     options = parser.parse_intermixed_args(arguments)

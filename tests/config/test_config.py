@@ -149,7 +149,7 @@ def test_all_refusals_come_in_one_message() -> None:
     message = str(refused.value)
     assert "7 settings refused" in message
     for part in (
-        "optm.lr=0.0001 is not a setting; did you mean optim.lr?",
+        "optm.lr=1e-4 is not a setting; did you mean optim.lr?",
         "optim.lr=fast has the wrong type",
         "model.image_size=250 must be a multiple of model.patch_size=16; for example 256",
         "model.hidden_size=768 must be a multiple of 4 x model.num_heads=7",
