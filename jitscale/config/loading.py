@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from jitscale.addresses import masked
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
 from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
@@ -69,7 +70,7 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text that `load_config` reads back."""
+    """The resolved configuration as YAML text that `load_config` reads back, without the secrets of addresses."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
@@ -85,8 +86,12 @@ def explained_yaml(config: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain nested dictionaries."""
-    return asdict(config)
+    """The resolved configuration as plain nested dictionaries; secrets in addresses are masked, see `masked`."""
+    groups: dict[str, dict[str, Any]] = asdict(config)
+    return {
+        group: {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
+        for group, values in groups.items()
+    }
 
 
 def from_dict(values: dict[str, Any]) -> Config:
