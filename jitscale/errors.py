@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
+from jitscale.addresses import masked
+
 
 class ExitCode(IntEnum):
     """Exit codes of every command of the project; schedulers and scripts rely on them."""
@@ -20,7 +22,13 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where, which limit and the remedy, in one line."""
+    """Something the user can mend. The message says what, where, which limit and the remedy, in one line.
+
+    Secrets in addresses are masked in it.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(masked(part) if isinstance(part, str) else part for part in parts))
 
 
 class LauncherError(UserError):

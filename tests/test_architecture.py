@@ -7,7 +7,7 @@ from tests.support import ROOT
 
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
+    {"addresses", "command", "errors", "files", "keyed_random", "launcher_environment", "versions"},
     {"config"},
     {"parallel", "run_folder"},
     {"node"},
@@ -62,7 +62,7 @@ def test_packages_see_only_what_they_need() -> None:
     allowed = {
         "model": {"config", "errors", "model", "versions"},
         "diffusion": {"config", "diffusion"},
-        "data": {"config", "data", "errors", "files", "keyed_random"},
+        "data": {"addresses", "config", "data", "errors", "files", "keyed_random"},
         "preparation": {"data", "errors", "files", "keyed_random", "preparation"},
     }
     for package, units in allowed.items():

@@ -7,9 +7,11 @@
 
 An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
 in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label. Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too;
-jpeg is smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset
-tars as they are, index them instead: tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
+maybe label. Class names are numbered in sorted order, and by number if all are numbers.
+
+Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
+smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset tars as
+they are, index them instead: tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
 
 If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
 machines, give a part to each, for example in a Slurm array
@@ -37,6 +39,7 @@ from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
 
 BAD_SHOWN = 10
+NAMES_SHOWN = 5
 
 
 class Stopped(BaseException):
@@ -134,6 +137,8 @@ def _pack(job: PackingJob, given: argparse.Namespace, started: float) -> ExitCod
 def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
     inputs = job.inputs
     classes = f"{inputs.num_classes} classes" if inputs.num_classes else "no labels"
+    if names := inputs.class_names:
+        classes += f" ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''}, in this order)"
     print(
         f"{job.folder}: {len(inputs)} images, {classes}, {len(job.shards)} shards"
         + (f"; part {part[0]}/{part[1]}" if part[1] > 1 else "")
@@ -181,7 +186,7 @@ def parser() -> Parser:
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
     found.add_number("--samples-per-shard", 1000, "images of a shard")
     found.add_number("--seed", 0, "of the order", int)
-    names = "names by line; their order gives the labels (default: sorted)"
+    names = "names by line; their order gives the labels (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
     found.add_workers()
     found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from jitscale.addresses import masked
 from jitscale.config.hints import meant_elsewhere, remedy_of_unknown
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
@@ -84,7 +85,7 @@ def check_model_config(model: ModelConfig, source: str) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text that `load_config` reads back, as a stored file or a user's own."""
+    """The resolved configuration as YAML text that `load_config` reads back, without the secrets of addresses."""
     return OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config))))
 
 
@@ -100,8 +101,12 @@ def explained_yaml(config: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain nested dictionaries."""
-    return asdict(config)
+    """The resolved configuration as plain nested dictionaries; secrets in addresses are masked, see `masked`."""
+    groups: dict[str, dict[str, Any]] = asdict(config)
+    return {
+        group: {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
+        for group, values in groups.items()
+    }
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -160,8 +165,8 @@ def _typed(values: Mapping[str, Any], interpolated: Collection[str] = ()) -> tup
             except WrongValueError as error:
                 problems.append(Problem(key, value, error.limit, error.remedy))
             except (OmegaConfBaseException, OverflowError):
-                error = wrong_type(key, value)
-                problems.append(Problem(key, value, error.limit, error.remedy))
+                refusal = wrong_type(key, value)
+                problems.append(Problem(key, value, refusal.limit, refusal.remedy))
         elif key in typed:
             problems.append(Problem(key, value, "is a group of settings", f"write {key}.NAME=value"))
         else:

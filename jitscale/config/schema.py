@@ -74,6 +74,7 @@ class DataConfig:
     streams: int = setting(512, "contiguous streams read side by side; part of the order (data/order.py)", at_least=1)
     window: int = setting(512, "samples shuffled together inside a stream", at_least=1)
     accept_new_shards: bool = setting(False, "resume with other shards than before: a new epoch of them begins")
+    classes: str = setting("all", "subset: shards may hold fewer classes than the model", choices=("all", "subset"))
     held_out: str | None = setting(
         None, "never trained on: shards, or a fraction by keys; null: none", check=_held_out, path=True, number_too=True
     )

@@ -107,7 +107,7 @@ def has_interpolation(value: Any) -> bool:
 
 
 def refuse_unevaluated(value: Any) -> None:
-    """Raise a WrongValueError if `value` has a resolver that is not documented, or OmegaConf's mark of a missing value."""
+    """Raise a WrongValueError if `value` has another resolver than `oc.env`, or the mark of a missing value."""
     if _MISSING in _texts(value):
         raise WrongValueError(f"has the text {_MISSING}, which stands for a missing value", "choose another")
     found = (match for text in _texts(value) for match in _INTERPOLATION.finditer(text))

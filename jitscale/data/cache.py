@@ -3,8 +3,13 @@
     <sha256>.tar                  a complete shard, compared with the manifest before it got this name
     <sha256>.<names>.index.npy    its index; <names> stands for the class names that its labels were read with
     <sha256>.partial              a shard that is being downloaded; as large as the whole from the start
-    <sha256>.lock                 held while the shard is downloaded, scanned or evicted; never deleted
+    <sha256>.lock                 held while the shard is downloaded, hashed, scanned or evicted; never deleted. It says
+                                  which tar and indexes were verified; its time is when the shard was last used
     cache.lock                    held while room is made, and while a download gets its name
+
+A tar is trusted while it is the file that was hashed: same inode, size, times of change (which no user can set), for a
+day at most. Any other is hashed before a process reads it, by one process of the node, and fetched again if it is not
+what the manifest says. An index that no lock file vouches for is scanned again.
 
 Locks are `flock`s: the kernel releases the locks of a killed process. The folder must lie on a disk of this node.
 """
@@ -15,23 +20,23 @@ import json
 import logging
 import os
 import re
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from jitscale.addresses import masked
 from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import WrongContentError, read_in_chunks, retried
 from jitscale.data.tar_index import IndexArray, index_tar, map_index, save_array
 from jitscale.errors import DataError, data_error
+from jitscale.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
 _ROOM_WAIT = 0.2  # seconds between two attempts to make room while others download
 _MARK_EVERY = 10.0  # seconds; more often than this a process does not mark a shard as used
-_REPEAT_AFTER = 30.0  # seconds; sooner than this a prefetcher does not fetch a shard again
+_TRUSTED_FOR = 86_400.0  # seconds; what was hashed longer ago is hashed again, since disks decay
 
 _TAR, _PARTIAL, _LOCK = ".tar", ".partial", ".lock"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,6 +57,8 @@ class ShardCache:
         self._folder = folder.absolute()
         self._everything_lock = self._folder / "cache.lock"
         self._marked: dict[str, float] = {}  # sha256 to when this process marked the shard as used
+        self._trusted: dict[str, list[int]] = {}  # sha256 to the identity of the tar that this process may read
+        self._suspected: set[str] = set()  # sha256 of what this process hashed because of a bad sample
         with data_error(f"{folder}: cannot be made as a cache of shards", "choose another folder"):
             self._folder.mkdir(parents=True, exist_ok=True)
         with _locked(self._everything_lock, wait=False):  # a folder that cannot be written is met now
@@ -67,7 +74,7 @@ class ShardCache:
             try:
                 return os.open(self._file(record, _TAR), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                logger.warning("%s: evicted before it was opened; fetching it again", url)
+                logger.warning("%s: evicted before it was opened; fetching it again", masked(url))
 
     def fetch(self, url: str, record: ShardRecord) -> None:
         """Make sure that the shard is there, and mark it as used.
@@ -79,17 +86,36 @@ class ShardCache:
             with _locked(self._file(record, _LOCK)):
                 self._fetch_locked(url, record)
 
+    def copy_of(self, record: ShardRecord) -> Path:
+        """The file that is the shard's copy, if there is one."""
+        return self._file(record, _TAR)
+
+    def evict_if_damaged(self, url: str, record: ShardRecord) -> bool:
+        """Hash the copy, of which a sample is bad, and remove it if it is damaged; returns whether it was.
+
+        A process does so once for each shard: what is bad then is bad in the storage too.
+        """
+        if record.sha256 in self._suspected:
+            return False
+        self._suspected.add(record.sha256)
+        with _locked(self._file(record, _LOCK)):
+            self._trusted.pop(record.sha256, None)
+            if self._is_verified(url, record):
+                return False
+            self._file(record, _TAR).unlink(missing_ok=True)
+        return True
+
     def index(
         self, url: str, record: ShardRecord, class_names: list[str] | None, *, with_labels: bool = True
     ) -> IndexArray:
         """The shard's index; one process fetches the shard if necessary, and scans. See `fetch` and `index_tar`."""
         meaning = hashlib.sha256(json.dumps([class_names, with_labels]).encode()).hexdigest()[:8]
         path = self._file(record, f".{meaning}.index.npy")
-        index = _load_index(path, record)
+        index = self._load_index(path, record)
         if index is not None:
             return index
         with _locked(self._file(record, _LOCK)):
-            index = _load_index(path, record)
+            index = self._load_index(path, record)
             if index is None:
                 self._fetch_locked(url, record)
                 try:
@@ -98,6 +124,7 @@ class ShardCache:
                     raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
                 with self._writing(url, index.nbytes):
                     save_array(path, index)
+                    self._vouch(record, path, _identity(path))
         return index
 
     def __getstate__(self) -> dict[str, object]:
@@ -108,24 +135,78 @@ class ShardCache:
             raise DataError(f"{record.name}: has {record.sha256!r} as its sha256; write the manifest again")
         return self._folder / f"{record.sha256}{suffix}"
 
-    def _is_here(self, record: ShardRecord) -> bool:
-        """Whether the complete tar is there; a file of another size was cut afterwards, and does not count."""
-        path = self._file(record, _TAR)
+    def _load_index(self, path: Path, record: ShardRecord) -> IndexArray | None:
+        """The index in the file; None if there is none, it is damaged, or nothing vouches for it."""
+        identity = _identity(path)
+        if identity is None:
+            return None
+        if not self._is_vouched_for(record, path, identity):
+            logger.warning("%s: was not written by this cache, or long ago; scanning the shard again", path)
+            return None
         try:
-            if path.stat().st_size != record.bytes:
-                return False
-        except FileNotFoundError:
+            index = map_index(path)
+            if len(index) == record.samples:
+                return index
+            wrong = f"{path}: holds {len(index)} samples, the shard {record.samples}"
+        except DataError as error:
+            wrong = str(error).partition(";")[0]
+        logger.warning("%s; scanning the shard again", wrong)
+        return None
+
+    def _is_here(self, record: ShardRecord) -> bool:
+        """Whether the complete tar is there, and the file that was verified; any other does not count."""
+        path = self._file(record, _TAR)
+        found = _identity(path)
+        if found is None or found[1] != record.bytes:
             return False
+        if self._trusted.get(record.sha256) != found:
+            if not self._is_vouched_for(record, path, found):
+                return False
+            self._trusted[record.sha256] = found
         now = time.monotonic()
         if now - self._marked.get(record.sha256, -_MARK_EVERY) >= _MARK_EVERY:
             self._marked[record.sha256] = now
-            with suppress(FileNotFoundError):  # evicted just now; `open` meets that
-                os.utime(path)
+            with suppress(FileNotFoundError):  # somebody removed the lock
+                os.utime(self._file(record, _LOCK))
         return True
+
+    def _is_vouched_for(self, record: ShardRecord, path: Path, identity: list[int]) -> bool:
+        """Whether `path` is what the shard's lock file says was verified, not too long ago."""
+        known, hashed = self._verified(record).get(path.name, ([], 0.0))
+        return known == identity and 0 <= time.time() - hashed < _TRUSTED_FOR
+
+    def _verified(self, record: ShardRecord) -> dict[str, tuple[list[int], float]]:
+        """File name to identity and time of verification, as the lock file says; empty if it is new or damaged."""
+        try:
+            content = json.loads(self._file(record, _LOCK).read_text())
+            return {name: (list(known), float(when)) for name, (known, when) in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _vouch(self, record: ShardRecord, path: Path, identity: list[int] | None) -> None:
+        """Note that the file `path` with this identity is verified. The shard's lock is held."""
+        verified = {**self._verified(record), path.name: (identity, time.time())}
+        self._file(record, _LOCK).write_text(json.dumps(verified))
+
+    def _is_verified(self, url: str, record: ShardRecord) -> bool:
+        """Hash the copy; False if there is none, or it is damaged, which is logged. The shard's lock is held."""
+        path = self._file(record, _TAR)
+        found, wrong = _identity(path), "is not what the manifest says"
+        if found is None:
+            return False
+        try:
+            if found[1] == record.bytes and sha256_of(path) == record.sha256:
+                self._vouch(record, path, found)
+                self._trusted[record.sha256] = found
+                return True
+        except OSError as error:
+            wrong = f"cannot be read ({error})"
+        logger.warning("%s: its copy %s %s; fetching it again", masked(url), path, wrong)
+        return False
 
     def _fetch_locked(self, url: str, record: ShardRecord) -> None:
         """`fetch`, while the shard's lock is held."""
-        if self._is_here(record):
+        if self._is_here(record) or self._is_verified(url, record):
             return
         if record.bytes > self.capacity:
             what = f"has {record.bytes} bytes, the cache {self._folder} holds {self.capacity}"
@@ -145,10 +226,11 @@ class ShardCache:
                     os.close(descriptor)
                 with _locked(self._everything_lock):  # a process that sums up the folder must see the file once
                     partial.replace(tar)
+                self._vouch(record, tar, _identity(tar))
             finally:
                 partial.unlink(missing_ok=True)
         self._marked[record.sha256] = time.monotonic()
-        logger.info("%s: fetched %d bytes in %.1f s", url, record.bytes, self._marked[record.sha256] - start)
+        logger.info("%s: fetched %d bytes in %.1f s", masked(url), record.bytes, self._marked[record.sha256] - start)
 
     def _download(self, url: str, record: ShardRecord, descriptor: int) -> None:
         """One attempt to get the content into a file of its size."""
@@ -177,7 +259,7 @@ class ShardCache:
                         file.truncate(record.bytes)
                     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if not waiting:
-                logger.info("%s: waits for room in %s, which others are downloading into", url, self._folder)
+                logger.info("%s: waits for room in %s, which others are downloading into", masked(url), self._folder)
                 waiting = True
             time.sleep(_ROOM_WAIT)
 
@@ -193,7 +275,7 @@ class ShardCache:
                     files[path] = path.stat()
         total = sum(status.st_size for status in files.values())
         # Partial files come first. They go in any case, if they have no living owner.
-        for path in sorted(files, key=lambda path: (path.suffix == _TAR, files[path].st_mtime_ns)):
+        for path in sorted(files, key=lambda path: (path.suffix == _TAR, _last_used(path))):
             if path.suffix == _TAR and total + needed <= self.capacity:
                 break
             if self._remove(path):
@@ -216,70 +298,19 @@ class ShardCache:
         return data_error(what, "free space there, lower data.cache_gb, or choose another folder")
 
 
-class Prefetcher:
-    """Daemon threads that fetch shards ahead of need: a running download does not hold up the end of the process.
-
-    `fetch` makes sure that a shard is there. It is called in several `threads` at once, and its errors are logged: the
-    reader of that shard meets them too. A prefetcher must be made in the process that uses it.
-    """
-
-    def __init__(self, fetch: Callable[[int], None], threads: int = 4) -> None:
-        self._fetch = fetch
-        self._changed = threading.Condition()
-        self._waiting: deque[int] = deque()
-        self._running: set[int] = set()
-        self._ended: dict[int, float] = {}  # shard to when it was fetched, or failed
-        self._closed = False
-        for number in range(threads):
-            threading.Thread(target=self._work, name=f"prefetch-{number}", daemon=True).start()
-
-    def want(self, shards: Sequence[int]) -> None:
-        """Replace the waiting shards by `shards`, in the order of need. Running downloads go on."""
-        with self._changed:
-            now = time.monotonic()
-            self._ended = {shard: at for shard, at in self._ended.items() if now - at < _REPEAT_AFTER}
-            known = self._running | self._ended.keys()
-            self._waiting = deque(shard for shard in dict.fromkeys(shards) if shard not in known and not self._closed)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Start nothing more. Does not wait for running downloads, which other processes may be waiting for."""
-        with self._changed:
-            self._closed = True
-            self._waiting.clear()
-            self._changed.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
-                if self._closed:
-                    return
-                shard = self._waiting.popleft()
-                self._running.add(shard)
-            try:
-                self._fetch(shard)
-            except Exception as error:
-                logger.warning("shard %d: could not be fetched ahead of need: %s", shard, error)
-            finally:
-                with self._changed:
-                    self._running.discard(shard)
-                    self._ended[shard] = time.monotonic()
-
-
-def _load_index(path: Path, record: ShardRecord) -> IndexArray | None:
-    """The index in the file; None if there is none or it is damaged."""
-    if not path.exists():
-        return None
+def _identity(path: Path) -> list[int] | None:
+    """What changes with the file: inode, size, times of change; None if it is not there."""
     try:
-        index = map_index(path)
-        if len(index) == record.samples:
-            return index
-        wrong = f"{path}: holds {len(index)} samples, the shard {record.samples}"
-    except DataError as error:
-        wrong = str(error).partition(";")[0]
-    logger.warning("%s; scanning the shard again", wrong)
-    return None
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _last_used(tar: Path) -> int:
+    """When the shard was last used, in nanoseconds; 0 without a lock file."""
+    status = _identity(tar.with_suffix(_LOCK))
+    return 0 if status is None else status[2]
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

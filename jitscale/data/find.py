@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from jitscale.addresses import MASK, signs_one_object, split_query
 from jitscale.data.manifest import MANIFEST, Manifest
 from jitscale.errors import DataError, data_error
 
@@ -91,20 +92,30 @@ def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Mani
     return paths, manifests
 
 
-def find_remote_shards(pattern: str) -> tuple[str, list[str] | None]:
-    """The address of the folder of remote shards, and the names in it, or None for all of its manifest.
+def find_remote_shards(pattern: str, setting: str) -> tuple[str, list[str] | None, str]:
+    """The address of the folder of remote shards, the names in it, or None for all of its manifest, and the query.
 
-    Raises a DataError if the pattern means several folders, has wildcards, or names a shard twice.
+    The query, such as `?token=...`, belongs to the address of each file. `setting` is the one that gave the pattern.
+    Raises a DataError if the pattern means several folders, has wildcards, names a shard twice, has a masked secret, or
+    is signed for one object.
     """
+    if MASK in pattern:
+        remedy = f"give {setting}=ADDRESS again, or keep the secret in ~/.netrc"
+        raise DataError(f"{pattern}: a stored config does not hold the secret of its address; {remedy}")
+    pattern, query = split_query(pattern)
+    if signs_one_object(query):
+        what = "its signature holds for one file, and shards are a manifest and many tars"
+        remedy = "give s3:// or gs:// with credentials in the environment, or a token that holds for the folder"
+        raise DataError(f"{pattern}{query}: {what}; {remedy}")
     if not pattern.rstrip("/").endswith(".tar"):
-        return pattern.rstrip("/"), None
+        return pattern.rstrip("/"), None, query
     addresses = _expand_braces(pattern)
     folders = {address.rpartition("/")[0] for address in addresses}
     if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
         what = "remote shards lie in one folder, whose manifest names them"
         raise DataError(f"{pattern}: {what}; give the folder, or a brace pattern of tars in it")
     _refuse_repeated(pattern, addresses)
-    return folders.pop(), [address.rpartition("/")[2] for address in addresses]
+    return folders.pop(), [address.rpartition("/")[2] for address in addresses], query
 
 
 def _expand_braces(pattern: str) -> list[str]:

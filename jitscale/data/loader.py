@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from jitscale.data.cache import Prefetcher
 from jitscale.data.images import ImageError, UInt8Array
 from jitscale.data.order import EpochOrder
+from jitscale.data.prefetcher import Prefetcher
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import BATCHES_AHEAD, start_workers
 from jitscale.errors import DataError

@@ -13,6 +13,7 @@ from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 27  # bytes; about 800,000 shards
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ class Manifest:
 
         Raises a DataError if it is missing or damaged, or contradicts itself.
         """
-        damage = (OSError, ValueError, TypeError, KeyError, AttributeError)
-        with data_error(f"{source}: cannot be read as a manifest", "write the shards again", damage):
-            values = json.loads((Path(source).read_bytes() if content is None else content).decode())
+        damage = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+        unread, remedy = f"{source}: cannot be read as a manifest", "write the shards again"
+        if content is None:
+            with data_error(unread, remedy), Path(source).open("rb") as file:
+                content = file.read(LARGEST_MANIFEST + 1)
+        if len(content) > LARGEST_MANIFEST:
+            raise DataError(f"{source}: has more than {LARGEST_MANIFEST} bytes, too many for a manifest; {remedy}")
+        with data_error(unread, remedy, damage):
+            values = json.loads(content.decode())
             shards = [ShardRecord(**record) for record in values.pop("shards")]
             bad = [BadInput(**entry) for entry in values.pop("bad", [])]
             manifest = cls(shards=shards, bad=bad, **values)

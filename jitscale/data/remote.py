@@ -12,6 +12,7 @@ import fsspec.asyn
 import fsspec.config
 import fsspec.core
 
+from jitscale.addresses import MASK, masked
 from jitscale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SCHEMES = ("s3://", "gs://", "https://", "http://")
+_SMALL = 1 << 27  # bytes of a file that is read into memory
 _BLOCK = 16 << 20  # bytes of one request to an object store; a thread that downloads holds one block in memory
 _STREAM_BUFFER = 1 << 20  # bytes; what aiohttp keeps ahead of the reader of one response
 
@@ -44,12 +46,22 @@ def is_remote(pattern: str) -> bool:
     return pattern.startswith(_SCHEMES)
 
 
-def read_remote(url: str) -> bytes:
+def read_remote(url: str, most: int = _SMALL) -> bytes:
     """The content of a small remote file.
 
-    Raises a DataError if it is missing, access to it is refused, or its storage cannot be reached.
+    Raises a DataError if it is missing, access to it is refused, it has more than `most` bytes, or its storage cannot
+    be reached.
     """
-    return retried(url, lambda: b"".join(read_in_chunks(url)))
+
+    def attempt() -> bytes:
+        content = bytearray()
+        for chunk in read_in_chunks(url):
+            content += chunk
+            if len(content) > most:
+                raise DataError(f"{url}: has more than {most} bytes, too many for such a file; correct the address")
+        return bytes(content)
+
+    return retried(url, attempt)
 
 
 def read_in_chunks(url: str, size: int | None = None) -> Iterator[bytes]:
@@ -81,11 +93,11 @@ def retried(url: str, attempt: Callable[[], T]) -> T:
         except Exception as error:  # every storage library has its own; what cannot pass is told apart below
             message = _refusal(url, error) or (_exhausted(url, error) if number == _ATTEMPTS else None)
             if message is not None:
-                raise DataError(message) from error
+                # An error of the storage's library may show the address with its secrets.
+                raise DataError(message) from (None if MASK in masked(url) else error)
             wait = _FIRST_WAIT * _GROWTH ** (number - 1)
-            logger.warning(
-                "%s: attempt %d of %d failed (%s); the next one in %.2f s", url, number, _ATTEMPTS, _text(error), wait
-            )
+            failed = f"attempt {number} of {_ATTEMPTS} failed ({_text(error)})"
+            logger.warning("%s: %s; the next one in %.2f s", masked(url), failed, wait)
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -126,6 +138,7 @@ def _refusal(url: str, error: Exception) -> str | None:
     no_credentials = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
     if isinstance(error, PermissionError) or no_credentials or status in {401, 403}:
         hint = ", or set FSSPEC_S3_ANON=true if it is public" if url.startswith("s3://") else ""
+        hint = ", for example in ~/.netrc" if url.startswith("http") else hint
         return f"{url}: access is refused ({_text(error)}); give this job credentials that may read it{hint}"
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
         return f"{url}: the server refuses it ({_text(error)}); correct the address"
@@ -140,7 +153,7 @@ def _exhausted(url: str, error: Exception) -> str:
 
 def _text(error: Exception) -> str:
     """Kind and message in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return masked(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
 
 
 def _after_fork() -> None:

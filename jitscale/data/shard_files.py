@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from jitscale.addresses import split_query
 from jitscale.data import tar_index
 from jitscale.data.find import find_remote_shards, find_shards
-from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardRecord
 from jitscale.data.remote import is_remote, read_remote
 from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import UInt64Array
 
 logger = logging.getLogger(__name__)
+
+_NPY_HEADER = 4096  # bytes, at most
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class ShardRequest:
     image_size: int | None
     setting: str  # that gave the pattern, for messages
     size_setting: str  # that gave the image size, for messages
+    all_classes: bool  # manifests must not hold fewer classes than `num_classes`
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class ShardFile:
     def keys(self) -> UInt64Array:
         """The hashes of the keys of its samples. Raises a DataError if they cannot be read."""
         if is_remote(self.location):
-            url = f"{self.location.removesuffix('.tar')}.keys.npy"
+            address, query = split_query(self.location)
+            url = f"{address.removesuffix('.tar')}.keys.npy{query}"
             remedy = "write them with tools/index_shards.py, or name shards to hold out"
             with data_error("data.held_out: a fraction is chosen by the samples' keys", remedy, DataError):
-                return tar_index.parse_keys(read_remote(url), url, self.record.samples)
+                content = read_remote(url, 8 * self.record.samples + _NPY_HEADER)
+                return tar_index.parse_keys(content, url, self.record.samples)
         path = Path(self.location)
         if not self.has_keys():
             return tar_index.key_hashes(tar_index.scan_tar(path))
@@ -106,15 +112,15 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
 
 def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
     """Shards of remote storage as their manifest says, checked when they are fetched; raises as `ShardSet.open`."""
-    folder, names = find_remote_shards(wanted.pattern)
-    url = f"{folder}/{MANIFEST}"
-    manifest = Manifest.read(url, read_remote(url))
+    folder, names, query = find_remote_shards(wanted.pattern, wanted.setting)
+    url = f"{folder}/{MANIFEST}{query}"
+    manifest = Manifest.read(url, read_remote(url, LARGEST_MANIFEST))
     _check_manifests(wanted, [manifest])
     records = {record.name: record for record in manifest.shards}
     unknown = [name for name in names or [] if name not in records]
     if unknown:
         raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct {wanted.setting}")
-    return [ShardFile(f"{folder}/{name}", records[name], None) for name in names or records], [manifest]
+    return [ShardFile(f"{folder}/{name}{query}", records[name], None) for name in names or records], [manifest]
 
 
 def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord, num_classes: int) -> None:
@@ -146,6 +152,9 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
             wrong = f"names {len(names)} classes and says that there are {classes}; write it again"
         elif num_classes and classes > num_classes:
             remedy = f"set model.num_classes={classes} or choose other shards"
+            wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
+        elif wanted.all_classes and 0 < classes < num_classes:
+            remedy = f"set model.num_classes={classes}, or data.classes=subset if the others are missing on purpose"
             wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
         elif num_classes and not classes:
             wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with them"

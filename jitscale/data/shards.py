@@ -13,11 +13,9 @@ by index and the order are our own: webdataset's pipeline can neither resume exa
 from __future__ import annotations
 
 import copy
-import getpass
 import logging
 import resource
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
@@ -28,6 +26,7 @@ import numpy as np
 
 from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
+from jitscale.data.cache_folder import usual_cache_folder
 from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
@@ -66,6 +65,7 @@ class ShardSet:
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
+        self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
@@ -86,6 +86,7 @@ class ShardSet:
         cache_bytes: int = 100 * 10**9,
         setting: str = "data.shards",
         size_setting: str = "model.image_size",
+        all_classes: bool = False,
     ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
 
@@ -103,12 +104,13 @@ class ShardSet:
             cache_dir: a folder of this node for remote shards; None: one of this user in $TMPDIR.
             cache_bytes: its capacity.
             setting: the one that gave the pattern, for messages; `size_setting` gave the image size.
+            all_classes: refuse a manifest with fewer classes than `num_classes`.
         """
-        wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting)
+        wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting, all_classes)
         cache, find = None, local_shards
         if is_remote(wanted.pattern):
-            usual = Path(tempfile.gettempdir(), f"jitscale-shards-{getpass.getuser()}")
-            cache, find = ShardCache(Path(cache_dir or usual), cache_bytes), remote_shards
+            folder = usual_cache_folder() if cache_dir is None else Path(cache_dir)
+            cache, find = ShardCache(folder, cache_bytes), remote_shards
         shards, manifests = find(wanted)
         if not any(shard.record.samples for shard in shards):
             raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
@@ -214,7 +216,13 @@ class ShardSet:
             if isinstance(error, ShortReadError):
                 what = f"{error}: the file was cut while in use; copy it again"
             raise DataError(f"{self.place(shard, row)} {what}") from error
-        return self.decode(shard, row, data), label if self._num_classes else 0
+        try:
+            return self.decode(shard, row, data), label if self._num_classes else 0
+        except ImageError:
+            at = self._shards[shard]
+            if self._cache is None or not self._cache.evict_if_damaged(at.location, at.record):
+                raise
+            return self.read(shard, index)  # from a new copy
 
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
         """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
@@ -250,8 +258,10 @@ class ShardSet:
             raise ImageError(f"{self.place(shard, row)} {error}") from error
 
     def place(self, shard: int, row: int) -> str:
-        """Where sample `row` of the tar lies, for messages."""
-        return f"{self._shards[shard].location}: byte {self._open(shard).rows['offset'][row]}: sample {row}"
+        """Where sample `row` of the tar lies, for messages; of a remote shard its copy too."""
+        at = self._shards[shard]
+        copied = "" if self._cache is None else f" (copied to {self._cache.copy_of(at.record)})"
+        return f"{at.location}{copied}: byte {self._open(shard).rows['offset'][row]}: sample {row}"
 
     def shard_and_index(self, sample: int) -> tuple[int, int]:
         """Where a sample lies that is counted over all shards in turn."""
@@ -332,6 +342,7 @@ def open_setting(config: Config, setting: str, num_classes: int, size_setting: s
             cache_bytes=int(config.data.cache_gb * 1e9),
             setting=setting,
             size_setting=size_setting,
+            all_classes=setting == "data.shards" and config.data.classes == "all",
         )
     except DataError as error:
         if setting == "data.shards":  # where users look for shards first

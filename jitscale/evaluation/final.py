@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jitscale import parallel
+from jitscale.addresses import masked
 from jitscale.config import Config, load_config
 from jitscale.data.remote import is_remote
 from jitscale.errors import data_error
@@ -148,7 +149,7 @@ def _identity(config: Config) -> tuple[Any, ...]:
 
 def _place(pattern: str) -> str:
     """One name for a place, however a path to it is written."""
-    return pattern if is_remote(pattern) else os.path.realpath(pattern)
+    return masked(pattern) if is_remote(pattern) else os.path.realpath(pattern)
 
 
 def _name(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from how many images, by which networks and of which size.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale import parallel
+from jitscale.addresses import masked
 from jitscale.config import Config
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError, DataError, data_error
 from jitscale.evaluation.blocks import DAMAGED
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of, sizes_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
+from jitscale.evaluation.small_networks import TRAINED_ON
 from jitscale.files import atomic_write, sha256_of
 from jitscale.node import once_a_node
 from jitscale.parallel import World
+
+logger = logging.getLogger(__name__)
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
 
@@ -85,6 +90,11 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
     if shards.num_samples < FEWEST_REAL_IMAGES:
         fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
         raise ConfigError(f"evaluation.reference={source}: {fault}")
+    for name in {file.name for file in files} & TRAINED_ON.keys() if world.is_main else ():
+        known, names = TRAINED_ON[name], shards.class_names
+        if names != known and (names is not None or shards.classes not in (None, len(known))):
+            what = f"this small network knows {name} only, and {setting} has other classes"
+            logger.warning("%s: %s, so its numbers mean nothing; set evaluation.features=inception", name, what)
     folders = cache_folders(config, shards, run_dir, world)
     return [RealImages(file, shards, folders) for file in files]
 
@@ -100,7 +110,7 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
     said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
-    facts = {**said, "source": source, **identity_of([images.file for images in kept])}
+    facts = {**said, "source": masked(source), **identity_of([images.file for images in kept])}
     return Reference(statistics, features, floors, facts)
 
 

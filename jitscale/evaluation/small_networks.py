@@ -13,6 +13,7 @@ from torch import nn
 
 from jitscale.evaluation.features import Embedding, FeatureNetwork
 
+TRAINED_ON = {"digits": list("0123456789"), "glyphs": list("ABCDEFGHIJ")}  # network to the classes that it knows
 DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
 
 

@@ -95,7 +95,8 @@ class CodedLabels:
 def find_classes(parts: Sequence[CodedLabels], class_names: list[str] | None) -> Classes:
     """The classes that the labels of all `parts` mean: labels are all numbers, or all class names, or there are none.
 
-    Names are numbered in the order of `class_names`, and where that is None in sorted order.
+    Names are numbered in the order of `class_names`, and where that is None in sorted order: by number if all names are
+    numbers, as the names of folders may be (2 before 10).
     """
     counts = sum((np.bincount(part.kinds(), minlength=len(Kind)) for part in parts), np.zeros(len(Kind), np.int64))
     # Whoever names the classes has labels: samples without one are then mistakes, however many.
@@ -103,7 +104,12 @@ def find_classes(parts: Sequence[CodedLabels], class_names: list[str] | None) ->
     if kind == Kind.NONE:
         return Classes(kind, None, 0)
     if kind == Kind.NAME and class_names is None:
-        class_names = sorted({name for part in parts for name in part.names})
+        class_names = _in_order({name for part in parts for name in part.names})
     if class_names is not None:
         return Classes(kind, class_names, len(class_names))
     return Classes(kind, None, 1 + max((int(part.codes.max(initial=NO_LABEL)) for part in parts), default=NO_LABEL))
+
+
+def _in_order(names: set[str]) -> list[str]:
+    numeric = all(name.isascii() and name.isdigit() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))

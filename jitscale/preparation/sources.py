@@ -25,6 +25,7 @@ from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_index import LARGEST_LABEL, scan_tar, wrong_end
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
+from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
 WHOLE_FILE = -1  # as a size
@@ -98,11 +99,13 @@ def find_sources(
     An input is recognised by what it is: a folder with a folder for each class, or with images and no classes; a tar
     of tars, one for each class, as ImageNet is published; webdataset tars, as a file, a glob, a brace pattern or a
     folder; a .csv or .jsonl with `path` and maybe `label`, where paths are relative to its folder. Hidden files are
-    passed over. The labels of all inputs mean the same.
+    passed over. A folder with a file of labels, or with the splits of a data set, is refused. The labels of all inputs
+    mean the same.
 
     `class_names` give names to labels that are numbers, and numbers to labels that are names; without them names are
-    numbered in sorted order. `on_found` is called with a number of images, now and then. Raises a DataError if an input
-    is missing, damaged or none of these, holds no images, or its labels make no sense.
+    numbered in sorted order, and by number if all are numbers. `on_found` is called with a number of images, now and
+    then. Raises a DataError if an input is missing, damaged or none of these, holds no images, or its labels make no
+    sense.
     """
     _refuse_twice([Path(name) for name in inputs])
     finder = _Finder(class_names or [])
@@ -196,6 +199,8 @@ class _Finder:
         pictures = [(extension, path) for extension, path in files if extension in PICTURES]
         tars = [path for extension, path in files if extension == "tar"]
         self.ignored.update(extension for extension, _ in files if extension not in (*PICTURES, "tar"))
+        for _, path in files if not tars else ():
+            refuse_label_file(path)
         classes = set()
         for entry in entries:
             for path, extension in self._pictures_below(entry.path) if _is_folder(entry) else ():
@@ -205,6 +210,8 @@ class _Finder:
         present = [f"{kind} ({len(found)})" for kind, found in kinds.items() if found]
         if len(present) > 1:
             raise DataError(f"{folder}: holds {' and '.join(present)}; keep one kind in a folder")
+        refuse_splits(folder, classes, self._known)
+        refuse_tars_of_splits(folder, tars)
         if not present:
             raise DataError(f"{folder}: holds neither images ({', '.join(PICTURES)}) nor tars; {_REMEDY}")
         for extension, path in pictures:
@@ -224,6 +231,7 @@ class _Finder:
             elif (extension := _extension(entry.name)) in PICTURES:
                 yield entry.path, extension  # packing lists it as a bad input if it cannot be read
             else:
+                refuse_label_file(entry.path)
                 self.ignored[extension] += 1
 
     def _in_tar(self, path: Path) -> Iterator[_Found]:
@@ -244,6 +252,7 @@ class _Finder:
                     what = f"byte {member.offset}: {member.name!r} is no tar, but others in it are"
                     raise DataError(f"{path}: {what}; a tar of tars holds one .tar a class and nothing else")
                 inner.append((PurePosixPath(member.name).stem, member.offset_data, member.size))
+            refuse_splits(path, {label for label, _, _ in inner}, self._known)
             for label, start, length in sorted(inner):
                 pictures = []
                 for member in _members(file, path, start, length):

@@ -169,22 +169,22 @@ def _read_manifest_and_fetch(shards: ShardCache, manifest: str, url: str, record
 def test_processes_forked_from_one_that_reads_can_read_and_do_not_disturb_it(
     storage: Storage, tmp_path: Path, fork: ForkContext
 ) -> None:
-    manifest, _ = storage.add("manifest.json", b"{}")
+    address, _ = storage.add("manifest.json", b"{}")
     shards = ShardCache(tmp_path, 10_000_000)
-    assert read_remote(manifest) == b"{}"  # the event loop runs and keeps a connection
+    assert read_remote(address) == b"{}"  # the event loop runs and keeps a connection
     held, other = storage.shard(1), storage.shard(2)
     storage.orders[held[1].name] = ["hold"]
     thread = threading.Thread(target=shards.fetch, args=held)
     thread.start()
     assert storage.held.acquire(timeout=PATIENCE)  # and a download is running
-    children = [fork.Process(target=_read_manifest_and_fetch, args=(shards, manifest, *other)) for _ in range(2)]
+    children = [fork.Process(target=_read_manifest_and_fetch, args=(shards, address, *other)) for _ in range(2)]
     for child in children:
         child.start()
     joined(*children)
     storage.release.set()
     thread.join(PATIENCE)
     assert not thread.is_alive()
-    assert read_remote(manifest) == b"{}"
+    assert read_remote(address) == b"{}"
     assert content(shards, *held) == storage.files[held[1].name]
     assert storage.gets == {"manifest.json": 4, held[1].name: 1, other[1].name: 1}
 

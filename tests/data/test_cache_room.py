@@ -34,7 +34,7 @@ def test_least_recently_used_goes_first_with_its_index(storage: Storage, tmp_pat
     three = [storage.shard(number) for number in range(3)]
     for age, (url, record) in zip([200, 300, 100], three, strict=True):
         shards.fetch(url, record)
-        os.utime(tmp_path / f"{record.sha256}.tar", (time.time() - age,) * 2)
+        os.utime(tmp_path / f"{record.sha256}.lock", (time.time() - age,) * 2)
     index_of_1 = tmp_path / f"{three[1][1].sha256}.01234567.index.npy"
     left_of_1 = tmp_path / f".{index_of_1.name}.host.1.partial"
     foreign = tmp_path / "notes.tar"
@@ -53,13 +53,13 @@ def test_least_recently_used_goes_first_with_its_index(storage: Storage, tmp_pat
 def test_use_is_marked_but_not_every_time(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, record = storage.shard()
     ShardCache(tmp_path, 400_000).fetch(url, record)
-    tar = tmp_path / f"{record.sha256}.tar"
+    lock = tmp_path / f"{record.sha256}.lock"
     shards = ShardCache(tmp_path, 400_000)
 
     def marks() -> bool:
-        os.utime(tar, (1, 1))
+        os.utime(lock, (1, 1))
         os.close(shards.open(url, record))
-        return tar.stat().st_mtime > 1
+        return lock.stat().st_mtime > 1
 
     assert marks()
     assert not marks()

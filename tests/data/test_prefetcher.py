@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jitscale.data import cache
-from jitscale.data.cache import Prefetcher, ShardCache
+from jitscale.data import prefetcher as prefetching
+from jitscale.data.cache import ShardCache
+from jitscale.data.prefetcher import Prefetcher
 from jitscale.errors import DataError
 from tests.data.caching import content, names, until
 from tests.support.servers import PATIENCE, Storage
@@ -39,7 +40,7 @@ def test_prefetcher_fetches_what_is_wanted_now_in_order_of_need() -> None:
 
 
 def test_prefetcher_fetches_again_what_may_have_been_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_REPEAT_AFTER", 0.05)
+    monkeypatch.setattr(prefetching, "_REPEAT_AFTER", 0.05)
     begun: list[int] = []
     prefetcher = Prefetcher(begun.append, threads=1)
     prefetcher.want([1])
@@ -111,7 +112,8 @@ def test_running_download_does_not_hold_up_the_end_of_the_process(
     script = f"""
 import sys
 from pathlib import Path
-from jitscale.data.cache import Prefetcher, ShardCache
+from jitscale.data.cache import ShardCache
+from jitscale.data.prefetcher import Prefetcher
 from jitscale.data.manifest import ShardRecord
 shards = ShardCache(Path({str(tmp_path)!r}), 400_000)
 prefetcher = Prefetcher(lambda _: shards.fetch({url!r}, ShardRecord(**{json.dumps(record.__dict__)})))

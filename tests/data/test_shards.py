@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 
+from jitscale.config import load_config
 from jitscale.data.manifest import Manifest
-from jitscale.data.shards import ShardSet
+from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.data.tar_index import NO_LABEL, index_tar
 from jitscale.errors import DataError
 from jitscale.preparation.array_shards import write_shards
@@ -248,3 +249,17 @@ def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     del shards
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_fewer_classes_than_the_model_are_refused_unless_on_purpose(tmp_path: Path) -> None:
+    pack(tmp_path / "shards")
+    (tmp_path / "own.yaml").write_text(
+        f"data: {{shards: {tmp_path}/shards}}\nrun: {{max_steps: 1}}\n"
+        "model: {image_size: 8, patch_size: 4, num_classes: 1000}\n"
+    )
+    remedy = f"the model has 1000; set model.num_classes={CLASSES}, or data.classes=subset"
+    with pytest.raises(DataError, match=f"the manifest says {CLASSES} classes, {remedy}"):
+        open_training_shards(load_config(tmp_path / "own.yaml"))
+    assert open_training_shards(load_config(tmp_path / "own.yaml", ["data.classes=subset"])).num_samples == 20
+    (tmp_path / "shards" / "manifest.json").unlink()  # tars alone do not say how many classes there are
+    assert open_training_shards(load_config(tmp_path / "own.yaml")).num_samples == 20

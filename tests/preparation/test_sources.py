@@ -65,7 +65,7 @@ def test_first_folders_are_classes_in_sorted_order(tmp_path: Path) -> None:
 
 
 def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
-    tree(tmp_path, "b.png", "a.jpg", "labels.txt")
+    tree(tmp_path, "b.png", "a.jpg", "notes.txt")
     (tmp_path / "empty").mkdir()
     inputs = find_sources([str(tmp_path)])
     assert found(inputs, tmp_path) == [("a.jpg", NO_LABEL), ("b.png", NO_LABEL)]
@@ -74,7 +74,9 @@ def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
 
 def test_folders_are_names_even_if_they_look_like_numbers(tmp_path: Path) -> None:
     tree(tmp_path, "2/a.png", "10/a.png")
-    assert find_sources([str(tmp_path)]).class_names == ["10", "2"]
+    inputs = find_sources([str(tmp_path)])
+    assert inputs.class_names == ["2", "10"]
+    assert found(inputs, tmp_path) == [("10/a.png", 1), ("2/a.png", 0)]
     assert find_sources([str(tmp_path)], ["2", "10"]).table["label"].tolist() == [1, 0]
 
 
@@ -105,6 +107,57 @@ def test_a_mixture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "2.png").unlink()
     write_tar(tmp_path / "x.tar", ("k.png", CONTENT))
     refused(r"holds folders of classes \(2\) and tars \(1\)", tmp_path)
+
+
+def test_numbers_as_names_are_numbered_in_their_order_and_others_are_sorted(tmp_path: Path) -> None:
+    tree(tmp_path / "numbers", *(f"{number}/a.png" for number in range(12)))
+    assert find_sources([str(tmp_path / "numbers")]).class_names == [str(number) for number in range(12)]
+    tree(tmp_path / "mixed", "2/a.png", "10/a.png", "x/a.png")
+    assert find_sources([str(tmp_path / "mixed")]).class_names == ["10", "2", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dataset.json", r"\(a StyleGAN or EDM data set, whose folders are no classes\)"),
+        ("metadata.csv", r"\(a Hugging Face image folder\)"),
+        ("00000/metadata.jsonl", r"\(a Hugging Face image folder\)"),
+        ("00000/Labels.TXT", ""),
+        ("image_class_labels.txt", ""),
+        ("train-annotations.parquet", ""),
+    ],
+)
+def test_files_of_labels_are_not_passed_over(tmp_path: Path, name: str, kind: str) -> None:
+    tree(tmp_path / "folders", "00000/a.png", "00001/b.png", name)
+    refused(f"{name}: lies among the images and seems to hold labels.*{kind}.*columns path,label", tmp_path / "folders")
+    tree(tmp_path / "flat", "a.png", name.rpartition("/")[2])
+    refused("seems to hold labels", tmp_path / "flat")
+
+
+@pytest.mark.parametrize("splits", [["train", "val"], ["train"], ["Train", "TEST", "extra"], ["train2017", "val2017"]])
+def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
+    tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
+    refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST)", tmp_path)
+    assert find_sources([str(tmp_path)], splits).class_names == splits  # on purpose
+    assert find_sources([str(tmp_path / splits[0])]).class_names == ["cat", "dog"]
+
+
+def test_classes_that_are_called_like_a_split(tmp_path: Path) -> None:
+    tree(tmp_path, "bus/a.png", "train/a.png", "trainer/a.png")
+    (tmp_path / "val").mkdir()  # without an image
+    assert find_sources([str(tmp_path)]).class_names == ["bus", "train", "trainer"]
+
+
+def test_tars_of_several_splits(tmp_path: Path) -> None:
+    names = ["in1k-train-0000.tar", "in1k-train-0001.tar", "in1k-validation-00.tar"]
+    for name in names:
+        write_tar(tmp_path / name, (f"{name[:-4]}.png", CONTENT), (f"{name[:-4]}.cls", b"1"))
+    splits = r"several splits \(in1k-train-0000.tar and in1k-validation-00.tar\); give those of one, for example '"
+    refused(splits + f"{tmp_path}/", tmp_path)
+    assert len(find_sources([f"{tmp_path}/*train*.tar"])) == 2
+    inner = tar_bytes(("a.JPEG", CONTENT))
+    write_tar(tmp_path / "whole", ("train.tar", inner), ("val.tar", inner)).rename(tmp_path / "whole.tar")
+    refused("train and val are splits", tmp_path / "whole.tar")
 
 
 def test_names_of_any_bytes_survive(tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ PATIENCE = 20  # seconds; a test that waits longer hangs
 
 
 @contextmanager
-def serving(folder: Path, fetched: list[str] | None = None) -> Iterator[str]:
-    """Serve the files of `folder`; yields the server's URL, and appends the path of each GET to `fetched`."""
+def serving(folder: Path, fetched: list[str] | None = None, only_with: str = "") -> Iterator[str]:
+    """Serve the files of `folder`; yields the server's URL, and appends the path of each GET to `fetched`.
+
+    Requests are refused that have `only_with` neither as their Authorization nor at the end of their path.
+    """
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object) -> None:
@@ -27,6 +30,9 @@ def serving(folder: Path, fetched: list[str] | None = None) -> Iterator[str]:
         def do_GET(self) -> None:
             if fetched is not None:
                 fetched.append(self.path)
+            if only_with and self.headers["Authorization"] != only_with and not self.path.endswith(only_with):
+                self.send_error(401)
+                return
             super().do_GET()
 
         def log_message(self, *_: object) -> None:

@@ -79,7 +79,7 @@ def write_crops(folder: Path, count: int) -> None:
 def _settings(options: argparse.Namespace, scratch: Path) -> list[str]:
     """Counts, places and Inception's weights, and the arithmetic on CPUs; all else is the recipe's."""
     run = [f"run.dir={scratch / 'run'}", "run.max_images=null", "run.max_steps=2"]
-    data = [f"data.shards={scratch / 'shards'}", f"data.batch_size={options.batch}"]
+    data = [f"data.shards={scratch / 'shards'}", "data.classes=subset", f"data.batch_size={options.batch}"]
     tracking = ["tracking.wandb=off", "tracking.log_every_steps=1"]
     sweep = ['evaluation.sweep=["guidance=1,3"]', "evaluation.sweep_images=64", "evaluation.sweep_max_share=null"]
     final = ["evaluation.num_images=64", "evaluation.steps=4", f"evaluation.features_file={scratch / 'inception.pth'}"]

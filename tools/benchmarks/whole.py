@@ -22,7 +22,7 @@ SHARDS = 4
 
 def settings_in(scratch: Path) -> list[str]:
     """Settings of a run whose files and data are in the folder `scratch`."""
-    return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "run.max_steps=1000000"]
+    return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "data.classes=subset", "run.max_steps=1000000"]
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Addresses of remote storage: their secrets, which no file, log or message shows, and their queries."""
+
+import re
+
+MASK = "***"
+
+_ADDRESS = re.compile(
+    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<user>[^\s/?#'\"]*@)?(?P<path>[^\s?#'\"]*)"
+    r"(?P<query>\?[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
+)
+_VALUE = re.compile(r"(?<==)[^&]+")
+
+
+def masked(text: str) -> str:
+    """`text` with user, password and the values of queries masked in every address: https://***@host/a?token=***."""
+
+    def without_secrets(found: re.Match[str]) -> str:
+        user = f"{MASK}@" if found["user"] else ""
+        return found["scheme"] + user + found["path"] + _VALUE.sub(MASK, found["query"] or "")
+
+    return _ADDRESS.sub(without_secrets, text) if "://" in text else text
+
+
+def split_query(address: str) -> tuple[str, str]:
+    """The address before its query, and the query with its question mark; a ? elsewhere is a wildcard, and stays."""
+    path, mark, query = address.partition("?")
+    return (path, mark + query) if address.startswith(("http://", "https://")) and "=" in query else (address, "")
+
+
+def signs_one_object(query: str) -> bool:
+    """Whether the signature in a query holds for a single object of S3, Google Cloud Storage or Azure."""
+    values = dict(part.lower().partition("=")[::2] for part in query.removeprefix("?").split("&"))
+    signed = {"x-amz-signature", "x-goog-signature"} & values.keys()
+    old = "signature" in values and ({"awsaccesskeyid", "googleaccessid"} & values.keys())
+    return bool(signed or old) or ("sig" in values and values.get("sr") == "b")

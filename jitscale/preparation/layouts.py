@@ -1,0 +1,56 @@
+"""Folders of data sets that are more than folders of classes: labels in a file, or the splits of one data set.
+
+Until such layouts are read, they are refused: taken for folders of classes they give other labels, without a word.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePath
+
+from jitscale.errors import DataError
+
+_LABEL_FILE = re.compile(
+    r"(.*[_-])?((dataset|metadata|labels?|annotations?)\.(json|jsonl|csv|tsv|parquet)|labels?\.txt)", re.IGNORECASE
+)
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|test|testing|dev|eval)([_-]?(set|data|images|\d+))?", re.IGNORECASE
+)
+_WORDS = re.compile(r"[^A-Za-z]+")
+_KNOWN_FILES = {
+    "dataset.json": "a StyleGAN or EDM data set, whose folders are no classes",
+    "metadata.csv": "a Hugging Face image folder",
+    "metadata.jsonl": "a Hugging Face image folder",
+    "metadata.parquet": "a Hugging Face image folder",
+}
+
+
+def refuse_label_file(path: str) -> None:
+    """Raise a DataError if the file `path`, which lies among images, holds their labels by its name."""
+    name = PurePath(path).name
+    if _LABEL_FILE.fullmatch(name):
+        kind = f" ({_KNOWN_FILES[name.lower()]})" if name.lower() in _KNOWN_FILES else ""
+        remedy = "pass its images as a .csv with the columns path,label; move the file away if folders are the classes"
+        raise DataError(f"{path}: lies among the images and seems to hold labels{kind}, which is not read; {remedy}")
+
+
+def refuse_splits(place: Path, classes: Iterable[str], named: Collection[str]) -> None:
+    """Raise a DataError if the `classes` of the folder or tar `place` are splits; not if the user has `named` them."""
+    classes = sorted(classes)
+    splits = [name for name in classes if _SPLIT.fullmatch(name) and name not in named]
+    if splits and (len(splits) > 1 or len(splits) == len(classes)):
+        what = f"{' and '.join(splits)} are splits of a data set" if len(splits) > 1 else f"{splits[0]} is a split"
+        remedy = f"give one of them, such as {place / splits[0]}; if they are classes, name them with --class-names"
+        raise DataError(f"{place}: {what}, and would become classes; {remedy}")
+
+
+def refuse_tars_of_splits(folder: Path, tars: Iterable[str]) -> None:
+    """Raise a DataError if the names of the `tars` in `folder` are those of several splits, such as train-000.tar."""
+    first: dict[str, str] = {}  # split to the name of its first tar
+    for name in (PurePath(path).name for path in tars):
+        for word in _WORDS.split(PurePath(name).stem.lower()):
+            kind = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}.get(word, word)
+            if kind in ("train", "validation", "test"):
+                first.setdefault(kind, name)
+    if len(set(first.values())) > 1:
+        what = f"holds the tars of several splits ({' and '.join(sorted(first.values()))})"
+        raise DataError(f"{folder}: {what}; give those of one, for example '{folder}/*train*.tar'")
