@@ -248,6 +248,9 @@ class ShardSet:
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
             raise ImageError(f"{self.place(shard, row)} {error}") from error
+        except MemoryError as error:
+            remedy = "lower data.num_workers, or write shards of cropped images with tools/make_shards.py"
+            raise DataError(f"{self.place(shard, row)} takes more memory than there is; {remedy}") from error
 
     def place(self, shard: int, row: int) -> str:
         """Where sample `row` of the tar lies, for messages."""

@@ -169,6 +169,9 @@ def _image_defects(path: Path, resolution: int | None, samples: list[TarSample],
         except ImageError as error:
             yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue
+        except MemoryError as error:
+            what = f"byte {sample.offset}: sample {row} takes more memory than there is"
+            raise DataError(f"{path}: {what}; use fewer --workers") from error
         if resolution not in (None, width) or resolution not in (None, height):
             what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
             yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")
