@@ -216,6 +216,10 @@ class ShardSet:
             raise DataError(f"{self.place(shard, row)} {what}") from error
         return self.decode(shard, row, data), label if self._num_classes else 0
 
+    def has_links(self, shard: int) -> bool:
+        """Whether samples of `shard` share bytes, as links do: a pass in tar order would not meet them."""
+        return bool((np.diff(self._open(shard).rows["offset"]) <= 0).any())
+
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
         """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
 
