@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
-from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, is_image, split_name, unread_labels
+from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, split_name, unread_labels
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import UInt64Array
@@ -284,17 +284,14 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
     lost: list[tuple[str, str]] = []  # key and extension of images and labels that are links without their target
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member, content in contents(tar):
+            for member, found in contents(tar):
                 start = member.offset
                 key, extension = split_name(member.name)
                 is_read = extension in EXTENSIONS or extension == "cls"
-                # A pass in tar order meets no links, so each must stand for an image of the index.
-                if content is not None and content is not member and is_read:
-                    same = is_image(content.name) if extension != "cls" else split_name(content.name)[1] == "cls"
-                    content = content if same else None
+                content = None if found is None or is_read and not _may_stand_for(found, member) else found
                 if not key or content is None:
-                    scan.skipped[f"{extension}{'' if content else LOST_LINK}"] += 1
-                    if content is None and is_read:
+                    scan.skipped[extension + (LOST_LINK if is_read else "")] += 1
+                    if is_read:
                         lost.append((key, extension))
                     continue
                 if content.issparse() and is_read:
@@ -319,6 +316,15 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
         if extension == "cls" or not any(part in EXTENSIONS for part in members.get(key, ())):
             scan.skipped.update(members.pop(key, {}).keys())
     return members
+
+
+def _may_stand_for(content: tarfile.TarInfo, member: tarfile.TarInfo) -> bool:
+    """Whether `member` is no link, or one from an image to an image, or from a label to a label.
+
+    A pass in tar order meets no links, so that each must stand for another sample of the index.
+    """
+    target, extension = split_name(content.name)[1], split_name(member.name)[1]
+    return content is member or (target in EXTENSIONS if extension in EXTENSIONS else target == extension)
 
 
 def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:

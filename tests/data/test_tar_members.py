@@ -134,7 +134,7 @@ def test_sparse_members_are_refused(tmp_path: Path, write: object) -> None:
         ):
             read()
     write_tar(tmp_path / "all.tar", ("n1.tar", (tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(DataError, match="all.tar: byte .* 'k.png' is sparse"):
+    with pytest.raises(DataError, match=r"all.tar: byte .* 'k.png' is sparse"):
         find_sources([str(tmp_path / "all.tar")])
     assert survey_tar(write(tmp_path / "b.tar", "k.txt")).defects == []
 
