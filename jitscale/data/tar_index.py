@@ -288,7 +288,7 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
                 start = member.offset
                 key, extension = split_name(member.name)
                 is_read = extension in EXTENSIONS or extension == "cls"
-                content = None if found is None or is_read and not _may_stand_for(found, member) else found
+                content = None if found is None or (is_read and not _may_stand_for(found, member)) else found
                 if not key or content is None:
                     scan.skipped[extension + (LOST_LINK if is_read else "")] += 1
                     if is_read:
