@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -23,6 +24,7 @@ from jitscale.command import Parser, path_text
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.tar_index import Defect
+from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
 from jitscale.preparation.survey import survey
@@ -71,6 +73,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
     counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
     print(f"{tars.folder}: indexed {counts} {size}, {classes}")
+    _say_skipped(found.skipped)
     if undecodable := sum(scan.undecodable for scan in found.scans):
         print(f"{_many(undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")
     return ExitCode.DONE
@@ -93,6 +96,7 @@ def _indexed_before(tars: Tars, manifest: Manifest) -> int:
 def _verify(tars: Tars, options: argparse.Namespace) -> int:
     result = verify(tars, options.workers)
     _report(result.defects, options.report, sys.stdout)
+    _say_skipped(result.skipped)
     outside = len(tars.not_in_manifest())
     if tars.whole_folder and outside:
         print(f"not looked at, since {MANIFEST} does not name them: {_many(outside, 'tar')} of the folder")
@@ -114,6 +118,12 @@ def _report(defects: Sequence[Defect], path: Path | None, stream: TextIO) -> Non
     if len(defects) > MOST_LINES:
         where = "--report FILE writes all" if path is None else f"all are in {path}"
         print(f"... and {len(defects) - MOST_LINES} more ({where})", file=stream)
+
+
+def _say_skipped(kinds: Counter[str]) -> None:
+    """Print how many members are no part of a sample; most of them are files beside the images."""
+    if kinds:
+        print(f"{_many(kinds.total(), 'other member')} ignored ({described_kinds(kinds)})")
 
 
 def _many(number: int, one: str, several: str = "") -> str:

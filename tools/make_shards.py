@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from jitscale.command import Parser, natural, part_of, path_text
 from jitscale.data.manifest import Manifest, read_class_names
+from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
 
@@ -145,8 +146,7 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
         + (f"; going on after {done} finished shards" if done else "")
     )
     if inputs.ignored:
-        kinds = ", ".join(f".{name or '(none)'} {count}" for name, count in inputs.ignored.most_common(5))
-        print(f"{job.folder}: {inputs.ignored.total()} other files are no images and ignored ({kinds})")
+        print(f"{job.folder}: {inputs.ignored.total()} other files ignored ({described_kinds(inputs.ignored)})")
     sys.stdout.flush()
 
 

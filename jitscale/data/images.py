@@ -30,6 +30,11 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 # The first bytes of each form that is no WebP.
 _MAGIC = {"jpg": _JPEG_MAGIC, "png": b"\x89PNG\r\n\x1a\n", "npy": np.lib.format.MAGIC_PREFIX}
 _JPEG_QUALITY = 95  # 4:4:4; PSNR 40.7 dB on photographs at 256 px
+_JPEG_END = b"\xff\xd9"
+_TRAILING_BYTES = "extraneous bytes before marker 0xd9"  # of libjpeg: left over when all pixels are decoded
+_LONGEST_SIDE = 16  # times the short side, of what is resized: ordinary pictures have less
+_ANCILLARY = 0x20  # bit of the first letter of a PNG's chunk that holds no pixels
+_CHUNK_HEAD, _CHUNK_CHECKSUM = 8, 4  # bytes of a PNG's chunk besides its content
 
 
 class ImageError(DataError):
@@ -85,7 +90,7 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
         if extension == "npy":
             height, width, _ = _decode_npy(data).shape
             return width, height
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
+        with _open_picture(data) as picture:
             return picture.size
 
 
@@ -94,13 +99,17 @@ def center_crop(image: UInt8Array, size: int) -> UInt8Array:
 
     The image is halved with a box filter while its short side is at least twice the target, then resized by bicubic
     interpolation (arXiv 2105.05233, their image_datasets.py; the JiT recipe uses the same crop). Smaller images are
-    enlarged, as in that code.
+    enlarged, as in that code. Of a long side, what lies far outside of the crop is cut off before: enlarged as a whole,
+    8000 x 1 pixels would take gigabytes.
     """
     if image.shape[:2] == (size, size):
         return image
     picture = Image.fromarray(image)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    left, top = (max(side - _LONGEST_SIDE * min(picture.size), 0) // 2 for side in picture.size)
+    if left or top:
+        picture = picture.crop((left, top, picture.width - left, picture.height - top))
     scale = size / min(picture.size)
     scaled = (round(picture.width * scale), round(picture.height * scale))
     pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
@@ -125,13 +134,61 @@ def _decode_picture(data: bytes) -> UInt8Array:
         if height * width > MOST_PIXELS:
             raise ImageError(f"has {width} x {height} pixels; the limit is {MOST_PIXELS} in all")
         if colours in ("YCbCr", "Gray"):
-            # The same pixels as Pillow's, but damage in the middle is an error, where Pillow returns garbage silently.
-            return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False))
-    with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
+            return _decode_jpeg(data)
+    with _open_picture(data) as picture:
         if picture.mode.startswith(_DEEP_MODES):
             # Pillow's conversion would clip: a 16-bit grey image comes out white.
             raise ImageError(f"has pixels of mode {picture.mode}; convert it to 8 bits a channel")
         return np.asarray(picture.convert("RGB"))
+
+
+def _decode_jpeg(data: bytes) -> UInt8Array:
+    """The same pixels as Pillow's, but damage in the middle is an error, where Pillow returns garbage silently.
+
+    Some cameras repeat a filler byte before the end marker. Other bytes there are refused: nine of ten flipped bits
+    that are noticed leave a part of the pixels' code over, and nothing else tells of them.
+    """
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False))
+    except ValueError as error:
+        if _TRAILING_BYTES not in str(error):
+            raise
+        code, end, behind = data.rpartition(_JPEG_END)
+        filler = code[-1:]
+        shorter = code.rstrip(filler) + filler + end + behind  # the code itself may end in such a byte
+        if len(shorter) == len(data):
+            what = f"is damaged or padded ({error}): bytes are left when all pixels are decoded"
+            raise ImageError(f"{what}; save it again if it looks whole") from error
+        return np.asarray(simplejpeg.decode_jpeg(shorter, "RGB", fastdct=False, fastupsample=False))
+
+
+def _open_picture(data: bytes) -> Image.Image:
+    """Pillow's picture, of which the header is read. Raises an ImageError if it is none of `_PILLOW_FORMATS`."""
+    is_png = data.startswith(_MAGIC["png"])
+    try:
+        return Image.open(io.BytesIO(_pixel_chunks(data) if is_png else data), formats=_PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        if not is_png:
+            raise
+        raise ImageError("is a PNG whose header or a chunk with pixels is damaged; copy it again") from error
+
+
+def _pixel_chunks(data: bytes) -> bytes:
+    """A PNG without its texts, profiles and dates: Pillow refuses the whole picture if one is large or damaged.
+
+    What is no chunk stays, from there on.
+    """
+    at = len(_MAGIC["png"])
+    kept = [data[:at]]
+    while len(data) >= at + _CHUNK_HEAD:
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + _CHUNK_HEAD]
+        if not kind.isalpha() or kind == b"IEND":
+            break
+        end = at + _CHUNK_HEAD + length + _CHUNK_CHECKSUM
+        if not kind[0] & _ANCILLARY or kind == b"tRNS":  # Pillow notices a palette's damage by its transparency
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
 
 
 @contextmanager

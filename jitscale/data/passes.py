@@ -18,7 +18,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from jitscale.data.images import UInt8Array
 from jitscale.data.shards import ShardSet
-from jitscale.data.tar_index import is_image
+from jitscale.data.tar_members import is_image
 from jitscale.data.workers import start_workers
 from jitscale.errors import DataError
 
@@ -53,7 +53,10 @@ def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
         while samples:
             shard, first = shards.shard_and_index(samples[0])
             rows = range(first, min(first + len(samples), int(shards.samples_per_shard[shard])))
-            images += [shards.decode(shard, row, data) for row, data in _files(shards, shard, rows)]
+            if shards.has_links(shard):
+                images += [shards.read(shard, row)[0] for row in rows]
+            else:
+                images += [shards.decode(shard, row, data) for row, data in _files(shards, shard, rows)]
             samples = samples[len(rows) :]
     except DataError as error:
         return error

@@ -224,6 +224,10 @@ class ShardSet:
                 raise
             return self.read(shard, index)  # from a new copy
 
+    def has_links(self, shard: int) -> bool:
+        """Whether samples of `shard` share bytes, as links do: a pass in tar order would not meet them."""
+        return bool((np.diff(self._open(shard).rows["offset"]) <= 0).any())
+
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
         """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
 
@@ -256,6 +260,9 @@ class ShardSet:
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
             raise ImageError(f"{self.place(shard, row)} {error}") from error
+        except MemoryError as error:
+            remedy = "lower data.num_workers, or write shards of cropped images with tools/make_shards.py"
+            raise DataError(f"{self.place(shard, row)} takes more memory than there is; {remedy}") from error
 
     def place(self, shard: int, row: int) -> str:
         """Where sample `row` of the tar lies, for messages; of a remote shard its copy too."""

@@ -6,8 +6,10 @@ sample's key, in the same order; only a run that holds out a fraction of the sam
 
 import hashlib
 import io
+import logging
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
+from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, split_name, unread_labels
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import UInt64Array
+
+logger = logging.getLogger(__name__)
 
 IndexArray = npt.NDArray[np.void]
 
@@ -97,6 +102,8 @@ class TarScan:
     samples: list[TarSample] = field(default_factory=list)  # the sound ones, in the order of the tar
     defects: list[Defect] = field(default_factory=list)
     complete: bool = False  # up to the end of the archive; otherwise the last defect says where the scan had to stop
+    skipped: Counter[str] = field(default_factory=Counter)  # members that belong to no sample, by kind; no folders
+    unread_labels: str = ""  # what looks like labels where no sample has one, and the remedy
 
     def refuse(self, byte: int | None, what: str) -> None:
         """Note a defect; arguments as its fields."""
@@ -107,13 +114,23 @@ def scan_tar(path: Path) -> list[TarSample]:
     """The samples of one tar in its order.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
-    base name. One of them is the image; `cls` is the label; others are ignored. Raises a DataError if the tar is
-    missing, empty, compressed, truncated or damaged, a key comes twice, or a sample has no image or several.
+    base name. One of them is the image; `cls` is the label; others are ignored, and so are keys with neither. A link
+    stands for an earlier member of the tar; links without their target are left out, with a warning. Raises a DataError
+    if the tar is missing, empty, compressed, truncated or damaged, a key comes twice, a sample has no image or several,
+    or its image or label is sparse.
     """
+    scan = sound_scan(path)
+    if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
+        logger.warning("%s: %d images or labels are links to nothing before them in the tar, and left out", path, lost)
+    return scan.samples
+
+
+def sound_scan(path: Path) -> TarScan:
+    """`survey_tar` that raises as `scan_tar` does."""
     scan = survey_tar(path)
     if scan.defects:
         raise DataError(str(scan.defects[0]))
-    return scan.samples
+    return scan
 
 
 def survey_tar(path: Path) -> TarScan:
@@ -121,23 +138,38 @@ def survey_tar(path: Path) -> TarScan:
     scan = TarScan(path)
     try:
         with path.open("rb") as file:
-            for key, parts in _read_members(scan, file).items():
-                found = [extension for extension in parts if extension in EXTENSIONS]
-                if len(found) != 1:
-                    has = f"sample {key!r} has {len(found)} images among {sorted(parts)}"
-                    what = f"{has}, needs exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
-                    scan.refuse(min(part.offset for part in parts.values()), what)
-                    continue
-                image, label, label_offset = parts[found[0]], None, 0
-                if "cls" in parts:
-                    label_offset = parts["cls"].offset_data
-                    size = min(parts["cls"].size, _LONGEST_LABEL)
-                    label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
-                scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
+            members = _read_members(scan, file)
+            for key, parts in members.items():
+                _add_sample(scan, file, key, parts)
+            if scan.samples and all(sample.label is None for sample in scan.samples):
+                scan.unread_labels = unread_labels(file, {one.key: members[one.key] for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
         scan.complete = False
     return scan
+
+
+def _add_sample(scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfile.TarInfo]) -> None:
+    """Note the sample of a key, its defect, or its members that are none."""
+    found = [extension for extension in parts if extension in EXTENSIONS]
+    dotted = [extension for extension in parts if extension.rpartition(".")[2] in EXTENSIONS]
+    if not found and "cls" not in parts and not dotted:
+        scan.skipped.update(parts.keys())
+        return
+    if len(found) != 1:
+        what = f"sample {key!r} has {len(found)} images among {sorted(parts)}"
+        remedy = f"needs exactly one of {', '.join(EXTENSIONS)}; remove it or write the shard again"
+        if not found and dotted:
+            remedy = f"an extension starts at the first dot of a name: write {key}_{dotted[0]} for {key}.{dotted[0]}"
+        scan.refuse(min(part.offset for part in parts.values()), f"{what}, {remedy}")
+        return
+    image, label, label_offset = parts[found[0]], None, 0
+    if "cls" in parts:
+        label_offset = parts["cls"].offset_data
+        size = min(parts["cls"].size, _LONGEST_LABEL)
+        label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
+    scan.skipped.update(extension for extension in parts if extension not in ("cls", found[0]))
+    scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
 
 
 def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
@@ -233,9 +265,10 @@ def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
 
 
 def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Regular members by key and extension; fills `defects` and `complete` of the scan.
+    """Members with content by key and extension; fills `defects`, `complete` and `skipped` of the scan.
 
-    Of a tar that breaks off, the last key is left out: some of its members may be lost.
+    Of a link, it is the member that it stands for. Of a tar that breaks off, the last key is left out: some of its
+    members may be lost.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     magic = file.read(len(_GZIP_MAGIC))
@@ -248,16 +281,24 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
     file.seek(0)
     previous, start = "", 0
     repeated: set[str] = set()
+    lost: list[tuple[str, str]] = []  # key and extension of images and labels that are links without their target
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+            for member, found in contents(tar):
                 start = member.offset
-                key, extension = _split_name(member.name)
-                if not member.isreg() or not key:
+                key, extension = split_name(member.name)
+                is_read = extension in EXTENSIONS or extension == "cls"
+                content = None if found is None or (is_read and not _may_stand_for(found, member)) else found
+                if not key or content is None:
+                    scan.skipped[extension + (LOST_LINK if is_read else "")] += 1
+                    if is_read:
+                        lost.append((key, extension))
                     continue
+                if content.issparse() and is_read:
+                    scan.refuse(start, f"{member.name!r} {SPARSE}")
                 parts = members.setdefault(key, {})
                 if extension not in parts and (not parts or key == previous):
-                    parts[extension] = member
+                    parts[extension] = content
                 elif key not in repeated:
                     what = f"key {key!r} comes twice; every sample needs a key of its own, write the shard again"
                     scan.refuse(start, what)
@@ -271,7 +312,19 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
         scan.defects.append(broken)
         members.pop(previous, None)
     scan.complete = broken is None
+    for key, extension in lost:
+        if extension == "cls" or not any(part in EXTENSIONS for part in members.get(key, ())):
+            scan.skipped.update(members.pop(key, {}).keys())
     return members
+
+
+def _may_stand_for(content: tarfile.TarInfo, member: tarfile.TarInfo) -> bool:
+    """Whether `member` is no link, or one from an image to an image, or from a label to a label.
+
+    A pass in tar order meets no links, so that each must stand for another sample of the index.
+    """
+    target, extension = split_name(content.name)[1], split_name(member.name)[1]
+    return content is member or (target in EXTENSIONS if extension in EXTENSIONS else target == extension)
 
 
 def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:
@@ -294,15 +347,3 @@ def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) 
             return Defect(path, at, f"{what}; nobody would read it: write the two as shards of their own")
         at += len(chunk)
     return None
-
-
-def is_image(name: str) -> bool:
-    """Whether a member of this name is the image of a sample."""
-    return _split_name(name)[1] in EXTENSIONS
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden files belong to no key."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")

@@ -83,7 +83,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
     """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
 
     Raises a TooManyBadError if more than `task.most_bad` cannot be used, an OSError if the shard cannot be written, and
-    a DataError if images cannot be read for a reason that lies in this process.
+    a DataError if images cannot be read for a reason that lies in this process, such as too little memory.
     """
     bad: list[BadInput] = []
     enlarged = 0
@@ -104,6 +104,9 @@ def pack_shard(task: ShardTask) -> PackedShard:
                 if len(bad) > task.most_bad:
                     raise TooManyBadError(bad) from error
                 continue
+            except MemoryError as error:
+                remedy = "give the same command with fewer --workers"
+                raise DataError(f"{source.place}: takes more memory than there is; {remedy}") from error
             enlarged += min(image.shape[:2]) < task.resolution
             sample: Sample = {"__key__": f"{number:09d}", extension: data}
             if source.label != NO_LABEL:

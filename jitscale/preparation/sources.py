@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,10 +21,12 @@ import numpy.typing as npt
 
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
-from jitscale.data.tar_index import LARGEST_LABEL, scan_tar, wrong_end
+from jitscale.data.tar_index import LARGEST_LABEL, sound_scan
+from jitscale.data.tar_members import LOST_LINK
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
+from jitscale.preparation.tars_of_tars import is_tar_of_tars, members_within
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
 WHOLE_FILE = -1  # as a size
@@ -235,10 +236,14 @@ class _Finder:
                 self.ignored[extension] += 1
 
     def _in_tar(self, path: Path) -> Iterator[_Found]:
-        if _is_tar_of_tars(path):
+        if is_tar_of_tars(path):
             yield from self._in_tar_of_tars(path)
             return
-        for sample in scan_tar(path):
+        scan = sound_scan(path)
+        if scan.unread_labels:
+            raise DataError(f"{path}: {scan.unread_labels}")
+        self.ignored.update(scan.skipped)
+        for sample in scan.samples:
             place = f"{path}: byte {sample.offset if sample.label is None else sample.label_offset}"
             label = self._label(sample.label, place)
             yield _Found(str(path), sample.extension, label, place, sample.offset, sample.size)
@@ -247,18 +252,23 @@ class _Finder:
         """Classes and images in the order of their names, as they would be found in folders."""
         with path.open("rb") as file:
             inner = []
-            for member in _members(file, path, 0, os.fstat(file.fileno()).st_size):
+            for member, content in members_within(file, path, 0, os.fstat(file.fileno()).st_size):
+                if content is None:
+                    self.ignored[_extension(member.name) + LOST_LINK] += 1
+                    continue
                 if _extension(member.name) != "tar":
                     what = f"byte {member.offset}: {member.name!r} is no tar, but others in it are"
                     raise DataError(f"{path}: {what}; a tar of tars holds one .tar a class and nothing else")
-                inner.append((PurePosixPath(member.name).stem, member.offset_data, member.size))
+                inner.append((PurePosixPath(member.name).stem, content.offset_data, content.size))
             refuse_splits(path, {label for label, _, _ in inner}, self._known)
             for label, start, length in sorted(inner):
                 pictures = []
-                for member in _members(file, path, start, length):
+                for member, content in members_within(file, path, start, length):
                     extension = _extension(member.name)
-                    if extension in PICTURES and not PurePosixPath(member.name).name.startswith("."):
-                        pictures.append((member.name, member.offset_data, member.size, extension))
+                    if content is None:
+                        self.ignored[extension + LOST_LINK] += 1
+                    elif extension in PICTURES and not PurePosixPath(member.name).name.startswith("."):
+                        pictures.append((member.name, content.offset_data, content.size, extension))
                     else:
                         self.ignored[extension] += 1
                 for _, offset, size, extension in sorted(pictures):
@@ -325,35 +335,6 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 def _extension(name: str) -> str:
     """`a.b.JPEG` -> `jpeg`."""
     return PurePosixPath(name).suffix[1:].lower()
-
-
-def _is_tar_of_tars(path: Path) -> bool:
-    """Whether the first file in it is a tar. A damaged one is not: reading it as webdataset's says what is wrong."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return next((_extension(member.name) == "tar" for member in tar if member.isreg()), False)
-    except (OSError, tarfile.TarError, ValueError):
-        return False
-
-
-def _members(file: IO[bytes], path: Path, start: int, size: int) -> Iterator[tarfile.TarInfo]:
-    """The regular members of the tar in bytes [start, start + size) of `file`; refuses a damaged or cut one."""
-    end = start + size
-    damage = (tarfile.TarError, ValueError)  # ValueError: numbers in pax headers
-    file.seek(start)
-    with (
-        data_error(f"{path}: cannot be read", "start again when the storage works"),
-        data_error(f"{path}: bytes {start}..{end}: no whole tar", "copy it again and compare its checksum", damage),
-        tarfile.open(fileobj=file, mode="r:") as tar,
-    ):
-        for member in tar:
-            if member.offset_data + member.size > end:  # maybe a header of the tar around it
-                raise tarfile.ReadError("unexpected end of data")
-            if member.isreg():
-                yield member
-        broken = wrong_end(path, file, min(tar.offset, end), end)
-    if broken is not None:
-        raise DataError(str(broken))
 
 
 def _refuse_other_columns(place: str, columns: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 beside every tar and a manifest. The tars themselves are only read.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,7 @@ class ShardScan:
     image_sizes: set[tuple[int, int]]  # width and height
     undecodable: int  # images without a readable header
     defects: list[Defect]
+    skipped: Counter[str]  # members that belong to no sample, by kind
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Survey:
     manifest: Manifest
     scans: list[ShardScan]  # one a tar
     defects: list[Defect]  # sorted; with any, the rest does not describe the tars
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Members of all tars that belong to no sample, by kind."""
+        return sum((scan.skipped for scan in self.scans), Counter())
 
     def write(self) -> None:
         """Write the index and the keys of every tar, and the manifest last. Raises a DataError if that fails."""
@@ -127,6 +134,8 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
     """One shard, in any process; mistakes in it are defects."""
     tar = tar_index.survey_tar(path)
     defects = list(tar.defects)
+    if tar.unread_labels:
+        defects.append(Defect(path, None, tar.unread_labels))
     codes: list[int] = []
     names: dict[str, int] = {}
     for row, sample in enumerate(tar.samples):
@@ -156,7 +165,7 @@ def _scan(path: Path, *, content: bool) -> ShardScan:
             defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     record = ShardRecord(path.name, len(tar.samples), size, sha256)
     index, keys = tar_index.index_of(tar.samples, codes), tar_index.key_hashes(tar.samples)
-    return ShardScan(path, record, index, list(names), keys, image_sizes, undecodable, defects)
+    return ShardScan(path, record, index, list(names), keys, image_sizes, undecodable, defects, tar.skipped)
 
 
 def _image_size(file: tar_index.OffsetReader, sample: tar_index.TarSample) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Images are read by offset, not in a pass (`passes`): webdataset stops at damage,
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ class Verification:
     bytes: int
     seconds: float
     defects: list[Defect]  # sorted by shard and byte
+    skipped: Counter[str]  # members that belong to no sample, by kind
 
 
 def verify(tars: Tars, workers: int) -> Verification:
@@ -58,24 +60,27 @@ def verify(tars: Tars, workers: int) -> Verification:
     records = [record for record in manifest.shards if tars.whole_folder or tars.folder / record.name in tars.paths]
     check = partial(_check, tars.folder, replace(manifest, shards=[], bad=[]))  # small enough for every task
     samples = read = 0
+    skipped: Counter[str] = Counter()
     started = time.monotonic()
     with tqdm(total=sum(record.bytes for record in records), unit="B", unit_scale=True, desc="verify") as progress:
-        for number, (of_shard, size, found) in in_processes(check, records, workers, preload=[__name__]):
+        for number, (of_shard, size, found, passed_over) in in_processes(check, records, workers, preload=[__name__]):
             samples += of_shard
             read += size
             defects += found
+            skipped += passed_over
             progress.set_postfix_str(f"{samples / (time.monotonic() - started):.0f} img/s", refresh=False)
             progress.update(records[number].bytes)
-    return Verification(len(records), samples, read, time.monotonic() - started, by_place(defects))
+    return Verification(len(records), samples, read, time.monotonic() - started, by_place(defects), skipped)
 
 
-def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect]]:
-    """Samples, bytes and defects of one shard, in any process."""
+def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect], Counter[str]]:
+    """Samples, bytes, defects and members that belong to no sample of one shard, in any process."""
     path = folder / record.name
     if not path.is_file():
-        return 0, 0, [Defect(path, None, "is missing; copy it again")]
+        return 0, 0, [Defect(path, None, "is missing; copy it again")], Counter()
     defects: list[Defect] = []
     samples = size = 0
+    skipped: Counter[str] = Counter()
     remedy = "copy the shard again"
     try:
         size = path.stat().st_size
@@ -87,7 +92,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
         else:
             remedy = "write the shard again without it, or leave it: training replaces it"
         scan = tar_index.survey_tar(path)
-        samples = len(scan.samples)
+        samples, skipped = len(scan.samples), scan.skipped
         labels, wrong_labels = _labels(path, manifest, scan.samples)
         defects += scan.defects + list(wrong_labels.values())
         if scan.complete:
@@ -99,7 +104,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
         defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
         defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
-    return samples, size, defects
+    return samples, size, defects, skipped
 
 
 def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[list[int], dict[int, Defect]]:
@@ -169,6 +174,9 @@ def _image_defects(path: Path, resolution: int | None, samples: list[TarSample],
         except ImageError as error:
             yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue
+        except MemoryError as error:
+            what = f"byte {sample.offset}: sample {row} takes more memory than there is"
+            raise DataError(f"{path}: {what}; use fewer --workers") from error
         if resolution not in (None, width) or resolution not in (None, height):
             what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
             yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")

@@ -2,13 +2,17 @@
 
 import hashlib
 import io
+import os
+import re
+import struct
+import zlib
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from jitscale.data.images import CODECS, center_crop, content_extension, decode, encode
+from jitscale.data.images import CODECS, ImageError, center_crop, content_extension, decode, dimensions, encode
 from jitscale.errors import DataError
 from tests.support.pictures import file_bytes
 
@@ -166,3 +170,77 @@ def test_content_tells_its_extension(codec: str, extension: str) -> None:
     assert content_extension(encode(photograph(), codec)[1]) == extension
     with pytest.raises(DataError, match="neither JPEG, PNG, WebP nor"):
         content_extension(b"RIFF1234WAVE")
+
+
+def published_crop(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """The last step of the published routine, which resizes the whole picture, however long it is."""
+    picture = Image.fromarray(image)
+    scale = size / min(picture.size)
+    pixels = np.asarray(picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(1, 800, 16), (2, 501, 16), (700, 2, 8), (20, 400, 20)])
+def test_an_extreme_picture_is_cut_before_it_is_enlarged(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, size: int
+) -> None:
+    """To the same pixels, without a scaled picture of many times the crop."""
+    image = synthetic(height, width)
+    expected = published_crop(image, size)
+    sides = []
+    resize = Image.Image.resize
+
+    def noted(picture: Image.Image, wanted: tuple[int, int], *arguments: object) -> Image.Image:
+        sides.append(max(wanted))
+        return resize(picture, wanted, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    np.testing.assert_allclose(center_crop(image, size).astype(int), expected, atol=1)
+    assert max(sides) <= 16 * size + size
+
+
+def png_with(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    """The photograph as a PNG that has one more chunk behind its header."""
+    data = file_bytes(photograph(), "PNG")
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return data[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + data[33:]
+
+
+def test_metadata_costs_no_picture() -> None:
+    """Large texts and profiles, which Pillow refuses, and damaged ones, which no decoder of pixels reads."""
+    large = zlib.compress(os.urandom(900_000).hex().encode())
+    for kind, content in [
+        (b"zTXt", b"workflow\0\0" + large),
+        (b"iTXt", b"prompt\0\1\0\0\0" + large),
+        (b"iCCP", b"icc\0\0" + large),
+        (b"tEXt", b"no end of the keyword"),
+    ]:
+        np.testing.assert_array_equal(decode(png_with(kind, content), "png"), photograph())
+        assert dimensions(png_with(kind, content), "png") == (20, 24)
+    np.testing.assert_array_equal(decode(png_with(b"tEXt", b"k\0v", checksum=7), "png"), photograph())
+    with pytest.raises(ImageError, match="is a PNG whose header or a chunk with pixels is damaged"):
+        decode(png_with(b"PLTE", bytes(3), checksum=7), "png")
+
+
+@pytest.mark.parametrize("filler", [b"\0", b"\xaa", b"\xff"])
+def test_filler_before_the_end_of_a_jpeg_costs_no_picture(filler: bytes) -> None:
+    data = file_bytes(Image.fromarray(synthetic(64, 64)), "JPEG", quality=90)
+    padded = data[:-2] + 40 * filler + data[-2:]
+    np.testing.assert_array_equal(decode(padded, "jpg"), decode(data, "jpg"))
+
+
+def test_other_bytes_before_the_end_of_a_jpeg_are_damage() -> None:
+    """A flipped bit shows by the code that is left over; Pillow returns garbage."""
+    data = file_bytes(Image.fromarray(synthetic(64, 64)), "JPEG", quality=90)
+    start = data.index(b"\xff\xda") + 14
+    said = []
+    for at in range(start, len(data) - 20, 7):
+        flipped = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        try:
+            decode(flipped, "jpg")
+        except ImageError as error:
+            said.append(re.sub(r"\d+", "N", str(error)))
+    assert len(said) > 20
+    damaged = [line for line in said if line.startswith("is damaged or padded (Corrupt JPEG data: N extraneous bytes")]
+    assert len(damaged) > len(said) / 2

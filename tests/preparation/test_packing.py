@@ -15,8 +15,11 @@ from PIL import Image
 from jitscale.data.images import CODECS, center_crop, decode
 from jitscale.data.manifest import BadInput, Manifest
 from jitscale.data.shards import ShardSet
+from jitscale.errors import DataError
 from jitscale.keyed_random import Purpose, permutation
+from jitscale.preparation.packing import ShardTask, pack_shard
 from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
+from jitscale.preparation.sources import find_sources
 from tests.preparation.packing_jobs import (
     CLASSES,
     PER_CLASS,
@@ -286,3 +289,15 @@ def test_help_shows_the_usual_commands() -> None:
     assert code == 0
     assert "ILSVRC2012_img_train.tar" in out
     assert "--part $SLURM_ARRAY_TASK_ID/16" in out
+
+
+def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "large.png").write_bytes(file_bytes(noise(1)))
+    monkeypatch.setattr("jitscale.data.images.decode", exhausted)
+    task = ShardTask(tmp_path / "a.tar", "/", {0: find_sources([str(tmp_path / "in")])[0]}, "raw", 8, 0)
+    with pytest.raises(DataError, match=r"in/large.png: takes more memory than there is; .* fewer --workers"):
+        pack_shard(task)

@@ -98,7 +98,7 @@ def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
         ),
         "d": write_tar(
             tmp_path / "d.tar",
-            ("a.txt", b""),
+            ("a.cls", b""),
             ("b.png", image),
             ("b.cls", b"\xff"),
             ("b.png", image),
@@ -118,7 +118,7 @@ def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
         f"a.tar: byte {offset(paths['a'], 2)}: sample 2 has label 'cat' where a number is expected; make",
         "b.tar: byte 512: sample 0 has label '-1', a number outside 0..2147483647; write",
         f"b.tar: byte {512 + block + 1024}: sample 1 has label '', nothing; write",
-        "d.tar: byte 0: sample 'a' has 0 images among ['txt'], needs",
+        "d.tar: byte 0: sample 'a' has 0 images among ['cls'], needs",
         "d.tar: byte 1024: sample 0 has label '\ufffd', not printable UTF-8",
         f"d.tar: byte {512 + block + 1024}: key 'b' comes twice",
         f"e.tar: byte {offset(paths['a'], 1)}: sample 1 has no label where a number is expected; make",

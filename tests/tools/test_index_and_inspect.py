@@ -52,6 +52,13 @@ def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
     assert "| classes | 3: cat; dog; bee |" in table
 
 
+def test_members_beside_the_images_are_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ("README.md", b"x"), ("a.png", numbered_png()), ("a.txt", b"x"), ("b.txt", b"x"))
+    said = "3 other members ignored (.txt 2, .md 1)\n"
+    assert tool("index_shards", tmp_path).stdout.endswith(f"8 x 8 pixels, no labels\n{said}")
+    assert said in tool("index_shards", tmp_path, "--verify").stdout
+
+
 def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", *[(f"{number:03d}.png", b"") for number in range(60)])
     tool("index_shards", tmp_path)

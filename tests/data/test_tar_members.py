@@ -1,0 +1,177 @@
+"""Members of tars that are no plain images: links, sparse files, and files beside the images."""
+
+import io
+import logging
+import tarfile
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jitscale.data.find import find_tars
+from jitscale.data.passes import read_once
+from jitscale.data.shards import ShardSet
+from jitscale.data.tar_index import survey_tar
+from jitscale.data.tar_members import LOST_LINK
+from jitscale.errors import DataError
+from jitscale.preparation.sources import find_sources
+from jitscale.preparation.survey import survey
+from jitscale.preparation.verification import verify
+from tests.support.pictures import number_of, numbered_png, samples_of, write_tar
+
+Member = tuple[str, bytes | str]  # a link to the name in text
+
+
+def with_links(path: Path, *members: Member, kind: bytes = tarfile.LNKTYPE) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = kind, content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def deduplicated(path: Path) -> Path:
+    """Numbers 1, 2, 1, 3, 1, where equal files are hard links, also to another link."""
+    one, two, three = (numbered_png(8, number) for number in (1, 2, 3))
+    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", two), ("b.cls", b"2"), ("c.png", "a.png")]
+    members += [("c.cls", "a.cls"), ("d.png", three), ("d.cls", "b.cls"), ("e.png", "c.png"), ("e.cls", b"0")]
+    return with_links(path, *members)
+
+
+EXPECTED = [(1, 1), (2, 2), (1, 1), (3, 2), (1, 0)]
+
+
+def test_links_stand_for_earlier_members(tmp_path: Path) -> None:
+    deduplicated(tmp_path / "a.tar")
+    assert samples_of(ShardSet.open(tmp_path, 3)) == EXPECTED
+    found = survey(find_tars(str(tmp_path)), None, 1)
+    assert (found.defects, found.manifest.total, found.skipped) == ([], 5, Counter())
+    found.write()
+    assert verify(find_tars(str(tmp_path)), 1).defects == []
+    inputs = find_sources([str(tmp_path / "a.tar")])
+    data = (tmp_path / "a.tar").read_bytes()
+    assert data[inputs[2].offset :][: inputs[2].size] == numbered_png(8, 1)
+    assert inputs.table["label"].tolist() == [label for _, label in EXPECTED]
+
+
+def test_a_pass_in_tar_order_reads_links_too(tmp_path: Path) -> None:
+    deduplicated(tmp_path / "a.tar")
+    shards = ShardSet.open(tmp_path, 3)
+    for first in range(5):
+        blocks = read_once(shards, range(first, 5), 2, 0)
+        assert [number_of(image) for image in chain(*blocks)] == [number for number, _ in EXPECTED[first:]]
+
+
+def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
+    members = ("x/a.png", numbered_png(8, 1)), ("y/b.png", "../x/a.png"), ("y/c.png", "a.png"), ("y/d.png", "/dev/zero")
+    scan = survey_tar(with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE))
+    assert [(sample.key, sample.offset) for sample in scan.samples] == [("x/a", 512), ("y/b", 512)]
+    assert scan.skipped == {f"png{LOST_LINK}": 2}
+
+
+def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the rest of their sample: an image without its label must not become one of no class."""
+    one = numbered_png(8, 1)
+    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2"), ("c.png", one)]
+    members += [("c.cls", "gone.cls"), ("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
+    with_links(tmp_path / "a.tar", *members)
+    with caplog.at_level(logging.WARNING, "jitscale"):
+        assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
+    assert "3 images or labels are links to nothing before them in the tar, and left out" in caplog.text
+    expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, f"cls{LOST_LINK}": 1, "png": 1})
+    found = survey(find_tars(str(tmp_path)), None, 1)
+    found.write()
+    assert found.skipped == expected
+    assert verify(find_tars(str(tmp_path)), 1).skipped == expected
+    assert find_sources([str(tmp_path / "a.tar")]).ignored == expected
+
+
+def test_links_in_a_tar_of_tars(tmp_path: Path) -> None:
+    with_links(tmp_path / "n1", ("1.png", numbered_png()), ("2.png", "1.png"), ("3.png", "gone.png"))
+    write_tar(tmp_path / "all.tar", ("n1.tar", (tmp_path / "n1").read_bytes()))
+    inputs = find_sources([str(tmp_path / "all.tar")])
+    assert [(inputs[row].offset, inputs[row].label) for row in range(len(inputs))] == [(1024, 0), (1024, 0)]
+    assert inputs.ignored == {f"png{LOST_LINK}": 1}
+
+
+def sparse(path: Path, name: str) -> Path:
+    """As GNU tar -S writes it in pax format: a map, then the bytes that are no hole."""
+    info, data = tarfile.TarInfo(name), b"1\n600\n4\n".ljust(512, b"\0") + b"data"
+    info.size = len(data)
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "604"}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def old_sparse(path: Path, name: str) -> Path:
+    """As GNU tar -S writes it in its own format: the map is in the header."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = 4, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (600, 4)  # where the bytes stand in the file, and how many
+    header[483:495] = b"%011o\0" % 604  # its real size
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    path.write_bytes(bytes(header) + b"data".ljust(512, b"\0") + bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize("write", [sparse, old_sparse])
+def test_sparse_members_are_refused(tmp_path: Path, write: object) -> None:
+    """Also in a tar of tars; one that is not read costs nothing."""
+    assert callable(write)
+    write(tmp_path / "a.tar", "k.png")
+    for read in (lambda: ShardSet.open(tmp_path / "a.tar", 0), lambda: find_sources([str(tmp_path / "a.tar")])):
+        with pytest.raises(
+            DataError, match=r"a.tar: byte \d+: 'k.png' is sparse.*write the tar again without --sparse"
+        ):
+            read()
+    write_tar(tmp_path / "all.tar", ("n1.tar", (tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(DataError, match=r"all.tar: byte .* 'k.png' is sparse"):
+        find_sources([str(tmp_path / "all.tar")])
+    assert survey_tar(write(tmp_path / "b.tar", "k.txt")).defects == []
+
+
+def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
+    members = [("README.md", b"x"), ("LICENSE", b"x"), ("k.png", numbered_png()), ("k.cls", b"1"), ("k.txt", b"x")]
+    write_tar(tmp_path / "a.tar", *members, ("k.seg.png", numbered_png()))
+    assert len(ShardSet.open(tmp_path, 2).read(0, 0)[0]) == 8
+    found = survey(find_tars(str(tmp_path)), None, 1)
+    assert found.defects == []
+    assert found.skipped == {"md": 1, "": 1, "txt": 1, "seg.png": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("22.05.png", b"")], r"sample '22' has 0 images among \['05.png'\], .* write 22_05.png for 22.05.png"),
+        (
+            [("k.png", b""), ("k.json", b'{"label": 3}')],
+            "has no cls members, but k.json holds 'label', which is not read",
+        ),
+        (
+            [("n01/1.png", b""), ("n02/2.png", b""), ("README.md", b"x")],
+            r"has no cls members, but images in 2 folders \(n01, n02\), which are not read as classes; unpack it",
+        ),
+    ],
+)
+def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    write_tar(tmp_path / "a.tar", *members)
+    with pytest.raises(DataError, match=message) as caught:
+        find_sources([str(tmp_path / "a.tar")])
+    assert str(caught.value).startswith(f"{tmp_path}/a.tar: ")
+    (defect,) = survey(find_tars(str(tmp_path)), None, 1).defects
+    assert str(defect) == str(caught.value)
+
+
+def test_a_json_without_labels_is_a_caption(tmp_path: Path) -> None:
+    members = [("k.png", numbered_png()), ("k.json", b'{"caption": "x"}'), ("l.png", numbered_png()), ("l.json", b"[")]
+    assert len(find_sources([str(write_tar(tmp_path / "a.tar", *members))])) == 2
+    assert np.isin(ShardSet.open(tmp_path, 0).read(0, 1)[1], [0])
