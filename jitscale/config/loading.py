@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
-from jitscale.config.schema import CHOICES, SETTINGS, Config, ModelConfig
+from jitscale.config.schema import CHOICES, SETTINGS, Config, DiffusionConfig, ModelConfig
 from jitscale.errors import ConfigError, first_line
 
 
@@ -60,12 +60,14 @@ def load_config(
     return cast(Config, OmegaConf.to_object(typed))
 
 
-def check_model_config(model: ModelConfig, source: str) -> None:
-    """Refuse a network that cannot be built; `source` names where it was described.
+def check_model_config(model: ModelConfig, source: str, diffusion: DiffusionConfig | None = None) -> None:
+    """Refuse a network that cannot be built, or impossible settings of its diffusion; `source` describes them.
 
     Raises a ConfigError that names every impossible field.
     """
-    _refuse(source, problems_of({f"model.{name}": value for name, value in vars(model).items()}))
+    values = {f"model.{name}": value for name, value in vars(model).items()}
+    values |= {f"diffusion.{name}": value for name, value in vars(diffusion or DiffusionConfig()).items()}
+    _refuse(source, problems_of(values))
 
 
 def to_yaml(config: Config) -> str:
