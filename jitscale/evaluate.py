@@ -81,12 +81,13 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
         weights = config.evaluation.weights
     stored = open_weights(checkpoint, None if described else config)
     config.evaluation.weights = stored.choose(weights)
-    points, guide = sweep_points(config, stored.weight_sets), read_guide(config)
+    points = sweep_points(config, stored.weight_sets)
     run_dir = Path(config.run.dir)
     is_end, is_own = _is_end(stored, run_dir), is_configured_end(run_dir, config)
     tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
+        guide = parallel.raise_together(lambda: read_guide(config, world))
         check_measurable(config, world, points)
         if world.is_main:
             _say_what_is_the_start(stored, points)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from jitscale.errors import UserError
 
@@ -89,6 +89,21 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
 def aside_pattern(name: str) -> str:
     """A glob for what `atomic_write` leaves beside a file called `name` when its process is killed."""
     return f".{name}.*.partial"
+
+
+class FileIdentity(NamedTuple):
+    """What changes when a file is replaced or written to."""
+
+    path: Path
+    inode: int
+    size: int  # bytes
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path) -> "FileIdentity":
+        """The identity now. Raises an OSError if there is no such file."""
+        found = path.stat()
+        return cls(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def sha256_of(path: Path) -> str:

@@ -22,7 +22,14 @@ from jitscale.checkpoints.authors import write_authors_file
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.weights import StoredWeights, check_fits, write_safetensors
+from jitscale.checkpoints.weights import (
+    StoredWeights,
+    check_finite,
+    check_fits,
+    check_tensors,
+    is_average,
+    write_safetensors,
+)
 from jitscale.command import Parser, natural, refuse_existing
 from jitscale.config import ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
@@ -49,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
+    check_tensors(stored)
     try:
         written = WRITERS[options.to](stored, options)
     except OSError as error:
@@ -62,6 +70,7 @@ def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> list[P
     names = [stored.choose(name) for name in options.weights or stored.weight_sets]
     files = [options.output / f"{name}.safetensors" for name in names]
     refuse_existing(*files)
+    check_finite(stored, names)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, file in zip(tqdm(names, unit="set", desc="write"), files, strict=True):
         write_safetensors(file, stored, name)
@@ -76,6 +85,7 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
         raise UserError(f"--to huggingface needs {error.name}; pip install 'jitscale[hub]'") from error
     chosen = stored.choose(_one_set(options, "a Hugging Face folder holds one weight set"))
     refuse_existing(options.output / "model.safetensors", options.output / "config.json")
+    check_finite(stored, [chosen])
     network = HubJiT(stored.config.model, stored.config.diffusion, chosen)
     stored.load_into(network, chosen)
     network.save_pretrained(options.output)
@@ -87,11 +97,15 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
     if options.weights is not None:
         raise UserError("--weights: the authors' file holds the model and two averages; choose by --ema1 and --ema2")
     refuse_existing(options.output)
-    averages = [name for name in stored.weight_sets if name.startswith("ema_")]
+    averages = [name for name in stored.weight_sets if name.startswith("ema_") and is_average(name)]
     for option, name in (("ema1", options.ema1), ("ema2", options.ema2)):
         if name not in averages:
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
+    if stored.config.diffusion.prediction != "x" or stored.config.model.position_grid is not None:
+        what = f"{stored.path}: the authors' code predicts x, with positions of the network's own grid"
+        raise CheckpointError(f"{what}; convert this network --to safetensors")
+    check_finite(stored, [stored.choose("model"), options.ema1, options.ema2, *stored.moments])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_authors_file(options.output, stored, options.ema1, options.ema2, options.epoch)
     if stored.optimizer_step == 0:
@@ -110,6 +124,7 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     begin = stored.choose(chosen or ("model" if "model" in stored.weight_sets else None))
     averages = [name for name in stored.weight_sets if name != "model"]
     moments = stored.moments if config.optim.name == "adamw" and begin == "model" else ()
+    check_finite(stored, [begin, *averages, *moments])
     if not moments:
         print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
     progress = Progress(0, options.images, stored.optimizer_step if moments else 0, None)

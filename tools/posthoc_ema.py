@@ -29,7 +29,7 @@ from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.power_averages import Reconstruction, solve
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.checkpoints.streams import atomic_safetensors
-from jitscale.checkpoints.weights import description, elements, shape_differences
+from jitscale.checkpoints.weights import check_finite, description, elements, shape_differences
 from jitscale.command import Parser, refuse_existing
 from jitscale.config import WIDEST_POWER, power_name
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
@@ -113,6 +113,7 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
         snapshot.verify()
         if differing := shape_differences(snapshot.shapes, snapshots[-1].shapes):
             raise CheckpointError(f"{snapshot.path}: weights of another network than {chosen[-1]} ({differing})")
+        check_finite(snapshot, snapshot.weight_sets)
     return snapshots
 
 

@@ -7,14 +7,31 @@ without weight decay, then the others.
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights
-from jitscale.config import Config, DiffusionConfig, EmaConfig, ModelConfig, ema_name
+from jitscale.checkpoints.weights import (
+    MOMENTS,
+    StoredWeights,
+    check_tensors,
+    plain,
+    shape_differences,
+    shapes_of,
+    unwrapped,
+)
+from jitscale.config import (
+    Config,
+    DiffusionConfig,
+    EmaConfig,
+    ModelConfig,
+    check_model_config,
+    ema_name,
+    network_differences,
+)
 from jitscale.errors import CheckpointError, first_line
 from jitscale.files import atomic_write
 from jitscale.model.layers import sincos_position_table
@@ -34,48 +51,53 @@ class AuthorsWeights(StoredWeights):
         Raises a CheckpointError if the file cannot be read, has another format, or its network's sizes are not known.
         """
         self.path = path
+        content = _unpickled(path)
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            args = content["args"]
+            args = _arguments_in(content)
             decays = [float(args.ema_decay1), float(args.ema_decay2)]
             keys = {"model": "model", ema_name(decays[0]): "model_ema1", ema_name(decays[1]): "model_ema2"}
-            self._sets = {name: _own_names(content[key]) for name, key in keys.items()}
+            self._sets = {name: _own_names(path, content, key) for name, key in keys.items()}
             diffusion = DiffusionConfig(
-                noise_scale=args.noise_scale,
-                mu=args.P_mean,
-                sigma=args.P_std,
-                t_eps=args.t_eps,
-                label_drop=args.label_drop_prob,
+                noise_scale=float(args.noise_scale),
+                mu=float(args.P_mean),
+                sigma=float(args.P_std),
+                t_eps=float(args.t_eps),
+                label_drop=float(args.label_drop_prob),
             )
             self.epoch = int(content.get("epoch", -1))
-            self._optimizer = content.get("optimizer") or {}
             named, image_size = str(args.model), int(args.img_size)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            reason = first_line(error)
-            raise CheckpointError(f"{path}: not a readable checkpoint of the authors' format ({reason})") from error
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: not the authors' format of model, model_ema1, args ({error})") from error
+            dropout = {name: float(getattr(args, name, 0.0)) for name in ("attn_dropout", "proj_dropout")}
+        except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise _other_format(path, error) from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._sets["model"].items()}
+        self.shapes = _shapes(self._sets["model"])
+        for name, key in keys.items():
+            if differing := shape_differences(_shapes(self._sets[name]), self.shapes):
+                what = f"{path}: {key} holds another network than model ({differing})"
+                raise CheckpointError(f"{what}; give a file whose sets are those of one network")
         size = named.split("/", maxsplit=1)[0]
         if size in IN_CONTEXT_START:
-            model = _sizes_from_shapes(self.shapes, image_size, IN_CONTEXT_START[size])
-            model.attn_dropout = float(getattr(args, "attn_dropout", 0.0))
-            model.proj_dropout = float(getattr(args, "proj_dropout", 0.0))
+            try:
+                model = _sizes_from_shapes(self.shapes, image_size, IN_CONTEXT_START[size])
+            except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+                raise _other_format(path, error) from error
+            model.attn_dropout, model.proj_dropout = dropout["attn_dropout"], dropout["proj_dropout"]
         if model is None:
             raise CheckpointError(f"{path}: its model {named!r} is not one of the paper's; give its config")
+        check_model_config(model, str(path), diffusion)
         self.config = Config(model=model, diffusion=diffusion, ema=EmaConfig(decays=decays))
+        check_tensors(self)
         self._index = {name: index for index, name in enumerate(optimizer_order(self.shapes))}
-        state = self._optimizer.get("state", {})
-        if state.keys() == set(self._index.values()):
-            self.optimizer_step = int(state[0]["step"])
+        try:
+            self._moments, self.optimizer_step = _moments_in(content, self._index, self.shapes)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise _other_format(path, error) from error
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
         if set_name in MOMENTS:
-            return self._optimizer["state"][self._index[parameter]][set_name].float()
-        return self._sets[set_name][parameter].float()
+            return self._moments[self._index[parameter]][set_name].float()
+        return plain(self._sets[set_name][parameter], self.path, parameter)
 
 
 def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, epoch: int) -> None:
@@ -103,9 +125,68 @@ def _undecayed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return len(shapes[name]) == 1 or name.endswith(".bias")
 
 
-def _own_names(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefix, and without the fixed position table."""
-    return {key.removeprefix("net."): value for key, value in stored.items() if not key.endswith("pos_embed")}
+def _unpickled(path: Path) -> Any:
+    """What `torch.save` wrote, of plain types only. Raises a CheckpointError if the file holds anything else."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle's documentation: a damaged pickle may raise any type
+        # torch's own message advises to load with weights_only=False, which executes what the file says.
+        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        remedy = "give a sound file"
+        if found:
+            reason = f"it holds {found[1]}, which is neither a tensor nor a plain number, text, list or dict"
+            remedy = "store it again without that"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "its pickle is damaged, or holds more than tensors and plain values"
+        else:
+            reason = first_line(error)
+        what = f"{path}: not a readable checkpoint of the authors' format ({reason})"
+        raise CheckpointError(f"{what}; {remedy}") from error
+
+
+def _other_format(path: Path, error: Exception) -> CheckpointError:
+    reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+    what = f"{path}: not the authors' format of model, model_ema1, model_ema2, args ({reason})"
+    return CheckpointError(f"{what}; give such a file, or the weights as safetensors with their config")
+
+
+def _arguments_in(content: Any) -> argparse.Namespace:
+    if not isinstance(content, dict):
+        raise TypeError(f"its content is a {type(content).__name__}")
+    args = content["args"]
+    return argparse.Namespace(**args) if isinstance(args, dict) else args
+
+
+def _own_names(path: Path, content: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
+    """Without the prefixes of the authors and of wrappers, and without the fixed position table."""
+    stored = content[key]
+    if not isinstance(stored, dict):
+        raise TypeError(f"{key} is a {type(stored).__name__}, not tensors by name")
+    if wrong := [
+        name for name, value in stored.items() if not isinstance(value, torch.Tensor) or type(name) is not str
+    ]:
+        raise TypeError(f"{key} holds {wrong[0]!r}, which is no tensor with a name")
+    names = unwrapped(path, stored)
+    return {name.removeprefix("net."): stored[full] for name, full in names.items() if not name.endswith("pos_embed")}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _moments_in(
+    content: dict[str, Any], index: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[int, dict[str, torch.Tensor]], int]:
+    """The state of the optimizer by the number of the parameter, and its updates; nothing if the file has no state."""
+    state = (content.get("optimizer") or {}).get("state", {})
+    if state.keys() != set(index.values()):
+        return {}, 0
+    for name, number in index.items():
+        for moment in MOMENTS:
+            if tuple(state[number][moment].shape) != shapes[name]:
+                raise ValueError(f"the optimizer's {moment} of {name} has another shape")
+    return state, int(state[0]["step"])
 
 
 def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor]:
@@ -135,7 +216,11 @@ def _optimizer_state(stored: StoredWeights) -> dict[str, Any]:
 def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
     """The authors' command line for this network."""
     model, diffusion, optim, evaluation = config.model, config.diffusion, config.optim, config.evaluation
-    size = _SIZES.get((model.depth, model.hidden_size), f"JiT-{model.depth}x{model.hidden_size}")
+    size = _SIZES.get((model.depth, model.hidden_size))
+    named = size and _sizes_from_shapes(shapes_of(config), model.image_size, IN_CONTEXT_START[size])
+    # A size's name says the rest of the network too, so another network must not have it.
+    if not named or network_differences(Config(model=named), Config(model=model)):
+        size = f"JiT-{model.depth}x{model.hidden_size}"
     return argparse.Namespace(
         model=f"{size}/{model.patch_size}",
         img_size=model.image_size,

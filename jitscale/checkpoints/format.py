@@ -11,25 +11,28 @@ it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`mod
 the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed: a kill leaves the previous one usable.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 
+from jitscale.checkpoints.index import MOST_BYTES, check_plain_file, parse_hashes, parse_index
 from jitscale.checkpoints.streams import MappedSafetensors
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError
-from jitscale.files import sha256_of
+from jitscale.files import FileIdentity, sha256_of
 
 FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
+T = TypeVar("T")
+_VERIFIED: set[tuple[FileIdentity, str]] = set()  # files and the hashes that they had when this process read them
 # One rank's flat tensors of a set; None where the set has nothing, as Muon has no second moment.
 Flats = Sequence[torch.Tensor | None]
 
@@ -77,53 +80,80 @@ def complete_folders(parent: Path, name: str) -> dict[int, Path]:
 
 
 class Checkpoint(StoredWeights):
-    """A complete checkpoint on disk, read by slices."""
+    """A complete checkpoint on disk, read by slices. A file is verified before its first read in this process."""
 
     def __init__(self, folder: Path) -> None:
-        """Open; `verify` looks at the content.
+        """Open; what the folder says of itself is checked, the content of the weights is not yet.
 
-        Raises a CheckpointError if the marker or a file is missing, a file has another size, or the format is unknown.
+        Raises a CheckpointError if the marker or a file is missing, index.json or config.yaml is not what was written,
+        a file has another size, the folder's name says another step, or the format is unknown.
         """
         self.path = folder
         if not (folder / MARKER).exists():
             raise CheckpointError(f"{folder}: no complete checkpoint (no file {MARKER}); choose another step")
+        hashes = self._parse(MARKER, parse_hashes)
+        for name in ("index.json", "config.yaml"):
+            if name not in hashes:
+                raise self._damaged(MARKER, f"has no hash of {name}")
+            self._check_content(name, hashes[name])
+        index = self._parse("index.json", lambda text: parse_index(text, folder, FORMAT))
         try:
-            for name, sha256 in json.loads((folder / MARKER).read_text() or "{}").items():
-                self._check_content(name, sha256)
-            index = json.loads((folder / "index.json").read_text())
-            if index["format"] != FORMAT:
-                text = f"{folder}: checkpoint format {index['format']}, this version reads format {FORMAT}; "
-                raise CheckpointError(text + "use the version of jitscale that wrote it")
-            self.progress = Progress(**index["progress"])
-            self.sets: list[str] = index["sets"]  # moments included
-            self.weight_sets = [name for name in self.sets if name not in MOMENTS]
-            parameters = index["parameters"].items()
-            self.shapes = {name: tuple(entry["shape"]) for name, entry in parameters}
-            self._fragments: dict[str, list[list[int]]] = {name: entry["fragments"] for name, entry in parameters}
-            self._files = list(index["files"])
-            self._sha256: dict[str, str] = index["sha256"]
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.progress = Progress(**index.progress)
+        except TypeError as error:
             raise self._damaged("index.json", error) from error
+        self.sets = index.sets  # moments included
+        self.weight_sets = [name for name in self.sets if name not in MOMENTS]
+        self.shapes, self._fragments = index.shapes, index.fragments
+        self._files, self._sha256 = list(index.files), index.sha256
         self._opened: dict[int, MappedSafetensors] = {}
-        for name, size in index["files"].items():
-            file = folder / name
-            found = file.stat().st_size if file.exists() else 0
+        for name, size in index.files.items():
+            found = self._identity(name).size
             if found != size:
                 raise self._damaged(name, f"{found} bytes where the index says {size}")
+        self._check_name()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """See `StoredWeights`: every `shares`-th file, from number `share` on."""
-        for name in self._files[share::shares]:
-            try:
+        for number, name in enumerate(self._files):
+            identity = self._identity(name)  # before the content: a file that changes meanwhile is verified again
+            if number % shares == share:
                 self._check_content(name, self._sha256[name])
-            except OSError as error:
-                raise self._damaged(name, error) from error
+            _VERIFIED.add((identity, self._sha256[name]))
 
     def _check_content(self, name: str, sha256: str) -> None:
-        if sha256_of(self.path / name) != sha256:
+        self._identity(name)
+        try:
+            found = sha256_of(self.path / name)
+        except OSError as error:
+            raise self._damaged(name, error) from error
+        if found != sha256:
             raise self._damaged(name, "its content is not what was written")
+
+    def _check_name(self) -> None:
+        """Refuse a folder that was copied under another number: the run would go back to it, and remove newer ones."""
+        numbers = {"step": self.progress.step, "images": self.progress.images}
+        match = re.fullmatch(r"(step|images)_(\d{8,})", self.path.name)
+        if match and int(match[2]) != numbers[match[1]]:
+            what = f"is that of {match[1]} {numbers[match[1]]}, the folder's name says {int(match[2])}"
+            raise self._damaged("index.json", what)
+
+    def _parse(self, name: str, parse: Callable[[str], T]) -> T:
+        if self._identity(name).size > MOST_BYTES:
+            raise self._damaged(name, f"is larger than {MOST_BYTES} bytes")
+        try:
+            return parse((self.path / name).read_text())
+        except CheckpointError:  # another format, which is no damage
+            raise
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from error
+
+    def _identity(self, name: str) -> FileIdentity:
+        """Which file this is now. Raises a CheckpointError if it is no regular file inside the folder."""
+        try:
+            check_plain_file(self.path, name)
+            return FileIdentity.of(self.path / name)
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from error
 
     @cached_property
     def config(self) -> Config:  # type: ignore[override]
@@ -146,11 +176,14 @@ class Checkpoint(StoredWeights):
         for number, offset, length in self._fragments[parameter]:
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:
+                file, name = self._open(number), f"{set_name}:{parameter}:{offset}"
                 try:
-                    name = f"{set_name}:{parameter}:{offset}"
-                    out[low - start : high - start] = self._open(number).rows(name, low - offset, high - offset)
-                except (OSError, SafetensorError) as error:
+                    values = file.rows(name, low - offset, high - offset)
+                    if values.shape != (high - low,) or values.dtype != torch.float32:
+                        raise ValueError(f"{name} holds {tuple(values.shape)} of {values.dtype}")
+                except (OSError, SafetensorError, ValueError) as error:
                     raise self._damaged(self._files[number], error) from error
+                out[low - start : high - start] = values
                 filled += high - low
         if filled != stop - start:
             raise self._damaged("", f"{filled} of {stop - start} elements of {parameter}")
@@ -166,10 +199,18 @@ class Checkpoint(StoredWeights):
         remedy = f"remove {self.path} to fall back to the checkpoint before it"
         return CheckpointError(f"{one_line}; the file is damaged, {remedy}")
 
-    def _open(self, file: int) -> MappedSafetensors:
-        if file not in self._opened:
-            self._opened[file] = MappedSafetensors(self.path / self._files[file])
-        return self._opened[file]
+    def _open(self, number: int) -> MappedSafetensors:
+        if number not in self._opened:
+            name = self._files[number]
+            verified = (self._identity(name), self._sha256[name])
+            if verified not in _VERIFIED:
+                self._check_content(name, self._sha256[name])
+                _VERIFIED.add(verified)
+            try:
+                self._opened[number] = MappedSafetensors(self.path / name)
+            except (OSError, SafetensorError) as error:
+                raise self._damaged(name, error) from error
+        return self._opened[number]
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:

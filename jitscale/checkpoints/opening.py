@@ -1,22 +1,27 @@
 """From a path to the weights behind it, whichever program wrote them."""
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+
 from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
 from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
-from jitscale.errors import CheckpointError, ConfigError
+from jitscale.errors import CheckpointError, ConfigError, first_line
 from jitscale.model.jit import JiT
+from jitscale.parallel import World
 
 ConfigSource = str | Path | Config | ModelConfig | Mapping[str, Any]
 
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # names that huggingface_hub fixes
+_SPLIT = re.compile(r"-\d+-of-\d+\.safetensors$|\.safetensors\.index\.json$")  # as transformers and diffusers split
 # Settings that may stand beside the model fields in a flat mapping; they do not describe the network.
 _SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interval"}
 
@@ -28,30 +33,45 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
     diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
 
-    Raises a CheckpointError if nothing readable is there or a config is needed, a ConfigError at impossible sizes.
+    Every form but a checkpoint of this project lacks hashes, so flipped bits in it are only met if they break the file.
+    A checkpoint's file is verified before its first read. Raises a CheckpointError if nothing readable is there or a
+    config is needed, a ConfigError at impossible sizes.
     """
     path = Path(path)
+    try:
+        return _open(path, config)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); choose other weights") from error
+
+
+def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; give a run folder, a step folder or a weights file")
     if path.is_dir():
         return _open_folder(path, config)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is a device or a pipe; give a run folder, a step folder or a weights file")
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
     if not zipfile.is_zipfile(path):
-        what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save"
+        what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save (a zip archive)"
         raise CheckpointError(f"{what}; give a run or such a file")
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
-def read_guide(config: Config) -> JiT | None:
+def read_guide(config: Config, world: World | None = None) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
 
+    The ranks of a `world` verify a share of its files each, so they must call this in `parallel.raise_together`.
     Raises a CheckpointError if it cannot be read, a ConfigError if images, classes or noise are not those of `config`.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
         return None
-    guide = open_weights(evaluation.guide).network(evaluation.guide_weights)
+    stored = open_weights(evaluation.guide)
+    if world is not None:
+        stored.verify(world.rank, world.size)
+    guide = stored.network(evaluation.guide_weights)
     compared = [
         ("model.image_size", guide.config.image_size, config.model.image_size),
         ("model.num_classes", guide.config.num_classes, config.model.num_classes),
@@ -68,6 +88,10 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
     if (folder / "index.json").exists():
         return Checkpoint(folder)
     files = sorted(folder.glob("*.safetensors"))
+    split = [file.name for file in folder.iterdir() if _SPLIT.search(file.name)]
+    if split:
+        what = f"{folder}: one weight set is split over several files ({min(split)}), which is not read"
+        raise CheckpointError(f"{what}; store it in one file, as save_pretrained(..., max_shard_size='1TB') does")
     if not files:
         if (newest := latest_checkpoint(folder)) is not None:
             return newest
@@ -76,10 +100,10 @@ def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
         return _open_safetensors(folder, files, config)
     try:
         described = json.loads((folder / HUB_CONFIG).read_text())
-        network = from_dict({key: described[key] for key in ("model", "diffusion")})
         name = str(described.get("weights", "model"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / HUB_CONFIG}: does not describe a JiT ({error}); give its config") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _undescribed(folder / HUB_CONFIG, error) from error
+    network = _described(described, folder / HUB_CONFIG)
     return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, network)
 
 
@@ -91,11 +115,33 @@ def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None
     named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))  # `model` first, as in a checkpoint
     metadata = next(iter(named.values())).metadata
     if "model" in metadata:  # as `description` writes it
-        described = {key: json.loads(metadata[key]) for key in ("model", "diffusion")}
-        return SafetensorsWeights(path, named, from_dict(described))
+        try:
+            described = {key: json.loads(metadata[key]) for key in ("model", "diffusion")}
+        except (ValueError, KeyError, RecursionError) as error:
+            raise _undescribed(path, error) from error
+        return SafetensorsWeights(path, named, _described(described, path))
     if config is None:
         raise CheckpointError(f"{path}: the file does not say the network's sizes; give its config")
     return SafetensorsWeights(path, named, _interpret(config))
+
+
+def _described(values: Mapping[str, Any], source: Path) -> Config:
+    """The network that a stranger's file describes: values only, no interpolations."""
+    try:
+        groups = {key: dict(values[key]) for key in ("model", "diffusion")}
+        if any(isinstance(value, str) and "${" in value for group in groups.values() for value in group.values()):
+            raise ValueError("holds an interpolation, ${...}")
+        config = from_dict(groups)
+        check_model_config(config.model, str(source), config.diffusion)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
+        raise _undescribed(source, error) from error
+    return config
+
+
+def _undescribed(source: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{source}: does not describe a JiT ({first_line(error)}); correct its description")
 
 
 def _interpret(config: ConfigSource) -> Config:

@@ -135,13 +135,20 @@ def write_streamed(
 def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -> None:
     """Remove complete checkpoints, and what interrupted saves left.
 
-    The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`.
+    The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`. A folder
+    that is not what its name or its index says neither counts nor is removed.
     """
-    folders = layout.complete_checkpoints(run_dir)
+    images_of: dict[Path, int] = {}
+    for folder in layout.complete_checkpoints(run_dir):
+        try:
+            images_of[folder] = layout.Checkpoint(folder).progress.images
+        except CheckpointError as error:
+            logger.warning("%s; it is left alone, and does not count as one of the checkpoints to keep", error)
+    folders = list(images_of)
     kept, previous = set(folders[-keep_last:]), 0
     if keep_every_images is not None:
         for folder in folders:
-            images = layout.Checkpoint(folder).progress.images // keep_every_images
+            images = images_of[folder] // keep_every_images
             if images > previous:
                 kept.add(folder)
             previous = images

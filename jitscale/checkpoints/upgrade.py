@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, shapes_of
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, shapes_of
 from jitscale.config import Config, network_differences, to_yaml
 from jitscale.errors import ConfigError, UserError
 from jitscale.files import atomic_write
@@ -135,8 +135,8 @@ def write_upgraded(
     The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written. Returns the
     checkpoint's folder, and the names of the sets in it, moments included.
 
-    Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged or not the
-    network of its config, there is no room, or the target cannot be written.
+    Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged, not
+    finite or not the network of its config, there is no room, or the target cannot be written.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
@@ -144,6 +144,7 @@ def write_upgraded(
     check_fits(stored, stored.config)  # else the target would lack what the source lacks
     moments = stored.moments if keep_moments and target.optim.name == "adamw" else ()
     sets = [*stored.weight_sets, *moments]
+    check_finite(stored, sets)
     new = shapes_of(target)
     progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
     with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:

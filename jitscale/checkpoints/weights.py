@@ -5,8 +5,9 @@ A set is named `model`, `ema_<decay>` or `power_<width>`; some files also hold t
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
+
+
+# What torch.compile and DistributedDataParallel put before the names of the module that they wrap.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StoredWeights(ABC):
@@ -37,7 +43,11 @@ class StoredWeights(ABC):
         return MOMENTS if self.optimizer_step > 0 else ()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
-        """Compare all files, or a share, with their hashes, if any; raises a CheckpointError if one is damaged."""
+        """Compare all files with their hashes, if any; raises a CheckpointError if one is damaged.
+
+        Of several processes each takes a share. It relies on the others for the rest: call `parallel.raise_together`
+        before anything is read. What was not verified so is verified when it is read.
+        """
 
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
@@ -59,6 +69,8 @@ class StoredWeights(ABC):
 
         Raises a CheckpointError if there is no such set, its tensors do not fit the sizes, or the file is damaged.
         """
+        self.choose(name)  # before memory is spent on a network
+        check_tensors(self)
         network = JiT(self.config.model, self.config.diffusion)
         self.load_into(network, name)
         return network.eval()
@@ -67,9 +79,7 @@ class StoredWeights(ABC):
     def load_into(self, network: JiT, name: str | None = None) -> None:
         """Give `network` the weights of one set; `name` and errors are those of `network`."""
         chosen, parameters = self.choose(name), dict(network.named_parameters())
-        if differing := shape_differences(self.shapes, {key: tuple(p.shape) for key, p in parameters.items()}):
-            what = f"{self.path}: the weights do not fit the network ({differing})"
-            raise CheckpointError(f"{what}; give the config they were trained with")
+        check_tensors(self, {key: tuple(p.shape) for key, p in parameters.items()})
         for parameter, values in parameters.items():
             values.copy_(self.tensor(chosen, parameter))
 
@@ -84,19 +94,24 @@ class SafetensorsWeights(StoredWeights):
         """
         self.path, self.config, self._files = path, config, files
         self.weight_sets = list(files)
+        if wrong := [name for name in files if not is_set_name(name)]:
+            what = f"{files[wrong[0]].path}: {wrong[0]!r} is no name of a weight set"
+            raise CheckpointError(f"{what}; give model, ema_<decay>, power_<width> or a name of letters and digits")
         self.default, first = next(iter(files.items()))
-        self.shapes = first.shapes()
+        self._stored_names = unwrapped(path, first.shapes())
+        self.shapes = {name: first.shapes()[stored] for name, stored in self._stored_names.items()}
         for file in files.values():
-            if differing := shape_differences(file.shapes(), self.shapes):
+            if differing := shape_differences(file.shapes(), first.shapes()):
                 text = f"{file.path}: another network than {first.path} ({differing})"
                 raise CheckpointError(f"{text}; keep the sets of one network in a folder")
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
         try:
-            return self._files[set_name].tensor(parameter).float()
-        except SafetensorError as error:
+            tensor = self._files[set_name].tensor(self._stored_names[parameter])
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: {parameter} cannot be read ({error}); the file is damaged") from error
+        return plain(tensor, self.path, parameter)
 
 
 def open_safetensors(path: Path) -> MappedSafetensors:
@@ -105,6 +120,38 @@ def open_safetensors(path: Path) -> MappedSafetensors:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def is_set_name(name: str) -> bool:
+    """Whether a weight set in a file may be called so: the name becomes that of a file."""
+    return name not in MOMENTS and re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) is not None
+
+
+def is_average(name: str) -> bool:
+    """Whether this is the name of an average, `ema_<decay>` or `power_<width>`."""
+    return re.fullmatch(r"(ema|power)_\d+(\.\d+)?(e-?\d+)?", name, re.ASCII) is not None
+
+
+def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The names of tensors in the file `path`, by the names that they have without the prefixes of wrappers.
+
+    Raises a CheckpointError if two tensors have the same name then.
+    """
+    stored = list(names)
+    by_name = {_WRAPPERS.sub("", name): name for name in stored}
+    if len(by_name) < len(stored):
+        what = f"{path}: holds the same tensors with and without the prefixes module. or _orig_mod."
+        raise CheckpointError(f"{what}; store the weights of one of the two modules")
+    return by_name
+
+
+def plain(tensor: torch.Tensor, path: Path, parameter: str) -> torch.Tensor:
+    """The float32 values. Raises a CheckpointError at integers and 8-bit floats, whose scales no file here says."""
+    if tensor.dtype not in _PLAIN_DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        what = f"{path}: {parameter} is quantised ({kind}), and its scales are not known"
+        raise CheckpointError(f"{what}; give weights in float32, float16 or bfloat16")
+    return tensor.float()
 
 
 def description(name: str, config: Config) -> dict[str, str]:
@@ -126,6 +173,16 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in JiT(config.model).named_parameters()}
 
 
+def check_tensors(stored: StoredWeights, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    """Refuse parameters other than those `expected`, by default those of the network that `stored.config` describes.
+
+    Raises a CheckpointError.
+    """
+    if differing := shape_differences(stored.shapes, shapes_of(stored.config) if expected is None else expected):
+        what = f"{stored.path}: the weights do not fit the network ({differing})"
+        raise CheckpointError(f"{what}; give the config they were trained with")
+
+
 def check_fits(stored: StoredWeights, config: Config) -> None:
     """Refuse weights of another network than the one that `config` describes, or of another noise scale.
 
@@ -139,6 +196,18 @@ def check_fits(stored: StoredWeights, config: Config) -> None:
     if not math.isclose(trained_with, asked):
         setting = f"diffusion.noise_scale={trained_with}"
         raise CheckpointError(f"{stored.path}: made for {setting}, the config says {asked}; add {setting}")
+
+
+def check_finite(stored: StoredWeights, sets: Sequence[str], share: int = 0, shares: int = 1) -> None:
+    """Read these sets, or of each every `shares`-th parameter from number `share` on.
+
+    Raises a CheckpointError if a tensor cannot be read, or holds NaN or infinite values.
+    """
+    for name in sets:
+        for parameter in list(stored.shapes)[share::shares]:
+            if not stored.tensor(name, parameter).isfinite().all():
+                what = f"{stored.path}: {parameter} of the set {name} holds values that are not finite"
+                raise CheckpointError(f"{what}; the training went astray before, choose an older checkpoint")
 
 
 def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:

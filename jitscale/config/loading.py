@@ -19,7 +19,7 @@ from jitscale.addresses import masked
 from jitscale.config.hints import meant_elsewhere, remedy_of_unknown
 from jitscale.config.limits import Problem, shown
 from jitscale.config.rules import problems_of
-from jitscale.config.schema import SETTINGS, Config, ModelConfig
+from jitscale.config.schema import SETTINGS, Config, DiffusionConfig, ModelConfig
 from jitscale.config.values import (
     INTERPOLATION_REMEDY,
     WrongValueError,
@@ -76,12 +76,14 @@ def load_config(
     return cast(Config, OmegaConf.to_object(typed))
 
 
-def check_model_config(model: ModelConfig, source: str) -> None:
-    """Refuse a network that cannot be built; `source` names where it was described.
+def check_model_config(model: ModelConfig, source: str, diffusion: DiffusionConfig | None = None) -> None:
+    """Refuse a network that cannot be built, or impossible settings of its diffusion; `source` describes them.
 
     Raises a ConfigError that names every impossible field.
     """
-    _refuse(source, problems_of({f"model.{name}": value for name, value in vars(model).items()}))
+    values = {f"model.{name}": value for name, value in vars(model).items()}
+    values |= {f"diffusion.{name}": value for name, value in vars(diffusion or DiffusionConfig()).items()}
+    _refuse(source, problems_of(values))
 
 
 def to_yaml(config: Config) -> str:

@@ -18,7 +18,7 @@ from jitscale.checkpoints.format import (
 )
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
-from jitscale.checkpoints.weights import StoredWeights, check_fits
+from jitscale.checkpoints.weights import StoredWeights, check_finite, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
 from jitscale.data.shards import ShardSet
 from jitscale.errors import CheckpointError, DataError, UserError
@@ -282,7 +282,15 @@ def initial_weights(config: Config, world: World) -> StoredWeights | None:
         weights.verify(world.rank, world.size)
         return weights
 
-    return parallel.raise_together(opened)
+    def check_share() -> None:
+        if initial is not None:
+            default = "model" if "model" in initial.weight_sets else None
+            begun_with = initial.choose(config.run.init_weights or default)
+            check_finite(initial, [begun_with], world.rank, world.size)
+
+    initial = parallel.raise_together(opened)
+    parallel.raise_together(check_share)
+    return initial
 
 
 def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None) -> DataIdentity:

@@ -2,20 +2,25 @@
 
 import argparse
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import jitscale
 import jitscale.config
-from jitscale.checkpoints.authors import optimizer_order
+from jitscale.checkpoints.authors import _arguments, optimizer_order
 from jitscale.checkpoints.hub import HubJiT
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.errors import CheckpointError, UserError
-from tests.support import FILES
+from jitscale.model.jit import JiT
+from tests.support import FILES, ROOT
 from tools.convert_checkpoint import main
 
 STEPS = 5
@@ -172,6 +177,116 @@ def test_refusals(authors_file: Path, config: Path, tmp_path: Path) -> None:
         open_weights(exported)
     assert not (tmp_path / "more").exists()
     assert not (tmp_path / "more.pth").exists()
+
+
+def test_another_networks_weights_are_not_written_in_any_form(config: Path, tmp_path: Path) -> None:
+    """Each file claims the config's network; what is sound but for prefixes is written."""
+    torch.manual_seed(0)
+    settings = jitscale.config.load_config(config)
+    network = JiT(settings.model, settings.diffusion)
+    sound = {name: p.detach().clone() for name, p in network.named_parameters()}
+    first, *others = sound
+    infinite = torch.full_like(sound[first], float("inf"))
+    wrong = {
+        "another": ({"pos_embed": torch.zeros(1, 4, 32)}, "do not fit the network"),
+        "extra": ({**sound, "pos_embed": torch.zeros(1, 16, 32)}, r"pos_embed: \(1, 16, 32\) there, absent"),
+        "missing": ({name: sound[name] for name in others}, f"{first}: absent there"),
+        "nan": ({**sound, first: infinite * 0}, f"{first} of the set model holds values that are not finite"),
+        "inf": ({**sound, first: infinite}, "not finite"),
+        "fp8": ({**sound, first: sound[first].to(torch.float8_e4m3fn)}, r"is quantised \(float8_e4m3fn\)"),
+        "integers": ({**sound, first: sound[first].long()}, r"is quantised \(int64\)"),
+        "twice": ({**sound, f"module.{first}": sound[first].clone()}, "with and without the prefixes"),
+    }
+    for name, (tensors, message) in wrong.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        for form in ("safetensors", "run", *(["huggingface"] if name == "nan" else [])):
+            with pytest.raises(CheckpointError, match=message):
+                convert(tmp_path / f"{name}.safetensors", form, tmp_path / "out", "--config", config)
+    assert not (tmp_path / "out").exists()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        save_file({f"{prefix}{name}": p for name, p in sound.items()}, tmp_path / "wrapped.safetensors")
+        run = open_weights(convert(tmp_path / "wrapped.safetensors", "run", tmp_path / prefix, "--config", config))
+        assert all(torch.equal(run.tensor("model", name), p) for name, p in sound.items())
+
+
+def test_a_set_split_over_files_is_refused(config: Path, tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"split over several files \({name}\)"):
+            convert(folder, "safetensors", tmp_path / "out", "--config", config)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model": "{"},
+        {"model": "{}"},
+        {"model": "{}", "diffusion": "3"},
+        {"model": '{"depth": "many"}', "diffusion": "{}"},
+        {"model": '{"depth": 0}', "diffusion": "{}"},
+        {"model": '{"unknown": 1}', "diffusion": "{}"},
+        {"model": "{}", "diffusion": '{"prediction": "${oc.env:HOME}"}'},
+        {"model": "{}", "diffusion": '{"noise_scale": NaN}'},
+        {"model": "[" * 100_000, "diffusion": "{}"},
+        {"weights": "../model"},
+        {"weights": "exp_avg"},
+    ],
+)
+def test_metadata_that_describe_no_network_are_one_line(metadata: dict[str, str], config: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "strange.safetensors", metadata=metadata)
+    with pytest.raises(UserError) as error:
+        open_weights(tmp_path / "strange.safetensors", config)
+    assert str(tmp_path / "strange.safetensors") in str(error.value)
+    assert os.environ["HOME"] not in str(error.value).replace(str(tmp_path), "")
+
+
+def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) -> None:
+    """Prefixes of wrappers are removed wherever they stand; everything else is one line."""
+    content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
+    expected, path, args = (
+        open_weights(FILES / "jit_tiny_euler.checkpoint-last.pth", config),
+        tmp_path / "c.pth",
+        content["args"],
+    )
+
+    def opened(**changes: Any) -> StoredWeights:
+        torch.save({key: value for key, value in {**content, **changes}.items() if value is not None}, path)
+        return open_weights(path, config)
+
+    for before, after in (("net.", "module.net."), ("net.", "net._orig_mod."), ("net.", "module._orig_mod.net.")):
+        sets = ("model", "model_ema1", "model_ema2")
+        renamed = {key: {name.replace(before, after, 1): p for name, p in content[key].items()} for key in sets}
+        assert_equal_weights(opened(**renamed), expected)
+    assert_equal_weights(opened(args=vars(args)), expected)
+    lost = dict(list(content["model_ema1"].items())[:-1])
+    refused = [
+        ({"model_ema1": lost}, "model_ema1 holds another network than model"),
+        ({"model_ema1": list(lost.values())}, "model_ema1 is a list, not tensors by name"),
+        ({"model_ema2": None}, "'model_ema2' is missing"),
+        ({"args": None}, "'args' is missing"),
+        ({"args": {**vars(args), "P_mean": "x"}}, "not the authors' format"),
+        ({"args": {**vars(args), "t_eps": 0.0}}, "diffusion.t_eps=0"),
+        ({"args": {**vars(args), "model": "JiT-B/16"}}, "in_context_start=4 must be"),
+        ({"args": {**vars(args), "noise_scale": np.float64(2)}}, "not a readable checkpoint.*it holds numpy"),
+        ({"epoch": np.int64(3)}, "not a readable checkpoint.*it holds numpy"),
+        ({"model": {"net.a": 1}}, "holds 'net.a', which is no tensor"),
+        ({"optimizer": [1]}, "not the authors' format"),
+    ]
+    for changes, message in refused:
+        with pytest.raises(UserError, match=message) as error:
+            opened(**changes)
+        assert "\n" not in str(error.value)
+        assert "weights_only" not in str(error.value)
+        assert "options" not in str(error.value), "torch's advice to execute the file"
+
+
+def test_only_the_papers_network_gets_the_name_of_its_size() -> None:
+    model = jitscale.config.load_config(ROOT / "configs/jit_b_64.yaml").model
+    assert _arguments(jitscale.config.Config(model=model), [0.9, 0.99]).model == "JiT-B/4"
+    other = replace(model, in_context_start=6)
+    assert _arguments(jitscale.config.Config(model=other), [0.9, 0.99]).model == "JiT-12x768/4"
 
 
 def test_an_output_that_cannot_be_written_is_said(authors_file: Path, config: Path, tmp_path: Path) -> None:
