@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from jitscale.checkpoints.streams import MappedSafetensors
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, load_config
+from jitscale.config.cautions import start_caution
 from jitscale.errors import CheckpointError
 from jitscale.files import sha256_of
 
@@ -120,6 +121,12 @@ class Checkpoint(StoredWeights):
                 self._check_content(name, self._sha256[name])
             except OSError as error:
                 raise self._damaged(name, error) from error
+
+    def caution(self, set_name: str) -> str | None:
+        """See `StoredWeights`."""
+        if self.progress.optimizer_step > self.progress.step:
+            return None  # upgraded: the averages had a start of their own
+        return start_caution(self.config, set_name, self.progress.step)
 
     def _check_content(self, name: str, sha256: str) -> None:
         if sha256_of(self.path / name) != sha256:

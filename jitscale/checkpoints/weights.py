@@ -39,6 +39,10 @@ class StoredWeights(ABC):
     def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
         """Compare all files, or a share, with their hashes, if any; raises a CheckpointError if one is damaged."""
 
+    def caution(self, set_name: str) -> str | None:
+        """A line if the set is an average that is mostly the start of the run, where it is known how long that was."""
+        return None
+
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """One whole parameter in one set, float32. Raises a CheckpointError if the file is damaged."""
