@@ -2,7 +2,7 @@
 
 model = jitscale.load_model("runs/jit_b_256")
 images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
-jitscale.to_pil(images)[0].save("golden_retriever.png")
+jitscale.to_pil(images)[0].save("class_207.png")
 """
 
 from __future__ import annotations
