@@ -82,7 +82,7 @@ def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatisti
     with data_error(f"{place}: no statistics of {', '.join(sizes)}", REMEDY, UNREADABLE), np.load(source) as content:
         names = content.files
         arrays = {key: content[key] for keys in wanted.values() for key in keys if key in names}
-        facts = json.loads(str(content["facts"])) if "facts" in names else {"source": Path(source).name}
+        facts: dict[str, Any] = json.loads(str(content["facts"])) if "facts" in names else {"source": Path(source).name}
         floors = {str(name): float(value) for name, value in facts.pop("floors", {}).items()}
         if not all(map(math.isfinite, floors.values())):
             raise ValueError("distances of halves that are not finite")

@@ -42,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     return folder, config
 
 
+@pytest.mark.slow
 def test_only_the_configured_evaluation_is_the_result(
     run: tuple[Path, Config], caplog: pytest.LogCaptureFixture
 ) -> None:

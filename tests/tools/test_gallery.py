@@ -101,6 +101,13 @@ def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
         main([str(tmp_path / "absent")])
 
 
+def bare(folder: Path) -> Path:
+    """A run that has written nothing but its settings."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {}\n")
+    return folder
+
+
 HOSTILE = "<script>alert('seen')</script>"
 
 
@@ -130,14 +137,14 @@ def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'"text"'])
 def test_a_result_that_cannot_be_read_is_said(tmp_path: Path, content: bytes) -> None:
-    folder = run(tmp_path / "first")
+    folder = bare(tmp_path / "first")
     (folder / "result.json").write_bytes(content)
     assert main([str(folder)]) == 0
     assert "result.json cannot be read: first" in (folder / "gallery.html").read_text()
 
 
 def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
-    folder = run(tmp_path / "first")
+    folder = bare(tmp_path / "first")
     (folder / "result.json").write_text(json.dumps({"best": None, "protocol": "inception", "fid": 2.5}))
     assert main([str(folder)]) == 0
     assert re.findall(r"<td>([^<]*)</td>", (folder / "gallery.html").read_text()) == ["first", "", "", "", "", "2.5"]
@@ -145,9 +152,7 @@ def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
 
 def test_a_single_point_is_drawn(tmp_path: Path) -> None:
     """A line needs two; the point is a marker, which an SVG of matplotlib uses once."""
-    folder = tmp_path / "first"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("run: {}\n")
+    folder = bare(tmp_path / "first")
     (folder / "evaluations.jsonl").write_text('{"step": 1, "images": 8, "fid_5k": 3.0, "weights": "model"}\n')
     one = curves({"first": folder})
     assert "<!-- model, ? images -->" in one
