@@ -2,10 +2,12 @@
 
 model = jitscale.load_model("runs/jit_b_256")
 images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
+jitscale.to_pil(images)[0].save("class_207.png")
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +16,21 @@ from jitscale.versions import __version__
 
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
+    from PIL import Image
 
     from jitscale.checkpoints.opening import ConfigSource
     from jitscale.model.jit import JiT
 
-__all__ = ["__version__", "load_model", "sample"]
+__all__ = ["__version__", "load_model", "sample", "to_pil"]
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:
     """The network of a checkpoint, in eval mode on the CPU, callable as `model(z, t, y)`.
+
+    `model.weights_name` is the weight set that was taken; it is logged too, with a warning if it is an average that is
+    mostly the start of the run.
 
     Raises a jitscale.errors.CheckpointError if nothing readable is there, there is no such weight set, or the sizes do
     not fit.
@@ -37,7 +45,13 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     """
     from jitscale.checkpoints.opening import open_weights  # noqa: PLC0415
 
-    return open_weights(path, config).network(weights)
+    stored = open_weights(path, config)
+    model = stored.network(weights)
+    model.weights_name = stored.choose(weights)
+    logger.info("%s: weights %s", stored.path, model.weights_name)
+    if caution := stored.caution(model.weights_name):
+        logger.warning("%s", caution)
+    return model
 
 
 def sample(
@@ -54,7 +68,8 @@ def sample(
 ) -> torch.Tensor:
     """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
-    Raises a ValueError at a label outside [0, num_classes], noise of another shape, or an unknown method.
+    Raises a ValueError if labels are no list of integers in [0, num_classes] or there are none, or at a seed below 0,
+    noise of another shape, or an unknown method. `to_pil` makes pictures of them.
 
     Args:
         model: from `load_model`.
@@ -68,14 +83,29 @@ def sample(
         guidance_interval: times between which guidance acts.
         guide: a smaller or less trained network, for autoguidance; None guides by leaving the label out.
     """
-    import torch  # noqa: PLC0415
-
+    from jitscale.config.schema import LARGEST_SEED  # noqa: PLC0415
     from jitscale.diffusion.sampler import Sampler  # noqa: PLC0415
-    from jitscale.evaluation.generate import noise_of, sample_images  # noqa: PLC0415
+    from jitscale.evaluation.generate import checked_labels, noise_of, sample_images  # noqa: PLC0415
 
-    trained, labels = model.diffusion, torch.as_tensor(labels)
+    trained, labels = model.diffusion, checked_labels(labels, model.null_label)
     sampler = Sampler(method, steps, guidance_scale, guidance_interval, trained.prediction, trained.t_eps)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed: must be in [0, {LARGEST_SEED}], got {seed}")
     if noise is None:
         noise = noise_of(seed, range(len(labels)), model.config.image_size)
     scale = trained.noise_scale if noise_scale is None else noise_scale
     return sample_images(model, sampler, scale * noise, labels, guide)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """RGB pictures of `images` (B, 3, height, width) as `sample` returns them: clamped to [-1, 1] and rounded.
+
+    Raises a ValueError at another shape, at integers, and at values that are not finite.
+    """
+    import torch  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+
+    from jitscale.evaluation.features import to_uint8  # noqa: PLC0415
+
+    pixels = to_uint8(torch.as_tensor(images)).permute(0, 2, 3, 1).contiguous().cpu()
+    return [Image.fromarray(picture.numpy()) for picture in pixels]

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from jitscale import parallel
-from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
+from jitscale.checkpoints.format import latest_checkpoint
 from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import complete_source, evaluate_parser
 from jitscale.config import Config, load_config
-from jitscale.config.cautions import start_caution
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured_end, run_evaluation
 from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.requirements import check_measurable
-from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_points
+from jitscale.evaluation.sweep import images_of, sweep_points
 from jitscale.launcher_environment import adopt_launcher_environment
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
@@ -90,7 +89,8 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
         guide = parallel.raise_together(lambda: read_guide(config, world))
         check_measurable(config, world, points)
         if world.is_main:
-            _say_what_is_the_start(stored, points)
+            for caution in filter(None, map(stored.caution, dict.fromkeys(point.weights for point in points))):
+                logger.warning("%s", caution)
             logger.info("%d settings, %d images in all", len(points), images_of(points))
 
         def network(name: str) -> JiT:
@@ -113,18 +113,6 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
         return False
     reached = RunState(newest.progress.step, newest.progress.images)
     return reached.images_at_end(load_config(run_dir / "config.yaml", stored=True)) <= reached.images
-
-
-def _say_what_is_the_start(stored: StoredWeights, points: Sequence[SweepPoint]) -> None:
-    """Warn about averages that are mostly the start of the run, where a checkpoint tells how long that was."""
-    if not (stored.path / "index.json").exists():
-        return
-    progress = Checkpoint(stored.path).progress
-    if progress.optimizer_step > progress.step:
-        return  # upgraded: the averages had a start of their own
-    for name in dict.fromkeys(point.weights for point in points):
-        if caution := start_caution(stored.config, name, progress.step):
-            logger.warning("%s", caution)
 
 
 def _track(config: Config, run_dir: Path, result: dict[str, Any]) -> None:

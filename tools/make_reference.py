@@ -18,7 +18,8 @@ from jitscale.command import Parser, refuse_existing
 from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
 from jitscale.evaluation.networks import Embedder
-from jitscale.evaluation.reference import reference_of, write_statistics
+from jitscale.evaluation.reference import reference_of
+from jitscale.evaluation.statistics_file import StoredStatistics, is_statistics, write_statistics
 from jitscale.launcher_environment import adopt_launcher_environment
 
 
@@ -36,14 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     source = evaluation.reference or config.data.shards
     if evaluation.features is None:
         raise ConfigError("evaluation.features is null; name the network, such as inception")
-    if options.output.suffix != ".npz" or source.endswith(".npz"):
+    if options.output.suffix != ".npz" or is_statistics(source):
         raise UserError(f"--output {options.output}: must end in .npz, and be made from shards (data.shards={source})")
     refuse_existing(options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         reference = reference_of(Embedder(evaluation, world), config, world, Path(config.run.dir))
         if reference is not None:
-            write_statistics(options.output, reference)
+            stored = StoredStatistics(reference.statistics, reference.floors, reference.facts)
+            write_statistics(options.output, stored)
             print(f"{options.output}: {json.dumps(reference.facts)}")
     return ExitCode.DONE
 

@@ -2,11 +2,13 @@
 
     python tools/sample.py --checkpoint runs/b --classes 207 360 --per-class 8 --guidance 3.0 --output samples/
 
+A class is a number, or a name of the manifest at the run's data.shards.
 An id always gives the same image, up to the rounding of another batch: its noise is a function of (seed, id), its class
 is id mod the number of classes. An evaluation with the same settings measures the same images.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from jitscale.checkpoints.opening import open_weights, read_guide
-from jitscale.command import Parser, path_text, positive
-from jitscale.config import CHOICES, EvaluationConfig
+from jitscale.command import Parser, natural, path_text, positive
+from jitscale.config import CHOICES, SETTINGS, Config, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.evaluation.class_names import class_numbers
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.parallel import choose_device
+
+LARGEST_ID = 2**63 - 1
+MOST_IMAGES = 1_000_000
+FLAGS = {  # settings of `evaluation` that options change, and the options' names
+    **{name: name for name in ("method", "steps", "seed", "guide")},
+    **{"guidance_scale": "guidance", "guidance_interval": "interval"},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="any form of stored weights")
     parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
     parser.add_argument("--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: the run's")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: the first 10")
+    parser.add_argument("--classes", nargs="+", metavar="C", help="numbers or names; default: the first 10")
     parser.add_number("--per-class", 8, "images of each class")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with the N-th image of each class")
+    parser.add_argument("--first", type=natural, default=0, metavar="N", help="begin with this image of each class")
     parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
     parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
     parser.add_argument("--steps", type=positive, metavar="N", help="of the sampler; default: the run's")
@@ -50,17 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
+    evaluation = evaluation_of(options, stored.config)
+    ids = ids_of(options.classes, options.per_class, options.first, stored.config)
+    weights = stored.choose(options.weights)
+    _make_empty(options.output)
+    if caution := stored.caution(weights):
+        print(f"warning: {caution}", file=sys.stderr)
     device = choose_device(options.device)
-    model = ready_to_sample(stored.network(options.weights), stored.config, device)
-    ids = ids_of(options.classes, options.per_class, options.first, model.config.num_classes)
-    evaluation = evaluation_of(options, stored.config.evaluation)
+    model = ready_to_sample(stored.network(weights), stored.config, device)
     sampler = configured_sampler(evaluation, model.diffusion)
     guide = read_guide(replace(stored.config, evaluation=evaluation))
     if guide is not None:
         guide = ready_to_sample(guide, stored.config, device)
-    if options.output.exists() and any(options.output.iterdir()):
-        raise UserError(f"{options.output}: holds files already; choose another --output")
-    options.output.mkdir(parents=True, exist_ok=True)
     drawn: list[torch.Tensor] = []
     with tqdm(total=len(ids), unit="img", desc="sample") as progress, autocast(stored.config, device):
         for start in range(0, len(ids), options.batch):
@@ -74,27 +85,44 @@ def main(arguments: list[str] | None = None) -> int:
             progress.update(len(part))
     grid = options.output / "grid.png"
     Image.fromarray(tile(torch.cat(drawn), options.per_class)).save(grid)
-    print(f"{grid}: {len(ids)} images, {stored.path}, {sampler}, seed {evaluation.seed}")
+    print(f"{grid}: {len(ids)} images, {stored.path}, weights {weights}, {sampler}, seed {evaluation.seed}")
     return ExitCode.DONE
 
 
-def ids_of(classes: list[int] | None, per_class: int, first: int, num_classes: int) -> list[int]:
-    """Ids of images of these classes, class by class. Raises a UserError at a class that the network does not have."""
-    num_classes = max(1, num_classes)  # a network without classes counts as one of a single class
-    wanted = range(min(10, num_classes)) if classes is None else classes
-    if wrong := [label for label in wanted if not 0 <= label < num_classes]:
-        raise UserError(f"--classes {wrong[0]}: the network has classes 0 to {num_classes - 1}")
-    return [label + (first + n) * num_classes for label in wanted for n in range(per_class)]
+def _make_empty(folder: Path) -> None:
+    """Make the folder. Raises a UserError if it holds files or cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        filled = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from error
+    if filled:
+        raise UserError(f"{folder}: holds files already; choose another --output")
 
 
-def evaluation_of(options: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's settings of sampling, changed by the command line. Raises a UserError at an impossible interval."""
-    names = ("method", "steps", "guidance_scale", "guidance_interval", "seed", "guide")
-    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
-    chosen = replace(evaluation, **asked)
-    low, high = chosen.guidance_interval
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--interval {low} {high}: must be two times 0 <= low < high <= 1")
+def ids_of(texts: list[str] | None, per_class: int, first: int, config: Config) -> list[int]:
+    """Ids of images of these classes, class by class. Raises a UserError at an unknown class or an impossible id."""
+    classes = max(1, config.model.num_classes)  # a network without classes counts as one of a single class
+    wanted = range(min(10, classes)) if texts is None else class_numbers(texts, classes, config)
+    if (last := (first + per_class) * classes) > LARGEST_ID:
+        raise UserError(f"--first {first} --per-class {per_class}: ids up to {last}, the largest is {LARGEST_ID}")
+    if (count := per_class * len(wanted)) > MOST_IMAGES:
+        raise UserError(f"--per-class {per_class}: {count} images, one grid has at most {MOST_IMAGES}; draw fewer")
+    return [label + (first + n) * classes for label in wanted for n in range(per_class)]
+
+
+def evaluation_of(options: argparse.Namespace, config: Config) -> EvaluationConfig:
+    """The run's settings of sampling, changed by the command line. Raises a UserError at what a setting refuses."""
+    asked = {name: value for name in FLAGS if (value := getattr(options, name)) is not None}
+    for name, value in asked.items():
+        for _, refused, limit, remedy in SETTINGS[f"evaluation.{name}"].problems(name, value):
+            shown = " ".join(map(str, refused)) if isinstance(refused, list) else refused
+            raise UserError(f"--{FLAGS[name]} {shown}: {limit}; {remedy}")
+    chosen = replace(config.evaluation, **asked)
+    unguided = config.model.num_classes == 0 or config.diffusion.label_drop == 0
+    if chosen.guidance_scale != 1 and chosen.guide is None and unguided:
+        fault = "this network has no prediction without the label to guide by"
+        raise UserError(f"--guidance {chosen.guidance_scale}: {fault}; give --guidance 1 or a --guide")
     return chosen
 
 

@@ -26,6 +26,7 @@ from jitscale.checkpoints.index import MOST_BYTES, check_plain_file, parse_hashe
 from jitscale.checkpoints.streams import MappedSafetensors
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, load_config
+from jitscale.config.cautions import start_caution
 from jitscale.errors import CheckpointError
 from jitscale.files import FileIdentity, sha256_of
 
@@ -119,6 +120,12 @@ class Checkpoint(StoredWeights):
             if number % shares == share:
                 self._check_content(name, self._sha256[name])
             _VERIFIED.add((identity, self._sha256[name]))
+
+    def caution(self, set_name: str) -> str | None:
+        """See `StoredWeights`."""
+        if self.progress.optimizer_step > self.progress.step:
+            return None  # upgraded: the averages had a start of their own
+        return start_caution(self.config, set_name, self.progress.step)
 
     def _check_content(self, name: str, sha256: str) -> None:
         self._identity(name)

@@ -49,6 +49,10 @@ class StoredWeights(ABC):
         before anything is read. What was not verified so is verified when it is read.
         """
 
+    def caution(self, set_name: str) -> str | None:
+        """A line if the set is an average that is mostly the start of the run, where it is known how long that was."""
+        return None
+
     @abstractmethod
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """One whole parameter in one set, float32. Raises a CheckpointError if the file is damaged."""

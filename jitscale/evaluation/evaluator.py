@@ -20,6 +20,7 @@ from jitscale.evaluation.blocks import FeatureArrays, Missing, compute_blocks, d
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.networks import Embedder, identity_of
 from jitscale.evaluation.reference import Reference, reference_of
+from jitscale.evaluation.statistics_file import is_statistics
 from jitscale.evaluation.sweep import SweepPoint
 from jitscale.model.jit import JiT
 from jitscale.node import once_a_node
@@ -154,7 +155,7 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
         return lambda ids: generate.random_labels(ids, seed, [1] * classes), {"labels": kind}
     setting = "data.shards" if config.data.shards else "evaluation.reference"
     source = config.data.shards or config.evaluation.reference or ""
-    if not source or source.endswith(".npz"):
+    if not source or is_statistics(source):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
     counts = open_setting(config, setting, classes).class_counts()
     identity = {"labels": kind, "class_counts": digest_of({"counts": counts})}

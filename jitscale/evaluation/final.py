@@ -62,11 +62,11 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
     """`run_evaluation` of the weight set `weights` alone, under the configured setting; a collective call.
 
     `model` was made by `ready_to_sample` and has the same weights on every rank. Raises what `Evaluator` and
-    `run_evaluation` raise.
+    `run_evaluation` raise. It writes no result.json: that is of a run's own weights.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
     evaluator = Evaluator(alone, world, run_dir)
-    return run_evaluation(lambda name: model, sweep_points(alone, [weights]), evaluator, run_dir, is_end=True)
+    return run_evaluation(lambda name: model, sweep_points(alone, [weights]), evaluator, run_dir, is_end=False)
 
 
 def run_evaluation(

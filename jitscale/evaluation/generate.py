@@ -68,6 +68,25 @@ def random_labels(ids: Sequence[int], seed: int, counts: Sequence[int]) -> torch
     return torch.from_numpy(np.searchsorted(np.cumsum(counts) / total, draws, side="right"))
 
 
+def checked_labels(labels: Sequence[int] | torch.Tensor, null_label: int) -> torch.Tensor:
+    """`labels` as (B,) int64. Raises a ValueError if they are no list of integers in [0, null_label], or none."""
+    needed = f"labels: need one or more integers in [0, {null_label}], such as [0], got"
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of different lengths
+        raise ValueError(f"{needed} {str(labels)[:60]}") from error
+    if found.ndim == 0:
+        raise ValueError(f"{needed} the single value {found.item()}; put it into a list")
+    if len(found) == 0:
+        raise ValueError(f"{needed} an empty list")
+    if found.ndim > 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{needed} {found.dtype} of shape {tuple(found.shape)}")
+    found = found.long()
+    if not bool(((found >= 0) & (found <= null_label)).all()):
+        raise ValueError(f"{needed} {found.tolist()}")
+    return found
+
+
 def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
     """The configured way of sampling from a network that was trained as `diffusion` says."""
     low, high = evaluation.guidance_interval
@@ -136,11 +155,10 @@ def sample_images(
 ) -> torch.Tensor:
     """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
 
-    Raises a ValueError at a label outside [0, num_classes], or noise of another shape.
+    Raises a ValueError as `checked_labels` does, and at noise of another shape.
     """
     size, device = model.config.image_size, model.pos_embed.device
-    if labels.ndim != 1 or not bool(((labels >= 0) & (labels <= model.null_label)).all()):
-        raise ValueError(f"labels: need a list of integers in [0, {model.null_label}], got {labels.tolist()}")
+    labels = checked_labels(labels, model.null_label)
     if noise.shape != (len(labels), 3, size, size):
         raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")
     return sampler.sample(model, noise.to(device), labels.to(device), model.null_label, guide)

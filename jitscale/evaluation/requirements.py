@@ -13,7 +13,8 @@ from jitscale.evaluation.blocks import SAMPLE_BLOCKS
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
-from jitscale.evaluation.reference import open_real_images, read_statistics, reference_source
+from jitscale.evaluation.reference import open_real_images, reference_source
+from jitscale.evaluation.statistics_file import read_statistics
 from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_images, sweep_points
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
@@ -71,7 +72,7 @@ def check_measurable(config: Config, world: World, points: Sequence[SweepPoint])
             purpose = "computing the statistics of the real images takes"
             _check_room(folder, needed, f"{folder}", purpose, "set evaluation.cache_dir")
         else:
-            read_statistics(Path(source), files)
+            read_statistics(source, files)
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
             raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")

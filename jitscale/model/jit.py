@@ -50,6 +50,7 @@ class JiT(nn.Module):
 
     pos_embed: Tensor
     rope: Tensor
+    weights_name: str | None = None  # the weight set that `jitscale.load_model` took
 
     def __init__(self, config: ModelConfig, diffusion: DiffusionConfig | None = None) -> None:
         super().__init__()

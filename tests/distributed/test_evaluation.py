@@ -103,7 +103,7 @@ def test_further_networks_see_the_same_images(evaluation: Evaluation, alone: dic
     with np.load(path) as content:
         np.savez(evaluation.folder / "lacking.npz", mu=content["mu"], sigma=content["sigma"])
     without = evaluation.command("refused", more, f"evaluation.reference={evaluation.folder / 'lacking.npz'}")
-    assert "mu_glyphs is not a file in the archive" in run_ranks(1, *without, expect=2)
+    assert "no statistics of features_glyphs (no mu_glyphs; it holds mu, sigma)" in run_ranks(1, *without, expect=2)
 
 
 def test_images_that_are_not_finite_are_named(evaluation: Evaluation) -> None:

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from jitscale.config import Config, to_yaml
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, UserError
 from jitscale.evaluation.report import draw_sweep
 from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker
-from tools.gallery import main
+from tools.gallery import curves, main
+
+MARKER = 'stroke: #0072b2"/>\n    </defs>'  # of a point in the first colour
 
 
 class Page(HTMLParser):
@@ -34,7 +36,7 @@ class Page(HTMLParser):
 
 def run(folder: Path) -> Path:
     config = Config()
-    config.run.dir, config.tracking.name = str(folder), "a<b"
+    config.run.dir, config.tracking.name, config.evaluation.features = str(folder), "a<b", "digits"
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     tracker = Tracker(config, folder, True, 0)
@@ -56,7 +58,15 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
         {**best, "guidance_scale": w, "fid": w, "inception_score": w, "num_images": count}
         for w, count in ((1.0, 200), (2.0, 200), (2.0, 50_000))
     ]
-    result = {"best": best, "fid": 3.25, "fid_floor": 0.5, "inception_score": 9.0, "num_images": 50_000, "table": rows}
+    result = {
+        "best": best,
+        "fid": 3.25,
+        "fid_floor": 0.5,
+        "inception_score": 9.0,
+        "num_images": 50_000,
+        "table": rows,
+        "protocol": {"features": "digits"},
+    }
     (folder / "result.json").write_text(json.dumps(result))
     draw_sweep(result, folder / "sweep.svg")
     tracker = Tracker(Config(), folder, True, None)
@@ -65,12 +75,16 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert main([str(folder)]) == 0
     text = (folder / "gallery.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 6, "loss, gradient norm, learning rate, FID, IS, sweep"
-    assert page.tags.count("img") == 8, "the best ones; 14 pictures, every second one"
+    assert page.tags.count("svg") == 5, "loss, gradient norm, learning rate, FID, IS"
+    assert page.tags.count("img") == 9, "the best ones; 14 pictures, every second one; the sweep"
     assert "<title>" in text
     assert "fid 5k" in text, "nobody takes it for FID-50K"
     assert "224 images" in text, "the newest"
     assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
+    assert "<!-- digits, model, 5,000 images -->" in text, "beside every distance"
+    assert ", ".join(re.findall(r"<td>([^<]*)</td>", text)[i] for i in (1, 2, 4)) == "digits, ema_0.9999, 50,000", (
+        "beside every distance"
+    )
     assert {"3.25", "0.5", "50,000", "ema_0.9999", "2"} <= set(re.findall(r"<td>([^<]*)</td>", text))
     assert "a&lt;b" in text
     assert "a<b" not in text
@@ -85,6 +99,82 @@ def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
     assert main([str(empty)]) == 0
     with pytest.raises(CheckpointError, match="no run there"):
         main([str(tmp_path / "absent")])
+
+
+def bare(folder: Path) -> Path:
+    """A run that has written nothing but its settings."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {}\n")
+    return folder
+
+
+HOSTILE = "<script>alert('seen')</script>"
+
+
+def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
+    """Scripts in pictures, names and numbers; what is no number is missing."""
+    folder = run(tmp_path / "a $x$ & <b>")
+    (folder / "sweep.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'>{HOSTILE}</svg>")
+    (folder / "config.yaml").write_text(f'evaluation: {{features: "{HOSTILE}"}}\nrun: {HOSTILE}\n')
+    best = {"weights": HOSTILE, "guidance_scale": HOSTILE}
+    result = {"best": best, "fid": HOSTILE, "kid": [1], "precision": None, "num_images": 10**400, "recall": True}
+    (folder / "result.json").write_text(json.dumps({**result, "protocol": {"features": HOSTILE}, "inception_score": 2}))
+    (folder / SAMPLES / f"{HOSTILE[:8]}.png").write_bytes(b"")
+    with (folder / "evaluations.jsonl").open("a") as file:
+        for line in ({"fid_5k": HOSTILE}, {"fid_5k": None}, {"fid_5k": [1]}, {"weights": HOSTILE, "fid_5k": 1.5}):
+            file.write(json.dumps({"step": 30, "images": 240, **line}) + "\n")
+        file.write(json.dumps({"step": 30, "images": "many", "fid_5k": 1.5, "weights": ["model"]}) + "\n")
+    assert main([str(folder)]) == 0
+    text = (folder / "gallery.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "onload" not in text, "the sweep is an image"
+    assert text.count("data:image/svg+xml;base64,") == 1
+    cells = re.findall(r"<td>([^<]*)</td>", text)
+    escaped = "&lt;script&gt;alert(&#x27;seen&#x27;)&lt;/script&gt;"
+    assert cells == ["a $x$ &amp; &lt;b&gt;", escaped, escaped, "", "", "", "2", "", "", ""]
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'"text"'])
+def test_a_result_that_cannot_be_read_is_said(tmp_path: Path, content: bytes) -> None:
+    folder = bare(tmp_path / "first")
+    (folder / "result.json").write_bytes(content)
+    assert main([str(folder)]) == 0
+    assert "result.json cannot be read: first" in (folder / "gallery.html").read_text()
+
+
+def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
+    folder = bare(tmp_path / "first")
+    (folder / "result.json").write_text(json.dumps({"best": None, "protocol": "inception", "fid": 2.5}))
+    assert main([str(folder)]) == 0
+    assert re.findall(r"<td>([^<]*)</td>", (folder / "gallery.html").read_text()) == ["first", "", "", "", "", "2.5"]
+
+
+def test_a_single_point_is_drawn(tmp_path: Path) -> None:
+    """A line needs two; the point is a marker, which an SVG of matplotlib uses once."""
+    folder = bare(tmp_path / "first")
+    (folder / "evaluations.jsonl").write_text('{"step": 1, "images": 8, "fid_5k": 3.0, "weights": "model"}\n')
+    one = curves({"first": folder})
+    assert "<!-- model, ? images -->" in one
+    assert MARKER in one
+    with (folder / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 2, "images": 16, "fid_5k": 3.0, "weights": "model"}\n')
+    assert MARKER not in curves({"first": folder})
+
+
+def test_runs_of_one_name_keep_their_curves(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        run(tmp_path / parent / "same")
+    output = tmp_path / "both.html"
+    assert main([str(tmp_path / "a/same"), str(tmp_path / "b/same"), "--output", str(output)]) == 0
+    assert all(f"<!-- {tmp_path / parent / 'same'} -->" in output.read_text() for parent in ("a", "b"))
+
+
+def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    folder = run(tmp_path / "first")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*; see to its permissions and room"):
+        main([str(folder), "--output", str(folder / "metrics.jsonl" / "page.html")])
 
 
 def test_held_out_losses_are_one_figure_with_a_curve_for_each_set(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """tools/sample.py: the same images by id, whatever is drawn beside them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ from PIL import Image
 
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DiffusionConfig, EvaluationConfig
+from jitscale.config import Config, DataConfig, DiffusionConfig, EvaluationConfig
 from jitscale.errors import ConfigError, UserError
+from jitscale.evaluation.class_names import class_numbers
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample
 from jitscale.model.jit import JiT
+from jitscale.preparation.array_shards import write_shards
 from tests.support.tiny import MODEL
 from tools.sample import main
 
@@ -59,6 +62,68 @@ def test_images_by_id(run: tuple[Path, JiT], tmp_path: Path) -> None:
     assert np.abs(measured.astype(int) - found[names[3]]).max() <= 1, "what an evaluation would measure"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], r"--seed -1: must be in \[0, 9223372036854775807\]"),
+        (["--seed", str(2**63)], r"--seed 9223372036854775808: must be in"),
+        (["--interval", "0.5", "1.5"], r"--interval 1\.5: must be in \[0, 1\]"),
+        (["--interval", "nan", "1"], r"--interval nan: must be finite"),
+        (["--guidance", "inf"], r"--guidance inf: must be finite"),
+        (["--first", str(10**18)], r"--first 1000000000000000000 --per-class 8: ids up to 1\d+, the largest is 9"),
+        (["--per-class", str(10**7)], r"--per-class 10000000: 100000000 images, one grid has at most 1000000"),
+        (["--classes", "-1"], "--classes -1: the network has classes 0 to 9"),
+        (["--classes", "9" * 5000], "the network has classes 0 to 9"),
+        (
+            ["--classes", "flags"],
+            "--classes flags: no manifest with class names at the run's data.shards; give numbers",
+        ),
+        (["--weights", "ema_0.5"], "no weight set 'ema_0.5'; choose one of model"),
+    ],
+)
+def test_options_have_the_limits_of_the_settings(
+    run: tuple[Path, JiT], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        drawn(run[0], tmp_path / "a", *arguments)
+    assert not (tmp_path / "a").exists()
+
+
+def test_first_is_a_natural_number(run: tuple[Path, JiT], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        drawn(run[0], tmp_path / "a", "--first", "-1")
+    assert "argument --first: '-1' is not an integer from 0 on" in capsys.readouterr().err
+
+
+def named_classes(folder: Path) -> Config:
+    names = ["Cats", "Dogs", "Flags", "flags", "Crane", "Crane", "7", "tench, Tinca tinca", "Birds", "Boats"]
+    images = np.zeros((10, 16, 16, 3), np.uint8)
+    write_shards(images, np.arange(10), folder, class_names=names)
+    return Config(model=MODEL, data=DataConfig(shards=str(folder)))
+
+
+def test_classes_by_name(tmp_path: Path) -> None:
+    """As the manifest has them; case matters only where it must, and digits are always a number."""
+    config = named_classes(tmp_path / "shards")
+    found = class_numbers(["Flags", "flags", "cats", "Tench, Tinca Tinca", "7", "3"], 10, config)
+    assert found == [2, 3, 0, 7, 7, 3]
+    for name, message in (
+        ("FLAGS", r"--classes FLAGS: is the name of several classes; give the number: 2 \(Flags\), 3 \(flags\)"),
+        ("Crane", r"several classes; give the number: 4 \(Crane\), 5 \(Crane\)"),
+        ("Dog", "no class has this name; did you mean 'Dogs'"),
+        ("tinca", "did you mean 'tench, Tinca tinca'"),
+        ("xyzzy", "no class has this name; there are Cats, Dogs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            class_numbers([name], 10, config)
+    with pytest.raises(UserError, match="the network has classes 0 to 4"):
+        class_numbers(["Boats"], 5, config)
+    shutil.rmtree(tmp_path / "shards")
+    assert class_numbers(["4"], 10, config) == [4]
+    with pytest.raises(UserError, match="no manifest with class names"):
+        class_numbers(["Dogs"], 10, config)
+
+
 def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--classes 10: the network has classes 0 to 9"):
         drawn(run[0], tmp_path / "a", "--classes", "10")
@@ -67,6 +132,8 @@ def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("")
     with pytest.raises(UserError, match="holds files already"):
         drawn(run[0], tmp_path, "--classes", "1")
+    with pytest.raises(UserError, match=r"kept\.txt: cannot be written"):
+        drawn(run[0], tmp_path / "kept.txt", "--classes", "1")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 

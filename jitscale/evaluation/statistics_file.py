@@ -1,0 +1,165 @@
+"""A reference as a file: mean and covariance of the features of real images, as others have computed them.
+
+An .npz with `mu` (F,) and `sigma` (F, F), as those of the authors and of ADM, `mu_s` and `sigma_s` of spatial features
+as ADM's have them, and the like for further networks. The files of tools/make_reference.py also say from how many
+images they were made, by which networks and at which size. The content decides what a file is, not its name.
+"""
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from jitscale.data.remote import is_remote
+from jitscale.errors import DataError, data_error
+from jitscale.evaluation.networks import NetworkFile, identity_of, sizes_of
+from jitscale.files import atomic_write, sha256_of
+
+ZIP, ARRAY, PICKLES = b"PK", b"\x93NUMPY", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files begin
+SUFFIXES = (".npz", ".npy", ".pkl", ".pickle")  # where a file does not say what it is, or is not there
+REMEDY = "make them with tools/make_reference.py, or name shards"
+ASYMMETRY = 1e-5  # of the largest entry of a covariance: more than round-off of float32 leaves
+NEGATIVE = 1e-4  # the same for negative eigenvalues, of the largest variance
+# What a file raises that is damaged or claims impossible sizes.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
+class FeatureStatistics(NamedTuple):
+    """The Gaussian that stands for a set of images: `mean` (F,) and unbiased `covariance` (F, F), float64."""
+
+    mean: npt.NDArray[np.float64]
+    covariance: npt.NDArray[np.float64]
+
+
+class StoredStatistics(NamedTuple):
+    """What a file of statistics says."""
+
+    statistics: dict[str, FeatureStatistics]  # of those arrays of `NetworkFile.sizes` that it has
+    floors: dict[str, float]  # see `Reference`
+    facts: dict[str, Any]  # where they come from, for the record
+
+
+def is_statistics(source: str) -> bool:
+    """Whether a reference is meant as a file of statistics, readable or not, rather than as shards."""
+    path = Path(source)
+    if not path.is_file():
+        return path.suffix in SUFFIXES and not path.is_dir()
+    start = _start_of(path)
+    if start.startswith((ZIP, ARRAY, *PICKLES)):
+        return True
+    return path.suffix in SUFFIXES and start[257:262] != b"ustar"
+
+
+def write_statistics(path: Path, stored: StoredStatistics) -> None:
+    """Write an .npz that `read_statistics` takes, with all facts. Raises a DataError if it cannot be written."""
+    arrays = {"facts": np.array(json.dumps({**stored.facts, "floors": stored.floors}))}
+    for name, statistics in stored.statistics.items():
+        arrays |= dict(zip(_keys(name), statistics, strict=True))
+    with data_error(f"{path}: cannot be written", "choose another --output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatistics:
+    """The statistics in the file `source`, of those arrays of the networks, the main one first, that it has.
+
+    Raises a DataError if it is no such file, is of other networks or lacks one that is asked for, or if its numbers
+    cannot be a mean and a covariance.
+    """
+    place, sizes = f"evaluation.reference={source}", sizes_of(files)
+    _refuse_other_kinds(source, place)
+    wanted = {name: _keys(name) for name in sizes}
+    with data_error(f"{place}: no statistics of {', '.join(sizes)}", REMEDY, UNREADABLE), np.load(source) as content:
+        names = content.files
+        arrays = {key: content[key] for keys in wanted.values() for key in keys if key in names}
+        facts: dict[str, Any] = json.loads(str(content["facts"])) if "facts" in names else {"source": Path(source).name}
+        floors = {str(name): float(value) for name, value in facts.pop("floors", {}).items()}
+        if not all(map(math.isfinite, floors.values())):
+            raise ValueError("distances of halves that are not finite")
+    statistics = {}
+    for name, keys in wanted.items():
+        if name == "spatial" and not arrays.keys() & set(keys):  # the authors' files are without
+            continue
+        if missing := [key for key in keys if key not in arrays]:
+            held = ", ".join(names[:5]) or "nothing"
+            raise DataError(f"{place}: no statistics of {name} (no {missing[0]}; it holds {held}); {REMEDY}")
+        statistics[name] = FeatureStatistics(arrays[keys[0]], arrays[keys[1]])
+        if wrong := _wrong_shape(keys, statistics[name], sizes[name]):
+            needed = f"the network {files[0].name} has {sizes[name]} {name}; choose the one they were made with"
+            raise DataError(f"{place}: {wrong}, {needed}")
+    for key, expected in identity_of(files).items():
+        if facts.get(key, expected) != expected:
+            known, needed = str(facts[key])[:40], f"evaluation.features={files[0].name} has {str(expected)[:40]}"
+            raise DataError(f"{place}: made with {key}={known}, {needed}; make it again")
+    checked = {name: _checked(place, wanted[name], *found) for name, found in statistics.items()}
+    return StoredStatistics(checked, floors, {**facts, "file_sha256": sha256_of(Path(source))})
+
+
+def _start_of(path: Path) -> bytes:
+    """As many bytes as say what a file is; of one that cannot be read, none."""
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:  # whoever reads it says so
+        return b""
+
+
+def _refuse_other_kinds(source: str, place: str) -> None:
+    """Refuse what is no .npz, by its content, where the remedy is known. Raises a DataError."""
+    if is_remote(source):
+        raise DataError(f"{place}: statistics are read from this machine only; copy the file here")
+    start = _start_of(Path(source))
+    if start.startswith(ARRAY):
+        raise DataError(f"{place}: is a .npy, a single array; write mu and sigma together with numpy.savez")
+    if start.startswith(PICKLES):
+        convert = "r = pickle.load(open(FILE, 'rb'))['fid']; numpy.savez(NPZ, mu=r['mu'], sigma=r['sigma'])"
+        what = "is a pickle, as EDM2 writes them, which could run any code and is not opened"
+        raise DataError(f"{place}: {what}; if you trust it, convert it in Python: {convert}")
+
+
+def _wrong_shape(keys: Sequence[str], found: FeatureStatistics, size: int) -> str:
+    """What does not fit `size` features, in words; empty if both arrays do."""
+    mean, covariance = found
+    if (mean.shape, covariance.shape) == ((size,), (size, size)):
+        return ""
+    return f"{' and '.join(keys)} have the shapes {mean.shape} and {covariance.shape}"
+
+
+def _checked(place: str, keys: Sequence[str], *arrays: npt.NDArray[Any]) -> FeatureStatistics:
+    """Arrays of the right shapes in float64. Raises a DataError if they cannot be a mean and a covariance."""
+
+    def refuse(key: str, fault: str) -> NoReturn:
+        raise DataError(f"{place}: {key} {fault}; no features have such statistics: get the file again, or {REMEDY}")
+
+    for key, values in zip(keys, arrays, strict=True):
+        if values.dtype.kind not in "fiu":
+            refuse(key, f"holds {values.dtype}, not real numbers")
+        if broken := int(np.count_nonzero(~np.isfinite(values))):
+            refuse(key, f"has {broken} of {values.size} values that are not finite")
+    mean, covariance = (values.astype(np.float64) for values in arrays)
+    asymmetry, largest = float(np.abs(covariance - covariance.T).max()), float(np.abs(covariance).max())
+    if asymmetry > ASYMMETRY * largest:
+        refuse(keys[1], f"is not symmetric (entries differ by up to {asymmetry:.3g}, the largest is {largest:.3g})")
+    tolerance = NEGATIVE * float(covariance.diagonal().max(initial=0.0)) + np.finfo(np.float64).tiny
+    try:  # a Cholesky decomposition takes a tenth of the time of the eigenvalues
+        np.linalg.cholesky(covariance + tolerance * np.eye(len(mean)))
+    except np.linalg.LinAlgError:
+        least = float(np.linalg.eigvalsh(covariance)[0])
+        refuse(keys[1], f"has negative eigenvalues (the least is {least:.3g})")
+    return FeatureStatistics(mean, covariance)
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Of mean and covariance in a file: ADM's where ADM has any."""
+    suffix = {"features": "", "spatial": "_s"}.get(name, name.removeprefix("features"))
+    return f"mu{suffix}", f"sigma{suffix}"
