@@ -6,12 +6,16 @@ images = jitscale.sample(model, labels=[207, 360], guidance_scale=3.0)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jitscale.installation import explain_missing_packages
 from jitscale.versions import __version__
 
+if sys.argv[:1] == ["-m"]:  # python -m jitscale.COMMAND, whose imports come now
+    explain_missing_packages()
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
 

@@ -20,6 +20,8 @@ import importlib
 import json
 import os
 
+import installed
+
 from benchmarks.measuring import describe_conditions, environment
 from jitscale.command import Parser, markdown, positive
 from jitscale.config import CHOICES

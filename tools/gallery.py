@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import installed
+
 from jitscale.command import Parser
 from jitscale.errors import CheckpointError, ExitCode, exit_with_message
 from jitscale.files import atomic_write

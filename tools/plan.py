@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+import installed
+
 from jitscale.command import Parser, positive
 from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message

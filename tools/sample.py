@@ -10,6 +10,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import installed
+
 import numpy as np
 import torch
 from PIL import Image

@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import installed
+
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table

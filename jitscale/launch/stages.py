@@ -140,9 +140,7 @@ def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], di
         if not equals:
             raise UserError(f"--set {text}: has no '='; write group.key=value")
         if key in keys:
-            raise UserError(
-                f"--set {text}: {key} is set twice; give all of its values in one --set, with commas between"
-            )
+            raise UserError(f"--set {text}: {key} is set twice; give all values in one --set, with commas between")
         keys.add(key)
         resolution, slash, rest = key.partition("/")
         if slash and resolution.isdigit():
@@ -160,9 +158,7 @@ def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], di
         suffix = "".join(f"_{UNFIT_FOR_NAMES.sub('-', setting)}" for setting in varying)
         if suffix in variants:
             both = f"{' '.join(variants[suffix])} and {' '.join(variant)}"
-            raise UserError(
-                f"--set: the run folders of {both} would have one name, ...{suffix}; submit them one by one"
-            )
+            raise UserError(f"--set: the run folders of {both} would have one name, ...{suffix}; submit one by one")
         variants[suffix] = variant
     return variants, at
 

@@ -110,9 +110,7 @@ def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path
         _submit(chains, resources, folder)
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(str(error).split()) or "without a word"
-        raise UserError(
-            f"sbatch has refused the job: {said}; correct the options, or ask what the cluster has"
-        ) from error
+        raise UserError(f"sbatch has refused the job: {said}; correct the options") from error
 
 
 def _submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
