@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jitscale.installation import REMEDY
 from tests.support import ROOT
 
 TOOLS = [path for path in sorted((ROOT / "tools").glob("*.py")) if path.stem != "installed"]
@@ -31,9 +32,7 @@ def test_the_environment_is_named_in_one_line(command: list[str]) -> None:
     assert finished.returncode == 2
     assert finished.stdout == ""
     assert finished.stderr.startswith("error: No module named ")
-    assert finished.stderr.endswith(
-        "; activate the environment (source .venv/bin/activate), or make it first (make install)\n"
-    )
+    assert finished.stderr.endswith(f"; {REMEDY}\n")
     assert finished.stderr.count("\n") == 1
 
 
