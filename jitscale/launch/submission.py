@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_lo
 from submitit.local.local import LocalExecutor
 from submitit.slurm import slurm as submitit_slurm
 
-from jitscale.errors import UserError
+from jitscale.errors import UserError, data_error
 from jitscale.files import atomic_write
 from jitscale.launch.slurm import ask, described_job
 from jitscale.launch.stages import Stage
@@ -152,8 +152,11 @@ def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | 
 
 
 def records(folder: Path) -> list[Record]:
-    """All jobs that were submitted from the folder, the oldest first."""
-    found = [Record(**json.loads(path.read_text())) for path in (folder / "jobs").glob("*.json")]
+    """All jobs that were submitted from the folder, the oldest first. Raises a DataError at a damaged record."""
+    found = []
+    for path in (folder / "jobs").glob("*.json"):
+        with data_error(f"{path}: is no record of a job", "remove it", (OSError, ValueError, TypeError)):
+            found.append(Record(**json.loads(path.read_text())))
     return sorted(found, key=lambda record: (record.submitted, record.job))
 
 

@@ -1,5 +1,6 @@
 """tools/submit.py: what would be submitted, and what is refused before."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,11 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         with pytest.raises(UserError, match=message):
             main(words(folder, "--dry-run", *more))
         assert {path.name for path in folder.iterdir()} == before, more
+    (folder / "jobs").mkdir()
+    (folder / "jobs/1.json").write_text("{")
+    with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
+        main(["status", f"--folder={folder}"])
+    shutil.rmtree(folder / "jobs")
     with pytest.raises(UserError, match="nothing was submitted from here"):
         main(["status", f"--folder={folder}"])
 
