@@ -120,8 +120,8 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
         source = _at(stage.run_dir, previous) if kind == "upgrade" else None
         settings = (*stage.overrides, *overrides.get(resolution, []))
-        place = {"config": config, "run_dir": run_dir, "source": source, "resolution": resolution}
-        stages.append(replace(stage, kind=kind, overrides=settings, **place))
+        at = replace(stage, config=config, run_dir=run_dir, source=source, resolution=resolution)
+        stages.append(replace(at, kind=kind, overrides=settings))
     return stages
 
 
