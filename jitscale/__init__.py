@@ -8,12 +8,16 @@ jitscale.to_pil(images)[0].save("class_207.png")
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jitscale.installation import explain_missing_packages
 from jitscale.versions import __version__
 
+if sys.argv[:1] == ["-m"]:  # python -m jitscale.COMMAND, whose imports come now
+    explain_missing_packages()
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
     from PIL import Image

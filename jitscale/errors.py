@@ -1,9 +1,11 @@
 """The errors that a user can cause, and the exit codes and messages with which a process ends."""
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 from jitscale.addresses import masked
@@ -94,6 +96,7 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        _tell_torchrun(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
@@ -102,3 +105,14 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
     # Without the interpreter's teardown, in which threads of communication libraries can abort a finished process and
     # turn its exit code 0 into a failure.
     os._exit(int(code))
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let torchrun's summary, which comes last on the terminal, say the message in place of a traceback.
+
+    The file and its form are those of torch.distributed.elastic's ErrorHandler, without an import of torch.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(path, "w") as file:  # the message itself is printed already
+            json.dump({"message": {"message": message, "extraInfo": more}}, file)

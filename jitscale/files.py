@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import IO, NamedTuple
 
 from jitscale.errors import UserError
 
+# Linux allows 107 bytes for a socket's path; multiprocessing adds /pymp-12345678/listener-12345678 to the folder.
+SOCKET_FOLDER_BYTES = 107 - 32
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
@@ -84,6 +87,17 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
             if error.errno not in NO_LOCKS:
                 raise
         yield ours
+
+
+def check_socket_folder() -> None:
+    """Raise a UserError if the temporary folder's path is too long for the sockets of worker processes.
+
+    Without this check PyTorch's loader waits for ever for its first batch.
+    """
+    folder = tempfile.gettempdir()
+    if (length := len(os.fsencode(folder))) > SOCKET_FOLDER_BYTES:
+        limit = f"worker processes need at most {SOCKET_FOLDER_BYTES} bytes, for their sockets"
+        raise UserError(f"TMPDIR={folder}: has {length} bytes, but {limit}; set TMPDIR to a shorter path, such as /tmp")
 
 
 def aside_pattern(name: str) -> str:

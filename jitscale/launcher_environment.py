@@ -6,6 +6,7 @@ rest did not get into a container. A guess of the rest would give a run that wai
 
 import math
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from jitscale.errors import LauncherError
 
 IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TORCHRUN = (*IDENTITY, "MASTER_ADDR", "MASTER_PORT")
+MOST_NODES = 65_536  # in a range: no cluster has so many
+MOST_DIGITS = 18
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # in the order of IDENTITY
 
 
@@ -46,11 +49,15 @@ def hosts_in(variable: str) -> list[str]:
     class Environment(SlurmJobEnvironment):
         _env: ClassVar[dict[str, str]] = {"nodes": variable}  # documented in the base class
 
-    with suppress(SlurmParseException):
-        hosts = Environment().hostnames
-        if hosts and all(hosts):
-            return hosts
-    raise LauncherError(f"{os.environ[variable]!r}: no list of nodes' names as Slurm writes it, such as n[1-2,5]")
+    listed = os.environ[variable]
+    with suppress(SlurmParseException, ValueError):
+        # Before a wrong digit makes millions of names.
+        sizes = (int(last) - int(first) for first, last in re.findall(r"(\d+)-(\d+)(?=[^\[]*\])", listed))
+        if all(size < MOST_NODES for size in sizes):
+            hosts = Environment().hostnames
+            if hosts and all(hosts):
+                return hosts
+    raise LauncherError(f"{listed[:200]!r}: no list of nodes' names as Slurm writes it, such as n[1-2,5]")
 
 
 def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
@@ -65,10 +72,12 @@ def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
 
 def integer(name: str, value: str, least: int = 0, most: int | None = None) -> int:
     """The number in a launcher's variable. Raises a LauncherError if it is none, or outside [least, most]."""
-    number = int(value) if value.isascii() and value.isdigit() else -1
+    number = int(value) if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else -1
     if number < least or (most is not None and number > most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise LauncherError(f"{name}={value}: must be an integer, {limit}; start with srun or torchrun, or unset it")
+        raise LauncherError(
+            f"{name}={value[:200]}: must be an integer, {limit}; start with srun or torchrun, or unset it"
+        )
     return number
 
 

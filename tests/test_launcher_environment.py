@@ -1,12 +1,17 @@
 """Which rank this process is: torchrun, srun, plain python, and what only looks like one of them."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
 from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_in, positive_setting
+from tests.support import ROOT
 from tests.support.forking import PYTHONPATH, Process
 
 TASK = {
@@ -104,6 +109,11 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, vari
         (without(TASK, SLURM_PROCID="8"), "SLURM_PROCID=8 is not below SLURM_STEP_NUM_TASKS=8"),
         (without(TASK, SLURM_STEP_NODELIST="node[1-"), "'node[1-': no list of nodes' names as Slurm writes it"),
         (without(TASK, SLURM_STEP_NODELIST="node[2-1]"), "'node[2-1]': no list of nodes' names as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST="node[1-99999999999]"), "no list of nodes' names as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST=f"node[{'9' * 5000}-1]"), "no list of nodes' names as Slurm writes it"),
+        (without(RANK, RANK="9" * 5000), "999: must be an integer, at least 0"),
+        (without(RANK, WORLD_SIZE="-1"), "WORLD_SIZE=-1: must be an integer, at least 1"),
+        (without(RANK, RANK="\u0663"), "RANK=\u0663: must be an integer, at least 0"),
         (without(TASK, MASTER_ADDR=""), "MASTER_ADDR is empty"),
         (without(TASK, WORLD_SIZE="4"), "WORLD_SIZE=4, but SLURM_STEP_NUM_TASKS=8 in this task; unset WORLD_SIZE"),
     ],
@@ -176,6 +186,34 @@ def test_who_says_a_mistake(
     exit_with_message(command)
     assert codes == [ExitCode.USER_ERROR]
     assert capsys.readouterr().err == ("error: wrong\n" if printed else "")
+
+
+def test_torchruns_summary_says_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where another rank than 0 has met it first: torchrun ends rank 0 before that can print it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+
+    def command() -> int:
+        raise ConfigError("optim.lr=-1 is wrong")
+
+    exit_with_message(command)
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert "traceback : error: optim.lr=-1 is wrong\n===" in ChildFailedError("train", {1: failure}).format_msg()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent" / "error.json"))
+    exit_with_message(command)
+
+
+@pytest.mark.slow
+def test_a_mistake_under_a_real_torchrun_is_said_last() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "jitscale.train", "--config", str(ROOT / "configs/demo.yaml"), "optim.lr=-1"]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    finished = subprocess.run([*command, "data.shards=x"], env=environment, capture_output=True, text=True, check=False)
+    *_, last, border = finished.stderr.rstrip().splitlines()
+    assert last.startswith("  traceback : error: ")
+    assert "optim.lr=-1.0 must be greater than 0" in last
+    assert not border.strip("=")
 
 
 MEET = """

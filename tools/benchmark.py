@@ -21,6 +21,8 @@ import importlib
 import json
 import os
 
+import installed
+
 from benchmarks.measuring import describe_conditions, environment
 from jitscale.command import Parser, markdown, path_text, positive
 from jitscale.config import CHOICES

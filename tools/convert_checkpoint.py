@@ -15,6 +15,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import installed
+
 from torch import Tensor
 from tqdm import tqdm
 

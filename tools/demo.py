@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import installed
+
 import numpy as np
 import torch
 from PIL import Image

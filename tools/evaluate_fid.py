@@ -11,6 +11,8 @@ is written if the sweep is that of the run's config.yaml.
 import json
 from pathlib import Path
 
+import installed
+
 from jitscale.command import Parser
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluate import evaluate, without_sweep

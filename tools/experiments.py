@@ -14,6 +14,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+import installed
+
 import torch
 
 from jitscale.command import Parser, run_python

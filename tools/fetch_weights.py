@@ -8,6 +8,8 @@ The sha256 of every file is compared, also of files that are there already.
 
 from pathlib import Path
 
+import installed
+
 from jitscale.command import Parser
 from jitscale.config import EvaluationConfig, load_config
 from jitscale.errors import ExitCode, exit_with_message

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import installed
+
 from jitscale.command import Parser, markdown, path_text
 from jitscale.data.find import find_tars
 from jitscale.errors import DataError, ExitCode, exit_with_message

@@ -5,6 +5,8 @@ python tools/make_digits.py --resolution 32 --output runs/digits_32px
 
 from pathlib import Path
 
+import installed
+
 from jitscale.command import Parser
 from jitscale.data.images import CODECS
 from jitscale.errors import ExitCode, exit_with_message

@@ -8,6 +8,8 @@ together.
 
 from pathlib import Path
 
+import installed
+
 from jitscale.command import Parser
 from jitscale.data.images import CODECS
 from jitscale.errors import ExitCode, exit_with_message

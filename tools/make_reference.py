@@ -13,6 +13,8 @@ import json
 import logging
 from pathlib import Path
 
+import installed
+
 from jitscale import parallel
 from jitscale.command import Parser, refuse_existing
 from jitscale.config import load_config

@@ -31,6 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import installed
+
 from tqdm import tqdm
 
 from jitscale.command import Parser, natural, part_of, path_text

@@ -10,12 +10,13 @@ bytes, GiB 2^30. Bandwidths are those of one GPU in one direction.
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
+
+import installed
 
 from jitscale.command import Parser, path_text, positive
 from jitscale.config import Config, images_of_run, load_config
@@ -27,6 +28,7 @@ from jitscale.planner.memory import parameters_by_kind
 from jitscale.planner.timing import Cluster
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MOST_PEAK = 1e9  # TFLOP/s
 PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
 
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_number("--gpus-per-node", 8, "GPUs of a node")
     parser.add_number("--bandwidth-intra", "450GB/s", "of a GPU inside its node", rate, dest="intra")
     parser.add_number("--bandwidth-inter", "50GB/s", "of a GPU's network card", rate, dest="inter")
-    parser.add_number("--peak", 989, "a GPU's bf16 peak in TFLOP/s", _number(math.inf))
+    parser.add_number("--peak", 989, "a GPU's bf16 peak in TFLOP/s", _number(MOST_PEAK))
     parser.add_number("--mfu", 0.4, "assumed fraction of the peak", _number(1.0))
     parser.add_number("--margin", 0.1, "fraction of memory left free, or 0", _number(1.0, zero=True))
     parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
@@ -209,10 +211,9 @@ def _number(most: float, *, zero: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = float(text)
-            if (0 < value <= most and value < math.inf) or (zero and value == 0):
+            if 0 < value <= most or (zero and value == 0):
                 return value
-        limit = "greater than 0" if most == math.inf else f"between 0 and {most:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and {most:g}")
 
     return parse
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import installed
+
 import numpy as np
 import torch
 from tqdm import tqdm

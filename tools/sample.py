@@ -12,6 +12,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import installed
+
 import numpy as np
 import torch
 from PIL import Image

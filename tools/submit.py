@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import installed
+
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -25,7 +27,17 @@ from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.launch.stages import Stage, parse_chain, parse_settings
-from jitscale.launch.submission import Resources, batch_script, check_partition, records, state_of, submit, submit_here
+from jitscale.launch.submission import (
+    Resources,
+    batch_script,
+    check_folder,
+    check_partition,
+    parse_options,
+    records,
+    state_of,
+    submit,
+    submit_here,
+)
 
 HOME = Path(__file__).parents[1]
 REFRESH_SECONDS = 5.0
@@ -50,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_number("--minutes", 24 * 60, "time limit")
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     parser.add_number("--signal-seconds", 300, "time of the warning before the time limit")
-    more = "more options of sbatch, such as account=vision"
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help=more)
+    more = "more options of sbatch, such as account=vision, or exclusive"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help=more)
     parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show the batch scripts and stop")
     parser.add_argument("--local", action="store_true", help="on this machine, without Slurm; one rank a task")
@@ -66,9 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
         minutes=options.minutes,
         partition=options.partition,
         signal_seconds=options.signal_seconds,
-        options=dict(option.split("=", 1) for option in options.sbatch),
+        options=parse_options(options.sbatch),
     )
+    if options.signal_seconds >= 60 * options.minutes:
+        limit = f"must be less than the time limit, --minutes {options.minutes}"
+        raise UserError(f"--signal-seconds {options.signal_seconds}: {limit}; the job would stop at once")
     chains = plan(options)
+    for path in (options.folder, *(stage.run_dir for chain in chains for stage in chain)):
+        check_folder(path)
     for chain in chains:
         for stage in chain:
             stage.check(options.nodes * options.tasks_per_node)
@@ -91,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace) -> list[list[Stage]]:
     """The chains that the command line asks for, one a variant. Raises a UserError at impossible settings or stages."""
-    if not options.config.exists():
+    if not options.config.is_file():
         raise UserError(f"{options.config}: no such config file; see the folder configs/")
     variants, at = parse_settings(options.set)
     # Where the folder is not given, the config says it; impossible settings are refused later, stage by stage.
@@ -110,6 +127,9 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
         chains.append([stage] if options.chain is None else parse_chain(options.chain, stage, at))
     if at and options.chain is None:
         raise UserError(f"--set {next(iter(at))}/...: holds at one resolution of a --chain, and there is none")
+    for resolution in at:
+        if not any(stage.resolution == resolution for stage in chains[0]):
+            raise UserError(f"--set {resolution}/...: no stage of --chain {options.chain} is at {resolution} px")
     return chains
 
 

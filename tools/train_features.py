@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import installed
+
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch

@@ -10,6 +10,8 @@ kept. docs/upgrade.md derives the method.
 
 from pathlib import Path
 
+import installed
+
 import torch
 from PIL import Image
 

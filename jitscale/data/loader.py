@@ -20,6 +20,7 @@ from jitscale.data.prefetcher import Prefetcher
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import BATCHES_AHEAD, start_workers
 from jitscale.errors import DataError
+from jitscale.files import check_socket_folder
 from jitscale.keyed_random import Int64Array, Purpose, hash64
 
 SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave their batches
@@ -98,7 +99,12 @@ class ShardLoader:
         return 2 * streams
 
     def check_shared_memory(self, local_ranks: int) -> None:
-        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory, which is a SIGBUS."""
+        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory, which is a SIGBUS.
+
+        Raises what `check_socket_folder` does, so that all ranks can raise it together.
+        """
+        if self.num_workers:
+            check_socket_folder()
         batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
         needed = local_ranks * self.num_workers * (BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed

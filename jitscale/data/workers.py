@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jitscale.errors import DataError
+from jitscale.files import check_socket_folder
 
 T = TypeVar("T")
 
@@ -27,8 +28,10 @@ def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: 
     """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
 
     With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
-    traceback. Iterating raises it here, and a DataError at a dead worker.
+    traceback. Iterating raises it here, and a DataError at a dead worker. Raises what `check_socket_folder` does.
     """
+    if num_workers:
+        check_socket_folder()
     closing = multiprocessing.Event()
     loader: DataLoader[T | DataError] = DataLoader(
         dataset,

@@ -20,6 +20,8 @@ from jitscale.tracking import check_wandb
 
 KINDS = ("train", "upgrade", "evaluate")
 SECONDS_UNTIL_SLURM_ENDS_US = 3600.0
+BETWEEN_VALUES = re.compile(r",(?![^\[]*\]|[^{]*\})")  # a comma inside brackets or braces is part of a value
+UNFIT_FOR_NAMES = re.compile(r"[^\w.,=+\[\]-]+")  # in the name of a run's folder, a / would begin another folder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Stage:
     source: Path | None = None  # for upgrade the low-resolution run
     home: Path = Path()  # the checkout
     ranks: int | None = None  # processes on this machine, where there is no Slurm
+    resolution: str = ""  # in a chain
 
     @property
     def name(self) -> str:
@@ -116,7 +119,8 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
         source = _at(stage.run_dir, previous) if kind == "upgrade" else None
         settings = (*stage.overrides, *overrides.get(resolution, []))
-        stages.append(replace(stage, kind=kind, config=config, run_dir=run_dir, overrides=settings, source=source))
+        at = replace(stage, config=config, run_dir=run_dir, source=source, resolution=resolution)
+        stages.append(replace(at, kind=kind, overrides=settings))
     return stages
 
 
@@ -124,23 +128,37 @@ def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], di
     """--set options as variants of a sweep (end of the run folder -> settings), and as settings at a resolution.
 
     `optim.lr=1e-4,2e-4` makes two variants, and several such options one for each combination. `512/optim.lr=1e-5` is
-    for 512 px of a chain only. Raises a UserError at what is not key=value.
+    for 512 px of a chain only. Raises a UserError at what is not key=value, at a key or value that stands there twice,
+    and at variants of one folder.
     """
     axes: list[list[str]] = []
     at: dict[str, list[str]] = {}
+    keys = set()
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: has no '='; write group.key=value")
+        if key in keys:
+            raise UserError(f"--set {text}: {key} is set twice; give all values in one --set, with commas between")
+        keys.add(key)
         resolution, slash, rest = key.partition("/")
         if slash and resolution.isdigit():
             at.setdefault(resolution, []).append(f"{rest}={values}")
-        else:  # a comma inside brackets is part of a value
-            axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
-    variants = {}
+            continue
+        axis = [f"{key}={value}" for value in BETWEEN_VALUES.split(values)]
+        if len(axis) > 1 and f"{key}=" in axis:
+            raise UserError(f"--set {text}: a value is empty; write values with one comma between")
+        if twice := [setting for number, setting in enumerate(axis) if setting in axis[:number]]:
+            raise UserError(f"--set {text}: {twice[0]} stands there twice; one run is enough")
+        axes.append(axis)
+    variants: dict[str, tuple[str, ...]] = {}
     for variant in itertools.product(*axes):
-        varying = (f"_{setting}" for setting, axis in zip(variant, axes, strict=True) if len(axis) > 1)
-        variants["".join(varying)] = variant
+        varying = (setting for setting, axis in zip(variant, axes, strict=True) if len(axis) > 1)
+        suffix = "".join(f"_{UNFIT_FOR_NAMES.sub('-', setting)}" for setting in varying)
+        if suffix in variants:
+            both = f"{' '.join(variants[suffix])} and {' '.join(variant)}"
+            raise UserError(f"--set: the run folders of {both} would have one name, ...{suffix}; submit one by one")
+        variants[suffix] = variant
     return variants, at
 
 

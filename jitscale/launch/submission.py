@@ -11,11 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import pickle_load
+from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_load
 from submitit.local.local import LocalExecutor
 from submitit.slurm import slurm as submitit_slurm
 
-from jitscale.errors import UserError
+from jitscale.errors import UserError, data_error
 from jitscale.files import atomic_write
 from jitscale.launch.slurm import ask, described_job
 from jitscale.launch.stages import Stage
@@ -33,7 +33,24 @@ class Resources:
     minutes: int  # the time limit; a job that meets it goes on in its next start
     partition: str | None  # None for Slurm's default
     signal_seconds: int  # before the limit, for the last checkpoint
-    options: dict[str, str]  # more options of sbatch, as {"account": "vision"}
+    options: dict[str, str | bool]  # more options of sbatch: {"account": "vision"}; True for one without a value
+
+
+# Options of sbatch that this project sets itself, and what sets them.
+OWN_OPTIONS = {
+    "nodes": "--nodes",
+    "ntasks": "--nodes and --tasks-per-node",
+    "ntasks-per-node": "--tasks-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "cpus-per-task": "--cpus-per-task",
+    "time": "--minutes",
+    "partition": "--partition",
+    "signal": "--signal-seconds",
+    "dependency": "--chain",
+    "array": "--set",
+    "output": "--folder",
+    "error": "--folder",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,34 @@ class Record:
     submitted: str  # when
 
 
+def parse_options(texts: Sequence[str]) -> dict[str, str | bool]:
+    """Options of sbatch, given as account=vision, --account=vision, or exclusive, which has no value.
+
+    Raises a UserError at what is no long option of sbatch, stands there twice, or is set by this project.
+    """
+    options: dict[str, str | bool] = {}
+    for text in texts:
+        name, equals, value = text.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z]+(-[a-z]+)+|[a-z]{2,}", name) or (equals and not value) or not value.isprintable():
+            raise UserError(f"--sbatch {text!r}: must be a long option of sbatch, such as account=vision or exclusive")
+        if name in OWN_OPTIONS:
+            raise UserError(f"--sbatch {text}: is set by {OWN_OPTIONS[name]} of this command; leave it out here")
+        if name in options:
+            raise UserError(f"--sbatch {text}: --{name} is given twice; leave one out")
+        options[name] = value if equals else True
+    return options
+
+
+def check_folder(path: Path) -> None:
+    """Raise a UserError if a file lies where the folder, or a folder above it, is to be, or its name is too long."""
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise UserError(f"{path}: no folder can have this name ({error.strerror}); choose a shorter one") from error
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file, not a folder; choose another name")
+
+
 def check_partition(partition: str | None) -> None:
     """Raise a UserError if the partition is not there, or there is no Slurm."""
     names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
@@ -59,8 +104,16 @@ def check_partition(partition: str | None) -> None:
 def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
     """Submit chains, whose stages wait for each other's success; if each is one stage, all of them as one array.
 
-    `folder` is for logs, submitit's pickles and the records.
+    `folder` is for logs, submitit's pickles and the records. Raises a UserError if sbatch refuses a job.
     """
+    try:
+        _submit(chains, resources, folder)
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = " ".join(str(error).split()) or "without a word"
+        raise UserError(f"sbatch has refused the job: {said}; correct the options") from error
+
+
+def _submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
     if len(chains) > 1 and all(len(chain) == 1 for chain in chains):
         executor = _executor(folder, resources, chains[0][0], None)
         with executor.batch():
@@ -99,8 +152,11 @@ def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | 
 
 
 def records(folder: Path) -> list[Record]:
-    """All jobs that were submitted from the folder, the oldest first."""
-    found = [Record(**json.loads(path.read_text())) for path in (folder / "jobs").glob("*.json")]
+    """All jobs that were submitted from the folder, the oldest first. Raises a DataError at a damaged record."""
+    found = []
+    for path in (folder / "jobs").glob("*.json"):
+        with data_error(f"{path}: is no record of a job", "remove it", (OSError, ValueError, TypeError)):
+            found.append(Record(**json.loads(path.read_text())))
     return sorted(found, key=lambda record: (record.submitted, record.job))
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from jitscale.errors import DataError
+from jitscale.files import check_socket_folder
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def in_processes(
     One worker, or the worker of a single task, is this process itself. The processes end with the generator. `work` is
     a function of a module. What it raises is raised here, and ends the other tasks. `tasks` are read as they are
     needed. Of `preload`, the modules that `work` imports, all workers share the memory. Raises a WorkerDiedError if a
-    process died.
+    process died, and what `check_socket_folder` does.
     """
     numbered = enumerate(tasks)
     first = list(islice(numbered, 2 * workers))
@@ -50,6 +51,7 @@ def in_processes(
             yield number, work(task)
         return
 
+    check_socket_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__, *preload])
     resource_tracker.ensure_running()  # starting it unblocks the signals

@@ -338,7 +338,7 @@ def test_text() -> None:
         (("--gpus", "7"), "data.batch_size=1024 must be a multiple of the number of ranks, 7"),
         (("--gpus", "8", "--mfu", "1.5"), "argument --mfu: '1.5' must be a number between 0 and 1"),
         (("--gpus", "8", "--bandwidth-inter", "50GB"), "argument --bandwidth-inter: '50GB' must be"),
-        (("--gpus", "8", "--peak", "inf"), "argument --peak: 'inf' must be a number greater than 0"),
+        (("--gpus", "8", "--peak", "inf"), "argument --peak: 'inf' must be a number between 0 and 1e+09"),
         (("--gpus", "8", "optim.lrr=1"), "did you mean optim.lr?"),
     ],
 )

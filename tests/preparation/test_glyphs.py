@@ -9,11 +9,13 @@ import torch
 
 from jitscale.config import EvaluationConfig
 from jitscale.data.shards import ShardSet
+from jitscale.errors import UserError
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.metrics import frechet_distance, label_agreement
 from jitscale.evaluation.networks import find_network, network_files
 from jitscale.evaluation.small_networks import GlyphFeatures
 from jitscale.parallel import World
+from jitscale.preparation.digits import digit_images
 from jitscale.preparation.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from tests.support.tools import Finished, run_tool
 
@@ -92,3 +94,8 @@ def test_the_distance_sees_lost_detail_and_knows_letters(network: FeatureNetwork
     noise = 0.3 * 127.5 * np.random.default_rng(0).standard_normal(large.shape)
     noisy = (large + noise).round().clip(0, 255).astype(np.uint8)
     assert frechet_distance(features(network, noisy)[0], real) > from_64
+
+
+def test_digits_that_would_fill_the_memory_are_refused() -> None:
+    with pytest.raises(UserError, match="resolution 513: must be at most 512 pixels a side"):
+        digit_images(513)

@@ -1,11 +1,13 @@
 """tools/submit.py: what would be submitted, and what is refused before."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jitscale.errors import UserError
 from jitscale.launch.stages import Stage, parse_chain, parse_settings
+from jitscale.launch.submission import parse_options
 from tests.support import ROOT
 from tests.support.runs import write_chain_inputs
 from tools.submit import main
@@ -44,6 +46,58 @@ def test_settings_make_variants() -> None:
     assert parse_settings([])[0] == {"": ()}
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=/data/a,s3://b c", {"_a.b=-data-a": ("a.b=/data/a",), "_a.b=s3-b-c": ("a.b=s3://b c",)}),
+        ("a.b=/a/{0,1}.tar,/b", {"_a.b=-a-0,1-.tar": ("a.b=/a/{0,1}.tar",), "_a.b=-b": ("a.b=/b",)}),
+        ("a.b=[0.9,0.99],[0.5]", {"_a.b=[0.9,0.99]": ("a.b=[0.9,0.99]",), "_a.b=[0.5]": ("a.b=[0.5]",)}),
+    ],
+)
+def test_values_become_names_of_folders(text: str, expected: dict[str, tuple[str, ...]]) -> None:
+    assert parse_settings([text])[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["optim.lr=1e-4,1e-4"], "optim.lr=1e-4 stands there twice"),
+        (["optim.lr=1e-4,"], "a value is empty"),
+        (["optim.lr=1e-4,,2e-4"], "a value is empty"),
+        (["optim.lr=1e-4", "optim.lr=2e-4"], "optim.lr is set twice"),
+        (["512/optim.lr=1e-4", "512/optim.lr=2e-4"], "512/optim.lr is set twice"),
+        (["data.shards=a/b,a b"], r"would have one name, \.\.\._data\.shards=a-b;"),
+    ],
+)
+def test_sweeps_without_a_meaning_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_settings(texts)
+
+
+def test_options_of_sbatch() -> None:
+    given = ["account=vision", "--qos=high", "exclusive", "mail-type=BEGIN,END", "comment=a=b c"]
+    assert parse_options(given) == {
+        "account": "vision",
+        "qos": "high",
+        "exclusive": True,
+        "mail-type": "BEGIN,END",
+        "comment": "a=b c",
+    }
+    for texts, message in (
+        ([""], "must be a long option"),
+        (["=x"], "must be a long option"),
+        (["account="], "must be a long option"),
+        (["N=2"], "must be a long option"),
+        (["account vision"], "must be a long option"),
+        (["comment=a\n#SBATCH --nodes=9"], "must be a long option"),
+        (["nodes=2"], "is set by --nodes of this command"),
+        (["--time=5"], "is set by --minutes"),
+        (["qos=a", "--qos=b"], "--qos is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_options(texts)
+
+
 def test_a_chain_goes_through_resolutions() -> None:
     stage = Stage("train", ROOT / "configs/jit_h_256.yaml", Path("runs/h"), ("optim.lr=1e-4",))
     stages = parse_chain("train:256,upgrade:512,train:512,evaluate", stage, {"512": ["optim.lr=1e-5"]})
@@ -64,7 +118,8 @@ def test_a_chain_goes_through_resolutions() -> None:
 
 
 def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = [CHAIN, "--nodes=3", "--gpus-per-node=2", "--minutes=30", "--sbatch=account=vision", *shards(folder)]
+    more = [CHAIN, "--nodes=3", "--gpus-per-node=2", "--minutes=30", "--sbatch=account=vision"]
+    more += ["--sbatch", "exclusive", *shards(folder)]
     assert main(words(folder, "--dry-run", *more)) == 0
     first, upgrade, second = capsys.readouterr().out.split("#!/bin/bash")[1:]
     for line in (
@@ -75,6 +130,7 @@ def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.Ca
         "#SBATCH --signal=B:USR1@300",
         "#SBATCH --requeue",
         "#SBATCH --account=vision",
+        "#SBATCH --exclusive\n",
         "source slurm/launch.sh",
     ):
         assert line in first, line
@@ -88,6 +144,7 @@ def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.Ca
 
 
 def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
     for more, message in (
         (["optim.leraning_rate=1"], r"optim\.leraning_rate=1 is not a setting"),
         (["data.shards=absent"], "absent"),
@@ -96,11 +153,43 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         (["--set", "optim.lr"], "has no '='"),
         (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "and there is none"),
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
+        ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
+        (["--sbatch=nodes=2"], "is set by --nodes"),
+        (["--minutes=5"], "--signal-seconds 300: must be less than the time limit, --minutes 5"),
+        ([f"--run-dir={folder / 'tiny_16.yaml' / 'run'}"], r"tiny_16\.yaml is a file, not a folder"),
+        ([f"--folder={folder / 'tiny_16.yaml'}"], r"tiny_16\.yaml is a file, not a folder"),
+        ([f"--run-dir={'x' * 300}"], "no folder can have this name"),
+        ([f"--config={folder}"], "no such config file"),
     ):
         with pytest.raises(UserError, match=message):
             main(words(folder, "--dry-run", *more))
+        assert {path.name for path in folder.iterdir()} == before, more
+    (folder / "jobs").mkdir()
+    (folder / "jobs/1.json").write_text("{")
+    with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
+        main(["status", f"--folder={folder}"])
+    shutil.rmtree(folder / "jobs")
     with pytest.raises(UserError, match="nothing was submitted from here"):
         main(["status", f"--folder={folder}"])
+
+
+@pytest.mark.parametrize("option", ["--nodes", "--minutes", "--tasks-per-node", "--cpus-per-task", "--signal-seconds"])
+@pytest.mark.parametrize("value", ["0", "-5", "1.5", "x", ""])
+def test_numbers_are_positive(folder: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words(folder, option, value))
+    assert capsys.readouterr().err == f"error: argument {option}: {value!r} is not a positive integer; see --help\n"
+
+
+def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, does in (("sinfo", "echo gpu*"), ("srun", "exit 0"), ("sbatch", "echo 'error: bad account' >&2; exit 1")):
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    with pytest.raises(UserError, match="sbatch has refused the job: error: bad account; correct"):
+        main(words(folder, "--sbatch=account=x", f"data.shards={folder / 'shards_16'}"))
 
 
 @pytest.mark.slow
