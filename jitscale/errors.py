@@ -1,6 +1,7 @@
 """The errors that a user can cause, and the exit codes and messages with which a process ends."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
         of_one_rank = isinstance(error, (LauncherError, RendezvousError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_escaped(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
@@ -82,3 +83,8 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
     # Without the interpreter's teardown, in which threads of communication libraries can abort a finished process and
     # turn its exit code 0 into a failure.
     os._exit(int(code))
+
+
+def _escaped(message: str) -> str:
+    """A message whose values can neither begin a line nor command a terminal; indented lines of a list stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]|\n(?!  )", lambda found: repr(found[0])[1:-1], message)
