@@ -34,8 +34,10 @@ _CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there ar
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
 # What numpy raises at a damaged .npy: it parses the header as Python.
-_DAMAGED_NPY = (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError)
-_DAMAGED_NPY += (SystemError, MemoryError, RecursionError)  # brackets that are nested too deeply
+_DAMAGED_NPY = (
+    *(OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError),
+    *(SystemError, MemoryError, RecursionError),  # brackets that are nested too deeply
+)
 
 
 @dataclass(frozen=True)
