@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,8 +96,8 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        _tell_torchrun(f"error: {error}")
+            print(f"error: {_escaped(str(error))}", file=sys.stderr)
+        _tell_torchrun(f"error: {_escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
@@ -116,3 +117,8 @@ def _tell_torchrun(message: str) -> None:
         more = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with suppress(OSError), open(path, "w") as file:  # the message itself is printed already
             json.dump({"message": {"message": message, "extraInfo": more}}, file)
+
+
+def _escaped(message: str) -> str:
+    """A message whose values can neither begin a line nor command a terminal; indented lines of a list stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]|\n(?!  )", lambda found: repr(found[0])[1:-1], message)

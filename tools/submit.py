@@ -166,7 +166,7 @@ def table(folder: Path) -> Table:
     found.add_column("reason")
     everything = records(folder)
     colours = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow"}
-    forms = {"step": "d", "images": ",d", "loss": ".4f", "images_per_second": ".1f"}
+    forms = {"step": ".0f", "images": ",.0f", "loss": ".4f", "images_per_second": ".1f"}
     for record in everything:
         now = state_of(record, everything)
         state = f"[{colours.get(now['state'], 'red')}]{now['state']}[/]"

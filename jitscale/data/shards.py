@@ -251,7 +251,7 @@ class ShardSet:
             what = f"has {len(data)} bytes, the index says {size}; check the shard with tools/index_shards.py --verify"
             raise DataError(f"{self.place(shard, row)} {what}")
         try:
-            image = decode(data, extension.decode())
+            image = decode(data, extension.decode(errors="replace"))
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
                 what = f"is {width} x {height} pixels, smaller than the image size {self.image_size}"

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import tarfile
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)  # POSIX.1-2001, pax: two blocks 
 _CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there are less than 10 KiB
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
+# What numpy raises at a damaged .npy: it parses the header as Python.
+_DAMAGED_NPY = (
+    *(OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError),
+    *(SystemError, MemoryError, RecursionError),  # brackets that are nested too deeply
+)
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def map_index(path: Path) -> IndexArray:
     Raises a DataError if it is missing or damaged.
     """
     remedy = "remove it, the tar is then scanned"
-    with data_error(f"{path}: cannot be mapped", remedy, (OSError, ValueError, EOFError)):
+    with data_error(f"{path}: cannot be mapped", remedy, _DAMAGED_NPY):
         index = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it never takes the file for a zip
     if index.dtype != INDEX or index.ndim != 1:
         raise DataError(f"{path}: holds {index.dtype} {index.shape}, not an index; {remedy}")
@@ -257,7 +263,7 @@ def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     Raises a DataError if it is damaged, or is of another number of samples.
     """
     remedy = "write it again with tools/index_shards.py --force"
-    with data_error(f"{source}: cannot be read", remedy, (ValueError, EOFError)):
+    with data_error(f"{source}: cannot be read", remedy, _DAMAGED_NPY):
         keys = np.load(io.BytesIO(content), allow_pickle=False)
     if keys.dtype != np.uint64 or keys.shape != (samples,):
         raise DataError(f"{source}: holds {keys.dtype} {keys.shape}, not the keys of {samples} samples; {remedy}")

@@ -15,11 +15,13 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, pickle_lo
 from submitit.local.local import LocalExecutor
 from submitit.slurm import slurm as submitit_slurm
 
-from jitscale.errors import UserError, data_error
+from jitscale.errors import DataError, UserError, data_error
 from jitscale.files import atomic_write
 from jitscale.launch.slurm import ask, described_job
 from jitscale.launch.stages import Stage
 from jitscale.run_folder import is_complete
+
+LONGEST_TEXT = 4096  # characters of a value in a record: Linux has no longer paths
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,8 @@ def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | 
 
 
 def records(folder: Path) -> list[Record]:
-    """All jobs that were submitted from the folder, the oldest first. Raises a DataError at a damaged record."""
-    found = []
-    for path in (folder / "jobs").glob("*.json"):
-        with data_error(f"{path}: is no record of a job", "remove it", (OSError, ValueError, TypeError)):
-            found.append(Record(**json.loads(path.read_text())))
+    """All jobs that were submitted from the folder, the oldest first. Raises a DataError if a record is damaged."""
+    found = [_read_record(path) for path in (folder / "jobs").glob("*.json")]
     return sorted(found, key=lambda record: (record.submitted, record.job))
 
 
@@ -219,6 +218,19 @@ def _record(job: str, stage: Stage, after: str | None, folder: Path) -> str:
     return job
 
 
+def _read_record(path: Path) -> Record:
+    remedy = "remove it; the job goes on, squeue shows it"
+    with data_error(f"{path}: is no record of a job", remedy, (OSError, ValueError, TypeError)):
+        record = Record(**json.loads(path.read_bytes()))
+    for name, value in vars(record).items():
+        if not (isinstance(value, str) and value.isprintable() and len(value) < LONGEST_TEXT) and (name, value) != (
+            "after",
+            None,
+        ):
+            raise DataError(f"{path}: its {name} is {str(value)[:50]!r}, not a text of one line; {remedy}")
+    return record
+
+
 def _state(record: Record) -> tuple[str, int, str]:
     """State, restarts and reason: from the controller or the accounting; without Slurm from submitit's files."""
     job = record.job
@@ -243,14 +255,18 @@ def _state(record: Record) -> tuple[str, int, str]:
 def _last_metrics(run_dir: Path) -> dict[str, Any]:
     """The last record of training, if the last lines of metrics.jsonl hold one."""
     path = run_dir / "metrics.jsonl"
-    lines = subprocess.run(["tail", "-n", "3", str(path)], capture_output=True, text=True, check=False).stdout
-    for line in reversed(lines.splitlines()):
+    lines = subprocess.run(
+        ["tail", "-n", "3", str(path)], capture_output=True, text=True, errors="replace", check=False
+    )
+    for line in reversed(lines.stdout.splitlines()):
         try:
-            values = dict(json.loads(line))
-        except json.JSONDecodeError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # being written
-        if "loss" in values:  # other lines are about held-out samples
-            return values
+        if isinstance(values, dict) and "loss" in values:  # other lines are about held-out samples
+            return {
+                key: value for key, value in values.items() if isinstance(value, int | float) and abs(value) < 1e300
+            }
     return {}
 
 
