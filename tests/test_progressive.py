@@ -78,7 +78,7 @@ def test_the_lock_of_a_run_holds_through_all_stages(tmp_path: Path, monkeypatch:
         return ExitCode.DONE
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(training, "open_training_shards", lambda config: None)
+    monkeypatch.setattr(training, "open_once_a_node", lambda config, world: None)
     monkeypatch.setattr(training, "_upgrade", lambda low, high: None)
     with ExitStack() as held:
         code = training._train_through(stages, World(0, 1, 0, torch.device("cpu")), held)

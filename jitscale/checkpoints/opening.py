@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
-
 from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
@@ -131,11 +129,11 @@ def _described(values: Mapping[str, Any], source: Path) -> Config:
         groups = {key: dict(values[key]) for key in ("model", "diffusion")}
         if any(isinstance(value, str) and "${" in value for group in groups.values() for value in group.values()):
             raise ValueError("holds an interpolation, ${...}")
-        config = from_dict(groups)
+        config = from_dict(groups, str(source))
         check_model_config(config.model, str(source), config.diffusion)
     except ConfigError:
         raise
-    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _undescribed(source, error) from error
     return config
 

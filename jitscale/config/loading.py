@@ -111,13 +111,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     }
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any], source: str = "stored settings") -> Config:
     """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults.
 
     The values are data: no text is evaluated. Raises a ConfigError if one is unknown, or has the wrong type.
     """
     typed, problems = _typed(_leaves(values))
-    _refuse("stored settings", problems)
+    _refuse(source, problems)
     return cast(Config, OmegaConf.to_object(typed))
 
 
