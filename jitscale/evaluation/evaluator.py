@@ -6,6 +6,7 @@ RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L)
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,16 +151,16 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
     """
     classes, kind, seed = config.model.num_classes, config.evaluation.labels, config.evaluation.seed
     if kind == "balanced" or classes == 0:
-        return lambda ids: generate.labels_of(ids, classes), {"labels": "balanced" if classes else None}
+        return partial(generate.labels_of, num_classes=classes), {"labels": "balanced" if classes else None}
     if kind == "random":
-        return lambda ids: generate.random_labels(ids, seed, [1] * classes), {"labels": kind}
+        return partial(generate.random_labels, seed=seed, counts=[1] * classes), {"labels": kind}
     setting = "data.shards" if config.data.shards else "evaluation.reference"
     source = config.data.shards or config.evaluation.reference or ""
     if not source or is_statistics(source):
         raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
     counts = open_setting(config, setting, classes).class_counts()
     identity = {"labels": kind, "class_counts": digest_of({"counts": counts})}
-    return lambda ids: generate.random_labels(ids, seed, counts), identity
+    return partial(generate.random_labels, seed=seed, counts=counts), identity
 
 
 def weights_digest(model: JiT) -> str:
