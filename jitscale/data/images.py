@@ -147,8 +147,8 @@ def _decode_picture(data: bytes) -> UInt8Array:
 def _decode_jpeg(data: bytes) -> UInt8Array:
     """The same pixels as Pillow's, but damage in the middle is an error, where Pillow returns garbage silently.
 
-    Some cameras write filler bytes before the end marker: they are left away. Other bytes there are refused: nine of ten
-    flipped bits that are noticed leave a part of the pixels' code over, and nothing else tells of them.
+    Some cameras write filler bytes before the end marker: they are left away. Other bytes there are refused: nine of
+    ten flipped bits that are noticed leave a part of the pixels' code over, and nothing else tells of them.
     """
     try:
         return _rgb(data)

@@ -224,7 +224,7 @@ def test_metadata_costs_no_picture() -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("filler", [b"\0", 5 * b"\0", 40 * b"\0", b"\xff\0" * 3, b"\0\xff" * 3, b"\xff" * 5, 40 * b"\xaa"])
+@pytest.mark.parametrize("filler", [b"\0", 5 * b"\0", 40 * b"\0", b"\xff\0" * 3, b"\0\xff" * 3, 40 * b"\xaa"])
 def test_filler_before_the_end_of_a_jpeg_costs_no_picture(filler: bytes, progressive: bool) -> None:
     for seed in range(8):  # how many leftover bytes the decoder itself overlooks differs
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
