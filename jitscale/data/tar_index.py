@@ -127,7 +127,7 @@ def scan_tar(path: Path) -> list[TarSample]:
     """
     scan = sound_scan(path)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
-        logger.warning("%s: %d images or labels are links to nothing before them in the tar, and left out", path, lost)
+        logger.warning("%s: %d images or labels are links to no earlier image or label, and left out", path, lost)
     return scan.samples
 
 
@@ -148,7 +148,7 @@ def survey_tar(path: Path) -> TarScan:
             for key, parts in members.items():
                 _add_sample(scan, file, key, parts)
             if scan.samples and all(sample.label is None for sample in scan.samples):
-                scan.unread_labels = unread_labels(file, {one.key: members[one.key] for one in scan.samples})
+                scan.unread_labels = unread_labels(file, members, {one.key: None for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
         scan.complete = False
