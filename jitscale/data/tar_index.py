@@ -206,7 +206,8 @@ def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
 def class_number(text: str, numbers: dict[str, int]) -> int | None:
     """The label that `text` means: a number in decimal, or a name among `numbers`; None for anything else."""
     if text.isascii() and text.isdigit():
-        return int(text) if int(text) <= LARGEST_LABEL else None
+        digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
+        return int(digits) if len(digits) <= len(str(LARGEST_LABEL)) and int(digits) <= LARGEST_LABEL else None
     return numbers.get(text)
 
 

@@ -360,7 +360,7 @@ def _json_rows(file: IO[str], place: str) -> Iterator[_Row]:
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f'{place} {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
         if not isinstance(row, dict):
             raise DataError(f'{place} {line}: no object; write {{"path": ..., "label": ...}}')

@@ -253,6 +253,9 @@ def test_tables_that_make_no_sense_are_refused(
     ("text", "message"),
     [
         ('{"path": "a.png"}\n{"path": \n', "line 2: no JSON"),
+        ("[" * 200_000, "line 1: no JSON"),
+        ('{"path": "a.png", "label": ' + "1" * 5000 + "}", "line 1: no JSON"),
+        ('{"path": "a.png", "label": "' + "1" * 5000 + '"}', "line 1: label '1+' is neither a class number"),
         ('["a.png"]\n', "line 1: no object; write"),
         ('{"label": 1}\n', "line 1: has no path"),
         ('{"path": "a.png", "class": 1}\n', "line 1: no 'label' among 'path', 'class'"),
