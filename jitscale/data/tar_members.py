@@ -11,7 +11,7 @@ from typing import IO
 
 from jitscale.data.images import EXTENSIONS
 
-LOST_LINK = " as a link without its target"  # behind the extension, as a kind of member that is passed over
+LOST_LINK = " as a link to no earlier image or label"  # behind the extension, as a kind of member that is passed over
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
 
 SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set

@@ -93,6 +93,14 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
     assert find_sources([str(tmp_path / "a.tar")]).ignored == expected
 
 
+def test_a_link_to_what_is_not_called_an_image_is_said(tmp_path: Path) -> None:
+    with_links(tmp_path / "a.tar", ("store/1.bin", numbered_png()), ("a.png", "store/1.bin"))
+    with pytest.raises(
+        DataError, match=r"no image in it, but \.bin 1, \.png as a link to no earlier image or label 1; "
+    ):
+        find_sources([str(tmp_path / "a.tar")])
+
+
 def test_links_in_a_tar_of_tars(tmp_path: Path) -> None:
     with_links(tmp_path / "n1", ("1.png", numbered_png()), ("2.png", "1.png"), ("3.png", "gone.png"))
     write_tar(tmp_path / "all.tar", ("n1.tar", (tmp_path / "n1").read_bytes()))
