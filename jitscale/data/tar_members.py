@@ -91,7 +91,7 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
                 return f"{what}; remove that field {remedy}"
             break
     folders = sorted({key.rpartition("/")[0] for key in keys} - {""})
-    if len(folders) > 1:
+    if len(folders) > 1 and len({folder.count("/") for folder in folders}) == 1:  # such as train/cat and val/cat
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
         what = f"{no_labels} images in {len(folders)} folders ({some}), which are not read as classes"
         remedy = "unpack it and give tools/make_shards.py the folder of them, or put all into one folder for no labels"
