@@ -4,7 +4,8 @@
     <sha256>.<names>.index.npy    its index; <names> stands for the class names that its labels were read with
     <sha256>.partial              a shard that is being downloaded; as large as the whole from the start
     <sha256>.lock                 held while the shard is downloaded, hashed, scanned or evicted; never deleted. It says
-                                  which tar and indexes were verified; its time is when the shard was last used
+                                  which tar and indexes were verified, and whether the tar was hashed because of a bad
+                                  sample; its time is when the shard was last used
     cache.lock                    held while room is made, and while a download gets its name
 
 A tar is trusted while it is the file that was hashed: same inode, size, times of change (which no user can set), for a
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 _ROOM_WAIT = 0.2  # seconds between two attempts to make room while others download
 _MARK_EVERY = 10.0  # seconds; more often than this a process does not mark a shard as used
 _TRUSTED_FOR = 86_400.0  # seconds; what was hashed longer ago is hashed again, since disks decay
+_SOUND_FOR = 3_600.0  # seconds; so long no process hashes a copy again because of a bad sample
 
 _TAR, _PARTIAL, _LOCK = ".tar", ".partial", ".lock"
+_SUSPECTED = ".suspected"  # no file, but a name in the lock file, for a tar that was hashed because of a bad sample
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CACHED = re.compile(rf"[0-9a-f]{{64}}({re.escape(_TAR)}|{re.escape(_PARTIAL)})")
 
@@ -93,16 +96,22 @@ class ShardCache:
     def evict_if_damaged(self, url: str, record: ShardRecord) -> bool:
         """Hash the copy, of which a sample is bad, and remove it if it is damaged; returns whether it was.
 
-        A process does so once for each shard: what is bad then is bad in the storage too.
+        What is bad in a sound copy is bad in the storage too: a process does so once for each shard, and the processes
+        of a node once an hour.
         """
         if record.sha256 in self._suspected:
             return False
         self._suspected.add(record.sha256)
         with _locked(self._file(record, _LOCK)):
             self._trusted.pop(record.sha256, None)
-            if self._is_verified(url, record):
+            path, suspected = self._file(record, _TAR), self._file(record, _SUSPECTED)
+            if self._is_vouched_for(record, suspected, _identity(path), _SOUND_FOR):
                 return False
-            self._file(record, _TAR).unlink(missing_ok=True)
+            if self._is_verified(url, record):
+                with suppress(OSError):  # a full disk: another process hashes the copy again
+                    self._vouch(record, suspected, _identity(path))
+                return False
+            path.unlink(missing_ok=True)
         return True
 
     def index(
@@ -170,17 +179,19 @@ class ShardCache:
                 os.utime(self._file(record, _LOCK))
         return True
 
-    def _is_vouched_for(self, record: ShardRecord, path: Path, identity: list[int]) -> bool:
-        """Whether `path` is what the shard's lock file says was verified, not too long ago."""
+    def _is_vouched_for(
+        self, record: ShardRecord, path: Path, identity: list[int] | None, seconds: float = _TRUSTED_FOR
+    ) -> bool:
+        """Whether `path` is what the shard's lock file says was verified, at most so many `seconds` ago."""
         known, hashed = self._verified(record).get(path.name, ([], 0.0))
-        return known == identity and 0 <= time.time() - hashed < _TRUSTED_FOR
+        return known == identity and 0 <= time.time() - hashed < seconds
 
     def _verified(self, record: ShardRecord) -> dict[str, tuple[list[int], float]]:
         """File name to identity and time of verification, as the lock file says; empty if it is new or damaged."""
         try:
             content = json.loads(self._file(record, _LOCK).read_text())
             return {name: (list(known), float(when)) for name, (known, when) in content.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
             return {}
 
     def _vouch(self, record: ShardRecord, path: Path, identity: list[int] | None) -> None:
@@ -196,7 +207,8 @@ class ShardCache:
             return False
         try:
             if found[1] == record.bytes and sha256_of(path) == record.sha256:
-                self._vouch(record, path, found)
+                with suppress(OSError):  # a full disk: another process hashes the sound copy again
+                    self._vouch(record, path, found)
                 self._trusted[record.sha256] = found
                 return True
         except OSError as error:

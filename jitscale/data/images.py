@@ -5,7 +5,7 @@ Shapes: H rows, W columns; an image is uint8 (H, W, 3), RGB.
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,9 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 # The first bytes of each form that is no WebP.
 _MAGIC = {"jpg": _JPEG_MAGIC, "png": b"\x89PNG\r\n\x1a\n", "npy": np.lib.format.MAGIC_PREFIX}
 _JPEG_QUALITY = 95  # 4:4:4; PSNR 40.7 dB on photographs at 256 px
-_JPEG_END = b"\xff\xd9"
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_STORED_FF = b"\xff\0"  # a byte 0xff of a JPEG's code
+_FEWEST_FILLERS = 4  # equal bytes before a JPEG's end that are no code
 _TRAILING_BYTES = "extraneous bytes before marker 0xd9"  # of libjpeg: left over when all pixels are decoded
 _LONGEST_SIDE = 16  # times the short side, of what is resized: ordinary pictures have less
 _ANCILLARY = 0x20  # bit of the first letter of a PNG's chunk that holds no pixels
@@ -145,21 +147,42 @@ def _decode_picture(data: bytes) -> UInt8Array:
 def _decode_jpeg(data: bytes) -> UInt8Array:
     """The same pixels as Pillow's, but damage in the middle is an error, where Pillow returns garbage silently.
 
-    Some cameras repeat a filler byte before the end marker. Other bytes there are refused: nine of ten flipped bits
-    that are noticed leave a part of the pixels' code over, and nothing else tells of them.
+    Some cameras write filler bytes before the end marker: they are left away. Other bytes there are refused: nine of
+    ten flipped bits that are noticed leave a part of the pixels' code over, and nothing else tells of them.
     """
     try:
-        return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False))
+        return _rgb(data)
     except ValueError as error:
         if _TRAILING_BYTES not in str(error):
             raise
-        code, end, behind = data.rpartition(_JPEG_END)
-        filler = code[-1:]
-        shorter = code.rstrip(filler) + filler + end + behind  # the code itself may end in such a byte
-        if len(shorter) == len(data):
-            what = f"is damaged or padded ({error}): bytes are left when all pixels are decoded"
-            raise ImageError(f"{what}; save it again if it looks whole") from error
-        return np.asarray(simplejpeg.decode_jpeg(shorter, "RGB", fastdct=False, fastupsample=False))
+        for shorter in _without_filler(data):
+            with suppress(ValueError):
+                return _rgb(shorter)
+        what = f"is damaged or padded ({error}): bytes are left when all pixels are decoded"
+        raise ImageError(f"{what}; save it again if it looks whole") from error
+
+
+def _rgb(jpeg: bytes) -> UInt8Array:
+    return np.asarray(simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False))
+
+
+def _without_filler(data: bytes) -> Iterator[bytes]:
+    """The JPEG without the zeros and 0xff, or the equal bytes, before its end marker; then with one of them put back.
+
+    The pixels' code itself may end in such a byte; its 0xff is stored as 0xff 0.
+    """
+    scan = 2
+    while scan < len(data) and data[scan : scan + 2] != _JPEG_SCAN:  # a thumbnail has an end marker too
+        scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    code = data[: max(data.find(_JPEG_END, scan), 0)]
+    bare = code.rstrip(b"\0\xff")
+    if bare == code and code.endswith(_FEWEST_FILLERS * code[-1:]):
+        bare = code.rstrip(code[-1:])
+    filler = code[len(bare) :]
+    last = _STORED_FF if filler.startswith(_STORED_FF) else filler[:1]
+    if filler != last or filler == b"\0":
+        yield bare + _JPEG_END
+        yield bare + last + _JPEG_END
 
 
 def _open_picture(data: bytes) -> Image.Image:

@@ -127,7 +127,7 @@ def scan_tar(path: Path) -> list[TarSample]:
     """
     scan = sound_scan(path)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
-        logger.warning("%s: %d images or labels are links to nothing before them in the tar, and left out", path, lost)
+        logger.warning("%s: %d images or labels are links to no earlier image or label, and left out", path, lost)
     return scan.samples
 
 
@@ -148,7 +148,7 @@ def survey_tar(path: Path) -> TarScan:
             for key, parts in members.items():
                 _add_sample(scan, file, key, parts)
             if scan.samples and all(sample.label is None for sample in scan.samples):
-                scan.unread_labels = unread_labels(file, {one.key: members[one.key] for one in scan.samples})
+                scan.unread_labels = unread_labels(file, members, {one.key: None for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
         scan.complete = False
@@ -206,7 +206,8 @@ def index_of(samples: Sequence[TarSample], labels: Sequence[int]) -> IndexArray:
 def class_number(text: str, numbers: dict[str, int]) -> int | None:
     """The label that `text` means: a number in decimal, or a name among `numbers`; None for anything else."""
     if text.isascii() and text.isdigit():
-        return int(text) if int(text) <= LARGEST_LABEL else None
+        digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
+        return int(digits) if len(digits) <= len(str(LARGEST_LABEL)) and int(digits) <= LARGEST_LABEL else None
     return numbers.get(text)
 
 

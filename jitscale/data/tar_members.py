@@ -3,15 +3,26 @@
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO
 
 from jitscale.data.images import EXTENSIONS
 
-LOST_LINK = " as a link without its target"  # behind the extension, as a kind of member that is passed over
+LOST_LINK = " as a link to no earlier image or label"  # behind the extension, as a kind of member that is passed over
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
+
+SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set
+# By their names, also in folders: of the kinds that EDM, Hugging Face, COCO, CelebA and Kaggle have.
+_LABEL_FILE = re.compile(
+    r"(.*[_-])?((dataset|metadata|labels?|annotations?(\.coco)?|solution|attr(_\w+)?)\.(json|jsonl|csv|tsv|parquet)"
+    r"|(labels?|ground_?truth|attr(_\w+)?)\.txt)"
+    rf"|(.*[_-])?{SPLIT}\.(csv|tsv|parquet)|instances_\w+\.json",
+    re.IGNORECASE,
+)
+_LABEL_EXTENSION = re.compile(r"cls\..+|(label|class)(s|es|_?id|_?name)?(\.(txt|json))?|index")
 
 _LONGEST_JSON = 1 << 16  # bytes that are looked at
 _LABEL_FIELDS = ("label", "labels", "cls", "class", "class_id", "class_name", "target")
@@ -56,23 +67,33 @@ def described_kinds(kinds: Counter[str]) -> str:
     return ", ".join(f".{kind or '(none)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
 
 
-def unread_labels(file: IO[bytes], samples: dict[str, dict[str, tarfile.TarInfo]]) -> str:
-    """What looks like labels in a tar whose `samples`, members by key and extension, have no `cls`, and the remedy.
+def is_label_file(name: str) -> bool:
+    """Whether a file of this name, which lies among images, holds their labels."""
+    return bool(_LABEL_FILE.fullmatch(name))
+
+
+def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]], keys: Collection[str]) -> str:
+    """What looks like labels in a tar, and the remedy: `members` by key and extension; samples `keys` have no cls.
 
     Empty if nothing does. Raises an OSError if `file` cannot be read.
     """
-    remedy = "write each label as a member KEY.cls, or remove that field to train without labels"
-    for key, parts in samples.items():
-        if "json" in parts:
-            member = parts["json"]
+    no_labels, remedy = "has no cls members, but", "to train without labels, or write each label as a member KEY.cls"
+    for key, parts in members.items():
+        for extension in parts:
+            name = f"{key}.{extension}"
+            if is_label_file(posixpath.basename(name)) if key not in keys else _LABEL_EXTENSION.fullmatch(extension):
+                return f"{no_labels} {name}, which seems to hold labels and is not read; remove it {remedy}"
+    for key in keys:
+        if member := members[key].get("json"):
             text = os.pread(file.fileno(), min(member.size, _LONGEST_JSON), member.offset_data)
             if field := _label_field(text):
-                return f"has no cls members, but {key}.json holds {field!r}, which is not read as a label; {remedy}"
+                what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
+                return f"{what}; remove that field {remedy}"
             break
-    folders = sorted({key.rpartition("/")[0] for key in samples})
-    if len(folders) > 1 and all(folders) and len(set(map(posixpath.dirname, folders))) == 1:
+    folders = sorted({key.rpartition("/")[0] for key in keys} - {""})
+    if len(folders) > 1 and len({folder.count("/") for folder in folders}) == 1:  # such as train/cat and val/cat
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
-        what = f"has no cls members, but images in {len(folders)} folders ({some}), which are not read as classes"
+        what = f"{no_labels} images in {len(folders)} folders ({some}), which are not read as classes"
         remedy = "unpack it and give tools/make_shards.py the folder of them, or put all into one folder for no labels"
         return f"{what}; {remedy}"
     return ""

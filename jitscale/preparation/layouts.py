@@ -7,13 +7,15 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
+from jitscale.data.tar_members import SPLIT, is_label_file
 from jitscale.errors import DataError
 
-_LABEL_FILE = re.compile(
-    r"(.*[_-])?((dataset|metadata|labels?|annotations?)\.(json|jsonl|csv|tsv|parquet)|labels?\.txt)", re.IGNORECASE
-)
-_SPLIT = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|eval)([_-]?(set|data|images|\d+))?", re.IGNORECASE
+_SPLIT = re.compile(rf"{SPLIT}([_-]?(set|data|images|\d+))?", re.IGNORECASE)
+# Beside a split, or beside each other, they are no classes.
+_PART = re.compile(
+    r"(un(labell?ed|sup(ervised)?)|extra|im(age|g)s?|(segmentation[_-]?)?masks?|labels?|annotations?|ground[_-]?truth)"
+    r"([_-]?(set|data|images|\d+))?",
+    re.IGNORECASE,
 )
 _WORDS = re.compile(r"[^A-Za-z]+")
 _KNOWN_FILES = {
@@ -27,18 +29,24 @@ _KNOWN_FILES = {
 def refuse_label_file(path: str) -> None:
     """Raise a DataError if the file `path`, which lies among images, holds their labels by its name."""
     name = PurePath(path).name
-    if _LABEL_FILE.fullmatch(name):
+    if is_label_file(name):
         kind = f" ({_KNOWN_FILES[name.lower()]})" if name.lower() in _KNOWN_FILES else ""
-        remedy = "pass its images as a .csv with the columns path,label; move the file away if folders are the classes"
+        remedy = "pass its images as a .csv with columns path,label; move such files away if folders are the classes"
         raise DataError(f"{path}: lies among the images and seems to hold labels{kind}, which is not read; {remedy}")
 
 
 def refuse_splits(place: Path, classes: Iterable[str], named: Collection[str]) -> None:
-    """Raise a DataError if the `classes` of the folder or tar `place` are splits; not if the user has `named` them."""
-    classes = sorted(classes)
-    splits = [name for name in classes if _SPLIT.fullmatch(name) and name not in named]
+    """Raise a DataError if the `classes` of the folder or tar `place` are splits, or images and their masks or labels.
+
+    Not if the user has `named` them.
+    """
+    classes = sorted(set(classes) - set(named))
+    splits = [name for name in classes if _SPLIT.fullmatch(name)]
+    others = [name for name in classes if _PART.fullmatch(name)]
+    if len(splits) + len(others) == len(classes) > 1:
+        splits += sorted(others, key=lambda name: not name.lower().startswith("im"))
     if splits and (len(splits) > 1 or len(splits) == len(classes)):
-        what = f"{' and '.join(splits)} are splits of a data set" if len(splits) > 1 else f"{splits[0]} is a split"
+        what = f"{' and '.join(splits)} are parts of a data set" if len(splits) > 1 else f"{splits[0]} is a split"
         remedy = f"give one of them, such as {place / splits[0]}; if they are classes, name them with --class-names"
         raise DataError(f"{place}: {what}, and would become classes; {remedy}")
 

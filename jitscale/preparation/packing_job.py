@@ -45,6 +45,7 @@ _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of th
 _NPY_HEADER = 128  # bytes
 _SIZES_LOOKED_AT = 1000  # files
 _FEW = 3  # bad inputs in an error message
+_DAMAGED_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # what it raises
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PackingJob:
         if not (folder / _FOLDER).exists():
             _make_plan(folder, options, on_found)
         plan, self.inputs = _read_plan(folder)
-        _refuse_other_options(folder, options, plan)
+        _refuse_other_options(folder, options, plan["options"])
         self.folder = folder
         self.options = options
         self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all
@@ -243,7 +244,11 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
             f"resolution {manifest.resolution}, {images} images); remove the folder or choose another --output"
         )
     if (folder / _PACKED).exists():
-        _refuse_other_options(folder, options, json.loads((folder / _PACKED).read_bytes()))
+        remedy = "remove it: the shards do not need it"
+        with data_error(f"{folder / _PACKED}: cannot be read", remedy, (OSError, *_DAMAGED_JSON)):
+            begun = json.loads((folder / _PACKED).read_bytes())
+            begun = _from_root(begun["options"], begun["root"])
+        _refuse_other_options(folder, options, begun)
     lost = [record.name for record in manifest.shards if not _is_there(folder, record)]
     if lost:
         what = f"missing, without its index, or of another size ({len(lost)} of {shards} finished shards are)"
@@ -312,7 +317,8 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
             raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
         inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
         inputs.ignored.update(plan["ignored"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        plan["options"] = _from_root(plan["options"], plan["root"])
+    except (OSError, *_DAMAGED_JSON) as error:
         lost = isinstance(error, FileNotFoundError)
         if lost and (folder / MANIFEST).exists():
             raise
@@ -321,8 +327,8 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
     return plan, inputs
 
 
-def _refuse_other_options(folder: Path, options: PackingOptions, plan: dict[str, Any]) -> None:
-    begun, given = _from_root(plan["options"], plan["root"]), _from_root(asdict(options), os.getcwd())
+def _refuse_other_options(folder: Path, options: PackingOptions, begun: dict[str, Any]) -> None:
+    given = _from_root(asdict(options), os.getcwd())
     flags = {key: f"--{key.replace('_', '-')}" for key in given if begun.get(key) != given[key]}
     if flags:
         was = " ".join(f"{flag} {_shown(begun.get(key))}" for key, flag in flags.items())
@@ -365,7 +371,7 @@ def _read_record(path: Path) -> PackedShard | None:
         values = json.loads(path.read_bytes())
         bad = [BadInput(**one) for one in values["bad"]]
         return PackedShard(ShardRecord(**values["record"]), int(values["enlarged"]), bad)
-    except (ValueError, TypeError, KeyError):
+    except _DAMAGED_JSON:
         return None
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_index import LARGEST_LABEL, sound_scan
-from jitscale.data.tar_members import LOST_LINK
+from jitscale.data.tar_members import LOST_LINK, described_kinds
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
@@ -128,7 +128,8 @@ def find_sources(
         chunks.append(np.array(rows, _SOURCE))
         on_found(len(chunk))
     if not chunks:
-        raise DataError(f"{', '.join(inputs)}: no image in {'it' if len(inputs) == 1 else 'them'}; {_REMEDY}")
+        instead = f", but {described_kinds(finder.ignored)}" if finder.ignored else ""
+        raise DataError(f"{', '.join(inputs)}: no image in {'it' if len(inputs) == 1 else 'them'}{instead}; {_REMEDY}")
     table = np.concatenate(chunks)
     labels = CodedLabels(table["label"].copy(), list(names))
     classes = find_classes([labels], class_names)
@@ -360,7 +361,7 @@ def _json_rows(file: IO[str], place: str) -> Iterator[_Row]:
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f'{place} {line}: no JSON ({error}); write {{"path": ..., "label": ...}}') from error
         if not isinstance(row, dict):
             raise DataError(f'{place} {line}: no object; write {{"path": ..., "label": ...}}')

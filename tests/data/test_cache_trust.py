@@ -1,5 +1,6 @@
 """The cache of remote shards: which copies are trusted, and whose folder it is."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -53,6 +54,40 @@ def test_sound_copy_is_hashed_once_a_node_and_day(
     monkeypatch.setattr(cache.time, "time", lambda: 1e12)
     ShardCache(tmp_path, 400_000).fetch(url, record)
     assert len(hashed) == 2
+
+
+def test_copy_with_a_bad_sample_is_hashed_once_a_node_and_hour(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, record = storage.shard()
+    ShardCache(tmp_path, 400_000).fetch(url, record)
+    hashed: list[Path] = []
+    monkeypatch.setattr(cache, "sha256_of", lambda path: hashed.append(path) or record.sha256)  # type: ignore[func-returns-value]
+    processes = [ShardCache(tmp_path, 400_000) for _ in range(4)]
+    assert [one.evict_if_damaged(url, record) for one in processes[:3]] == [False] * 3
+    assert len(hashed) == 1
+    monkeypatch.setattr(cache.time, "time", lambda: os.stat(tmp_path).st_mtime + 4000)
+    assert not processes[3].evict_if_damaged(url, record)
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("damage", ["[" * 200_000, '{"x": 1' + "0" * 5000 + "}", "5", '{"x": [[], 1e999]}', "\udcff"])
+def test_what_cannot_be_noted_or_read_costs_a_hash(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """No download, and no sound copy."""
+    url, record = storage.shard()
+    ShardCache(tmp_path, 400_000).fetch(url, record)
+    (tmp_path / f"{record.sha256}.lock").write_text(damage, errors="surrogateescape")
+    monkeypatch.setattr(ShardCache, "_vouch", full_disk)
+    shards = ShardCache(tmp_path, 400_000)
+    assert content(shards, url, record) == storage.files[record.name]
+    assert not shards.evict_if_damaged(url, record)
+    assert storage.gets[record.name] == 1
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_bad_sample_names_the_copy_and_a_damaged_copy_is_fetched_again(

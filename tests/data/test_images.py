@@ -223,11 +223,15 @@ def test_metadata_costs_no_picture() -> None:
         decode(png_with(b"PLTE", bytes(3), checksum=7), "png")
 
 
-@pytest.mark.parametrize("filler", [b"\0", b"\xaa", b"\xff"])
-def test_filler_before_the_end_of_a_jpeg_costs_no_picture(filler: bytes) -> None:
-    data = file_bytes(Image.fromarray(synthetic(64, 64)), "JPEG", quality=90)
-    padded = data[:-2] + 40 * filler + data[-2:]
-    np.testing.assert_array_equal(decode(padded, "jpg"), decode(data, "jpg"))
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("filler", [b"\0", 5 * b"\0", 40 * b"\0", b"\xff\0" * 3, b"\0\xff" * 3, 40 * b"\xaa"])
+def test_filler_before_the_end_of_a_jpeg_costs_no_picture(filler: bytes, progressive: bool) -> None:
+    for seed in range(8):  # how many leftover bytes the decoder itself overlooks differs
+        noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        data = file_bytes(Image.fromarray(noise), "JPEG", quality=90, progressive=progressive)
+        padded = data[:-2] + filler + data[-2:]
+        for behind in (b"", data, b"\xff\xd9"):  # a second picture in the file
+            np.testing.assert_array_equal(decode(padded + behind, "jpg"), decode(data, "jpg"))
 
 
 def test_other_bytes_before_the_end_of_a_jpeg_are_damage() -> None:

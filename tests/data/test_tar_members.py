@@ -84,13 +84,19 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
     with_links(tmp_path / "a.tar", *members)
     with caplog.at_level(logging.WARNING, "jitscale"):
         assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
-    assert "3 images or labels are links to nothing before them in the tar, and left out" in caplog.text
+    assert "3 images or labels are links to no earlier image or label, and left out" in caplog.text
     expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, f"cls{LOST_LINK}": 1, "png": 1})
     found = survey(find_tars(str(tmp_path)), None, 1)
     found.write()
     assert found.skipped == expected
     assert verify(find_tars(str(tmp_path)), 1).skipped == expected
     assert find_sources([str(tmp_path / "a.tar")]).ignored == expected
+
+
+def test_a_link_to_what_is_not_called_an_image_is_said(tmp_path: Path) -> None:
+    with_links(tmp_path / "a.tar", ("store/1.bin", numbered_png()), ("a.png", "store/1.bin"))
+    with pytest.raises(DataError, match=r"no image in it, but \.png as a link to no earlier image or label 1, "):
+        find_sources([str(tmp_path / "a.tar")])
 
 
 def test_links_in_a_tar_of_tars(tmp_path: Path) -> None:
@@ -160,6 +166,14 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
             [("n01/1.png", b""), ("n02/2.png", b""), ("README.md", b"x")],
             r"has no cls members, but images in 2 folders \(n01, n02\), which are not read as classes; unpack it",
         ),
+        ([("train/cat/1.png", b""), ("val/cat/2.png", b""), ("3.png", b"")], r"2 folders \(train/cat, val/cat\)"),
+        (
+            [("k.png", b""), ("x/dataset.json", b"{}")],
+            r"but x/dataset.json, which seems to hold .* remove it to train",
+        ),
+        ([("k.png", b""), ("metadata.csv", b"")], "but metadata.csv, which seems to hold labels"),
+        ([("k.png", b""), ("k.label", b"1")], "but k.label, which seems to hold labels"),
+        ([("k.png", b""), ("k.cls.txt", b"1")], "but k.cls.txt, which seems"),
     ],
 )
 def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:

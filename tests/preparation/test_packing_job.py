@@ -102,12 +102,29 @@ def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -
     assert "inputs.npz is not what plan.json describes; remove it" in refused(*command(tree, output)).replace(")", "")
 
 
+@pytest.mark.parametrize("content", ["", '{"a"', "5", "[" * 200_000, '{"options": {"input": 1}, "root": "/"}'])
+def test_damaged_files_of_a_job_are_said(tree: Path, tmp_path: Path, content: str) -> None:
+    options = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0, None)
+    PackingJob(tmp_path, options)
+    (tmp_path / ".packing" / "plan.json").write_text(content)
+    with pytest.raises(DataError, match=r"\.packing: cannot be read \(.*\); remove it and start again"):
+        PackingJob(tmp_path, options)
+    manifest = Manifest(codec="raw", resolution=RESOLUTION, num_classes=0, class_names=None, total=0, shards=[])
+    manifest.write(tmp_path / "manifest.json")
+    (tmp_path / "packing.json").write_text(content)
+    with pytest.raises(DataError, match=r"packing.json: cannot be read \(.*\); remove it: the shards do not need it"):
+        packing_job.finished(tmp_path, options)
+    (tmp_path / "packing.json").unlink()
+    assert packing_job.finished(tmp_path, options) == manifest
+
+
 def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert alone(tree, output, "--part", "1/3").code == 0
     (output / "shard-000000.tar").write_bytes(b"")
     (output / "shard-000003.index.npy").unlink()
     (output / ".packing" / "shard-000006.json").write_text("{")
+    (output / ".packing" / "shard-000009.json").write_text("[" * 200_000)
     packed(tree, output)
     assert contents(output) == contents(clean)
 

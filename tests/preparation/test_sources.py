@@ -10,17 +10,8 @@ from jitscale.data.manifest import read_class_names
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.errors import DataError
 from jitscale.preparation.sources import WHOLE_FILE, Source, SourceTable, find_sources
+from tests.preparation.inputs import CONTENT, refused, tree
 from tests.support.pictures import tar_bytes, write_tar
-
-CONTENT = b"not looked at"
-
-
-def tree(folder: Path, *names: str) -> Path:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(CONTENT)
-    return folder
 
 
 def found(inputs: SourceTable, root: Path) -> list[tuple[str, int]]:
@@ -29,12 +20,6 @@ def found(inputs: SourceTable, root: Path) -> list[tuple[str, int]]:
         (str(Path(source.path).relative_to(root)), source.label)
         for source in map(inputs.__getitem__, range(len(inputs)))
     ]
-
-
-def refused(message: str, *sources: Path | str, names: list[str] | None = None) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        find_sources([str(source) for source in sources], names)
-    assert "\n" not in str(caught.value)
 
 
 # Folders
@@ -114,50 +99,6 @@ def test_numbers_as_names_are_numbered_in_their_order_and_others_are_sorted(tmp_
     assert find_sources([str(tmp_path / "numbers")]).class_names == [str(number) for number in range(12)]
     tree(tmp_path / "mixed", "2/a.png", "10/a.png", "x/a.png")
     assert find_sources([str(tmp_path / "mixed")]).class_names == ["10", "2", "x"]
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("dataset.json", r"\(a StyleGAN or EDM data set, whose folders are no classes\)"),
-        ("metadata.csv", r"\(a Hugging Face image folder\)"),
-        ("00000/metadata.jsonl", r"\(a Hugging Face image folder\)"),
-        ("00000/Labels.TXT", ""),
-        ("image_class_labels.txt", ""),
-        ("train-annotations.parquet", ""),
-    ],
-)
-def test_files_of_labels_are_not_passed_over(tmp_path: Path, name: str, kind: str) -> None:
-    tree(tmp_path / "folders", "00000/a.png", "00001/b.png", name)
-    refused(f"{name}: lies among the images and seems to hold labels.*{kind}.*columns path,label", tmp_path / "folders")
-    tree(tmp_path / "flat", "a.png", name.rpartition("/")[2])
-    refused("seems to hold labels", tmp_path / "flat")
-
-
-@pytest.mark.parametrize("splits", [["train", "val"], ["train"], ["Train", "TEST", "extra"], ["train2017", "val2017"]])
-def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
-    tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
-    refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST)", tmp_path)
-    assert find_sources([str(tmp_path)], splits).class_names == splits  # on purpose
-    assert find_sources([str(tmp_path / splits[0])]).class_names == ["cat", "dog"]
-
-
-def test_classes_that_are_called_like_a_split(tmp_path: Path) -> None:
-    tree(tmp_path, "bus/a.png", "train/a.png", "trainer/a.png")
-    (tmp_path / "val").mkdir()  # without an image
-    assert find_sources([str(tmp_path)]).class_names == ["bus", "train", "trainer"]
-
-
-def test_tars_of_several_splits(tmp_path: Path) -> None:
-    names = ["in1k-train-0000.tar", "in1k-train-0001.tar", "in1k-validation-00.tar"]
-    for name in names:
-        write_tar(tmp_path / name, (f"{name[:-4]}.png", CONTENT), (f"{name[:-4]}.cls", b"1"))
-    splits = r"several splits \(in1k-train-0000.tar and in1k-validation-00.tar\); give those of one, for example '"
-    refused(splits + f"{tmp_path}/", tmp_path)
-    assert len(find_sources([f"{tmp_path}/*train*.tar"])) == 2
-    inner = tar_bytes(("a.JPEG", CONTENT))
-    write_tar(tmp_path / "whole", ("train.tar", inner), ("val.tar", inner)).rename(tmp_path / "whole.tar")
-    refused("train and val are splits", tmp_path / "whole.tar")
 
 
 def test_names_of_any_bytes_survive(tmp_path: Path) -> None:
@@ -312,6 +253,9 @@ def test_tables_that_make_no_sense_are_refused(
     ("text", "message"),
     [
         ('{"path": "a.png"}\n{"path": \n', "line 2: no JSON"),
+        ("[" * 200_000, "line 1: no JSON"),
+        ('{"path": "a.png", "label": ' + "1" * 5000 + "}", "line 1: no JSON"),
+        ('{"path": "a.png", "label": "' + "1" * 5000 + '"}', "line 1: label '1+' is neither a class number"),
         ('["a.png"]\n', "line 1: no object; write"),
         ('{"label": 1}\n', "line 1: has no path"),
         ('{"path": "a.png", "class": 1}\n', "line 1: no 'label' among 'path', 'class'"),

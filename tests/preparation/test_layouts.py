@@ -1,0 +1,73 @@
+"""Labels in files and splits, which are not taken for folders of classes."""
+
+from pathlib import Path
+
+import pytest
+
+from jitscale.preparation.sources import find_sources
+from tests.preparation.inputs import CONTENT, refused, tree
+from tests.support.pictures import tar_bytes, write_tar
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dataset.json", r"\(a StyleGAN or EDM data set, whose folders are no classes\)"),
+        ("metadata.csv", r"\(a Hugging Face image folder\)"),
+        ("00000/metadata.jsonl", r"\(a Hugging Face image folder\)"),
+        ("00000/Labels.TXT", ""),
+        ("image_class_labels.txt", ""),
+        ("train-annotations.parquet", ""),
+        ("train.csv", ""),
+        ("LOC_val_solution.csv", ""),
+        ("list_attr_celeba.csv", ""),
+        ("_annotations.coco.json", ""),
+        ("instances_train2017.json", ""),
+        ("ILSVRC2012_validation_ground_truth.txt", ""),
+    ],
+)
+def test_files_of_labels_are_not_passed_over(tmp_path: Path, name: str, kind: str) -> None:
+    tree(tmp_path / "folders", "00000/a.png", "00001/b.png", name)
+    refused(f"{name}: lies among the images and seems to hold labels.*{kind}.*columns path,label", tmp_path / "folders")
+    tree(tmp_path / "flat", "a.png", name.rpartition("/")[2])
+    refused("seems to hold labels", tmp_path / "flat")
+
+
+def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
+    names = ("README.csv", "sizes.csv", "trains.csv", "class_names.txt", "info.json", "cat/1.json", "train.txt")
+    assert len(find_sources([str(tree(tmp_path, "cat/1.png", "dog/2.png", *names))])) == 2
+
+
+@pytest.mark.parametrize("splits", [["train", "val"], ["train"], ["Train", "TEST", "extra"], ["train", "unlabeled"]])
+def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
+    tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
+    refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST)", tmp_path)
+    assert find_sources([str(tmp_path)], splits).class_names == splits  # on purpose
+    assert find_sources([str(tmp_path / splits[0])]).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("parts", [["images", "masks"], ["annotations", "img"]])
+def test_images_beside_masks_are_no_classes(tmp_path: Path, parts: list[str]) -> None:
+    tree(tmp_path, *(f"{part}/a.png" for part in parts))
+    refused(f"are parts of a data set, and would become classes; give one of them, such as {tmp_path}/im", tmp_path)
+    tree(tmp_path, "cat/a.png")
+    assert len(find_sources([str(tmp_path)])) == 3
+    assert find_sources([str(tree(tmp_path / "one", "images/a.png"))]).class_names == ["images"]
+
+
+def test_classes_that_are_called_like_a_split(tmp_path: Path) -> None:
+    tree(tmp_path, "bus/a.png", "train/a.png", "trainer/a.png")
+    (tmp_path / "val").mkdir()  # without an image
+    assert find_sources([str(tmp_path)]).class_names == ["bus", "train", "trainer"]
+
+
+def test_tars_of_several_splits(tmp_path: Path) -> None:
+    names = ["in1k-train-0000.tar", "in1k-train-0001.tar", "in1k-validation-00.tar"]
+    for name in names:
+        write_tar(tmp_path / name, (f"{name[:-4]}.png", CONTENT), (f"{name[:-4]}.cls", b"1"))
+    splits = r"several splits \(in1k-train-0000.tar and in1k-validation-00.tar\); give those of one, for example '"
+    refused(splits + f"{tmp_path}/", tmp_path)
+    assert len(find_sources([f"{tmp_path}/*train*.tar"])) == 2
+    inner = tar_bytes(("a.JPEG", CONTENT))
+    write_tar(tmp_path / "whole", ("train.tar", inner), ("val.tar", inner)).rename(tmp_path / "whole.tar")
+    refused("train and val are parts of a data set", tmp_path / "whole.tar")
