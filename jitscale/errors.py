@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _WRONG_PATHS = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     None,  # said by a library, not by the system
 )

@@ -15,7 +15,7 @@ import pytest
 import wandb
 
 from jitscale.config import Config, RunConfig, load_config
-from jitscale.errors import INTERRUPTED, ExitCode, CheckpointError, ConfigError, UserError
+from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, ExitCode, UserError
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import Supervisor, Work, work_of
