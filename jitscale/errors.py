@@ -1,5 +1,6 @@
 """The errors that a user can cause, and the exit codes and messages with which a process ends."""
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,12 @@ class ExitCode(IntEnum):
 
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_WRONG_PATHS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    None,  # said by a library, not by the system
+)
 
 
 class UserError(ValueError):
@@ -62,12 +69,24 @@ def data_error(
         yield
     except errors as error:
         reason = getattr(error, "strerror", None) or error  # without the file's name, which would stand there twice
-        kind = StorageError if isinstance(error, OSError) else DataError
-        raise kind(f"{what} ({reason}); {remedy}") from error
+        message = f"{what} ({reason}); {remedy}"
+        raise (StorageError.of(error, message) if isinstance(error, OSError) else DataError(message)) from error
 
 
 class StorageError(DataError):
-    """A disk or a network behind a file that failed, or is full: mending it helps, not another command."""
+    """A disk or a network behind a file that failed, or is full: mending it helps, not another command.
+
+    A new start may succeed, and a job is put back into the queue (exit code 1), unless the path `is_wrong`.
+    """
+
+    is_wrong = False  # the path does not exist, is of another kind, or is forbidden
+
+    @classmethod
+    def of(cls, error: OSError, message: str) -> "StorageError":
+        """What `error` leads to, in the words of `message`."""
+        made = cls(message)
+        made.is_wrong = error.errno in _WRONG_PATHS
+        return made
 
 
 class StopRequestedError(UserError):
@@ -86,14 +105,15 @@ def first_line(error: BaseException) -> str:
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2, a `RendezvousError` or an OSError one message and exit code 1. If
-    mistakes are the `same_on_all_ranks`, only global rank 0 prints them: for commands that `adopt_launcher_environment`
-    only, because before it RANK may be left over from another command.
+    A `UserError` becomes one message and exit code 2; a `RendezvousError`, an OSError, or a `StorageError` whose path
+    is right, one message and exit code 1. If mistakes are the `same_on_all_ranks`, only global rank 0 prints them: for
+    commands that `adopt_launcher_environment` only, because before it RANK may be left over from another command.
     """
     try:
         code = command()
     except (UserError, RendezvousError, OSError) as error:
-        code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
+        may_pass = isinstance(error, StorageError) and not error.is_wrong
+        code = ExitCode.USER_ERROR if isinstance(error, UserError) and not may_pass else ExitCode.FAILED
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {_escaped(str(error))}", file=sys.stderr)

@@ -97,11 +97,14 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
             return ready_to_sample(stored.network(name), config, world.device)
 
         result = run_evaluation(network, points, Evaluator(config, world, run_dir, guide), run_dir, is_end=is_end)
-        if world.is_main:
+
+        def finish() -> None:
             mark_complete(run_dir, "evaluate")
             if tracked:
                 _track(config, run_dir, result)
             print(table_of(result))
+
+        parallel.on_main(finish)
 
 
 def _is_end(stored: StoredWeights, run_dir: Path) -> bool:

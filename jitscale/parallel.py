@@ -220,7 +220,7 @@ def raise_together(call: Callable[[], T]) -> T:
     except UserError as met:
         error = met
     except OSError as met:
-        error = StorageError(first_line(met))
+        error = StorageError.of(met, first_line(met))
     if any_rank(error is not None):  # objects travel only when something is wrong
         raise next(other for other in gather_objects(error) if other is not None)
     return cast(T, result)

@@ -36,7 +36,7 @@ class Claim:
     def take_again(self) -> None:
         """Lock the folder; one that was removed is made again.
 
-        Raises a UserError if another process is at work there, or it cannot be written.
+        Raises a UserError if another process is at work there, a StorageError if it cannot be written.
         """
         run_dir = self.run_dir
         if self._lock is not None and not self.is_lost():
@@ -47,7 +47,8 @@ class Claim:
             self._lock = self.held.enter_context(lock)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise UserError(f"run.dir={run_dir}: cannot be written ({error}); choose another folder") from error
+                what = f"run.dir={run_dir}: cannot be written ({error}); choose another folder"
+                raise StorageError.of(error, what) from error
             logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
 
     def is_lost(self) -> bool:
@@ -163,7 +164,7 @@ def is_complete_under(config: Config) -> bool:
     run_dir = Path(config.run.dir)
     try:
         recorded = json.loads(_marker(run_dir, "train").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     left = (not config.evaluation.at_end or (run_dir / "result.json").exists()) and (run_dir / "checkpoints").exists()
     return left and isinstance(recorded, dict) and recorded.get("config") == _digest(config)

@@ -144,7 +144,11 @@ class Tracker:
         for path in (self._metrics, self._evaluations):
             if self._active and path.exists():
                 with self._tolerating_full_disks():
-                    os.truncate(path, end_of(path, step))
+                    end, damaged = end_of(path, step)
+                    if damaged:
+                        left = "those before stay" if end > 0 else "no other is left, the file begins anew"
+                        logger.warning("%s: %d damaged lines at its end are dropped; %s", path, damaged, left)
+                    os.truncate(path, end)
 
     def close(self) -> None:
         """End the record."""
@@ -258,12 +262,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def end_of(path: Path, step: int) -> int:
-    """The number of bytes until the end of the last sound line that is not after `step`.
+def end_of(path: Path, step: int) -> tuple[int, int]:
+    """The bytes until the end of the last sound line that is not after `step`, and the damaged lines after it.
 
     A run writes steps in their order. So this looks from the file's end, however long that is before.
     """
-    return next((end for end, line in _from_the_end(path) if line is not None and line["step"] <= step), 0)
+    damaged = 0
+    for end, line in _from_the_end(path):
+        if line is None:
+            damaged += 1
+        elif line["step"] <= step:
+            return end, damaged
+    return 0, damaged
 
 
 def _lines_after(path: Path, step: int) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Who may write into a run's folder, and the record of its starts."""
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import sys
 from contextlib import ExitStack
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from jitscale.config import Config
 from jitscale.errors import ExitCode, StorageError, UserError, data_error, exit_with_message
 from jitscale.parallel import raise_together
-from jitscale.run_folder import Attempts, after_the_end, claim
+from jitscale.run_folder import Attempts, after_the_end, claim, is_complete_under
 
 
 def test_a_folder_that_is_gone_is_noticed_and_claimed_again(tmp_path: Path) -> None:
@@ -55,6 +58,14 @@ def test_a_damaged_record_of_starts_begins_anew(
     assert Attempts.begin(tmp_path, 6).starts == 2
 
 
+def test_a_damaged_marker_of_completion_is_none(tmp_path: Path) -> None:
+    config = Config()
+    config.run.dir = str(tmp_path)
+    for content in (b"[" * 200_000, b"\xff", b"[1]"):
+        (tmp_path / "complete_train.json").write_bytes(content)
+        assert not is_complete_under(config)
+
+
 def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptureFixture) -> None:
     def full() -> None:
         with data_error("result.json: cannot be written", "make room"):
@@ -79,3 +90,33 @@ def test_an_error_of_a_file_system_is_one_line(
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/data/x'\n"
     with pytest.raises(StorageError, match="No space left on device: '/data/x'"):
         raise_together(full)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((errno.EIO, ExitCode.FAILED), (errno.ESTALE, ExitCode.FAILED), (errno.ENOSPC, ExitCode.FAILED)),
+        *((errno.ENOENT, ExitCode.USER_ERROR), (errno.EACCES, ExitCode.USER_ERROR)),
+        *((errno.ENOTDIR, ExitCode.USER_ERROR), (None, ExitCode.USER_ERROR)),
+    ],
+)
+def test_a_new_start_follows_a_storage_that_fails_and_no_wrong_path(
+    number: int | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's supervisor puts it back into the queue unless the exit code is 2."""
+
+    def fail() -> int:
+        raise OSError("damaged") if number is None else OSError(number, os.strerror(number))
+
+    def opened() -> int:
+        with data_error("/data/x: cannot be read", "restore it"):
+            return fail()
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for command in (opened, lambda: raise_together(opened), lambda: raise_together(fail)):
+        with pytest.raises(SystemExit) as ended:
+            exit_with_message(command)
+        assert ended.value.code == code
+    with pytest.raises(StorageError) as met:
+        raise_together(fail)
+    assert pickle.loads(pickle.dumps(met.value)).is_wrong == (code == ExitCode.USER_ERROR), "it travels between ranks"

@@ -74,6 +74,12 @@ def test_damaged_lines_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogC
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert f"metrics.jsonl: {len(DAMAGED_LINES)} lines are damaged or cut short, and are left out" in caplog.text
     assert (tmp_path / "evaluations.jsonl").read_bytes() == b""
+    assert f"metrics.jsonl: {len(DAMAGED_LINES)} damaged lines at its end are dropped; those before stay" in caplog.text
+    assert "evaluations.jsonl: 1 damaged lines at its end are dropped; no other is left, the file begins" in caplog.text
+    caplog.clear()
+    resumed.close()
+    tracker(tmp_path, resumed_step=4).close()
+    assert caplog.text == ""
 
 
 def test_a_resume_reads_the_end_of_the_metrics_alone(tmp_path: Path) -> None:

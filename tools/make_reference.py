@@ -45,10 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         reference = reference_of(Embedder(evaluation, world), config, world, Path(config.run.dir))
-        if reference is not None:
+
+        def write() -> None:
+            assert reference is not None, "rank 0 has it"
             stored = StoredStatistics(reference.statistics, reference.floors, reference.facts)
             write_statistics(options.output, stored)
             print(f"{options.output}: {json.dumps(reference.facts)}")
+
+        parallel.on_main(write)
     return ExitCode.DONE
 
 

@@ -21,7 +21,7 @@ from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, sna
 from jitscale.checkpoints.weights import StoredWeights, check_finite, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
 from jitscale.data.shards import ShardSet
-from jitscale.errors import CheckpointError, DataError, UserError
+from jitscale.errors import CheckpointError, DataError, StorageError, UserError
 from jitscale.files import atomic_write
 from jitscale.parallel import World
 from jitscale.run_folder import Claim
@@ -146,21 +146,23 @@ class Persistence:
     def _write_again_what_is_gone(self) -> bool:
         """After somebody has removed things from the run's folder; returns whether its newest checkpoint is gone.
 
-        Raises a UserError if they cannot be written, or another run has begun there.
+        A file system that fails is left to the next save. Raises a UserError if another run has begun there.
         """
         marker = None if self.saved_step is None else step_folder(self._run_dir, self.saved_step) / MARKER
-        gone = [".lock"] if self.claim.is_lost() else []
-        gone += [] if (self._run_dir / "config.yaml").exists() else ["config.yaml"]
-        gone += [] if marker is None or marker.exists() else [f"checkpoints/{marker.parent.name}"]
-        if gone:
-            what = "removed or moved by somebody while the run was at work; what is missing is written again"
-            logger.error("run.dir=%s: %s gone, %s", self._run_dir, " and ".join(gone), what)
-            self.claim.take_again()
-            try:
+        unsaved = False
+        try:
+            unsaved = marker is not None and not marker.exists()
+            gone = [".lock"] if self.claim.is_lost() else []
+            gone += [] if (self._run_dir / "config.yaml").exists() else ["config.yaml"]
+            gone += [f"checkpoints/{marker.parent.name}"] if marker is not None and unsaved else []
+            if gone:
+                what = "removed or moved by somebody while the run was at work; what is missing is written again"
+                logger.error("run.dir=%s: %s gone, %s", self._run_dir, " and ".join(gone), what)
+                self.claim.take_again()
                 write_config(self.config)
-            except OSError as error:
-                raise UserError(f"run.dir={self._run_dir}: cannot be written ({error}); make room") from error
-        return marker is not None and not marker.exists()
+        except (OSError, StorageError) as error:
+            logger.error("run.dir=%s: not looked after (%s); the next save tries again", self._run_dir, error)
+        return unsaved
 
     @property
     def is_writing(self) -> bool:
@@ -233,7 +235,7 @@ class Persistence:
 def open_records(config: Config, world: World, state: RunState, end: int) -> tuple[Tracker, HangWatch]:
     """Begin to write into the run's folder: only after all checks, so that a refused start leaves the run as it was.
 
-    The run goes on at `state` and is complete after `end` images. Raises a UserError if the folder cannot be written.
+    The run goes on at `state` and is complete after `end` images. Raises a StorageError if it cannot be written.
     """
     run_dir = Path(config.run.dir)
     try:
@@ -245,7 +247,8 @@ def open_records(config: Config, world: World, state: RunState, end: int) -> tup
         tracker = Tracker(config, run_dir, world.is_main, state.step)
         return tracker, HangWatch(config.run.hang_timeout, run_dir / f"stacks_rank_{world.rank:05d}.txt")
     except OSError as error:
-        raise UserError(f"run.dir={run_dir}: cannot be written ({error}); make room or choose another") from error
+        what = f"run.dir={run_dir}: cannot be written ({error}); make room or choose another"
+        raise StorageError.of(error, what) from error
 
 
 def write_config(config: Config) -> None:

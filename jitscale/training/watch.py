@@ -341,7 +341,9 @@ class HangWatch:
             wake_ups = 0 if self._paused or signs != self._signs else wake_ups + 1
             signs = self._signs
             if wake_ups >= self.WAKE_UPS:
-                file.write(f"Timeout: no step for {self._seconds:g} s\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
-                os._exit(ExitCode.FAILED)
+                try:
+                    file.write(f"Timeout: no step for {self._seconds:g} s\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file)
+                finally:  # also on a full disk
+                    os._exit(ExitCode.FAILED)

@@ -83,6 +83,16 @@ def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone
     )
     assert "evaluation.features=glyphs has" in other
     assert "exists already" in run_ranks(1, *command, shards, expect=2)
+    (evaluation.folder / "statistics/complete_evaluate.json").unlink()
+    (evaluation.folder / "statistics/complete_evaluate.json").mkdir()
+    nowhere = str(evaluation.folder / "config.yaml/real.npz")
+    for rank_0_cannot_write in (
+        [*command[:-1], nowhere, shards],
+        evaluation.command("statistics", f"evaluation.reference={path}"),
+    ):
+        said = run_ranks(2, *rank_0_cannot_write, expect=2)
+        assert said.count("error: ") == 1
+        assert "Traceback" not in said
 
 
 def test_further_networks_see_the_same_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import wandb
 
 from jitscale.config import Config, RunConfig, load_config
-from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, UserError
+from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, ExitCode, UserError
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import Supervisor, Work, work_of
@@ -236,6 +236,18 @@ def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.Mo
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert Attempts.read(tmp_path).excluded == []
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(ExitCode.FAILED, 99), (ExitCode.USER_ERROR, ExitCode.USER_ERROR)])
+def test_a_storage_that_fails_goes_back_into_the_queue_and_a_mistake_does_not(
+    code: int, ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work("train", [], Config(run=RunConfig(dir=str(tmp_path))), [], is_done=False)
+    monkeypatch.setattr("jitscale.launch.supervisor.check_commands", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(Supervisor, "_srun", lambda self, what, *others, **more: (code if what == "train" else 0, ""))
+    monkeypatch.setattr(Supervisor, "_again", lambda self, reason, nodes: 99)
+    assert Supervisor(SlurmJob("7", ("node1",), 1, 0, "batch"), work).run() == ends_with
 
 
 def test_every_script_has_an_example() -> None:

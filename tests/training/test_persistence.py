@@ -1,15 +1,21 @@
 """What a resume says, and what a last save that fails leads to."""
 
+import errno
+import os
+import shutil
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jitscale.checkpoints.format import Progress
+from jitscale.checkpoints.format import MARKER, Progress, step_folder
 from jitscale.config import Config
-from jitscale.errors import CheckpointError
-from jitscale.training.persistence import Persistence, changes_since
+from jitscale.errors import CheckpointError, UserError
+from jitscale.run_folder import Claim, claim
+from jitscale.training.persistence import Persistence, changes_since, write_config
 
 
 def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
@@ -55,3 +61,43 @@ def test_a_last_save_that_fails_goes_back_to_an_older_checkpoint(caplog: pytest.
     state.saved_step = None
     with pytest.raises(CheckpointError):
         Persistence.save_before_stop(state)
+
+
+def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stale(*arguments: object) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    config = Config()
+    config.run.dir = str(tmp_path / "run")
+    with ExitStack() as held, ExitStack() as other:
+        state: Any = SimpleNamespace(config=config, _run_dir=tmp_path / "run", saved_step=4, claim=None)
+        state.claim = claim(state._run_dir, held)
+        write_config(config)
+        marker = step_folder(state._run_dir, 4) / MARKER
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+
+        def is_gone() -> bool:
+            return Persistence._write_again_what_is_gone(state)
+
+        assert not is_gone()
+        assert caplog.text == ""
+        with monkeypatch.context() as failing:
+            failing.setattr(Claim, "is_lost", stale)
+            assert not is_gone()
+            assert "not looked after ([Errno 116] Stale file handle); the next save tries again" in caplog.text
+            marker.unlink()
+            assert is_gone(), "its loss was seen before"
+        (state._run_dir / "config.yaml").unlink()
+        with monkeypatch.context() as failing:
+            failing.setattr("jitscale.training.persistence.write_config", stale)
+            assert is_gone()
+        assert not (state._run_dir / "config.yaml").exists()
+        assert is_gone()
+        assert (state._run_dir / "config.yaml").exists()
+        shutil.rmtree(state._run_dir)
+        claim(state._run_dir, other)
+        with pytest.raises(UserError, match="is at work there"):
+            is_gone()

@@ -144,6 +144,16 @@ def test_a_suspended_process_has_not_hung(tmp_path: Path) -> None:
     assert "in ready" in stacks
 
 
+def test_a_hang_on_a_full_disk_ends_the_process_too() -> None:
+    def hang() -> None:
+        HangWatch(0.2, Path("/dev/full")).alive()
+        ready()
+
+    process, output = fork(hang)
+    assert output.readline() == "ready\n"
+    assert exit_code(process) == ExitCode.FAILED
+
+
 def test_the_bar_says_what_is_done_and_its_time_left_does_not_count_it() -> None:
     said = io.StringIO()
     with tqdm(total=100, file=said, desc="train", mininterval=0) as bar:
