@@ -320,8 +320,13 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
         members.pop(previous, None)
     scan.complete = broken is None
     for key, extension in lost:
-        if extension == "cls" or not any(part in EXTENSIONS for part in members.get(key, ())):
+        parts = members.get(key, {})
+        if not any(part in EXTENSIONS for part in parts):
             scan.skipped.update(members.pop(key, {}).keys())
+        elif extension == "cls":  # a pass in tar order would meet the image of a sample that is left out
+            at = min(part.offset for part in parts.values())
+            scan.refuse(at, f"sample {key!r} has a label that links to no earlier label; write the shard again")
+            del members[key]
     return members
 
 

@@ -77,20 +77,26 @@ def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
 
 
 def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the rest of their sample: an image without its label must not become one of no class."""
     one = numbered_png(8, 1)
-    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2"), ("c.png", one)]
-    members += [("c.cls", "gone.cls"), ("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
+    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2"), ("c.txt", "gone.txt")]
+    members += [("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
     with_links(tmp_path / "a.tar", *members)
     with caplog.at_level(logging.WARNING, "jitscale"):
         assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
-    assert "3 images or labels are links to no earlier image or label, and left out" in caplog.text
-    expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, f"cls{LOST_LINK}": 1, "png": 1})
+    assert "2 images or labels are links to no earlier image or label, and left out" in caplog.text
+    expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, "txt": 1})
     found = survey(find_tars(str(tmp_path)), None, 1)
     found.write()
     assert found.skipped == expected
     assert verify(find_tars(str(tmp_path)), 1).skipped == expected
     assert find_sources([str(tmp_path / "a.tar")]).ignored == expected
+
+
+def test_a_label_that_links_to_nothing_is_refused(tmp_path: Path) -> None:
+    """An image without its label must not become one of no class, and a pass in tar order would meet it."""
+    with_links(tmp_path / "a.tar", ("a.png", numbered_png(8, 1)), ("a.cls", "gone.cls"))
+    with pytest.raises(DataError, match="byte 0: sample 'a' has a label that links to no earlier label"):
+        ShardSet.open(tmp_path, 3)
 
 
 def test_a_link_to_what_is_not_called_an_image_is_said(tmp_path: Path) -> None:
