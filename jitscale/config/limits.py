@@ -93,6 +93,8 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, list | dict) for each in value)):
         return "{...}" if isinstance(value, dict) else "[[...]]"  # written out, aliases of YAML may be endless
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return hex(value)  # Python writes no decimal digits of so many
     text = "null" if value is None else "''" if value == "" else str(value)
     return text if all(line == text for line in text.splitlines()) else repr(text)
 
