@@ -77,6 +77,8 @@ class Setting:
         ):
             notes = "; ".join(note for note in (self.unit, self.reason) if note)
             yield f"must be {self.limit} ({notes})" if notes else f"must be {self.limit}", usual
+        elif isinstance(value, int) and value.bit_length() > 63:
+            yield "has too many digits (must be below 2^63)", usual
 
 
 def setting(default: T, meaning: str, **details: Any) -> T:
