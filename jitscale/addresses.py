@@ -5,10 +5,12 @@ import re
 MASK = "***"
 
 _ADDRESS = re.compile(
-    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<user>[^\s/?#'\"]*@)?(?P<path>[^\s?#'\"]*)"
+    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)"
+    # With a password, up to the last @: it may hold any character. What follows a colon may be a port.
+    r"(?P<user>[^\s/?#'\":@]*:(?!\d+(?:[/?#'\"\s]|$))(?:(?!://)[^\s\"])*@|[^\s/?#'\"]*@)?(?P<path>(?:(?!,\w{1,20}://)[^\s?#'\"])*)"
     r"(?P<query>\?[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
 )
-_VALUE = re.compile(r"(?<==)[^&]+")
+_VALUE = re.compile(r"(?<==)[^&]+|(?<=[?&])[\w%~+.-]{16,}(?<!\.tar)(?=&|$)")  # or a long token without a name
 
 
 def masked(text: str) -> str:

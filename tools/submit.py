@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import installed
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from jitscale.addresses import masked
 from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -68,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show the batch scripts and stop")
     parser.add_argument("--local", action="store_true", help="on this machine, without Slurm; one rank a task")
     parser.add_overrides("settings of all stages")
+    for option, value in pairwise(words):
+        if option == "--sbatch" and value.startswith("--"):
+            raise UserError(f"--sbatch {value}: begins as an option of this command; write --sbatch={value}")
     options = parser.parse_intermixed_args(words)
 
     resources = Resources(
@@ -130,6 +135,10 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
     for resolution in at:
         if not any(stage.resolution == resolution for stage in chains[0]):
             raise UserError(f"--set {resolution}/...: no stage of --chain {options.chain} is at {resolution} px")
+    for setting in (setting for chain in chains for stage in chain for setting in stage.overrides):
+        if masked(setting) != setting and "${" not in setting:
+            remedy = "write ${oc.env:NAME} in its place, or keep it in ~/.netrc"
+            raise UserError(f"{setting}: has a secret, which files in {options.folder} would show; {remedy}")
     return chains
 
 

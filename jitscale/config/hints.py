@@ -6,40 +6,53 @@ import re
 from jitscale.config.limits import Problem
 from jitscale.config.schema import CHOICES, SETTINGS
 
+SHORTEST_WORD = 3  # letters; a shorter text begins or ends too many names
+MEANING_WORDS = 3  # of a meaning's beginning, which say what the setting is
 _SYNONYMS = {  # other names of the field for a setting
     "amp": "engine.precision",
     "attention_kernel": "engine.attention",
+    "bs": "data.batch_size",
     "cfg": "evaluation.guidance_scale",
     "cfg_scale": "evaluation.guidance_scale",
     "checkpoint_dir": "run.dir",
     "class_dropout_prob": "diffusion.label_drop",
     "clip_grad": "optim.grad_clip",
     "data_path": "data.shards",
+    "dinov2": "evaluation.more_features",
     "dropout": "model.proj_dropout",
     "dtype": "engine.precision",
     "ema_decay": "ema.decays",
     "embed_dim": "model.hidden_size",
     "epochs": "run.max_images",
+    "fid": "evaluation.features",
+    "fsdp": "engine.zero_stage",
+    "grad_accum": "engine.micro_batch_size",
     "grad_checkpointing": "engine.activation_checkpointing",
+    "gradient_accumulation_steps": "engine.micro_batch_size",
     "gradient_checkpointing": "engine.activation_checkpointing",
     "gradient_clipping": "optim.grad_clip",
     "heads": "model.num_heads",
     "img_size": "model.image_size",
     "layers": "model.depth",
     "learning_rate": "optim.lr",
+    "log_every": "tracking.log_every_steps",
+    "log_interval": "tracking.log_every_steps",
     "max_grad_norm": "optim.grad_clip",
     "mixed_precision": "engine.precision",
     "num_epochs": "run.max_images",
-    "num_samples": "evaluation.num_images",
     "num_layers": "model.depth",
+    "num_samples": "evaluation.num_images",
     "optimizer": "optim.name",
     "out_dir": "run.dir",
-    "output_dir": "run.dir",
     "output": "run.dir",
+    "output_dir": "run.dir",
+    "p_mean": "diffusion.mu",
+    "p_std": "diffusion.sigma",
     "path": "data.shards",
     "random_seed": "run.seed",
     "resolution": "model.image_size",
     "resume": "run.dir",
+    "sampler": "evaluation.method",
     "samples": "evaluation.num_images",
     "save_every": "checkpoint.every_images",
     "save_interval": "checkpoint.every_images",
@@ -79,27 +92,25 @@ def _likeliest(key: str) -> str | None:
     group, _, leaf = key.lstrip("-").rpartition(".")
     leaf = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", leaf).lower().replace("-", "_")
     names = {name: name.rpartition(".")[2] for name in SETTINGS}
-    siblings = [name for name in SETTINGS if name.startswith(f"{group}.")]
-    words = [word for word in leaf.split("_") if word]
-    if close := difflib.get_close_matches(f"{group}.{leaf}", SETTINGS, n=1, cutoff=0.85):
-        return close[0]
-    begun = [name for name in siblings if words and names[name].startswith(leaf)]
-    ended = [name for name in siblings if words and names[name].endswith(f"_{leaf}")]
-    if begun or ended:
-        return [*begun, *ended][0]
+    groups = {name.partition(".")[0] for name in SETTINGS}
+    group = next(iter(difflib.get_close_matches(group, groups, n=1, cutoff=0.7)), group)
+    own = {names[name]: name for name in SETTINGS if name.startswith(f"{group}.")}
+    begun = [name for name in own.values() if names[name].startswith(leaf) and len(leaf) >= SHORTEST_WORD]
+    ended = [name for name in own.values() if names[name].endswith(f"_{leaf}") and len(leaf) >= SHORTEST_WORD]
+    if leaf in own or begun:
+        return own.get(leaf) or begun[0]
+    if leaf in _SYNONYMS or ended:
+        return _SYNONYMS.get(leaf) or ended[0]
     if same := [name for name in SETTINGS if names[name] == leaf]:
         return difflib.get_close_matches(key, same, n=1, cutoff=0)[0]
+    if close := difflib.get_close_matches(leaf, own, n=1, cutoff=0.8):
+        return own[close[0]]
     if synonym := difflib.get_close_matches(leaf, _SYNONYMS, n=1, cutoff=0.85):
         return _SYNONYMS[synonym[0]]
-    if places := [(place, name) for name in siblings or SETTINGS if (place := _place(words, name)) >= 0]:
-        return min(places)[1]
-    if similar := difflib.get_close_matches(leaf, names.values(), n=1, cutoff=0.8):
-        return next(name for name in SETTINGS if names[name] == similar[0])
-    return next(iter(difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.75)), None)
-
-
-def _place(words: list[str], name: str) -> int:
-    """Where in the name and meaning of the setting `name` the first of all `words` stands; -1 if one is in neither."""
-    text = f"{SETTINGS[name].meaning} {name.replace('_', ' ').replace('.', ' ')}".lower()
-    places = [text.find(word) for word in words]
-    return min(places) if places and all(re.search(rf"\b{re.escape(word)}\b", text) for word in words) else -1
+    meant = [
+        name for name in own.values() if leaf in re.findall(r"\w+", SETTINGS[name].meaning.lower())[:MEANING_WORDS]
+    ]
+    if len(meant) == 1:
+        return meant[0]
+    similar = difflib.get_close_matches(leaf, names.values(), n=1, cutoff=0.8)
+    return next((name for name in SETTINGS if names[name] in similar), None)

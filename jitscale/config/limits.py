@@ -77,6 +77,8 @@ class Setting:
         ):
             notes = "; ".join(note for note in (self.unit, self.reason) if note)
             yield f"must be {self.limit} ({notes})" if notes else f"must be {self.limit}", usual
+        elif isinstance(value, int) and value.bit_length() > 63:
+            yield "has too many digits (must be below 2^63)", usual
 
 
 def setting(default: T, meaning: str, **details: Any) -> T:
@@ -93,6 +95,8 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, list | dict) for each in value)):
         return "{...}" if isinstance(value, dict) else "[[...]]"  # written out, aliases of YAML may be endless
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return hex(value)  # Python writes no decimal digits of so many
     text = "null" if value is None else "''" if value == "" else str(value)
     return text if all(line == text for line in text.splitlines()) else repr(text)
 

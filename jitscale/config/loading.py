@@ -28,6 +28,7 @@ from jitscale.config.values import (
     expanded,
     from_text,
     has_interpolation,
+    refuse_misread,
     refuse_unevaluated,
     wrong_type,
 )
@@ -184,6 +185,7 @@ def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, A
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: has more than {LARGEST_FILE} bytes; give a YAML file of settings")
         loaded = OmegaConf.load(path)
+        written = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError as error:
         origin = f" (named in the defaults of {parents[-1]})" if parents else ""
         raise ConfigError(f"{path}: no such config file{origin}; see the folder configs/") from error
@@ -193,6 +195,7 @@ def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, A
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold groups such as 'model:' and 'data:', found a list")
+    _refuse(str(path), _misread(written))
     names = loaded.pop("defaults", ListConfig([]))
     own = cast(dict[str, Any], OmegaConf.to_container(loaded))
     if stored or _lies_in_a_run(path):
@@ -210,6 +213,20 @@ def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, A
             raise ConfigError(f"{path}: defaults: {shown(name)} is no name of a file; write size/b or the like")
         composed |= _leaves(_compose(file.with_suffix(".yaml"), (*parents, path.resolve()), stored))
     return composed | _leaves(own)
+
+
+def _misread(written: yaml.Node | None) -> list[Problem]:
+    """The numbers of a file that YAML reads otherwise than people do."""
+    problems = []
+    for group, content in written.value if isinstance(written, yaml.MappingNode) else []:
+        for name, node in content.value if isinstance(content, yaml.MappingNode) else []:
+            key = f"{group.value}.{name.value}"
+            try:
+                refuse_misread(key, node)
+            except WrongValueError as error:
+                text = node.value if isinstance(node, yaml.ScalarNode) else "[...]"
+                problems.append(Problem(key, text, error.limit, error.remedy))
+    return problems
 
 
 def _lies_in_a_run(path: Path) -> bool:

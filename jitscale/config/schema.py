@@ -10,6 +10,8 @@ from jitscale.config.limits import Faults, Setting, distinct, setting
 
 WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the whole run, where gamma is 0
 LARGEST_SEED = 2**63 - 1
+# Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
+LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PRECISIONS = ("fp32", "autocast", "bf16")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
 WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
@@ -34,16 +36,22 @@ def _low_and_high(interval: list[float]) -> Faults:
 class ModelConfig:
     """The network (arXiv 2511.13720, table 9 and appendix A). The defaults are JiT-B/16 at 256 px."""
 
-    image_size: int = setting(256, "side of an image", unit="pixels", at_least=1)
-    patch_size: int = setting(16, "side of the patch that becomes a token", unit="pixels", at_least=1)
-    hidden_size: int = setting(768, "elements of a token", at_least=1)
-    depth: int = setting(12, "transformer blocks", at_least=1)
-    num_heads: int = setting(12, "attention heads", at_least=1)
-    bottleneck_dim: int = setting(128, "rank of the patch embedding", at_least=1)
-    in_context_len: int = setting(32, "class tokens prepended before block in_context_start; 0: none", at_least=0)
+    image_size: int = setting(256, "side of an image", unit="pixels", at_least=1, at_most=LARGEST_SIDE)
+    patch_size: int = setting(
+        16, "side of the patch that becomes a token", unit="pixels", at_least=1, at_most=LARGEST_SIDE
+    )
+    hidden_size: int = setting(768, "elements of a token", at_least=1, at_most=WIDEST)
+    depth: int = setting(12, "transformer blocks", at_least=1, at_most=DEEPEST)
+    num_heads: int = setting(12, "attention heads", at_least=1, at_most=WIDEST)
+    bottleneck_dim: int = setting(128, "rank of the patch embedding", at_least=1, at_most=WIDEST)
+    in_context_len: int = setting(
+        32, "class tokens prepended before block in_context_start; 0: none", at_least=0, at_most=WIDEST
+    )
     in_context_start: int = setting(4, "the first block with class tokens", at_least=0)
-    num_classes: int = setting(1000, "classes; 0: unconditional", at_least=0)
-    position_grid: int | None = setting(None, "trained side of the grid; null: its own", unit="tokens", at_least=1)
+    num_classes: int = setting(1000, "classes; 0: unconditional", at_least=0, at_most=MOST_CLASSES)
+    position_grid: int | None = setting(
+        None, "trained side of the grid; null: its own", unit="tokens", at_least=1, at_most=LARGEST_SIDE
+    )
     attn_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
     proj_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
 
@@ -68,7 +76,7 @@ class DataConfig:
     shards: str = setting(
         "", "folder, glob or braces of tars; s3://, gs://, https://; {resolution}: the image size", path=True
     )
-    batch_size: int = setting(1024, "images of one optimizer step over all ranks", at_least=1)
+    batch_size: int = setting(1024, "images of one optimizer step over all ranks", at_least=1, at_most=LARGEST_BATCH)
     flip: bool = setting(True, "mirror half of the images")
     num_workers: int = setting(4, "loader processes a rank; 0 reads in the training process", at_least=0)
     streams: int = setting(512, "contiguous streams read side by side; part of the order (data/order.py)", at_least=1)

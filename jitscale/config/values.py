@@ -15,12 +15,17 @@ from jitscale.config.schema import CHOICES, SETTINGS, Config
 from jitscale.errors import first_line
 from jitscale.files import with_home
 
-_TYPES: dict[str, Any] = {
+_DECLARED: dict[str, Any] = {
     f"{group.name}.{name}": hint for group in fields(Config) for name, hint in get_type_hints(group.type).items()
 }
-TEXTS = {key for key, kind in _TYPES.items() if kind in (str, str | None)}
-LISTS_OF_TEXTS = {key for key, kind in _TYPES.items() if kind in (list[str], list[str] | None)}
-_OPTIONAL = {key for key, kind in _TYPES.items() if kind == kind | None}
+_OPTIONAL = {key for key, kind in _DECLARED.items() if kind == kind | None}
+_TYPES = {key: get_args(kind)[0] if key in _OPTIONAL else kind for key, kind in _DECLARED.items()}  # without None
+TEXTS = {key for key, kind in _TYPES.items() if kind is str}
+LISTS_OF_TEXTS = {key for key, kind in _TYPES.items() if kind == list[str]}
+_NUMBERS = {key for key, kind in _TYPES.items() if {int, float} & {kind, *get_args(kind)}}
+_MISREAD = re.compile(  # 010 is 8 in YAML 1.1, and 1:30 is 90
+    r"[-+]?(0[0-9_]+|0b[01_]+|0x[0-9a-f_]+|[0-9_]+:[0-9:._]+)", re.IGNORECASE
+)
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*([^{}:]*)(:?)")
 
 
@@ -53,9 +58,23 @@ def from_text(key: str, text: str) -> Any:
     try:
         if key in LISTS_OF_TEXTS:
             return yaml.load(text, Loader=yaml.BaseLoader)  # which leaves all elements texts
+        refuse_misread(key, yaml.compose(text, Loader=yaml.SafeLoader))
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+    except WrongValueError:
+        raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise WrongValueError(f"cannot be read ({first_line(error)})", usual(key)) from error
+
+
+def refuse_misread(key: str, node: yaml.Node | None) -> None:
+    """Raise a WrongValueError if `node` of YAML has an unquoted number that YAML 1.1 reads otherwise than people do."""
+    for each in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        text = each.value if key in _NUMBERS and isinstance(each, yaml.ScalarNode) and each.style is None else ""
+        if _MISREAD.fullmatch(text):
+            base = 16 if "x" in text.lower() else 2 if "b" in text.lower() else 10
+            remedy = usual(key) if ":" in text or len(text) > 99 else f"write {int(text.replace('_', ''), base)}"
+            limit = "is no plain decimal number" if each is node else f"has {text}, which is no plain decimal number"
+            raise WrongValueError(limit, remedy)
 
 
 def checked(key: str, value: Any, *, interpolated: bool = False) -> Any:

@@ -53,6 +53,8 @@ OWN_OPTIONS = {
     "output": "--folder",
     "error": "--folder",
 }
+# Options that would undo or break what this command does: requeueing, names, folders, and reading the job's id.
+UNFIT_OPTIONS = {"requeue", "no-requeue", "job-name", "chdir", "open-mode", "wrap", "test-only", "parsable"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,16 @@ def parse_options(texts: Sequence[str]) -> dict[str, str | bool]:
     options: dict[str, str | bool] = {}
     for text in texts:
         name, equals, value = text.removeprefix("--").partition("=")
-        if not re.fullmatch(r"[a-z]+(-[a-z]+)+|[a-z]{2,}", name) or (equals and not value) or not value.isprintable():
+        if (
+            not re.fullmatch(r"[a-z]+(-[a-z]+)+|[a-z]{2,}|x11", name)
+            or (equals and not value)
+            or not value.isprintable()
+        ):
             raise UserError(f"--sbatch {text!r}: must be a long option of sbatch, such as account=vision or exclusive")
         if name in OWN_OPTIONS:
             raise UserError(f"--sbatch {text}: is set by {OWN_OPTIONS[name]} of this command; leave it out here")
+        if name in UNFIT_OPTIONS:
+            raise UserError(f"--sbatch {text}: does not go with what this command does itself; leave it out")
         if name in options:
             raise UserError(f"--sbatch {text}: --{name} is given twice; leave one out")
         options[name] = value if equals else True

@@ -60,11 +60,11 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     """
     share = config.data.batch_size // cluster.gpus
     enough = min(share, -(-BUSY_TOKENS // image_tokens(config.model)))
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
     tried = [
         candidate(config, cluster, stage=stage, micro_batch=micro_batch, activation_checkpointing=every)
         for stage in (1, 2, 3)
-        for micro_batch in range(1, share + 1)
-        if share % micro_batch == 0
+        for micro_batch in divisors
         for every in CHECKPOINTING
     ]
     fitting = [option for option in tried if option.fits]

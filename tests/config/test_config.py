@@ -26,13 +26,12 @@ LIMITS = """
 none: diffusion.mu evaluation.guidance_scale
 one of 0, 1, 2, 3: engine.zero_stage
 at least 0: data.num_workers engine.activation_checkpointing evaluation.every_images evaluation.grid_every_images
-at least 0: evaluation.held_out_every_images model.in_context_len model.in_context_start model.num_classes
+at least 0: evaluation.held_out_every_images model.in_context_start
 at least 0: optim.grad_clip optim.warmup_images optim.weight_decay run.hang_timeout run.max_images run.max_rollbacks
 at least 0: run.max_steps
-at least 1: checkpoint.every_images checkpoint.keep_every_images checkpoint.keep_last data.batch_size data.streams
+at least 1: checkpoint.every_images checkpoint.keep_every_images checkpoint.keep_last data.streams
 at least 1: data.window ema.snapshot_every_images engine.hpz_group_size engine.micro_batch_size evaluation.block_size
-at least 1: evaluation.reference_size evaluation.steps evaluation.sweep_keep model.bottleneck_dim model.depth
-at least 1: model.hidden_size model.image_size model.num_heads model.patch_size model.position_grid
+at least 1: evaluation.reference_size evaluation.steps evaluation.sweep_keep
 at least 1: progressive.images progressive.resolutions run.rollback_after tracking.log_every_steps
 at least 10: evaluation.few_images evaluation.num_images evaluation.sweep_images
 greater than 0: data.cache_gb diffusion.noise_scale diffusion.sigma diffusion.t_eps evaluation.sweep_max_share
@@ -43,6 +42,12 @@ in (0, 1): ema.decays
 in [0, 1): data.max_bad_fraction model.attn_dropout model.proj_dropout optim.beta1 optim.beta2 optim.muon_momentum
 in [0, 1]: diffusion.label_drop evaluation.guidance_interval
 in [0, 9223372036854775807]: evaluation.seed run.seed
+in [0, 131072]: model.in_context_len
+in [0, 1073741824]: model.num_classes
+in [1, 512]: model.depth
+in [1, 16384]: model.image_size model.patch_size model.position_grid
+in [1, 131072]: model.bottleneck_dim model.hidden_size model.num_heads
+in [1, 1048576]: data.batch_size
 """
 
 
@@ -163,7 +168,8 @@ def test_all_refusals_come_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.image_size=0", "model.image_size=0 must be at least 1 (pixels); the default is 256"),
+        ("model.image_size=0", "model.image_size=0 must be in [1, 16384] (pixels); the default is 256"),
+        ("run.max_images=1" + "0" * 400, "has too many digits (must be below 2^63)"),
         ("model.in_context_start=12", "must be in [0, model.depth=12)"),
         ("diffusion.prediction=y", "must be one of x, e, v"),
         ("diffusion.label_drop=0", "needs a network trained without labels too"),

@@ -79,6 +79,7 @@ def test_numbers_and_words_of_files_and_the_command_line(own: Path) -> None:
     found = config.optim.lr, config.data.flip, config.data.batch_size, config.run.dir
     assert found == (1e-4, False, 128, "2026-11-23")
     config = load_config(own, ["data.batch_size=1_000", "data.flip=yes", "ema.decays=[0.9, 0.9999]", "optim.lr=1"])
+    assert load_config(own, ["run.seed=0", "optim.beta1=0.0", "optim.weight_decay=0e5"]).run.seed == 0
     assert (config.data.batch_size, config.data.flip, config.ema.decays) == (1000, True, [0.9, 0.9999])
     assert isinstance(config.optim.lr, float)
 
@@ -95,6 +96,17 @@ def test_numbers_and_words_of_files_and_the_command_line(own: Path) -> None:
         ("data.batch_size=true", "(not an integer)"),
         ("data.flip=2", "(neither true nor false); the default is true"),
         ("optim.lr=true", "(not a number)"),
+        ("data.batch_size=0064", "data.batch_size=0064 is no plain decimal number; write 64"),
+        ("run.seed=-010", "write -10"),
+        ("run.seed=08", "write 8"),
+        ("data.batch_size=0b100", "write 4"),
+        ("data.batch_size=0x10", "write 16"),
+        ("optim.lr=1:30", "optim.lr=1:30 is no plain decimal number; the default is 0.0002"),
+        ("run.max_images=1:30", "is no plain decimal number"),
+        ("progressive.resolutions=[064,128]", "has 064, which is no plain decimal number; write 64"),
+        ("run.seed=0" + "1" * 5000, "is no plain decimal number; the default is 0"),
+        ("engine.compile=2", "(neither true nor false)"),
+        ("evaluation.sweep=ema=averages", "(not a list); write [ema=averages]"),
         ("ema.decays=0.999", "(not a list); write [0.999]"),
         ("ema.decays=[0.999", "cannot be read (while parsing a flow sequence)"),
         ("ema.decays=[[0.9]]", "ema.decays=[[...]] has the wrong type (a structure)"),
@@ -122,6 +134,19 @@ def test_refused_values(override: str, expected: str, own: Path) -> None:
         ("evaluation.cfg=1", "did you mean evaluation.guidance_scale?"),
         ("checkpoint.every=1", "did you mean checkpoint.every_images?"),
         ("diffusion.probability=1", "did you mean diffusion.label_drop?"),  # by its meaning
+        ("optm.lr=1", "did you mean optim.lr?"),
+        ("evaluation.dinov2=1", "did you mean evaluation.more_features?"),
+        ("evaluation.fid=1", "did you mean evaluation.features?"),
+        ("evaluation.sampler=1", "did you mean evaluation.method?"),
+        ("diffusion.P_std=1", "did you mean diffusion.sigma?"),
+        ("diffusion.steps=1", "did you mean evaluation.steps?"),
+        ("optim.grad_accum=1", "did you mean engine.micro_batch_size?"),
+        ("optim.min_lr=1", "optim has name, muon_momentum,"),
+        ("optim.eps=1", "optim has name, muon_momentum,"),
+        ("evaluation.batch=1", "evaluation has weights, method,"),
+        ("engine.compile_mode=1", "engine has zero_stage,"),
+        ("1=2", "the groups are model, diffusion, data,"),
+        ("=2", "the groups are model, diffusion, data,"),
         ("foo.bar=1", "the groups are model, diffusion, data,"),
         ("checkpoint.xyz=1", "checkpoint has every_images, keep_last, keep_every_images, asynchronous"),
         ("optim.lr", "optim.lr has no '='; write optim.lr=VALUE"),
@@ -239,6 +264,10 @@ def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"run: {max_steps: 1" + b"0" * 5000 + b"}", "cannot be read as YAML"),
         (b"run: {seed: 1" + b"0" * 400 + b"}", "must be in [0, 9223372036854775807]"),
         (b"optim: {lr: 1" + b"0" * 400 + b"}", "has the wrong type (not a number)"),
+        (b"data: {batch_size: 0064}", "a.yaml: data.batch_size=0064 is no plain decimal number; write 64"),
+        (b"progressive: {resolutions: [064, 128]}", "progressive.resolutions=[...] has 064, which is no plain decimal"),
+        (b"run: {seed: 0" + b"1" * 5000 + b"}", "is no plain decimal number; the default is 0"),
+        (b"run: {dir: 0" + b"1" * 5000 + b"}", "has the wrong type (YAML reads a number here, not text)"),
         (b"5", "cannot be read as YAML: Invalid loaded object type: int"),
         (b"- 5", "found a list"),
         (b"1: 2", "1=2 is not a setting"),

@@ -71,6 +71,12 @@ def test_addresses_that_cannot_work(address: str, message: str) -> None:
         ("https://h/x?token=a: no (http://t@h/y)", "https://h/x?token=***: no (http://***@h/y)"),
         ("s3://bucket/a@b and /data/{a,b}/s-?.tar", "s3://bucket/a@b and /data/{a,b}/s-?.tar"),
         ("https://***@host/x?token=***", "https://***@host/x?token=***"),
+        ("https://me:p/a?s#s'@w@host/x: gone", "https://***@host/x: gone"),
+        ("https://a:b/c@h/x,https://d:e@h/y", "https://***@h/x,https://***@h/y"),
+        ("http://h:80/a@b 'http://h:80' and a@b", "http://h:80/a@b 'http://h:80' and a@b"),
+        ("https://h/x?c2VjcmV0LXRva2Vu&v=1", "https://h/x?***&v=***"),
+        ("https://h/x?c2VjcmV0LXRva2Vu: gone", "https://h/x?***: gone"),
+        ("https://h/s-?-of-000000000012.tar s-?.tar", "https://h/s-?-of-000000000012.tar s-?.tar"),
     ],
 )
 def test_masked_addresses(text: str, expected: str) -> None:

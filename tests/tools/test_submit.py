@@ -75,11 +75,12 @@ def test_sweeps_without_a_meaning_are_refused(texts: list[str], message: str) ->
 
 
 def test_options_of_sbatch() -> None:
-    given = ["account=vision", "--qos=high", "exclusive", "mail-type=BEGIN,END", "comment=a=b c"]
+    given = ["account=vision", "--qos=high", "exclusive", "x11", "mail-type=BEGIN,END", "comment=a=b c"]
     assert parse_options(given) == {
         "account": "vision",
         "qos": "high",
         "exclusive": True,
+        "x11": True,
         "mail-type": "BEGIN,END",
         "comment": "a=b c",
     }
@@ -93,6 +94,8 @@ def test_options_of_sbatch() -> None:
         (["nodes=2"], "is set by --nodes of this command"),
         (["--time=5"], "is set by --minutes"),
         (["qos=a", "--qos=b"], "--qos is given twice"),
+        (["no-requeue"], "does not go with what this command does itself; leave it out"),
+        (["--job-name=x"], "does not go with what this command does itself"),
     ):
         with pytest.raises(UserError, match=message):
             parse_options(texts)
@@ -155,6 +158,15 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
         ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
         (["--sbatch=nodes=2"], "is set by --nodes"),
+        (["--sbatch", "--account=x"], "begins as an option of this command; write --sbatch=--account=x"),
+        (
+            ["--set", "data.shards=https://a:s3cret@h/x,https://h/y?t=s3cret"],
+            r"shards=https://\*\*\*@h/x: has a secret",
+        ),
+        (
+            [CHAIN, "--set", "16/data.held_out=https://h/y?t=s3cret"],
+            r"\?t=\*\*\*: has a secret, .* write \$\{oc\.env:NAME",
+        ),
         (["--minutes=5"], "--signal-seconds 300: must be less than the time limit, --minutes 5"),
         ([f"--run-dir={folder / 'tiny_16.yaml' / 'run'}"], r"tiny_16\.yaml is a file, not a folder"),
         ([f"--folder={folder / 'tiny_16.yaml'}"], r"tiny_16\.yaml is a file, not a folder"),
