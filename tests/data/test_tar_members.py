@@ -78,8 +78,8 @@ def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
 
 def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = numbered_png(8, 1)
-    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2"), ("c.txt", "gone.txt")]
-    members += [("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
+    members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2")]
+    members += [("c.txt", "gone.txt"), ("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
     with_links(tmp_path / "a.tar", *members)
     with caplog.at_level(logging.WARNING, "jitscale"):
         assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
