@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import jitscale
 from jitscale.checkpoints.format import Checkpoint, Progress, step_folder
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import description
 from jitscale.config import Config, EmaConfig, to_yaml
@@ -39,9 +40,15 @@ def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
     more = ["--config", str(fuzz.folder / "inputs/config.yaml")] if form == "run" else []
     averages = ["--ema1=ema_0.9", "--ema2=ema_0.99"] if form == "authors" else []
     output = fuzz.output / "x.pth" if form == "authors" else fuzz.output
-    return tool(
-        "convert_checkpoint", ["--checkpoint", str(path), "--to", form, "--output", str(output), *more, *averages]
-    )
+    words = ["--checkpoint", str(path), "--to", form, "--output", str(output), *more, *averages]
+    convert = tool("convert_checkpoint", words)
+
+    def call() -> int:
+        code = convert()
+        assert open_weights(output, fuzz.inputs / "config.yaml").weight_sets, "what was written can be read"
+        return code
+
+    return call
 
 
 def write_run(run: Path) -> Path:
@@ -88,6 +95,8 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
             if name == "run":
                 (run / "config.yaml").write_bytes(mutator.changed_bytes((run / "config.yaml").read_bytes(), most=1))
                 continue
+            if not (step / name).is_file():  # the first change has taken it away
+                continue
             data = (folder / name).read_bytes()
             if name == "index.json":
                 data = mutator.json(index)
@@ -101,8 +110,7 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
                 (step / name).unlink()
                 mutator.random.choice([(step / name).mkdir, partial((step / name).symlink_to, "/dev/zero"), list])()
                 continue
-            if (step / name).is_file():
-                (step / name).write_bytes(data)
+            (step / name).write_bytes(data)
             if name != "COMPLETE" and (step / "COMPLETE").is_file() and mutator.often(0.8):  # as if it were meant
                 again = {other: sha256_of(step / other) for other in marker if (step / other).is_file()}
                 (step / "COMPLETE").write_text(json.dumps({**marker, **again}))
