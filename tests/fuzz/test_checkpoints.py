@@ -17,7 +17,7 @@ from jitscale.checkpoints.format import Checkpoint, Progress, step_folder
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import description
-from jitscale.config import Config, EmaConfig, to_yaml
+from jitscale.config import Config, EmaConfig, RunConfig, to_yaml
 from jitscale.files import sha256_of
 from jitscale.model.jit import JiT
 from tests.support import FILES
@@ -54,7 +54,7 @@ def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
 def write_run(run: Path) -> Path:
     """A run of the tiny network with a checkpoint at step 7; returns the step's folder."""
     torch.manual_seed(0)
-    config = Config(model=MODEL, ema=EmaConfig(decays=[0.9, 0.99]))
+    config = Config(model=MODEL, ema=EmaConfig(decays=[0.9, 0.99]), run=RunConfig(max_steps=9))
     config.evaluation.weights, config.run.dir, config.data.shards = "ema_0.9", str(run), "nowhere"
     tensors = {name: parameter.detach() for name, parameter in JiT(config.model).named_parameters()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -120,15 +120,15 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
         step = damaged(mutator) / folder.relative_to(sound)
         return done(lambda: Checkpoint(step).verify())
 
-    fuzz.run("checkpoint: opened and verified", 600, opened)
-    fuzz.run("checkpoint: load_model", 250, lambda mutator: read(mutator, damaged(mutator)))
-    fuzz.run("checkpoint: convert_checkpoint", 150, lambda mutator: converted(fuzz, mutator, damaged(mutator)))
+    fuzz.run("checkpoint: opened and verified", 400, opened)
+    fuzz.run("checkpoint: load_model", 150, lambda mutator: read(mutator, damaged(mutator)))
+    fuzz.run("checkpoint: convert_checkpoint", 100, lambda mutator: converted(fuzz, mutator, damaged(mutator)))
     fuzz.finish()
 
 
 def test_files_of_weights(fuzz: Fuzzer) -> None:
     torch.manual_seed(0)
-    config = Config(model=MODEL)
+    config = Config(model=MODEL, run=RunConfig(max_steps=9))
     (fuzz.inputs / "config.yaml").write_text(to_yaml(config))
     tensors = {name: parameter.detach() for name, parameter in JiT(config.model).named_parameters()}
     save_file(tensors, plain := fuzz.inputs / "plain.safetensors", description("model", config))
@@ -156,7 +156,7 @@ def test_files_of_weights(fuzz: Fuzzer) -> None:
         sizes = {**vars(MODEL), "depth": 3}
         return done(lambda: jitscale.load_model(path, config=sizes))
 
-    fuzz.run("safetensors: load_model", 500, lambda mutator: read(mutator, written(mutator)))
+    fuzz.run("safetensors: load_model", 250, lambda mutator: read(mutator, written(mutator)))
     fuzz.run(
         "safetensors: convert_checkpoint",
         100,
@@ -164,6 +164,6 @@ def test_files_of_weights(fuzz: Fuzzer) -> None:
             converted(fuzz, mutator, written(mutator)) if mutator.active else read(mutator, written(mutator))
         ),
     )
-    fuzz.run("Hugging Face's config.json", 200, lambda mutator: read(mutator, hub(mutator)))
+    fuzz.run("Hugging Face's config.json", 150, lambda mutator: read(mutator, hub(mutator)))
     fuzz.run("authors' file", 200, pth)
     fuzz.finish()
