@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jitscale.errors import CheckpointError, ExitCode, UserError
+from jitscale.errors import CheckpointError, ExitCode, UserError, escaped
 from jitscale.files import with_home
 
 
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong as `exit_with_message` would. Each rank says it: before ranks meet, none is the first."""
-        self.exit(ExitCode.USER_ERROR, f"error: {message}; see --help\n")
+        self.exit(ExitCode.USER_ERROR, f"error: {escaped(message)}; see --help\n")
 
     def add_overrides(self, meaning: str = "settings that win over the file") -> None:
         """Add the positional arguments `overrides`; `parse_intermixed_args` takes them between options too."""

@@ -116,8 +116,8 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         code = ExitCode.USER_ERROR if isinstance(error, UserError) and not may_pass else ExitCode.FAILED
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {_escaped(str(error))}", file=sys.stderr)
-        _tell_torchrun(f"error: {_escaped(str(error))}")
+            print(f"error: {escaped(str(error))}", file=sys.stderr)
+        _tell_torchrun(f"error: {escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
@@ -139,6 +139,6 @@ def _tell_torchrun(message: str) -> None:
             json.dump({"message": {"message": message, "extraInfo": more}}, file)
 
 
-def _escaped(message: str) -> str:
+def escaped(message: str) -> str:
     """A message whose values can neither begin a line nor command a terminal; indented lines of a list stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]|\n(?!  )", lambda found: repr(found[0])[1:-1], message)

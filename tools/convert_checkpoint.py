@@ -124,7 +124,9 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     refuse_existing(options.output / "checkpoints")
     chosen = _one_set(options, "one set becomes the run's model")
     begin = stored.choose(chosen or ("model" if "model" in stored.weight_sets else None))
-    averages = [name for name in stored.weight_sets if name != "model"]
+    averages = [name for name in stored.weight_sets if is_average(name)]
+    if left_out := {*stored.weight_sets} - {"model", begin, *averages}:
+        print(f"{stored.path}: a run has a model and averages; left out: {', '.join(sorted(left_out))}")
     moments = stored.moments if config.optim.name == "adamw" and begin == "model" else ()
     check_finite(stored, [begin, *averages, *moments])
     if not moments:

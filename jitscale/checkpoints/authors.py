@@ -55,6 +55,8 @@ class AuthorsWeights(StoredWeights):
         try:
             args = _arguments_in(content)
             decays = [float(args.ema_decay1), float(args.ema_decay2)]
+            if not all(0 <= decay <= 1 for decay in decays):
+                raise ValueError(f"its averages have the decays {decays}")
             keys = {"model": "model", ema_name(decays[0]): "model_ema1", ema_name(decays[1]): "model_ema2"}
             self._sets = {name: _own_names(path, content, key) for name, key in keys.items()}
             diffusion = DiffusionConfig(
@@ -90,13 +92,13 @@ class AuthorsWeights(StoredWeights):
         self._index = {name: index for index, name in enumerate(optimizer_order(self.shapes))}
         try:
             self._moments, self.optimizer_step = _moments_in(content, self._index, self.shapes)
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise _other_format(path, error) from error
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
         if set_name in MOMENTS:
-            return self._moments[self._index[parameter]][set_name].float()
+            return plain(self._moments[self._index[parameter]][set_name], self.path, f"{set_name} of {parameter}")
         return plain(self._sets[set_name][parameter], self.path, parameter)
 
 
@@ -186,7 +188,10 @@ def _moments_in(
         for moment in MOMENTS:
             if tuple(state[number][moment].shape) != shapes[name]:
                 raise ValueError(f"the optimizer's {moment} of {name} has another shape")
-    return state, int(state[0]["step"])
+    step = int(state[0]["step"])
+    if step < 0:
+        raise ValueError(f"the optimizer's step is {step}")
+    return state, step
 
 
 def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor]:

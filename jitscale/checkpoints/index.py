@@ -65,6 +65,11 @@ def parse_index(text: str, folder: Path, known_format: int) -> Index:
     return Index(progress, _sets(content.get("sets")), files, sha256, shapes, fragments)
 
 
+def strange_sets(sets: Sequence[str]) -> list[str]:
+    """Those of `sets` that no run has: neither the model, nor an average, nor moments."""
+    return [name for name in sets if name not in (*MOMENTS, "model") and not is_average(name)]
+
+
 def check_plain_file(folder: Path, name: str) -> None:
     """Raise a ValueError unless `name` is that of a regular file inside `folder`: no path, device or link elsewhere."""
     if name in (".", "..") or "/" in name or "\0" in name:
@@ -73,7 +78,8 @@ def check_plain_file(folder: Path, name: str) -> None:
     if not file.exists():
         raise ValueError("is missing")
     if not file.is_file() or file.resolve().parent != folder.resolve():
-        raise ValueError("is not a regular file inside the folder")
+        link = ": a link out of it; if it is sound there, copy the folder with cp -rL" if file.is_symlink() else ""
+        raise ValueError(f"is not a regular file inside the folder{link}")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _sets(found: Any) -> list[str]:
     sets = [_checked(name, str, "a weight set") for name in _checked(found, list, "sets")]
-    if wrong := [name for name in sets if name not in (*MOMENTS, "model") and not is_average(name)]:
+    if wrong := strange_sets(sets):
         raise ValueError(f"{wrong[0]!r} is no name of a weight set")
     if len(set(sets)) < len(sets) or set(sets) <= set(MOMENTS):
         raise ValueError(f"its weight sets are {', '.join(sets) or 'none'}")

@@ -150,10 +150,14 @@ def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def plain(tensor: torch.Tensor, path: Path, parameter: str) -> torch.Tensor:
-    """The float32 values. Raises a CheckpointError at integers and 8-bit floats, whose scales no file here says."""
+    """The float32 values.
+
+    Raises a CheckpointError at complex numbers, and at integers and 8-bit floats, whose scales no file here says.
+    """
     if tensor.dtype not in _PLAIN_DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
-        what = f"{path}: {parameter} is quantised ({kind}), and its scales are not known"
+        why = "holds complex numbers" if tensor.is_complex() else f"is quantised ({kind}), and its scales are not known"
+        what = f"{path}: {parameter} {why}"
         raise CheckpointError(f"{what}; give weights in float32, float16 or bfloat16")
     return tensor.float()
 

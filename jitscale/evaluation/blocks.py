@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 FeatureArrays = dict[str, npt.NDArray[Any]]  # what feature networks say about some images
 
 # What reading a damaged file raises.
-DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
 SAMPLE_BLOCKS = "samples_*/block_*.npz"  # in RUN/evaluation
 
 

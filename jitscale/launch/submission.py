@@ -228,7 +228,7 @@ def _record(job: str, stage: Stage, after: str | None, folder: Path) -> str:
 
 def _read_record(path: Path) -> Record:
     remedy = "remove it; the job goes on, squeue shows it"
-    with data_error(f"{path}: is no record of a job", remedy, (OSError, ValueError, TypeError)):
+    with data_error(f"{path}: is no record of a job", remedy, (OSError, ValueError, TypeError, RecursionError)):
         record = Record(**json.loads(path.read_bytes()))
     for name, value in vars(record).items():
         if not (isinstance(value, str) and value.isprintable() and len(value) < LONGEST_TEXT) and (name, value) != (

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import jitscale
 from jitscale.checkpoints.format import Checkpoint, Progress, step_folder
+from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import description
-from jitscale.config import Config, EmaConfig, to_yaml
+from jitscale.config import Config, EmaConfig, RunConfig, to_yaml
 from jitscale.files import sha256_of
 from jitscale.model.jit import JiT
 from tests.support import FILES
@@ -39,15 +40,21 @@ def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
     more = ["--config", str(fuzz.folder / "inputs/config.yaml")] if form == "run" else []
     averages = ["--ema1=ema_0.9", "--ema2=ema_0.99"] if form == "authors" else []
     output = fuzz.output / "x.pth" if form == "authors" else fuzz.output
-    return tool(
-        "convert_checkpoint", ["--checkpoint", str(path), "--to", form, "--output", str(output), *more, *averages]
-    )
+    words = ["--checkpoint", str(path), "--to", form, "--output", str(output), *more, *averages]
+    convert = tool("convert_checkpoint", words)
+
+    def call() -> int:
+        code = convert()
+        assert open_weights(output, fuzz.inputs / "config.yaml").weight_sets, "what was written can be read"
+        return code
+
+    return call
 
 
 def write_run(run: Path) -> Path:
     """A run of the tiny network with a checkpoint at step 7; returns the step's folder."""
     torch.manual_seed(0)
-    config = Config(model=MODEL, ema=EmaConfig(decays=[0.9, 0.99]))
+    config = Config(model=MODEL, ema=EmaConfig(decays=[0.9, 0.99]), run=RunConfig(max_steps=9))
     config.evaluation.weights, config.run.dir, config.data.shards = "ema_0.9", str(run), "nowhere"
     tensors = {name: parameter.detach() for name, parameter in JiT(config.model).named_parameters()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -88,6 +95,8 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
             if name == "run":
                 (run / "config.yaml").write_bytes(mutator.changed_bytes((run / "config.yaml").read_bytes(), most=1))
                 continue
+            if not (step / name).is_file():  # the first change has taken it away
+                continue
             data = (folder / name).read_bytes()
             if name == "index.json":
                 data = mutator.json(index)
@@ -101,8 +110,7 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
                 (step / name).unlink()
                 mutator.random.choice([(step / name).mkdir, partial((step / name).symlink_to, "/dev/zero"), list])()
                 continue
-            if (step / name).is_file():
-                (step / name).write_bytes(data)
+            (step / name).write_bytes(data)
             if name != "COMPLETE" and (step / "COMPLETE").is_file() and mutator.often(0.8):  # as if it were meant
                 again = {other: sha256_of(step / other) for other in marker if (step / other).is_file()}
                 (step / "COMPLETE").write_text(json.dumps({**marker, **again}))
@@ -112,15 +120,15 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
         step = damaged(mutator) / folder.relative_to(sound)
         return done(lambda: Checkpoint(step).verify())
 
-    fuzz.run("checkpoint: opened and verified", 600, opened)
-    fuzz.run("checkpoint: load_model", 250, lambda mutator: read(mutator, damaged(mutator)))
-    fuzz.run("checkpoint: convert_checkpoint", 150, lambda mutator: converted(fuzz, mutator, damaged(mutator)))
+    fuzz.run("checkpoint: opened and verified", 400, opened)
+    fuzz.run("checkpoint: load_model", 150, lambda mutator: read(mutator, damaged(mutator)))
+    fuzz.run("checkpoint: convert_checkpoint", 100, lambda mutator: converted(fuzz, mutator, damaged(mutator)))
     fuzz.finish()
 
 
 def test_files_of_weights(fuzz: Fuzzer) -> None:
     torch.manual_seed(0)
-    config = Config(model=MODEL)
+    config = Config(model=MODEL, run=RunConfig(max_steps=9))
     (fuzz.inputs / "config.yaml").write_text(to_yaml(config))
     tensors = {name: parameter.detach() for name, parameter in JiT(config.model).named_parameters()}
     save_file(tensors, plain := fuzz.inputs / "plain.safetensors", description("model", config))
@@ -148,7 +156,7 @@ def test_files_of_weights(fuzz: Fuzzer) -> None:
         sizes = {**vars(MODEL), "depth": 3}
         return done(lambda: jitscale.load_model(path, config=sizes))
 
-    fuzz.run("safetensors: load_model", 500, lambda mutator: read(mutator, written(mutator)))
+    fuzz.run("safetensors: load_model", 250, lambda mutator: read(mutator, written(mutator)))
     fuzz.run(
         "safetensors: convert_checkpoint",
         100,
@@ -156,6 +164,6 @@ def test_files_of_weights(fuzz: Fuzzer) -> None:
             converted(fuzz, mutator, written(mutator)) if mutator.active else read(mutator, written(mutator))
         ),
     )
-    fuzz.run("Hugging Face's config.json", 200, lambda mutator: read(mutator, hub(mutator)))
+    fuzz.run("Hugging Face's config.json", 150, lambda mutator: read(mutator, hub(mutator)))
     fuzz.run("authors' file", 200, pth)
     fuzz.finish()

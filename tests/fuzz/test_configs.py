@@ -56,7 +56,7 @@ def test_configs_and_overrides(fuzz: Fuzzer) -> None:
             mutator, mutator.random.choice([f"{key}={mutator.text()}"] * 8 + [key, mutator.text()]).replace("\0", "")
         )
 
-    fuzz.run("config, values", 400, file)
-    fuzz.run("config, bytes", 300, text)
-    fuzz.run("override", 400, override)
+    fuzz.run("config, values", 250, file)
+    fuzz.run("config, bytes", 200, text)
+    fuzz.run("override", 250, override)
     fuzz.finish()

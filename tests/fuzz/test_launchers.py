@@ -1,6 +1,7 @@
 """Variables of launchers, and the words of all commands."""
 
 import os
+from functools import partial
 
 import pytest
 
@@ -29,6 +30,15 @@ LISTS = [
     "n[001-1000000000000]",
 ]
 OWN = ["JITSCALE_MEETING_SECONDS", "JITSCALE_PREFLIGHT_SECONDS", "JITSCALE_MOST_RETRIES"]
+WORDS: dict[str, list[list[object]]] = {
+    "convert_checkpoint": [["--checkpoint", "no"], ["--to", "run"], ["--config", "no"], ["--images", 3]],
+    "index_shards": [["no"], ["--workers", 1], ["--class-names", "no"]],
+    "inspect_shards": [["no"], ["--workers", 1], ["--contact-sheet", "x.png"]],
+    "make_shards": [["--input", "no"], ["--resolution", 8], ["--codec", "png"], ["--workers", 1]],
+    "plan": [["--config", "no"], ["--gpus", 4], ["--gpu-memory", "80GB"], ["optim.lr=1"]],
+    "sample": [["--checkpoint", "no"], ["--classes", 1, 2], ["--seed", 3], ["--steps", 2]],
+    "gallery": [["no"]],
+}
 CONFIG = f"""
 {model_yaml()}
 data: {{batch_size: 4, num_workers: 0, shards: nowhere}}
@@ -85,4 +95,16 @@ def test_variables_of_launchers(fuzz: Fuzzer) -> None:
     fuzz.run("variables: a batch script's", 400, job)
     fuzz.run("variables: train", 100, print_config)
     fuzz.run("variables: supervisor", 100, lambda m: supervised(m) if m.active else print_config(m))
+    fuzz.finish()
+
+
+def test_command_lines(fuzz: Fuzzer) -> None:
+    """Nothing that they name is there, so that each is refused, or explained."""
+
+    def command(name: str, mutator: Mutator) -> Command:
+        output = [] if name in ("plan", "index_shards", "inspect_shards") else [["--output", fuzz.output / "x"]]
+        return tool(name, mutator.arguments(*WORDS[name], *output) if mutator.active else ["--help"])
+
+    for name in WORDS:
+        fuzz.run(f"words: {name}", 40, partial(command, name))
     fuzz.finish()

@@ -132,10 +132,10 @@ def test_tars(fuzz: Fuzzer) -> None:
             "make_shards", ["--input", str(written(mutator)), f"--output={fuzz.output}", "--workers=1", *options]
         )
 
-    fuzz.run("tar: opened and read", 500, lambda mutator: opened(written(mutator)))
-    fuzz.run("tar: index_shards", 400, indexed)
-    fuzz.run("tar: inspect_shards", 200, inspected)
-    fuzz.run("tar: make_shards", 200, packed)
+    fuzz.run("tar: opened and read", 300, lambda mutator: opened(written(mutator)))
+    fuzz.run("tar: index_shards", 200, indexed)
+    fuzz.run("tar: inspect_shards", 100, inspected)
+    fuzz.run("tar: make_shards", 100, packed)
     fuzz.finish()
 
 
@@ -182,8 +182,8 @@ def test_files_next_to_tars(fuzz: Fuzzer) -> None:
     def verified(mutator: Mutator) -> Command:
         return tool("index_shards", [str(written(mutator)), "--verify", "--workers=1"])
 
-    fuzz.run("manifest, index, keys: opened and read", 800, lambda mutator: opened(written(mutator)))
-    fuzz.run("manifest, index, keys: --verify", 300, verified, reports=True)
+    fuzz.run("manifest, index, keys: opened and read", 400, lambda mutator: opened(written(mutator)))
+    fuzz.run("manifest, index, keys: --verify", 150, verified, reports=True)
     fuzz.finish()
 
 
@@ -208,5 +208,5 @@ def test_images(fuzz: Fuzzer) -> None:
         named = mutator.random.choice(list(forms)) if mutator.often(0.1) else extension
         return done(lambda: center_crop(decode(data, named), 8))
 
-    fuzz.run("image", 1500, read)
+    fuzz.run("image", 1000, read)
     fuzz.finish()

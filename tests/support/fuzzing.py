@@ -49,8 +49,21 @@ TEXTS += [
     "{",
     "a:b",
 ]
-TEXTS += ["step_00000001", "shard-{0..", "shard-{000000..999999999}.tar", "*", "[", "\x1b[31m", "NULL", "true", "off"]
+TEXTS += [
+    "9" * 5000,
+    "step_00000001",
+    "shard-{0..",
+    "shard-{000000..999999999}.tar",
+    "*",
+    "[",
+    "\x1b[31m",
+    "NULL",
+    "true",
+    "off",
+]
+WRITTEN = {"<deep>": "[" * 20_000 + "]" * 20_000, "<digits>": "9" * 5000}  # what Python itself would not write as JSON
 HOSTILE: list[Any] = [
+    *WRITTEN,
     None,
     True,
     False,
@@ -89,6 +102,7 @@ TOKENS += [
     b"- ",
     b"\r",
     b"'",
+    *(text.encode() for text in WRITTEN.values()),
 ]
 
 
@@ -159,7 +173,10 @@ class Mutator:
         """JSON of a changed `value`, sometimes with changed bytes."""
         if self.often(0.25):
             return self.changed_bytes(json.dumps(value).encode())
-        return json.dumps(self.tree(value)).encode()
+        text = json.dumps(self.tree(value))
+        for mark, written in WRITTEN.items():
+            text = text.replace(f'"{mark}"', written)
+        return text.encode()
 
     def text(self) -> str:
         """A word of a command line or an environment; these hold no zero bytes."""
@@ -173,7 +190,7 @@ class Mutator:
             match self.random.randrange(5):
                 case 0:
                     words.remove(group)
-                case 1:
+                case 1 if group:
                     group.pop()
                 case 2:
                     words.append([self.text()])

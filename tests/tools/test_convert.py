@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 import jitscale
 import jitscale.config
 from jitscale.checkpoints.authors import _arguments, optimizer_order
+from jitscale.checkpoints.format import Progress
 from jitscale.checkpoints.hub import HubJiT
 from jitscale.checkpoints.opening import open_weights
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights
+from jitscale.checkpoints.saving import write_streamed
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, description
 from jitscale.errors import CheckpointError, UserError
 from jitscale.model.jit import JiT
 from tests.support import FILES, ROOT
@@ -194,6 +196,7 @@ def test_another_networks_weights_are_not_written_in_any_form(config: Path, tmp_
         "nan": ({**sound, first: infinite * 0}, f"{first} of the set model holds values that are not finite"),
         "inf": ({**sound, first: infinite}, "not finite"),
         "fp8": ({**sound, first: sound[first].to(torch.float8_e4m3fn)}, r"is quantised \(float8_e4m3fn\)"),
+        "complex": ({**sound, first: sound[first].to(torch.complex64)}, "holds complex numbers"),
         "integers": ({**sound, first: sound[first].long()}, r"is quantised \(int64\)"),
         "twice": ({**sound, f"module.{first}": sound[first].clone()}, "with and without the prefixes"),
     }
@@ -273,6 +276,8 @@ def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) 
         ({"epoch": np.int64(3)}, "not a readable checkpoint.*it holds numpy"),
         ({"model": {"net.a": 1}}, "holds 'net.a', which is no tensor"),
         ({"optimizer": [1]}, "not the authors' format"),
+        ({"args": {**vars(args), "ema_decay1": float("nan")}}, r"its averages have the decays \[nan"),
+        ({"args": {**vars(args), "ema_decay2": -3.0}}, r"its averages have the decays \[0.9999, -3.0\]"),
     ]
     for changes, message in refused:
         with pytest.raises(UserError, match=message) as error:
@@ -280,6 +285,31 @@ def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) 
         assert "\n" not in str(error.value)
         assert "weights_only" not in str(error.value)
         assert "options" not in str(error.value), "torch's advice to execute the file"
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan"), -5.0, [1.0, 2.0]])
+def test_an_optimizers_step_that_is_none_is_one_line(authors_file: Path, config: Path, step: Any) -> None:
+    content = load(authors_file)
+    content["optimizer"]["state"][0]["step"] = torch.tensor(step)
+    torch.save(content, authors_file)
+    with pytest.raises(CheckpointError, match="not the authors' format"):
+        open_weights(authors_file, config)
+
+
+def test_a_set_that_no_run_has_becomes_its_model_or_is_left_out(
+    authors_file: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = open_weights(authors_file, config)
+    tensors = {parameter: stored.tensor("model", parameter) for parameter in stored.shapes}
+    (both := tmp_path / "both").mkdir()
+    for name in ("model", "best"):
+        save_file(tensors, both / f"{name}.safetensors", description(name, stored.config))
+    for source, begin, left_out in ((both, "model", True), (both / "best.safetensors", "best", False)):
+        run = open_weights(convert(source, "run", tmp_path / f"run_{begin}", "--config", config))
+        assert run.weight_sets == ["model"]
+        assert ("left out: best" in capsys.readouterr().out) == left_out
+    with pytest.raises(CheckpointError, match="no weight set 'best'; make it the model first"):
+        write_streamed(tmp_path / "new", Progress(0, 0, 0, None), stored.config, {}, ["best"], stored.tensor)
 
 
 def test_only_the_papers_network_gets_the_name_of_its_size() -> None:

@@ -177,9 +177,10 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
             main(words(folder, "--dry-run", *more))
         assert {path.name for path in folder.iterdir()} == before, more
     (folder / "jobs").mkdir()
-    (folder / "jobs/1.json").write_text("{")
-    with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
-        main(["status", f"--folder={folder}"])
+    for damaged in ("{", "[" * 200_000, "9" * 5000):
+        (folder / "jobs/1.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
+            main(["status", f"--folder={folder}"])
     shutil.rmtree(folder / "jobs")
     with pytest.raises(UserError, match="nothing was submitted from here"):
         main(["status", f"--folder={folder}"])
