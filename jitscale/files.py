@@ -108,16 +108,15 @@ def aside_pattern(name: str) -> str:
 class FileIdentity(NamedTuple):
     """What changes when a file is replaced or written to."""
 
-    path: Path
+    device: int
     inode: int
     size: int  # bytes
     modified: int  # nanoseconds
 
     @classmethod
-    def of(cls, path: Path) -> "FileIdentity":
-        """The identity now. Raises an OSError if there is no such file."""
-        found = path.stat()
-        return cls(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+    def of(cls, status: os.stat_result) -> "FileIdentity":
+        """The identity of the file with this status."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def sha256_of(path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
-from jitscale.checkpoints.index import MOST_BYTES, check_plain_file, parse_hashes, parse_index
+from jitscale.checkpoints.index import MOST_BYTES, parse_hashes, parse_index, plain_file
 from jitscale.checkpoints.streams import MappedSafetensors
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, load_config
@@ -107,19 +107,19 @@ class Checkpoint(StoredWeights):
         self.shapes, self._fragments = index.shapes, index.fragments
         self._files, self._sha256 = list(index.files), index.sha256
         self._opened: dict[int, MappedSafetensors] = {}
+        self._identities = {name: self._identity(name) for name in self._files}
         for name, size in index.files.items():
-            found = self._identity(name).size
-            if found != size:
+            if (found := self._identities[name].size) != size:
                 raise self._damaged(name, f"{found} bytes where the index says {size}")
         self._check_name()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """See `StoredWeights`: every `shares`-th file, from number `share` on."""
         for number, name in enumerate(self._files):
-            identity = self._identity(name)  # before the content: a file that changes meanwhile is verified again
+            # As it was opened, before the content is read: a file that has changed since is verified again.
             if number % shares == share:
                 self._check_content(name, self._sha256[name])
-            _VERIFIED.add((identity, self._sha256[name]))
+            _VERIFIED.add((self._identities[name], self._sha256[name]))
 
     def caution(self, set_name: str) -> str | None:
         """See `StoredWeights`."""
@@ -157,8 +157,7 @@ class Checkpoint(StoredWeights):
     def _identity(self, name: str) -> FileIdentity:
         """Which file this is now. Raises a CheckpointError if it is no regular file inside the folder."""
         try:
-            check_plain_file(self.path, name)
-            return FileIdentity.of(self.path / name)
+            return FileIdentity.of(plain_file(self.path, name))
         except (OSError, ValueError) as error:
             raise self._damaged(name, error) from error
 

@@ -4,7 +4,9 @@ The file may come from a stranger or from a disk that fails, so every type and e
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -70,16 +72,18 @@ def strange_sets(sets: Sequence[str]) -> list[str]:
     return [name for name in sets if name not in (*MOMENTS, "model") and not is_average(name)]
 
 
-def check_plain_file(folder: Path, name: str) -> None:
-    """Raise a ValueError unless `name` is that of a regular file inside `folder`: no path, device or link elsewhere."""
+def plain_file(folder: Path, name: str) -> os.stat_result:
+    """The status of the regular file `name` inside `folder`. Raises a ValueError at a path, a device or a link."""
     if name in (".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} is not a plain file name")
-    file = folder / name
-    if not file.exists():
-        raise ValueError("is missing")
-    if not file.is_file() or file.resolve().parent != folder.resolve():
-        link = ": a link out of it; if it is sound there, copy the folder with cp -rL" if file.is_symlink() else ""
+    try:
+        status = os.lstat(folder / name)
+    except FileNotFoundError as error:
+        raise ValueError("is missing") from error
+    if not stat.S_ISREG(status.st_mode):
+        link = ": a link; if it is sound there, copy the folder with cp -rL" if stat.S_ISLNK(status.st_mode) else ""
         raise ValueError(f"is not a regular file inside the folder{link}")
+    return status
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from jitscale.checkpoints.index import strange_sets
 from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError
-from jitscale.files import flush, sha256_of
+from jitscale.files import FileIdentity, flush, sha256_of
 from jitscale.versions import __version__, version_of
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
     images_of: dict[Path, int] = {}
     for folder in layout.complete_checkpoints(run_dir):
         try:
-            images_of[folder] = layout.Checkpoint(folder).progress.images
+            images_of[folder] = _images_of(folder, FileIdentity.of((folder / MARKER).stat()))
         except CheckpointError as error:
             logger.warning("%s; it is left alone, and does not count as one of the checkpoints to keep", error)
     folders = list(images_of)
@@ -161,6 +162,15 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
             _remove(folder)
     for leftover in (run_dir / "checkpoints").glob("step_*.partial"):
         shutil.rmtree(leftover)
+
+
+@lru_cache(maxsize=1000)
+def _images_of(folder: Path, marker: FileIdentity) -> int:
+    """The images seen by a checkpoint with this `marker`; an index of many ranks takes seconds to read, so only once.
+
+    Raises a CheckpointError if the folder is not what it says.
+    """
+    return layout.Checkpoint(folder).progress.images
 
 
 def snapshot_folder(run_dir: Path, images: int) -> Path:

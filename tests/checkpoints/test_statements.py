@@ -150,7 +150,7 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path: Path, name: str, ta
         os.mkfifo(folder / name)
     else:
         (folder / name).symlink_to(tmp_path / target)
-    reason = "" if target == "pipe" else ": a link out of it.* copy the folder with cp -rL"
+    reason = "" if target == "pipe" else ": a link; .* copy the folder with cp -rL"
     with pytest.raises(CheckpointError, match=rf"{name}: is not a regular file inside the folder{reason}; the file is"):
         Checkpoint(folder)
 
