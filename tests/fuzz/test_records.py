@@ -129,7 +129,7 @@ def test_statistics_and_blocks(fuzz: Fuzzer) -> None:
 
     def reference(mutator: Mutator) -> Command:
         (path := fuzz.inputs / "x.npz").write_bytes(arrays(mutator, statistics))
-        return done(lambda: read_statistics(path, files))
+        return done(lambda: read_statistics(str(path), files))
 
     def blocks(mutator: Mutator) -> Command:
         fuzz.output.mkdir()
