@@ -77,6 +77,7 @@ def test_a_run_that_fails_is_an_error(shards: str, tmp_path: Path) -> None:
         outcomes_of([broken], tmp_path, workers=1)
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
     program = (
         "import multiprocessing\n"
@@ -203,6 +204,7 @@ def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked_workers")
+@pytest.mark.slow
 def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards, "evaluation.block_size=10", "ema.decays=[0.9,0.99,0.995,0.999]")
     run = Run("trained_s0", "glyphs_32.yaml", own)

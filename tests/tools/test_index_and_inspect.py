@@ -102,5 +102,5 @@ def test_a_mistake_ends_a_tool_with_exit_code_2(tmp_path: Path, name: str) -> No
 
 
 def test_the_tools_do_not_wait_for_torch() -> None:
-    code = "import sys, tools.index_shards, tools.inspect_shards; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = "import sys, index_shards, inspect_shards; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", check=True)
