@@ -239,7 +239,6 @@ def test_ctrl_c_saves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @SLOW
-@pytest.mark.slow
 def test_a_last_save_that_fails_on_one_rank_asks_for_a_requeue(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an older checkpoint is there; without one it is the user who must act."""
     steps = ",".join(f"unwritable:step={step}:rank=1" for step in range(5, 24))
@@ -254,7 +253,6 @@ def test_a_last_save_that_fails_on_one_rank_asks_for_a_requeue(job: Job, monkeyp
 
 
 @SLOW
-@pytest.mark.slow
 def test_a_folder_that_disappears_is_written_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.1")
     ranks = started(job, "gone", 2, 5)
