@@ -27,6 +27,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _WRONG_PATHS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
+    errno.EINVAL,  # of a damaged file, whose numbers no file can have
     None,  # said by a library, not by the system
 )
 

@@ -9,7 +9,9 @@ import json
 import logging
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,15 +108,17 @@ def compute_blocks(
         """Fill `whole`; returns damaged files, which are removed."""
         damaged = []
         for point in range(len(folders)):
-            parts = []
+            parts: dict[Path, FeatureArrays] = {}
             for file in (path(point, number) for number in range(count)):
-                try:
-                    parts.append(_read(file, size))
-                except DAMAGED:
-                    logger.warning("%s: damaged; it is computed again", file)
-                    file.unlink(missing_ok=True)
-                    damaged.append(file)
-            whole.append(_concatenated(parts))
+                with suppress(*DAMAGED):
+                    parts[file] = _read(file, size)
+            usual = Counter(map(_form, parts.values())).most_common(1)
+            parts = {file: part for file, part in parts.items() if _form(part) == usual[0][0]}
+            damaged += [file for number in range(count) if (file := path(point, number)) not in parts]
+            whole.append(_concatenated(list(parts.values())))
+        for file in damaged:
+            logger.warning("%s: damaged; it is computed again", file)
+            file.unlink(missing_ok=True)
         return damaged
 
     compute_missing()
@@ -137,6 +141,11 @@ def _read(file: Path, size: int) -> FeatureArrays:
     if not arrays or any(len(array) != size for array in arrays.values()):
         raise ValueError(f"no {size} images in it")
     return arrays
+
+
+def _form(arrays: FeatureArrays) -> tuple[object, ...]:
+    """What all blocks have in common: names, types and shapes of an image's numbers."""
+    return tuple(sorted((name, array.dtype.str, array.shape[1:]) for name, array in arrays.items()))
 
 
 def _concatenated(parts: Sequence[FeatureArrays]) -> FeatureArrays:

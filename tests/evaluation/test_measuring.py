@@ -288,6 +288,8 @@ def test_a_damaged_block_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text.count("it is computed again") == 4
     np.savez(files[2], features=np.zeros((1, 50)), labels=np.arange(1))  # of another size
     assert (compute_all(), made) == (whole, [2])
+    np.savez(files[3], other=np.zeros((2, 50)), labels=np.arange(2))  # with other names
+    assert (compute_all(), made) == (whole, [3])
     files[0].write_bytes(b"")
 
     def never_whole(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
