@@ -72,8 +72,8 @@ def test_a_chain_a_sweep_and_a_failure(runs: Runs, folder: Path) -> None:
     chain = submit(runs, folder, "chain_16", "--chain=train:16,upgrade:32,train:32,evaluate", *shards(folder))
     rates = ["--set", "optim.lr=1e-3,2e-3", f"data.shards={folder / 'shards_16'}"]
     sweep = submit(runs, folder, "sweep", *rates, tasks_per_node=2)
-    (folder / "gone_32").write_text("")  # in the way of the upgrade's output
     failing = submit(runs, folder, "gone_16", "--chain=train:16,upgrade:32,train:32", *shards(folder))
+    (folder / "gone_32").write_text("")  # in the way of the upgrade's output; submit would refuse it
     assert [len(chain), len(sweep), len(failing)] == [4, 2, 3]
 
     states = {job: cluster.wait(job, seconds=400) for job in (*chain, *sweep, *failing)}
