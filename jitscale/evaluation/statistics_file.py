@@ -7,8 +7,6 @@ images they were made, by which networks and at which size. The content decides 
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,6 +16,7 @@ import numpy.typing as npt
 
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError, data_error
+from jitscale.evaluation.blocks import DAMAGED
 from jitscale.evaluation.networks import NetworkFile, identity_of, sizes_of
 from jitscale.files import atomic_write, sha256_of
 
@@ -27,10 +26,7 @@ REMEDY = "make them with tools/make_reference.py, or name shards"
 ASYMMETRY = 1e-5  # of the largest entry of a covariance: more than round-off of float32 leaves
 NEGATIVE = 1e-4  # the same for negative eigenvalues, of the largest variance
 # What a file raises that is damaged or claims impossible sizes.
-UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
+UNREADABLE = (*DAMAGED, MemoryError, RuntimeError)
 
 
 class FeatureStatistics(NamedTuple):
