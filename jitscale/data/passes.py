@@ -53,19 +53,18 @@ def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
         while samples:
             shard, first = shards.shard_and_index(samples[0])
             rows = range(first, min(first + len(samples), int(shards.samples_per_shard[shard])))
-            if shards.has_links(shard):
-                images += [shards.read(shard, row)[0] for row in rows]
-            else:
-                images += [shards.decode(shard, row, data) for row, data in _files(shards, shard, rows)]
+            images += _images(shards, shard, rows)
             samples = samples[len(rows) :]
     except DataError as error:
         return error
     return np.stack(images)
 
 
-def _files(shards: ShardSet, shard: int, rows: range) -> list[tuple[int, bytes]]:
-    """The images' files of some neighbours in one tar. Raises a DataError if they cannot be read."""
+def _images(shards: ShardSet, shard: int, rows: range) -> list[UInt8Array]:
+    """The images of some neighbours in one tar. Raises a DataError if one cannot be read or decoded."""
     try:
+        if shards.has_links(shard, rows):
+            return [shards.read(shard, row)[0] for row in rows]
         with shards.open_tar(shard, rows.start) as tar:
             images = tar_file_iterator(tar, skip_meta=None, select_files=is_image)
             files = [member["data"] for member in islice(images, len(rows))]
@@ -75,4 +74,4 @@ def _files(shards: ShardSet, shard: int, rows: range) -> list[tuple[int, bytes]]
     if len(files) < len(rows):  # webdataset ends silently at a damaged header
         what = "is not where the index says, since a header is damaged; copy the shard again"
         raise DataError(f"{shards.place(shard, rows[len(files)])} {what}")
-    return list(zip(rows, files, strict=True))
+    return [shards.decode(shard, row, data) for row, data in zip(rows, files, strict=True)]

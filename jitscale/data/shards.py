@@ -33,6 +33,7 @@ from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
+from jitscale.data.tar_members import is_image_header
 from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
 
@@ -224,9 +225,15 @@ class ShardSet:
                 raise
             return self.read(shard, index)  # from a new copy
 
-    def has_links(self, shard: int) -> bool:
-        """Whether samples of `shard` share bytes, as links do: a pass in tar order would not meet them."""
-        return bool((np.diff(self._open(shard).rows["offset"]) <= 0).any())
+    def has_links(self, shard: int, rows: range) -> bool:
+        """Whether images of `shard`, or of its neighbours `rows`, may be links: a pass in tar order does not meet them.
+
+        They have the bytes of an earlier image, or of a member that is called otherwise. Raises an OSError if headers
+        cannot be read, a DataError as `ShardCache.fetch`.
+        """
+        offsets, tar = self._open(shard).rows["offset"], self._open(shard).tar or OffsetReader(self._tar(shard))
+        headers = (tar.read(int(offsets[row]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE) for row in rows)
+        return bool((np.diff(offsets) <= 0).any()) or not all(map(is_image_header, headers))
 
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
         """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.

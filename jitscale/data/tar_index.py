@@ -127,7 +127,7 @@ def scan_tar(path: Path) -> list[TarSample]:
     """
     scan = sound_scan(path)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
-        logger.warning("%s: %d images or labels are links to no earlier image or label, and left out", path, lost)
+        logger.warning("%s: %d images or labels are links to no earlier member, and left out", path, lost)
     return scan.samples
 
 
@@ -291,11 +291,10 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
     lost: list[tuple[str, str]] = []  # key and extension of images and labels that are links without their target
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member, found in contents(tar):
+            for member, content in contents(tar):
                 start = member.offset
                 key, extension = split_name(member.name)
                 is_read = extension in EXTENSIONS or extension == "cls"
-                content = None if found is None or (is_read and not _may_stand_for(found, member)) else found
                 if not key or content is None:
                     scan.skipped[extension + (LOST_LINK if is_read else "")] += 1
                     if is_read:
@@ -325,18 +324,9 @@ def _read_members(scan: TarScan, file: IO[bytes]) -> dict[str, dict[str, tarfile
             scan.skipped.update(members.pop(key, {}).keys())
         elif extension == "cls":  # a pass in tar order would meet the image of a sample that is left out
             at = min(part.offset for part in parts.values())
-            scan.refuse(at, f"sample {key!r} has a label that links to no earlier label; write the shard again")
+            scan.refuse(at, f"sample {key!r} has a label that links to no earlier member; write the shard again")
             del members[key]
     return members
-
-
-def _may_stand_for(content: tarfile.TarInfo, member: tarfile.TarInfo) -> bool:
-    """Whether `member` is no link, or one from an image to an image, or from a label to a label.
-
-    A pass in tar order meets no links, so that each must stand for another sample of the index.
-    """
-    target, extension = split_name(content.name)[1], split_name(member.name)[1]
-    return content is member or (target in EXTENSIONS if extension in EXTENSIONS else target == extension)
 
 
 def wrong_end(path: Path, file: IO[bytes], offset: int, end: int | None = None) -> Defect | None:

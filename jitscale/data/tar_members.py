@@ -11,7 +11,7 @@ from typing import IO
 
 from jitscale.data.images import EXTENSIONS
 
-LOST_LINK = " as a link to no earlier image or label"  # behind the extension, as a kind of member that is passed over
+LOST_LINK = " as a link to no earlier member"  # behind the extension, as a kind of member that is passed over
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
 
 SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set
@@ -24,6 +24,7 @@ _LABEL_FILE = re.compile(
 )
 _LABEL_EXTENSION = re.compile(r"cls\..+|(label|class)(s|es|_?id|_?name)?(\.(txt|json))?|index")
 
+_LAST_OF_NAME = 99  # byte of a header (POSIX.1-2001, ustar); folders may stand elsewhere
 _LONGEST_JSON = 1 << 16  # bytes that are looked at
 _LABEL_FIELDS = ("label", "labels", "cls", "class", "class_id", "class_name", "target")
 _FEW = 3  # folders that a message names
@@ -60,6 +61,18 @@ def split_name(name: str) -> tuple[str, str]:
 def is_image(name: str) -> bool:
     """Whether a member of this name is the image of a sample."""
     return split_name(name)[1] in EXTENSIONS
+
+
+def is_image_header(block: bytes) -> bool:
+    """Whether the header `block`, which stands before a member's bytes, is surely an image's: long names are cut.
+
+    A damaged one counts as an image's: whoever reads the tar in its order meets the damage.
+    """
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return True
+    return block[_LAST_OF_NAME] == 0 and is_image(member.name)
 
 
 def described_kinds(kinds: Counter[str]) -> str:

@@ -69,6 +69,26 @@ def test_a_pass_in_tar_order_reads_links_too(tmp_path: Path) -> None:
         assert [number_of(image) for image in chain(*blocks)] == [number for number, _ in EXPECTED[first:]]
 
 
+def test_a_link_may_stand_for_a_member_that_is_not_called_an_image(tmp_path: Path) -> None:
+    """As of tools that keep files by a hash of their content; some of the images here are members of their own."""
+    one, two, three, four = (numbered_png(8, number) for number in (1, 2, 3, 4))
+    long_name = 96 * "x" + ".png"  # only a part of it is in its header
+    members: list[Member] = [("store/1.bin", one), ("store/2", two), ("store/l", b"2"), ("a.png", "store/1.bin")]
+    members += [("a.cls", "store/l"), ("b.png", three), ("b.cls", b"1"), ("c.png", "store/2"), ("c.cls", b"0")]
+    members += [(long_name, four), (long_name.replace("png", "cls"), b"1")]
+    expected = [(1, 2), (3, 1), (2, 0), (4, 1)]
+    for number, kept in enumerate([members, members[:1] + members[3:4] + members[5:6]]):  # the last are in order
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with_links(folder / "a.tar", *kept)
+        shards = ShardSet.open(folder, 0 if number else 3)
+        here = [(image, 0) for image, _ in expected[:2]] if number else expected
+        assert samples_of(shards) == here
+        for first in range(len(here)):
+            blocks = read_once(shards, range(first, len(here)), 2, 0)
+            assert [number_of(image) for image in chain(*blocks)] == [image for image, _ in here[first:]]
+
+
 def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
     members = ("x/a.png", numbered_png(8, 1)), ("y/b.png", "../x/a.png"), ("y/c.png", "a.png"), ("y/d.png", "/dev/zero")
     scan = survey_tar(with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE))
@@ -79,11 +99,11 @@ def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
 def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = numbered_png(8, 1)
     members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", "gone.png"), ("b.cls", b"2")]
-    members += [("c.txt", "gone.txt"), ("d.png", "a.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
+    members += [("c.txt", "gone.txt"), ("d.png", "lost.cls"), ("d.cls", b"1"), ("e.png", one), ("e.cls", b"0")]
     with_links(tmp_path / "a.tar", *members)
     with caplog.at_level(logging.WARNING, "jitscale"):
         assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
-    assert "2 images or labels are links to no earlier image or label, and left out" in caplog.text
+    assert "2 images or labels are links to no earlier member, and left out" in caplog.text
     expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, "txt": 1})
     found = survey(find_tars(str(tmp_path)), None, 1)
     found.write()
@@ -95,13 +115,13 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
 def test_a_label_that_links_to_nothing_is_refused(tmp_path: Path) -> None:
     """An image without its label must not become one of no class, and a pass in tar order would meet it."""
     with_links(tmp_path / "a.tar", ("a.png", numbered_png(8, 1)), ("a.cls", "gone.cls"))
-    with pytest.raises(DataError, match="byte 0: sample 'a' has a label that links to no earlier label"):
+    with pytest.raises(DataError, match="byte 0: sample 'a' has a label that links to no earlier member"):
         ShardSet.open(tmp_path, 3)
 
 
-def test_a_link_to_what_is_not_called_an_image_is_said(tmp_path: Path) -> None:
-    with_links(tmp_path / "a.tar", ("store/1.bin", numbered_png()), ("a.png", "store/1.bin"))
-    with pytest.raises(DataError, match=r"no image in it, but \.png as a link to no earlier image or label 1, "):
+def test_a_tar_of_links_alone_is_refused(tmp_path: Path) -> None:
+    with_links(tmp_path / "a.tar", ("a.txt", b"pictures"), ("a.png", "store/1.bin"))
+    with pytest.raises(DataError, match=r"no image in it, but \.png as a link to no earlier member 1, "):
         find_sources([str(tmp_path / "a.tar")])
 
 
