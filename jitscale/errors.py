@@ -86,8 +86,13 @@ class StorageError(DataError):
     def of(cls, error: OSError, message: str) -> "StorageError":
         """What `error` leads to, in the words of `message`."""
         made = cls(message)
-        made.is_wrong = error.errno in _WRONG_PATHS
+        made.is_wrong = is_wrong_path(error)
         return made
+
+
+def is_wrong_path(error: OSError) -> bool:
+    """Whether the path does not exist, is of another kind, or is forbidden: the storage itself works."""
+    return error.errno in _WRONG_PATHS
 
 
 class StopRequestedError(UserError):

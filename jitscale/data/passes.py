@@ -20,9 +20,10 @@ from jitscale.data.images import UInt8Array
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_members import is_image
 from jitscale.data.workers import start_workers
-from jitscale.errors import DataError
+from jitscale.errors import DataError, data_error
 
 FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded by the time that workers have started
+_DAMAGE = (OSError, tarfile.TarError)
 
 
 def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) -> Generator[UInt8Array, None, None]:
@@ -62,15 +63,13 @@ def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
 
 def _images(shards: ShardSet, shard: int, rows: range) -> list[UInt8Array]:
     """The images of some neighbours in one tar. Raises a DataError if one cannot be read or decoded."""
-    try:
+    what = f"{shards.place(shard, rows.start)} cannot be read, or one behind it"
+    with data_error(what, "copy the shard again", _DAMAGE):
         if shards.has_links(shard, rows):
             return [shards.read(shard, row)[0] for row in rows]
         with shards.open_tar(shard, rows.start) as tar:
             images = tar_file_iterator(tar, skip_meta=None, select_files=is_image)
             files = [member["data"] for member in islice(images, len(rows))]
-    except (OSError, tarfile.TarError) as error:
-        what = f"cannot be read, or one behind it ({error}); copy the shard again"
-        raise DataError(f"{shards.place(shard, rows.start)} {what}") from error
     if len(files) < len(rows):  # webdataset ends silently at a damaged header
         what = "is not where the index says, since a header is damaged; copy the shard again"
         raise DataError(f"{shards.place(shard, rows[len(files)])} {what}")

@@ -34,7 +34,7 @@ from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
 from jitscale.data.tar_members import is_image_header
-from jitscale.errors import DataError, data_error
+from jitscale.errors import DataError, StorageError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
@@ -213,10 +213,11 @@ class ShardSet:
         try:
             data = (tar or OffsetReader(self._tar(shard))).read(offset, size)
         except OSError as error:
-            what = f"cannot be read ({error}); start again when the storage works"
             if isinstance(error, ShortReadError):
                 what = f"{error}: the file was cut while in use; copy it again"
-            raise DataError(f"{self.place(shard, row)} {what}") from error
+                raise DataError(f"{self.place(shard, row)} {what}") from error
+            what = f"cannot be read ({error}); start again when the storage works"
+            raise StorageError.of(error, f"{self.place(shard, row)} {what}") from error
         try:
             return self.decode(shard, row, data), label if self._num_classes else 0
         except ImageError:

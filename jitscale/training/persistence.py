@@ -184,7 +184,7 @@ class Persistence:
                 keep = self.config.checkpoint
                 try:
                     prune(self._run_dir, keep.keep_last, keep.keep_every_images)
-                except (OSError, CheckpointError) as error:
+                except (OSError, UserError) as error:
                     logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
     def snapshot(self) -> None:

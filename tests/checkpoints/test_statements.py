@@ -1,5 +1,6 @@
 """What a checkpoint says of itself is held against it, and its files are verified before they are read."""
 
+import errno
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from jitscale.checkpoints.opening import read_guide
 from jitscale.checkpoints.saving import prune, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import shapes_of
 from jitscale.config import Config, EvaluationConfig, ModelConfig, RunConfig
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, StorageError
 from jitscale.files import sha256_of
 
 TINY = ModelConfig(
@@ -214,3 +215,16 @@ def test_a_file_is_hashed_once_a_process(tmp_path: Path, monkeypatch: pytest.Mon
     Checkpoint(other).verify(1, 2)
     Checkpoint(other).network()
     assert hashed.count("rank_00000.safetensors") == 2, "rank 0 has hashed the only file"
+
+
+def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to remove a sound checkpoint, and a job starts again."""
+    checkpoint = Checkpoint(write(tmp_path, 1))
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(layout, "sha256_of", fail)
+    with pytest.raises(StorageError, match=r"cannot be read \(Input/output error\); start again") as met:
+        checkpoint.verify()
+    assert not met.value.is_wrong

@@ -1,5 +1,7 @@
 """Each sample once, in tar order, through webdataset's reader."""
 
+import errno
+import os
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from jitscale.data import passes
 from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
-from jitscale.errors import DataError
+from jitscale.errors import DataError, StorageError
 from tests.data.test_shards import CLASSES, pack
 from tests.support.pictures import number_of, numbered, numbered_png, samples_of, tar_bytes, write_tar
 from tests.support.servers import serving
@@ -57,6 +59,21 @@ def test_odd_names_and_other_members_are_read_as_in_training(tmp_path: Path) -> 
     for first in range(4):
         assert numbers(shards, range(first, 4), 2)[0][0] == first + 1
     assert numbers(shards, range(4), 4) == [[1, 2, 3, 4]]
+
+
+def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job starts again."""
+    pack(tmp_path, count=12, per_shard=12)
+    shards = ShardSet.open(tmp_path, CLASSES)
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    for read in (lambda: shards.read(0, 3), lambda: numbers(shards, range(12), 4, 0)):
+        with pytest.raises(StorageError, match=r"cannot be read.*Input/output error") as met:
+            read()
+        assert not met.value.is_wrong
 
 
 @pytest.mark.parametrize("workers", [0, 2])
