@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from jitscale import parallel
-from jitscale.training.watch import LossByNoiseLevel, RankTimes
+from jitscale.training.timing import RankTimes
+from jitscale.training.watch import LossByNoiseLevel
 
 
 class LogPoint(NamedTuple):

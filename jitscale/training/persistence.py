@@ -30,7 +30,8 @@ from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.state import RunState
-from jitscale.training.watch import BadSamples, HangWatch
+from jitscale.training.stopping import HangWatch
+from jitscale.training.watch import BadSamples
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,9 @@ from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
-from jitscale.training.watch import BadSamples, Clock, LossByNoiseLevel, LossSpikes, RankTimes, StepOutcomes, StopSignal
+from jitscale.training.stopping import StopSignal
+from jitscale.training.timing import Clock, RankTimes
+from jitscale.training.watch import BadSamples, LossByNoiseLevel, LossSpikes, StepOutcomes
 
 logger = logging.getLogger(__name__)
 
