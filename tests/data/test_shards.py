@@ -248,7 +248,7 @@ def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     del shards
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_fewer_classes_than_the_model_are_refused_unless_on_purpose(tmp_path: Path) -> None:

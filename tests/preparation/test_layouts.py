@@ -33,6 +33,20 @@ def test_files_of_labels_are_not_passed_over(tmp_path: Path, name: str, kind: st
     refused("seems to hold labels", tmp_path / "flat")
 
 
+@pytest.mark.parametrize("row", ["img/a.png,cat", '"a.JPG"; 3', "cat\ta.webp", "1,0.5,a.jpeg,"])
+def test_a_table_of_images_holds_their_labels_whatever_its_name(tmp_path: Path, row: str) -> None:
+    tree(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "data.csv").write_text(f"a,b\n{row}\n")
+    refused("data.csv: lies among the images and seems to hold labels, which", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a.png\nb.png\n", "class,number\ncat,3\n", ""])
+def test_other_tables_are_passed_over(tmp_path: Path, text: str) -> None:
+    tree(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "data.csv").write_text(text)
+    assert len(find_sources([str(tmp_path)])) == 2
+
+
 def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
     names = ("README.csv", "sizes.csv", "trains.csv", "class_names.txt", "info.json", "cat/1.json", "train.txt")
     assert len(find_sources([str(tree(tmp_path, "cat/1.png", "dog/2.png", *names))])) == 2
