@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet.open(folder, CLASSES, 8)
 
 
-@pytest.fixture(params=["fork", "spawn"])
+@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def start_method(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each way in which a platform may start workers by default."""
     before = multiprocessing.get_start_method()

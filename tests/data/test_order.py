@@ -161,7 +161,7 @@ many_ranks = st.tuples(st.integers(1, 16), st.integers(1, 4), st.integers(1, 3),
 orders = {"seed": st.integers(0, 2**63), "streams": st.integers(1, 9), "window": st.integers(1, 50)}
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(sizes=shard_sizes, legs=st.lists(many_ranks, min_size=1, max_size=3), **orders)
 def test_exactly_once_in_any_world(sizes: list[int], seed: int, streams: int, window: int, legs: list[Leg]) -> None:
     """Uneven and empty shards, 1 to 16 ranks, several epochs, world and batch changed on the way."""
@@ -169,7 +169,7 @@ def test_exactly_once_in_any_world(sizes: list[int], seed: int, streams: int, wi
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(sizes=shard_sizes, legs=st.lists(few_ranks, min_size=1, max_size=2), workers=st.integers(1, 3), **orders)
 def test_exactly_once_with_workers(
     sizes: list[int], seed: int, streams: int, window: int, legs: list[Leg], workers: int

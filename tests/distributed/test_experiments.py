@@ -25,6 +25,7 @@ from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
 from tests.support.forking import Process
 from tests.support.processes import group_ended
+from tests.support.slow import slow_unless
 from tools.experiments import EXPERIMENTS
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
@@ -100,6 +101,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
     assert group_ended(process.pid)
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
     outcomes: dict[str, Any] = {}
     random.seed(0)
@@ -154,7 +156,9 @@ def invented(task: Task, folder: Path) -> dict[str, Any]:
     return {"flops_an_image": 1e8, "measurements": measurements, **seconds}
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "upgrade"])
+@pytest.mark.parametrize(
+    "name", [slow_unless(name in ("bottleneck", "upsampling"), name) for name in EXPERIMENTS if name != "upgrade"]
+)
 def test_every_experiment_has_tasks_a_figure_and_a_table(name: str, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     random.seed(0)

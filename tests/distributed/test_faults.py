@@ -175,7 +175,7 @@ def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]
         pytest.param("checkpointed_3", ["engine.activation_checkpointing=1", "engine.zero_stage=3"], marks=SLOW),
         pytest.param("offloaded", ["engine.offload_optimizer=true"], marks=SLOW),
         pytest.param("near_weights", ["engine.hpz_group_size=2", "engine.zero_stage=3"], marks=SLOW),
-        ("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"]),
+        pytest.param("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"], marks=SLOW),
     ],
 )
 def test_ways_to_save_memory_change_no_number(

@@ -14,6 +14,7 @@ from jitscale.tracking import read_held_out, read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.runs import BATCH, STEPS, Job, losses, same_state, zero_samples
+from tests.support.slow import slow_unless
 
 EVERY = 4 * BATCH  # as often as a checkpoint
 # 20 samples are four blocks, which three ranks share unevenly, and the last one is not full.
@@ -59,7 +60,7 @@ def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: 
     assert same_state(job.folder / "unmeasured" / last, job.folder / "measured" / last)
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 1), (3, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), slow_unless(False, 2, 1), (3, 3)])
 def test_any_number_of_ranks_measures_the_same(
     job: Job, measured: list[dict[str, Any]], world_size: int, stage: int
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,8 +50,9 @@ def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
     assert lines()[:2] == [first, second]
 
 
-def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -> None:
-    """result.json is that one, whoever writes it; what else is measured is kept by protocol and replaces nothing."""
+@pytest.fixture(scope="module")
+def swept(evaluation: Evaluation) -> tuple[Path, list[str], str]:
+    """The folder and the command of a training that a sweep ends, and what it said."""
     folder = evaluation.folder / "finished"
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
@@ -63,7 +65,11 @@ def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -
         ),
         'evaluation.sweep=[ema=averages,"guidance=1,2"]',
     ]
-    said = run_ranks(2, *command)
+    return folder, command, run_ranks(2, *command)
+
+
+def test_the_end_of_a_training_is_the_configured_sweep(swept: tuple[Path, list[str], str]) -> None:
+    folder, _, said = swept
     assert "measuring: 2 x 10 images on the way" in said
     assert "4 settings x 16 in a sweep" in said
     assert "ema_0.9999 after 3 steps is 100% the weights that the run began with" in said
@@ -75,6 +81,13 @@ def test_the_end_of_a_training_is_the_configured_sweep(evaluation: Evaluation) -
     assert [line["step"] for line in lines] == [1, 2, 3], "the last step is measured by the final evaluation alone"
     assert lines[2]["fid"] == result["fid"]
     assert len(list((folder / "best_samples").glob("*.png"))) == 1
+
+
+@pytest.mark.slow
+def test_nothing_else_replaces_the_result_of_the_end(swept: tuple[Path, list[str], str]) -> None:
+    """result.json is that one, whoever writes it; what else is measured is kept by protocol and replaces nothing."""
+    folder, command, _ = swept
+    result = json.loads((folder / "result.json").read_text())
     written = (folder / "result.json").stat().st_mtime_ns
     run = ["--run-dir", str(folder)]
     run_ranks(1, "-m", "jitscale.evaluate", *run, "--weights=model", "evaluation.num_images=40")

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pytest
 
 from jitscale.files import exclusive
 from jitscale.preparation.array_shards import write_shards
@@ -46,6 +47,7 @@ def test_real_images_are_computed_once_by_runs_side_by_side(evaluation: Evaluati
     assert "features.npy has another sha256" in run_ranks(1, *commands[0], expect=2)
 
 
+@pytest.mark.slow
 def test_real_images_go_on_after_a_kill(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     """Parts that are there are not made again, by another number of ranks either; the result has the same bits."""
     shards = evaluation.folder / "killed_shards"

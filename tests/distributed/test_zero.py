@@ -13,7 +13,7 @@ from tests.distributed.programs.zero_parity import ROUNDED_STEPS, STAGES
 from tests.support.processes import PROGRAMS, run_ranks
 from tests.support.slow import slow_unless
 
-STEPS = {1: 20, 2: 50, 3: 20}  # by number of ranks
+STEPS, MANY_STEPS = 20, 50
 # What ranks train in one start, as `STAGE KIND`, by number of ranks.
 USUAL = {
     1: ["1 fp32"],
@@ -48,7 +48,7 @@ class Results:
         if training not in self.done[ranks]:
             (trainings,) = (plan[ranks] for plan in (USUAL, SLOW) if training in plan[ranks])
             path = self.folder / f"{ranks}.json"
-            run_ranks(ranks, str(PROGRAMS / "zero_parity.py"), str(path), str(STEPS[ranks]), *trainings)
+            run_ranks(ranks, str(PROGRAMS / "zero_parity.py"), str(path), str(STEPS), *trainings)
             self.done[ranks] |= json.loads(path.read_text())
         return self.done[ranks][training]
 
@@ -61,9 +61,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @in_every_stage_on_every_world
 def test_every_stage_on_every_world_is_plain_torch(results: Results, stage: int, ranks: int) -> None:
     """With gradient accumulation and clipping."""
-    run = results.of(ranks, f"{stage} fp32")
-    plain = results.done[ranks]["plain"]
-    assert len(run["losses"]) == STEPS[ranks]
+    assert_plain(results.of(ranks, f"{stage} fp32"), results.done[ranks]["plain"], STEPS)
+
+
+@pytest.mark.slow
+def test_every_stage_stays_plain_torch_for_many_steps(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    trainings = [f"{stage} fp32" for stage in STAGES]
+    run_ranks(2, str(PROGRAMS / "zero_parity.py"), str(path), str(MANY_STEPS), *trainings)
+    found = json.loads(path.read_text())
+    for training in trainings:
+        assert_plain(found[training], found["plain"], MANY_STEPS)
+
+
+def assert_plain(run: dict[str, Any], plain: dict[str, Any], steps: int) -> None:
+    assert len(run["losses"]) == steps
     assert run["losses"] == pytest.approx(plain["losses"], rel=1e-6)  # 1e-5 is asked for
     assert run["norms"] == pytest.approx(plain["norms"], rel=1e-5)
     assert min(plain["norms"]) > 1.0, "clipping must have had something to clip"
@@ -72,7 +84,7 @@ def test_every_stage_on_every_world_is_plain_torch(results: Results, stage: int,
 
 @in_every_stage_on_every_world
 def test_averages_in_shards_are_plain_averages(results: Results, stage: int, ranks: int) -> None:
-    """Of the engine's own weights; those of plain torch have been rounded otherwise for 50 steps."""
+    """Of the engine's own weights; those of plain torch have been rounded otherwise in each step."""
     run = results.of(ranks, f"{stage} fp32")
     assert run["own_ema_off"] == 0.0
     assert run["own_power_off"] < 2e-7, "its factor is computed in two ways"

@@ -85,6 +85,7 @@ def test_the_stored_weights_are_the_ones_results_refer_to() -> None:
     assert GlyphFeatures.weights.stat().st_size < 300_000
 
 
+@pytest.mark.slow
 def test_the_distance_sees_lost_detail_and_knows_letters(network: FeatureNetwork, large: np.ndarray) -> None:
     """On glyphs that never trained the network."""
     real, logits = features(network, large)

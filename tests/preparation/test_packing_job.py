@@ -50,6 +50,7 @@ def test_parts_at_once_do_what_one_does(tree: Path, clean: Path, tmp_path: Path)
     assert contents(tmp_path / "out") == contents(clean)
 
 
+@pytest.mark.slow
 def test_parts_in_turn_do_what_one_does(tree: Path, clean: Path, tmp_path: Path) -> None:
     """From other folders, too: the plan knows what a relative path meant."""
     output = tmp_path / "out"
@@ -240,6 +241,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [pid for child in children_of(process.pid) for pid in children_of(child)]
 
 
+@pytest.mark.slow
 def test_torch_is_loaded_once_for_all_workers(slow: tuple[Path, Path], tmp_path: Path) -> None:
     """webdataset imports it: 200 MB in each worker, if they did not share that memory. The main process is without."""
     process = start(command(slow[0], tmp_path / "out", *SLOW))

@@ -77,6 +77,7 @@ def test_step() -> None:
     assert result["ratio"] == pytest.approx(theirs["ms_per_step"] / result["ms_per_step"])
 
 
+@pytest.mark.slow
 def test_step_and_sample_need_torch_and_little_more() -> None:
     result = benchmark_json("step", "--steps", "1", "--warmup", "1", *OVERRIDES, without=FOREIGN)
     assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
