@@ -41,6 +41,7 @@ class ZeroEngine:
         os.environ["DS_ACCELERATOR"] = world.device.type
         import deepspeed  # noqa: PLC0415
         from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
+        from deepspeed.runtime import compiler  # noqa: PLC0415
         from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -48,6 +49,8 @@ class ZeroEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
         # On CPU DeepSpeed would spend two minutes compiling a shared-memory collective that gloo replaces.
         compatible_ops["deepspeed_shm_comm"] = False
+        # Whatever the optimizer, DeepSpeed imports its own Muon and compiles it then, which takes two seconds.
+        compiler.compile = lambda: lambda function: function
         self.stage = config.engine.zero_stage
         self.execution = prepare(model, config.engine, world.device, training=True)
         if self.execution.by_block and self.stage == 3:

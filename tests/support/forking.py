@@ -37,7 +37,8 @@ MESSAGE_BYTES = 2**17  # of a request: the command and the environment; a datagr
 WARM = (
     "jitscale.evaluation.requirements",
     "jitscale.training.trainer",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles as it is imported, and so brings torch's compiler
+    "deepspeed",
+    "torch._inductor.compile_fx",
     "torch._dynamo.testing",
     "torch.nn.attention.flex_attention",
     "torchmetrics",
