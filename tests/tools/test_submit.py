@@ -206,7 +206,9 @@ def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_chain_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chain_on_this_machine(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Really trained, upgraded and trained on; then a stage that fails ends the chain with its reason."""
     assert main(words(folder, "--local", f"{CHAIN},evaluate", *shards(folder))) == 0
     assert (folder / "runs/tiny_32/complete_train.json").exists()
@@ -214,7 +216,6 @@ def test_a_chain_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.count("COMPLETED") == 4
     assert main(["status", f"--folder={folder / 'submissions'}"]) == 0
     assert "train tiny_32" in capsys.readouterr().out
-    blocker = folder / "blocked"
-    blocker.write_text("")
-    with pytest.raises(UserError, match=r"train tiny_16: .*its log is"):
-        main([*words(folder, "--local", CHAIN, *shards(folder)), f"--run-dir={blocker / 'tiny_16'}"])
+    monkeypatch.setenv("JITSCALE_FAULTS", "kill:step=1")
+    with pytest.raises(UserError, match=r"train again_16: .*its log is"):
+        main([*words(folder, "--local", CHAIN, *shards(folder)), f"--run-dir={folder / 'again_16'}"])
