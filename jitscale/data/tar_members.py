@@ -52,10 +52,15 @@ def contents(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.Ta
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden files belong to no key."""
+    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden members belong to no key."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
+    return (folder + slash + stem, extension.lower()) if stem and dot and not is_hidden(name) else ("", "")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member, or a folder that it lies in, is hidden, as the store that git-annex links to: `.git/annex`."""
+    return "." in name and any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
 def is_image(name: str) -> bool:
@@ -77,7 +82,7 @@ def is_image_header(block: bytes) -> bool:
 
 def described_kinds(kinds: Counter[str]) -> str:
     """The most frequent kinds of files that are passed over, by extension, with their numbers."""
-    return ", ".join(f".{kind or '(none)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
+    return ", ".join(f".{kind or '(none or hidden)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
 
 
 def is_label_file(name: str) -> bool:
@@ -103,8 +108,9 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
                 what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
                 return f"{what}; remove that field {remedy}"
             break
-    folders = sorted({key.rpartition("/")[0] for key in keys} - {""})
-    if len(folders) > 1 and len({folder.count("/") for folder in folders}) == 1:  # such as train/cat and val/cat
+    folders = sorted({posixpath.normpath(posixpath.dirname(key)) for key in keys} - {"."})
+    depths = Counter(folder.count("/") for folder in folders)
+    if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, maybe besides test
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
         what = f"{no_labels} images in {len(folders)} folders ({some}), which are not read as classes"
         remedy = "unpack it and give tools/make_shards.py the folder of them, or put all into one folder for no labels"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_index import LARGEST_LABEL, sound_scan
-from jitscale.data.tar_members import LOST_LINK, described_kinds
+from jitscale.data.tar_members import LOST_LINK, described_kinds, is_hidden
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
@@ -268,7 +268,7 @@ class _Finder:
                     extension = _extension(member.name)
                     if content is None:
                         self.ignored[extension + LOST_LINK] += 1
-                    elif extension in PICTURES and not PurePosixPath(member.name).name.startswith("."):
+                    elif extension in PICTURES and not is_hidden(member.name):
                         pictures.append((member.name, content.offset_data, content.size, extension))
                     else:
                         self.ignored[extension] += 1

@@ -89,6 +89,33 @@ def test_a_link_may_stand_for_a_member_that_is_not_called_an_image(tmp_path: Pat
             assert [number_of(image) for image in chain(*blocks)] == [image for image, _ in here[first:]]
 
 
+def test_members_of_hidden_folders_are_no_samples(tmp_path: Path) -> None:
+    """git-annex keeps images in one, called as images; each must come once, by the link to it."""
+    one, two, three = (numbered_png(8, number) for number in (1, 2, 3))
+    members: list[Member] = [("./.git/annex/1.png", one), ("./a.png", ".git/annex/1.png"), ("./b.png", two)]
+    members += [(".git/annex/3.png", three), ("c.png", ".git/annex/3.png"), ("../d.png", one)]
+    tar = with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE)
+    assert [sample.key for sample in survey_tar(tar).samples] == ["./a", "./b", "c", "../d"]
+    shards, expected = ShardSet.open(tmp_path, 0), [1, 2, 3, 1]
+    assert [number for number, _ in samples_of(shards)] == expected
+    for first in range(4):
+        for last in range(first + 1, 5):
+            blocks = read_once(shards, range(first, last), 2, 0)
+            assert [number_of(image) for image in chain(*blocks)] == expected[first:last]
+    inputs = find_sources([str(tar)])
+    assert (len(inputs), inputs.ignored) == (4, {"": 2})
+    whole = write_tar(tmp_path / "whole", ("n1.tar", tar.read_bytes())).rename(tmp_path / "whole.tar")
+    assert len(find_sources([str(whole)])) == 4
+
+
+def test_a_pass_in_tar_order_skips_hidden_folders(tmp_path: Path) -> None:
+    """Without a link among its images, it does not look at their offsets."""
+    members = [(f"{folder}{n}.png", numbered_png(8, n)) for n in range(4) for folder in ("", ".thumbnails/")]
+    write_tar(tmp_path / "a.tar", *members)
+    blocks = read_once(ShardSet.open(tmp_path, 0), range(4), 2, 0)
+    assert [number_of(image) for image in chain(*blocks)] == [0, 1, 2, 3]
+
+
 def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
     members = ("x/a.png", numbered_png(8, 1)), ("y/b.png", "../x/a.png"), ("y/c.png", "a.png"), ("y/d.png", "/dev/zero")
     scan = survey_tar(with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE))
