@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
-from jitscale.data.tar_members import SPLIT, is_label_file
+from jitscale.data.tar_members import SPLIT, holds_labels
 from jitscale.errors import DataError, data_error
 
 _SPLIT = re.compile(rf"{SPLIT}([_-]?(set|data|images|\d+))?", re.IGNORECASE)
@@ -17,11 +17,6 @@ _PART = re.compile(
     r"([_-]?(set|data|images|\d+))?",
     re.IGNORECASE,
 )
-# A line with the name of an image and more, in whatever order; `path,label` is one.
-_ROW_OF_AN_IMAGE = re.compile(
-    rb"[^,;\t\r\n]\.(png|jpe?g|webp)[\"']?[ ]*[,;\t]|[,;\t][^,;\t\r\n]+\.(png|jpe?g|webp)\b", re.I
-)
-_BEGINNING = 1 << 16  # bytes of a table that are looked at
 _WORDS = re.compile(r"[^A-Za-z]+")
 _KNOWN_FILES = {
     "dataset.json": "a StyleGAN or EDM data set, whose folders are no classes",
@@ -31,24 +26,23 @@ _KNOWN_FILES = {
 }
 
 
-def refuse_label_file(path: str) -> None:
+def refuse_label_file(path: str, images: Collection[str] = ()) -> None:
     """Raise a DataError if the file `path`, which lies among images, holds their labels by its name or its lines.
 
-    Also if it is a table that cannot be read.
+    Also if it may be a table of them and cannot be read. `images` as of `holds_labels`.
     """
+
+    def read(most: int) -> bytes:
+        if not Path(path).is_file():
+            return b""
+        with data_error(f"{path}: cannot be read", "make it readable or move it away"), open(path, "rb") as file:
+            return file.read(most)
+
     name = PurePath(path).name
-    if is_label_file(name) or _lists_images(path):
+    if holds_labels(name, read, images):
         kind = f" ({_KNOWN_FILES[name.lower()]})" if name.lower() in _KNOWN_FILES else ""
         remedy = "pass its images as a .csv with columns path,label; move such files away if folders are the classes"
         raise DataError(f"{path}: lies among the images and seems to hold labels{kind}, which is not read; {remedy}")
-
-
-def _lists_images(path: str) -> bool:
-    """Whether a file is a table that says more of images than their names."""
-    if PurePath(path).suffix.lower() not in (".csv", ".tsv") or not Path(path).is_file():
-        return False
-    with data_error(f"{path}: cannot be read", "make it readable or move it away"), open(path, "rb") as file:
-        return bool(_ROW_OF_AN_IMAGE.search(file.read(_BEGINNING)))
 
 
 def refuse_splits(place: Path, classes: Iterable[str], named: Collection[str]) -> None:

@@ -200,9 +200,11 @@ class _Finder:
         files = [(_extension(entry.name), entry.path) for entry in entries if not _is_folder(entry)]
         pictures = [(extension, path) for extension, path in files if extension in PICTURES]
         tars = [path for extension, path in files if extension == "tar"]
-        self.ignored.update(extension for extension, _ in files if extension not in (*PICTURES, "tar"))
-        for _, path in files if not tars else ():
-            refuse_label_file(path)
+        others = [(extension, path) for extension, path in files if extension not in (*PICTURES, "tar")]
+        self.ignored.update(extension for extension, _ in others)
+        without_class = [path for _, path in pictures]
+        for _, path in others if not tars else ():
+            refuse_label_file(path, without_class)
         classes = set()
         for entry in entries:
             for path, extension in self._pictures_below(entry.path) if _is_folder(entry) else ():

@@ -227,6 +227,16 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
         ([("k.png", b""), ("metadata.csv", b"")], "but metadata.csv, which seems to hold labels"),
         ([("k.png", b""), ("k.label", b"1")], "but k.label, which seems to hold labels"),
         ([("k.png", b""), ("k.cls.txt", b"1")], "but k.cls.txt, which seems"),
+        ([("k.png", b""), ("data.csv", b"path,label\nk.png,1\n")], "but data.csv, which seems"),
+        (
+            [("x/k.png", b""), ("l.png", b""), ("x/breeds.csv", b"id,breed\nk,1\nl,2\n")],
+            "but x/breeds.csv, which seems",
+        ),
+        ([("k.png", b""), ("list.jsonl", b'{"image": "k.png", "class": 3}')], "but list.jsonl, which seems"),
+        ([("images/k.png", b""), ("val_annotations.txt", b"k.png\tn01\t0\t0\t9\t9")], "but val_annotations.txt, which"),
+        ([("k.png", b""), ("labels.npy", b"")], "but labels.npy, which seems"),
+        ([("k.png", b""), ("k.json", b"{}"), ("l.png", b""), ("l.json", b'{"label": 3}')], "but l.json holds 'label'"),
+        ([("train/cat/1.png", b""), ("train/dog/2.png", b""), ("val/3.png", b"")], "but images in 3 folders"),
     ],
 )
 def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
@@ -236,6 +246,13 @@ def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str,
     assert str(caught.value).startswith(f"{tmp_path}/a.tar: ")
     (defect,) = survey(find_tars(str(tmp_path)), None, 1).defects
     assert str(defect) == str(caught.value)
+
+
+def test_tables_that_say_nothing_of_the_images_are_ignored(tmp_path: Path) -> None:
+    members = [("./k.png", b""), ("./data.csv", b"class,number\ncat,3\n"), ("./files.jsonl", b'{"image": "k.png"}\n')]
+    members += [("./x/train.txt", b"k.png a cat"), ("./x/l.png", b"")]
+    inputs = find_sources([str(write_tar(tmp_path / "a.tar", *members))])
+    assert (len(inputs), inputs.ignored) == (2, {"csv": 1, "jsonl": 1, "txt": 1})
 
 
 def test_a_json_without_labels_is_a_caption(tmp_path: Path) -> None:
