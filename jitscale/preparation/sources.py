@@ -25,7 +25,7 @@ from jitscale.data.tar_index import LARGEST_LABEL, sound_scan
 from jitscale.data.tar_members import LOST_LINK, described_kinds, is_hidden
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
-from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
+from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits, say_if_one_class
 from jitscale.preparation.tars_of_tars import is_tar_of_tars, members_within
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
@@ -214,7 +214,8 @@ class _Finder:
         present = [f"{kind} ({len(found)})" for kind, found in kinds.items() if found]
         if len(present) > 1:
             raise DataError(f"{folder}: holds {' and '.join(present)}; keep one kind in a folder")
-        refuse_splits(folder, classes, self._known)
+        refuse_splits(folder, classes, self._known, [entry.name for entry in entries if _is_folder(entry)])
+        say_if_one_class(folder, classes, self._known)
         refuse_tars_of_splits(folder, tars)
         if not present:
             raise DataError(f"{folder}: holds neither images ({', '.join(PICTURES)}) nor tars; {_REMEDY}")

@@ -105,21 +105,50 @@ def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
     assert len(find_sources([str(tree(tmp_path, "cat/1.png", "dog/2.png", *names))])) == 2
 
 
-@pytest.mark.parametrize("splits", [["train", "val"], ["train"], ["Train", "TEST", "extra"], ["train", "unlabeled"]])
+@pytest.mark.parametrize(
+    "splits", [["train", "val"], ["train"], ["Train", "TEST", "extra"], ["train", "unlabeled"], ["testA", "trainA"]]
+)
 def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
     tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
-    refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST)", tmp_path)
+    refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST|testA)", tmp_path)
     assert find_sources([str(tmp_path)], splits).class_names == splits  # on purpose
     assert find_sources([str(tmp_path / splits[0])]).class_names == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("parts", [["images", "masks"], ["annotations", "img"]])
+@pytest.mark.parametrize("parts", [["images", "masks"], ["annotations", "img"], ["SegmentationClass", "imgs"]])
 def test_images_beside_masks_are_no_classes(tmp_path: Path, parts: list[str]) -> None:
     tree(tmp_path, *(f"{part}/a.png" for part in parts))
     refused(f"are parts of a data set, and would become classes; give one of them, such as {tmp_path}/im", tmp_path)
     tree(tmp_path, "cat/a.png")
     assert len(find_sources([str(tmp_path)])) == 3
     assert find_sources([str(tree(tmp_path / "one", "images/a.png"))]).class_names == ["images"]
+
+
+@pytest.mark.parametrize(
+    ("images", "others"),
+    [("JPEGImages", ["Annotations/a.xml", "ImageSets/Main/train.txt"]), ("images", ["labels/a.txt"])],
+)
+def test_images_beside_folders_of_labels_are_no_class(tmp_path: Path, images: str, others: list[str]) -> None:
+    """As of Pascal VOC and YOLO."""
+    tree(tmp_path, f"{images}/a.png", *others)
+    refused(f": {images} and .* are parts of a data set, .* such as {tmp_path}/{images};", tmp_path)
+    assert find_sources([str(tmp_path / images)]).num_classes == 0
+    assert find_sources([str(tmp_path)], [images]).class_names == [images]
+    tree(tmp_path, "cat/a.png")
+    assert find_sources([str(tmp_path)]).class_names == sorted([images, "cat"])
+
+
+def test_one_class_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a folder around the classes."""
+    tree(tmp_path, "ILSVRC/Data/cat/a.png", "ILSVRC/Data/dog/b.png")
+    assert find_sources([str(tmp_path)]).class_names == ["ILSVRC"]
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path}: all images are taken for one class, 'ILSVRC', ")
+    assert said.endswith(f"give {tmp_path / 'ILSVRC'}")
+    caplog.clear()
+    find_sources([str(tmp_path)], ["ILSVRC"])  # on purpose
+    find_sources([str(tmp_path / "ILSVRC" / "Data")])
+    assert caplog.messages == []
 
 
 def test_classes_that_are_called_like_a_split(tmp_path: Path) -> None:
