@@ -146,7 +146,7 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
         if field := _label_field(read(members[key]["json"], _LONGEST_JSON)):
             what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
             return f"{what}; remove that field {remedy}"
-    folders = sorted({posixpath.normpath(posixpath.dirname(key)) for key in keys} - {"."})
+    folders = sorted({posixpath.normpath(posixpath.dirname(key)).strip("/") for key in keys} - {"", "."})
     depths = Counter(folder.count("/") for folder in folders)
     if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, maybe besides test
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
