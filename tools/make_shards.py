@@ -34,6 +34,7 @@ from typing import NoReturn
 import installed
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jitscale.command import Parser, natural, part_of, path_text
 from jitscale.data.manifest import Manifest, read_class_names
@@ -82,7 +83,8 @@ def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) ->
     manifest = finished(output, options)
     if manifest is None:
         try:
-            with tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False) as bar:
+            bar = tqdm(desc="looking for images", unit="image", unit_scale=True, leave=False)
+            with bar, logging_redirect_tqdm():  # warnings get lines of their own
                 job = PackingJob(output, options, given.max_bad, bar.update)
             manifest = finished(output, options)  # others may have finished the job before this task planned it again
             if manifest is None:

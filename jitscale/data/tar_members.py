@@ -6,7 +6,9 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import islice
 from typing import IO
 
 from jitscale.data.images import EXTENSIONS
@@ -15,17 +17,29 @@ LOST_LINK = " as a link to no earlier member"  # behind the extension, as a kind
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
 
 SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set
-# By their names, also in folders: of the kinds that EDM, Hugging Face, COCO, CelebA and Kaggle have.
+# By their names, also in folders: of the kinds that EDM, Hugging Face, COCO, CelebA, Tiny ImageNet and Kaggle have.
 _LABEL_FILE = re.compile(
-    r"(.*[_-])?((dataset|metadata|labels?|annotations?(\.coco)?|solution|attr(_\w+)?)\.(json|jsonl|csv|tsv|parquet)"
-    r"|(labels?|ground_?truth|attr(_\w+)?)\.txt)"
+    rf"(.*[_-]|image|{SPLIT})?((dataset|metadata|labels?|annotations?(\.coco)?|solution|attr(_\w+)?)"
+    r"\.(json|jsonl|csv|tsv|parquet)|(labels?|annotations?)\.(npy|npz|pkl|pickle|mat|h5|xlsx?)"
+    r"|(labels?|annotations?|ground_?truth|attr(_\w+)?)\.txt)"
     rf"|(.*[_-])?{SPLIT}\.(csv|tsv|parquet)|instances_\w+\.json",
     re.IGNORECASE,
 )
+# By their lines. A name of an image and more, in whatever order; `path,label` is one.
+_ROW_OF_AN_IMAGE = re.compile(
+    rb"[^,;\t\r\n]\.(png|jpe?g|webp)[\"']?[ ]*[,;\t]|[,;\t][^,;\t\r\n]+\.(png|jpe?g|webp)\b", re.I
+)
+_ROW_OF_AN_ID = re.compile(rb"[\"']?([^,;\t\"']+)[\"']?[ ]*[,;\t]")
+_TABLES = (".csv", ".tsv", ".jsonl")
+_TEXT = re.compile(rf"(.*[_-])?({SPLIT}|(file_?)?list|images)\.txt", re.IGNORECASE)
+# An image and one word, as of Caffe; captions and boxes have more.
+_ROW_OF_TEXT = re.compile(rb"\S+\.(png|jpe?g|webp)[ \t]+\S+\s*|\s*", re.IGNORECASE)
+_BEGINNING = 1 << 16  # bytes of a table that are looked at
 _LABEL_EXTENSION = re.compile(r"cls\..+|(label|class)(s|es|_?id|_?name)?(\.(txt|json))?|index")
 
 _LAST_OF_NAME = 99  # byte of a header (POSIX.1-2001, ustar); folders may stand elsewhere
 _LONGEST_JSON = 1 << 16  # bytes that are looked at
+_MOST_JSON = 16  # members, likewise
 _LABEL_FIELDS = ("label", "labels", "cls", "class", "class_id", "class_name", "target")
 _FEW = 3  # folders that a message names
 _MOST_KINDS = 5  # of files, likewise
@@ -52,10 +66,15 @@ def contents(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.Ta
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden files belong to no key."""
+    """webdataset's rule: `a/b.seg.PNG` is extension `seg.png` of key `a/b`. Hidden members belong to no key."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
+    return (folder + slash + stem, extension.lower()) if stem and dot and not is_hidden(name) else ("", "")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member, or a folder that it lies in, is hidden, as the store that git-annex links to: `.git/annex`."""
+    return "." in name and any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
 def is_image(name: str) -> bool:
@@ -77,12 +96,31 @@ def is_image_header(block: bytes) -> bool:
 
 def described_kinds(kinds: Counter[str]) -> str:
     """The most frequent kinds of files that are passed over, by extension, with their numbers."""
-    return ", ".join(f".{kind or '(none)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
+    return ", ".join(f".{kind or '(none or hidden)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
 
 
-def is_label_file(name: str) -> bool:
-    """Whether a file of this name, which lies among images, holds their labels."""
-    return bool(_LABEL_FILE.fullmatch(name))
+def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str] = ()) -> bool:
+    """Whether a file that lies among images seems to hold their labels, by its `name` or its lines.
+
+    A table or list is read: `read` gives its beginning, of at most so many bytes. Its first column may hold the names
+    of `images` without folder and extension, where each has a name of its own. Raises what `read` raises.
+    """
+    if _LABEL_FILE.fullmatch(name):
+        return True
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix not in _TABLES and not _TEXT.fullmatch(name):
+        return False
+    beginning = read(_BEGINNING)
+    is_cut = len(beginning) == _BEGINNING
+    lines = beginning.splitlines()[: -1 if is_cut else None]
+    if suffix == ".txt":
+        return bool(beginning.strip()) and all(map(_ROW_OF_TEXT.fullmatch, lines))
+    if _ROW_OF_AN_IMAGE.search(beginning):
+        return True
+    ids = {os.fsdecode(row[1]).strip() for row in map(_ROW_OF_AN_ID.match, lines) if row}
+    found = len(ids.intersection(posixpath.splitext(posixpath.basename(image))[0] for image in images))
+    # The numbers in a table of classes may be the names of a few images.
+    return found > 0 and 2 * found >= len(ids) and (is_cut or 2 * found >= len(images))
 
 
 def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]], keys: Collection[str]) -> str:
@@ -91,20 +129,26 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
     Empty if nothing does. Raises an OSError if `file` cannot be read.
     """
     no_labels, remedy = "has no cls members, but", "to train without labels, or write each label as a member KEY.cls"
+
+    def read(member: tarfile.TarInfo, most: int) -> bytes:
+        return os.pread(file.fileno(), min(member.size, most), member.offset_data)
+
     for key, parts in members.items():
-        for extension in parts:
+        for extension, member in parts.items():
             name = f"{key}.{extension}"
-            if is_label_file(posixpath.basename(name)) if key not in keys else _LABEL_EXTENSION.fullmatch(extension):
+            if key not in keys or extension == "npy":  # labels.npy, which would be an image
+                is_found = holds_labels(posixpath.basename(name), partial(read, member), keys)
+            else:
+                is_found = bool(_LABEL_EXTENSION.fullmatch(extension))
+            if is_found:
                 return f"{no_labels} {name}, which seems to hold labels and is not read; remove it {remedy}"
-    for key in keys:
-        if member := members[key].get("json"):
-            text = os.pread(file.fileno(), min(member.size, _LONGEST_JSON), member.offset_data)
-            if field := _label_field(text):
-                what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
-                return f"{what}; remove that field {remedy}"
-            break
-    folders = sorted({key.rpartition("/")[0] for key in keys} - {""})
-    if len(folders) > 1 and len({folder.count("/") for folder in folders}) == 1:  # such as train/cat and val/cat
+    for key in islice((key for key in keys if "json" in members[key]), _MOST_JSON):
+        if field := _label_field(read(members[key]["json"], _LONGEST_JSON)):
+            what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
+            return f"{what}; remove that field {remedy}"
+    folders = sorted({posixpath.normpath(posixpath.dirname(key)).strip("/") for key in keys} - {"", "."})
+    depths = Counter(folder.count("/") for folder in folders)
+    if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, maybe besides test
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
         what = f"{no_labels} images in {len(folders)} folders ({some}), which are not read as classes"
         remedy = "unpack it and give tools/make_shards.py the folder of them, or put all into one folder for no labels"

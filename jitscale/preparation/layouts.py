@@ -3,25 +3,24 @@
 Until such layouts are read, they are refused: taken for folders of classes they give other labels, without a word.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
-from jitscale.data.tar_members import SPLIT, is_label_file
+from jitscale.data.tar_members import SPLIT, holds_labels
 from jitscale.errors import DataError, data_error
 
-_SPLIT = re.compile(rf"{SPLIT}([_-]?(set|data|images|\d+))?", re.IGNORECASE)
-# Beside a split, or beside each other, they are no classes.
+logger = logging.getLogger(__name__)
+
+_SPLIT = re.compile(rf"{SPLIT}([_-]?(set|data|images|\d+)|[_-]?(?-i:[AB]))?", re.IGNORECASE)  # trainA: CycleGAN
+# Beside a split, or beside each other, they are no classes. Pascal VOC has JPEGImages, ImageSets and Segmentation*.
 _PART = re.compile(
-    r"(un(labell?ed|sup(ervised)?)|extra|im(age|g)s?|(segmentation[_-]?)?masks?|labels?|annotations?|ground[_-]?truth)"
-    r"([_-]?(set|data|images|\d+))?",
+    r"(un(labell?ed|sup(ervised)?)|extra|(jpe?g)?im(age|g)s?|(segmentation[_-]?)?masks?|segmentation(class|object)"
+    r"|labels?|annotations?|ground[_-]?truth)([_-]?(sets?|data|images|\d+))?",
     re.IGNORECASE,
 )
-# A line with the name of an image and more, in whatever order; `path,label` is one.
-_ROW_OF_AN_IMAGE = re.compile(
-    rb"[^,;\t\r\n]\.(png|jpe?g|webp)[\"']?[ ]*[,;\t]|[,;\t][^,;\t\r\n]+\.(png|jpe?g|webp)\b", re.I
-)
-_BEGINNING = 1 << 16  # bytes of a table that are looked at
+_IMAGES = re.compile(r"(jpe?g)?im", re.IGNORECASE)
 _WORDS = re.compile(r"[^A-Za-z]+")
 _KNOWN_FILES = {
     "dataset.json": "a StyleGAN or EDM data set, whose folders are no classes",
@@ -31,40 +30,51 @@ _KNOWN_FILES = {
 }
 
 
-def refuse_label_file(path: str) -> None:
+def refuse_label_file(path: str, images: Collection[str] = ()) -> None:
     """Raise a DataError if the file `path`, which lies among images, holds their labels by its name or its lines.
 
-    Also if it is a table that cannot be read.
+    Also if it may be a table of them and cannot be read. `images` as of `holds_labels`.
     """
+
+    def read(most: int) -> bytes:
+        if not Path(path).is_file():
+            return b""
+        with data_error(f"{path}: cannot be read", "make it readable or move it away"), open(path, "rb") as file:
+            return file.read(most)
+
     name = PurePath(path).name
-    if is_label_file(name) or _lists_images(path):
+    if holds_labels(name, read, images):
         kind = f" ({_KNOWN_FILES[name.lower()]})" if name.lower() in _KNOWN_FILES else ""
         remedy = "pass its images as a .csv with columns path,label; move such files away if folders are the classes"
         raise DataError(f"{path}: lies among the images and seems to hold labels{kind}, which is not read; {remedy}")
 
 
-def _lists_images(path: str) -> bool:
-    """Whether a file is a table that says more of images than their names."""
-    if PurePath(path).suffix.lower() not in (".csv", ".tsv") or not Path(path).is_file():
-        return False
-    with data_error(f"{path}: cannot be read", "make it readable or move it away"), open(path, "rb") as file:
-        return bool(_ROW_OF_AN_IMAGE.search(file.read(_BEGINNING)))
-
-
-def refuse_splits(place: Path, classes: Iterable[str], named: Collection[str]) -> None:
+def refuse_splits(place: Path, classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> None:
     """Raise a DataError if the `classes` of the folder or tar `place` are splits, or images and their masks or labels.
 
-    Not if the user has `named` them.
+    Such labels may also lie in `folders` without an image. Not if the user has `named` the classes.
     """
+    folders = sorted(set(folders) - set(classes))
     classes = sorted(set(classes) - set(named))
     splits = [name for name in classes if _SPLIT.fullmatch(name)]
     others = [name for name in classes if _PART.fullmatch(name)]
-    if len(splits) + len(others) == len(classes) > 1:
-        splits += sorted(others, key=lambda name: not name.lower().startswith("im"))
+    if classes and len(splits) + len(others) == len(classes):
+        others.sort(key=lambda name: not _IMAGES.match(name))
+        others += [name for name in folders if _PART.fullmatch(name)]
+        splits += others if len(splits) + len(others) > 1 else []
     if splits and (len(splits) > 1 or len(splits) == len(classes)):
         what = f"{' and '.join(splits)} are parts of a data set" if len(splits) > 1 else f"{splits[0]} is a split"
         remedy = f"give one of them, such as {place / splits[0]}; if they are classes, name them with --class-names"
         raise DataError(f"{place}: {what}, and would become classes; {remedy}")
+
+
+def say_if_one_class(folder: Path, classes: Collection[str], named: Collection[str]) -> None:
+    """Warn if all images of `folder` lie in one folder of it, which the user has not `named`: classes may lie below."""
+    if len(classes) == 1 and not set(classes) & set(named):
+        name = next(iter(classes))
+        what = f"all images are taken for one class, {name!r}, since one folder holds them"
+        remedy = f"if it holds folders of classes, or images without a class, give {folder / name}"
+        logger.warning("%s: %s; %s", folder, what, remedy)
 
 
 def refuse_tars_of_splits(folder: Path, tars: Iterable[str]) -> None:

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from jitscale.data.find import paths_of
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_index import LARGEST_LABEL, sound_scan
-from jitscale.data.tar_members import LOST_LINK, described_kinds
+from jitscale.data.tar_members import LOST_LINK, described_kinds, is_hidden
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code, parse_label
-from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits
+from jitscale.preparation.layouts import refuse_label_file, refuse_splits, refuse_tars_of_splits, say_if_one_class
 from jitscale.preparation.tars_of_tars import is_tar_of_tars, members_within
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # in folders and in tars of tars
@@ -200,9 +200,11 @@ class _Finder:
         files = [(_extension(entry.name), entry.path) for entry in entries if not _is_folder(entry)]
         pictures = [(extension, path) for extension, path in files if extension in PICTURES]
         tars = [path for extension, path in files if extension == "tar"]
-        self.ignored.update(extension for extension, _ in files if extension not in (*PICTURES, "tar"))
-        for _, path in files if not tars else ():
-            refuse_label_file(path)
+        others = [(extension, path) for extension, path in files if extension not in (*PICTURES, "tar")]
+        self.ignored.update(extension for extension, _ in others)
+        without_class = [path for _, path in pictures]
+        for _, path in others if not tars else ():
+            refuse_label_file(path, without_class)
         classes = set()
         for entry in entries:
             for path, extension in self._pictures_below(entry.path) if _is_folder(entry) else ():
@@ -212,7 +214,8 @@ class _Finder:
         present = [f"{kind} ({len(found)})" for kind, found in kinds.items() if found]
         if len(present) > 1:
             raise DataError(f"{folder}: holds {' and '.join(present)}; keep one kind in a folder")
-        refuse_splits(folder, classes, self._known)
+        refuse_splits(folder, classes, self._known, [entry.name for entry in entries if _is_folder(entry)])
+        say_if_one_class(folder, classes, self._known)
         refuse_tars_of_splits(folder, tars)
         if not present:
             raise DataError(f"{folder}: holds neither images ({', '.join(PICTURES)}) nor tars; {_REMEDY}")
@@ -268,7 +271,7 @@ class _Finder:
                     extension = _extension(member.name)
                     if content is None:
                         self.ignored[extension + LOST_LINK] += 1
-                    elif extension in PICTURES and not PurePosixPath(member.name).name.startswith("."):
+                    elif extension in PICTURES and not is_hidden(member.name):
                         pictures.append((member.name, content.offset_data, content.size, extension))
                     else:
                         self.ignored[extension] += 1

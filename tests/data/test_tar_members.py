@@ -89,6 +89,33 @@ def test_a_link_may_stand_for_a_member_that_is_not_called_an_image(tmp_path: Pat
             assert [number_of(image) for image in chain(*blocks)] == [image for image, _ in here[first:]]
 
 
+def test_members_of_hidden_folders_are_no_samples(tmp_path: Path) -> None:
+    """git-annex keeps images in one, called as images; each must come once, by the link to it."""
+    one, two, three = (numbered_png(8, number) for number in (1, 2, 3))
+    members: list[Member] = [("./.git/annex/1.png", one), ("./a.png", ".git/annex/1.png"), ("./b.png", two)]
+    members += [(".git/annex/3.png", three), ("c.png", ".git/annex/3.png"), ("../d.png", one)]
+    tar = with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE)
+    assert [sample.key for sample in survey_tar(tar).samples] == ["./a", "./b", "c", "../d"]
+    shards, expected = ShardSet.open(tmp_path, 0), [1, 2, 3, 1]
+    assert [number for number, _ in samples_of(shards)] == expected
+    for first in range(4):
+        for last in range(first + 1, 5):
+            blocks = read_once(shards, range(first, last), 2, 0)
+            assert [number_of(image) for image in chain(*blocks)] == expected[first:last]
+    inputs = find_sources([str(tar)])
+    assert (len(inputs), inputs.ignored) == (4, {"": 2})
+    whole = write_tar(tmp_path / "whole", ("n1.tar", tar.read_bytes())).rename(tmp_path / "whole.tar")
+    assert len(find_sources([str(whole)])) == 4
+
+
+def test_a_pass_in_tar_order_skips_hidden_folders(tmp_path: Path) -> None:
+    """Without a link among its images, it does not look at their offsets."""
+    members = [(f"{folder}{n}.png", numbered_png(8, n)) for n in range(4) for folder in ("", ".thumbnails/")]
+    write_tar(tmp_path / "a.tar", *members)
+    blocks = read_once(ShardSet.open(tmp_path, 0), range(4), 2, 0)
+    assert [number_of(image) for image in chain(*blocks)] == [0, 1, 2, 3]
+
+
 def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
     members = ("x/a.png", numbered_png(8, 1)), ("y/b.png", "../x/a.png"), ("y/c.png", "a.png"), ("y/d.png", "/dev/zero")
     scan = survey_tar(with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE))
@@ -200,6 +227,16 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
         ([("k.png", b""), ("metadata.csv", b"")], "but metadata.csv, which seems to hold labels"),
         ([("k.png", b""), ("k.label", b"1")], "but k.label, which seems to hold labels"),
         ([("k.png", b""), ("k.cls.txt", b"1")], "but k.cls.txt, which seems"),
+        ([("k.png", b""), ("data.csv", b"path,label\nk.png,1\n")], "but data.csv, which seems"),
+        (
+            [("x/k.png", b""), ("l.png", b""), ("x/breeds.csv", b"id,breed\nk,1\nl,2\n")],
+            "but x/breeds.csv, which seems",
+        ),
+        ([("k.png", b""), ("list.jsonl", b'{"image": "k.png", "class": 3}')], "but list.jsonl, which seems"),
+        ([("images/k.png", b""), ("val_annotations.txt", b"k.png\tn01\t0\t0\t9\t9")], "but val_annotations.txt, which"),
+        ([("k.png", b""), ("labels.npy", b"")], "but labels.npy, which seems"),
+        ([("k.png", b""), ("k.json", b"{}"), ("l.png", b""), ("l.json", b'{"label": 3}')], "but l.json holds 'label'"),
+        ([("train/cat/1.png", b""), ("train/dog/2.png", b""), ("val/3.png", b"")], "but images in 3 folders"),
     ],
 )
 def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
@@ -209,6 +246,13 @@ def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str,
     assert str(caught.value).startswith(f"{tmp_path}/a.tar: ")
     (defect,) = survey(find_tars(str(tmp_path)), None, 1).defects
     assert str(defect) == str(caught.value)
+
+
+def test_tables_that_say_nothing_of_the_images_are_ignored(tmp_path: Path) -> None:
+    members = [("./k.png", b""), ("./data.csv", b"class,number\ncat,3\n"), ("./files.jsonl", b'{"image": "k.png"}\n')]
+    members += [("./x/train.txt", b"k.png a cat"), ("./x/l.png", b"")]
+    inputs = find_sources([str(write_tar(tmp_path / "a.tar", *members))])
+    assert (len(inputs), inputs.ignored) == (2, {"csv": 1, "jsonl": 1, "txt": 1})
 
 
 def test_a_json_without_labels_is_a_caption(tmp_path: Path) -> None:
