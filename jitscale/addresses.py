@@ -6,15 +6,15 @@ MASK = "***"
 
 _ADDRESS = re.compile(
     r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)"
-    # With a password, up to the last @: it may hold any character. What follows a colon may be a port.
-    r"(?P<user>[^\s/?#'\":@]*:(?!\d+(?:[/?#'\"\s]|$))(?:(?!://)[^\s\"])*@|[^\s/?#'\"]*@)?(?P<path>(?:(?!,\w{1,20}://)[^\s?#'\"])*)"
-    r"(?P<query>\?[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
+    # With a password, up to the last @: it may hold any character. At most five digits after a colon may be a port.
+    r"(?P<user>[^\s/?#'\":@]*:(?!\d{1,5}(?:[/?#'\"\s]|$))(?:(?!://)[^\s\"])*@|[^\s/?#'\"]*@)?(?P<path>(?:(?!,\w{1,20}://)[^\s?#'\"])*)"
+    r"(?P<query>[?#][^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
 )
 _VALUE = re.compile(r"(?<==)[^&]+|(?<=[?&])[\w%~+.-]{16,}(?<!\.tar)(?=&|$)")  # or a long token without a name
 
 
 def masked(text: str) -> str:
-    """`text` with user, password and the values of queries masked in every address: https://***@host/a?token=***."""
+    """`text` with user, password, values of queries and fragments masked in each address: https://***@host/a?token=***."""
 
     def without_secrets(found: re.Match[str]) -> str:
         user = f"{MASK}@" if found["user"] else ""

@@ -76,6 +76,11 @@ def test_addresses_that_cannot_work(address: str, message: str) -> None:
         ("http://h:80/a@b 'http://h:80' and a@b", "http://h:80/a@b 'http://h:80' and a@b"),
         ("https://h/x?c2VjcmV0LXRva2Vu&v=1", "https://h/x?***&v=***"),
         ("https://h/x?c2VjcmV0LXRva2Vu: gone", "https://h/x?***: gone"),
+        ("https://h/x#access_token=s3cret&n=1; no", "https://h/x#access_token=***&n=***; no"),
+        ("https://h/x?v=1#access_token=s3cret", "https://h/x?v=***"),
+        ("see https://h/docs.html#the-title-of-a-section, please", "see https://h/docs.html#the-title-of-a-section, please"),
+        ("https://me:123456/p@host/x", "https://***@host/x"),
+        ("https://host:65535/a@b", "https://host:65535/a@b"),
         ("https://h/s-?-of-000000000012.tar s-?.tar", "https://h/s-?-of-000000000012.tar s-?.tar"),
     ],
 )
