@@ -10,6 +10,7 @@ _ADDRESS = re.compile(
     r"(?P<user>[^\s/?#'\":@]*:(?!\d{1,5}(?:[/?#'\"\s]|$))(?:(?!://)[^\s\"])*@|[^\s/?#'\"]*@)?(?P<path>(?:(?!,\w{1,20}://)[^\s?#'\"])*)"
     r"(?P<query>[?#][^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
 )
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+\}")
 _VALUE = re.compile(r"(?<==)[^&]+|(?<=[?&])[\w%~+.-]{16,}(?<!\.tar)(?=&|$)")  # or a long token without a name
 
 
@@ -21,6 +22,16 @@ def masked(text: str) -> str:
         return found["scheme"] + user + found["path"] + _VALUE.sub(MASK, found["query"] or "")
 
     return _ADDRESS.sub(without_secrets, text) if "://" in text else text
+
+
+def has_secret(setting: str) -> bool:
+    """Whether a setting holds a secret itself, so not only `${oc.env:NAME}` in its place.
+
+    A user before a password of the environment is no secret, and neither are values next to one of it in a query.
+    """
+    text = _ENVIRONMENT.sub("\0", setting)
+    text = re.sub(r"(?<=://)(?:[^\s/?#:@]*:\0+|\0+:?)@|[?#][^\s?#,]*\0[^\s?#,]*", "", text)
+    return masked(text) != text
 
 
 def split_query(address: str) -> tuple[str, str]:

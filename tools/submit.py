@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jitscale.addresses import masked
+from jitscale.addresses import has_secret
 from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -136,7 +136,7 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
         if not any(stage.resolution == resolution for stage in chains[0]):
             raise UserError(f"--set {resolution}/...: no stage of --chain {options.chain} is at {resolution} px")
     for setting in (setting for chain in chains for stage in chain for setting in stage.overrides):
-        if masked(setting) != setting and "${" not in setting:
+        if has_secret(setting):
             remedy = "write ${oc.env:NAME} in its place, or keep it in ~/.netrc"
             raise UserError(f"{setting}: has a secret, which files in {options.folder} would show; {remedy}")
     return chains

@@ -167,6 +167,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
             [CHAIN, "--set", "16/data.held_out=https://h/y?t=s3cret"],
             r"\?t=\*\*\*: has a secret, .* write \$\{oc\.env:NAME",
         ),
+        (["data.shards=https://a:s3cret@h/${run.seed}"], r"shards=https://\*\*\*@h/\$\{run.seed\}: has a secret"),
         (["--minutes=5"], "--signal-seconds 300: must be less than the time limit, --minutes 5"),
         ([f"--run-dir={folder / 'tiny_16.yaml' / 'run'}"], r"tiny_16\.yaml is a file, not a folder"),
         ([f"--folder={folder / 'tiny_16.yaml'}"], r"tiny_16\.yaml is a file, not a folder"),
