@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import wandb
 from PIL import Image
 
+from jitscale.addresses import masked
 from jitscale.config import Config, to_dict
 from jitscale.errors import ConfigError
 from jitscale.files import atomic_write
@@ -170,18 +172,19 @@ class Tracker:
             own = _own_id(run_dir / "wandb_id")
             if not offline:
                 check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
-            record = wandb.init(
-                project=config.tracking.project,
-                name=config.tracking.name or run_dir.name,
-                id=own,
-                resume="allow",
-                dir=run_dir,
-                mode="offline" if offline else None,  # None: online, unless WANDB_MODE says otherwise
-                config=to_dict(config),
-                settings=wandb.Settings(
-                    init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
-                ),
-            )
+            with _arguments_without_secrets():
+                record = wandb.init(
+                    project=config.tracking.project,
+                    name=config.tracking.name or run_dir.name,
+                    id=own,
+                    resume="allow",
+                    dir=run_dir,
+                    mode="offline" if offline else None,  # None: online, unless WANDB_MODE says otherwise
+                    config=to_dict(config),
+                    settings=wandb.Settings(
+                        init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
+                    ),
+                )
             if record.id != own:  # the environment has another one, as in a sweep of W&B's
                 logger.warning("W&B records under the id %s of its sweep, not under %s of RUN/wandb_id", record.id, own)
             # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
@@ -211,6 +214,17 @@ class Tracker:
             self._wandb = None
             return False
         return True
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """Mask the secrets of addresses in sys.argv: W&B records the command line as it finds it."""
+    words = sys.argv
+    sys.argv = [masked(word) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _own_id(path: Path) -> str:

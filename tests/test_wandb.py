@@ -17,7 +17,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from jitscale.config import Config, TrackingConfig
+from jitscale.config import Config, DataConfig, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.tracking import Tracker, _own_id, check_wandb, read_metrics
 from tests.support import ROOT
@@ -196,6 +196,26 @@ def test_one_setting_is_no_sweep_and_two_intervals_are_two_lines(tmp_path: Path)
     _, _, summary, folder = recorded(tmp_path / "two")
     curve = json.loads((folder / "files" / summary["fid_over_guidance_table.path"]).read_text())
     assert [row[1:] for row in curve["data"]] == [["model, 0.1:1", 3.0], ["model, 0.2:1", 4.0]]
+
+
+def test_secrets_are_in_no_file_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "https://anna:p4ss@host/x-{0..3}.tar?token=p4ss"
+    words = ["train.py", "--config=a.yaml", f"data.shards={address}", address]
+    monkeypatch.setattr(sys, "argv", words)
+    config = Config(data=DataConfig(shards=address), tracking=TrackingConfig(wandb="offline"))
+    record = Tracker(config, tmp_path, True, 0)
+    assert sys.argv is words
+    assert words[3] == address, "the process keeps its words"
+    record.log({"step": 1, "images": 8})
+    record.log_final(final_result([sweep_row("model", 1.0, 100, 3.0), sweep_row("model", 2.0, 100, 2.0)]))
+    record.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert path in files
+    assert not [file for file in files if b"p4ss" in file.read_bytes()]
+    hidden = "https://***@host/x-{0..3}.tar?token=***"
+    known = [list(record.environment.args) for record in records(path) if record.HasField("environment")]
+    assert ["--config=a.yaml", f"data.shards={hidden}", hidden] in known
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ import installed
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from jitscale.addresses import masked
+from jitscale.addresses import has_secret
 from jitscale.command import Parser, natural
 from jitscale.config import load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
@@ -136,7 +137,7 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
         if not any(stage.resolution == resolution for stage in chains[0]):
             raise UserError(f"--set {resolution}/...: no stage of --chain {options.chain} is at {resolution} px")
     for setting in (setting for chain in chains for stage in chain for setting in stage.overrides):
-        if masked(setting) != setting and "${" not in setting:
+        if has_secret(setting):
             remedy = "write ${oc.env:NAME} in its place, or keep it in ~/.netrc"
             raise UserError(f"{setting}: has a secret, which files in {options.folder} would show; {remedy}")
     return chains
@@ -178,9 +179,11 @@ def table(folder: Path) -> Table:
     forms = {"step": ".0f", "images": ",.0f", "loss": ".4f", "images_per_second": ".1f"}
     for record in everything:
         now = state_of(record, everything)
-        state = f"[{colours.get(now['state'], 'red')}]{now['state']}[/]"
+        state = Text(now["state"], colours.get(now["state"], "red"))
         numbers = ["" if now.get(name) is None else format(now[name], form) for name, form in forms.items()]
-        found.add_row(record.job, record.stage, state, str(now["restarts"] + 1), *numbers, now["reason"])
+        # As Text: rich would take brackets in a str for markup.
+        job, stage, reason = (Text(text) for text in (record.job, record.stage, now["reason"]))
+        found.add_row(job, stage, state, str(now["restarts"] + 1), *numbers, reason)
     return found
 
 

@@ -105,10 +105,11 @@ def check_folder(path: Path) -> None:
 
 
 def check_partition(partition: str | None) -> None:
-    """Raise a UserError if the partition is not there, or there is no Slurm."""
+    """Raise a UserError if a partition (sbatch takes several: a,b) is not there, or there is no Slurm."""
     names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
-    if partition is not None and partition not in names:
-        raise UserError(f"--partition {partition}: not on this cluster; choose one of {', '.join(sorted(names))}")
+    if partition is not None and (absent := [name for name in partition.split(",") if name not in names]):
+        said = f"{', '.join(map(repr, absent))} not on this cluster" if "," in partition else "not on this cluster"
+        raise UserError(f"--partition {partition}: {said}; choose of {', '.join(sorted(names))}")
 
 
 def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
@@ -172,7 +173,7 @@ def state_of(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
     state, restarts, reason = _state(record)
     run_dir = Path(record.run_dir)
     if record.kind != "upgrade" and state in ("UNKNOWN", "RUNNING", "COMPLETED") and is_complete(run_dir, record.kind):
-        state = "COMPLETED"
+        state, reason = "COMPLETED", ""
     if state == "CANCELLED" and record.after is not None:
         before = next((other for other in all_records if other.job == record.after), None)
         if before is not None and _state(before)[0] not in ("COMPLETED", "PENDING", "RUNNING"):
@@ -245,7 +246,10 @@ def _state(record: Record) -> tuple[str, int, str]:
     if job.startswith("local_"):
         result = Path(record.log.removesuffix("_log.out") + "_result.pkl")
         if result.exists():
-            return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
+            try:
+                return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
+            except Exception as error:  # a pickle that was cut short or damaged raises anything
+                return "UNKNOWN", 0, f"{result}: cannot be read ({type(error).__name__}); see its log"
         is_alive = Path("/proc", job.removeprefix("local_")).exists()
         return ("RUNNING" if is_alive else "UNKNOWN"), 0, ""
     try:
@@ -279,5 +283,8 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def _last_error(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:  # the table shows the other jobs all the same
+        return ""
     return next((line for line in reversed(lines) if re.match(r"(\w+\.)*\w*[eE]rror: ", line)), "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jitscale.addresses import masked
+from jitscale.addresses import has_secret, masked
 from jitscale.config import load_config, to_yaml
 from jitscale.data import manifest, remote
 from jitscale.data.manifest import Manifest
@@ -76,11 +76,38 @@ def test_addresses_that_cannot_work(address: str, message: str) -> None:
         ("http://h:80/a@b 'http://h:80' and a@b", "http://h:80/a@b 'http://h:80' and a@b"),
         ("https://h/x?c2VjcmV0LXRva2Vu&v=1", "https://h/x?***&v=***"),
         ("https://h/x?c2VjcmV0LXRva2Vu: gone", "https://h/x?***: gone"),
+        ("https://h/x#access_token=s3cret&n=1; no", "https://h/x#access_token=***&n=***; no"),
+        ("https://h/x?v=1#access_token=s3cret", "https://h/x?v=***"),
+        ("https://h/docs.html#the-title-of-a-section, see", "https://h/docs.html#the-title-of-a-section, see"),
+        ("https://me:123456/p@host/x", "https://***@host/x"),
+        ("https://host:65535/a@b", "https://host:65535/a@b"),
         ("https://h/s-?-of-000000000012.tar s-?.tar", "https://h/s-?-of-000000000012.tar s-?.tar"),
     ],
 )
 def test_masked_addresses(text: str, expected: str) -> None:
     assert masked(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "has"),
+    [
+        ("https://anna:s3cret@h/${run.seed}", True),
+        ("https://anna:s3cret@h/x?token=${oc.env:A}", True),
+        ("https://${oc.env:A}:s3cret@h/x", True),
+        ("https://anna:${oc.env:A,s3cret}@h/x", True),
+        ("https://h/x?token=s3cret&seed=${run.seed}", True),
+        ("https://anna:${oc.env:A}@h/x,https://anna:s3cret@h/y", True),
+        ("https://s3cret:@h/${oc.env:A}", True),
+        ("${oc.env:A}", False),
+        ("https://anna:${oc.env:A}@h/x", False),
+        ("https://${oc.env:A}:${oc.env:B}@h/${run.seed}/x-{0..3}.tar", False),
+        ("https://${oc.env:A}@h:80/x,https://${oc.env:A}:@h/y", False),
+        ("https://h/x?version=1&token=${oc.env:A}&end=2", False),
+        ("https://h:80/${oc.env:A}/a@b", False),
+    ],
+)
+def test_settings_with_a_secret_themselves(address: str, has: bool) -> None:
+    assert has_secret(f"data.shards={address}") == has
 
 
 def test_small_files_are_bounded(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

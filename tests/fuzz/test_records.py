@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ ROW = {**BEST, "fid": 2.0, "inception_score": 3.0, "num_images": 70}
 RESULT = {"best": BEST, "fid": 2.0, "fid_floor": 0.5, "inception_score": 3.0, "num_images": 70, "table": [ROW, ROW]}
 JOB = {
     "job": "local_1",
-    "stage": "train x",
+    "stage": "train x[bold] [/y]",
     "kind": "train",
     "run_dir": "x",
     "after": None,
@@ -107,7 +108,13 @@ def test_records_of_a_run(fuzz: Fuzzer) -> None:
     def status(mutator: Mutator) -> Command:
         written(mutator, run)
         (jobs := fuzz.inputs / "jobs").mkdir(exist_ok=True)
-        (jobs / "local_1.json").write_bytes(mutator.json({**JOB, "run_dir": str(run), "log": str(run / "log_log.out")}))
+        said = mutator.random.choice(
+            ["", "error: a=[/x]: [red]", "error: \x1b[1m[/]", "a.bError: [link=x]y[", "error: \\"]
+        )
+        (run / "log_log.out").write_bytes(mutator.changed_bytes(said.encode(), most=2))
+        (run / "log_result.pkl").write_bytes(mutator.changed_bytes(pickle.dumps(("error", said)), most=2))
+        job = {**JOB, "run_dir": str(run), "log": str(run / "log_log.out")}
+        (jobs / "local_1.json").write_bytes(mutator.json(job) if mutator.often(0.5) else json.dumps(job).encode())
         return tool("submit", ["status", "--folder", str(fuzz.inputs)])
 
     fuzz.run("metrics, evaluations, result: gallery", 100, drawn)

@@ -1,5 +1,7 @@
 """tools/submit.py: what would be submitted, and what is refused before."""
 
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import pytest
 
 from jitscale.errors import UserError
 from jitscale.launch.stages import Stage, parse_chain, parse_settings
-from jitscale.launch.submission import parse_options
+from jitscale.launch.submission import Record, parse_options
 from tests.support import ROOT
 from tests.support.runs import write_chain_inputs
+from tools import submit
 from tools.submit import main
 
 
@@ -122,7 +125,7 @@ def test_a_chain_goes_through_resolutions() -> None:
 
 def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [CHAIN, "--nodes=3", "--gpus-per-node=2", "--minutes=30", "--sbatch=account=vision"]
-    more += ["--sbatch", "exclusive", *shards(folder)]
+    more += ["--partition=gpu,cpu", "--sbatch", "exclusive", *shards(folder)]
     assert main(words(folder, "--dry-run", *more)) == 0
     first, upgrade, second = capsys.readouterr().out.split("#!/bin/bash")[1:]
     for line in (
@@ -133,6 +136,7 @@ def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.Ca
         "#SBATCH --signal=B:USR1@300",
         "#SBATCH --requeue",
         "#SBATCH --account=vision",
+        "#SBATCH --partition=gpu,cpu\n",
         "#SBATCH --exclusive\n",
         "source slurm/launch.sh",
     ):
@@ -167,6 +171,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
             [CHAIN, "--set", "16/data.held_out=https://h/y?t=s3cret"],
             r"\?t=\*\*\*: has a secret, .* write \$\{oc\.env:NAME",
         ),
+        (["data.shards=https://a:s3cret@h/${run.seed}"], r"shards=https://\*\*\*@h/\$\{run.seed\}: has a secret"),
         (["--minutes=5"], "--signal-seconds 300: must be less than the time limit, --minutes 5"),
         ([f"--run-dir={folder / 'tiny_16.yaml' / 'run'}"], r"tiny_16\.yaml is a file, not a folder"),
         ([f"--folder={folder / 'tiny_16.yaml'}"], r"tiny_16\.yaml is a file, not a folder"),
@@ -186,6 +191,40 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         main(["status", f"--folder={folder}"])
 
 
+@pytest.mark.parametrize(
+    ("stage", "result", "log", "state", "reason"),
+    [
+        ("train a_sweep=[ema=x]", ("error", "x"), "error: sweep=[ema=x] fails", "FAILED", "sweep=[ema=x] fails"),
+        ("train a", ("error", "x"), "error: data.shards=[/data/x.tar]: absent", "FAILED", "=[/data/x.tar]: absent"),
+        ("train new[bold] :x:", ("error", "x"), "a.B_Error: x [red]y[/]\\", "FAILED", "a.B_Error: x [red]y[/]\\"),
+        ("train a", ("error", "x"), None, "FAILED", ""),
+        ("train a", ("success", 0), "error: x", "COMPLETED", ""),
+        ("train a", None, "error: x", "UNKNOWN", "local_result.pkl: cannot be read (EOFError)"),
+    ],
+)
+def test_the_table_shows_texts_as_they_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    result: object,
+    log: str | None,
+    state: str,
+    reason: str,
+) -> None:
+    (tmp_path / "local_result.pkl").write_bytes(b"" if result is None else pickle.dumps(result))
+    output = tmp_path / "local_log.out"
+    output.mkdir() if log is None else output.write_text(f"{log}\nas said\n")
+    (tmp_path / "jobs").mkdir()
+    record = Record("local_x", stage, "train", str(tmp_path / "run"), None, str(output), "2026")
+    (tmp_path / "jobs/local_x.json").write_text(json.dumps(vars(record)))
+    monkeypatch.setattr(submit, "PIPE_COLUMNS", 2000)  # a long name of the folder wraps no reason
+    assert main(["status", f"--folder={tmp_path}"]) == 0
+    _, *cells, _ = (cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("│"))
+    assert cells[:3] == ["local_x", stage, state]
+    assert reason in cells[-1]
+
+
 @pytest.mark.parametrize("option", ["--nodes", "--minutes", "--tasks-per-node", "--cpus-per-task", "--signal-seconds"])
 @pytest.mark.parametrize("value", ["0", "-5", "1.5", "x", ""])
 def test_numbers_are_positive(folder: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
@@ -197,12 +236,19 @@ def test_numbers_are_positive(folder: Path, capsys: pytest.CaptureFixture[str], 
 def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = folder / "bin"
     commands.mkdir()
-    for name, does in (("sinfo", "echo gpu*"), ("srun", "exit 0"), ("sbatch", "echo 'error: bad account' >&2; exit 1")):
+    refusal = "echo 'error: bad account' >&2; exit 1"
+    for name, does in (("sinfo", "echo 'gpu*'; echo cpu"), ("srun", "exit 0"), ("sbatch", refusal)):
         (commands / name).write_text(f"#!/bin/sh\n{does}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=":")
-    with pytest.raises(UserError, match="sbatch has refused the job: error: bad account; correct"):
-        main(words(folder, "--sbatch=account=x", f"data.shards={folder / 'shards_16'}"))
+    for partition, message in (
+        ("gpu", "sbatch has refused the job: error: bad account; correct"),
+        ("gpu,cpu", "sbatch has refused the job"),
+        ("gpus", "--partition gpus: not on this cluster; choose of cpu, gpu"),
+        ("cpu,gpus,", "--partition cpu,gpus,: 'gpus', '' not on this cluster; choose of cpu, gpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(words(folder, f"--partition={partition}", f"data.shards={folder / 'shards_16'}"))
 
 
 @pytest.mark.slow
