@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from pathlib import Path
 
 from jitscale.addresses import masked
 
@@ -27,6 +28,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _WRONG_PATHS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
+    errno.ENXIO,  # of a socket that is opened
     errno.EINVAL,  # of a damaged file, whose numbers no file can have
     None,  # said by a library, not by the system
 )
@@ -101,6 +103,16 @@ class StopRequestedError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+def unreadable(path: Path, error: object, damage: str, remedy: str = "start again when the storage works") -> UserError:
+    """What a read of `path`, a file of weights, leads to: a StorageError with `remedy`, or a CheckpointError, `damage`.
+
+    A storage that fails is no damage: to remove a sound checkpoint or choose another would mend nothing.
+    """
+    if isinstance(error, OSError) and not is_wrong_path(error):
+        return StorageError.of(error, f"{path}: cannot be read ({error.strerror}); {remedy}")
+    return CheckpointError(damage)
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from jitscale.checkpoints.format import (
     step_folder,
     whole_fragments,
 )
-from jitscale.checkpoints.opening import read_guide
+from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.saving import prune, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import shapes_of
 from jitscale.config import Config, EvaluationConfig, ModelConfig, RunConfig
@@ -225,6 +225,28 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(layout, "sha256_of", fail)
-    with pytest.raises(StorageError, match=r"cannot be read \(Input/output error\); start again") as met:
+    remedy = f"start again when the storage works; if this file alone stays unreadable, remove {checkpoint.path}"
+    with pytest.raises(StorageError, match=rf"cannot be read \(Input/output error\); {remedy}") as met:
         checkpoint.verify()
     assert not met.value.is_wrong
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint-last.pth", "folder/weights.safetensors"])
+def test_weights_whose_storage_fails_are_not_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, number = tmp_path / name, errno.EIO
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"PK")
+
+    def fail(path: Path, *arguments: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    given = file if file.parent == tmp_path else file.parent
+    with pytest.raises(StorageError, match=rf"{name}: cannot be read \(Input/output error\); start again") as met:
+        open_weights(given)
+    assert not met.value.is_wrong
+    number = errno.EACCES
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        open_weights(given)
