@@ -52,6 +52,10 @@ class RendezvousError(RuntimeError):
     """Some ranks did not come. In general this is no mistake of the user's: a new start may succeed."""
 
 
+class RankLostError(RendezvousError):
+    """Another rank has ended, which has a message of its own."""
+
+
 class ConfigError(UserError):
     """The configuration asks for something unknown or impossible."""
 
@@ -135,7 +139,8 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {escaped(str(error))}", file=sys.stderr)
-        _tell_torchrun(f"error: {escaped(str(error))}")
+        if not isinstance(error, RankLostError):  # torchrun names one rank as the cause: this is not it
+            _tell_torchrun(f"error: {escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
