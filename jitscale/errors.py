@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from pathlib import Path
 
 from jitscale.addresses import masked
 
@@ -27,6 +28,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _WRONG_PATHS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
+    errno.ENXIO,  # of a socket that is opened
     errno.EINVAL,  # of a damaged file, whose numbers no file can have
     None,  # said by a library, not by the system
 )
@@ -48,6 +50,10 @@ class LauncherError(UserError):
 
 class RendezvousError(RuntimeError):
     """Some ranks did not come. In general this is no mistake of the user's: a new start may succeed."""
+
+
+class RankLostError(RendezvousError):
+    """Another rank has ended, which has a message of its own."""
 
 
 class ConfigError(UserError):
@@ -103,6 +109,16 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+def unreadable(path: Path, error: object, damage: str, remedy: str = "start again when the storage works") -> UserError:
+    """What a read of `path`, a file of weights, leads to: a StorageError with `remedy`, or a CheckpointError, `damage`.
+
+    A storage that fails is no damage: to remove a sound checkpoint or choose another would mend nothing.
+    """
+    if isinstance(error, OSError) and not is_wrong_path(error):
+        return StorageError.of(error, f"{path}: cannot be read ({error.strerror}); {remedy}")
+    return CheckpointError(damage)
+
+
 def first_line(error: BaseException) -> str:
     """The message of an error, without the lines that libraries write below it, such as torch's stack."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -123,7 +139,8 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {escaped(str(error))}", file=sys.stderr)
-        _tell_torchrun(f"error: {escaped(str(error))}")
+        if not isinstance(error, RankLostError):  # torchrun names one rank as the cause: this is not it
+            _tell_torchrun(f"error: {escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, RendezvousError, StorageError, UserError, first_line
+from jitscale.errors import ConfigError, RankLostError, RendezvousError, StorageError, UserError, escaped, first_line
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
@@ -127,11 +127,19 @@ def stop() -> None:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """Join the job's process group for the block, as `start` does, and leave it together with all ranks."""
+    """Join the job's process group for the block, as `start` does, and leave it together with all ranks.
+
+    Raises a RankLostError, if one has left before.
+    """
     world = start(device)
     try:
         yield world
         barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+    except RuntimeError as error:
+        if "gloo" not in str(error) or "by peer" not in str(error):  # a closed or reset connection
+            raise
+        what = f"rank {world.rank}: another rank has ended, and this one with it"
+        raise RankLostError(f"{what}; the message of that rank, or the log of its node, says why") from error
     finally:
         stop()
 
@@ -224,6 +232,17 @@ def raise_together(call: Callable[[], T]) -> T:
     if any_rank(error is not None):  # objects travel only when something is wrong
         raise next(other for other in gather_objects(error) if other is not None)
     return cast(T, result)
+
+
+@contextmanager
+def said_by_this_rank() -> Iterator[None]:
+    """Log a UserError that this rank meets alone, with its number: `exit_with_message` prints those of rank 0 only."""
+    try:
+        yield
+    except UserError as error:
+        if this_rank() > 0:
+            logger.error("rank %d: %s", this_rank(), escaped(str(error)))
+        raise
 
 
 def on_main(call: Callable[[], T]) -> T:

@@ -62,9 +62,8 @@ def _train_through(stages: Sequence[Config], world: World, held: ExitStack) -> i
     """
     for stage in stages[1:]:  # before time is spent on the first one
         open_once_a_node(stage, world)
-    begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
     claimed = claim(Path(stages[-1].run.dir), held)
-    first = parallel.broadcast_object(max(begun, default=0))  # one rank looks: file systems lag
+    first = parallel.on_main(lambda: _last_begun(stages))  # one rank looks: file systems lag
     for number, stage in enumerate(stages[first:], first):
         if number > first:
             parallel.on_main(partial(_upgrade, stages[number - 1], stage))
@@ -72,6 +71,12 @@ def _train_through(stages: Sequence[Config], world: World, held: ExitStack) -> i
         if code != ExitCode.DONE:
             return code
     return ExitCode.DONE
+
+
+def _last_begun(stages: Sequence[Config]) -> int:
+    """The number of the last stage that has a checkpoint, or of the first one."""
+    begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
+    return max(begun, default=0)
 
 
 def _upgrade(low: Config, high: Config) -> None:

@@ -1,13 +1,20 @@
 """How ranks agree, and on what they compute."""
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from jitscale import parallel
-from jitscale.errors import ConfigError
+from jitscale.config import Config
+from jitscale.data.workers import naming_dead_workers
+from jitscale.errors import ConfigError, DataError, ExitCode, exit_with_message
 from jitscale.training.engine import _name_device_as_deepspeed_does
+from jitscale.training.feed import Feed
 
 
 def test_cuda_that_is_not_there_is_refused() -> None:
@@ -47,3 +54,55 @@ def test_everything_works_in_one_process() -> None:
     assert parallel.any_rank(True)
     assert not parallel.any_rank(False)
     assert parallel.raise_together(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, []), (3, ["rank 3: /data/a.tar: cannot be read; restore it"])])
+def test_what_one_rank_meets_alone_is_said_with_its_number(
+    rank: int, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 prints its own as the command's message."""
+
+    def broken() -> Iterator[Any]:
+        raise DataError("/data/a.tar: cannot be read; restore it")
+        yield
+
+    monkeypatch.setattr(parallel, "this_rank", lambda: rank)
+    feed = Feed.__new__(Feed)
+    feed._config, feed._prepared = Config(), broken()
+    with pytest.raises(DataError):
+        next(feed)
+    assert caplog.messages == said
+    with pytest.raises(DataError), naming_dead_workers(parallel.said_by_this_rank):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    dead = "DataLoader worker (pid 7) is killed by signal: Killed. Out of memory"
+    assert [text[: len(dead) + 26] for text in caplog.messages[1:]] == [f"rank 3: data.num_workers: {dead}"] * len(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:4", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms", False),
+    ],
+)
+def test_a_rank_that_another_one_has_left_says_one_line(
+    text: str, is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        with parallel.joined(torch.device("cpu")):
+            raise RuntimeError(text)
+
+    world = parallel.World(2, 4, 0, torch.device("cpu"))
+    monkeypatch.setattr(parallel, "start", lambda device: world)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit if is_lost else RuntimeError) as met:
+        exit_with_message(command)
+    if is_lost:
+        assert met.value.code == ExitCode.FAILED
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:47] for line in said] == ["error: rank 2: another rank has ended, and this"] * is_lost
+    assert not (tmp_path / "error.json").exists(), "torchrun names another rank as the cause"

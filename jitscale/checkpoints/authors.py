@@ -32,7 +32,7 @@ from jitscale.config import (
     ema_name,
     network_differences,
 )
-from jitscale.errors import CheckpointError, first_line
+from jitscale.errors import CheckpointError, first_line, unreadable
 from jitscale.files import atomic_write
 from jitscale.model.layers import sincos_position_table
 
@@ -128,7 +128,10 @@ def _undecayed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _unpickled(path: Path) -> Any:
-    """What `torch.save` wrote, of plain types only. Raises a CheckpointError if the file holds anything else."""
+    """What `torch.save` wrote, of plain types only.
+
+    Raises a CheckpointError if the file holds anything else, a StorageError if its storage fails.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -144,7 +147,7 @@ def _unpickled(path: Path) -> Any:
         else:
             reason = first_line(error)
         what = f"{path}: not a readable checkpoint of the authors' format ({reason})"
-        raise CheckpointError(f"{what}; {remedy}") from error
+        raise unreadable(path, error, f"{what}; {remedy}") from error
 
 
 def _other_format(path: Path, error: Exception) -> CheckpointError:

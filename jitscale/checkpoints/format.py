@@ -27,7 +27,7 @@ from jitscale.checkpoints.streams import MappedSafetensors
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights
 from jitscale.config import Config, load_config
 from jitscale.config.cautions import start_caution
-from jitscale.errors import CheckpointError, StorageError, UserError, is_wrong_path
+from jitscale.errors import CheckpointError, UserError, unreadable
 from jitscale.files import FileIdentity, sha256_of
 
 FORMAT = 2  # 1 had no hashes
@@ -201,12 +201,10 @@ class Checkpoint(StoredWeights):
         return self.read(set_name, parameter, 0, prod(shape)).view(shape)
 
     def _damaged(self, file: str, what: object) -> UserError:
-        if isinstance(what, OSError) and not is_wrong_path(what):  # removing a sound checkpoint would mend nothing
-            remedy = "start again when the storage works"
-            return StorageError.of(what, f"{self.path / file}: cannot be read ({what.strerror}); {remedy}")
         one_line = f"{self.path / file}: {' '.join(str(what).split())}"
-        remedy = f"remove {self.path} to fall back to the checkpoint before it"
-        return CheckpointError(f"{one_line}; the file is damaged, {remedy}")
+        fall_back = f"remove {self.path} to fall back to the checkpoint before it"
+        lasting = f"start again when the storage works; if this file alone stays unreadable, {fall_back}"
+        return unreadable(self.path / file, what, f"{one_line}; the file is damaged, {fall_back}", lasting)
 
     def _open(self, number: int) -> MappedSafetensors:
         if number not in self._opened:

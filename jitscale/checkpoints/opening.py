@@ -12,7 +12,7 @@ from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
 from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
-from jitscale.errors import CheckpointError, ConfigError, first_line
+from jitscale.errors import CheckpointError, ConfigError, UserError, first_line, unreadable
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
@@ -33,13 +33,14 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
 
     Every form but a checkpoint of this project lacks hashes, so flipped bits in it are only met if they break the file.
     A checkpoint's file is verified before its first read. Raises a CheckpointError if nothing readable is there or a
-    config is needed, a ConfigError at impossible sizes.
+    config is needed, a StorageError if the storage fails, a ConfigError at impossible sizes.
     """
     path = Path(path)
     try:
         return _open(path, config)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); choose other weights") from error
+        what = f"{path}: cannot be read ({error.strerror or error}); choose other weights"
+        raise unreadable(path, error, what) from error
 
 
 def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
@@ -51,6 +52,7 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
         raise CheckpointError(f"{path}: is a device or a pipe; give a run folder, a step folder or a weights file")
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path], config)
+    path.open("rb").close()  # is_zipfile takes every error for another format
     if not zipfile.is_zipfile(path):
         what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save (a zip archive)"
         raise CheckpointError(f"{what}; give a run or such a file")
@@ -138,8 +140,9 @@ def _described(values: Mapping[str, Any], source: Path) -> Config:
     return config
 
 
-def _undescribed(source: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{source}: does not describe a JiT ({first_line(error)}); correct its description")
+def _undescribed(source: Path, error: Exception) -> UserError:
+    damage = f"{source}: does not describe a JiT ({first_line(error)}); correct its description"
+    return unreadable(source, error, damage)
 
 
 def _interpret(config: ConfigSource) -> Config:

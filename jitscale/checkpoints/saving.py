@@ -29,7 +29,7 @@ from jitscale.checkpoints.format import MARKER, Flats, Fragment, Progress
 from jitscale.checkpoints.index import strange_sets
 from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.config import Config, to_yaml
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, StorageError
 from jitscale.files import FileIdentity, flush, sha256_of
 from jitscale.versions import __version__, version_of
 
@@ -141,13 +141,14 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
     """Remove complete checkpoints, and what interrupted saves left.
 
     The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`. A folder
-    that is not what its name or its index says neither counts nor is removed.
+    that is not what its name or its index says, or cannot be read, neither counts nor is removed. Raises an OSError if
+    the folders cannot be listed, or after all others were removed, one cannot be.
     """
     images_of: dict[Path, int] = {}
     for folder in layout.complete_checkpoints(run_dir):
         try:
             images_of[folder] = _images_of(folder, FileIdentity.of((folder / MARKER).stat()))
-        except CheckpointError as error:
+        except (CheckpointError, StorageError, OSError) as error:  # of a bad sector, which must not keep all others
             logger.warning("%s; it is left alone, and does not count as one of the checkpoints to keep", error)
     folders = list(images_of)
     kept, previous = set(folders[-keep_last:]), 0
@@ -157,11 +158,15 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
             if images > previous:
                 kept.add(folder)
             previous = images
-    for folder in folders:
-        if folder not in kept:
-            _remove(folder)
-    for leftover in (run_dir / "checkpoints").glob("step_*.partial"):
-        shutil.rmtree(leftover)
+    failed: OSError | None = None
+    for folder in [*folders, *(run_dir / "checkpoints").glob("step_*.partial")]:
+        try:
+            if folder not in kept:
+                _remove(folder)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 @lru_cache(maxsize=1000)
@@ -198,7 +203,7 @@ def remove_snapshots_after(run_dir: Path, images: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    (folder / MARKER).unlink()  # first: a kill during the removal leaves no folder that looks complete
+    (folder / MARKER).unlink(missing_ok=True)  # first: a kill during the removal leaves no folder that looks complete
     shutil.rmtree(folder)
 
 

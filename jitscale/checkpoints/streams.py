@@ -26,6 +26,7 @@ class MappedSafetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped = 0
+        path.open("rb").close()  # safe_open says "No such file" of every error
         self._file = safe_open(path, framework="pt")
         self.metadata: dict[str, str] = self._file.metadata() or {}
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from jitscale.checkpoints.streams import MappedSafetensors, atomic_safetensors
 from jitscale.config import Config, network_differences, to_dict
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, unreadable
 from jitscale.model.jit import JiT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
@@ -114,16 +114,17 @@ class SafetensorsWeights(StoredWeights):
         try:
             tensor = self._files[set_name].tensor(self._stored_names[parameter])
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: {parameter} cannot be read ({error}); the file is damaged") from error
+            damage = f"{self.path}: {parameter} cannot be read ({error}); the file is damaged"
+            raise unreadable(self._files[set_name].path, error, damage) from error
         return plain(tensor, self.path, parameter)
 
 
 def open_safetensors(path: Path) -> MappedSafetensors:
-    """A safetensors file. Raises a CheckpointError if it cannot be read."""
+    """A safetensors file. Raises a CheckpointError if it cannot be read, a StorageError if its storage fails."""
     try:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        raise unreadable(path, error, f"{path}: not a readable safetensors file ({error})") from error
 
 
 def is_set_name(name: str) -> bool:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, split_name, unread_labels
-from jitscale.errors import DataError, data_error
+from jitscale.errors import DataError, StorageError, data_error
 from jitscale.files import atomic_write
 from jitscale.keyed_random import UInt64Array
 
@@ -109,6 +109,7 @@ class TarScan:
     defects: list[Defect] = field(default_factory=list)
     complete: bool = False  # up to the end of the archive; otherwise the last defect says where the scan had to stop
     skipped: Counter[str] = field(default_factory=Counter)  # members that belong to no sample, by kind; no folders
+    failure: OSError | None = None  # why the last defect is that the tar cannot be read
     unread_labels: str = ""  # what looks like labels where no sample has one, and the remedy
 
     def refuse(self, byte: int | None, what: str) -> None:
@@ -122,8 +123,8 @@ def scan_tar(path: Path) -> list[TarSample]:
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
     base name. One of them is the image; `cls` is the label; others are ignored, and so are keys with neither. A link
     stands for an earlier member of the tar; links without their target are left out, with a warning. Raises a DataError
-    if the tar is missing, empty, compressed, truncated or damaged, a key comes twice, a sample has no image or several,
-    or its image or label is sparse.
+    if the tar is empty, compressed, truncated or damaged, a key comes twice, a sample has no image or several, or its
+    image or label is sparse; a StorageError if it cannot be read.
     """
     scan = sound_scan(path)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
@@ -134,6 +135,8 @@ def scan_tar(path: Path) -> list[TarSample]:
 def sound_scan(path: Path) -> TarScan:
     """`survey_tar` that raises as `scan_tar` does."""
     scan = survey_tar(path)
+    if scan.failure is not None:
+        raise StorageError.of(scan.failure, str(scan.defects[-1]))
     if scan.defects:
         raise DataError(str(scan.defects[0]))
     return scan
@@ -151,7 +154,7 @@ def survey_tar(path: Path) -> TarScan:
                 scan.unread_labels = unread_labels(file, members, {one.key: None for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
-        scan.complete = False
+        scan.complete, scan.failure = False, error
     return scan
 
 

@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -87,14 +87,18 @@ def _next_or_error(batches: Iterator[T | DataError], workers: list[BaseProcess])
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`."""
+def naming_dead_workers(saying: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`.
+
+    It is raised within `saying`.
+    """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise _dead_worker(str(error)) from error
+        with saying():
+            raise _dead_worker(str(error)) from error
 
 
 def _dead_worker(what: str) -> DataError:

@@ -173,7 +173,7 @@ class RealImages:
 
     def _compute(self, network: Network, world: World, num_workers: int) -> None:
         """Shares of the work by turns, each a file, then their sum; what a killed run has left is used."""
-        missing = parallel.broadcast_object([path for path in self._shares if not path.exists()])
+        missing = parallel.on_main(lambda: [path for path in self._shares if not path.exists()])
         total = sum(len(self._shares[path]) for path in missing)
 
         def counting(images: torch.Tensor) -> FeatureArrays:

@@ -4,9 +4,11 @@
 
 Each rank checks its own machine, then all compare. A fault is printed as one line that names the node, and every rank
 ends with exit code 1. A fault of all machines, if there are several, is a mistake of the configuration: exit code 2.
+A storage that fails on all of them is neither: the line names no node, and the exit code is 1.
 The ranks that come to the comparison name those that do not.
 """
 
+import errno
 import hashlib
 import os
 import socket
@@ -27,13 +29,14 @@ from jitscale import parallel
 from jitscale.command import Parser, path_text
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_training_shards
-from jitscale.errors import ExitCode, UserError, exit_with_message, first_line
+from jitscale.errors import ExitCode, StorageError, UserError, exit_with_message, first_line, is_wrong_path
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
 FAULT = "preflight: node"  # how a line begins that names a node
+SHARED_FAULT = "preflight: all nodes"  # and one of a fault that no node is to blame for, and that may pass
 WAIT_SECONDS = 120.0  # for the slowest rank
 COMPARISON_LIMIT = timedelta(minutes=10)  # of one collective: rank 0 may have to download a feature network's weights
 BANDWIDTH_BYTES = 64 * 2**20
@@ -46,6 +49,7 @@ class Fault(NamedTuple):
 
     message: str  # without names that differ from rank to rank
     is_users: bool = False  # a mistake that a user can mend
+    may_pass: bool = False  # a storage that fails
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
     findings = parallel.gather_objects(finding)
     if wrong := mistakes(findings):
         raise UserError("; ".join(wrong))
+    if passing := met_everywhere(findings, may_pass=True):
+        if rank == 0:
+            print(f"{SHARED_FAULT}: {'; '.join(passing)}", flush=True)
+        return ExitCode.FAILED
     problems = compare(findings)
     if rank == 0:
         for node, what in problems:
@@ -114,20 +122,26 @@ def faults_of(config: Config) -> tuple[Fault, ...]:
         try:
             check(config)
         except (UserError, OSError, RuntimeError) as error:
-            faults.append(Fault(" ".join(str(error).split()), isinstance(error, UserError)))
+            may_pass = isinstance(error, StorageError) and not error.is_wrong
+            faults.append(Fault(" ".join(str(error).split()), isinstance(error, UserError) and not may_pass, may_pass))
     return tuple(faults)
 
 
 def mistakes(findings: list[Finding]) -> list[str]:
-    """The faults that a start on other nodes would meet again.
+    """The faults that a start on other nodes would meet again."""
+    if settings := sorted({finding.mistake for finding in findings if finding.mistake}):
+        return settings[:1]  # the same on all nodes
+    return met_everywhere(findings, may_pass=False)
+
+
+def met_everywhere(findings: list[Finding], *, may_pass: bool) -> list[str]:
+    """The faults that no node is to blame for, those that `may_pass` or the others.
 
     If several nodes, and all ranks, have the same fault, no node is to blame. The only node of a job may be.
     """
-    if settings := sorted({finding.mistake for finding in findings if finding.mistake}):
-        return settings[:1]  # the same on all nodes
     several = len({finding.node for finding in findings}) > 1
     everywhere = set.intersection(*(set(finding.faults) for finding in findings))
-    return sorted(fault.message for fault in everywhere if several or fault.is_users)
+    return sorted(fault.message for fault in everywhere if fault.may_pass == may_pass and (several or fault.is_users))
 
 
 def compare(findings: list[Finding]) -> list[tuple[str, str]]:
@@ -203,7 +217,10 @@ def _folders(config: Config) -> None:
         except OSError as error:
             # Without the name of the temporary file, which is another one on every rank.
             remedy = "make room there, or choose another run.dir, TMPDIR or data.cache_dir"
-            raise RuntimeError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
+            what = f"{folder}: cannot be written ({error.strerror}); {remedy}"
+            if is_wrong_path(error) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RuntimeError(what) from error  # before the first step, room must be made by somebody
+            raise StorageError.of(error, what) from error
 
 
 def _shards(config: Config) -> None:

@@ -27,7 +27,7 @@ from jitscale.command import Parser, complete_source, evaluate_parser, train_par
 from jitscale.config import Config, load_config
 from jitscale.errors import INTERRUPTED, ExitCode, exit_with_message
 from jitscale.evaluation.real_images import finished_parts
-from jitscale.launch.preflight import FAULT
+from jitscale.launch.preflight import FAULT, SHARED_FAULT
 from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
 from jitscale.launcher_environment import TORCHRUN, positive_setting
 from jitscale.progressive import run_dirs
@@ -130,7 +130,8 @@ class Supervisor:
             return self._again("asked to stop before the first step", [])
         if code != ExitCode.DONE:
             named = [line.split()[2].rstrip(":") for line in output.splitlines() if line.startswith(FAULT)]
-            return self._again("the preflight failed", named or failed_tasks(output))
+            shared = any(line.startswith(SHARED_FAULT) for line in output.splitlines())
+            return self._again("the preflight failed", [] if shared else named or failed_tasks(output))
         run_folder.forget_completion(work.run_dir, work.command)
         code, output = self._srun(work.command, work.command, work.arguments)
         if run_folder.is_complete(work.run_dir, work.command):

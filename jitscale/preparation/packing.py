@@ -12,7 +12,7 @@ from jitscale.data import images, tar_index
 from jitscale.data.images import ImageError
 from jitscale.data.manifest import BadInput, ShardRecord
 from jitscale.data.tar_index import NO_LABEL, OffsetReader
-from jitscale.errors import DataError
+from jitscale.errors import DataError, StorageError, is_wrong_path
 from jitscale.files import atomic_write, sha256_of
 from jitscale.preparation.sources import WHOLE_FILE, Source
 
@@ -82,8 +82,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
 def pack_shard(task: ShardTask) -> PackedShard:
     """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
 
-    Raises a TooManyBadError if more than `task.most_bad` cannot be used, an OSError if the shard cannot be written, and
-    a DataError if images cannot be read for a reason that lies in this process, such as too little memory.
+    Raises a TooManyBadError if more than `task.most_bad` cannot be used, an OSError if the shard cannot be written, a
+    StorageError if the storage of an image fails, and a DataError if images cannot be read for a reason that lies in
+    this process, such as too little memory.
     """
     bad: list[BadInput] = []
     enlarged = 0
@@ -117,7 +118,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
 
 
 def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
-    """The bytes of one image. An `ImageError` is the file's fault, another `DataError` this process's."""
+    """The bytes of one image. An `ImageError` is its fault, a StorageError the disk's, a DataError this process's."""
     try:
         file = open_file(source.path)
         size = file.status().st_size if source.size == WHOLE_FILE else source.size
@@ -131,6 +132,9 @@ def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
         if error.errno in _OUR_FAULT:
             remedy = "raise the limits of the process, or use fewer workers"
             raise DataError(f"{source.place}: {what}; {remedy}") from error
+        if not is_wrong_path(error):  # good images must not be left out because a file server was away
+            remedy = "give the same command when the storage works; a file that is removed is listed as a bad image"
+            raise StorageError.of(error, f"{source.place}: {what}; {remedy}") from error
         raise ImageError(what) from error
 
 

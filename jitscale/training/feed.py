@@ -96,9 +96,13 @@ class Feed:
         self._prepared = _copied(drawn, world.device)
 
     def __next__(self) -> MicroBatch:
-        """The next micro-batch; images that could not be decoded are named in it."""
+        """The next micro-batch; images that could not be decoded are named in it.
+
+        Raises, on this rank alone, a DataError if a shard cannot be read or a worker has died.
+        """
         config = self._config
-        batch, (images, labels, flip, normal_numbers) = next(self._prepared)
+        with parallel.said_by_this_rank():
+            batch, (images, labels, flip, normal_numbers) = next(self._prepared)
         t = times_from_normal(normal_numbers, config.diffusion)
         seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions.numpy())
         noise = seeded_noise(seeds, config.model.image_size, self._generator)

@@ -261,10 +261,10 @@ def write_config(config: Config) -> None:
 def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
     """The newest complete checkpoint, the same on every rank, with all its files verified; a collective call.
 
-    Raises a CheckpointError on every rank if it is damaged.
+    Raises a CheckpointError on every rank if it is damaged, a StorageError if it cannot be looked at.
     """
     # One rank looks: a shared file system may show the others an older state.
-    folders = parallel.broadcast_object(complete_checkpoints(run_dir)[-1:])
+    folders = parallel.on_main(lambda: complete_checkpoints(run_dir)[-1:])
     if not folders:
         return None
     checkpoint = parallel.raise_together(lambda: Checkpoint(folders[0]))

@@ -60,7 +60,7 @@ def train(config: Config, world: World, claimed: Claim | None = None) -> int:
         claimed = claimed or claim(Path(config.run.dir), held)
         trainer = Trainer(config, world, open_once_a_node(config, world), claimed)
         held.callback(trainer.close)
-        with naming_dead_workers():
+        with naming_dead_workers(parallel.said_by_this_rank):
             return trainer.run()
 
 

@@ -22,7 +22,7 @@ from jitscale.checkpoints.format import (
     step_folder,
     whole_fragments,
 )
-from jitscale.checkpoints.opening import read_guide
+from jitscale.checkpoints.opening import open_weights, read_guide
 from jitscale.checkpoints.saving import prune, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import shapes_of
 from jitscale.config import Config, EvaluationConfig, ModelConfig, RunConfig
@@ -181,6 +181,33 @@ def test_damage_neither_counts_nor_stops_pruning(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (3, 4)]
 
 
+def test_a_storage_that_fails_in_one_checkpoint_keeps_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector in an old index, a marker that cannot be looked at, a folder that cannot be removed."""
+    for step in range(1, 7):
+        write(step_folder(tmp_path, step), step)
+    reads, looks, removes = sha256_of, Path.stat, shutil.rmtree
+
+    def failing(step: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(path: Path, *arguments: Any, **named: Any) -> Any:
+            if str(path).startswith(str(step_folder(tmp_path, step))):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return call(path, *arguments, **named)
+
+        return called
+
+    listed = complete_checkpoints(tmp_path)
+    monkeypatch.setattr(layout, "complete_checkpoints", lambda run_dir: listed)
+    monkeypatch.setattr(layout, "sha256_of", failing(1, reads))
+    monkeypatch.setattr(Path, "stat", failing(2, looks))
+    monkeypatch.setattr(shutil, "rmtree", failing(3, removes))
+    with pytest.raises(OSError, match="step_00000003"):
+        prune(tmp_path, keep_last=1)
+    monkeypatch.undo()
+    assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (1, 2, 6)]
+
+
 def test_every_reader_verifies(tmp_path: Path) -> None:
     """A flipped bit makes other weights, which no reader may take."""
     folder = write(step_folder(tmp_path, 1), 1)
@@ -225,6 +252,28 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(layout, "sha256_of", fail)
-    with pytest.raises(StorageError, match=r"cannot be read \(Input/output error\); start again") as met:
+    remedy = f"start again when the storage works; if this file alone stays unreadable, remove {checkpoint.path}"
+    with pytest.raises(StorageError, match=rf"cannot be read \(Input/output error\); {remedy}") as met:
         checkpoint.verify()
     assert not met.value.is_wrong
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint-last.pth", "folder/weights.safetensors"])
+def test_weights_whose_storage_fails_are_not_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, number = tmp_path / name, errno.EIO
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"PK")
+
+    def fail(path: Path, *arguments: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    given = file if file.parent == tmp_path else file.parent
+    with pytest.raises(StorageError, match=rf"{name}: cannot be read \(Input/output error\); start again") as met:
+        open_weights(given)
+    assert not met.value.is_wrong
+    number = errno.EACCES
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        open_weights(given)

@@ -1,8 +1,10 @@
 """A corpus of damage: each case has one outcome, and docs/data.md states it under the same name."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -17,7 +19,8 @@ from PIL import Image
 
 from jitscale.data.images import ImageError, encode
 from jitscale.data.shards import ShardSet
-from jitscale.errors import DataError
+from jitscale.data.tar_index import scan_tar
+from jitscale.errors import DataError, StorageError
 from jitscale.preparation.array_shards import write_shards
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, write_tar
@@ -284,3 +287,20 @@ def test_the_document_states_every_outcome() -> None:
     for case in CASES:
         kind = "refused" if case.refused else "replaced" if case.replaced else "read"
         assert outcomes.get(case.name, "").startswith(kind), f"{case.name}: {kind}"
+
+
+def test_a_tar_whose_storage_fails_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = errno.EIO
+
+    def fail(*arguments: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    write_tar(tmp_path / "a.tar", *PAIR)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StorageError, match=r"a.tar: cannot be read \(.*Input/output error\); .* mend the") as met:
+        scan_tar(tmp_path / "a.tar")
+    assert not met.value.is_wrong
+    number = errno.ENOENT
+    with pytest.raises(StorageError) as met:
+        scan_tar(tmp_path / "a.tar")
+    assert met.value.is_wrong

@@ -14,7 +14,7 @@ import pytest
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.tracking import read_metrics
 from tests.support.forking import Process
-from tests.support.processes import run_ranks, start_ranks
+from tests.support.processes import PROGRAMS, run_ranks, start_ranks
 from tests.support.runs import BATCH, STEPS, Job, losses, same_state, wait_for_steps
 
 STILL = ["model.attn_dropout=0", "model.proj_dropout=0"]
@@ -262,3 +262,14 @@ def test_a_folder_that_disappears_is_written_again(job: Job, monkeypatch: pytest
     assert steps_of(job.folder / "gone")[-1] == STEPS
     assert (job.folder / "gone/config.yaml").read_text() == (job.folder / "moved/config.yaml").read_text()
     assert read_metrics(job.folder / "gone")[-1]["step"] == STEPS
+
+
+@SLOW
+def test_a_storage_that_fails_on_one_rank_is_said_by_that_rank(job: Job) -> None:
+    program = [str(PROGRAMS / "failing_storage.py"), *job.command("eio")[2:]]
+    ranks = start_ranks(2, *program)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], outputs
+    assert re.fullmatch(r"rank 1: \S+shard-\d+.tar: byte .*Input/output error.*start again.*\n", outputs[1]), outputs[1]
+    assert outputs[0].count("error: rank 0: another rank has ended, and this one with it") == 1
+    assert "Traceback" not in outputs[0]

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import wandb
 
+from jitscale import parallel
 from jitscale.config import Config, RunConfig, load_config
 from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, ExitCode, UserError
+from jitscale.launch import preflight
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
 from jitscale.launch.supervisor import Supervisor, Work, work_of
@@ -103,6 +105,52 @@ def test_a_fault_of_one_node_is_no_mistake_of_the_user(tmp_path: Path, monkeypat
     everywhere = [alone[0], replace(alone[1], node="b")]
     assert mistakes(everywhere) == [found[0][0].message]
     assert mistakes([alone[0], Finding("b", (), "code", "config", "cpu")]) == []
+
+
+@pytest.mark.parametrize("where", ["folders", "shards"])
+def test_a_storage_that_fails_on_all_nodes_is_neither_a_mistake_nor_a_fault_of_a_node(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The supervisor puts the job back into the queue, and excludes no node; a fault of some nodes excludes them."""
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def two_nodes(finding: Finding) -> list[Finding]:
+        return [replace(finding, node="a"), replace(finding, node="b", faults=finding.faults if everywhere else ())]
+
+    def said() -> str:
+        assert preflight.main(command) == ExitCode.FAILED
+        return capsys.readouterr().out
+
+    command = ["--config", str(ROOT / "configs/jit_b_256.yaml"), f"run.dir={tmp_path}", "run.device=cpu"]
+    monkeypatch.setenv("JITSCALE_PREFLIGHT_SECONDS", "1")
+    if where == "folders":
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", fail)
+    else:
+        (tmp_path / "a.tar").touch()
+        command.append(f"data.shards={tmp_path}/a.tar")
+        monkeypatch.setattr("jitscale.data.tar_index._read_members", fail)
+    monkeypatch.setattr(preflight, "_rendezvous", lambda *arguments: object())
+    monkeypatch.setattr(preflight.dist, "init_process_group", lambda *arguments, **named: None)
+    monkeypatch.setattr(parallel, "gather_objects", two_nodes)
+    everywhere = True
+    assert said().startswith(f"preflight: all nodes: {tmp_path}")
+    everywhere = False
+    assert said().startswith(f"preflight: node a: {tmp_path}")
+
+
+def test_the_preflight_names_the_nodes_to_exclude(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, job = Work("train", [], Config(run=RunConfig(dir=str(tmp_path))), [], is_done=False), ("n1", "n2")
+    monkeypatch.setattr("jitscale.launch.supervisor.check_commands", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(Supervisor, "_again", lambda self, reason, nodes: nodes)
+    srun = "srun: error: n1: task 0: Exited with exit code 1\n"
+    for line, nodes in (("preflight: all nodes: x", []), ("preflight: node n2: x", ["n2"]), ("x", ["n1"])):
+        monkeypatch.setattr(
+            Supervisor, "_srun", lambda *given, line=line, **named: (ExitCode.FAILED, f"{line}\n{srun}")
+        )
+        assert Supervisor(SlurmJob("7", job, 2, 0, "batch"), work).run() == nodes
 
 
 def test_missing_shards_are_a_mistake_of_the_user_on_one_node_too(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """tools/make_shards.py in real processes: what it writes, what it leaves out, and what it refuses."""
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 from jitscale.data.images import CODECS, center_crop, decode
 from jitscale.data.manifest import BadInput, Manifest
 from jitscale.data.shards import ShardSet
-from jitscale.errors import DataError
+from jitscale.errors import DataError, StorageError
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.preparation.packing import ShardTask, pack_shard
 from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
@@ -301,3 +302,25 @@ def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypat
     task = ShardTask(tmp_path / "a.tar", "/", {0: find_sources([str(tmp_path / "in")])[0]}, "raw", 8, 0)
     with pytest.raises(DataError, match=r"in/large.png: takes more memory than there is; .* fewer --workers"):
         pack_shard(task)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_an_image_whose_storage_fails_is_no_bad_image(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be missing from the shards although it is sound; the same command goes on."""
+
+    def fail(*arguments: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(file_bytes(noise(1)))
+    task = ShardTask(tmp_path / "a.tar", "/", {0: find_sources([str(tmp_path / "in")])[0]}, "raw", 8, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("jitscale.data.tar_index.OffsetReader.read", fail)
+        with pytest.raises(StorageError, match=r"in/a.png: cannot be read \(.*same command") as met:
+            pack_shard(task)
+    assert not met.value.is_wrong
+    assert pack_shard(task).record.samples == 1
+    (tmp_path / "in" / "a.png").unlink()
+    assert [bad.reason for bad in pack_shard(task).bad] == ["cannot be read (No such file or directory)"]

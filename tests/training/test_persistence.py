@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from jitscale import parallel, train
 from jitscale.checkpoints.format import MARKER, Progress, step_folder
 from jitscale.config import Config
-from jitscale.errors import CheckpointError, UserError
+from jitscale.errors import CheckpointError, StorageError, UserError
 from jitscale.run_folder import Claim, claim
-from jitscale.training.persistence import Persistence, changes_since, write_config
+from jitscale.training import persistence
+from jitscale.training.persistence import Persistence, changes_since, newest_sound_checkpoint, write_config
 
 
 def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
@@ -101,3 +104,26 @@ def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
         claim(state._run_dir, other)
         with pytest.raises(UserError, match="is at work there"):
             is_gone()
+
+
+@pytest.mark.parametrize("where", [persistence, train])
+def test_one_rank_alone_looks_for_checkpoints(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error there reaches all ranks: they would wait for one that has left."""
+
+    def fail(run_dir: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run_dir))
+
+    def look() -> object:
+        if where is persistence:
+            return newest_sound_checkpoint(Path("run"), parallel.World(0, 1, 0, torch.device("cpu")))
+        with ExitStack() as held:
+            return train._train_through([Config()], parallel.World(0, 1, 0, torch.device("cpu")), held)
+
+    monkeypatch.setattr(where, "complete_checkpoints", fail)
+    monkeypatch.setattr(train, "claim", lambda run_dir, held: None)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        look()
+    # As on another rank, which does not look: it would have the answer of rank 0.
+    monkeypatch.setattr(parallel, "this_rank", lambda: 1)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value: [] if where is persistence else 1)
+    assert look() == (None if where is persistence else 0)
