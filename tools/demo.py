@@ -27,7 +27,8 @@ from jitscale.evaluation.final import evaluate_model
 from jitscale.figures import figure
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
-from jitscale.preparation.digits import DIGIT_CLASSES
+from jitscale.preparation.array_shards import write_shards_once
+from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from jitscale.tracking import BEST_SAMPLES, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,9 @@ def _settings(output: Path, resolution: int, images: int | None, options: argpar
     """The settings of the run at one resolution, whose shards are written unless they are there."""
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
-    run_python("tools/make_digits.py", "--resolution", str(resolution), "--output", str(shards), cwd=ROOT)
+    digits, labels = digit_images(resolution)
+    said = write_shards_once(digits, shards, labels=labels, class_names=DIGIT_CLASSES, samples_per_shard=256)
+    print(said, flush=True)
     samples, steps = options.samples, options.sampler_steps
     block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)  # two processes
     counts = {"run.max_images": images, "evaluation.num_images": samples, "evaluation.block_size": block}

@@ -106,7 +106,7 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
     for word in text.split(","):
         kind, _, given = word.strip().partition(":")
         if kind not in KINDS:
-            raise UserError(f"--chain {text}: {kind!r} is no stage; choose of {', '.join(KINDS)}")
+            raise UserError(f"--chain {text}: {kind!r} is no stage; choose one of {', '.join(KINDS)}")
         if given and not given.isdigit():
             raise UserError(f"--chain {text}: {given!r} is no resolution; write for example train:256")
         previous, resolution = resolution, given or resolution

@@ -109,7 +109,7 @@ def check_partition(partition: str | None) -> None:
     names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
     if partition is not None and (absent := [name for name in partition.split(",") if name not in names]):
         said = f"{', '.join(map(repr, absent))} not on this cluster" if "," in partition else "not on this cluster"
-        raise UserError(f"--partition {partition}: {said}; choose of {', '.join(sorted(names))}")
+        raise UserError(f"--partition {partition}: {said}; choose one of {', '.join(sorted(names))}")
 
 
 def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:

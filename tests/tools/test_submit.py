@@ -244,8 +244,8 @@ def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.Mo
     for partition, message in (
         ("gpu", "sbatch has refused the job: error: bad account; correct"),
         ("gpu,cpu", "sbatch has refused the job"),
-        ("gpus", "--partition gpus: not on this cluster; choose of cpu, gpu"),
-        ("cpu,gpus,", "--partition cpu,gpus,: 'gpus', '' not on this cluster; choose of cpu, gpu"),
+        ("gpus", "--partition gpus: not on this cluster; choose one of cpu, gpu"),
+        ("cpu,gpus,", "--partition cpu,gpus,: 'gpus', '' not on this cluster; choose one of cpu, gpu"),
     ):
         with pytest.raises(UserError, match=message):
             main(words(folder, f"--partition={partition}", f"data.shards={folder / 'shards_16'}"))
