@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they ask the whole group of processes to stop
 _STOP_SECONDS = 10.0  # a worker finishes the image at hand within this
+# The exit code of a process whose own one was read by another thread: the pool's waits for the processes too.
+_READ_BY_ANOTHER = 255
 _SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
 
 
@@ -94,8 +96,9 @@ def _stop(team: Iterable[BaseProcess]) -> None:
         process.kill()
 
 
-def _death(team: set[BaseProcess]) -> WorkerDiedError:
-    dead = next((process for process in team if process.exitcode not in (None, 0, -signal.SIGTERM)), None)
+def _death(team: Collection[BaseProcess]) -> WorkerDiedError:
+    ended = [process for process in team if process.exitcode not in (None, 0, -signal.SIGTERM)]
+    dead = min(ended, key=lambda one: one.exitcode == _READ_BY_ANOTHER, default=None)
     if dead is None:
         time.sleep(_SIGNAL_SECONDS)  # all were asked to stop, and so is this process: its own signal may come later
     process = dead or min(team, key=lambda one: one.pid or 0)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,6 +272,11 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert len(before) >= 2
     packed(tree, tmp_path / "out", *SLOW)
     assert contents(tmp_path / "out") == contents(clean)
+
+
+def test_the_process_that_died_is_named_though_the_exit_code_of_another_one_was_missed() -> None:
+    team = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in ((1, 255), (2, -signal.SIGKILL), (3, 255))]
+    assert processes._death(team).pid == 2  # type: ignore[arg-type]
 
 
 def leave_slowly(folder: Path) -> None:
