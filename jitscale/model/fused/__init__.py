@@ -1,0 +1,4 @@
+"""Operators of a block in one pass over memory each, forward and backward, as Triton kernels for GPUs.
+
+`choice` decides whether they are used; only then `heads` and `gated` are imported, since they import triton.
+"""

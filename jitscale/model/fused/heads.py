@@ -1,0 +1,289 @@
+"""From the product of the attention layer to normalised, rotated queries and keys: Triton kernels.
+
+What `layers.RMSNorm` and `layers.rotate` compute, in float32 and rounded once. Each pass reads and writes every element
+once: forward the product in and q, k, v out; backward three gradients and the product in, the product's gradient out.
+
+Shapes: B batch, N tokens, H heads, D head dim. A program has one token of several images, so that it reads the token's
+rotation once; its tile is H rows of D channels, both rounded up to a power of two.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from jitscale.model.layers import NORM_EPS
+
+
+class Launch(NamedTuple):
+    """How a kernel is laid over the GPU."""
+
+    images: int  # of one program, one after the other
+    warps: int  # of one program
+
+
+FORWARD = Launch(images=4, warps=4)
+BACKWARD = Launch(images=4, warps=4)
+VECTOR = 16  # bytes that a thread reads at once
+
+
+@triton.jit
+def _exchanged(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The channels of each pair."""
+    first, second = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+    return tl.reshape(tl.join(second, first), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _forward_one(x, weight, cos, sin, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr):
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None] * weight
+    return x * cos + _exchanged(x, ROWS, COLUMNS) * sin
+
+
+@triton.jit
+def _backward_one(
+    g, x, weight, cos, sin, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr
+):
+    """Gradients of x and, of each row, of the weight."""
+    g, x = g.to(tl.float32), x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None]
+    x = x * scale
+    g = g * cos + _exchanged(g * sin, ROWS, COLUMNS)  # the rotation is a product with a matrix, and this its transpose
+    of_weight = g * x
+    g = g * weight
+    return scale * (g - x * (tl.sum(g * x, axis=1) / D)[:, None]), of_weight
+
+
+@triton.jit
+def _forward(
+    qkv,  # (B, N, 3, H, D), contiguous, as q, k and v (B, N, H, D)
+    q_weight,  # (D,)
+    k_weight,
+    rope,  # (2, N, D)
+    q,
+    k,
+    v,
+    batch,
+    tokens,
+    rope_table,  # strides of the rotation
+    rope_token,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IMAGES: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    token = tl.program_id(0) % tokens
+    first = tl.program_id(0) // tokens * IMAGES
+    head = tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, COLUMNS)[None]
+    inside = head * D + channel
+    exists = (head < H) & (channel < D)
+    cos = tl.load(rope + token * rope_token + channel, mask=channel < D, other=0.0)
+    sin = tl.load(rope + rope_table + token * rope_token + channel, mask=channel < D, other=0.0)
+    of_q = tl.load(q_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+    of_k = tl.load(k_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+    for index in range(IMAGES):
+        image = first + index
+        mask = exists & (image < batch)
+        row = image.to(tl.int64) * tokens + token
+        source = qkv + row * (3 * H * D) + inside
+        x_q = tl.load(source, mask=mask, other=0.0)
+        x_k = tl.load(source + H * D, mask=mask, other=0.0)
+        x_v = tl.load(source + 2 * H * D, mask=mask, other=0.0)
+        target = row * (H * D) + inside
+        x_q = _forward_one(x_q, of_q, cos, sin, D, ROWS, COLUMNS, EPS)
+        x_k = _forward_one(x_k, of_k, cos, sin, D, ROWS, COLUMNS, EPS)
+        tl.store(q + target, x_q.to(q.dtype.element_ty), mask=mask)
+        tl.store(k + target, x_k.to(k.dtype.element_ty), mask=mask)
+        tl.store(v + target, x_v, mask=mask)
+
+
+@triton.jit
+def _backward(
+    dq,  # (B, N, H, D), of any strides but a last one of 1
+    dk,
+    dv,
+    qkv,  # (B, N, 3, H, D), contiguous, as its gradient
+    q_weight,  # (D,)
+    k_weight,
+    rope,  # (2, N, D)
+    dqkv,
+    partial,  # (programs, 2, D), float32: gradients of the two weights
+    batch,
+    tokens,
+    rope_table,  # strides
+    rope_token,
+    dq_image,  # strides in units of UNIT elements, so that the compiler knows that they are multiples of it
+    dq_token,
+    dq_head,
+    dk_image,
+    dk_token,
+    dk_head,
+    dv_image,
+    dv_token,
+    dv_head,
+    UNIT: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IMAGES: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    token = tl.program_id(0) % tokens
+    first = tl.program_id(0) // tokens * IMAGES
+    head = tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, COLUMNS)[None]
+    inside = head * D + channel
+    exists = (head < H) & (channel < D)
+    cos = tl.load(rope + token * rope_token + channel, mask=channel < D, other=0.0)
+    sin = tl.load(rope + rope_table + token * rope_token + channel, mask=channel < D, other=0.0)
+    of_q = tl.load(q_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+    of_k = tl.load(k_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+    wide_token, wide_head = token.to(tl.int64), head.to(tl.int64)
+    dq += wide_token * dq_token * UNIT + wide_head * dq_head * UNIT + channel
+    dk += wide_token * dk_token * UNIT + wide_head * dk_head * UNIT + channel
+    dv += wide_token * dv_token * UNIT + wide_head * dv_head * UNIT + channel
+    sum_q = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sum_k = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for index in range(IMAGES):
+        image = first + index
+        mask = exists & (image < batch)
+        wide = image.to(tl.int64)
+        place = (wide * tokens + token) * (3 * H * D) + inside
+        x_q = tl.load(qkv + place, mask=mask, other=0.0)
+        x_k = tl.load(qkv + place + H * D, mask=mask, other=0.0)
+        g_q = tl.load(dq + wide * dq_image * UNIT, mask=mask, other=0.0)
+        g_k = tl.load(dk + wide * dk_image * UNIT, mask=mask, other=0.0)
+        g_v = tl.load(dv + wide * dv_image * UNIT, mask=mask, other=0.0)
+        g_q, share = _backward_one(g_q, x_q, of_q, cos, sin, D, ROWS, COLUMNS, EPS)
+        sum_q += share
+        g_k, share = _backward_one(g_k, x_k, of_k, cos, sin, D, ROWS, COLUMNS, EPS)
+        sum_k += share
+        tl.store(dqkv + place, g_q.to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + place + H * D, g_k.to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + place + 2 * H * D, g_v, mask=mask)
+    own = partial + tl.program_id(0).to(tl.int64) * (2 * D) + tl.arange(0, COLUMNS)
+    tl.store(own, tl.sum(sum_q, axis=0), mask=tl.arange(0, COLUMNS) < D)
+    tl.store(own + D, tl.sum(sum_k, axis=0), mask=tl.arange(0, COLUMNS) < D)
+
+
+COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
+
+
+def _shape(qkv: Tensor, rope: Tensor, images: int) -> tuple[int, int, int, int, int, dict[str, Any]]:
+    """B, N, H, D, the number of programs, and the kernels' constants."""
+    batch, tokens, width = qkv.shape
+    head_dim = rope.shape[-1]
+    heads = width // (3 * head_dim)
+    rows, columns = (triton.next_power_of_2(size) for size in (heads, head_dim))
+    constants = {"H": heads, "D": head_dim, "ROWS": rows, "COLUMNS": columns, "IMAGES": images, "EPS": NORM_EPS}
+    return batch, tokens, heads, head_dim, tokens * ((batch + images - 1) // images), constants
+
+
+def forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch = FORWARD
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3 H D), (D,), (D,), (2, N, D) -> q, k and v (B, N, H, D) each."""
+    batch, tokens, heads, head_dim, programs, constants = _shape(qkv, rope, launch.images)
+    qkv, rope = qkv.contiguous(), _rows(rope)
+    q, k, v = (qkv.new_empty((batch, tokens, heads, head_dim)) for _ in range(3))
+    kernel = wrap_triton(_forward) if COMPILED else _forward
+    kernel[(programs,)](
+        qkv,
+        q_weight.contiguous(),
+        k_weight.contiguous(),
+        rope,
+        q,
+        k,
+        v,
+        batch,
+        tokens,
+        rope.stride(0),
+        rope.stride(1),
+        **constants,
+        num_warps=launch.warps,
+    )
+    return q, k, v
+
+
+def backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    launch: Launch = BACKWARD,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of qkv and the two weights from those of q, k and v, which may be strided."""
+    batch, tokens, _, head_dim, programs, constants = _shape(qkv, rope, launch.images)
+    qkv, rope = qkv.contiguous(), _rows(rope)
+    dq, dk, dv = (_rows(gradient) for gradient in (dq, dk, dv))
+    strides = [stride for gradient in (dq, dk, dv) for stride in gradient.stride()[:3]]
+    unit = VECTOR // qkv.element_size()
+    if any(stride % unit for stride in strides):
+        unit = 1
+    dqkv = torch.empty_like(qkv)
+    partial = qkv.new_empty((programs, 2, head_dim), dtype=torch.float32)
+    kernel = wrap_triton(_backward) if COMPILED else _backward
+    kernel[(programs,)](
+        dq,
+        dk,
+        dv,
+        qkv,
+        q_weight.contiguous(),
+        k_weight.contiguous(),
+        rope,
+        dqkv,
+        partial,
+        batch,
+        tokens,
+        rope.stride(0),
+        rope.stride(1),
+        *(stride // unit for stride in strides),
+        unit,
+        **constants,
+        num_warps=launch.warps,
+    )
+    of_weights = partial.sum(0)
+    return dqkv, of_weights[0].to(q_weight.dtype, copy=True), of_weights[1].to(k_weight.dtype, copy=True)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton_op("jitscale::split_heads", mutates_args=())
+def split_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k normalised with their weights (D,) and rotated by `rope` (2, N, D), and v, from (B, N, 3 H D).
+
+    Contiguous, (B, N, H, D) each, in the dtype of `qkv`. Differentiable, except with respect to `rope`.
+    """
+    return forward(qkv, q_weight, k_weight, rope)
+
+
+@triton_op("jitscale::split_heads_backward", mutates_args=())
+def split_heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dq, dk, dv, qkv, q_weight, k_weight, rope)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *split_heads_backward(dq, dk, dv, *ctx.saved_tensors), None
+
+
+split_heads.register_autograd(_differentiate, setup_context=_keep)
