@@ -13,6 +13,7 @@ LARGEST_SEED = 2**63 - 1
 # Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PRECISIONS = ("fp32", "autocast", "bf16")
+FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
 WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
@@ -124,6 +125,9 @@ class EngineConfig:
     )
     micro_batch_size: int | None = setting(None, "images a rank and pass; null: the rank's whole share", at_least=1)
     attention: str = setting("auto", "auto: the fastest that works", choices=KERNELS)
+    fused_kernels: str = setting(
+        "auto", "q, k, v and SwiGLU in one pass; auto: Triton's on GPUs in bf16 if they work", choices=FUSED_KERNELS
+    )
     align: bool | None = setting(None, "pad feed-forward products with zeros to multiples of 64; null: on GPUs")
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")
     float8: bool = setting(False, "products of the blocks in float8, by torchao: GPUs from Hopper on")

@@ -17,7 +17,9 @@ from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
 from jitscale.model.flops import image_tokens
+from jitscale.model.fused.choice import FusedKernels, Shapes, choose_fused
 from jitscale.model.jit import Block, JiT
+from jitscale.model.layers import swiglu_width
 
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
@@ -34,25 +36,26 @@ class Execution:
     aligned: bool  # whether feed-forward products are padded to multiples of ALIGNMENT
     compiled: bool  # whether blocks are compiled
     float8: bool  # whether products are in float8
+    fused: FusedKernels
 
     @property
     def by_block(self) -> bool:
         """Whether a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
-        return self.aligned or self.compiled or self.float8
+        return self.aligned or self.compiled or self.float8 or self.fused.name != "torch"
 
     def __str__(self) -> str:
         chosen = self.attention
         kernel = f"attention {chosen.name} ({chosen.version}; {chosen.reason})"
         on = {"feed-forward widths padded": self.aligned, "float8": self.float8, "blocks compiled": self.compiled}
-        return ", ".join([kernel, *(name for name in on if on[name])])
+        return ", ".join([kernel, f"fused kernels {self.fused}", *(name for name in on if on[name])])
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
     """Let the blocks of `model` compute as `engine` says, on `device`; changed in place.
 
     A setting of None is on for GPUs, and alignment also for float8. For sampling, nothing is dropped or recomputed.
-    Raises a ConfigError if the attention kernel that was asked for does not work, there is no float8, or float8 is
-    asked for without alignment.
+    Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
+    float8, or float8 is asked for without alignment.
     """
     on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
@@ -70,16 +73,33 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     product = float8_product(device) if engine.float8 else None
     if engine.float8 and not aligned:
         raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
+    fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
+        block.attn.split_heads, block.mlp.gated = fused.split_heads, fused.gated
         every = engine.activation_checkpointing if training else 0
         if every > 0 and index % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compiled:
             block.forward = _compile(block.forward, training=training)  # type: ignore[method-assign, assignment]
-    return Execution(attention, aligned, compiled, engine.float8)
+    return Execution(attention, aligned, compiled, engine.float8, fused)
+
+
+def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) -> Shapes:
+    config, feed_forward = model.config, [block.mlp for block in cast(list[Block], list(model.blocks))]
+    arithmetic = torch.float32 if engine.precision == "fp32" else torch.bfloat16
+    return Shapes(
+        grid=config.image_size // config.patch_size,
+        prefix=config.in_context_len,
+        heads=config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        inner=swiglu_width(config.hidden_size) + (feed_forward[0].padding if aligned else 0),
+        dropouts=[layer.drop.p if training else 0.0 for layer in feed_forward],
+        dtype=arithmetic,
+        weight_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
+    )
 
 
 def _compile(forward: Forward, *, training: bool) -> Forward:

@@ -17,6 +17,8 @@ NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIMESTEP_FREQUENCIES = 256
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # as torch.nn.functional.linear
+SplitHeads = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as fused.heads.split_heads
+Gated = Callable[[Tensor, float], Tensor]  # as fused.gated.gated
 ALIGNMENT = 64  # of the inner width of feed-forward layers
 
 
@@ -120,6 +122,12 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+def split_heads(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised and rotated q and k, and v: (B, N, 3 H D), (2, N, D) -> (B, N, H, D) each."""
+    q, k, v = qkv.unflatten(-1, (3, -1, rope.shape[-1])).unbind(2)
+    return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised, rotated queries and keys."""
 
@@ -133,16 +141,24 @@ class Attention(nn.Module):
         self.attn_dropout = attn_dropout
         self.kernel: Kernel = sdpa  # model/execution.py chooses
         self.product: Product | None = None
+        self.split_heads: SplitHeads | None = None
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (2, N, D) -> (B, N, C)"""
         qkv = multiply(self.product, x, self.qkv)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
-        q = rotate(self.q_norm(q), rope)
-        k = rotate(self.k_norm(k), rope)
+        if self.split_heads is None:
+            q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rope)
+        else:
+            q, k, v = self.split_heads(qkv, self.q_norm.weight, self.k_norm.weight, rope)
         out = self.kernel(q, k, v, self.attn_dropout if self.training else 0.0)
         return self.proj_drop(multiply(self.product, out.flatten(2), self.proj))
+
+
+def gated(h: Tensor) -> Tensor:
+    """silu(gate) * value: (..., 2 I) -> (..., I)"""
+    gate, value = h.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 class SwiGLU(nn.Module):
@@ -163,21 +179,25 @@ class SwiGLU(nn.Module):
         self.padding = -inner % ALIGNMENT
         self.aligned = False  # model/execution.py chooses
         self.product: Product | None = None
+        self.gated: Gated | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
         if self.aligned and self.padding:
             return self._padded(x)
-        gate, value = multiply(self.product, x, self.w12).chunk(2, dim=-1)
-        return multiply(self.product, self.drop(F.silu(gate) * value), self.w3)
+        return multiply(self.product, self._gated(multiply(self.product, x, self.w12)), self.w3)
 
     def _padded(self, x: Tensor) -> Tensor:
         w12, b12, w3 = (in_arithmetic_of(x, p) for p in (self.w12.weight, self.w12.bias, self.w3.weight))
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # gate and value each
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, self.padding)).flatten()
         product = self.product or F.linear
-        gate, value = product(x, w12, b12).chunk(2, dim=-1)
-        return product(self.drop(F.silu(gate) * value), F.pad(w3, (0, self.padding)), self.w3.bias)
+        return product(self._gated(product(x, w12, b12)), F.pad(w3, (0, self.padding)), self.w3.bias)
+
+    def _gated(self, h: Tensor) -> Tensor:
+        if self.gated is None:
+            return self.drop(gated(h))
+        return self.gated(h, self.drop.p if self.training else 0.0)
 
 
 def multiply(product: Product | None, x: Tensor, layer: nn.Linear) -> Tensor:

@@ -39,7 +39,9 @@ def test_split(D, strided):
     qkv = random(B, N, 3 * H * D)
     wq, wk = 1 + 0.3 * random(D, seed=1), 1 + 0.3 * random(D, seed=2)
     rope = layers.rope_table(D, 3, 5)[:, 2:]
-    g = [random(B, H, N, D, seed=3 + i).transpose(1, 2) if strided else random(B, N, H, D, seed=3 + i) for i in range(3)]
+    g = [
+        random(B, H, N, D, seed=3 + i).transpose(1, 2) if strided else random(B, N, H, D, seed=3 + i) for i in range(3)
+    ]
     leaves = [x.clone().requires_grad_() for x in (qkv, wq, wk)]
     found = heads.split_heads(*leaves, rope)
     gf = torch.autograd.grad(found, leaves, g)
@@ -63,7 +65,7 @@ def test_gated(I, p):
     a, b = h64.chunk(2, -1)
     e = torch.nn.functional.silu(a) * b
     if p:
-        m = (y != 0)
+        m = y != 0
         print(m.double().mean())
         e = e * m / (1 - round(p * 65536) / 65536)
     (de,) = torch.autograd.grad(e, h64, g.double())

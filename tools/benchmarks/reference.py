@@ -26,7 +26,8 @@ BETAS = (0.9, 0.95)
 
 def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
     """`network` on `device`, changed in place to compute as the authors' does."""
-    plain = replace(config.engine, attention="reference", align=False, float8=False, activation_checkpointing=0)
+    unfused = replace(config.engine, attention="reference", fused_kernels="torch")
+    plain = replace(unfused, align=False, float8=False, activation_checkpointing=0)
     prepare(network.to(device), plain, device, training=training)
     return network.train(training)
 

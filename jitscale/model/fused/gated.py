@@ -7,6 +7,10 @@ computed again in the backward pass instead of stored.
 Shapes: M rows, I inner width.
 """
 
+# Kernels are in Triton's language: no types, and constants in capitals.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803
+
 from typing import Any, NamedTuple
 
 import torch
@@ -64,9 +68,7 @@ def _backward_one(g, gate, value, half, THRESHOLD: tl.constexpr, SCALE: tl.const
 
 
 @triton.jit
-def _forward_pair(
-    h, y, row, rows, column, word, WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr
-):
+def _forward_pair(h, y, row, rows, column, word, WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
     """Two rows: all that is read is asked for before the first is written."""
     mask_a = (column < WIDTH) & (row < rows)
     mask_b = (column < WIDTH) & (row + 1 < rows)

@@ -7,6 +7,10 @@ Shapes: B batch, N tokens, H heads, D head dim. A program has one token of sever
 rotation once; its tile is H rows of D channels, both rounded up to a power of two.
 """
 
+# Kernels are in Triton's language: no types, and constants in capitals.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803
+
 from typing import Any, NamedTuple
 
 import torch

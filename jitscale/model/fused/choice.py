@@ -1,0 +1,138 @@
+"""Whether the fused kernels compute a network's blocks: they are tried at its shapes and compared with torch's code.
+
+Shapes: B batch, N tokens, H heads, D head dim, I inner width of the feed-forward layer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from jitscale.errors import ConfigError, first_line
+from jitscale.model import layers
+from jitscale.versions import version_of
+
+BATCH = 5  # images of the probe, more than one program of `heads` has
+TOLERANCE = {torch.float32: 1e-4}  # of the largest element
+ROUNDED = 0.01  # the same in bf16 and fp16, where the last bit is 0.004 of an element
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """The operators of a block, for `layers.Attention` and `layers.SwiGLU`; None stands for torch's code."""
+
+    name: str  # triton or torch
+    version: str  # of triton; empty for torch
+    reason: str
+    split_heads: layers.SplitHeads | None = field(default=None, repr=False)
+    gated: layers.Gated | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.name, self.version, f"({self.reason})") if part)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the blocks of a network compute with."""
+
+    grid: int  # tokens a side of the image
+    prefix: int  # in-context tokens
+    heads: int
+    head_dim: int
+    inner: int  # I, with padding
+    dropouts: Sequence[float]  # of the feed-forward layers
+    dtype: torch.dtype  # of products
+    weight_dtype: torch.dtype  # of the norms' weights
+
+
+def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKernels:
+    """The kernels `asked`: triton, torch, or for "auto" Triton's on GPUs in bf16 if they pass a probe.
+
+    The probe runs both operators forward and backward at every number of tokens and every dropout, and compares with
+    torch's code in float32. Nothing is drawn from the default generators. Raises a ConfigError that says why, if
+    Triton's kernels were asked for and do not work.
+    """
+    if asked == "torch":
+        return FusedKernels("torch", "", "asked for")
+    if device.type != "cuda":
+        if asked == "triton":
+            raise ConfigError(f"engine.fused_kernels=triton needs a GPU, and this is {device}; choose auto or torch")
+        return FusedKernels("torch", "", device.type)
+    if asked == "auto" and shapes.dtype == torch.float32:
+        return FusedKernels("torch", "", f"{device.type}, float32")
+    try:
+        from jitscale.model.fused import gated, heads  # noqa: PLC0415  # they import triton, which comes with GPUs only
+
+        _try_split_heads(heads.split_heads, shapes, device)
+        _try_gated(gated.gated_with_seed, shapes, device)
+    except Exception as error:  # compilers of kernels raise what they like; it is said
+        why = f"{type(error).__name__}: {first_line(error)}"
+        if asked == "triton":
+            case = f"{shapes.heads} heads of {shapes.head_dim}, inner width {shapes.inner}, {shapes.dtype}, {device}"
+            raise ConfigError(
+                f"engine.fused_kernels=triton does not work here ({why}); {case}; choose auto or torch"
+            ) from error
+        return FusedKernels("torch", "", f"triton: {why}")
+    reason = "asked for" if asked == "triton" else "agrees with torch"
+    version = version_of("triton") or "of unknown version"
+    return FusedKernels("triton", version, reason, heads.split_heads, gated.gated)
+
+
+def _try_split_heads(
+    operator: layers.SplitHeads,
+    shapes: Shapes,
+    device: torch.device,
+) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=generator, device=device, dtype=shapes.dtype)
+    table = layers.rope_table(shapes.head_dim, shapes.grid, shapes.prefix).to(device)
+    q_norm, k_norm = (layers.RMSNorm(shapes.head_dim).to(device, shapes.weight_dtype) for _ in range(2))
+    with torch.no_grad():
+        for norm in (q_norm, k_norm):
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+    for rope in {shapes.prefix: table[:, shapes.prefix :], 0: table}.values():  # strided as the network has it
+        tokens = rope.shape[1]
+        qkv = random(BATCH, tokens, 3 * shapes.heads * shapes.head_dim).requires_grad_()
+        # Attention's kernels return gradients that are contiguous as (B, N, H, D) or as (B, H, N, D).
+        contiguous = random(3, BATCH, tokens, shapes.heads, shapes.head_dim).unbind()
+        for gradients in (contiguous, [g.transpose(1, 2).contiguous().transpose(1, 2) for g in contiguous]):
+            inputs = (qkv, q_norm.weight, k_norm.weight)
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                found = operator(*inputs, rope)
+                found_gradients = torch.autograd.grad(found, inputs, gradients)
+                expected = layers.split_heads(qkv.float(), q_norm, k_norm, rope)
+                expected_gradients = torch.autograd.grad(expected, inputs, [g.float() for g in gradients])
+            names = ("q", "k", "v", "gradient of qkv", "of q's weight", "of k's weight")
+            for name, a, b in zip(names, (*found, *found_gradients), (*expected, *expected_gradients), strict=True):
+                _probe(f"{name} at {tokens} tokens", a, b, shapes.dtype)
+
+
+def _try_gated(
+    operator: Callable[[Tensor, Tensor | None, float], Tensor], shapes: Shapes, device: torch.device
+) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = shapes.grid**2 + shapes.prefix
+    random = partial(torch.randn, generator=generator, device=device, dtype=shapes.dtype)
+    h = random(BATCH, tokens, 2 * shapes.inner).requires_grad_()
+    gradient = random(BATCH, tokens, shapes.inner)
+    for dropout in sorted(set(shapes.dropouts)):
+        seed = torch.full((1,), 1 << 40, device=device) if dropout > 0 else None
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            found = operator(h, seed, dropout)
+            (found_gradient,) = torch.autograd.grad(found, h, gradient)
+            kept = (operator(torch.ones_like(h), seed, dropout) != 0).float()
+            expected = layers.gated(h.float()) * kept / (1 - dropout)
+            (expected_gradient,) = torch.autograd.grad(expected, h, gradient.float())
+        case = f"the gate at dropout {dropout}"
+        _probe(f"the output of {case}", found, expected, shapes.dtype)
+        _probe(f"the gradient of {case}", found_gradient, expected_gradient, shapes.dtype)
+        _probe(f"the share kept by {case}", kept.mean(), torch.ones_like(kept[:1]).mean() * (1 - dropout), shapes.dtype)
+
+
+def _probe(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare what a kernel computed in `dtype` with torch's code."""
+    off = float((found.detach().float() - expected.detach().float()).abs().max() / expected.detach().abs().max())
+    if not off < TOLERANCE.get(dtype, ROUNDED):
+        raise ValueError(f"{name} is off by {off:.2g} of the largest element")
