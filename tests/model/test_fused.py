@@ -1,73 +1,381 @@
-"""The fused kernels against float64: values, gradients, strides, dropout. Triton's interpreter runs them on a CPU.
+"""The fused kernels: against float64 on a GPU or in Triton's interpreter, and how they are chosen.
 
-Skipped without triton, which no CPU needs: it comes with torch's builds for GPUs.
+The kernels' tests need triton. Without a GPU they run in a process of their own, since the interpreter must be chosen
+before triton is imported. torch for CPUs comes without triton, and there they are skipped.
 """
 
+import importlib.util
 import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from jitscale.config import EngineConfig, ModelConfig
+from jitscale.errors import ConfigError
 from jitscale.model import layers
+from jitscale.model.execution import prepare
+from jitscale.model.fused import choice
+from jitscale.model.fused.choice import Shapes, choose_fused
+from jitscale.model.jit import JiT
+from tests.support import ROOT, tiny
 
-pytest.importorskip("triton")
-from jitscale.model.fused import gated, heads  # noqa: E402
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+CPU = torch.device("cpu")
+BF16_ERROR = 0.004  # of the largest element; rounding once is half of it
 
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def reference_split(qkv, q_weight, k_weight, rope):
-    D = rope.shape[-1]
-    q, k, v = qkv.double().unflatten(-1, (3, -1, D)).unbind(2)
-    out = []
-    for x, w in ((q, q_weight), (k, k_weight)):
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layers.NORM_EPS) * w.double()
-        cos, sin = rope.double()[:, :, None]
-        out.append(x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin)
-    return *out, v
+kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter")
+on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
-@pytest.mark.parametrize("D", [64, 80, 104])
-@pytest.mark.parametrize("strided", [False, True])
-def test_split(D, strided):
-    B, N, H = 3, 12, 3
-    qkv = random(B, N, 3 * H * D)
-    wq, wk = 1 + 0.3 * random(D, seed=1), 1 + 0.3 * random(D, seed=2)
-    rope = layers.rope_table(D, 3, 5)[:, 2:]
-    g = [
-        random(B, H, N, D, seed=3 + i).transpose(1, 2) if strided else random(B, N, H, D, seed=3 + i) for i in range(3)
-    ]
-    leaves = [x.clone().requires_grad_() for x in (qkv, wq, wk)]
-    found = heads.split_heads(*leaves, rope)
-    gf = torch.autograd.grad(found, leaves, g)
-    leaves64 = [x.double().requires_grad_() for x in (qkv, wq, wk)]
-    exp = reference_split(*leaves64, rope)
-    ge = torch.autograd.grad(exp, leaves64, [x.double() for x in g])
-    for a, b in zip((*found, *gf), (*exp, *ge)):
-        print((a.double() - b).abs().max().item() / b.abs().max().item())
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6 * float(b.abs().max()))
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels' tests run in this process")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "kernel", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
 
 
-@pytest.mark.parametrize("I", [64, 341, 600])
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_gated(I, p):
-    h = random(3, 7, 2 * I).requires_grad_()
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def exact_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of the inputs: float64."""
+    q, k, v = qkv.unflatten(-1, (3, -1, rope.shape[-1])).unbind(2)
+    cos, sin = rope[:, :, None]
+
+    def rotated(x: Tensor, weight: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layers.NORM_EPS) * weight
+        return x * cos + torch.stack([x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin
+
+    return rotated(q, q_weight), rotated(k, k_weight), v
+
+
+def gradients_of(out: Any, inputs: list[Tensor], gradients: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, inputs, gradients)
+
+
+def assert_near(found: Tensor, exact: Tensor, error: float) -> None:
+    assert exact.dtype == torch.float64
+    off = float((found.detach().double() - exact.detach()).abs().max() / exact.detach().abs().max())
+    assert off < error, off
+
+
+def heads_case(batch: int, grid: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """qkv and the norms' weights, which require gradients, and the strided rotation that image tokens alone have."""
+    qkv = random(batch, grid**2, 3 * heads * head_dim, seed=0, dtype=dtype)
+    weights = [1 + 0.3 * random(head_dim, seed=seed) for seed in (1, 2)]  # float32 also where qkv is in bf16
+    rope = layers.rope_table(head_dim, grid, 5).to(DEVICE)[:, 5:]
+    return [x.requires_grad_() for x in (qkv, *weights)], rope
+
+
+@kernels
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "last stride not 1", "odd strides"])
+@pytest.mark.parametrize("head_dim", [64, 80, 104])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, BF16_ERROR)])
+def test_kernels_of_the_heads_are_exact(dtype: torch.dtype, error: float, head_dim: int, layout: str) -> None:
+    """Outputs and all gradients, for all ways in which attention may hand back its gradients."""
+    batch, grid, heads = (64, 16, 16) if ON_GPU else (5, 2, 3)
+    inputs, rope = heads_case(batch, grid, heads, head_dim, dtype)
+    given = random(3, batch, heads, grid**2, head_dim, seed=3, dtype=dtype).transpose(2, 3)
+    if layout == "contiguous":
+        given = given.contiguous()
+    elif layout == "last stride not 1":
+        given = given.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "odd strides":
+        given = F.pad(given, (0, 3))[..., :head_dim]
+    out = heads_operator()(*inputs, rope)
+    found = (*out, *gradients_of(out, inputs, tuple(given)))
+    doubled = [x.detach().double().requires_grad_() for x in inputs]
+    exact_out = exact_heads(*doubled, rope.double())
+    exact = (*exact_out, *gradients_of(exact_out, doubled, tuple(given.double())))
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape
+        assert_near(a, b, error)
+    assert all(x.is_contiguous() and x.dtype == dtype for x in out)
+    assert [x.dtype for x in found[3:]] == [dtype, torch.float32, torch.float32]
+    again = gradients_of(heads_operator()(*inputs, rope), inputs, tuple(given))
+    assert all(torch.equal(a, b) for a, b in zip(found[3:], again, strict=True)), "not deterministic"
+
+
+def heads_operator() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from jitscale.model.fused import heads  # noqa: PLC0415  # imports triton
+
+    return heads.split_heads
+
+
+def gated_operator() -> Callable[[Tensor, Tensor | None, float], Tensor]:
+    from jitscale.model.fused import gated  # noqa: PLC0415  # imports triton
+
+    return gated.gated_with_seed
+
+
+@kernels
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("inner", [64, 341, 640])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, BF16_ERROR)])
+def test_kernels_of_the_gate_are_exact(dtype: torch.dtype, error: float, inner: int, dropout: float) -> None:
+    """Output and gradient, which drop the same elements; widths that are no multiples of anything, too."""
+    shape = (64, 288) if ON_GPU else (3, 7)
+    h = random(*shape, 2 * inner, seed=0, dtype=dtype).requires_grad_()
+    given = random(*shape, inner, seed=1, dtype=dtype)
+    seed = torch.tensor([12345678901], device=DEVICE) if dropout else None
+    y = gated_operator()(h, seed, dropout)
+    (found,) = gradients_of(y, [h], given)
+    doubled = h.detach().double().requires_grad_()
+    gate, value = doubled.chunk(2, -1)
+    exact = F.silu(gate) * value
+    if dropout:
+        assert 0.7 < float((y != 0).double().mean()) < 0.9
+        exact = exact * (y != 0) / (1 - dropout)
+    (exact_gradient,) = gradients_of(exact, [doubled], given.double())
+    assert_near(y, exact, max(error, 1e-5 if dropout else 0))  # the probability is a multiple of 2^-16
+    assert_near(found, exact_gradient, max(error, 1e-5 if dropout else 0))
+    assert y.dtype == found.dtype == dtype
+
+
+@kernels
+def test_kernels_drop_independently() -> None:
+    """The share, its spread over rows and columns, and neighbours, of which eight rows share a random number."""
+    rows, columns, dropout = 512, 384, 0.2
+    ones = torch.ones(rows, 2 * columns, device=DEVICE)
+    masks = []
+    for number in (1, 2, 1):
+        y = gated_operator()(ones, torch.tensor([number << 40], device=DEVICE), dropout)
+        masks.append((y == 0).double())
+        assert float(y.max()) == pytest.approx(float(F.silu(torch.ones(()))) / (1 - dropout), rel=1e-4)
+    first, second, again = masks
+    assert torch.equal(first, again)
+    spread = (dropout * (1 - dropout)) ** 0.5
+    assert float(first.mean()) == pytest.approx(dropout, abs=5 * spread / (rows * columns) ** 0.5)
+    for axis, count in ((0, rows), (1, columns)):
+        assert float(first.mean(axis).std()) == pytest.approx(spread / count**0.5, rel=0.2)
+    centred = (first - dropout) / spread
+    shifted = [centred.roll(by, axis) for axis in (0, 1) for by in range(1, 9)]
+    for other in (*shifted, (second - dropout) / spread):
+        assert abs(float((centred * other).mean())) < 5 / (rows * columns) ** 0.5
+
+
+@kernels
+def test_kernels_seeds_follow_the_default_generator() -> None:
+    from jitscale.model.fused import gated  # noqa: PLC0415  # imports triton
+
+    h = random(4, 8, 128, seed=0)
     torch.manual_seed(0)
-    y = gated.gated(h, p)
-    g = random(3, 7, I, seed=1)
-    (dh,) = torch.autograd.grad(y, h, g)
-    h64 = h.detach().double().requires_grad_()
-    a, b = h64.chunk(2, -1)
-    e = torch.nn.functional.silu(a) * b
-    if p:
-        m = y != 0
-        print(m.double().mean())
-        e = e * m / (1 - round(p * 65536) / 65536)
-    (de,) = torch.autograd.grad(e, h64, g.double())
-    torch.testing.assert_close(y.double(), e, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dh.double(), de, rtol=1e-5, atol=1e-6)
+    before = torch.get_rng_state() if not ON_GPU else torch.cuda.get_rng_state()
+    gated.gated(h, 0.0)
+    after = torch.get_rng_state() if not ON_GPU else torch.cuda.get_rng_state()
+    assert torch.equal(before, after), "nothing is drawn where nothing is dropped"
+    first, second = gated.gated(h, 0.5), gated.gated(h, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(first, gated.gated(h, 0.5))
+    assert not torch.equal(first, second)
+
+
+@kernels
+def test_kernels_pass_the_probe() -> None:
+    shapes = SMALL if not ON_GPU else replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456)
+    choice._try_split_heads(heads_operator(), shapes, DEVICE)
+    choice._try_gated(gated_operator(), shapes, DEVICE)
+
+
+# ---- the choice, without triton ----
+
+SMALL = Shapes(
+    grid=3,
+    prefix=2,
+    heads=3,
+    head_dim=16,
+    inner=64,
+    dropouts=[0.0, 0.2],
+    dtype=torch.bfloat16,
+    weight_dtype=torch.float32,
+)
+
+
+def torch_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the fused operator, in float32 and rounded once."""
+    q, k, v = exact_heads(qkv.float(), q_weight.float(), k_weight.float(), rope)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+
+
+def torch_gated(h: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    if seed is None:
+        return layers.gated(h)
+    draws = torch.rand(h[..., ::2].shape, generator=torch.Generator().manual_seed(int(seed)))
+    return layers.gated(h) * (draws >= dropout) / (1 - dropout)
+
+
+def test_the_probe_knows_right_from_wrong() -> None:
+    choice._try_split_heads(torch_heads, SMALL, CPU)
+    choice._try_gated(torch_gated, SMALL, CPU)
+    state = torch.get_rng_state()
+    choice._try_gated(torch_gated, SMALL, CPU)
+    assert torch.equal(torch.get_rng_state(), state), "the run's own random numbers are left alone"
+
+    def not_rotated(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        return torch_heads(qkv, q_weight, k_weight, torch.stack([torch.ones_like(rope[0]), torch.zeros_like(rope[1])]))
+
+    def k_without_gradient(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        return torch_heads(qkv, q_weight, k_weight.detach() + 0 * k_weight, rope)
+
+    wrong: list[tuple[Any, str]] = [
+        (not_rotated, r"q at 9 tokens is off by [\d.]+ of the largest element"),
+        (k_without_gradient, r"gradient of k's weight at 9 tokens is off"),
+    ]
+    for operator, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            choice._try_split_heads(operator, SMALL, CPU)
+    with pytest.raises(ValueError, match=r"output of the gate at dropout 0\.2 is off"):
+        choice._try_gated(lambda h, seed, dropout: torch_gated(h, seed, dropout) * (1 - dropout), SMALL, CPU)
+    with pytest.raises(ValueError, match=r"share kept by the gate at dropout 0\.2 is off"):
+        choice._try_gated(lambda h, seed, dropout: torch_gated(h, None, 0.0) / (1 - dropout), SMALL, CPU)
+    with pytest.raises(ValueError, match=r"gradient of the gate at dropout 0\.0 is off"):
+        choice._try_gated(lambda h, seed, dropout: torch_gated(h.detach() + 0 * h, seed, dropout), SMALL, CPU)
+
+
+def test_cpus_have_torchs_code() -> None:
+    assert str(choose_fused("auto", SMALL, CPU)) == "torch (cpu)"
+    assert str(choose_fused("torch", SMALL, CPU)) == "torch (asked for)"
+    with pytest.raises(ConfigError, match=r"engine.fused_kernels=triton needs a GPU, and this is cpu; choose auto or"):
+        choose_fused("triton", SMALL, CPU)
+
+
+def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without triton: torch's code and the reason, or the end of the start if the kernels were asked for."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("heads", "gated"):
+        monkeypatch.delitem(sys.modules, f"jitscale.model.fused.{name}", raising=False)
+    gpu = torch.device("cuda")
+    found = choose_fused("auto", SMALL, gpu)
+    assert found.split_heads is found.gated is None
+    assert str(found).startswith("torch (triton: ModuleNotFoundError: ")
+    assert str(choose_fused("auto", replace(SMALL, dtype=torch.float32), gpu)) == "torch (cuda, float32)"
+    with pytest.raises(
+        ConfigError, match=r"engine.fused_kernels=triton does not work here \(ModuleNotFoundError: .*64"
+    ):
+        choose_fused("triton", SMALL, gpu)
+
+
+MODEL = replace(tiny.MODEL, hidden_size=64, depth=4, num_heads=4, in_context_start=1, proj_dropout=0.2)
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_blocks_use_what_was_chosen(monkeypatch: pytest.MonkeyPatch, align: bool) -> None:
+    """With the weights and the rotation of the layer, padded or not; dropout in training only."""
+    seen = []
+
+    def gated(h: Tensor, dropout: float) -> Tensor:
+        seen.append((h.shape[-1], dropout))
+        return layers.gated(h)
+
+    fused = choice.FusedKernels("triton", "1.0", "agrees with torch", torch_heads, gated)
+    engine = EngineConfig(precision="fp32", attention="sdpa", align=align, compile=False)
+    inputs = (torch.randn(2, 3, 16, 16), torch.rand(2), torch.arange(2))
+    outputs = []
+    for chosen in (None, fused):
+        if chosen is not None:
+            monkeypatch.setattr("jitscale.model.execution.choose_fused", lambda *_: fused)
+        torch.manual_seed(0)
+        net = JiT(MODEL)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        execution = prepare(net, engine, CPU, training=True)
+        outputs.append(net.eval()(*inputs))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    width = 2 * 192 if align else 2 * 170
+    assert seen == [(width, 0.0)] * 4
+    seen.clear()
+    net.train()(*inputs)
+    assert seen == [(width, dropout) for dropout in (0.0, 0.2, 0.2, 0.0)]
+    assert "fused kernels triton 1.0 (agrees with torch)" in str(execution)
+    assert execution.by_block, "ZeRO-3 gathers the norms' weights with the block"
+
+
+# ---- in a network, on a GPU ----
+
+LARGE = ModelConfig(
+    **{**vars(MODEL), "image_size": 256, "patch_size": 16, "hidden_size": 320, "in_context_len": 32, "num_classes": 10}
+)
+
+
+def step(engine: EngineConfig, dropout: float, seed: int = 0) -> list[Tensor]:
+    """Loss and gradients of a training step in which nothing but the execution differs."""
+    torch.manual_seed(0)
+    net = JiT(replace(LARGE, proj_dropout=dropout))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    net = net.to(DEVICE).train()
+    execution = prepare(net, engine, DEVICE, training=True)
+    assert execution.fused.name == engine.fused_kernels
+    inputs = torch.randn(8, 3, 256, 256).to(DEVICE), torch.rand(8).to(DEVICE), torch.arange(8).to(DEVICE)
+    torch.manual_seed(seed)
+    with torch.autocast("cuda", torch.bfloat16, enabled=engine.precision == "autocast"):
+        out = net(*inputs)
+    loss = out.float().square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_compiled_network_is_as_exact_as_torchs(recompute: int) -> None:
+    """Gradients in bf16 are not further off those in float32 than 1.5 times those of torch's code."""
+    engine = EngineConfig(precision="autocast", activation_checkpointing=recompute)
+    exact = step(EngineConfig(precision="fp32", compile=False, fused_kernels="torch"), 0.0)
+    theirs, ours = (step(replace(engine, fused_kernels=name), 0.0) for name in ("torch", "triton"))
+    for found, reference, right in zip(ours, theirs, exact, strict=True):
+        limit = 1.5 * float((reference - right).norm()) + 1e-3 * float(right.norm())
+        assert float((found - right).norm()) <= limit
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_step_with_dropout_repeats_itself(recompute: int, compiled: bool) -> None:
+    """Bit by bit under the same seed, with a recomputed block too; another seed drops others."""
+    engine = EngineConfig(
+        precision="autocast", activation_checkpointing=recompute, compile=compiled, fused_kernels="triton"
+    )
+    first, again, other = step(engine, 0.2), step(engine, 0.2), step(engine, 0.2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks_drop_what_they_dropped(compiled: bool) -> None:
+    """In float32, where the gradient along itself is the loss's difference quotient under the same seed."""
+    engine = EngineConfig(precision="fp32", activation_checkpointing=1, compile=compiled, fused_kernels="triton")
+    torch.manual_seed(0)
+    net = JiT(replace(LARGE, proj_dropout=0.2))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    net = net.to(DEVICE).train()
+    prepare(net, engine, DEVICE, training=True)
+    inputs = torch.randn(4, 3, 256, 256).to(DEVICE), torch.rand(4).to(DEVICE), torch.arange(4).to(DEVICE)
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        return net(*inputs).double().square().mean()
+
+    weights = [block.mlp.w12.weight for block in net.blocks]  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(loss(), weights)  # type: ignore[arg-type]
+    squared = sum(float(g.double().square().sum()) for g in gradients)
+    moved = []
+    for distance in (1e-2, -2e-2):  # forth, and back to the other side
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(gradient, alpha=distance / squared**0.5)  # type: ignore[operator, union-attr]
+        moved.append(float(loss().detach()))
+    assert (moved[0] - moved[1]) / 2e-2 == pytest.approx(squared**0.5, rel=0.02)

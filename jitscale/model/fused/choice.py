@@ -104,7 +104,7 @@ def _try_split_heads(
                 found_gradients = torch.autograd.grad(found, inputs, gradients)
                 expected = layers.split_heads(qkv.float(), q_norm, k_norm, rope)
                 expected_gradients = torch.autograd.grad(expected, inputs, [g.float() for g in gradients])
-            names = ("q", "k", "v", "gradient of qkv", "of q's weight", "of k's weight")
+            names = ("q", "k", "v", "gradient of qkv", "gradient of q's weight", "gradient of k's weight")
             for name, a, b in zip(names, (*found, *found_gradients), (*expected, *expected_gradients), strict=True):
                 _probe(f"{name} at {tokens} tokens", a, b, shapes.dtype)
 
