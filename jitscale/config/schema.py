@@ -14,7 +14,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
-KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa", "reference")
+KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
 WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 

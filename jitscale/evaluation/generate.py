@@ -106,7 +106,8 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
     Raises a ConfigError if the attention kernel that was asked for does not work there, or there are no CUDA graphs.
     """
     model = model.to(device).eval()
-    text = f"sampling: {prepare(model, config.engine, device, training=False)}"
+    execution = prepare(model, config.engine, device, training=False, batch=config.evaluation.block_size)
+    text = f"sampling: {execution}"
     if config.evaluation.cuda_graphs:
         if device.type != "cuda":
             raise ConfigError(f"evaluation.cuda_graphs=true: {device} has none; set it to false, or take a GPU")

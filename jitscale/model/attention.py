@@ -6,6 +6,7 @@ weight (0 outside training); it returns (B, N, H, D) in the dtype of v.
 Shapes: B batch, N tokens, H heads, D head dim.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +14,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jitscale.errors import ConfigError, first_line
 from jitscale.versions import version_of
@@ -20,20 +22,44 @@ from jitscale.versions import version_of
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 FLASH_4_PADDED = {104: 128}  # head dims whose backward pass does not compile, and the next that does
+CUDNN_FROM = 91500  # cuDNN 9.15: older ones are wrong at lengths that are no multiple of 128
 PROBE_TOLERANCE = 0.05  # of the largest element, in bf16
+SHARE_TOLERANCE = 0.01  # of dropped weights, beyond five standard errors: FlashAttention drops in steps of 1/256
+PROBE_ELEMENTS = 2**25  # logits that the probe's reference holds at a time
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """PyTorch's fused kernel for the device: cuDNN's or FlashAttention-2 on GPUs."""
+    """PyTorch's own choice among its kernels, by device, dtype and shape."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
 
 
+def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """PyTorch's attention by cuDNN: bf16 on GPUs, with dropout. Raises a RuntimeError where there is none."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, dropout)
+
+
+def sdpa_flash(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """PyTorch's own FlashAttention-2: bf16 on GPUs, with dropout. Raises a RuntimeError where there is none."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v, dropout)
+
+
 def unfused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """The authors' way, for comparison: logits in float32, materialised (B, H, N, N)."""
+    return _weighted(F.dropout(_weights(q, k), dropout), v)
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """(B, N, H, D) each -> (B, H, N, N) float32"""
     with torch.autocast(q.device.type, enabled=False):
         logits = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * q.shape[-1] ** -0.5
-    weights = F.dropout(logits.softmax(-1), dropout)
+    return logits.softmax(-1)
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """(B, H, N, N), (B, N, H, D) -> (B, N, H, D)"""
     return torch.einsum("bhnm,bmhd->bnhd", weights.to(v.dtype), v)
 
 
@@ -107,10 +133,14 @@ def _register() -> Callable[..., tuple[Tensor, Tensor]]:
 KERNELS: dict[str, Kernel] = {
     "flash-attn-4": flash_attn_4,
     "flash-attn": flash_attn,
+    "sdpa-cudnn": sdpa_cudnn,
+    "sdpa-flash": sdpa_flash,
     "sdpa": sdpa,
     "reference": unfused,
 }
-FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa")
+# The packages come first, because who installs one wants it. cuDNN comes before FlashAttention-2: on an H200 it takes
+# 0.67 to 0.96 of the time, forward and backward, at all sizes of JiT with and without dropout (docs/performance.md).
+FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -131,20 +161,24 @@ def choose_kernel(
     dropouts: Sequence[float],
     dtype: torch.dtype,
     device: torch.device,
+    batch: int = 1,
+    backward: bool = True,
 ) -> ChosenKernel:
     """The kernel `asked`, or for "auto" the first of `FASTEST_FIRST` that passes a probe at the real shape.
 
-    The probe runs forward and backward at every number of tokens and every dropout that the network has, and compares
-    with `unfused` where nothing is dropped. Raises a ConfigError that says why, if the kernel that was asked for does
-    not pass.
+    The probe compares output and gradients (without `backward`: the output) with the authors' way, at every number of
+    tokens and every dropout that the network has, in a batch of `batch`. Raises a ConfigError that says why, if the
+    kernel that was asked for does not pass.
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
     failures: list[str] = []  # which kernel does not work, and why
     for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
+            if name == "sdpa-cudnn":
+                _check_cudnn()
             for length, dropout in sorted(set(product(tokens, dropouts))):
-                _probe(KERNELS[name], (1, length, heads, head_dim), dropout, dtype, device)
+                _probe(KERNELS[name], (batch, length, heads, head_dim), dropout, dtype, device, backward=backward)
         except Exception as error:  # compilers of kernels raise what they like; it is said
             failures.append(f"{name}: {first_line(error)}")
         else:
@@ -157,25 +191,122 @@ def choose_kernel(
     raise ConfigError(f"engine.attention={asked} does not work here ({why}); {case}; choose auto")
 
 
+def _check_cudnn() -> None:
+    version = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    if version is None:
+        raise RuntimeError("there is no cuDNN")
+    if version < CUDNN_FROM:
+        raise RuntimeError(f"cuDNN {version} is older than {CUDNN_FROM}, and wrong at some lengths")
+
+
 def _probe(
-    kernel: Kernel, shape: tuple[int, int, int, int], dropout: float, dtype: torch.dtype, device: torch.device
+    kernel: Kernel,
+    shape: tuple[int, int, int, int],
+    dropout: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backward: bool = True,
 ) -> None:
-    generator = torch.Generator(device).manual_seed(0)
-    random = torch.randn(4, *shape, generator=generator, device=device, dtype=dtype)
-    # Strided as the network has them: q, k and v lie in one tensor.
-    q, k, v, gradient = (x.requires_grad_() for x in random.permute(1, 2, 0, 3, 4).contiguous().unbind(2))
-    with torch.enable_grad():
-        out = kernel(q, k, v, dropout)
-        found = (out, *torch.autograd.grad(out, (q, k, v), gradient.detach()))
-        if dropout == 0:
-            expected_out = unfused(q, k, v, 0.0)
-            expected = (expected_out, *torch.autograd.grad(expected_out, (q, k, v), gradient.detach()))
-            for name, a, b in zip(("output", "gradient of q", "of k", "of v"), found, expected, strict=True):
-                off = float((a - b).detach().float().abs().max() / b.detach().float().abs().max())
-                if not off < PROBE_TOLERANCE:
-                    raise ValueError(f"{name} is off by {off:.2g} of the largest element")
-    if out.shape != shape or out.dtype != dtype:
-        raise ValueError(f"returned {tuple(out.shape)} {out.dtype} for {shape} {dtype}")
+    """Compare `kernel` with `unfused` at `shape` (B, N, H, D); torch's random state stays what it was.
+
+    Raises a ValueError if the output or a gradient is wrong or not finite, or if dropout is not what it should be; and
+    whatever the kernel raises.
+    """
+    generator = _default_generator(device)
+    before = generator.get_state()
+    try:
+        generator.manual_seed(0)
+        batch, tokens = shape[:2]
+        q, k, gradient = torch.randn(3, *shape, device=device, dtype=dtype).unbind(0)
+        # Strided as in the network: only the values are still a part of the product that q and k came from.
+        v = torch.randn(batch, tokens, 3, *shape[2:], device=device, dtype=dtype)[:, :, 2]
+        with torch.set_grad_enabled(backward):
+            q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
+            start = generator.get_state()
+            out = kernel(q, k, v, dropout)
+            if out.shape != shape or out.dtype != dtype:
+                raise ValueError(f"returned {tuple(out.shape)} {out.dtype} for {shape} {dtype}")
+            gradients = torch.autograd.grad(out, (q, k, v), gradient) if backward else ()
+            kept = None
+            if dropout > 0:
+                if torch.equal(kernel(q, k, v, dropout), out):
+                    raise ValueError("dropout does not differ between calls")
+                kept = _kept(kernel, q, k, v, dropout, start)
+        _compare((out.detach(), *gradients), (q, k, v), gradient, kept, dropout)
+    finally:
+        generator.set_state(before)
+
+
+def _kept(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dropout: float, state: Tensor) -> Tensor:
+    """The attention weights that `kernel` does not drop when torch's random state is `state`: (B, H, N, N) bool.
+
+    If the values are columns of the identity, the output is a part of the weights. The random state decides alone which
+    of them are zero, so that the same ones were dropped with the values `v`, whose layout these have. Raises a
+    ValueError if their share is not `dropout`, or if the first and the last head have the same.
+    """
+    generator, (batch, tokens, heads, head_dim) = _default_generator(v.device), v.shape
+    parts = []
+    for part in torch.eye(tokens, device=v.device, dtype=v.dtype).split(head_dim, dim=1):
+        width = part.shape[1]  # of N columns head_dim, or what is left
+        columns = v.new_zeros(batch, tokens, 3, heads, head_dim)[:, :, 2]
+        columns[..., :width] = part[:, None]
+        generator.set_state(state)
+        shown = kernel(q, k, columns.requires_grad_(v.requires_grad), dropout).detach()
+        parts.append(shown[..., :width] != 0)
+    kept = torch.cat(parts, dim=-1).transpose(1, 2)
+    share = 1 - float(kept.sum()) / kept.numel()
+    allowed = SHARE_TOLERANCE + 5 * (dropout * (1 - dropout) / kept.numel()) ** 0.5
+    if not abs(share - dropout) < allowed:
+        raise ValueError(f"the share of dropped weights is off: {share:.3g} instead of {dropout:.3g}")
+    if batch * heads > 1 and torch.equal(kept[0, 0], kept[-1, -1]):
+        raise ValueError("dropout does not differ between heads")
+    return kept
+
+
+def _compare(
+    found: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    gradient: Tensor,
+    kept: Tensor | None,
+    dropout: float,
+) -> None:
+    """Raise a ValueError if `found`, the output and gradients for q, k and v (B, N, H, D), is not that of `unfused`.
+
+    `kept` (B, H, N, N) are the weights that are not dropped, None for all. The batch is taken in slices, since the
+    reference holds its logits.
+    """
+    batch, tokens, heads, _ = gradient.shape
+    size = max(1, PROBE_ELEMENTS // (heads * tokens**2))
+    off = torch.zeros(len(found), device=gradient.device)
+    largest = torch.zeros_like(off)
+    for rows in (slice(start, start + size) for start in range(0, batch, size)):
+        with torch.set_grad_enabled(len(found) > 1):
+            q, k, v = (x[rows].detach().requires_grad_(len(found) > 1) for x in inputs)
+            weights = _weights(q, k)
+            if kept is not None:
+                weights = weights * kept[rows] / (1 - dropout)
+            out = _weighted(weights, v)
+            expected = [out.detach()]
+            if len(found) > 1:
+                expected += torch.autograd.grad(out, (q, k, v), gradient[rows])
+        pairs = [(a[rows].float(), b.float()) for a, b in zip(found, expected, strict=True)]
+        # The maximum of both keeps an element that is not a number.
+        off = torch.maximum(off, torch.stack([(a - b).abs().max() for a, b in pairs]))
+        largest = torch.maximum(largest, torch.stack([b.abs().max() for _, b in pairs]))
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")[: len(found)]
+    for name, ratio in zip(names, (off / largest).tolist(), strict=True):
+        if not math.isfinite(ratio):
+            raise ValueError(f"{name} has elements that are infinite or nan")
+        if not ratio < PROBE_TOLERANCE:
+            raise ValueError(f"{name} is off by {ratio:.2g} of the largest element")
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The one that dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _version(name: str) -> str:

@@ -50,8 +50,8 @@ class Execution:
         return ", ".join([kernel, f"fused kernels {self.fused}", *(name for name in on if on[name])])
 
 
-def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:
-    """Let the blocks of `model` compute as `engine` says, on `device`; changed in place.
+def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool, batch: int = 1) -> Execution:
+    """Let the blocks of `model` compute as `engine` says, on `device`, in batches of `batch`; changed in place.
 
     A setting of None is on for GPUs, and alignment also for float8. For sampling, nothing is dropped or recomputed.
     Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
@@ -67,6 +67,8 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
         dropouts=[block.attn.attn_dropout if training else 0.0 for block in blocks],
         dtype=torch.float32 if engine.precision == "fp32" else torch.bfloat16,
         device=device,
+        batch=batch,
+        backward=training,
     )
     aligned = on_gpu or engine.float8 if engine.align is None else engine.align
     compiled = on_gpu if engine.compile is None else engine.compile
@@ -107,7 +109,9 @@ def _compile(forward: Forward, *, training: bool) -> Forward:
 
     Training has one size of a batch. If the size is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
     dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
-    since it ends with what is left over. The forward pass only: ZeRO-3's hooks, which gather the weights, stay outside.
+    since it ends with what is left over. The two numbers of tokens are never symbols: torch would make the second one
+    of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather
+    the weights, stay outside.
     """
     limits = torch._dynamo.config
     limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
@@ -118,6 +122,8 @@ def _compile(forward: Forward, *, training: bool) -> Forward:
         return compiled
 
     def call(x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        for tensor in (x, rope):
+            torch._dynamo.mark_static(tensor, 1)
         if len(x) > 1:  # a batch of one is a graph of its own to torch
             for tensor in (x, condition):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)

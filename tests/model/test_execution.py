@@ -5,6 +5,7 @@ One long file, because tests/conftest.py shows GPUs to this file alone.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig, ModelConfig, OptimConfig, load_config
 from jitscale.errors import ConfigError
-from jitscale.model import attention
+from jitscale.model import attention, execution
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
@@ -67,13 +71,8 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def present(name: str) -> bool:
-    """Whether a kernel runs on the CPU in float32: FlashAttention does not."""
-    return name in ("sdpa", "reference")
-
-
 @pytest.mark.parametrize("head_dim", [64, 80, 104])
-@pytest.mark.parametrize("name", [name for name in KERNELS if present(name)])
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa", "reference"])  # which run on the CPU in float32
 def test_kernels_agree_forward_and_backward(name: str, head_dim: int) -> None:
     """With float64 arithmetic written out, at the lengths and head dims of JiT; q, k and v are strided views."""
     torch.manual_seed(0)
@@ -134,7 +133,7 @@ def test_cuda_graphs_change_nothing(precision: str) -> None:
             assert torch.equal(graphed(z, t, y), net(z, t, y))
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if present(name)])
+@pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_kernels_drop_weights(name: str) -> None:
     """With values of one, the mean is one and single outputs are not."""
     torch.manual_seed(0)
@@ -151,7 +150,8 @@ def chosen(asked: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32)
 def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto").name == "sdpa"
     assert chosen("reference", dropout=0.2).reason == "asked for"
-    for name in ("flash-attn", "flash-attn-4"):
+    assert chosen("sdpa-flash").reason == "asked for"
+    for name in ("flash-attn", "flash-attn-4", "sdpa-cudnn"):
         with pytest.raises(ConfigError, match=rf"engine.attention={name} does not work here \(."):
             chosen(name)
     monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, dropout: attention.unfused(q, k, 1.1 * v, dropout))
@@ -160,28 +160,145 @@ def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order and the reasons, with probes that fail as they would on one."""
+    """The order and the reasons, with probes that fail as they would on one; in the batch of the run."""
     tried = []
+    broken = {attention.flash_attn: ImportError("No module named 'flash_attn'")}
 
-    def probe(kernel: attention.Kernel, shape: object, dropout: float, dtype: torch.dtype, device: object) -> None:
-        tried.append((kernel.__name__, dropout))
-        if kernel is attention.flash_attn:
-            raise ImportError("No module named 'flash_attn'")
-        kernel(*torch.randn(3, 1, 4, 2, 8).unbind(0), dropout)
+    def probe(
+        kernel: attention.Kernel, shape: tuple[int, ...], dropout: float, dtype: object, device: object, backward: bool
+    ) -> None:
+        tried.append((kernel.__name__, shape, dropout, backward))
+        if kernel in broken:
+            raise broken[kernel]
+        if kernel is attention.flash_attn_4:
+            kernel(*torch.randn(3, 1, 4, 2, 8).unbind(0), dropout)
 
+    cudnn = 91900
     monkeypatch.setattr(attention, "_probe", probe)
     monkeypatch.setitem(attention._operators, "forward", lambda q, k, v, scale: (v, None))
     monkeypatch.setattr(attention, "_version", lambda name: "1.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
 
-    def on_gpu(dropouts: list[float]) -> attention.ChosenKernel:
-        bf16, gpu = torch.bfloat16, torch.device("cuda")
-        return choose_kernel("auto", tokens=[8], heads=2, head_dim=8, dropouts=dropouts, dtype=bf16, device=gpu)
+    def on_gpu(dropouts: list[float], asked: str = "auto", dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+        shape: dict[str, Any] = {"batch": 64, "tokens": [8], "heads": 2, "head_dim": 8, "dropouts": dropouts}
+        found = choose_kernel(asked, **shape, dtype=dtype, device=torch.device("cuda"), backward=False)
+        return found.name, found.reason
 
-    assert on_gpu([0.0]).name == "flash-attn-4"
-    found = on_gpu([0.0, 0.2])
-    assert found.name == "sdpa"
-    assert found.reason == "flash-attn-4: has no dropout; flash-attn: No module named 'flash_attn'"
-    assert ("sdpa", 0.2) in tried
+    packages = "flash-attn-4: has no dropout; flash-attn: No module named 'flash_attn'"
+    assert on_gpu([0.0]) == ("flash-attn-4", "the first that was tried")
+    assert on_gpu([0.0, 0.2]) == ("sdpa-cudnn", packages)
+    assert ("sdpa_cudnn", (64, 8, 2, 8), 0.2, False) in tried
+    assert on_gpu([0.0, 0.2], dtype=torch.float32) == ("sdpa", "cuda, float32")
+    cudnn = 91002
+    found = on_gpu([0.2])
+    assert found == (
+        "sdpa-flash",
+        f"{packages}; sdpa-cudnn: cuDNN 91002 is older than 91500, and wrong at some lengths",
+    )
+    with pytest.raises(ConfigError, match=r"attention=sdpa-cudnn does not work here \(cuDNN 91002 is older"):
+        on_gpu([0.2], "sdpa-cudnn")
+    assert on_gpu([0.2], "sdpa") == ("sdpa", "asked for")
+    cudnn = 91900
+    broken[attention.sdpa_cudnn] = ValueError("gradient of q has elements that are infinite or nan")
+    found = on_gpu([0.2])
+    assert found == ("sdpa-flash", f"{packages}; sdpa-cudnn: gradient of q has elements that are infinite or nan")
+    broken[attention.sdpa_flash] = RuntimeError("No available kernel")
+    assert on_gpu([0.2])[0] == "sdpa"
+
+
+def dropping(choose: Callable[[torch.Tensor, float], torch.Tensor]) -> attention.Kernel:
+    """A kernel that keeps the weights (B, H, N, N) that `choose` names."""
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+        weights = attention._weights(q, k)
+        return attention._weighted(weights * choose(weights, dropout), v)
+
+    return kernel
+
+
+def with_gradient_of_q(change: Callable[[torch.Tensor], torch.Tensor]) -> attention.Kernel:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+        q = q.view_as(q)
+        if q.requires_grad:
+            q.register_hook(change)
+        return attention.unfused(q, k, v, dropout)
+
+    return kernel
+
+
+def one_nan(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[-1, -1, -1, -1] = torch.nan
+    return gradient
+
+
+def honest(weights: torch.Tensor, dropout: float) -> torch.Tensor:
+    return (torch.rand_like(weights) >= dropout) / (1 - dropout)
+
+
+PROBED: dict[str, tuple[attention.Kernel, str | None]] = {
+    "the authors' way": (attention.unfused, None),
+    "PyTorch's": (attention.sdpa, None),
+    "written out": (dropping(honest), None),
+    "NaN in a gradient": (with_gradient_of_q(one_nan), "gradient of q has elements that are infinite or nan"),
+    "wrong gradient": (with_gradient_of_q(lambda g: 1.2 * g), r"gradient of q is off by 0\.2 of the largest element"),
+    "too few dropped": (dropping(lambda w, p: honest(w, p / 2)), r"share of dropped weights is off: 0\.\d+ instead"),
+    "not scaled": (dropping(lambda w, p: honest(w, p) * (1 - p)), r"output is off by 0\.2 of the largest element"),
+    "same in every call": (
+        dropping(lambda w, p: torch.arange(w.numel()).view_as(w) % 5 / 5 >= p), "does not differ between calls"
+    ),
+    "same in every head": (
+        dropping(lambda w, p: honest(w[:1, :1], p).expand_as(w)), "does not differ between heads"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROBED)
+def test_the_probe_sees_what_is_wrong_with_dropout(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Against the reference with the same weights dropped, slice by slice, though the kernel does not tell which."""
+    kernel, message = PROBED[case]
+    monkeypatch.setattr(attention, "PROBE_ELEMENTS", 2 * 2 * 36**2)  # two of the five samples at a time
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16):
+        with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            attention._probe(kernel, (5, 36, 2, 16), 0.2, dtype, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_is_probed_without_gradients() -> None:
+    kernel = PROBED["NaN in a gradient"][0]
+    with pytest.raises(ValueError, match="infinite or nan"):
+        attention._probe(kernel, (3, 36, 2, 16), 0.0, torch.float32, CPU)
+    attention._probe(kernel, (3, 36, 2, 16), 0.0, torch.float32, CPU, backward=False)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_named_kernel_of_torch_is_forced_inside_a_graph(recomputed: bool) -> None:
+    """Where torch would choose another one, because FlashAttention is off; without breaks."""
+    operators: list[str] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: attention.Kernel) -> torch.Tensor:
+        return kernel(q, k, v, 0.0) * 2
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        for kernel, flash in ((attention.sdpa, False), (attention.sdpa_flash, True)):
+            operators.clear()
+            call = partial(checkpoint, run, use_reentrant=False) if recomputed else run
+            compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=see))
+            q, k, v = (torch.randn(2, 16, 2, 8, requires_grad=True) for _ in range(3))
+            torch.autograd.grad(compiled(q, k, v, kernel).sum(), (q, k, v))
+            assert any("_scaled_dot_product_flash_attention_for_cpu" in name for name in operators) == flash
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
 
 
 def test_a_kernel_without_package_metadata_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +481,33 @@ def test_sampling_has_the_same_graphs_for_every_batch() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 2
         assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.usefixtures("dynamo")
+def test_no_graph_is_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    """Of one code object that sees two lengths and several batches. The only symbol is sampling's size of a batch."""
+    symbols: list[set[object]] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in (*x.shape, *x.stride())]
+        sizes += [x for x in inputs if not isinstance(x, torch.Tensor)]
+        symbols.append(
+            {str(s) for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+        )
+        return graph.forward
+
+    monkeypatch.setattr(execution, "_with_parameters_anywhere", see)
+    net = JiT(replace(MODEL, attn_dropout=0.2))
+    prepare(net, replace(ENGINE, compile=True), CPU, training=training)
+    net.train(training)
+    for batch in (3, 5, 3, 7):
+        with torch.set_grad_enabled(training):
+            net(torch.randn(batch, 3, 16, 16), torch.rand(batch), torch.arange(batch) % 10)
+    if training:
+        assert symbols == [set()] * 9, "for each batch: two lengths, and dropout"
+    else:
+        assert [len(found) for found in symbols] == [1, 1]
 
 
 @on_a_gpu

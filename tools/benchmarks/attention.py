@@ -21,6 +21,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dropout = model.attn_dropout if options.dropout is None else options.dropout
     shape = (options.batch, tokens, heads, head_dim)
     wanted: dict[str, Any] = {"tokens": [tokens], "heads": heads, "head_dim": head_dim, "dropouts": [dropout]}
+    wanted["batch"] = options.batch
     watches, missing = {}, {}
     for name in KERNELS:
         try:

@@ -53,7 +53,7 @@ def plain_training(config: Config, device: torch.device, watch: Stopwatch) -> It
     `watch` times its parts. bf16 weights are measured as autocast.
     """
     network = JiT(config.model, config.diffusion).to(device).train()
-    execution = prepare(network, config.engine, device, training=True)
+    execution = prepare(network, config.engine, device, training=True, batch=config.data.batch_size)
     optimizer = build_optimizer(network, config.optim)
     weights = [p.detach() for p in network.parameters()]
     ema = ShardedEma(config.ema, weights, compiled=execution.compiled)
