@@ -52,13 +52,13 @@ class ZeroEngine:
         # Whatever the optimizer, DeepSpeed imports its own Muon and compiles it then, which takes two seconds.
         compiler.compile = lambda: lambda function: function
         self.stage = config.engine.zero_stage
-        self.execution = prepare(model, config.engine, world.device, training=True)
+        share = config.data.batch_size // world.size
+        self.micro_batches = share // (config.engine.micro_batch_size or share)
+        self.execution = prepare(model, config.engine, world.device, training=True, micro_batches=self.micro_batches)
         if self.execution.by_block and self.stage == 3:
             # Hooks of a block gather all its weights, and are not part of its graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.world = world
-        share = config.data.batch_size // world.size
-        self.micro_batches = share // (config.engine.micro_batch_size or share)
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
