@@ -221,11 +221,15 @@ class _BlockGraphs:
         # Autograd takes a tensor that nobody else holds for the parameter's gradient, and adds later ones to it.
         found = [None if g is None else g.detach() for g in self.gradients]
         if self.accumulate:
-            taken = [i for i, p in enumerate(self.parameters, 2) if p.grad is None and found[i] is not None]
-            copies = [torch.empty_like(found[i]) for i in taken]
-            torch._foreach_copy_(copies, [found[i] for i in taken])
-            for i, copy in zip(taken, copies, strict=True):
-                found[i] = copy
+            first = [p.grad is None for p in self.parameters]
+            taken = [g for g, of_first in zip(found[2:], first, strict=True) if g is not None and of_first]
+            copies = [torch.empty_like(g) for g in taken]
+            if copies:
+                torch._foreach_copy_(copies, taken)
+            left = iter(copies)
+            found[2:] = [
+                next(left) if g is not None and of_first else g for g, of_first in zip(found[2:], first, strict=True)
+            ]
         return found
 
     def _traced(self) -> tuple[Tensor, list[Tensor]]:
