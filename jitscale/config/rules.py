@@ -104,6 +104,20 @@ def _offload_without_muon(offload: bool, name: str) -> Faults:
         yield limit, "set engine.offload_optimizer=false or optim.name=adamw"
 
 
+@rule("engine.cuda_graphs", "engine.zero_stage")
+def _graphs_of_fixed_weights(graphs: bool | None, stage: int) -> Faults:
+    if graphs and stage == 3:
+        limit = "reads weights where they were captured, and ZeRO stage 3 gathers them elsewhere each time"
+        yield limit, "set engine.cuda_graphs=false or engine.zero_stage=2"
+
+
+@rule("engine.cuda_graphs", "engine.offload_optimizer")
+def _graphs_without_offload(graphs: bool | None, offload: bool) -> Faults:
+    if graphs and offload:
+        limit = "saves time of the host, and with engine.offload_optimizer=true the host computes the step"
+        yield limit, "set one of them to false"
+
+
 @rule("engine.precision", "run.device", "bf16_supported")
 def _bf16_on_the_device(precision: str, device: str, bf16_supported: Callable[[str], bool]) -> Faults:
     if precision != "fp32" and not bf16_supported(device):

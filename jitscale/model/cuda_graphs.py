@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Other threads, such as those that fill page-locked memory, may call CUDA while a graph is captured.
+CAPTURE_MODE = "thread_local"
 WARM_UPS = 3  # passes before recording: what is compiled or tuned at first use must not be recorded
 
 
@@ -52,6 +54,6 @@ class CudaGraphs:
                     self._forward(*inputs)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode=CAPTURE_MODE):
                 output = self._forward(*inputs)
         return _Recorded(graph, inputs, output)

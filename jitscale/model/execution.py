@@ -20,6 +20,7 @@ from jitscale.model.flops import image_tokens
 from jitscale.model.fused.choice import FusedKernels, Shapes, choose_fused
 from jitscale.model.jit import Block, JiT
 from jitscale.model.layers import swiglu_width
+from jitscale.model.training_graphs import TrainingGraphs
 
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
@@ -37,6 +38,7 @@ class Execution:
     compiled: bool  # whether blocks are compiled
     float8: bool  # whether products are in float8
     fused: FusedKernels
+    graphs: bool = False  # whether blocks are CUDA graphs
 
     @property
     def by_block(self) -> bool:
@@ -47,15 +49,19 @@ class Execution:
         chosen = self.attention
         kernel = f"attention {chosen.name} ({chosen.version}; {chosen.reason})"
         on = {"feed-forward widths padded": self.aligned, "float8": self.float8, "blocks compiled": self.compiled}
+        on["blocks as CUDA graphs"] = self.graphs
         return ", ".join([kernel, f"fused kernels {self.fused}", *(name for name in on if on[name])])
 
 
-def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool, batch: int = 1) -> Execution:
+def prepare(
+    model: JiT, engine: EngineConfig, device: torch.device, *, training: bool, batch: int = 1, micro_batches: int = 1
+) -> Execution:
     """Let the blocks of `model` compute as `engine` says, on `device`, in batches of `batch`; changed in place.
 
-    A setting of None is on for GPUs, and alignment also for float8. For sampling, nothing is dropped or recomputed.
+    A setting of None is on for GPUs, and alignment also for float8; but CUDA graphs, which are for training alone, are
+    off. For sampling, nothing is dropped or recomputed. In training, a step adds up gradients of `micro_batches`.
     Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
-    float8, or float8 is asked for without alignment.
+    float8, float8 is asked for without alignment, or CUDA graphs without a GPU.
     """
     on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
@@ -76,17 +82,27 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     if engine.float8 and not aligned:
         raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
     fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
+    every, graphs = (engine.activation_checkpointing, bool(engine.cuda_graphs)) if training else (0, False)
+    if graphs and not on_gpu:
+        raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
+    recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
+    forwards: list[Forward] = []  # of the blocks, for graphs, which recompute by themselves
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
         block.attn.split_heads, block.mlp.gated = fused.split_heads, fused.gated
-        every = engine.activation_checkpointing if training else 0
-        if every > 0 and index % every == 0:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        forward: Forward = block.forward
+        if index in recomputed and not graphs:
+            forward = partial(checkpoint, forward, use_reentrant=False)
         if compiled:
-            block.forward = _compile(block.forward, training=training)  # type: ignore[method-assign, assignment]
-    return Execution(attention, aligned, compiled, engine.float8, fused)
+            forward = _compile(forward, training=training)
+        forwards.append(forward)
+        block.forward = forward  # type: ignore[method-assign]
+    if graphs:
+        ordinary = [partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)]
+        TrainingGraphs(blocks, forwards, ordinary, recomputed=recomputed, accumulate=micro_batches > 1)
+    return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
 
 
 def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) -> Shapes:

@@ -54,12 +54,14 @@ class ZeroEngine:
         self.stage = config.engine.zero_stage
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
-        self.execution = prepare(model, config.engine, world.device, training=True, batch=micro_batch)
+        self.micro_batches = share // micro_batch
+        self.execution = prepare(
+            model, config.engine, world.device, training=True, batch=micro_batch, micro_batches=self.micro_batches
+        )
         if self.execution.by_block and self.stage == 3:
             # Hooks of a block gather all its weights, and are not part of its graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.world = world
-        self.micro_batches = share // micro_batch
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,

@@ -1,0 +1,298 @@
+"""A network's blocks in training as CUDA graphs: the host starts a block's pass whole, not kernel by kernel.
+
+The first micro-batch takes the ordinary way: whatever is compiled or tuned at first use must not be captured. Before
+the second one, the forward passes of all blocks are captured in their order, and then their backward passes in the
+reverse order. All graphs share one pool of memory: what a block has saved for its backward pass is given to others
+after it, as without graphs. So their order in time must stay that of the capture: one forward pass of all blocks, one
+backward pass, and gradients that are used up or copied before the next forward pass.
+
+Parameters are inputs of a block, and their gradients are outputs of its backward graph. So hooks of parameters, by
+which ZeRO reduces gradients during the backward pass, run outside the graphs.
+
+Shapes: B images of a micro-batch, N tokens, C hidden size, D head dim.
+"""
+
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from jitscale.model.cuda_graphs import CAPTURE_MODE, WARM_UPS
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, N, C), condition (B, C), rope (2, N, D) -> (B, N, C)
+
+
+class TrainingGraphs:
+    """Stands in for the forward passes of `blocks`, whose `forward` it replaces.
+
+    Graphs run while the blocks train and gradients are on, with batches of the first one's size. Anything else takes
+    the ordinary way. Dropout follows torch's generator of the device, bit by bit as it does without graphs.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        forwards: Sequence[Forward],
+        ordinary: Sequence[Forward],
+        *,
+        recomputed: Collection[int],
+        accumulate: bool,
+    ) -> None:
+        """`forwards` of the blocks are captured, and `ordinary` run outside of graphs.
+
+        A block whose index is in `recomputed` saves nothing, and its backward graph runs its forward pass again. With
+        `accumulate`, gradients stay in use during later passes, so that the first ones are copied out of the pool.
+        """
+        self._blocks, self._forwards, self._ordinary = list(blocks), list(forwards), list(ordinary)
+        self._recomputed, self._accumulate = frozenset(recomputed), accumulate
+        self._signature: tuple[object, ...] = ()  # of the batch that is seen and then captured
+        self._seen: list[_Seen] = []
+        self._last: ReferenceType[Tensor] | None = None  # the output of the block before
+        self._graphs: list[_BlockGraphs] = []
+        self._pass = _Pass()
+        self._replays = self._learns = False  # in the current pass
+        for index, block in enumerate(self._blocks):
+            block.forward = partial(self._call, index)  # type: ignore[method-assign]
+
+    def _call(self, index: int, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        if index == 0:
+            self._begin_pass(x, condition)
+        if self._replays:
+            graphs = self._graphs[index]
+            return _Replay.apply(graphs, x, condition, *graphs.parameters)  # type: ignore[no-any-return, no-untyped-call]
+        out = self._ordinary[index](x, condition, rope)
+        if self._learns:
+            follows = self._last is not None and self._last() is x
+            self._seen.append(_Seen(_shape_of(x), _shape_of(condition), rope, follows))
+            self._last = ref(out)
+        return out
+
+    def _begin_pass(self, x: Tensor, condition: Tensor) -> None:
+        """Decide what all blocks do in this pass."""
+        self._replays = self._learns = False
+        if not (self._blocks[0].training and torch.is_grad_enabled()):
+            return
+        about = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (x, condition)]
+        signature = (*about, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        if not self._graphs and signature == self._signature and len(self._seen) == len(self._blocks):
+            self._graphs = self._capture(x.device)
+        if self._graphs:
+            self._replays = signature == self._signature
+            self._pass.number += self._replays
+        else:
+            self._signature, self._seen, self._last, self._learns = signature, [], None, True
+
+    def _capture(self, device: torch.device) -> "list[_BlockGraphs]":
+        generator = torch.cuda.default_generators[device.index]
+        state = generator.get_state()
+        seen, aside, pool = self._seen, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            # All blocks read one condition. A block writes where the next one reads, if nothing lies between them.
+            condition = torch.zeros_like(seen[0].condition, device=device)
+            inputs = [None if each.follows else torch.zeros_like(each.x, device=device) for each in seen]
+            graphs: list[_BlockGraphs] = []
+            for index, (block, forward) in enumerate(zip(self._blocks, self._forwards, strict=True)):
+                x = inputs[index]
+                made = _BlockGraphs(
+                    block,
+                    forward,
+                    seen[index],
+                    torch.zeros_like(seen[index].x, device=device) if x is None else x,
+                    condition,
+                    recomputed=index in self._recomputed,
+                    accumulate=self._accumulate,
+                    shared=self._pass,
+                )
+                made.warm_up()
+                graphs.append(made)
+            # The first pass has left its activations in the allocator, beside which the pool needs as much again. And
+            # a graph that is destroyed as garbage would break a capture.
+            gc.collect()
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            for before, after in zip([None, *graphs], graphs, strict=False):
+                if after.seen.follows and before is not None:
+                    after.x = before.out
+                after.capture_forward(pool)
+            for after, before in zip([None, *reversed(graphs)], reversed(graphs), strict=False):
+                follows = after is not None and after.seen.follows
+                before.capture_backward(pool, after.gradients[0] if after is not None and follows else None)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        generator.set_state(state)
+        return graphs
+
+
+class _Seen(NamedTuple):
+    """What a block was given in the first pass."""
+
+    x: Tensor  # shape, strides and dtype, without memory
+    condition: Tensor
+    rope: Tensor
+    follows: bool  # whether x is what the block before it returned
+
+
+@dataclass
+class _Pass:
+    """What the blocks share in a pass through all of them."""
+
+    number: int = 0
+    condition: ReferenceType[Tensor] | None = None  # the one that has been copied to where the graphs read it
+
+
+@dataclass
+class _BlockGraphs:
+    """The graphs of one block, and the tensors that they read and write."""
+
+    block: nn.Module
+    run: Forward
+    seen: _Seen
+    x: Tensor  # (B, N, C)
+    condition: Tensor  # (B, C)
+    recomputed: bool
+    accumulate: bool
+    shared: _Pass
+    forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    offset: int = 0  # of the generator before the last forward pass
+
+    def __post_init__(self) -> None:
+        slots = [(m, name) for m in self.block.modules() for name, p in m.named_parameters(recurse=False)]
+        self.slots: list[tuple[nn.Module, str]] = slots
+        self.parameters = [module.get_parameter(name) for module, name in slots]
+        self.addresses = [p.data_ptr() for p in self.parameters]
+        self.generator = torch.cuda.default_generators[self.condition.device.index]
+
+    def warm_up(self) -> None:
+        """Forward and backward passes outside of graphs, which touch neither gradients nor hooks."""
+        for _ in range(WARM_UPS):
+            out, leaves = self._traced()
+            self._differentiated(out, leaves, torch.zeros_like(out))
+
+    def capture_forward(self, pool: Any) -> None:
+        with _captured(self.forward, pool):
+            out, leaves = self._traced()
+        self.out = out.detach()
+        if not self.recomputed:
+            self._open = (out, leaves)
+
+    def capture_backward(self, pool: Any, gradient: Tensor | None) -> None:
+        """`gradient` of the output lies where the next block's graph writes it, or None: in memory of its own."""
+        self.gradient = torch.zeros_like(self.out) if gradient is None else gradient
+        with _captured(self.backward, pool):
+            out, leaves = self._traced() if self.recomputed else self._open
+            found = self._differentiated(out, leaves, self.gradient)
+            # Laid out as the parameters are, so that autograd takes them as they are.
+            self.gradients = [None if g is None else g.contiguous() for g in found]
+        self._open = None  # its memory is free for the blocks before
+
+    def replay_forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The output (B, N, C), which the next pass overwrites."""
+        if self.addresses != [p.data_ptr() for p in self.parameters]:
+            raise RuntimeError("CUDA graphs: weights have moved since the capture")
+        if x.data_ptr() != self.x.data_ptr():
+            self.x.copy_(x)
+        if self.shared.condition is None or self.shared.condition() is not condition:
+            self.condition.copy_(condition)
+            self.shared.condition = ref(condition)
+        if self.recomputed:
+            self.offset = self.generator.get_offset()
+        self.forward.replay()
+        return self.out.detach()
+
+    def replay_backward(self, gradient: Tensor) -> list[Tensor | None]:
+        """The gradients of x, the condition and the parameters, which the next pass overwrites."""
+        if gradient.data_ptr() != self.gradient.data_ptr() or gradient.stride() != self.gradient.stride():
+            self.gradient.copy_(gradient)
+        if self.recomputed:  # the same dropout again
+            offset = self.generator.get_offset()
+            self.generator.set_offset(self.offset)
+            self.backward.replay()
+            self.generator.set_offset(offset)
+        else:
+            self.backward.replay()
+        # Autograd takes a tensor that nobody else holds for the parameter's gradient, and adds later ones to it.
+        found = [None if g is None else g.detach() for g in self.gradients]
+        if self.accumulate:
+            first = [p.grad is None for p in self.parameters]
+            taken = [g for g, of_first in zip(found[2:], first, strict=True) if g is not None and of_first]
+            copies = [torch.empty_like(g) for g in taken]
+            if copies:
+                torch._foreach_copy_(copies, taken)
+            left = iter(copies)
+            found[2:] = [
+                next(left) if g is not None and of_first else g for g, of_first in zip(found[2:], first, strict=True)
+            ]
+        return found
+
+    def _traced(self) -> tuple[Tensor, list[Tensor]]:
+        """The output, and what it depends on: x, the condition, and the parameters under other names.
+
+        Gradients of the parameters themselves would pass through nodes that belong to another stream and have hooks.
+        """
+        leaves = [self.x.detach(), self.condition.detach()]
+        for leaf, like in zip(leaves, self.seen, strict=False):
+            leaf.requires_grad_(like.requires_grad)
+        aliases = [nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in self.parameters]
+        with _replaced(self.slots, aliases):
+            out = self.run(leaves[0], leaves[1], self.seen.rope)
+        # A later pass must not find weights that autocast has cast in this one. Blocks would be compiled anew if the
+        # cache were off.
+        torch.clear_autocast_cache()
+        return out, [*leaves, *aliases]
+
+    @staticmethod
+    def _differentiated(out: Tensor, leaves: list[Tensor], gradient: Tensor) -> list[Tensor | None]:
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+class _Replay(torch.autograd.Function):
+    """A block's pass, to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: _BlockGraphs, x: Tensor, condition: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.graphs, ctx.number = graphs, graphs.shared.number
+        return graphs.replay_forward(x, condition)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.number != ctx.graphs.shared.number:
+            raise RuntimeError("CUDA graphs: a later forward pass has overwritten what this backward pass needs")
+        return None, *ctx.graphs.replay_backward(gradient)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _replaced(slots: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let modules have other parameters for a while."""
+    own = [module._parameters[name] for module, name in slots]
+    try:
+        for (module, name), parameter in zip(slots, parameters, strict=True):
+            module._parameters[name] = parameter
+        yield
+    finally:
+        for (module, name), parameter in zip(slots, own, strict=True):
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Capture the body of the `with` statement; torch.cuda.graph would wait and empty the cache each time."""
+    graph.capture_begin(pool=pool, capture_error_mode=CAPTURE_MODE)
+    try:
+        yield
+    finally:
+        graph.capture_end()
