@@ -49,7 +49,7 @@ def check_wandb(config: Config) -> None:
     only noticed when the run begins. Raises a ConfigError if there is no key, W&B cannot use what it finds, or it is
     not installed.
     """
-    if config.tracking.wandb != "off" and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+    if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
         what = f"tracking.wandb={config.tracking.wandb}: the package wandb is not installed in {sys.executable}"
         raise ConfigError(f"{what}; install it (make install), or set tracking.wandb=off")
     if config.tracking.wandb != "online":

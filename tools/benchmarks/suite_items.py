@@ -1,7 +1,6 @@
 """What the suite measures: items, the most important ones first, each one command line of tools/benchmark.py."""
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,7 +69,7 @@ class Item(NamedTuple):
                 return f"this checkout has no setting {key}"
             if key in CHOICES and value not in map(str, CHOICES[key]):
                 return f"this checkout has no {word}"
-        missing = [name for name in self.packages if name not in sys.modules and importlib.util.find_spec(name) is None]
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"this machine lacks {', '.join(missing)}"
         if gpus < self.gpus and not smoke:
