@@ -96,8 +96,8 @@ def _profile(name: str, found: dict[str, Any]) -> str:
     copy, product = found["copy_terabytes_per_second"], found["matmul_tflops_per_second"]
     text = (
         f"A step takes {step:.1f} ms. The device is busy for {busy:.1f} ms of the profiled step "
-        f"({busy / step:.1%} of a step without the profiler). The host starts {found['launches']} kernels or graphs and "
-        f"is ready after {found['host_ms']:.1f} ms. A copy in memory reaches {copy:.2f} TB/s, a large product "
+        f"({busy / step:.1%} of a step without the profiler). The host starts {found['launches']} kernels or graphs, "
+        f"and is ready after {found['host_ms']:.1f} ms. A copy in memory reaches {copy:.2f} TB/s, a large product "
         f"{product:.0f} TFLOP/s. Bytes count each argument of a kernel once, as if it were read or written whole; "
         f"shares are those of kernels whose work is known."
     )

@@ -53,11 +53,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         begun = 0
         for item in chosen(options.parts):
             known = kept.get(item.name)
-            if (
-                known is not None
-                and known["smoke"] == options.smoke
-                and not (options.retry and known["status"] != DONE)
-            ):
+            again = known is not None and options.retry and known["status"] != DONE
+            if known is not None and known["smoke"] == options.smoke and not again:
                 states[item.name] = known["status"]
                 continue
             reason = item.obstacle(gpus, smoke=options.smoke)
