@@ -1,9 +1,11 @@
 """Where a run's numbers go: files in its folder, and Weights & Biases if asked for.
 
 metrics.jsonl holds steps and held-out losses; evaluations.jsonl the measurements while the run trains; the folders
-`samples` and `best_samples` pictures; wandb_id the id of the W&B record.
+`samples` and `best_samples` pictures; wandb_id the id of the W&B record. The package wandb is imported where a run
+records there: it takes most of a second, and a run with tracking.wandb=off does without it.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -20,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import wandb
 from PIL import Image
 
 from jitscale.addresses import masked
@@ -45,9 +46,17 @@ def check_wandb(config: Config) -> None:
     """Refuse `tracking.wandb=online` where W&B finds no key: the run would record offline, which nobody asked for.
 
     W&B looks into the environment, netrc and its settings files. It asks no server, so a key that the server rejects is
-    only noticed when the run begins. Raises a ConfigError if there is no key, or W&B cannot use what it finds.
+    only noticed when the run begins. Raises a ConfigError if there is no key, W&B cannot use what it finds, or it is
+    not installed.
     """
-    if config.tracking.wandb != "online" or wandb.run is not None:  # a run that is open has its key
+    if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        what = f"tracking.wandb={config.tracking.wandb}: the package wandb is not installed in {sys.executable}"
+        raise ConfigError(f"{what}; install it (make install), or set tracking.wandb=off")
+    if config.tracking.wandb != "online":
+        return
+    import wandb  # noqa: PLC0415
+
+    if wandb.run is not None:  # a run that is open has its key
         return
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -116,7 +125,7 @@ class Tracker:
         with self._tolerating_full_disks():
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-        self._to_wandb(lambda record: record.log({name: wandb.Image(image), "images": images}))
+        self._to_wandb(lambda record: _send_image(record, name, image, images))
 
     def log_result(self, result: dict[str, Any], step: int, images: int) -> None:
         """Record the numbers of an evaluation after `step` steps, `images` images seen, in evaluations.jsonl."""
@@ -158,7 +167,7 @@ class Tracker:
             folder = Path(self._record.dir).parent
             sent = self._guarded(self._record.finish)
             # Slurm kills what a rank leaves behind, such as W&B's service while it still writes.
-            self._guarded(wandb.teardown)
+            self._guarded(_end_service)
             if self._offline:
                 logger.info("to send what W&B has recorded offline: wandb sync %s/offline-run-*", folder.parent)
             elif not sent:
@@ -169,6 +178,8 @@ class Tracker:
         os.environ.setdefault("WANDB_SILENT", "true")
 
         def start(offline: bool) -> None:
+            import wandb  # noqa: PLC0415
+
             own = _own_id(run_dir / "wandb_id")
             if not offline:
                 check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
@@ -195,7 +206,7 @@ class Tracker:
         if config.tracking.wandb == "online":
             if not self._guarded(lambda: start(offline=False)):
                 logger.warning("W&B goes on offline")
-                self._guarded(wandb.teardown)  # its service still holds the run's id, which may not be used twice
+                self._guarded(_end_service)  # its service still holds the run's id, which may not be used twice
             elif self._offline or self._wandb.disabled:
                 logger.warning("W&B records nothing online, because its own settings (WANDB_MODE) say so")
         if self._wandb is None:
@@ -328,7 +339,21 @@ def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:
     return {name: _finite(value) for name, value in result.items() if isinstance(value, float | int)}
 
 
+def _end_service() -> None:
+    import wandb  # noqa: PLC0415
+
+    wandb.teardown()
+
+
+def _send_image(record: Any, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
+    import wandb  # noqa: PLC0415
+
+    record.log({name: wandb.Image(image), "images": images})
+
+
 def _send_final(record: Any, result: dict[str, Any]) -> None:
+    import wandb  # noqa: PLC0415
+
     rows = result["table"]
     if len(rows) > 1:
         data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]

@@ -9,21 +9,31 @@
     torchrun --nproc-per-node 4 tools/benchmark.py memory --config configs/jit_b_256.yaml
     python tools/benchmark.py ranks --ranks 4 8 16 24
     python tools/benchmark.py rehearsal --config configs/jit_b_256.yaml
+    python tools/benchmark.py suite --minutes 9 --out DIR
+    python tools/benchmark.py report DIR
+
+`suite` measures everything that matters on a GPU, item by item, for --minutes. The same command again goes on with
+what is missing. `report` makes tables of it. The items are commands of this tool: `correct` compares what the GPU
+computes with float64, or its training with the CPU's; `profile` compares the kernels of a step with the roofline;
+`multi` measures several GPUs.
 
 `step`, `sample` and `attention` run one process, on the GPU if there is one, with freshly initialised weights and
-random images. `step` is the trainer's own step, from shards in a temporary folder. These three need torch, numpy,
-pyyaml and tqdm only: without deepspeed, `step` measures the same network, optimizer and averages in plain torch, on
-a batch that is already on the device. `--compare reference` measures the authors' way in the same process, in turns.
-`data` reads shards of synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
+random images. `step` is the trainer's own step, from shards in a temporary folder. These three, `correct` and
+`profile` need torch, numpy, pyyaml and tqdm only: without deepspeed, `step` measures the same network, optimizer and
+averages in plain torch, on a batch that is already on the device; without OmegaConf, a configuration is read without
+interpolations. `--compare reference` measures the authors' way in the same process, in turns. `data` reads shards of
+synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
 """
 
 import importlib
 import json
 import os
+from pathlib import Path
 
 import installed
 
 from benchmarks.measuring import describe_conditions, environment
+from benchmarks.suite_items import CASES, PARTS, names
 from jitscale.command import Parser, markdown, path_text, positive
 from jitscale.config import CHOICES
 from jitscale.errors import ExitCode, exit_with_message
@@ -35,6 +45,9 @@ def main() -> int:
     # Only the chosen measurement is imported: a machine need not have the packages of the others. Its `measure` finds
     # the numbers, its `describe` makes the lines of the table of them.
     measurement = importlib.import_module(f"benchmarks.{options.command}")
+    if options.command == "report":
+        print(measurement.report(options.folder))
+        return ExitCode.DONE
     load = os.getloadavg()[0]  # before the measurement adds to it
     # Numbers are kept with the options that led to them, and with the conditions.
     result = {**vars(options), **measurement.measure(options), **environment(), "load": load}
@@ -92,21 +105,49 @@ def _parser() -> Parser:
     ranks.add_number("--repeats", 40, "measured exchanges of each kind")
     ranks.add_number("--shards", 2000, "shards that are opened")
 
+    suite = commands.add_parser("suite", help="everything that matters on a GPU, in items; again, it goes on")
+    suite.add_number("--minutes", 9.0, "no item begins that would end later", float)
+    suite.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    meaning = f"parts ({', '.join(PARTS)}) or items (default: all)"
+    suite.add_argument("--parts", nargs="+", choices=names(), default=[], metavar="PART", help=meaning)
+    suite.add_argument("--wheels", type=Path, metavar="DIR", help="wheels that the items get, such as DeepSpeed's")
+    suite.add_argument("--retry", action="store_true", help="measure again what failed")
+    suite.add_argument("--smoke", action="store_true", help="tiny sizes: shows that every item runs")
+    suite.add_argument("--list", action="store_true", help="show the items and measure nothing")
+
+    report = commands.add_parser("report", help="Markdown tables of what `suite` found")
+    report.add_argument("folder", type=Path, metavar="DIR", help="--out of `suite`")
+
+    correct = commands.add_parser("correct", help="what the device computes, next to float64 or to the CPU's training")
+    correct.add_argument("--case", choices=CASES, required=True, help="what is compared")
+    correct.add_argument("--smoke", action="store_true", help="tiny sizes")
+
+    roofline = commands.add_parser("profile", help="the kernels of a step, next to the memory's and a product's speed")
+    roofline.add_number("--steps", 5, "steps that are timed without the profiler")
+    roofline.add_number("--warmup", 3, "steps before them")
+    roofline.add_number("--rows", 25, "kernels of the table")
+    roofline.add_argument("--engine", choices=("auto", "zero", "plain"), default="auto", help=engines)
+
+    multi = commands.add_parser("multi", help="several GPUs: steps, all-reduce, overlap; start it with torchrun")
+    multi.add_number("--steps", 6, "measured steps")
+
     for command in (save, rehearsal):
         command.add_argument(
             "--folder", type=path_text, metavar="DIR", help="where files are written (default: the temporary folder)"
         )
-    for command in (step, sample, attention):
+    for command in (step, sample, attention, roofline):
         command.add_number("--batch", 4, "images")
+    multi.add_number("--batch", 4, "images of a rank")
     for command in (step, sample):
         command.add_argument("--compare", choices=("reference",), help="measure the authors' way too")
-    for command in (step, sample, attention, save, memory, rehearsal):
+    for command in (step, sample, attention, save, memory, rehearsal, roofline, multi):
         command.add_argument(
             "--config", type=path_text, default="configs/jit_b_256.yaml", metavar="FILE", help="default: %(default)s"
         )
         command.add_overrides()
-    for command in commands.choices.values():
-        command.add_json()
+    for name, command in commands.choices.items():
+        if name != "report":
+            command.add_json()
     return parser
 
 

@@ -1,6 +1,11 @@
-"""Every setting of a run: the schema, how files and overrides become a configuration, and what is refused."""
+"""Every setting of a run: the schema, how files and overrides become a configuration, and what is refused.
 
-from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
+The functions of loading.py are imported when one of them is first used: they need OmegaConf, and who only uses the
+schema does without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from jitscale.config.schema import (
     CHOICES,
     SETTINGS,
@@ -25,8 +30,19 @@ from jitscale.config.schema import (
     weight_set_names,
 )
 
+if TYPE_CHECKING:
+    from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
+
 __all__ = ["CHOICES", "SETTINGS", "WIDEST_POWER", "Config", "EvaluationConfig", "ModelConfig", "ProgressiveConfig"]
 __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
 __all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
 __all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
 __all__ += ["weight_set_names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jitscale.config import loading  # noqa: PLC0415
+
+    return getattr(loading, name)

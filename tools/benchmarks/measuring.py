@@ -1,6 +1,7 @@
 """What all measurements share: the configuration to measure, the machine, a stopwatch, and how much of it is used."""
 
 import argparse
+import importlib.util
 import platform
 import re
 import resource
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from jitscale.config import Config, load_config
+from benchmarks.bare_config import bare_config
+from jitscale.config import Config
 from jitscale.errors import ConfigError
 from jitscale.model.flops import peak_tflops
 from jitscale.parallel import choose_device
@@ -39,13 +41,22 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
     impossible, or is not measured here.
     """
     defaults = DEFAULTS if on_gpu and torch.cuda.is_available() else [*DEFAULTS, *ON_CPU]
-    config = load_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
+    config = read_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
     device = choose_device(config.run.device)
     if device.type != "cpu" and not on_gpu:
         raise ConfigError(f"run.device={config.run.device}: only the CPU is measured; remove it")
     if device.type == "cpu" and config.engine.precision == "bf16":
         raise ConfigError("engine.precision=bf16: is not measured on CPUs; set fp32 or autocast")
     return config, device
+
+
+def read_config(path: str, settings: list[str]) -> Config:
+    """As `load_config`, also where OmegaConf is not installed."""
+    if importlib.util.find_spec("omegaconf") is None:
+        return bare_config(path, settings)
+    from jitscale.config import load_config  # noqa: PLC0415
+
+    return load_config(path, settings)
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from tqdm import trange
 
 from benchmarks import measuring
 from benchmarks.measuring import Stopwatch, Table
-from benchmarks.plain import RandomBatch, plain_training
+from benchmarks.plain import RandomBatch, Training, plain_training
 from benchmarks.reference import reference_step
 from jitscale.config import Config
-from jitscale.errors import UserError
+from jitscale.errors import UserError, first_line
 from jitscale.model.execution import prepare
 from jitscale.model.flops import training_flops
 from jitscale.model.jit import JiT
@@ -35,26 +36,18 @@ PARTS = {
     "rest": "rest: draws, noise, loss, engine around forward",
 }
 # Packages that only the trainer needs.
-TRAINER_NEEDS = ("deepspeed", "fsspec", "PIL", "safetensors", "simplejpeg", "wandb")
+TRAINER_NEEDS = ("deepspeed", "omegaconf", "fsspec", "PIL", "safetensors", "simplejpeg", "webdataset", "braceexpand")
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
+TrainingOf = Callable[[Config, torch.device, Stopwatch], AbstractContextManager[Training]]
+
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
-    missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
-    if options.engine == "zero" and missing:
-        what = f"--engine zero: the trainer needs {', '.join(missing)}, which this machine lacks"
-        raise UserError(f"{what}; install them, or set --engine plain")
-    whole = options.engine != "plain" and not missing
     with tempfile.TemporaryDirectory() as scratch:
-        training, settings = plain_training, ["engine.micro_batch_size=null", "tracking.wandb=off"]
-        if whole:
-            # The trainer needs packages that a machine may lack, where everything else can be measured.
-            from benchmarks.whole import settings_in, whole_training  # noqa: PLC0415
-
-            training, settings = whole_training, [*settings, *settings_in(Path(scratch))]
+        training, settings, engine = training_of(options.engine, Path(scratch))
         config, device = measuring.measured_config(options, settings, on_gpu=True)
         torch.manual_seed(config.run.seed)
         watch = Stopwatch(device, enabled=False)
@@ -67,9 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             result = _take_turns(step, watch, options, config, device)
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
     product = measuring.matmul_tflops(config, device)
-    lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
     return {
-        "engine": f"ZeRO stage {config.engine.zero_stage}" if whole else f"plain torch{lacks}",
+        "engine": engine.format(stage=config.engine.zero_stage),
         "execution": str(execution),
         "host_waits": waits,
         **result,
@@ -77,6 +69,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "matmul_tflops_per_second": product,
         "peak_memory_mib": peak,
     }
+
+
+def training_of(engine: str, scratch: Path) -> tuple[TrainingOf, list[str], str]:
+    """How `engine` (zero, plain or auto) trains: a context, the settings that it needs, and its name.
+
+    Raises a UserError if ZeRO is asked for and the trainer lacks packages.
+    """
+    missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
+    if engine == "zero" and missing:
+        what = f"--engine zero: the trainer needs {', '.join(missing)}, which this machine lacks"
+        raise UserError(f"{what}; install them, or set --engine plain")
+    settings = ["engine.micro_batch_size=null", "tracking.wandb=off"]
+    if engine == "plain" or missing:
+        lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
+        return plain_training, settings, f"plain torch{lacks}"
+    # The trainer needs packages that a machine may lack, where everything else can be measured.
+    from benchmarks.whole import settings_in, whole_training  # noqa: PLC0415
+
+    return whole_training, [*settings, *settings_in(scratch)], "ZeRO stage {stage}"
 
 
 def describe(result: dict[str, Any]) -> Table:
@@ -104,6 +115,8 @@ def describe(result: dict[str, Any]) -> Table:
         lines += [(f"the authors' way: {label}", value) for label, value in shown]
         lines.append(("ours / the authors' way", f"{result['ratio']:.2f}"))
         lines.append(("forward and backward alone", f"{result['network_ratio']:.2f}"))
+    if "reference_missing" in result:
+        lines.append(("the authors' way", f"does not fit beside ours: {result['reference_missing']}"))
     return lines
 
 
@@ -116,9 +129,16 @@ def _take_turns(
     random = RandomBatch(config, device)
     their_watch, whole_steps = Stopwatch(device, enabled=False), Stopwatch(device)
     steps = {"ours": our_step}
+    unmeasured = None
     if options.compare == "reference":
-        steps["theirs"] = reference_step(config, device, random, their_watch)
-        steps["theirs"]()
+        try:
+            steps["theirs"] = reference_step(config, device, random, their_watch)
+            steps["theirs"]()
+        except torch.OutOfMemoryError as error:
+            unmeasured = first_line(error)
+    if unmeasured is not None:  # outside of the handler, which holds what did not fit
+        steps.pop("theirs", None)
+        torch.cuda.empty_cache()
 
     def passes() -> None:
         loss = random.loss(network, watch.part("forward"))
@@ -151,6 +171,8 @@ def _take_turns(
         "share": {name: value / detailed for name, value in seconds.items()},
         "around_network": (detailed - network_seconds) / detailed,
     }
+    if unmeasured is not None:
+        result["reference_missing"] = unmeasured
     if "theirs" in speeds:
         parts = their_watch.medians()
         result["reference"] = {**speeds["theirs"], "ms": {name: 1e3 * value for name, value in parts.items()}}

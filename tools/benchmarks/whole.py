@@ -1,6 +1,6 @@
 """The trainer itself, on shards of random images, with the parts of its step timed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,21 +31,31 @@ def whole_training(config: Config, device: torch.device, watch: Stopwatch) -> It
 
     `watch` times its parts. A step whose parts are timed is logged, since a run logs only every hundredth.
     """
+    with parallel.joined(device) as world:
+        write_random_shards(config)
+        trainer = Trainer(config, world, open_training_shards(config))
+        yield step_of(trainer, watch), trainer.engine.execution
+        trainer.close()
+
+
+def write_random_shards(config: Config) -> None:
+    """Make the folders of a `config` with `settings_in`, and write the shards."""
     batch, size = config.data.batch_size, config.model.image_size
     count = max(IMAGES_AT_LEAST, 2 * batch)
     noise = np.random.default_rng(0).integers(256, size=(size + count - 1, size, 3), dtype=np.uint8)
     images = sliding_window_view(noise, size, axis=0).transpose(0, 3, 1, 2)  # each begins a row below the one before
     labels = np.arange(count) % max(1, config.model.num_classes)
-    with parallel.joined(device) as world:
-        write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))
-        Path(config.run.dir).mkdir()
-        trainer = Trainer(config, world, open_training_shards(config))
-        trainer.part = watch.part
+    write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))
+    Path(config.run.dir).mkdir()
 
-        def step() -> None:
-            loss = trainer.train_step()
-            if watch.enabled:
-                trainer.log(trainer.agree(loss))
 
-        yield step, trainer.engine.execution
-        trainer.close()
+def step_of(trainer: Trainer, watch: Stopwatch) -> Callable[[], None]:
+    """A step of `trainer` whose parts are timed by `watch`."""
+    trainer.part = watch.part
+
+    def step() -> None:
+        loss = trainer.train_step()
+        if watch.enabled:
+            trainer.log(trainer.agree(loss))
+
+    return step

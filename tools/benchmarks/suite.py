@@ -1,0 +1,215 @@
+"""All measurements one after another, each in a process of its own, until the time is over; again, it goes on.
+
+DIR/results.json holds what was found. It is written anew, whole, after each item; DIR/logs what each item said.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measuring
+from benchmarks.suite_items import SMOKE_SECONDS, Item, chosen
+from jitscale.errors import ExitCode, UserError
+from jitscale.files import atomic_write
+
+RESULTS = "results.json"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/benchmark.py"
+LIMIT = 3  # times the estimated seconds, after which an item has failed
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+SPARE_SECONDS = 8.0  # of the call's time, to end an item and this process
+# What becomes of an item. What is skipped or later has no record, and the next call looks at it again.
+DONE, REFUSED, FAILED, MEMORY, SLOW = "done", "refused", "failed", "out of memory", "too slow"
+SKIPPED, LATER = "skipped", "later"
+_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_ERROR = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt)\b)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the chosen items that have no result yet, while there is time."""
+    ends = time.monotonic() + 60 * options.minutes - SPARE_SECONDS
+    folder: Path = options.out
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    kept = read_results(folder)
+    checkout = {"source": _digest_of_sources(), "smoke": options.smoke}
+    with _installed_wheels(options.wheels) as site:
+        if site is not None:
+            sys.path.append(str(site))
+        gpus = _count_gpus()
+        states: dict[str, str] = {}
+        begun = 0
+        for item in chosen(options.parts):
+            known = kept.get(item.name)
+            again = known is not None and options.retry and known["status"] != DONE
+            if known is not None and known["smoke"] == options.smoke and not again:
+                states[item.name] = known["status"]
+                continue
+            reason = item.obstacle(gpus, smoke=options.smoke)
+            if reason is None and options.list:
+                states[item.name] = LATER
+                continue
+            if reason is not None:
+                states[item.name] = f"{SKIPPED}: {reason}"
+                continue
+            left = ends - time.monotonic()
+            estimated = min(item.seconds, SMOKE_SECONDS) if options.smoke else item.seconds
+            if left < estimated and (begun or left < SPARE_SECONDS):
+                states[item.name] = LATER
+                continue
+            record = _run(item, min(left, LIMIT * estimated), folder, site, gpus, smoke=options.smoke)
+            begun += 1
+            if record["status"] == SLOW and left < LIMIT * estimated and begun > 1:
+                states[item.name] = LATER  # the next call, which begins with it, has more time
+                continue
+            kept[item.name] = {"part": item.part, **record, **checkout}
+            _write(folder, kept)
+            states[item.name] = record["status"]
+    return {"items": states, "folder": str(folder), "report": f"python tools/benchmark.py report {folder}"}
+
+
+def describe(result: dict[str, Any]) -> measuring.Table:
+    """The lines of the table of `measure`."""
+    states = result["items"]
+    later = sum(state == LATER for state in states.values())
+    note = f"{later} of {len(states)} items are left for the next call" if later else "nothing is left"
+    return [*states.items(), ("left", note), ("the tables", result["report"])]
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records in `folder` by their items' names. Raises a UserError if the file is damaged."""
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["items"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no file of results ({error}); move it away") from error
+
+
+def _write(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
+    with atomic_write(folder / RESULTS) as file:
+        file.write(json.dumps({"items": kept}, indent=1).encode())
+
+
+def _run(item: Item, limit: float, folder: Path, site: Path | None, gpus: int, *, smoke: bool) -> dict[str, Any]:
+    """Run `item` for `limit` seconds at most: its status, and its result or the reason why there is none."""
+    words = item.arguments(smoke=smoke)
+    log = folder / "logs" / f"{item.name}.txt"
+    path = [str(site)] if site is not None else []
+    inherited = os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, *([inherited] if inherited else [])])}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(max(gpus, 2))]
+    launcher = torchrun if item.gpus > 1 else []
+    began = time.monotonic()
+    print(f"{item.name}: {' '.join(words)}", file=sys.stderr, flush=True)
+    with log.open("wb") as said, tempfile.TemporaryFile() as found:
+        with subprocess.Popen(
+            [sys.executable, *launcher, str(TOOL), *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=found,
+            stderr=said,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(process)
+        found.seek(0)
+        output = found.read().decode(errors="replace")
+    seconds = time.monotonic() - began
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    record: dict[str, Any] = {
+        "command": f"python tools/benchmark.py {' '.join(words)}",
+        "seconds": round(seconds, 1),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if code == 0 and lines:
+        record |= {"status": DONE, "result": json.loads(lines[-1])}
+    else:
+        record |= _failure(code, log.read_text(errors="replace"), limit)
+    reason = f": {record['reason']}" if "reason" in record else ""
+    print(f"{item.name}: {record['status']} after {seconds:.0f} s{reason}", file=sys.stderr, flush=True)
+    return record
+
+
+def _failure(code: int | None, said: str, limit: float) -> dict[str, str]:
+    """Status and reason of an item that ended with `code` (None: it was ended after `limit` seconds)."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    if code is None:
+        return {"status": SLOW, "reason": f"had not ended after {limit:.0f} s"}
+    if any(_MEMORY.search(line) for line in lines):
+        (*_, last) = [line for line in lines if _MEMORY.search(line)]
+        return {"status": MEMORY, "reason": last[:300]}
+    if code == ExitCode.USER_ERROR and errors:
+        return {"status": REFUSED, "reason": errors[-1].removeprefix("error: ")[:500]}
+    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return {"status": FAILED, "reason": f"{(errors or lines or ['said nothing'])[-1][:500]} ({ended})"}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the item with all processes that it has started; what has ended stays so."""
+    for sign, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+@contextmanager
+def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
+    """The folder into which the wheels were installed; it exists while the `with` statement runs."""
+    if wheels is None:
+        yield None
+        return
+    files = sorted(map(str, wheels.glob("*.whl")))
+    if not files:
+        raise UserError(f"--wheels {wheels}: no *.whl there; give a folder of wheels for this Python")
+    with tempfile.TemporaryDirectory(prefix="jitscale_wheels_") as site:
+        options = [
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-cache-dir",
+            "--no-compile",
+            "--disable-pip-version-check",
+        ]
+        command = [sys.executable, "-m", "pip", "install", *options, "--target", site, *files]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            last = (finished.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise UserError(f"--wheels {wheels}: pip cannot install them ({last}); give wheels for this Python")
+        yield Path(site)
+
+
+def _count_gpus() -> int:
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.device_count()
+
+
+def _digest_of_sources() -> str:
+    """Which sources were measured: a commit is not known everywhere, and has no local changes."""
+    digest = hashlib.sha256()
+    for folder in ("jitscale", "tools/benchmarks", "configs"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

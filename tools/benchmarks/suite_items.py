@@ -1,0 +1,170 @@
+"""What the suite measures: items, the most important ones first, each one command line of tools/benchmark.py."""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jitscale.config import CHOICES, SETTINGS
+
+PARTS = ("correct", "step", "profile", "sample", "attention", "multi")
+CASES = ("attention", "network", "norms", "gradients", "graphs", "training", "training-zero")  # of `correct`
+CONFIGS = {name: f"configs/jit_{name}_256.yaml" for name in "blhg"} | {"h512": "configs/jit_h_512.yaml"}
+# What a switch changes in a step of H at 64 images. A setting that this checkout does not know is skipped.
+SWITCHES = {
+    "compile-off": ["engine.compile=false"],
+    "align-off": ["engine.align=false"],
+    **{f"attention-{name}": [f"engine.attention={name}"] for name in CHOICES["engine.attention"] if name != "auto"},
+    "kernels-triton": ["engine.fused_kernels=triton"],
+    "kernels-torch": ["engine.fused_kernels=torch"],
+    "graphs-on": ["engine.cuda_graphs=true"],
+    "graphs-off": ["engine.cuda_graphs=false"],
+    "float8": ["engine.float8=true"],
+    "stage-2": ["engine.zero_stage=2"],
+    "bf16": ["engine.precision=bf16"],
+    "bf16-stage-2": ["engine.precision=bf16", "engine.zero_stage=2"],
+    "recompute": ["engine.activation_checkpointing=1"],
+}
+# Tiny sizes: they show that an item runs.
+SMALL_NETWORK = [
+    *("model.image_size=16", "model.patch_size=4", "model.hidden_size=32", "model.depth=2", "model.num_heads=2"),
+    *("model.bottleneck_dim=8", "model.in_context_len=4", "model.in_context_start=1", "model.num_classes=10"),
+    "data.num_workers=0",
+]
+SMALL_COUNTS = {
+    "step": ["--batch", "2", "--steps", "1", "--warmup", "1"],
+    "profile": ["--batch", "2", "--steps", "1", "--warmup", "1"],
+    "multi": ["--batch", "2", "--steps", "1"],
+    "sample": ["--batch", "2", "--sampler-steps", "2", "--repeats", "1"],
+    "attention": ["--batch", "2", "--repeats", "1"],
+    "correct": ["--smoke"],
+}
+SMOKE_SECONDS = 60
+
+
+class Item(NamedTuple):
+    """One measurement, in a process of its own."""
+
+    name: str
+    part: str
+    command: str  # of tools/benchmark.py
+    options: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    seconds: int = 60  # what it takes at most on a Hopper GPU, compilation included; three times as long is a failure
+    packages: tuple[str, ...] = ()  # modules without which it is skipped
+    gpus: int = 0  # without as many it is skipped
+
+    def arguments(self, *, smoke: bool) -> list[str]:
+        """The words after `tools/benchmark.py`."""
+        options, settings = [*self.options], [*self.settings]
+        if smoke:
+            options += SMALL_COUNTS[self.command]
+            settings += [] if self.command == "correct" else SMALL_NETWORK
+        return [self.command, *options, "--json", *settings]
+
+    def obstacle(self, gpus: int, *, smoke: bool) -> str | None:
+        """Why it cannot run here; None if it can."""
+        for word in self.settings:
+            key, _, value = word.partition("=")
+            if key not in SETTINGS:
+                return f"this checkout has no setting {key}"
+            if key in CHOICES and value not in map(str, CHOICES[key]):
+                return f"this checkout has no {word}"
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"this machine lacks {', '.join(missing)}"
+        if gpus < self.gpus and not smoke:
+            return f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}, and {self.gpus} are needed"
+        return None
+
+
+def items() -> list[Item]:
+    """All items in the order in which they run."""
+    return [*_first(), *_switches(), *_rest()]
+
+
+def chosen(parts: list[str]) -> list[Item]:
+    """The items of `parts`, which are names of parts or of items; all of them where none is named."""
+    return [item for item in items() if not parts or item.part in parts or item.name in parts]
+
+
+def names() -> list[str]:
+    """What `chosen` takes."""
+    return [*PARTS, *(item.name for item in items())]
+
+
+def _first() -> Iterator[Item]:
+    yield _correct("attention", 60)
+    yield _step("h", 64, seconds=170)
+    yield Item("profile-h-64", "profile", "profile", ("--config", CONFIGS["h"], "--batch", "64"), seconds=100)
+    yield _correct("network", 150)
+    yield _correct("training", 60, packages=("sklearn",))
+    yield _correct("norms", 40)
+    yield _step("b", 64, seconds=100)
+    yield _step("l", 64, seconds=120)
+
+
+def _switches() -> Iterator[Item]:
+    for name, settings in SWITCHES.items():
+        packages = ("torchao",) if "float8" in name else ()
+        slow = name in ("compile-off", "attention-reference")
+        yield _step("h", 64, settings, f"-{name}", compare=False, seconds=60 if slow else 90, packages=packages)
+    # B is limited by the host, and so are few images of H.
+    for size, batch in (("b", 64), ("h", 16)):
+        yield _step(size, batch, SWITCHES["graphs-on"], "-graphs-on", compare=False, seconds=80)
+
+
+def _rest() -> Iterator[Item]:
+    for case in ("gradients", "graphs"):
+        yield _correct(case, 90)
+    for name, settings in (("", []), ("-graphs", ["evaluation.cuda_graphs=true"])):
+        compare = () if name else ("--compare", "reference")
+        options = ("--config", CONFIGS["h"], "--batch", "64", "--sampler-steps", "20", *compare)
+        yield Item(f"sample-h-64{name}", "sample", "sample", options, tuple(settings), seconds=100)
+    for size in "hblg":
+        for dropout in ("0", "0.2"):
+            options = ("--config", CONFIGS[size], "--batch", "64", "--dropout", dropout)
+            yield Item(f"attention-{size}-{dropout}", "attention", "attention", options, seconds=25)
+    yield _step("h", 16, seconds=120)
+    yield _step("g", 16, seconds=170)
+    yield _step("h512", 16, seconds=170)
+    yield _correct("training-zero", 120, packages=("sklearn", "deepspeed", "omegaconf"))
+    yield _step("h", 32, seconds=120)
+    yield _step("h", 128, compare=False, seconds=90)
+    for batch in (32, 64, 128):
+        yield _step("g", batch, compare=False, seconds=120)
+    for batch in (32, 64, 128):
+        yield _step("h512", batch, compare=False, seconds=120)
+    for size in "bl":
+        for batch in (16, 32, 128):
+            yield _step(size, batch, compare=size == "b" or batch < 128, seconds=110)
+    for stage in ("1", "2", "3"):
+        yield Item(
+            f"multi-h-stage-{stage}",
+            "multi",
+            "multi",
+            ("--config", CONFIGS["h"], "--batch", "32"),
+            (f"engine.zero_stage={stage}",),
+            seconds=120,
+            packages=("deepspeed", "omegaconf"),
+            gpus=2,
+        )
+
+
+def _correct(case: str, seconds: int, packages: tuple[str, ...] = ()) -> Item:
+    return Item(f"correct-{case}", "correct", "correct", ("--case", case), seconds=seconds, packages=packages)
+
+
+def _step(
+    size: str,
+    batch: int,
+    settings: list[str] | None = None,
+    suffix: str = "",
+    *,
+    compare: bool = True,
+    seconds: int,
+    packages: tuple[str, ...] = (),
+) -> Item:
+    turns = ("--compare", "reference") if compare else ()
+    options = ("--config", CONFIGS[size], "--batch", str(batch), "--steps", "6", "--warmup", "3", *turns)
+    own = tuple(settings or ())
+    return Item(f"step-{size}-{batch}{suffix}", "step", "step", options, own, seconds=seconds, packages=packages)
