@@ -100,7 +100,9 @@ def prepare(
         forwards.append(forward)
         block.forward = forward  # type: ignore[method-assign]
     if graphs:
-        ordinary = [partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)]
+        ordinary = [
+            partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)
+        ]
         TrainingGraphs(blocks, forwards, ordinary, recomputed=recomputed, accumulate=micro_batches > 1)
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
 
