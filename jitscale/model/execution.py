@@ -91,7 +91,7 @@ def prepare(
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
-        block.attn.split_heads, block.mlp.gated = fused.split_heads, fused.gated
+        block.attn.split_heads, block.mlp.gated, block.kernels = fused.split_heads, fused.gated, fused.residual
         forward: Forward = block.forward
         if index in recomputed and not graphs:
             forward = partial(checkpoint, forward, use_reentrant=False)
@@ -99,6 +99,7 @@ def prepare(
             forward = _compile(forward, training=training)
         forwards.append(forward)
         block.forward = forward  # type: ignore[method-assign]
+    model.final_layer.kernels = fused.residual
     if graphs:
         ordinary = [
             partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)

@@ -21,11 +21,18 @@ class Block(nn.Module):
         self.norm2 = layers.RMSNorm(width)
         self.mlp = layers.SwiGLU(width, proj_dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.kernels: layers.ResidualKernels | None = None  # model/execution.py chooses; None: torch's code
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(layers.modulate(self.norm1(x), shift1, scale1), rope)
+        if self.kernels is not None:
+            dropout = self.attn.proj_drop.p if self.training else 0.0
+            branch = self.attn(self.kernels.modulated_norm(x, self.norm1.weight, shift1, scale1), rope)
+            x, y = self.kernels.add_and_norm(x, branch, gate1, self.norm2.weight, shift2, scale2, dropout)
+            return self.kernels.gated_add(x, self.mlp(y), gate2)
+        branch = self.attn(layers.modulate(self.norm1(x), shift1, scale1), rope)
+        x = x + gate1[:, None] * self.attn.proj_drop(branch)
         return x + gate2[:, None] * self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
 
 
@@ -38,10 +45,13 @@ class FinalLayer(nn.Module):
         self.norm_final = layers.RMSNorm(width)
         self.linear = nn.Linear(width, config.patch_size**2 * 3)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.kernels: layers.ResidualKernels | None = None  # as in a block
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        if self.kernels is not None:
+            return self.linear(self.kernels.modulated_norm(x, self.norm_final.weight, shift, scale))
         return self.linear(layers.modulate(self.norm_final(x), shift, scale))
 
 

@@ -6,6 +6,7 @@ Parameter names are those of the authors' checkpoints, so that their files load 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,17 @@ TIMESTEP_FREQUENCIES = 256
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # as torch.nn.functional.linear
 SplitHeads = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as fused.heads.split_heads
 Gated = Callable[[Tensor, float], Tensor]  # as fused.gated.gated
+
+
+class ResidualKernels(NamedTuple):
+    """How branches of a block join the stream x (B, N, C); shifts, scales and gates are (B, C)."""
+
+    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of x, the norm's weight (C,), shift and scale
+    # Of x, branch (B, N, C), gate, weight, shift, scale and dropout of the branch: the sum, and its modulated norm.
+    add_and_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    gated_add: Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, branch and gate
+
+
 ALIGNMENT = 64  # of the inner width of feed-forward layers
 
 
@@ -30,9 +42,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
-        return (x32 * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As `RMSNorm`, of x (..., C) with `weight` (C,)."""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+    return (x32 * weight.float()).to(x.dtype)
 
 
 def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) -> Tensor:
@@ -80,7 +97,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class BottleneckPatchEmbed(nn.Module):
-    """Patches through a low-rank bottleneck (arXiv 2511.13720, section 4.3): P x P x 3 -> bottleneck -> C."""
+    """Patches through a low-rank bottleneck (arXiv 2511.13720, section 4.3): P x P x 3 -> bottleneck -> C.
+
+    The layers are convolutions by their weights' shapes only, as the authors' checkpoints have them: patches do not
+    overlap, so both are products of matrices, which GPUs compute several times faster.
+    """
 
     def __init__(self, patch_size: int, bottleneck_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -89,7 +110,11 @@ class BottleneckPatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, G P, G P) -> (B, N, C)"""
-        return self.proj2(self.proj1(image)).flatten(2).transpose(1, 2)
+        patch = self.proj1.kernel_size[0]
+        patches = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, G, P, G, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 P P)
+        x = F.linear(patches, self.proj1.weight.flatten(1))
+        return F.linear(x, self.proj2.weight.flatten(1), self.proj2.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -145,14 +170,14 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, N, C), (2, N, D) -> (B, N, C)"""
+        """(B, N, C), (2, N, D) -> (B, N, C), of which the block has yet to drop elements by `proj_drop`."""
         qkv = multiply(self.product, x, self.qkv)
         if self.split_heads is None:
             q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rope)
         else:
             q, k, v = self.split_heads(qkv, self.q_norm.weight, self.k_norm.weight, rope)
         out = self.kernel(q, k, v, self.attn_dropout if self.training else 0.0)
-        return self.proj_drop(multiply(self.product, out.flatten(2), self.proj))
+        return multiply(self.product, out.flatten(2), self.proj)
 
 
 def gated(h: Tensor) -> Tensor:

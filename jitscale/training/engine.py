@@ -22,7 +22,8 @@ from jitscale.checkpoints.format import Flats, Fragment, whole_fragments
 from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config
 from jitscale.model.execution import prepare
-from jitscale.model.jit import Block, JiT
+from jitscale.model.jit import Block, FinalLayer, JiT
+from jitscale.model.layers import BottleneckPatchEmbed
 from jitscale.parallel import World
 from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
@@ -58,9 +59,11 @@ class ZeroEngine:
         self.execution = prepare(
             model, config.engine, world.device, training=True, batch=micro_batch, micro_batches=self.micro_batches
         )
-        if self.execution.by_block and self.stage == 3:
-            # Hooks of a block gather all its weights, and are not part of its graph.
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        if self.stage == 3:
+            # These read their layers' weights themselves. Hooks of a block gather all of its weights, and are not part
+            # of its graph.
+            by_block = [Block, FinalLayer] if self.execution.by_block else []
+            deepspeed.utils.set_z3_leaf_modules(model, [BottleneckPatchEmbed, *by_block])
         self.world = world
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, H heads, D head dim, I inner width of the feed-forwar
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class FusedKernels:
     reason: str
     split_heads: layers.SplitHeads | None = field(default=None, repr=False)
     gated: layers.Gated | None = field(default=None, repr=False)
+    residual: layers.ResidualKernels | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.name, self.version, f"({self.reason})") if part)
@@ -63,10 +65,11 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
     if asked == "auto" and shapes.dtype == torch.float32:
         return FusedKernels("torch", "", f"{device.type}, float32")
     try:
-        from jitscale.model.fused import gated, heads  # noqa: PLC0415  # they import triton, which comes with GPUs only
+        from jitscale.model.fused import gated, heads, residual  # noqa: PLC0415  # they import triton, which comes with GPUs only
 
         _try_split_heads(heads.split_heads, shapes, device)
         _try_gated(gated.gated_with_seed, shapes, device)
+        _try_residual(residual, shapes, device)
     except Exception as error:  # compilers of kernels raise what they like; it is said
         why = f"{type(error).__name__}: {first_line(error)}"
         if asked == "triton":
@@ -77,7 +80,7 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
         return FusedKernels("torch", "", f"triton: {why}")
     reason = "asked for" if asked == "triton" else "agrees with torch"
     version = version_of("triton") or "of unknown version"
-    return FusedKernels("triton", version, reason, heads.split_heads, gated.gated)
+    return FusedKernels("triton", version, reason, heads.split_heads, gated.gated, residual.KERNELS)
 
 
 def _try_split_heads(
@@ -129,6 +132,36 @@ def _try_gated(
         _probe(f"the output of {case}", found, expected, shapes.dtype)
         _probe(f"the gradient of {case}", found_gradient, expected_gradient, shapes.dtype)
         _probe(f"the share kept by {case}", kept.mean(), torch.ones_like(kept[:1]).mean() * (1 - dropout), shapes.dtype)
+
+
+def _try_residual(kernels: ModuleType, shapes: Shapes, device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=generator, device=device, dtype=shapes.dtype)
+    tokens, width = shapes.grid**2 + shapes.prefix, shapes.heads * shapes.head_dim
+    x, branch = (random(BATCH, tokens, width).requires_grad_() for _ in range(2))
+    weight = random(width).to(shapes.weight_dtype).requires_grad_()
+    modulation = random(BATCH, 3 * width).requires_grad_()
+    gradients = [random(BATCH, tokens, width) for _ in range(2)]
+    inputs = (x, branch, weight, modulation)
+
+    def torch_code(kept: Tensor) -> tuple[Tensor, Tensor]:
+        gate, shift, scale = modulation.float().chunk(3, dim=-1)
+        out = x.float() + gate[:, None] * (branch.float() * kept)
+        return out, layers.modulate(layers.rms_norm(out, weight.float()), shift, scale)
+
+    for dropout in sorted(set(shapes.dropouts)):
+        seed = torch.full((1,), 1 << 40, device=device) if dropout > 0 else None
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            gate, shift, scale = modulation.chunk(3, dim=-1)
+            found = kernels.add_and_norm(x, branch, gate, weight, shift, scale, seed, dropout)
+            found_gradients = torch.autograd.grad(found, inputs, gradients)
+            ones = torch.ones_like(x.float())
+            kept = kernels.gated_add(torch.zeros_like(ones), ones, ones[:, 0], seed, dropout).detach()
+            expected = torch_code(kept)
+            expected_gradients = torch.autograd.grad(expected, inputs, [g.float() for g in gradients])
+        names = ("sum", "norm", "gradient of x", "of the branch", "of the norm's weight", "of the modulation")
+        for name, a, b in zip(names, (*found, *found_gradients), (*expected, *expected_gradients), strict=True):
+            _probe(f"the residual's {name} at dropout {dropout}", a, b, shapes.dtype)
 
 
 def _probe(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
