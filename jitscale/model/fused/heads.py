@@ -28,10 +28,13 @@ class Launch(NamedTuple):
 
     images: int  # of one program, one after the other
     warps: int  # of one program
+    stages: int = 1  # images that are read ahead
 
 
-FORWARD = Launch(images=4, warps=4)
-BACKWARD = Launch(images=4, warps=4)
+# The fastest of those tried on an H200 at 64 x 288 tokens, 12 heads of 64 and 16 of 80.
+FORWARD = Launch(images=1, warps=4)
+BACKWARD = {1024: Launch(images=8, warps=4, stages=3)}  # by the size of a tile
+WIDE_BACKWARD = Launch(images=8, warps=8, stages=3)
 VECTOR = 16  # bytes that a thread reads at once
 
 
@@ -81,6 +84,7 @@ def _forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IMAGES: tl.constexpr,
+    STAGES: tl.constexpr,
     EPS: tl.constexpr,
 ):
     token = tl.program_id(0) % tokens
@@ -93,7 +97,7 @@ def _forward(
     sin = tl.load(rope + rope_table + token * rope_token + channel, mask=channel < D, other=0.0)
     of_q = tl.load(q_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
     of_k = tl.load(k_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
-    for index in range(IMAGES):
+    for index in tl.range(0, IMAGES, num_stages=STAGES):
         image = first + index
         mask = exists & (image < batch)
         row = image.to(tl.int64) * tokens + token
@@ -139,6 +143,7 @@ def _backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IMAGES: tl.constexpr,
+    STAGES: tl.constexpr,
     EPS: tl.constexpr,
 ):
     token = tl.program_id(0) % tokens
@@ -157,7 +162,7 @@ def _backward(
     dv += wide_token * dv_token * UNIT + wide_head * dv_head * UNIT + channel
     sum_q = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_k = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for index in range(IMAGES):
+    for index in tl.range(0, IMAGES, num_stages=STAGES):
         image = first + index
         mask = exists & (image < batch)
         wide = image.to(tl.int64)
@@ -182,21 +187,22 @@ def _backward(
 COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
 
 
-def _shape(qkv: Tensor, rope: Tensor, images: int) -> tuple[int, int, int, int, int, dict[str, Any]]:
+def _shape(qkv: Tensor, rope: Tensor, launch: Launch) -> tuple[int, int, int, int, int, dict[str, Any]]:
     """B, N, H, D, the number of programs, and the kernels' constants."""
     batch, tokens, width = qkv.shape
     head_dim = rope.shape[-1]
     heads = width // (3 * head_dim)
     rows, columns = (triton.next_power_of_2(size) for size in (heads, head_dim))
-    constants = {"H": heads, "D": head_dim, "ROWS": rows, "COLUMNS": columns, "IMAGES": images, "EPS": NORM_EPS}
-    return batch, tokens, heads, head_dim, tokens * ((batch + images - 1) // images), constants
+    constants = {"H": heads, "D": head_dim, "ROWS": rows, "COLUMNS": columns, "EPS": NORM_EPS}
+    constants |= {"IMAGES": launch.images, "STAGES": launch.stages}
+    return batch, tokens, heads, head_dim, tokens * -(-batch // launch.images), constants
 
 
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch = FORWARD
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, 3 H D), (D,), (D,), (2, N, D) -> q, k and v (B, N, H, D) each."""
-    batch, tokens, heads, head_dim, programs, constants = _shape(qkv, rope, launch.images)
+    batch, tokens, heads, head_dim, programs, constants = _shape(qkv, rope, launch)
     qkv, rope = qkv.contiguous(), _rows(rope)
     q, k, v = (qkv.new_empty((batch, tokens, heads, head_dim)) for _ in range(3))
     kernel = wrap_triton(_forward) if COMPILED else _forward
@@ -226,10 +232,14 @@ def backward(
     q_weight: Tensor,
     k_weight: Tensor,
     rope: Tensor,
-    launch: Launch = BACKWARD,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkv and the two weights from those of q, k and v, which may be strided."""
-    batch, tokens, _, head_dim, programs, constants = _shape(qkv, rope, launch.images)
+    if launch is None:
+        head_dim = rope.shape[-1]
+        tile = triton.next_power_of_2(qkv.shape[-1] // (3 * head_dim)) * triton.next_power_of_2(head_dim)
+        launch = BACKWARD.get(tile, WIDE_BACKWARD)
+    batch, tokens, _, head_dim, programs, constants = _shape(qkv, rope, launch)
     qkv, rope = qkv.contiguous(), _rows(rope)
     dq, dk, dv = (_rows(gradient) for gradient in (dq, dk, dv))
     strides = [stride for gradient in (dq, dk, dv) for stride in gradient.stride()[:3]]
