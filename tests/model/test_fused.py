@@ -259,6 +259,7 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in ("heads", "gated"):
         monkeypatch.delitem(sys.modules, f"jitscale.model.fused.{name}", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     gpu = torch.device("cuda")
     found = choose_fused("auto", SMALL, gpu)
     assert found.split_heads is found.gated is None
@@ -268,6 +269,8 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match=r"engine.fused_kernels=triton does not work here \(ModuleNotFoundError: .*64"
     ):
         choose_fused("triton", SMALL, gpu)
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    assert str(choose_fused("auto", SMALL, gpu)) == "torch (torch 2.6.0: not tried with triton's before 2.11)"
 
 
 MODEL = replace(tiny.MODEL, hidden_size=64, depth=4, num_heads=4, in_context_start=1, proj_dropout=0.2)

@@ -16,6 +16,8 @@ from jitscale.versions import version_of
 
 BATCH = 5  # images of the probe, more than one program of `heads` has
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.01}  # of the largest element
+ALIGNED_ELEMENTS = 8  # as training.optim.parameter_groups aligns a parameter: compiled code assumes 16 bytes
+OLDEST_TORCH = (2, 11)  # whose Inductor the kernels were compiled with
 DEVIATIONS = 6  # of the share that dropout keeps, from what it should be
 
 
@@ -62,7 +64,11 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
         return FusedKernels("torch", "", device.type)
     if asked == "auto" and shapes.dtype == torch.float32:
         return FusedKernels("torch", "", f"{device.type}, float32")
+    if asked == "auto" and tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return FusedKernels("torch", "", f"torch {torch.__version__}: not tried with triton's before 2.11")
     try:
+        if shapes.head_dim % ALIGNED_ELEMENTS:
+            raise ValueError(f"head dim {shapes.head_dim} is no multiple of {ALIGNED_ELEMENTS}")
         from jitscale.model.fused import gated, heads  # noqa: PLC0415  # they import triton, which comes with GPUs only
 
         _try_split_heads(heads.split_heads, shapes, device)
