@@ -10,6 +10,7 @@ from tests import conftest
 from tests.support import ROOT
 
 FILE = "tests/model/test_execution.py"
+OTHER = "tests/model/test_fused.py"
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,8 @@ FILE = "tests/model/test_execution.py"
         ([FILE], True),
         ([str(ROOT / FILE)], True),
         ([f"{FILE}::test_kernels_agree_on_a_gpu", f"{FILE}::test_cuda_graphs_change_nothing"], True),
+        ([FILE, OTHER], True),
+        ([OTHER], True),
         (["tests"], False),
         (["tests/model"], False),
         ([FILE, "tests/training/test_ema.py"], False),

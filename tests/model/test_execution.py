@@ -1,6 +1,6 @@
 """How the network computes does not change what it computes: kernels, padding, compilation.
 
-One long file, because tests/conftest.py shows GPUs to this file alone.
+One long file, because tests/conftest.py shows GPUs to this file and test_fused.py alone.
 """
 
 import sys

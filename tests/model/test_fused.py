@@ -30,7 +30,7 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CPU = torch.device("cpu")
-BF16_ERROR = 0.004  # of the largest element; rounding once is half of it
+BF16_ERROR = 0.008 if INTERPRETED else 0.004  # rounding once; the interpreter cuts the last bits off
 
 kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter")
 on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -185,7 +185,9 @@ def test_kernels_seeds_follow_the_default_generator() -> None:
 
 @kernels
 def test_kernels_pass_the_probe() -> None:
-    shapes = SMALL if not ON_GPU else replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456)
+    shapes = replace(SMALL, grid=1, prefix=1, inner=200)
+    if ON_GPU:
+        shapes = replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456)
     choice._try_split_heads(heads_operator(), shapes, DEVICE)
     choice._try_gated(gated_operator(), shapes, DEVICE)
 
@@ -257,6 +259,7 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in ("heads", "gated"):
         monkeypatch.delitem(sys.modules, f"jitscale.model.fused.{name}", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     gpu = torch.device("cuda")
     found = choose_fused("auto", SMALL, gpu)
     assert found.split_heads is found.gated is None
@@ -266,6 +269,8 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match=r"engine.fused_kernels=triton does not work here \(ModuleNotFoundError: .*64"
     ):
         choose_fused("triton", SMALL, gpu)
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    assert str(choose_fused("auto", SMALL, gpu)) == "torch (torch 2.6.0: not tried with triton's before 2.11)"
 
 
 MODEL = replace(tiny.MODEL, hidden_size=64, depth=4, num_heads=4, in_context_start=1, proj_dropout=0.2)
