@@ -80,21 +80,18 @@ def prepare(
     if graphs and not on_gpu:
         raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
     recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
-    forwards: list[Forward] = []  # of the blocks, for graphs, which recompute by themselves
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
         forward: Forward = block.forward
-        if index in recomputed and not graphs:
+        if index in recomputed and not graphs:  # they recompute by themselves
             forward = partial(checkpoint, forward, use_reentrant=False)
         if compiled:
             forward = _compile(forward, training=training)
-        forwards.append(forward)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward  # type: ignore[method-assign, assignment]
     if graphs:
-        recomputing = [partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)]
-        TrainingGraphs(blocks, forwards, recomputing, recomputed=recomputed, accumulate=micro_batches > 1)
+        TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1)
     return Execution(attention, aligned, compiled, engine.float8, graphs)
 
 
