@@ -11,11 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Helpers say what was wrong, as tests do.
 pytest.register_assert_rewrite("tests.support", "tests.data", "tests.preparation")
 
-ON_A_GPU = Path(__file__).parent / "model/test_execution.py"  # has tests that need one, where there is one
+# They have tests that need a GPU, where there is one.
+ON_A_GPU = {Path(__file__).parent / "model" / name for name in ("test_execution.py", "test_training_graphs.py")}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, unless the command names the file with the tests that need one and nothing else."""
+    """Hide GPUs, unless the command names files with tests that need one and nothing else."""
     named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
-    if named != {ON_A_GPU}:
+    if not named or not named <= ON_A_GPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -18,6 +18,7 @@ FILE = "tests/model/test_execution.py"
         ([FILE], True),
         ([str(ROOT / FILE)], True),
         ([f"{FILE}::test_kernels_agree_on_a_gpu", f"{FILE}::test_cuda_graphs_change_nothing"], True),
+        ([FILE, "tests/model/test_training_graphs.py"], True),
         (["tests"], False),
         (["tests/model"], False),
         ([FILE, "tests/training/test_ema.py"], False),

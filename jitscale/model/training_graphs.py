@@ -15,7 +15,7 @@ Shapes: B images of a micro-batch, N tokens, C hidden size, D head dim.
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -159,12 +159,11 @@ class _BlockGraphs:
     recomputed: bool
     accumulate: bool
     shared: _Pass
-    forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
-    backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
     offset: int = 0  # of the generator before the last forward pass
     _open: tuple[Tensor, list[Tensor]] | None = None  # the output and what it depends on, between two captures
 
     def __post_init__(self) -> None:
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         slots = [(m, name) for m in self.block.modules() for name, p in m.named_parameters(recurse=False)]
         self.slots: list[tuple[nn.Module, str]] = slots
         self.parameters = [module.get_parameter(name) for module, name in slots]
