@@ -21,6 +21,7 @@ OTHER = "tests/model/test_fused.py"
         ([f"{FILE}::test_kernels_agree_on_a_gpu", f"{FILE}::test_cuda_graphs_change_nothing"], True),
         ([FILE, OTHER], True),
         ([OTHER], True),
+        ([FILE, "tests/model/test_training_graphs.py"], True),
         (["tests"], False),
         (["tests/model"], False),
         ([FILE, "tests/training/test_ema.py"], False),

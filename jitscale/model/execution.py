@@ -86,25 +86,20 @@ def prepare(
     if graphs and not on_gpu:
         raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
     recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
-    forwards: list[Forward] = []  # of the blocks, for graphs, which recompute by themselves
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
         block.attn.split_heads, block.mlp.gated, block.kernels = fused.split_heads, fused.gated, fused.residual
-        forward: Forward = block.forward
+        forward: Forward = _compile(block.forward, training=training) if compiled else block.forward
+        # Graphs recompute by themselves. Inside of compiled code, what is recomputed on a GPU would drop other elements
+        # than torch.manual_seed asks for: torch keeps generators of its own there.
         if index in recomputed and not graphs:
             forward = partial(checkpoint, forward, use_reentrant=False)
-        if compiled:
-            forward = _compile(forward, training=training)
-        forwards.append(forward)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward  # type: ignore[method-assign, assignment]
     model.final_layer.kernels = fused.residual
     if graphs:
-        ordinary = [
-            partial(checkpoint, f, use_reentrant=False) if i in recomputed else f for i, f in enumerate(forwards)
-        ]
-        TrainingGraphs(blocks, forwards, ordinary, recomputed=recomputed, accumulate=micro_batches > 1)
+        TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1)
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
 
 
@@ -126,7 +121,7 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
 def _compile(forward: Forward, *, training: bool) -> Forward:
     """One graph without breaks for each shape; blocks of the same shape share theirs.
 
-    Training has one size of a batch. If the size is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
+    Training has one size of a batch, which is no symbol.
     dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
     since it ends with what is left over. The two numbers of tokens are never symbols: torch would make the second one
     of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather

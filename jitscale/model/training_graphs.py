@@ -15,7 +15,7 @@ Shapes: B images of a micro-batch, N tokens, C hidden size, D head dim.
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -23,6 +23,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from jitscale.model.cuda_graphs import CAPTURE_MODE, WARM_UPS
 
@@ -36,21 +37,17 @@ class TrainingGraphs:
     the ordinary way. Dropout follows torch's generator of the device, bit by bit as it does without graphs.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        forwards: Sequence[Forward],
-        ordinary: Sequence[Forward],
-        *,
-        recomputed: Collection[int],
-        accumulate: bool,
-    ) -> None:
-        """`forwards` of the blocks are captured, and `ordinary` run outside of graphs.
+    def __init__(self, blocks: Sequence[nn.Module], *, recomputed: Collection[int], accumulate: bool) -> None:
+        """A block whose index is in `recomputed` saves nothing: its backward pass runs its forward pass again.
 
-        A block whose index is in `recomputed` saves nothing, and its backward graph runs its forward pass again. With
-        `accumulate`, gradients stay in use during later passes, so that the first ones are copied out of the pool.
+        With `accumulate`, gradients stay in use during later passes, so that the first ones are copied out of the pool.
         """
-        self._blocks, self._forwards, self._ordinary = list(blocks), list(forwards), list(ordinary)
+        self._blocks = list(blocks)
+        self._forwards: list[Forward] = [block.forward for block in blocks]
+        self._ordinary = [
+            partial(checkpoint, forward, use_reentrant=False) if index in recomputed else forward
+            for index, forward in enumerate(self._forwards)
+        ]
         self._recomputed, self._accumulate = frozenset(recomputed), accumulate
         self._signature: tuple[object, ...] = ()  # of the batch that is seen and then captured
         self._seen: list[_Seen] = []
@@ -59,15 +56,16 @@ class TrainingGraphs:
         self._pass = _Pass()
         self._replays = self._learns = False  # in the current pass
         for index, block in enumerate(self._blocks):
-            block.forward = partial(self._call, index)  # type: ignore[method-assign]
+            block.forward = partial(self._call, index)
 
     def _call(self, index: int, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         if index == 0:
             self._begin_pass(x, condition)
         if self._replays:
             graphs = self._graphs[index]
-            return _Replay.apply(graphs, x, condition, *graphs.parameters)  # type: ignore[no-any-return, no-untyped-call]
-        out = self._ordinary[index](x, condition, rope)
+            replayed: Tensor = _Replay.apply(graphs, x, condition, *graphs.parameters)
+            return replayed
+        out: Tensor = self._ordinary[index](x, condition, rope)
         if self._learns:
             follows = self._last is not None and self._last() is x
             self._seen.append(_Seen(_shape_of(x), _shape_of(condition), rope, follows))
@@ -95,17 +93,17 @@ class TrainingGraphs:
         seen, aside, pool = self._seen, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
-            # All blocks read one condition. A block writes where the next one reads, if nothing lies between them.
+            # All blocks read one condition. A block writes where the next one reads, unless something lies between.
             condition = torch.zeros_like(seen[0].condition, device=device)
-            inputs = [None if each.follows else torch.zeros_like(each.x, device=device) for each in seen]
             graphs: list[_BlockGraphs] = []
-            for index, (block, forward) in enumerate(zip(self._blocks, self._forwards, strict=True)):
-                x = inputs[index]
+            for index, each in enumerate(seen):
+                # While warming up, a block that reads what the one before it writes may read what that one reads.
+                x = graphs[-1].x if each.follows and graphs else torch.zeros_like(each.x, device=device)
                 made = _BlockGraphs(
-                    block,
-                    forward,
-                    seen[index],
-                    torch.zeros_like(seen[index].x, device=device) if x is None else x,
+                    self._blocks[index],
+                    self._forwards[index],
+                    each,
+                    x,
                     condition,
                     recomputed=index in self._recomputed,
                     accumulate=self._accumulate,
@@ -118,13 +116,15 @@ class TrainingGraphs:
             gc.collect()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-            for before, after in zip([None, *graphs], graphs, strict=False):
-                if after.seen.follows and before is not None:
-                    after.x = before.out
-                after.capture_forward(pool)
-            for after, before in zip([None, *reversed(graphs)], reversed(graphs), strict=False):
-                follows = after is not None and after.seen.follows
-                before.capture_backward(pool, after.gradients[0] if after is not None and follows else None)
+            out: Tensor | None = None
+            for made in graphs:
+                if made.seen.follows and out is not None:
+                    made.x = out
+                out = made.capture_forward(pool)
+            gradient: Tensor | None = None
+            for made in reversed(graphs):
+                gradient_of_x = made.capture_backward(pool, gradient)
+                gradient = gradient_of_x if made.seen.follows else None
         torch.cuda.current_stream(device).wait_stream(aside)
         generator.set_state(state)
         return graphs
@@ -159,11 +159,11 @@ class _BlockGraphs:
     recomputed: bool
     accumulate: bool
     shared: _Pass
-    forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
-    backward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
     offset: int = 0  # of the generator before the last forward pass
+    _open: tuple[Tensor, list[Tensor]] | None = None  # the output and what it depends on, between two captures
 
     def __post_init__(self) -> None:
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         slots = [(m, name) for m in self.block.modules() for name, p in m.named_parameters(recurse=False)]
         self.slots: list[tuple[nn.Module, str]] = slots
         self.parameters = [module.get_parameter(name) for module, name in slots]
@@ -176,22 +176,27 @@ class _BlockGraphs:
             out, leaves = self._traced()
             self._differentiated(out, leaves, torch.zeros_like(out))
 
-    def capture_forward(self, pool: Any) -> None:
+    def capture_forward(self, pool: Any) -> Tensor:
+        """The output, where the graph writes it."""
         with _captured(self.forward, pool):
             out, leaves = self._traced()
         self.out = out.detach()
-        if not self.recomputed:
-            self._open = (out, leaves)
+        self._open = None if self.recomputed else (out, leaves)
+        return self.out
 
-    def capture_backward(self, pool: Any, gradient: Tensor | None) -> None:
-        """`gradient` of the output lies where the next block's graph writes it, or None: in memory of its own."""
+    def capture_backward(self, pool: Any, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of x, where the graph writes it.
+
+        `gradient` of the output lies where the next block's graph writes it, or None: in memory of its own.
+        """
         self.gradient = torch.zeros_like(self.out) if gradient is None else gradient
         with _captured(self.backward, pool):
-            out, leaves = self._traced() if self.recomputed else self._open
+            out, leaves = self._open or self._traced()
             found = self._differentiated(out, leaves, self.gradient)
             # Laid out as the parameters are, so that autograd takes them as they are.
             self.gradients = [None if g is None else g.contiguous() for g in found]
-        self._open = None  # its memory is free for the blocks before
+        self._open = None  # what it has saved is free for the blocks before
+        return self.gradients[0]
 
     def replay_forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """The output (B, N, C), which the next pass overwrites."""
@@ -238,7 +243,7 @@ class _BlockGraphs:
         Gradients of the parameters themselves would pass through nodes that belong to another stream and have hooks.
         """
         leaves = [self.x.detach(), self.condition.detach()]
-        for leaf, like in zip(leaves, self.seen, strict=False):
+        for leaf, like in zip(leaves, (self.seen.x, self.seen.condition), strict=True):
             leaf.requires_grad_(like.requires_grad)
         aliases = [nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in self.parameters]
         with _replaced(self.slots, aliases):
@@ -264,7 +269,7 @@ class _Replay(torch.autograd.Function):
         return graphs.replay_forward(x, condition)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.number != ctx.graphs.shared.number:
             raise RuntimeError("CUDA graphs: a later forward pass has overwritten what this backward pass needs")
@@ -278,14 +283,14 @@ def _shape_of(tensor: Tensor) -> Tensor:
 @contextmanager
 def _replaced(slots: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let modules have other parameters for a while."""
-    own = [module._parameters[name] for module, name in slots]
+    own: list[nn.Parameter | None] = [module._parameters[name] for module, name in slots]
     try:
         for (module, name), parameter in zip(slots, parameters, strict=True):
             module._parameters[name] = parameter
         yield
     finally:
-        for (module, name), parameter in zip(slots, own, strict=True):
-            module._parameters[name] = parameter
+        for (module, name), kept in zip(slots, own, strict=True):
+            module._parameters[name] = kept
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from jitscale.model.layers import BottleneckPatchEmbed
 from jitscale.parallel import World
 from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
+from jitscale.training.zero_shortcuts import gather_gradients_at_once, skip_needless_work
 
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
 SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
@@ -75,6 +76,10 @@ class ZeroEngine:
         self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
             self._optimizer.get_grad_norm_direct = partial(_gradient_norm, world.device)
+            skip_needless_work(self._optimizer)
+            same_dtype = self._optimizer.dtype == self._optimizer.gradient_accumulation_dtype
+            if world.size == 1 and same_dtype and not config.engine.offload_optimizer:
+                gather_gradients_at_once(self._optimizer)
         self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)

@@ -176,6 +176,8 @@ def test_all_refusals_come_in_one_message() -> None:
         ("engine.hpz_group_size=2", "needs ZeRO stage 3"),
         ("engine.offload_optimizer=true optim.name=muon", "does not work with Muon"),
         ("engine.offload_optimizer=true engine.zero_stage=0 engine.precision=fp32", "needs a ZeRO stage from 1 on"),
+        ("engine.cuda_graphs=true engine.zero_stage=3", "ZeRO stage 3 gathers them elsewhere each time; set"),
+        ("engine.cuda_graphs=true engine.offload_optimizer=true", "the host computes the step; set one of them to"),
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
         ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must be in (0, 1)"),
         ("ema.decays=[0.9999,0.9999]", "ema.decays=[0.9999, 0.9999] names 0.9999 twice; remove one"),

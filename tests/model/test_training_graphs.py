@@ -1,0 +1,285 @@
+"""CUDA graphs of training blocks change no loss and no gradient.
+
+On CPUs graphs are emulated: what is captured is a list of operators, and a replay runs them again on the same memory.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from jitscale.config import EngineConfig
+from jitscale.errors import ConfigError
+from jitscale.model.execution import prepare
+from jitscale.model.jit import JiT
+from jitscale.model.training_graphs import TrainingGraphs
+from tests.support import tiny
+
+CPU = torch.device("cpu")
+MODEL = replace(tiny.MODEL, depth=4, in_context_start=2)
+ENGINE = EngineConfig(precision="fp32", attention="sdpa", align=False, compile=False)
+STEPS = 4
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps each operator with its arguments and results."""
+
+    def __init__(self, operators: list[tuple[Any, Any, Any, Any]]) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operators.append((function, args, kwargs or {}, result))
+        return result
+
+
+class EmulatedGraph:
+    """A CUDA graph for CPUs."""
+
+    made: ClassVar[list["EmulatedGraph"]] = []
+
+    def __init__(self) -> None:
+        self.operators: list[tuple[Any, Any, Any, Any]] = []
+        self.replays = 0
+        self.made.append(self)
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.recorder = Recorder(self.operators)
+        self.recorder.__enter__()
+
+    def capture_end(self) -> None:
+        self.recorder.__exit__(None, None, None)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for result, found in self.run():
+            if result.data_ptr() != found.data_ptr():
+                with torch.autograd._unsafe_preserve_version_counter(result):  # autograd sees no replay
+                    result.copy_(found)
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for function, args, kwargs, results in self.operators:
+            found = function(*args, **kwargs)
+            pairs = zip(tree_leaves(results), tree_leaves(found), strict=True)
+            yield from ((a.detach(), b) for a, b in pairs if isinstance(a, torch.Tensor))
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Destroy what it has written, as other graphs in the same memory would."""
+        for _, args, kwargs, results in self.operators:
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            for t in tree_leaves(results):
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                    t.detach().fill_(float("nan") if t.is_floating_point() else 1)
+
+
+@dataclass
+class EmulatedGenerator:
+    """torch's generator of the CPU, with what those of GPUs have."""
+
+    get_state: Any = torch.get_rng_state
+    set_state: Any = torch.set_rng_state
+    get_offset: Any = torch.get_rng_state
+    set_offset: Any = torch.set_rng_state
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> type[EmulatedGraph]:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    parts: dict[str, Any] = {
+        "CUDAGraph": EmulatedGraph,
+        "default_generators": {None: EmulatedGenerator()},
+        "Stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device: stream,
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "graph_pool_handle": lambda: None,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(EmulatedGraph, "made", [])
+    return EmulatedGraph
+
+
+@dataclass
+class Run:
+    losses: list[torch.Tensor] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    hooks: Counter[str] = field(default_factory=Counter)
+
+
+def network(device: torch.device, dropout: float) -> JiT:
+    torch.manual_seed(0)
+    net = JiT(replace(MODEL, attn_dropout=dropout, proj_dropout=dropout)).to(device).train()
+    for parameter in net.parameters():  # zeroed layers would hide what lies below them
+        torch.nn.init.normal_(parameter, std=0.05)
+    return net
+
+
+def batch(size: int, device: torch.device, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    z, t = torch.randn(size, 3, 16, 16, generator=generator), torch.rand(size, generator=generator)
+    return z.to(device), t.to(device), (torch.arange(size) % 10).to(device)
+
+
+def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: int = 0) -> Run:
+    """A few steps, with an evaluation and a smaller batch between them."""
+    device, run = net.pos_embed.device, Run()
+    for name, parameter in net.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: run.hooks.update([name]))
+    for step in range(STEPS):
+        torch.manual_seed(100 * seed + step)
+        for micro_batch in range(micro_batches):
+            for graph in EmulatedGraph.made:
+                graph.forget()
+            z, t, y = batch(3, device, 10 * step + micro_batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+                loss = (net(z, t, y) - z).square().mean()
+            loss.backward()
+            run.losses.append(loss.detach())
+        run.gradients += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
+                parameter.grad = None
+        with torch.no_grad():
+            run.losses.append(net.eval()(*batch(3, device, 7)).sum())
+        net.train()
+        run.losses.append(net(*batch(2, device, 8)).sum().detach())
+    return run
+
+
+def both(device: torch.device, dropout: float, recompute: int, precision: str, micro_batches: int) -> tuple[Run, Run]:
+    found = []
+    for graphs in (False, True):
+        net = network(device, dropout)
+        recomputed = [index for index in range(MODEL.depth) if recompute and index % recompute == 0]
+        if graphs:
+            TrainingGraphs(list(net.blocks), recomputed=recomputed, accumulate=micro_batches > 1)
+        found.append(trained(net, precision=precision, micro_batches=micro_batches))
+    return found[0], found[1]
+
+
+def assert_same(plain: Run, graphed: Run, tolerance: float) -> None:
+    torch.testing.assert_close(torch.stack(plain.losses), torch.stack(graphed.losses), rtol=tolerance, atol=tolerance)
+    for a, b in zip(plain.gradients, graphed.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (0.1 + float(a.abs().max())))
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+def test_losses_and_gradients_are_those_without_graphs(
+    emulated: type[EmulatedGraph], precision: str, dropout: float, micro_batches: int, recompute: int
+) -> None:
+    """With the same dropout, though all that graphs have written is destroyed before the next pass.
+
+    Sums differ in their last bits, since on CPUs they depend on where a tensor lies.
+    """
+    plain, graphed = both(CPU, dropout, recompute, precision, micro_batches)
+    assert_same(plain, graphed, 1e-5)
+    assert plain.hooks == graphed.hooks  # each parameter's, once in a backward pass
+    replays = STEPS * micro_batches - 1  # the first pass is an ordinary one
+    assert [graph.replays for graph in emulated.made] == [replays] * 2 * MODEL.depth
+
+
+def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
+    runs = []
+    for seed in (0, 1):
+        net = network(CPU, 0.2)
+        TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+        runs.append(trained(net, seed=seed))
+    first, second = (run.losses[3] for run in runs)  # of the second step, the first one from graphs
+    assert not torch.equal(first, second)
+
+
+def prepared(emulated: type[EmulatedGraph]) -> JiT:
+    net = network(CPU, 0.0)
+    TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+    for _ in range(2):
+        net(*batch(3, CPU, 0)).sum().backward()
+    assert all(graph.replays == 1 for graph in emulated.made)
+    return net
+
+
+def test_a_pass_that_is_overwritten_is_not_differentiated(emulated: type[EmulatedGraph]) -> None:
+    net = prepared(emulated)
+    first = net(*batch(3, CPU, 0)).sum()
+    net(*batch(3, CPU, 0))
+    with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
+        first.backward()
+
+
+def test_weights_must_stay_where_they_are(emulated: type[EmulatedGraph]) -> None:
+    net = prepared(emulated)
+    weight = net.blocks[1].get_parameter("mlp.w3.weight")
+    weight.data = weight.data.clone()
+    with pytest.raises(RuntimeError, match="weights have moved"):
+        net(*batch(3, CPU, 0))
+
+
+def test_graphs_need_a_gpu() -> None:
+    engine = replace(ENGINE, cuda_graphs=True)
+    with pytest.raises(ConfigError, match=r"engine\.cuda_graphs=true: cpu has none; set it to false, or take a GPU"):
+        prepare(JiT(MODEL), engine, CPU, training=True)
+    assert not prepare(JiT(MODEL), engine, CPU, training=False).graphs  # sampling has a setting of its own
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+def test_graphs_change_nothing_on_a_gpu(precision: str, dropout: float, micro_batches: int, recompute: int) -> None:
+    """Losses and gradients within what two runs of the same network differ by, and the same dropout."""
+    gpu = torch.device("cuda", 0)
+    with deterministic():
+        plain, graphed = both(gpu, dropout, recompute, precision, micro_batches)
+    assert_same(plain, graphed, 1e-4)
+    assert plain.hooks == graphed.hooks
+
+
+@on_a_gpu
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_compiled_blocks_as_graphs_on_a_gpu(recompute: int) -> None:
+    gpu, found = torch.device("cuda", 0), []
+    engine = EngineConfig(attention="sdpa", activation_checkpointing=recompute)
+    for graphs in (False, True):
+        net = network(gpu, 0.2)
+        assert prepare(net, replace(engine, cuda_graphs=graphs), gpu, training=True).graphs == graphs
+        found.append(trained(net, precision="autocast"))
+    torch.testing.assert_close(torch.stack(found[0].losses), torch.stack(found[1].losses), rtol=1e-2, atol=1e-2)
+
+
+@on_a_gpu
+def test_seeds_change_dropout_on_a_gpu() -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        net = network(torch.device("cuda", 0), 0.2)
+        TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+        losses.append(trained(net, seed=seed).losses[3])
+    assert float((losses[0] - losses[1]).abs()) < 1e-5 < float((losses[0] - losses[2]).abs())
