@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jitscale.config import EngineConfig
@@ -72,6 +72,10 @@ def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training:
     product = float8_product(device) if engine.float8 else None
     if engine.float8 and not aligned:
         raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
+    if not training:
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0  # or blocks that differ in a number that is not used would have graphs of their own
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
