@@ -121,6 +121,30 @@ def test_kernels_agree_on_a_gpu(name: str, head_dim: int) -> None:
 
 
 @on_a_gpu
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("head_dim", [64, 80, 104])
+@pytest.mark.parametrize("name", ["sdpa-cudnn", "sdpa-flash"])
+def test_named_kernels_of_torch_on_a_gpu(name: str, head_dim: int) -> None:
+    """At the batch and dropout of training; and the same inside of a compiled graph as outside."""
+    gpu = torch.device("cuda")
+    shape: dict[str, Any] = {"batch": 64, "tokens": [256, 288], "heads": 16, "head_dim": head_dim}
+    try:
+        choose_kernel(name, **shape, dropouts=[0.0, 0.2], dtype=torch.bfloat16, device=gpu)
+    except ConfigError as error:
+        if not any(reason in str(error) for reason in ("is older than", "no cuDNN", "No available kernel")):
+            raise
+        pytest.skip(str(error))
+    qkv = torch.randn(2, 288, 3, 16, head_dim, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(KERNELS[name], fullgraph=True, backend="aot_eager")
+    results = []
+    for kernel in (KERNELS[name], compiled):
+        out = kernel(*qkv.unbind(2), 0.0)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), qkv)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01 * float(b.abs().max()))
+
+
+@on_a_gpu
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 def test_cuda_graphs_change_nothing(precision: str) -> None:
     """Two sizes of a batch, replayed with other inputs, under autocast's regions too."""
@@ -151,6 +175,8 @@ def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert chosen("auto").name == "sdpa"
     assert chosen("reference", dropout=0.2).reason == "asked for"
     assert chosen("sdpa-flash").reason == "asked for"
+    with pytest.raises(ConfigError, match=r"engine.attention=sdpa-flash does not work here \("):
+        chosen("sdpa-flash", dropout=0.2)  # on a CPU it has none, and no other kernel takes its place
     for name in ("flash-attn", "flash-attn-4", "sdpa-cudnn"):
         with pytest.raises(ConfigError, match=rf"engine.attention={name} does not work here \(."):
             chosen(name)
@@ -271,7 +297,15 @@ def test_sampling_is_probed_without_gradients() -> None:
     kernel = PROBED["NaN in a gradient"][0]
     with pytest.raises(ValueError, match="infinite or nan"):
         attention._probe(kernel, (3, 36, 2, 16), 0.0, torch.float32, CPU)
-    attention._probe(kernel, (3, 36, 2, 16), 0.0, torch.float32, CPU, backward=False)
+    assert torch.is_grad_enabled()
+    recording = []
+
+    def sampled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+        recording.append(torch.is_grad_enabled() or q.requires_grad)
+        return kernel(q, k, v, dropout)
+
+    attention._probe(sampled, (3, 36, 2, 16), 0.0, torch.float32, CPU, backward=False)
+    assert recording == [False]
 
 
 @pytest.mark.usefixtures("dynamo")
