@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -58,8 +59,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         module = importlib.import_module(f"benchmarks.{ELSEWHERE[options.case]}")
         return module.measure(options, config, device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    case = {"attention": _attention, "network": _network, "norms": _norms, "graphs": _graphs}[options.case]
-    return result_of(list(case(config, device, "smoke" if options.smoke else "whole")))
+    cases: dict[str, Callable[..., Iterator[Comparison]]] = {
+        "attention": _attention,
+        "network": _network,
+        "network-compiled": partial(_network, compiled=True),
+        "norms": _norms,
+        "graphs": _graphs,
+    }
+    return result_of(list(cases[options.case](config, device, "smoke" if options.smoke else "whole")))
 
 
 def result_of(comparisons: Sequence[Comparison], **more: Any) -> dict[str, Any]:
@@ -144,8 +151,8 @@ def _with_gradients(
     return out.detach().double(), found.double()
 
 
-def _network(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """Three blocks of JiT-H by each way to compute them; one of them has dropout, which is off here."""
+def _network(config: Config, device: torch.device, size: str, *, compiled: bool = False) -> Iterator[Comparison]:
+    """Three blocks of JiT-H by each way to compute them that is `compiled`, or that is not; without dropout."""
     model = replace(config.model, depth=3, in_context_start=1, attn_dropout=0.0, proj_dropout=0.0)
     batch = 2 if size == "smoke" else 8
     torch.manual_seed(0)
@@ -158,8 +165,8 @@ def _network(config: Config, device: torch.device, size: str) -> Iterator[Compar
     expected = _passes(exact.double(), z.double(), t.double(), y, gradient.double())
     plain: dict[str, float] = {}  # errors of plain bf16 arithmetic
     for label, changes in _ways():
-        if changes.get("compile") and size == "smoke" and device.type == "cpu":
-            continue  # a compiler that takes minutes on few cores
+        if label != "plain" and changes.get("compile", False) != compiled:
+            continue
         unknown = [name for name in changes if name not in {field.name for field in fields(EngineConfig)}]
         wrong = [f"{k}={v}" for k, v in changes.items() if v not in CHOICES.get(f"engine.{k}", (v,))]
         if unknown or wrong:

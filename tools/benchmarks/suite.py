@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import measuring
 from benchmarks.suite_items import SMOKE_SECONDS, Item, chosen
-from jitscale.errors import ExitCode, UserError
+from jitscale.errors import INTERRUPTED, ExitCode, UserError
 from jitscale.files import atomic_write
 
 RESULTS = "results.json"
@@ -34,6 +34,8 @@ SPARE_SECONDS = 8.0  # of the call's time, to end an item and this process
 # What becomes of an item. What is skipped or later has no record, and the next call looks at it again.
 DONE, REFUSED, FAILED, MEMORY, SLOW = "done", "refused", "failed", "out of memory", "too slow"
 SKIPPED, LATER = "skipped", "later"
+# So that an item is ended with all that it has started, and none outlives the session of this process.
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 _MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _ERROR = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 
@@ -45,9 +47,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     kept = read_results(folder)
     checkout = {"source": _digest_of_sources(), "smoke": options.smoke}
-    with _installed_wheels(options.wheels) as site:
-        if site is not None:
-            sys.path.append(str(site))
+    with _ending_on_signals(), _installed_wheels(options.wheels) as site:
         gpus = _count_gpus()
         states: dict[str, str] = {}
         begun = 0
@@ -69,9 +69,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if left < estimated and (begun or left < SPARE_SECONDS):
                 states[item.name] = LATER
                 continue
-            record = _run(item, min(left, LIMIT * estimated), folder, site, gpus, smoke=options.smoke)
+            limit = left if options.smoke else min(left, LIMIT * estimated)
+            record = _run(item, limit, folder, site, gpus, smoke=options.smoke)
             begun += 1
-            if record["status"] == SLOW and left < LIMIT * estimated and begun > 1:
+            if record["status"] == SLOW and limit == left and begun > 1:
                 states[item.name] = LATER  # the next call, which begins with it, has more time
                 continue
             kept[item.name] = {"part": item.part, **record, **checkout}
@@ -123,7 +124,7 @@ def _run(item: Item, limit: float, folder: Path, site: Path | None, gpus: int, *
             stdout=found,
             stderr=said,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            **OWN_GROUP,
         ) as process:
             try:
                 code: int | None = process.wait(limit)
@@ -174,6 +175,16 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does: the item in hand is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
     """The folder into which the wheels were installed; it exists while the `with` statement runs."""
     if wheels is None:
@@ -196,7 +207,11 @@ def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
         if finished.returncode:
             last = (finished.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise UserError(f"--wheels {wheels}: pip cannot install them ({last}); give wheels for this Python")
-        yield Path(site)
+        sys.path.append(site)  # whether an item's packages are there is asked in this process
+        try:
+            yield Path(site)
+        finally:
+            sys.path.remove(site)
 
 
 def _count_gpus() -> int:

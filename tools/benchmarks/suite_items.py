@@ -7,7 +7,16 @@ from typing import NamedTuple
 from jitscale.config import CHOICES, SETTINGS
 
 PARTS = ("correct", "step", "profile", "sample", "attention", "multi")
-CASES = ("attention", "network", "norms", "gradients", "graphs", "training", "training-zero")  # of `correct`
+CASES = (
+    "attention",
+    "network",
+    "network-compiled",
+    "norms",
+    "gradients",
+    "graphs",
+    "training",
+    "training-zero",
+)  # of `correct`
 CONFIGS = {name: f"configs/jit_{name}_256.yaml" for name in "blhg"} | {"h512": "configs/jit_h_512.yaml"}
 # What a switch changes in a step of H at 64 images. A setting that this checkout does not know is skipped.
 SWITCHES = {
@@ -96,7 +105,8 @@ def _first() -> Iterator[Item]:
     yield _correct("attention", 60)
     yield _step("h", 64, seconds=170)
     yield Item("profile-h-64", "profile", "profile", ("--config", CONFIGS["h"], "--batch", "64"), seconds=100)
-    yield _correct("network", 150)
+    yield _correct("network", 50)
+    yield _correct("network-compiled", 170)
     yield _correct("training", 60, packages=("sklearn",))
     yield _correct("norms", 40)
     yield _step("b", 64, seconds=100)
