@@ -109,6 +109,54 @@ def test_kernels_of_the_heads_are_exact(dtype: torch.dtype, error: float, head_d
     assert all(torch.equal(a, b) for a, b in zip(found[3:], again, strict=True)), "not deterministic"
 
 
+@kernels
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("width", [40, 768, 1280])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, BF16_ERROR)])
+def test_kernels_of_the_residual_are_exact(dtype: torch.dtype, error: float, width: int, dropout: float) -> None:
+    """A block's three steps: outputs and all gradients; shifts, scales and gates are strided as the block has them."""
+    from jitscale.model.fused import residual  # noqa: PLC0415  # imports triton
+
+    batch, tokens = (64, 288) if ON_GPU else (2, 75)  # more than one part of the sums over tokens
+    x, branch, other = (random(batch, tokens, width, seed=seed, dtype=dtype) for seed in range(3))
+    weight, modulation = 1 + 0.3 * random(width, seed=3), 0.3 * random(batch, 6 * width, seed=4, dtype=dtype)
+    inputs = [tensor.requires_grad_() for tensor in (x, branch, other, weight, modulation)]
+    given = [random(batch, tokens, width, seed=seed, dtype=dtype) for seed in (5, 6, 7)]
+    seed = torch.full((1,), 1 << 40, device=DEVICE) if dropout > 0 else None
+    ones = torch.ones(batch, tokens, width, device=DEVICE)
+    kept = residual.gated_add(0 * ones, ones, ones[:, 0].contiguous(), seed, dropout).double()
+    assert abs(float((kept == 0).double().mean()) - dropout) < 0.02
+    assert torch.equal(kept, 0 * kept + 1) if dropout == 0 else set(kept.unique().tolist()) == {0.0, float(kept.max())}
+
+    def steps() -> tuple[Tensor, ...]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        y1 = residual.modulated_norm(x, weight, shift1, scale1)
+        out, y2 = residual.add_and_norm(x, branch, gate1, weight, shift2, scale2, seed, dropout)
+        return y1, y2, residual.gated_add(out, other, gate2, None, 0.0)
+
+    out = steps()
+    found = (*out, *gradients_of(out, inputs, given))
+    doubled = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    shift1, scale1, gate1, shift2, scale2, gate2 = doubled[4].chunk(6, dim=-1)
+
+    def exact_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layers.NORM_EPS) * doubled[3]
+        return layers.modulate(x, shift, scale)
+
+    total = doubled[0] + gate1[:, None] * (doubled[1] * kept)
+    exact_out = (
+        exact_norm(doubled[0], shift1, scale1),
+        exact_norm(total, shift2, scale2),
+        total + gate2[:, None] * doubled[2],
+    )
+    exact = (*exact_out, *gradients_of(exact_out, doubled, [tensor.double() for tensor in given]))
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape
+        assert_near(a, b, 2 * error)  # the sum is rounded, and so is its norm; gradients of x are added
+    again = gradients_of(steps(), inputs, given)
+    assert all(torch.equal(a, b) for a, b in zip(found[3:], again, strict=True)), "not deterministic"
+
+
 def heads_operator() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from jitscale.model.fused import heads  # noqa: PLC0415  # imports triton
 

@@ -9,10 +9,10 @@ Shapes: B images, N tokens, C hidden size. A program has one token, and in the b
 """
 
 # Kernels are in Triton's language: no types, and constants in capitals.
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -54,11 +54,28 @@ def _kept(seed, row, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _forward(
-    x, branch, gate, weight, shift, scale, seed, out, y,
-    tokens, width, gate_stride, shift_stride, scale_stride,
-    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    BRANCH: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    branch,
+    gate,
+    weight,
+    shift,
+    scale,
+    seed,
+    out,
+    y,
+    tokens,
+    width,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    BRANCH: tl.constexpr,
+    NORM: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
     columns = tl.arange(0, BLOCK)
@@ -82,12 +99,32 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_out, grad_y, x, branch, gate, weight, scale, seed, grad_x, grad_branch, sums,
-    tokens, width, parts, gate_stride, scale_stride,
-    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    BRANCH: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_y,
+    x,
+    branch,
+    gate,
+    weight,
+    scale,
+    seed,
+    grad_x,
+    grad_branch,
+    sums,
+    tokens,
+    width,
+    parts,
+    gate_stride,
+    scale_stride,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    BRANCH: tl.constexpr,
+    NORM: tl.constexpr,
+    DROP: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -241,30 +278,44 @@ def backward(
 @triton_op("jitscale::modulated_norm", mutates_args={})
 def modulated_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """RMS norm of x (B, N, C) with `weight` (C,), times 1 + scale, plus shift (B, C): (B, N, C) in x's dtype."""
-    return forward(x, None, None, weight, shift, scale, None, 0.0)[1]
+    return cast(Tensor, forward(x, None, None, weight, shift, scale, None, 0.0)[1])
 
 
 @triton_op("jitscale::modulated_norm_backward", mutates_args={})
 def _modulated_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, _, sums = backward(None, grad, x, None, None, weight, scale, None, 0.0)
-    return grad_x, sums
+    return cast(Tensor, grad_x), sums
 
 
 @triton_op("jitscale::add_and_norm", mutates_args={})
 def add_and_norm(
-    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor,
-    seed: Tensor | None, probability: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    probability: float,
+) -> tuple[Tensor, Tensor]:
     """`gated_add`, and `modulated_norm` of what it returns: both (B, N, C)."""
-    return forward(x, branch, gate, weight, shift, scale, seed, probability)
+    return cast(tuple[Tensor, Tensor], forward(x, branch, gate, weight, shift, scale, seed, probability))
 
 
 @triton_op("jitscale::add_and_norm_backward", mutates_args={})
 def _add_and_norm_backward(
-    grad_out: Tensor, grad_y: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, scale: Tensor,
-    seed: Tensor | None, probability: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(grad_out, grad_y, out, branch, gate, weight, scale, seed, probability)
+    grad_out: Tensor,
+    grad_y: Tensor,
+    out: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    probability: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = backward(grad_out, grad_y, out, branch, gate, weight, scale, seed, probability)
+    return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
 @triton_op("jitscale::gated_add", mutates_args={})
@@ -273,7 +324,7 @@ def gated_add(x: Tensor, branch: Tensor, gate: Tensor, seed: Tensor | None, prob
 
     With a `seed`, int64 (1,), each element of the branch is dropped with `probability`, and the others grow for it.
     """
-    return forward(x, branch, gate, None, None, None, seed, probability)[0]
+    return cast(Tensor, forward(x, branch, gate, None, None, None, seed, probability)[0])
 
 
 @triton_op("jitscale::gated_add_backward", mutates_args={})
@@ -281,7 +332,7 @@ def _gated_add_backward(
     grad: Tensor, branch: Tensor, gate: Tensor, seed: Tensor | None, probability: float
 ) -> tuple[Tensor, Tensor]:
     _, grad_branch, sums = backward(grad, None, None, branch, gate, None, None, seed, probability)
-    return grad_branch, sums
+    return cast(Tensor, grad_branch), sums
 
 
 def _of_modulation(sums: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,22 +342,22 @@ def _of_modulation(sums: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -
     return of_weight.to(weight.dtype), by_shift.to(shift.dtype), (by_scale * weight.float()).to(scale.dtype)
 
 
-def _keep_norm(ctx, inputs, output) -> None:
+def _keep_norm(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _norm_gradients(ctx, grad):
+def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     x, weight, shift, scale = ctx.saved_tensors
     grad_x, sums = _modulated_norm_backward(grad.contiguous(), x, weight, scale)
     return grad_x, *_of_modulation(sums, weight, shift, scale)
 
 
-def _keep_both(ctx, inputs, output) -> None:
+def _keep_both(ctx: Any, inputs: Any, output: Any) -> None:
     _, branch, gate, weight, shift, scale, seed, ctx.probability = inputs
     ctx.save_for_backward(output[0], branch, gate, weight, shift, scale, seed)
 
 
-def _both_gradients(ctx, grad_out, grad_y):
+def _both_gradients(ctx: Any, grad_out: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     out, branch, gate, weight, shift, scale, seed = ctx.saved_tensors
     grad_x, grad_branch, sums = _add_and_norm_backward(
         grad_out.contiguous(), grad_y.contiguous(), out, branch, gate, weight, scale, seed, ctx.probability
@@ -315,12 +366,12 @@ def _both_gradients(ctx, grad_out, grad_y):
     return grad_x, grad_branch, sums[2].to(gate.dtype), *of_norm, None, None
 
 
-def _keep_add(ctx, inputs, output) -> None:
+def _keep_add(ctx: Any, inputs: Any, output: Any) -> None:
     _, branch, gate, seed, ctx.probability = inputs
     ctx.save_for_backward(branch, gate, seed)
 
 
-def _add_gradients(ctx, grad):
+def _add_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     branch, gate, seed = ctx.saved_tensors
     grad = grad.contiguous()
     grad_branch, by_gate = _gated_add_backward(grad, branch, gate, seed, ctx.probability)
@@ -337,11 +388,13 @@ def _seed(x: Tensor, dropout: float) -> Tensor | None:
     return torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
 
 
-def _add_and_norm(x, branch, gate, weight, shift, scale, dropout):
+def _add_and_norm(
+    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, dropout: float
+) -> tuple[Tensor, Tensor]:
     return add_and_norm(x, branch, gate, weight, shift, scale, _seed(x, dropout), dropout)
 
 
-def _gated_add(x, branch, gate):
+def _gated_add(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return gated_add(x, branch, gate, None, 0.0)
 
 
