@@ -53,8 +53,8 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
     """The kernels `asked`: triton, torch, or for "auto" Triton's on GPUs in bf16 if they pass a probe.
 
     The probe runs the heads' operator at every number of tokens and the gate's at every dropout, forward and backward,
-    and compares with torch's code in float32. Nothing is drawn from the default generators. Raises a ConfigError that says why, if
-    Triton's kernels were asked for and do not work.
+    and compares with torch's code in float32. Nothing is drawn from the default generators.
+    Raises a ConfigError that says why, if Triton's kernels were asked for and do not work.
     """
     if asked == "torch":
         return FusedKernels("torch", "", "asked for")
