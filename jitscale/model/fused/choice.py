@@ -54,9 +54,9 @@ class Shapes:
 def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKernels:
     """The kernels `asked`: triton, torch, or for "auto" Triton's on GPUs in bf16 if they pass a probe.
 
-    The probe runs both operators forward and backward at every number of tokens and every dropout, and compares with
-    torch's code in float32. Nothing is drawn from the default generators. Raises a ConfigError that says why, if
-    Triton's kernels were asked for and do not work.
+    The probe runs the heads' operator at every number of tokens and the gate's at every dropout, forward and backward,
+    and compares with torch's code in float32. Nothing is drawn from the default generators.
+    Raises a ConfigError that says why, if Triton's kernels were asked for and do not work.
     """
     if asked == "torch":
         return FusedKernels("torch", "", "asked for")
@@ -90,11 +90,7 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
     return FusedKernels("triton", version, reason, heads.split_heads, gated.gated, residual.KERNELS)
 
 
-def _try_split_heads(
-    operator: layers.SplitHeads,
-    shapes: Shapes,
-    device: torch.device,
-) -> None:
+def _try_split_heads(operator: layers.SplitHeads, shapes: Shapes, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     tolerance = TOLERANCE[shapes.dtype]
     random = partial(torch.randn, generator=generator, device=device, dtype=shapes.dtype)
