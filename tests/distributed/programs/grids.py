@@ -5,7 +5,6 @@ Usage: grids.py FOLDER
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
