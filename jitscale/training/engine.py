@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -296,21 +295,12 @@ class ZeroEngine:
 
     def _lay_out(self, muon: Muon) -> None:
         """Tell the optimizer which matrices its flat tensors hold."""
-        flats, by_muon = self._flats(), self._by_muon()
+        numbered = enumerate(zip(self._flats(), self._by_muon(), strict=True))
+        flats = {number: flat for number, (flat, by_muon) in numbered if by_muon}
         if self.stage == 0:
-            whole = whole_fragments({name: tuple(p.shape) for name, p in self._parameters})
-            muon.lay_out({flats[f.flat]: [f] for f in whole if by_muon[f.flat]}, rank=0, ranks=1)
-            return
-        # All ranks must meet the same matrices in the same order, whichever of them they hold.
-        own = {f.name: f for f in self.fragments}
-        everywhere = {f.name: f for fragments in parallel.gather_objects(self.fragments) for f in fragments}
-        pieces: dict[torch.Tensor, list[Fragment]] = {}
-        for name, _ in self._parameters:
-            other = everywhere[name]
-            if by_muon[other.flat]:
-                nothing = replace(other, start=0, length=0, offset=0)
-                pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
-        muon.lay_out(pieces, self.world.rank, self.world.size)
+            muon.lay_out(flats, [whole_fragments({name: tuple(p.shape) for name, p in self._parameters})], rank=0)
+        else:
+            muon.lay_out(flats, parallel.gather_objects(self.fragments), self.world.rank)
 
 
 def _aligned(elements: int) -> int:
