@@ -168,13 +168,16 @@ def grid_ids(num_classes: int) -> list[int]:
     return [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
 
 
-def sample_grid(model: JiT, sampler: Sampler, seed: int, guide: JiT | None = None) -> npt.NDArray[np.uint8]:
+def sample_grid(model: JiT, sampler: Sampler, seed: int, most: int, guide: JiT | None = None) -> npt.NDArray[np.uint8]:
     """A picture of samples, uint8 (height, width, 3): one row a class, the first `GRID_ROWS` classes.
 
-    Raises a UserError if an image has values that are not finite.
+    At most `most` images go through the network together. Raises a UserError at values that are not finite.
     """
     ids = grid_ids(model.config.num_classes)
-    return tile(to_uint8(generate(model, sampler, ids, seed, guide), ids), GRID_COLUMNS)
+    together = -(-len(ids) // -(-len(ids) // most))  # equal batches: a compiled network or a graph has few sizes
+    parts = [ids[first : first + together] for first in range(0, len(ids), together)]
+    images = [to_uint8(generate(model, sampler, part, seed, guide), part).cpu() for part in parts]
+    return tile(torch.cat(images), GRID_COLUMNS)
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:

@@ -95,7 +95,7 @@ class Measurements:
                 ready_to_sample(guide, self.config, self.world.device)
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
-                grid = sample_grid(network, sampler, evaluation.seed, guide)
+                grid = sample_grid(network, sampler, evaluation.seed, evaluation.block_size, guide)
             self.tracker.log_image(name, grid, self.state.images)
 
         parallel.on_main(draw)
