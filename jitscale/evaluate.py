@@ -86,7 +86,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
     tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
-        guide = parallel.raise_together(lambda: read_guide(config, world))
+        guide = parallel.raise_together(lambda: read_guide(config, world, world.device))
         check_measurable(config, world, points)
         if world.is_main:
             for caution in filter(None, map(stored.caution, dict.fromkeys(point.weights for point in points))):
@@ -94,7 +94,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
             logger.info("%d settings, %d images in all", len(points), images_of(points))
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.network(name), config, world.device)
+            return ready_to_sample(stored.network(name, world.device), config, world.device)
 
         result = run_evaluation(network, points, Evaluator(config, world, run_dir, guide), run_dir, is_end=is_end)
 

@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -198,6 +198,16 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def exchange(
+    send: torch.Tensor, send_lengths: Sequence[int], receive: torch.Tensor, receive_lengths: Sequence[int]
+) -> None:
+    """Send each rank its part of the flat tensor `send`, and fill `receive` with what each rank sends to this one.
+
+    The parts lie in rank order, with these numbers of elements, which may be 0.
+    """
+    dist.all_to_all_single(receive, send, list(receive_lengths), list(send_lengths))
 
 
 def buckets(items: Iterable[T], elements: Callable[[T], int]) -> Iterator[list[T]]:

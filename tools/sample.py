@@ -69,9 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     if caution := stored.caution(weights):
         print(f"warning: {caution}", file=sys.stderr)
     device = choose_device(options.device)
-    model = ready_to_sample(stored.network(weights), stored.config, device)
+    model = ready_to_sample(stored.network(weights, device), stored.config, device)
     sampler = configured_sampler(evaluation, model.diffusion)
-    guide = read_guide(replace(stored.config, evaluation=evaluation))
+    guide = read_guide(replace(stored.config, evaluation=evaluation), device=device)
     if guide is not None:
         guide = ready_to_sample(guide, stored.config, device)
     drawn: list[torch.Tensor] = []

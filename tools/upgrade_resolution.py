@@ -23,7 +23,7 @@ from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, ele
 from jitscale.command import Parser
 from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError, exit_with_message
-from jitscale.model.jit import JiT
+from jitscale.model.jit import JiT, network_holding
 
 LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is checked as a whole: twice 0.8 GB
 PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
@@ -123,9 +123,8 @@ def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.U
 
 def upgraded_network(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> JiT:
     """The new network with one weight set, in eval mode."""
-    network = JiT(target.model, target.diffusion)
-    network.load_state_dict({key: plan.tensor(key, stored.tensor(name, key)) for key in stored.shapes})
-    return network.eval()
+    weights = {key: plan.tensor(key, stored.tensor(name, key)) for key in stored.shapes}
+    return network_holding(weights, target.model, target.diffusion)
 
 
 def preview(path: Path, stored: StoredWeights, target: Config, plan: upgrade.Upgrade) -> None:

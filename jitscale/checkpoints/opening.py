@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
@@ -59,8 +61,8 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
-def read_guide(config: Config, world: World | None = None) -> JiT | None:
-    """The network of `evaluation.guide`, in eval mode on the CPU; None where there is none.
+def read_guide(config: Config, world: World | None = None, device: str | torch.device = "cpu") -> JiT | None:
+    """The network of `evaluation.guide`, in eval mode on `device`; None where there is none.
 
     The ranks of a `world` verify a share of its files each, so they must call this in `parallel.raise_together`.
     Raises a CheckpointError if it cannot be read, a ConfigError if images, classes or noise are not those of `config`.
@@ -71,7 +73,7 @@ def read_guide(config: Config, world: World | None = None) -> JiT | None:
     stored = open_weights(evaluation.guide)
     if world is not None:
         stored.verify(world.rank, world.size)
-    guide = stored.network(evaluation.guide_weights)
+    guide = stored.network(evaluation.guide_weights, device)
     compared = [
         ("model.image_size", guide.config.image_size, config.model.image_size),
         ("model.num_classes", guide.config.num_classes, config.model.num_classes),

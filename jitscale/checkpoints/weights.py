@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from jitscale.checkpoints.streams import MappedSafetensors, atomic_safetensors
 from jitscale.config import Config, network_differences, to_dict
 from jitscale.errors import CheckpointError, unreadable
-from jitscale.model.jit import JiT
+from jitscale.model.jit import JiT, network_holding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
 
@@ -68,16 +68,17 @@ class StoredWeights(ABC):
             raise CheckpointError(f"{self.path}: no weight set {chosen!r}; choose one of {', '.join(self.weight_sets)}")
         return chosen
 
-    def network(self, name: str | None = None) -> JiT:
-        """The network with the weights of one set, or of the default where `name` is None; in eval mode.
+    def network(self, name: str | None = None, device: str | torch.device = "cpu") -> JiT:
+        """The network with the weights of one set, or of the default where `name` is None; on `device`, in eval mode.
 
-        Raises a CheckpointError if there is no such set, its tensors do not fit the sizes, or the file is damaged.
+        Next to the network itself, one tensor at a time is in memory. Raises a CheckpointError if there is no such
+        set, its tensors do not fit the sizes, or the file is damaged.
         """
-        self.choose(name)  # before memory is spent on a network
+        chosen = self.choose(name)
         check_tensors(self)
-        network = JiT(self.config.model, self.config.diffusion)
-        self.load_into(network, name)
-        return network.eval()
+        # Copied also on the CPU: a tensor may lie in the mapped file, which may change later.
+        weights = {key: self.tensor(chosen, key).to(device, copy=True) for key in self.shapes}
+        return network_holding(weights, self.config.model, self.config.diffusion)
 
     @torch.no_grad()
     def load_into(self, network: JiT, name: str | None = None) -> None:

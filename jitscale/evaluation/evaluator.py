@@ -164,9 +164,16 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
 
 
 def weights_digest(model: JiT) -> str:
-    """A hash of all weights, so that an evaluation is continued only with the weights it began with."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """A hash of all weights, so that an evaluation is continued only with the weights it began with.
+
+    A collective call: rank 0 alone copies its weights to the CPU, tensor by tensor; other ranks have the same.
+    """
+
+    def computed() -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    return parallel.on_main(computed)

@@ -3,6 +3,8 @@
 Shapes: B batch, N tokens, C hidden size, P patch size, G = image_size / P tokens a side.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,7 @@ class JiT(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
-        width, grid, span = config.hidden_size, config.image_size // config.patch_size, config.position_grid
+        width = config.hidden_size
         self.x_embedder = layers.BottleneckPatchEmbed(config.patch_size, config.bottleneck_dim, width)
         self.t_embedder = layers.TimestepEmbedder(width)
         self.y_embedder = layers.LabelEmbedder(config.num_classes, width)
@@ -79,10 +81,18 @@ class JiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
-        rope = layers.rope_table(width // config.num_heads, grid, config.in_context_len, span)
-        self.register_buffer("pos_embed", layers.sincos_position_table(width, grid, span), persistent=False)
-        self.register_buffer("rope", rope, persistent=False)
+        for name, table in self.position_tables().items():
+            self.register_buffer(name, table, persistent=False)
         self.initialize()
+
+    def position_tables(self) -> dict[str, Tensor]:
+        """The buffers by name, computed anew on the default device: `pos_embed` (N, C) and `rope` (2, N, D)."""
+        config, grid = self.config, self.config.image_size // self.config.patch_size
+        width, span = config.hidden_size, config.position_grid
+        return {
+            "pos_embed": layers.sincos_position_table(width, grid, span),
+            "rope": layers.rope_table(width // config.num_heads, grid, config.in_context_len, span),
+        }
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -132,6 +142,21 @@ class JiT(nn.Module):
         grid = size // patch
         images = patches.view(-1, grid, grid, patch, patch, 3)
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
+
+
+def network_holding(weights: Mapping[str, Tensor], config: ModelConfig, diffusion: DiffusionConfig) -> JiT:
+    """The network whose parameters are `weights` (name -> tensor) themselves, on their device; in eval mode.
+
+    No weight is drawn, and none is copied. Raises a RuntimeError if names or shapes are not those of the network.
+    """
+    with torch.device("meta"):
+        network = JiT(config, diffusion)
+    network.load_state_dict(dict(weights), assign=True)
+    device = next(iter(weights.values())).device
+    # Computed on the CPU, as in every other network: the sines of a GPU differ in the last bit.
+    for name, table in network.position_tables().items():
+        network.register_buffer(name, table.to(device), persistent=False)
+    return network.eval()
 
 
 def parameter_kind(name: str, dimensions: int) -> str:

@@ -8,9 +8,8 @@ is read from private attributes of DeepSpeed 0.19.8; so pyproject.toml pins it.
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -30,6 +29,7 @@ from jitscale.training.optim import build_optimizer
 from jitscale.training.zero_shortcuts import gather_gradients_at_once, skip_needless_work
 
 NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
+ALIGNED_ELEMENTS = 128  # 512 bytes: where PyTorch aligns memory of a GPU, and networks compute on what is gathered
 SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
 
 
@@ -201,24 +201,36 @@ class ZeroEngine:
                     parameter.data = part.data
             optimizer.checkpoint_event_epilogue()  # gathers the parameters that stay whole on every rank
 
-    @torch.no_grad()
     def gather(self, flats: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole float32 parameters, on every rank's device, from flat tensors laid out like the masters.
 
         Zeros replace what is None. A collective call; each element is owned by one rank, so that the sum is exact.
         """
+        whole: dict[str, torch.Tensor] = {}
+        self.gather_each(flats, whole.__setitem__)
+        return whole
+
+    @torch.no_grad()
+    def gather_each(
+        self, flats: Sequence[torch.Tensor | None], take: Callable[[str, torch.Tensor], object] | None
+    ) -> None:
+        """`gather`, but each parameter goes to `take`, with its name; one bucket of them is in memory at a time.
+
+        A rank that needs none has no `take`.
+        """
         own = {f.name: f for f in self.fragments}
         shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._parameters]
-        whole: dict[str, torch.Tensor] = {}
-        for bucket in parallel.buckets(shapes, lambda named: prod(named[1])):
-            lengths = [prod(shape) for _, shape in bucket]
-            buffer = torch.zeros(sum(lengths), device=self.world.device)
-            for (name, shape), part in zip(bucket, buffer.split(lengths), strict=True):
+        for bucket in parallel.buckets(shapes, lambda named: _aligned(prod(named[1]))):
+            buffer = torch.zeros(sum(_aligned(prod(shape)) for _, shape in bucket), device=self.world.device)
+            parts = buffer.split([_aligned(prod(shape)) for _, shape in bucket])
+            for (name, _), part in zip(bucket, parts, strict=True):
                 if (f := own.get(name)) is not None and (flat := flats[f.flat]) is not None:
                     part[f.offset : f.offset + f.length] = flat[f.start : f.start + f.length]
-                whole[name] = part.view(shape)
             parallel.sum_over_ranks(buffer)
-        return whole
+            if take is not None:
+                for (name, shape), part in zip(bucket, parts, strict=True):
+                    take(name, part[: prod(shape)].view(shape))
+            del buffer, parts, part  # before the next bucket is allocated
 
     def release_gathered(self) -> None:
         """Drop the whole weights that stage 3 keeps between uses."""
@@ -294,21 +306,17 @@ class ZeroEngine:
 
     def _lay_out(self, muon: Muon) -> None:
         """Tell the optimizer which matrices its flat tensors hold."""
-        flats, by_muon = self._flats(), self._by_muon()
+        numbered = enumerate(zip(self._flats(), self._by_muon(), strict=True))
+        flats = {number: flat for number, (flat, by_muon) in numbered if by_muon}
         if self.stage == 0:
-            whole = whole_fragments({name: tuple(p.shape) for name, p in self._parameters})
-            muon.lay_out({flats[f.flat]: [f] for f in whole if by_muon[f.flat]}, rank=0, ranks=1)
-            return
-        # All ranks must meet the same matrices in the same order, whichever of them they hold.
-        own = {f.name: f for f in self.fragments}
-        everywhere = {f.name: f for fragments in parallel.gather_objects(self.fragments) for f in fragments}
-        pieces: dict[torch.Tensor, list[Fragment]] = {}
-        for name, _ in self._parameters:
-            other = everywhere[name]
-            if by_muon[other.flat]:
-                nothing = replace(other, start=0, length=0, offset=0)
-                pieces.setdefault(flats[other.flat], []).append(own.get(name, nothing))
-        muon.lay_out(pieces, self.world.rank, self.world.size)
+            muon.lay_out(flats, [whole_fragments({name: tuple(p.shape) for name, p in self._parameters})], rank=0)
+        else:
+            muon.lay_out(flats, parallel.gather_objects(self.fragments), self.world.rank)
+
+
+def _aligned(elements: int) -> int:
+    """Room for a float32 tensor, such that the next one begins where an allocation of its own might."""
+    return -(-elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
 
 
 def _name_device_as_deepspeed_does(device: torch.device) -> None:

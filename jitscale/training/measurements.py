@@ -1,6 +1,5 @@
 """Measurements and pictures of a run: grids, FID on few images, held-out loss, and at its end the final FID."""
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import run_evaluation
 from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
 from jitscale.evaluation.sweep import sweep_points
-from jitscale.model.jit import JiT
+from jitscale.model.jit import JiT, network_holding
 from jitscale.parallel import World
 from jitscale.tracking import BEST_SAMPLES, Tracker, evaluations_after, held_out_after
 from jitscale.training.ema import ShardedEma
@@ -85,17 +84,21 @@ class Measurements:
         return [measure for measure, done in zip(due, parallel.on_main(recorded), strict=True) if not done]
 
     def grid(self, name: str, evaluation: EvaluationConfig) -> None:
-        """Record a picture of samples under `name`."""
-        network = self._network(evaluation.weights)
-        guide = copy.deepcopy(self.guide)  # on the device only while it is needed
+        """Record a picture of samples under `name`. Rank 0 draws it alone, and only there a network takes memory."""
         self.caution_about(evaluation.weights, self.state.step)
-        sampler = configured_sampler(evaluation, network.diffusion)
-        if guide is not None:
-            ready_to_sample(guide, self.config, self.world.device)
-        with autocast(self.config, self.world.device):
-            grid = sample_grid(network, sampler, evaluation.seed, self.world, guide)
-        self.tracker.log_image(name, grid, self.state.images)
-        parallel.barrier()
+        weights: dict[str, torch.Tensor] = {}
+        self.engine.gather_each(self._flats(evaluation.weights), weights.__setitem__ if self.world.is_main else None)
+
+        def draw() -> None:
+            network, guide = self._ready(weights), self._guide_on_device()
+            if guide is not None:
+                ready_to_sample(guide, self.config, self.world.device)
+            sampler = configured_sampler(evaluation, network.diffusion)
+            with autocast(self.config, self.world.device):
+                grid = sample_grid(network, sampler, evaluation.seed, evaluation.block_size, guide)
+            self.tracker.log_image(name, grid, self.state.images)
+
+        parallel.on_main(draw)
 
     def on_few_images(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""
@@ -113,9 +116,10 @@ class Measurements:
         """Record the loss of the weights and of every average on the held-out samples."""
         measured: dict[str, float | int | None] = {}
         network = self._network("model")
+        parameters = dict(network.named_parameters())
         for name in ("model", *self.ema.sets):
             if name != "model":
-                network.load_state_dict(self._weights(name))  # building a large network takes longer
+                self.engine.gather_each(self._flats(name), lambda key, values: parameters[key].detach().copy_(values))
             measured |= self._held_out_loss.measure(network, name)
         self.tracker.log({"step": self.state.step, "images": self.state.images, **measured})
 
@@ -150,19 +154,29 @@ class Measurements:
     @cached_property
     def _evaluator(self) -> Evaluator:
         """It knows the real images, which are computed once."""
-        return Evaluator(self.config, self.world, Path(self.config.run.dir), copy.deepcopy(self.guide), self.stop)
+        return Evaluator(self.config, self.world, Path(self.config.run.dir), self._guide_on_device(), self.stop)
 
     @cached_property
     def _held_out_loss(self) -> HeldOutLoss:
         assert self.shards.held_out is not None
         return HeldOutLoss(self.config, self.world, self.shards.held_out, self.stop)
 
-    def _weights(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole parameters of the weight set `name`."""
-        return self.engine.gather(self.engine.masters() if name == "model" else self.ema.sets[name])
+    def _flats(self, name: str) -> list[torch.Tensor]:
+        """This rank's flat tensors of the weight set `name`."""
+        return self.engine.masters() if name == "model" else self.ema.sets[name]
 
     def _network(self, name: str) -> JiT:
-        """A plain copy of the network with the weight set `name`, ready to sample."""
-        network = JiT(self.config.model, self.config.diffusion)
-        network.load_state_dict(self._weights(name))
+        """A plain network with the weight set `name`, ready to sample, on every rank."""
+        return self._ready(self.engine.gather(self._flats(name)))
+
+    def _ready(self, weights: dict[str, torch.Tensor]) -> JiT:
+        """The network that holds these tensors, ready to sample."""
+        network = network_holding(weights, self.config.model, self.config.diffusion)
         return ready_to_sample(network, self.config, self.world.device)
+
+    def _guide_on_device(self) -> JiT | None:
+        """A copy of the guide, which stays on the CPU otherwise: a device holds it only while it is needed."""
+        if (guide := self.guide) is None:
+            return None
+        weights = {key: p.detach().to(self.world.device, copy=True) for key, p in guide.named_parameters()}
+        return network_holding(weights, guide.config, guide.diffusion)

@@ -4,20 +4,20 @@ Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix (Jo
 for hidden layers in neural networks"). Scaled by 0.2 sqrt(max(rows, columns)), its root mean square is that of AdamW's
 updates, so both take the same learning rate (Liu et al. 2025, arXiv 2502.16982, equation 4).
 
-The momentum stays in the engine's shards, where clipped gradients arrive. Matrices are gathered in a step only, and one
-rank orthogonalises each. DeepSpeed's own Muon overwrites the gradients with its updates before they are clipped; so it
-would clip, and log the norm of, the updates.
+The momentum stays in the engine's shards, where clipped gradients arrive. In a step each matrix is whole on one rank,
+which orthogonalises it (`matrix_sharing`). DeepSpeed's own Muon overwrites the gradients with its updates before they
+are clipped; so it would clip, and log the norm of, the updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitscale import parallel
+from jitscale.training.matrix_sharing import MatrixSharing
 
 if TYPE_CHECKING:  # an optimizer needs no package that reads files: the benchmark of a step runs without them
     from jitscale.checkpoints.format import Fragment
@@ -36,16 +36,19 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self._momentum = momentum
-        self._pieces: Mapping[torch.Tensor, Sequence[Fragment]] | None = None
-        self._rank, self._ranks = 0, 1
+        self._numbers: dict[torch.Tensor, int] = {}
+        self._fragments: Sequence[Sequence[Fragment]] = ()
+        self._rank = 0
+        self._sharings: dict[tuple[int, ...], MatrixSharing] = {}  # by the numbers of the flat tensors in a step
 
-    def lay_out(self, pieces: Mapping[torch.Tensor, Sequence[Fragment]], rank: int, ranks: int) -> None:
+    def lay_out(self, flats: Mapping[int, torch.Tensor], fragments: Sequence[Sequence[Fragment]], rank: int) -> None:
         """Say which matrices the flat tensors hold, before the first step.
 
-        `pieces` (flat tensor -> this rank's fragments of its matrices) have empty ones too, in the same order on every
-        rank. This is number `rank` of the `ranks` that share the matrices: of 1 where these are whole.
+        `flats` are those of Muon, by the numbers that fragments have for them; `fragments` are those of each rank that
+        shares the matrices, in rank order, and this is number `rank` of them. Of one rank the matrices are whole.
         """
-        self._pieces, self._rank, self._ranks = pieces, rank, ranks
+        self._numbers = {flat: number for number, flat in flats.items()}
+        self._fragments, self._rank, self._sharings = fragments, rank, {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -55,47 +58,51 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if not group["muon"]]
         super().step()
         self.param_groups = groups
-        if self._pieces is None:  # DeepSpeed may step once on zeros, to allocate the state
+        if not self._numbers:  # DeepSpeed may step once on zeros, to allocate the state
             return None
-        for group in groups:
-            for flat in group["params"] if group["muon"] else ():
-                self._step_matrices(flat, group["lr"], group["weight_decay"])
+        # Stage 3 steps its flat tensors one by one.
+        if stepped := [(flat, group) for group in groups if group["muon"] for flat in group["params"]]:
+            self._step_matrices({self._numbers[flat]: (flat, group) for flat, group in stepped})
         return None
 
-    def _step_matrices(self, flat: torch.Tensor, lr: float, weight_decay: float) -> None:
-        gradient, state = flat.grad, self.state[flat]
-        assert gradient is not None
-        assert self._pieces is not None
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(flat)
-        momentum = state["exp_avg"].lerp_(gradient.to(flat.dtype), 1 - self._momentum)
-        update = torch.lerp(gradient.to(flat.dtype), momentum, self._momentum).view(-1)  # Nesterov
-        weights = flat.view(-1)
-        weights.mul_(1 - lr * weight_decay)
-        # Sent in the precision of the products.
-        dtype = torch.bfloat16 if flat.device.type == "cuda" else torch.float32
-        for bucket in parallel.buckets(self._pieces[flat], lambda piece: prod(piece.shape)):
-            lengths = [prod(piece.shape) for piece in bucket]
-            whole = torch.zeros(sum(lengths), dtype=dtype, device=flat.device)
-            matrices = whole.split(lengths)
-            for piece, matrix in zip(bucket, matrices, strict=True):
-                own = update[piece.start : piece.start + piece.length]
-                matrix[piece.offset : piece.offset + piece.length] = own
-            self._sum(whole)
-            for index, (piece, matrix) in enumerate(zip(bucket, matrices, strict=True)):
-                if index % self._ranks == self._rank:
-                    matrix.copy_(orthogonalize(matrix.view(piece.shape)).flatten())
-                else:
-                    matrix.zero_()
-            self._sum(whole)  # exact: one rank has computed each matrix
-            for piece, matrix in zip(bucket, matrices, strict=True):
-                own = matrix[piece.offset : piece.offset + piece.length]
-                scale = 0.2 * sqrt(max(piece.shape))
-                weights[piece.start : piece.start + piece.length].add_(own, alpha=-lr * scale)
+    def _step_matrices(self, stepped: Mapping[int, tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+        gradients: dict[int, torch.Tensor] = {}
+        momenta: dict[int, torch.Tensor] = {}
+        weights: dict[int, torch.Tensor] = {}
+        for number, (flat, group) in stepped.items():
+            assert flat.grad is not None
+            state = self.state[flat]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(flat)
+            gradients[number], weights[number] = flat.grad.to(flat.dtype).reshape(-1), flat.view(-1)
+            momenta[number] = state["exp_avg"].view(-1).lerp_(gradients[number], 1 - self._momentum)
+            weights[number].mul_(1 - group["lr"] * group["weight_decay"])
 
-    def _sum(self, tensor: torch.Tensor) -> None:
-        if self._ranks > 1:
-            parallel.sum_over_ranks(tensor)
+        def fill(piece: Fragment, out: torch.Tensor) -> None:
+            own = slice(piece.start, piece.start + piece.length)
+            out.copy_(torch.lerp(gradients[piece.flat][own], momenta[piece.flat][own], self._momentum))  # Nesterov
+
+        def take(piece: Fragment, update: torch.Tensor) -> None:
+            own, lr = slice(piece.start, piece.start + piece.length), stepped[piece.flat][1]["lr"]
+            weights[piece.flat][own].add_(update, alpha=-lr * (0.2 * sqrt(max(piece.shape))))
+
+        first = next(iter(weights.values()))
+        # Sent in the precision of the products.
+        like = torch.empty(0, dtype=torch.bfloat16 if first.is_cuda else torch.float32, device=first.device)
+        self._sharing(tuple(stepped)).compute(fill, orthogonalize, take, like)
+
+    def _sharing(self, numbers: tuple[int, ...]) -> MatrixSharing:
+        """How the ranks share the matrices in these flat tensors."""
+        if numbers not in self._sharings:
+            pieces = [[f for f in own if f.flat in numbers and f.length > 0] for own in self._fragments]
+            self._sharings[numbers] = MatrixSharing(pieces, self._rank, orthogonalize_flops)
+        return self._sharings[numbers]
+
+
+def orthogonalize_flops(shape: tuple[int, ...]) -> float:
+    """Of the products of `orthogonalize`, for a matrix of this shape."""
+    short, long = sorted(shape)
+    return ITERATIONS * 2.0 * short * short * (2 * long + short)
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:

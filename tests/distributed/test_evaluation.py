@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,40 +165,6 @@ def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alon
 def guided(row: dict[str, Any]) -> bool:
     """As `alone` is."""
     return row["guidance_scale"] == 2.0 and row["guidance_interval"] == [0.1, 1.0]
-
-
-GRID = """
-import sys
-import numpy, torch
-from jitscale import parallel
-from jitscale.config import load_config
-from jitscale.evaluation.generate import configured_sampler, sample_grid
-from jitscale.checkpoints.opening import open_weights
-from tests.support.processes import leave_after
-
-def main():
-    world = parallel.start(torch.device("cpu"))
-    config = load_config(sys.argv[1], ["evaluation.steps=2"])
-    model = open_weights(sys.argv[2], config).network()
-    grid = sample_grid(model, configured_sampler(config.evaluation, model.diffusion), 0, world)
-    numpy.save(f"{sys.argv[3]}_{world.rank}", grid)
-    parallel.stop()
-
-leave_after(main)
-"""
-
-
-def test_ranks_share_a_picture_of_samples(evaluation: Evaluation, tmp_path: Path) -> None:
-    """Every rank has the whole of it, with each sample in its place."""
-    pictures = []
-    for ranks in (1, 3):
-        run_ranks(
-            ranks, "-c", GRID, str(evaluation.folder / "config.yaml"), str(CHECKPOINT), str(tmp_path / f"{ranks}")
-        )
-        pictures += [np.load(tmp_path / f"{ranks}_{rank}.npy").astype(int) for rank in range(ranks)]
-    first, *others = pictures
-    assert first.std() > 10, "samples differ"
-    assert all(np.abs(first - other).max() <= 1 for other in others), "up to the rounding of another batch"
 
 
 def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def test_steps_are_those_of_torch_and_adamw(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     optimizer = Muon(groups, momentum=0.9, lr=0.02, betas=(0.9, 0.95))
     whole = whole_fragments({str(index): tuple(p.shape) for index, p in enumerate(ours[:2])})
-    optimizer.lay_out({ours[f.flat]: [f] for f in whole}, rank=0, ranks=1)
+    optimizer.lay_out({f.flat: ours[f.flat] for f in whole}, [whole], rank=0)
     muon = torch.optim.Muon(theirs[:2], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(theirs[2:], lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
     monkeypatch.setattr("jitscale.training.muon.orthogonalize", lambda m: orthogonalize(m.bfloat16()))

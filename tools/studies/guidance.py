@@ -52,7 +52,7 @@ class Sweep(Task):
         ]
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.network(name), config, world.device)
+            return ready_to_sample(stored.network(name, world.device), config, world.device)
 
         settings = sweep_points(config, stored.weight_sets)
         results = measure_points(settings, network, Evaluator(config, world, folder / self.name), neighbours=False)

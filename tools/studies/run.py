@@ -90,7 +90,7 @@ class Run(Task):
     def _measure(self, path: Path, folder: Path, world: parallel.World) -> dict[str, Any]:
         config = self.load(folder, *self.evaluation)
         weights = config.evaluation.weights
-        model = ready_to_sample(open_weights(path).network(weights), config, world.device)
+        model = ready_to_sample(open_weights(path).network(weights, world.device), config, world.device)
         result = evaluate_model(model, weights, config, world, folder / "measured")
         numbers = {key: value for key, value in result.items() if key != "protocol"}
         if self.strip:

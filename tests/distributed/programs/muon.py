@@ -45,7 +45,7 @@ def plain() -> list[float]:
     assert isinstance(optimizer, Muon)
     matrices = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
     whole = whole_fragments({str(index): tuple(p.shape) for index, p in enumerate(matrices)})
-    optimizer.lay_out({matrices[f.flat]: [f] for f in whole}, rank=0, ranks=1)
+    optimizer.lay_out({f.flat: matrices[f.flat] for f in whole}, [whole], rank=0)
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, *images_of(step))

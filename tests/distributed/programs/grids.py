@@ -1,0 +1,79 @@
+"""Draw a grid of samples from sharded weights, with a guide, and write what each rank built and held.
+
+Usage: grids.py FOLDER
+"""
+
+import json
+import sys
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import torch
+
+from jitscale import parallel
+from jitscale.config import Config, EmaConfig, EngineConfig, EvaluationConfig
+from jitscale.errors import UserError
+from jitscale.model.jit import JiT, network_holding
+from jitscale.training import measurements
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
+from jitscale.training.state import RunState
+from tests.support.processes import leave_after
+from tests.support.tiny import MODEL
+
+NAME = "ema_0.9"
+
+
+def weights_of(network: JiT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def random_network(seed: int) -> JiT:
+    """With an output that is not zero."""
+    torch.manual_seed(seed)
+    network = JiT(MODEL)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return network
+
+
+def main() -> None:
+    world = parallel.start(torch.device("cpu"))
+    evaluation = EvaluationConfig(weights=NAME, guidance_scale=2.0, steps=2)
+    engine = EngineConfig(zero_stage=2, precision="fp32")
+    config = Config(model=MODEL, engine=engine, evaluation=evaluation, ema=EmaConfig(decays=[0.9]))
+    config.data.batch_size = 6
+    parallel.BUCKET_ELEMENTS = 8192  # several buckets
+    engine = ZeroEngine(random_network(0), config, world)
+    built: list[Any] = []
+
+    def counted(weights: dict[str, torch.Tensor], *settings: Any) -> JiT:
+        built.append(network_holding(weights, *settings))
+        same = dict(built[-1].named_parameters())
+        assert all(same[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()), "no second copy"
+        return built[-1]
+
+    measurements.network_holding = counted
+    tracker = Mock()
+    saved = (engine, ShardedEma(config.ema, engine.masters()), RunState(), tracker)
+    measured = measurements.Measurements(config, world, Mock(), *saved, random_network(1).eval(), 100, lambda: None)
+    measured.grid("samples", evaluation)
+    sets = [dict(network.named_parameters()) for network in built]
+    if world.is_main:
+        (_, picture, _), _ = tracker.log_image.call_args
+        np.save(f"{sys.argv[1]}/{world.size}", picture)
+        for found, seed in zip(sets, (0, 1), strict=True):
+            assert all(torch.equal(found[name], p) for name, p in random_network(seed).named_parameters())
+    facts: dict[str, Any] = {"built": len(built), "drawn": tracker.log_image.call_count}
+    next(iter(saved[1].sets[NAME])).fill_(float("nan"))
+    try:
+        measured.grid("samples", evaluation)
+    except UserError as error:
+        facts["error"] = str(error)
+    print(json.dumps(parallel.gather_objects(facts)))
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    leave_after(main)
