@@ -196,6 +196,9 @@ def test_only_who_records_there_needs_wandb(monkeypatch: pytest.MonkeyPatch) -> 
     for mode in ("online", "offline"):
         with pytest.raises(ConfigError, match=f"tracking.wandb={mode}: the package wandb is not installed"):
             check_wandb(Config(tracking=TrackingConfig(wandb=mode)))
+    # The trainer and all that it imports, in a process that has imported nothing yet.
+    program = "import sys; sys.modules.update(wandb=None, submitit=None); import jitscale.train"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def describe_comparison(found: dict[str, Any]) -> str:
 def distance(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, in float64; infinite if something is not finite."""
     expected = expected.detach().double()
-    value = float((found.detach().double() - expected).norm() / expected.norm())
+    value = float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300))
     return float("inf") if math.isnan(value) else value
 
 
@@ -136,9 +136,9 @@ def _attention(config: Config, device: torch.device, size: str) -> Iterator[Comp
             if dropout > 0 and name == "reference":
                 noise = errors
             limits = [KERNEL_LIMIT] * 2 if dropout == 0 else [WORSE_THAN_PLAIN * value for value in noise]
-            for what, error, limit in zip(("output", "gradients"), errors, limits, strict=True):
+            for what, off, limit in zip(("output", "gradients"), errors, limits, strict=True):
                 note = f"mean of {draws} masks" if dropout else ""
-                yield Comparison(f"{label}: {what}", error, limit, note)
+                yield Comparison(f"{label}: {what}", off, limit, note)
 
 
 def _with_gradients(
@@ -146,7 +146,8 @@ def _with_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Output and the gradient of `packed` (B, N, 3, H, D), in float64."""
     packed = packed.detach().requires_grad_()
-    out = kernel(*packed.unbind(2), dropout)
+    q, k, v = packed.unbind(2)
+    out = kernel(q, k, v, dropout)
     (found,) = torch.autograd.grad(out, packed, gradient.to(out.dtype))
     return out.detach().double(), found.double()
 
@@ -161,7 +162,7 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
     z, gradient = (torch.randn(batch, 3, model.image_size, model.image_size, device=device) for _ in range(2))
     t, y = torch.rand(batch, device=device), torch.randint(model.num_classes, (batch,), device=device)
     for block in exact.blocks:
-        block.attn.kernel = exact_attention  # type: ignore[union-attr, assignment]
+        block.attn.kernel = exact_attention  # type: ignore[union-attr]
     expected = _passes(exact.double(), z.double(), t.double(), y, gradient.double())
     plain: dict[str, float] = {}  # errors of plain bf16 arithmetic
     for label, changes in _ways():

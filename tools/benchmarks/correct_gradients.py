@@ -67,7 +67,8 @@ def _not_finite(
     gradient = scales[2] * torch.randn(shape, device=device, generator=generator)
     if poison:
         torch.full((POISON_BYTES // 2,), float("nan"), dtype=torch.bfloat16, device=device)
-    out = kernel(*packed.unbind(2), dropout)
+    q, k, v = packed.unbind(2)
+    out = kernel(q, k, v, dropout)
     (found,) = torch.autograd.grad(out, packed, gradient.to(out.dtype))
     return torch.stack([(~each.detach().isfinite()).any().float() for each in (out, found)])
 
