@@ -88,6 +88,9 @@ class ZeroEngine:
             (bf16_optimizer, "get_global_norm_of_tensors", partial(whole_gradient_norm, world.device)),
             (bf16_optimizer, "clip_tensors_by_global_norm", clip_by_norm),
         ]
+        if self.stage == 3 and world.device.type == "cuda" and not config.engine.offload_optimizer:
+            # Before the host waits, the current stream does, for each of the last gathers.
+            self._in_step.append((get_accelerator(), "synchronize", lambda *_: None))
         if self._skips_on_device:
             asking = (stage_1_and_2, stage3, bf16_optimizer)
             self._in_step += [(module, "is_invalid_grad_norm", self._judge) for module in asking]

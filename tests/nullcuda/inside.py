@@ -7,7 +7,7 @@ Before, what a device without values cannot answer is answered here, and nothing
     nonzero     on the device finds nothing: its count would be whatever lay there
     exp2        on the device is a power: torch compiles it with NVRTC at run time, which needs a driver
     cudnn       off, in torch: the real library would look for a driver
-    lengths     DeepSpeed's stage 3 reduces a list's length over the ranks and compares: it would compare with nothing
+    lists       of rank 0, which DeepSpeed's stage 3 broadcasts and compares with its own, are its own
 
 One training step is recorded if NULLCUDA_REPORT names a file: the NULLCUDA_STEP-th call (default: 4) of a method named
 train_step. The file is JSON: {"patched": [...], "step": {"counters": ..., "events": [...], "seconds": ...}}. With
@@ -90,7 +90,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 def _patch(names: dict[str, Any], module: str) -> None:
     if module == STAGE_3:
-        names["assert_lst_len_same_as_other_ranks"] = lambda *_, **__: None
+        names["assert_lst_len_same_as_other_ranks"] = lambda own: None
+        names["get_lst_from_rank0"] = lambda own: own
         return
     for name, value in list(names.items()):
         if getattr(value, "__module__", None) != module:

@@ -72,9 +72,13 @@ def no_waits(precision: str, stage: int, ranks: int) -> None:
 
 
 for _precision in ("fp32", "autocast", "bf16"):
+    for _stage in (1, 2):
+        no_waits(_precision, _stage, ranks=1)
+    # Stage 3 on one rank has nothing to shard, and DeepSpeed waits at each fetch. On several ranks it waits for events
+    # of earlier fetches and reductions if more than a few are under way, so that memory stays bounded: events of this
+    # CUDA are always over, so that these waits are not seen here.
     for _stage in (1, 2, 3):
-        for _ranks in (1, 2):
-            no_waits(_precision, _stage, _ranks)
+        no_waits(_precision, _stage, ranks=2)
 
 
 def judged_reduction(done: Finished) -> Outcome:
