@@ -3,8 +3,8 @@
 What it computes stays, and nothing here is part of a checkpoint: parameters keep their names and shapes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -40,11 +40,24 @@ class Execution:
         """Whether a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
         return self.aligned or self.compiled or self.float8
 
+    @property
+    def identity(self) -> str:
+        """What must be the same on all ranks: everything but the reasons, which tell of one rank's errors."""
+        return ", ".join(_flat(asdict(self)))
+
     def __str__(self) -> str:
         chosen = self.attention
         kernel = f"attention {chosen.name} ({chosen.version}; {chosen.reason})"
         on = {"feed-forward widths padded": self.aligned, "float8": self.float8, "blocks compiled": self.compiled}
         return ", ".join([kernel, *(name for name in on if on[name])])
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "reason":
+            yield f"{prefix}{name}={value}"
 
 
 def prepare(model: JiT, engine: EngineConfig, device: torch.device, *, training: bool) -> Execution:

@@ -78,6 +78,10 @@ class Trainer:
         initial = persistence.initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
+        parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
+        # A rank with another kernel would round differently and set the pace, without a word.
+        remedy = "repair the odd node, or set engine.attention, engine.compile and engine.align for all"
+        parallel.require_alike("how the network computes", self.engine.execution.identity, remedy)
         if world.is_main:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled
