@@ -86,7 +86,8 @@ class Trainer:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled
         self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
-        self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
+        on_device = not config.engine.offload_optimizer  # where averages lie beside masters
+        self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled and on_device)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
         saved, claimed = (self.engine, self.ema, self.state, self.bad_samples), claimed or Claim(Path(config.run.dir))

@@ -165,6 +165,7 @@ class Bench:
         variables: dict[str, str] | None = None,
         small: bool = True,
         run: str | None = None,
+        config: str = CONFIG,
     ) -> Finished:
         """jitscale.train on the small network, or on the config's own."""
         size = 32 if small else 256
@@ -180,7 +181,7 @@ class Bench:
             ]
         )
         places = [f"run.dir={self.scratch / 'runs' / (run or name)}", f"data.shards={self.shards(size)}"]
-        return self.module(name, "jitscale.train", ["--config", CONFIG, *own, *places, *settings], variables)
+        return self.module(name, "jitscale.train", ["--config", config, *own, *places, *settings], variables)
 
     def ranks(
         self, name: str, settings: Sequence[str], devices: str, variables: dict[str, str] | None = None

@@ -123,25 +123,29 @@ for _stage in (1, 2, 3):
     reductions(_stage)
 
 
-@check(slow=True)
-def full(bench: Bench) -> Outcome:
-    """A step of JiT-H at full size, 64 images, compiled: what the host starts on the GPU."""
-    once = [
-        *QUIET,
-        "data.batch_size=64",
-        "run.max_images=null",
-        f"run.max_steps={STEP + 1}",
-        "evaluation.grid_every_images=0",
-        "evaluation.at_end=false",
-        "evaluation.every_images=0",
-    ]
-    # The last save would write 15 GB of zeros: the run ends itself at the recorded step.
-    done = bench.train("full", once, {"NULLCUDA_STOP": "1"}, small=False)
-    if done.step is None:
-        return Outcome(False, unrecorded(done))
-    host = 1e3 * done.step["seconds"]
-    return Outcome(
-        True,
-        f"{launches(done.step)}; {host:.0f} ms of host time",
-        [judged_waits(done).figure, judged_reduction(done).figure],
-    )
+def full(size: str) -> None:
+    """Add the slow check of a whole step of one of the recipes: 64 images at 256 px, compiled, one rank."""
+
+    def run(bench: Bench) -> Outcome:
+        once = [*QUIET, "data.batch_size=64", "run.max_images=null", f"run.max_steps={STEP + 1}"]
+        once += ["evaluation.grid_every_images=0", "evaluation.at_end=false", "evaluation.every_images=0"]
+        # The last save would write 15 GB of zeros for H: the run ends itself at the recorded step.
+        config = f"configs/jit_{size}_256.yaml"
+        done = bench.train(f"full_{size}", once, {"NULLCUDA_STOP": "1"}, small=False, config=config)
+        if done.step is None:
+            return Outcome(False, unrecorded(done))
+        host = 1e3 * done.step["seconds"]
+        counted = ", ".join(f"{name} {count}" for name, count in done.step["counters"].items() if count)
+        waits = judged_waits(done)
+        return Outcome(
+            True,
+            f"{launches(done.step)}; {host:.0f} ms of host time",
+            [waits.figure, judged_reduction(done).figure, counted, *waits.details],
+        )
+
+    run.__name__, run.__doc__ = f"full_{size}", f"A step of JiT-{size.upper()} at full size: what the host starts."
+    CHECKS[run.__name__] = (run, True)
+
+
+for _size in ("b", "l", "h"):
+    full(_size)
