@@ -12,8 +12,8 @@ import torch
 from jitscale.checkpoints.power_averages import gamma_of_width, power_step
 from jitscale.config import EmaConfig, ema_name, power_name
 
-# Flats, of which stages 1 to 3 have a few (a group of the optimizer, 1e9 elements). One kernel for each of them follows
-# it with all averages: 28 bytes a parameter for three. Of 60 flats Inductor made 180 kernels, in minutes; stage 0, which
+# Flats; stages 1 to 3 have few (a group of the optimizer, 1e9 elements). One kernel for each of them follows it with
+# all averages: 28 bytes a parameter for three. Of 60 flats Inductor made 180 kernels, in minutes; stage 0, which
 # is there to compare, has one for each parameter.
 MOST_COMPILED = 16
 
