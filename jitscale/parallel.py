@@ -139,9 +139,11 @@ def collective_seconds(hang_timeout: float) -> float:
 
 def let_collectives_outlast(hang_timeout: float) -> None:
     """Set that limit for every process group of this process, DeepSpeed's included, which have torch's default."""
+    if not dist.is_initialized():
+        return
     limit = timedelta(seconds=collective_seconds(hang_timeout))
-    groups = distributed_c10d._world.pg_map if dist.is_initialized() else {}
-    for group in list(groups):
+    distributed_c10d._get_default_store().set_timeout(limit)  # through which NCCL's first collective meets
+    for group in list(distributed_c10d._world.pg_map):
         if isinstance(group, dist.ProcessGroup):
             distributed_c10d._set_pg_timeout(limit, group)
 
