@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster test-wandb lint format install clean
+.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu lint format install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -28,6 +28,12 @@ test-wandb: $(INSTALLED)
 	test -x .venv-wandb-server/bin/openwandb || $(PYTHON) -m venv .venv-wandb-server
 	.venv-wandb-server/bin/python -m pip install --quiet openwandb==0.5.25
 	$(RUN) -m pytest -m wandb tests/test_tracking_online.py
+
+# The CUDA code on a CUDA that does nothing (tests/nullcuda/README.md). Downloads 5 GB at first use, and is no part of
+# .ci/run for that reason.
+test-null-gpu:
+	tests/nullcuda/build.sh
+	tests/nullcuda/run.sh python -m tests.nullcuda.check
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

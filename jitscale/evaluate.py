@@ -26,7 +26,7 @@ from jitscale.evaluation.generate import ready_to_sample
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.requirements import check_measurable
 from jitscale.evaluation.sweep import images_of, sweep_points
-from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
 from jitscale.tracking import Tracker, check_wandb
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and evaluate; returns the process's exit code."""
     options = evaluate_parser(__doc__).parse_intermixed_args(arguments)
     adopt_launcher_environment()
+    make_kernel_caches()
     complete_source(options)
     # A file of somebody else's is measured under one setting, unless a sweep is asked for.
     alone = options.weights is not None or options.run is None

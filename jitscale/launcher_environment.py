@@ -15,6 +15,7 @@ from typing import ClassVar
 from jitscale.errors import LauncherError
 
 IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+KERNEL_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 TORCHRUN = (*IDENTITY, "MASTER_ADDR", "MASTER_PORT")
 MOST_NODES = 65_536  # in a range: no cluster has so many
 MOST_DIGITS = 18
@@ -36,6 +37,24 @@ def adopt_launcher_environment() -> int:
         found = _alone()
     os.environ.update(found)
     return int(found["WORLD_SIZE"])
+
+
+def make_kernel_caches() -> None:
+    """Make this node's folders for compiled kernels, where the environment names some, for this user alone.
+
+    slurm/launch.sh names folders on each node's own disk, where the batch script itself runs on the first node only.
+    Raises a LauncherError if a folder cannot be made, or belongs to another user, who could put code into it.
+    """
+    remedy = "let JITSCALE_CACHE name a folder on the nodes' own disks"
+    for name in KERNEL_CACHES:
+        if folder := os.environ.get(name):
+            try:
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+                owner = os.stat(folder).st_uid
+            except OSError as error:
+                raise LauncherError(f"{name}={folder}: cannot be made ({error.strerror}); {remedy}") from error
+            if owner not in (os.geteuid(), 0) or not os.access(folder, os.W_OK):
+                raise LauncherError(f"{name}={folder}: belongs to user {owner}, or cannot be written; {remedy}")
 
 
 def hosts_in(variable: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import Store, distributed_c10d, rendezvous  # type: ignore[attr-defined]
 
 from jitscale.errors import ConfigError, RankLostError, RendezvousError, StorageError, UserError, escaped, first_line
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
@@ -22,7 +22,8 @@ from jitscale.launcher_environment import adopt_launcher_environment, positive_s
 T = TypeVar("T")
 
 MEETING_SECONDS = 600.0  # for the slowest rank to come; JITSCALE_MEETING_SECONDS wins
-COLLECTIVE_LIMIT = timedelta(minutes=30)
+COLLECTIVE_SECONDS = 1800.0  # for the slowest rank to come to a collective, at least; see `collective_seconds`
+LONGEST_SECONDS = 365 * 86_400.0
 BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
 FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds after which rank 0 says that it waits for ranks, and says so again
 OTHERS_WORD = 60.0  # the same for other ranks: hundreds of them would hide the rest of the log
@@ -89,7 +90,9 @@ def start(device: torch.device) -> World:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         store = _store_of_all_ranks()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
+        )
     hosts, own = gather_objects(socket.gethostname()), socket.gethostname()
     on_node = hosts.count(own), hosts.index(own)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), device, *on_node)
@@ -125,13 +128,36 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def collective_seconds(hang_timeout: float) -> float:
+    """How long a collective may take, if a rank ends itself after `hang_timeout` seconds without a step (0: never).
+
+    Longer, so that each rank writes the stacks of its threads before a collective fails, and ends it with less to say.
+    The watch looks twenty times within `hang_timeout`, and begins to count before the collective does.
+    """
+    return min(max(COLLECTIVE_SECONDS, 60.0 + hang_timeout + hang_timeout // 10), LONGEST_SECONDS)
+
+
+def let_collectives_outlast(hang_timeout: float) -> None:
+    """Set that limit for every process group of this process, DeepSpeed's included, which have torch's default."""
+    if not dist.is_initialized():
+        return
+    limit = timedelta(seconds=collective_seconds(hang_timeout))
+    distributed_c10d._get_default_store().set_timeout(limit)  # through which NCCL's first collective meets
+    for group in list(distributed_c10d._world.pg_map):
+        if isinstance(group, dist.ProcessGroup):
+            distributed_c10d._set_pg_timeout(limit, group)
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined(device: torch.device, hang_timeout: float = 0.0) -> Iterator[World]:
     """Join the job's process group for the block, as `start` does, and leave it together with all ranks.
 
-    Raises a RankLostError, if one has left before.
+    NCCL ends a process whose watchdog has not moved for 8 minutes, as where the driver hangs: here not before
+    `hang_timeout` is over. Raises a RankLostError, if a rank has left before.
     """
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{collective_seconds(hang_timeout):.0f}")
     world = start(device)
+    let_collectives_outlast(hang_timeout)
     try:
         yield world
         barrier()  # rank 0 serves the others' rendezvous: it must not leave first
@@ -244,6 +270,25 @@ def raise_together(call: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def require_alike(what: str, value: str, remedy: str) -> None:
+    """Raise a ConfigError on every rank if `value` is not the same on all of them. A collective call.
+
+    The message names each value and its ranks.
+    """
+    ranks_with: dict[str, list[int]] = {}
+    for rank, other in enumerate(gather_objects(value)):
+        ranks_with.setdefault(other, []).append(rank)
+    if len(ranks_with) > 1:
+        found = "; ".join(f"{_rank_list(ranks)}: {other}" for other, ranks in ranks_with.items())
+        raise ConfigError(f"{what} is not the same on all ranks ({found}); {remedy}")
+
+
+def _rank_list(ranks: list[int]) -> str:
+    """`rank 3`, `ranks 0, 1, 2`; of many the first eight and their number."""
+    listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
 @contextmanager
 def said_by_this_rank() -> Iterator[None]:
     """Log a UserError that this rank meets alone, with its number: `exit_with_message` prints those of rank 0 only."""
@@ -270,7 +315,7 @@ def _store_of_all_ranks() -> Store:
         what = f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s"
         remedy = "start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
         raise RendezvousError(f"{what} ({first_line(error)}); {remedy}") from error
-    store.set_timeout(COLLECTIVE_LIMIT)
+    store.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
     return store
 
 

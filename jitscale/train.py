@@ -17,7 +17,7 @@ from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.requirements import measurable_config
-from jitscale.launcher_environment import adopt_launcher_environment
+from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 from jitscale.run_folder import after_the_end, claim, mark_complete
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = train_parser(__doc__).parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
     world_size = adopt_launcher_environment()
+    make_kernel_caches()
     config = load_config(
         options.config,
         overrides,
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(explained_yaml(config), end="")
         return ExitCode.DONE
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with parallel.joined(parallel.choose_device(config.run.device)) as world:
+    with parallel.joined(parallel.choose_device(config.run.device), config.run.hang_timeout) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
         measured = measurable_config(config, world)
         with ExitStack() as held:

@@ -6,6 +6,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --distribution=block:block
 #SBATCH --time=08:00:00
 #SBATCH --signal=B:USR1@60
 #SBATCH --requeue

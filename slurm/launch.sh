@@ -5,9 +5,11 @@
 #   JITSCALE_PYTHON        the interpreter; default: .venv/bin/python of the checkout, else python3
 #   JITSCALE_RANK_PYTHON   another interpreter for the ranks, such as a script that enters a container
 #   JITSCALE_SETUP         a file to source first: modules, a conda environment
-#   JITSCALE_CACHE         compiled kernels, kept over requeues; default: ~/.cache/jitscale
+#   JITSCALE_CACHE         compiled kernels, on a disk of each node; default: jitscale-cache-USER in $TMPDIR or /tmp
 #   JITSCALE_MOST_RETRIES  starts in a row without progress after which the job gives up; default 5
-# and NCCL's own variables (NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are passed on.
+# and the network's own variables, which are passed on: NCCL_SOCKET_IFNAME and NCCL_IB_HCA for gradients,
+# GLOO_SOCKET_IFNAME for what ranks tell each other through their CPUs. Where nodes have several networks, the two
+# IFNAMEs name the same interface.
 set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
@@ -32,7 +34,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} > 4 ? 4 :
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a lost peer ends the rank
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job since Slurm 22.05
-cache=${JITSCALE_CACHE:-$HOME/.cache/jitscale}
+export SLURM_CPU_BIND=${SLURM_CPU_BIND:-cores} # with --distribution=block:block, cores next to the rank's GPU
+# On the node: a home directory would be locked and searched by all ranks of all nodes. Each rank makes the folders.
+cache=${JITSCALE_CACHE:-${TMPDIR:-/tmp}/jitscale-cache-$(id -un)}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -40,6 +44,6 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # In the place of this script, so that Slurm's signals reach the supervisor.
 supervise() {
     echo "nodes: ${SLURM_JOB_NODELIST:-unknown}, tasks: ${SLURM_NTASKS:-1}, restart: ${SLURM_RESTART_COUNT:-0}"
-    env | grep -E '^(MASTER_|OMP_|NCCL_|TORCH_NCCL_|TORCHINDUCTOR_|TRITON_|SRUN_CPUS|CUDA_VISIBLE)' | sort
+    env | grep -E '^(MASTER_|OMP_|NCCL_|GLOO_|TORCH_NCCL_|TORCHINDUCTOR_|TRITON_|SRUN_CPUS|SLURM_CPU_BIND=|SLURM_DISTRIBUTION|CUDA_VISIBLE)' | sort
     exec "$JITSCALE_PYTHON" -m jitscale.launch.supervisor "$@"
 }

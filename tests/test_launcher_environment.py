@@ -10,7 +10,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from jitscale.errors import ConfigError, ExitCode, LauncherError, exit_with_message
 from jitscale.launch.slurm import SlurmJob, check_commands
-from jitscale.launcher_environment import TORCHRUN, adopt_launcher_environment, hosts_in, positive_setting
+from jitscale.launcher_environment import (
+    TORCHRUN,
+    adopt_launcher_environment,
+    hosts_in,
+    make_kernel_caches,
+    positive_setting,
+)
 from tests.support import ROOT
 from tests.support.forking import PYTHONPATH, Process
 
@@ -248,3 +254,20 @@ def test_the_projects_own_numbers_are_checked(monkeypatch: pytest.MonkeyPatch, t
     for unset in ("", "2.5"):
         monkeypatch.setenv("JITSCALE_MEETING_SECONDS", unset)
         assert positive_setting("JITSCALE_MEETING_SECONDS", 600.0) == (2.5 if unset else 600.0)
+
+
+def test_caches_of_kernels_are_made_on_each_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    folder = tmp_path / "jitscale-cache-me/inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    make_kernel_caches()
+    make_kernel_caches()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    if folder.stat().st_uid != 0:  # root may be trusted
+        with pytest.raises(LauncherError, match=r"TORCHINDUCTOR_CACHE_DIR=.*: belongs to user"):
+            make_kernel_caches()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/inductor"))
+    with pytest.raises(LauncherError, match=r"cannot be made \(Not a directory\); let JITSCALE_CACHE name a folder"):
+        make_kernel_caches()

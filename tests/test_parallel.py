@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from jitscale import parallel
 from jitscale.config import Config
@@ -106,3 +107,32 @@ def test_a_rank_that_another_one_has_left_says_one_line(
     said = capsys.readouterr().err.splitlines()
     assert [line[:47] for line in said] == ["error: rank 2: another rank has ended, and this"] * is_lost
     assert not (tmp_path / "error.json").exists(), "torchrun names another rank as the cause"
+
+
+@pytest.mark.parametrize("hang_timeout", [0.0, 8.0, 1700.0, 1800.0, 7200.0, 1e6])
+def test_stacks_are_written_before_a_collective_fails(hang_timeout: float) -> None:
+    """A watch needs a twentieth of its time more, and then some seconds to write."""
+    assert parallel.collective_seconds(hang_timeout) >= max(1800.0, 1.05 * hang_timeout + 60.0)
+    assert parallel.collective_seconds(1e300) < float("inf")
+
+
+def test_every_process_group_outlasts_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"):
+        monkeypatch.delenv(name, raising=False)
+    limits = set()
+    with parallel.joined(torch.device("cpu"), hang_timeout=7200.0):
+        of_deepspeed = dist.new_group([0])  # as it makes them, without a limit
+        parallel.let_collectives_outlast(7200.0)
+        for group in (dist.group.WORLD, of_deepspeed):
+            limits.add(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())  # type: ignore[union-attr]
+        assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > 7200
+    assert limits == {parallel.collective_seconds(7200.0)}
+
+
+def test_what_differs_between_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel.require_alike("the kernel", "sdpa", "repair it")
+    monkeypatch.setattr(parallel, "gather_objects", lambda value: ["flash"] * 12 + ["sdpa"] + ["flash"])
+    said = "the kernel is not the same on all ranks (ranks 0, 1, 2, 3, 4, 5, 6, 7 and 5 more: flash; rank 12: sdpa); "
+    with pytest.raises(ConfigError) as met:
+        parallel.require_alike("the kernel", "flash", "repair it")
+    assert str(met.value) == said + "repair it"

@@ -131,7 +131,7 @@ class EngineConfig:
     align: bool | None = setting(None, "pad feed-forward products with zeros to multiples of 64; null: on GPUs")
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")
     float8: bool = setting(False, "products of the blocks in float8, by torchao: GPUs from Hopper on")
-    cuda_graphs: bool | None = setting(None, "each block's passes in training as CUDA graphs: GPUs only; null: off")
+    cuda_graphs: bool | None = setting(None, "each block's passes in training as CUDA graphs: GPUs; null: if compiled")
     activation_checkpointing: int = setting(0, "recompute every k-th block in backward; 0: none", at_least=0)
     offload_optimizer: bool = setting(False, "optimizer state and masters in the CPU's memory")
     hpz_group_size: int = setting(1, "stage 3: ranks that share a second copy of weights (hpZ); 1: none", at_least=1)

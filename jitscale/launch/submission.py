@@ -211,6 +211,8 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
         parameters |= {"nodes": 1, "ntasks_per_node": 1}
     elif resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
+        # Ranks fill one socket after another, as GPUs are numbered: Slurm's default takes sockets in turns.
+        additional.setdefault("distribution", "block:block")
     if after is not None:
         additional["kill-on-invalid-dep"] = "yes"
     return parameters

@@ -45,6 +45,15 @@ class Execution:
         """Whether a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
         return self.aligned or self.compiled or self.float8 or self.fused.name != "torch"
 
+    @property
+    def identity(self) -> str:
+        """What must be the same on all ranks: everything but the reasons, which tell of one rank's errors."""
+        kernels = [f"{chosen.name} {chosen.version}".strip() for chosen in (self.attention, self.fused)]
+        switches = ("aligned", "compiled", "float8", "graphs")
+        return ", ".join(
+            [f"attention={kernels[0]}", f"fused={kernels[1]}", *(f"{name}={getattr(self, name)}" for name in switches)]
+        )
+
     def __str__(self) -> str:
         chosen = self.attention
         kernel = f"attention {chosen.name} ({chosen.version}; {chosen.reason})"
@@ -58,8 +67,9 @@ def prepare(
 ) -> Execution:
     """Let the blocks of `model` compute as `engine` says, on `device`, in batches of `batch`; changed in place.
 
-    A setting of None is on for GPUs, and alignment also for float8; but CUDA graphs, which are for training alone, are
-    off. For sampling, nothing is dropped or recomputed. In training, a step adds up gradients of `micro_batches`.
+    A setting of None is on for GPUs, alignment also for float8, and CUDA graphs, which are for training alone, with
+    compiled blocks. For sampling, nothing is dropped or recomputed. In training, a step adds up gradients of
+    `micro_batches`.
     Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
     float8, float8 is asked for without alignment, or CUDA graphs without a GPU.
     """
@@ -82,7 +92,8 @@ def prepare(
     if engine.float8 and not aligned:
         raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
     fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
-    every, graphs = (engine.activation_checkpointing, bool(engine.cuda_graphs)) if training else (0, False)
+    every = engine.activation_checkpointing if training else 0
+    graphs = training and _wants_graphs(engine, compiled=compiled and on_gpu)
     if graphs and not on_gpu:
         raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
     recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
@@ -105,6 +116,13 @@ def prepare(
     if graphs:
         TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1)
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
+
+
+def _wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
+    """By default where blocks are compiled for a GPU and weights stay in their places; and not with float8, untried."""
+    if engine.cuda_graphs is not None:
+        return engine.cuda_graphs
+    return compiled and engine.zero_stage < 3 and not engine.offload_optimizer and not engine.float8
 
 
 def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) -> Shapes:

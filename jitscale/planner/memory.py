@@ -14,11 +14,12 @@ from jitscale.config import Config, ModelConfig
 from jitscale.model.flops import block_tokens, image_tokens
 from jitscale.model.jit import JiT, parameter_kind
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
+from jitscale.planner.buckets import reduce_bucket_elements
 
 FP32 = 4  # bytes
 WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight in the forward pass, and on the wire
-# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py); engine.py leaves them alone on GPUs.
-BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size
+# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py).
+BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size on CPUs; on GPUs buckets.py chooses it
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters
 PREFETCH_ELEMENTS = 50_000_000  # stage3_prefetch_bucket_size
 PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
@@ -74,6 +75,7 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     whole = sum(sizes.values())
     shard = whole / ranks
+    bucket = reduce_bucket_elements(whole, max(sizes.values()), ranks)
     all_moments = 2 * whole
     if config.optim.name == "muon":  # one moment for each hidden matrix
         all_moments -= sum(sizes[name] for name in shapes if parameter_kind(name, len(shapes[name])) == "matrices")
@@ -88,15 +90,17 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
         persistent = sum(size for size in sizes.values() if size <= PERSISTENT_ELEMENTS)
         secondary_copy = width * whole / group if group > 1 else 0.0
         weights = width * (shard + persistent) + secondary_copy
-        buckets = width * (BUCKET_ELEMENTS + min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS))
+        buckets = width * (bucket + min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS))
         return Memory(weights, FP32 * shard, masters, moments, averages, buckets)
-    flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
     if stage == 1 and precision == "bf16":
+        flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
         # BF16_Optimizer adds bf16 gradients to whole float32 ones, and reduces them after backward, without buckets.
         return Memory(width * whole, (width + FP32) * whole, masters, moments, averages, (FP32 + width) * flattened)
     # Stage 1 reduces when the last micro-batch is done: until then the gradients are whole.
     gradients = FP32 * (whole if stage == 1 else shard)
-    buckets = width * (BUCKET_ELEMENTS * (2 if overlap else 1) + flattened)
+    if stage == 1 and ranks == 1:  # reduced in place
+        return Memory(width * whole, gradients, masters, moments, averages)
+    buckets = width * bucket * (3 if overlap and ranks > 1 else 2)  # and a copy, which is all-reduced
     return Memory(width * whole, gradients, masters, moments, averages, buckets)
 
 

@@ -12,15 +12,21 @@ import torch
 from jitscale.checkpoints.power_averages import gamma_of_width, power_step
 from jitscale.config import EmaConfig, ema_name, power_name
 
+# Flats; stages 1 to 3 have few (a group of the optimizer, 1e9 elements). One kernel for each of them follows it with
+# all averages: 28 bytes a parameter for three. Of 60 flats Inductor made 180 kernels, in minutes; stage 0, which
+# is there to compare, has one for each parameter.
+MOST_COMPILED = 16
+
 
 class ShardedEma:
     """Averages of one rank's flat masters; one added in the middle of a run begins with the weights it finds."""
 
     def __init__(self, settings: EmaConfig, masters: Sequence[torch.Tensor], *, compiled: bool = False) -> None:
-        """Begin with the masters; `compiled` reads each of them once for all averages."""
+        """Begin with the masters; `compiled` reads each of them once for all averages, where they are few."""
         self._decays = {ema_name(decay): decay for decay in settings.decays}
         self._warmup = settings.warmup
         self._gammas = {power_name(width): gamma_of_width(width) for width in settings.power_widths}
+        compiled = compiled and len(masters) <= MOST_COMPILED
         self._follow = torch.compile(_follow_at_once, dynamic=False) if compiled else _follow
         # For each average (`ema_0.9999`, `power_0.050`, ...) a float32 tensor for each flat master, of its shape.
         self.sets = {name: [flat.detach().clone() for flat in masters] for name in (*self._decays, *self._gammas)}

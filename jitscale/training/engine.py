@@ -8,8 +8,7 @@ is read from private attributes of DeepSpeed 0.19.8; so pyproject.toml pins it.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -24,11 +23,20 @@ from jitscale.model.execution import prepare
 from jitscale.model.jit import Block, FinalLayer, JiT
 from jitscale.model.layers import BottleneckPatchEmbed
 from jitscale.parallel import World
+from jitscale.planner.buckets import reduce_bucket_elements
+from jitscale.training.device_waits import (
+    Replacement,
+    clip_by_norm,
+    gradient_norm,
+    order_after_reductions,
+    reduce_in_place,
+    replaced,
+    whole_gradient_norm,
+)
 from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
 from jitscale.training.zero_shortcuts import gather_gradients_at_once, skip_needless_work
 
-NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
 ALIGNED_ELEMENTS = 128  # 512 bytes: where PyTorch aligns memory of a GPU, and networks compute on what is gathered
 SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
 
@@ -42,8 +50,9 @@ class ZeroEngine:
         # would take a GPU that this run must not use.
         os.environ["DS_ACCELERATOR"] = world.device.type
         import deepspeed  # noqa: PLC0415
+        from deepspeed.accelerator import get_accelerator  # noqa: PLC0415
         from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
-        from deepspeed.runtime import compiler  # noqa: PLC0415
+        from deepspeed.runtime import bf16_optimizer, compiler  # noqa: PLC0415
         from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -53,7 +62,7 @@ class ZeroEngine:
         compatible_ops["deepspeed_shm_comm"] = False
         # Whatever the optimizer, DeepSpeed imports its own Muon and compiles it then, which takes two seconds.
         compiler.compile = lambda: lambda function: function
-        self.stage = config.engine.zero_stage
+        self.stage, self.config = config.engine.zero_stage, config
         share = config.data.batch_size // world.size
         micro_batch = config.engine.micro_batch_size or share
         self.micro_batches = share // micro_batch
@@ -70,25 +79,30 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            config=_deepspeed_config(config, world, self.micro_batches),
+            config=_deepspeed_config(model, config, world, self.micro_batches),
         )
         self._optimizer = self._engine.optimizer
         self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
-            self._optimizer.get_grad_norm_direct = partial(_gradient_norm, world.device)
-            skip_needless_work(self._optimizer)
-            same_dtype = self._optimizer.dtype == self._optimizer.gradient_accumulation_dtype
-            if world.size == 1 and same_dtype and not config.engine.offload_optimizer:
-                gather_gradients_at_once(self._optimizer)
+        self._answer_on_device(get_accelerator())
         self._stage0_norm = torch.zeros(())
         self.fragments = list(self._fragments())
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)
         if isinstance(self._base, Muon):
             self._lay_out(self._base)
         # AdamW skips a step by itself where a tensor on the device says so; the host need not wait to know.
-        on_device = not isinstance(self._base, Muon) and config.engine.precision != "bf16"
-        self._skips_on_device = on_device and not config.engine.offload_optimizer
-        self._judged = (stage_1_and_2, stage3) if self._skips_on_device else ()  # modules that ask about the norm
+        self._skips_on_device = not isinstance(self._base, Muon) and not config.engine.offload_optimizer
+        self._in_step: list[Replacement] = [  # of the optimizer of bf16 in stage 1
+            (bf16_optimizer, "get_global_norm_of_tensors", partial(whole_gradient_norm, world.device)),
+            (bf16_optimizer, "clip_tensors_by_global_norm", clip_by_norm),
+        ]
+        if self.stage == 3 and world.device.type == "cuda" and not config.engine.offload_optimizer:
+            # Before the host waits, the current stream does, for each of the last gathers.
+            self._in_step.append((get_accelerator(), "synchronize", lambda *_: None))
+        if self._skips_on_device:
+            asking = (stage_1_and_2, stage3, bf16_optimizer)
+            self._in_step += [(module, "is_invalid_grad_norm", self._judge) for module in asking]
+            if config.engine.precision == "bf16":  # would be asked before the norm, and read by the host
+                self._optimizer.check_overflow = lambda *_, **__: None
         self._moved = torch.ones((), dtype=torch.bool)
         if self.stage == 0 and not self._skips_on_device:
             # The sharded stages skip gradients that are not finite by themselves; here DeepSpeed would apply them.
@@ -117,11 +131,28 @@ class ZeroEngine:
             if self.stage == 0:
                 self._stage0_norm = torch.nn.utils.get_total_norm([p.grad for p in self._flats() if p.grad is not None])
                 self._judge(self._stage0_norm)
-        with self._judged_on_device():
+        with replaced(*self._in_step):
             self._engine.step()
         if lr is not None and not self._skips_on_device and self.stage > 0:
             self._moved = torch.tensor(self._engine.was_step_applied())
         return self._moved
+
+    def _answer_on_device(self, accelerator: Any) -> None:
+        """Replace what lets the host wait outside of a step's end, or copies for nothing."""
+        optimizer, config, device = self._optimizer, self.config, self.world.device
+        offloaded = config.engine.offload_optimizer  # the CPU reads reductions and norms then
+        if hasattr(optimizer, "get_grad_norm_direct"):  # stages 1 to 3, but bf16 in stage 1
+            optimizer.get_grad_norm_direct = partial(gradient_norm, device)
+            if device.type == "cuda" and not offloaded:
+                stream = optimizer.reduce_and_partition_stream if self.stage == 3 else optimizer.reduction_stream
+                order_after_reductions(optimizer, accelerator, stream)
+        if self.stage in (1, 2) and hasattr(optimizer, "single_partition_of_fp32_groups"):
+            skip_needless_work(optimizer)
+            if self.world.size == 1 and not offloaded:
+                if self.execution.graphs and optimizer.dtype == optimizer.gradient_accumulation_dtype:
+                    gather_gradients_at_once(optimizer)  # else the host would be slower than the graphs
+                elif self.stage == 1:
+                    optimizer.allreduce_and_copy = reduce_in_place
 
     def _judge(self, norm: torch.Tensor) -> bool:
         """Let the optimizer skip a step whose gradient `norm` is not finite, or negative as a sign of that.
@@ -132,17 +163,6 @@ class ZeroEngine:
         if self._skips_on_device:
             self._base.found_inf = (~self._moved).float()
         return False
-
-    @contextmanager
-    def _judged_on_device(self) -> Iterator[None]:
-        asked = [(module, module.is_invalid_grad_norm) for module in self._judged]
-        for module, _ in asked:
-            module.is_invalid_grad_norm = self._judge
-        try:
-            yield
-        finally:
-            for module, question in asked:
-                module.is_invalid_grad_norm = question
 
     def gradient_norm(self) -> float:
         """The global 2-norm of the last step's gradients before clipping."""
@@ -330,42 +350,18 @@ def _name_device_as_deepspeed_does(device: torch.device) -> None:
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
 
-def _gradient_norm(
-    device: torch.device, gradients: Iterable[torch.Tensor], parameters: object, norm_type: int = 2
-) -> torch.Tensor:
-    """The global 2-norm of sharded gradients; -1, DeepSpeed's sentinel, where it is not finite.
-
-    It replaces DeepSpeed's own in stages 1 and 2, which copies every gradient to float64 first (on CPUs a fifth of the
-    time around the network) and lets the host wait for a GPU. Here short blocks are summed in float32 and the blocks in
-    float64, as exactly and in one pass; GPUs sum in float32 by blocks of their own.
-    """
-    assert norm_type == 2
-    summed = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    squares = [torch.zeros((), dtype=torch.float64, device=device)]
-    if device.type == "cuda" and summed:
-        squares.append(torch.stack(torch._foreach_norm(summed)).double().square().sum())
-    else:
-        squares += [_square_sum(gradient) for gradient in summed]
-    total = torch.stack(squares).sum()
-    norm = parallel.sum_over_ranks(total).sqrt().float()
-    return torch.where(norm.isfinite(), norm, -1.0)
-
-
-def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
-    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)
-    return blocks.double().square().sum() + flat[whole:].double().square().sum()
-
-
-def _deepspeed_config(config: Config, world: World, micro_batches: int) -> dict[str, Any]:
+def _deepspeed_config(model: JiT, config: Config, world: World, micro_batches: int) -> dict[str, Any]:
     engine, ranks, cpu = config.engine, world.size, world.device.type == "cpu"
     zero: dict[str, Any] = {"stage": engine.zero_stage, "zero_hpz_partition_size": engine.hpz_group_size}
+    if not cpu:
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
+        zero["reduce_bucket_size"] = reduce_bucket_elements(sum(sizes), max(sizes), ranks)
     if engine.zero_stage == 1 and (cpu or ranks == 1):
         # Without this, each step copies all gradients into two new buffers before they are flattened.
         zero |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
-    if engine.zero_stage in (1, 2) and not cpu and ranks > 1:
-        zero["overlap_comm"] = True  # by default in stage 3 only
+    if engine.zero_stage in (1, 2) and not cpu:
+        # By default in stage 3 only. With one rank, stage 2 has nothing to gain from a stream of its own.
+        zero["overlap_comm"] = ranks > 1 or engine.zero_stage == 1
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks // micro_batches,

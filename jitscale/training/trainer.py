@@ -78,11 +78,16 @@ class Trainer:
         initial = persistence.initial_weights(config, world) if checkpoint is None else None
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
+        parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
+        # A rank with another kernel would round differently and set the pace, without a word.
+        remedy = "repair the odd node, or set engine.attention, engine.compile and engine.align for all"
+        parallel.require_alike("how the network computes", self.engine.execution.identity, remedy)
         if world.is_main:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled
         self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
-        self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled)
+        on_device = not config.engine.offload_optimizer  # where averages lie beside masters
+        self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled and on_device)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
         saved, claimed = (self.engine, self.ema, self.state, self.bad_samples), claimed or Claim(Path(config.run.dir))

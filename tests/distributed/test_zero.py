@@ -17,12 +17,24 @@ STEPS, MANY_STEPS = 20, 50
 # What ranks train in one start, as `STAGE KIND`, by number of ranks.
 USUAL = {
     1: ["1 fp32"],
-    2: ["1 fp32", "2 fp32", "3 fp32", "1 autocast", "2 bf16", "3 autocast", "3 bf16", "1 poisoned", "3 poisoned"],
+    2: [
+        "1 fp32",
+        "2 fp32",
+        "3 fp32",
+        "1 autocast",
+        "2 bf16",
+        "3 autocast",
+        "3 bf16",
+        "1 poisoned",
+        "3 poisoned",
+        "1 poisoned-bf16",
+        "2 poisoned-bf16",
+    ],
     3: ["3 fp32"],
 }
 SLOW = {
     1: ["0 fp32", "2 fp32", "3 fp32"],
-    2: ["0 fp32", "1 bf16", "2 autocast", "0 poisoned", "2 poisoned"],
+    2: ["0 fp32", "1 bf16", "2 autocast", "0 poisoned", "2 poisoned", "3 poisoned-bf16"],
     3: ["0 fp32", "1 fp32", "2 fp32"],
 }
 
@@ -112,9 +124,12 @@ def test_each_master_element_has_one_owner(results: Results, stage: int, ranks: 
     assert max(owned) - min(owned) <= 0.01 * parameters
 
 
-@pytest.mark.parametrize("stage", [slow_unless(f"{stage} poisoned" in USUAL[2], stage) for stage in STAGES])
-def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(results: Results, stage: int) -> None:
-    run = results.of(2, f"{stage} poisoned")
+POISONED = [f"{stage} poisoned{form}" for form in ("", "-bf16") for stage in STAGES if stage > 0 or not form]
+
+
+@pytest.mark.parametrize("training", [slow_unless(training in USUAL[2], training) for training in POISONED])
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(results: Results, training: str) -> None:
+    run = results.of(2, training)
     assert run["applied"] == [False, True]
     assert run["finite"]
 
@@ -123,7 +138,7 @@ def test_what_a_step_exchanges_and_waits_for(tmp_path: Path) -> None:
     """Two ranks, two accumulated micro-batches; with averages, between two log points."""
     run_ranks(2, str(PROGRAMS / "step_counts.py"), str(tmp_path / "result.json"))
     results = json.loads((tmp_path / "result.json").read_text())
-    assert len(results) == 7
+    assert len(results) == 10
     for name, found in results.items():
         stage = int(name.split()[0])
         assert found["waits"] == {}, (name, "the host waits for nothing")

@@ -303,6 +303,25 @@ def test_every_script_has_an_example() -> None:
     assert {line.split()[0] for where, line in EXAMPLES if where in scripts} == scripts
 
 
+def test_cores_of_a_rank_are_next_to_its_gpu() -> None:
+    """In every script with GPUs, and unless sbatch is told otherwise."""
+    texts = [path.read_text() for path in (ROOT / "slurm").glob("*.sh")]
+    expected = ["\n#SBATCH --gpus-per-node" in text for text in texts]
+    assert ["\n#SBATCH --distribution=block:block\n" in text for text in texts] == expected
+
+
+def test_launch_names_folders_on_the_node_and_interfaces(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path), "JITSCALE_PYTHON": "echo", "GLOO_SOCKET_IFNAME": "ib0"}
+    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "USER": "me"}
+    command = ["bash", "-c", "source slurm/launch.sh; supervise train"]
+    said = subprocess.run(command, cwd=ROOT, env={**bare, **job}, capture_output=True, text=True, check=True).stdout
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    assert f"TRITON_CACHE_DIR={tmp_path}/jitscale-cache-{user}/triton" in said
+    assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/jitscale-cache-{user}/inductor" in said
+    assert "SLURM_CPU_BIND=cores" in said
+    assert "GLOO_SOCKET_IFNAME=ib0" in said
+
+
 def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)

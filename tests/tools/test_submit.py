@@ -132,6 +132,7 @@ def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.Ca
         "#SBATCH --nodes=3",
         "#SBATCH --ntasks-per-node=2",
         "#SBATCH --gpus-per-node=2",
+        "#SBATCH --distribution=block:block",
         "#SBATCH --time=30",
         "#SBATCH --signal=B:USR1@300",
         "#SBATCH --requeue",

@@ -26,7 +26,7 @@ BETAS = (0.9, 0.95)
 
 def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
     """`network` on `device`, changed in place to compute as the authors' does."""
-    unfused = replace(config.engine, attention="reference", fused_kernels="torch")
+    unfused = replace(config.engine, attention="reference", fused_kernels="torch", cuda_graphs=False)
     plain = replace(unfused, align=False, float8=False, activation_checkpointing=0)
     prepare(network.to(device), plain, device, training=training)
     return network.train(training)

@@ -117,14 +117,16 @@ def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool =
 
 def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, Any]) -> dict[str, Any]:
     """Train in one stage; the largest differences from plain torch, and from averages of the engine's own weights."""
-    model, config = build(stage, "fp32" if kind == "poisoned" else kind, world.size)
+    poisoned = kind.startswith("poisoned")
+    precision = kind.removeprefix("poisoned").lstrip("-") or "fp32"
+    model, config = build(stage, precision, world.size)
     engine = ZeroEngine(model, config, world)
     ema = ShardedEma(config.ema, engine.masters())
     own = Averages(engine.gather(engine.masters()))
     losses, norms, applied = [], [], []
     steps = len(plain["losses"])
-    for step in range({"fp32": steps, "poisoned": POISONED_STEPS}.get(kind, ROUNDED_STEPS)):
-        loss, moved = train_step(engine, ema, step, poison=kind == "poisoned" and step == 0)
+    for step in range(POISONED_STEPS if poisoned else steps if kind == "fp32" else ROUNDED_STEPS):
+        loss, moved = train_step(engine, ema, step, poison=poisoned and step == 0)
         losses.append(loss)
         applied.append(moved)
         norms.append(engine.gradient_norm())

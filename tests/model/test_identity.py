@@ -1,0 +1,21 @@
+"""What ranks compare, so that none computes in another way than the others."""
+
+from dataclasses import replace
+
+import torch
+
+from jitscale.config import EngineConfig
+from jitscale.model.execution import prepare
+from jitscale.model.jit import JiT
+from tests.support.tiny import MODEL
+
+
+def test_another_kernel_is_another_identity_and_another_reason_is_not() -> None:
+    execution = prepare(JiT(MODEL), EngineConfig(), torch.device("cpu"), training=True)
+    kernel = execution.attention
+    assert replace(execution, attention=replace(kernel, reason="another rank's error")).identity == execution.identity
+    other = replace(execution, attention=replace(kernel, name="flash-attn"))
+    assert other.identity == execution.identity.replace(f"attention.name={kernel.name}", "attention.name=flash-attn")
+    for changed in (replace(kernel, version="0.1"), replace(kernel, name="reference")):
+        assert replace(execution, attention=changed).identity != execution.identity
+    assert replace(execution, compiled=not execution.compiled).identity != execution.identity

@@ -1,0 +1,72 @@
+"""Training to its end in each precision, ZeRO stage and way to compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tests.nullcuda.bench import CHECKS, EAGER, HARD, MEASURE, QUIET, Bench, Outcome, check, launches, to_its_end
+
+
+def trains(name: str, settings: Sequence[str], purpose: str) -> None:
+    def run(bench: Bench) -> Outcome:
+        return to_its_end(bench.train(name, settings))
+
+    run.__name__, run.__doc__ = name, purpose
+    CHECKS[name] = (run, False)
+
+
+for precision, stages in (("autocast", (1, 2, 3)), ("bf16", (1, 2))):
+    for stage in stages:
+        trains(
+            f"{precision}_{stage}",
+            [*EAGER, *HARD, f"engine.precision={precision}", f"engine.zero_stage={stage}"],
+            f"{precision}, ZeRO stage {stage}: clipped gradients, micro-batches, saves in the background.",
+        )
+
+
+@check()
+def resume(bench: Bench) -> Outcome:
+    """Stage 1, on in stage 3, on in stage 2 with bf16."""
+    parts = (
+        ["run.max_steps=3"],
+        ["engine.zero_stage=3"],
+        ["run.max_steps=9", "engine.zero_stage=2", "engine.precision=bf16"],
+    )
+    seconds = 0.0
+    for number, settings in enumerate(parts):
+        done = bench.train(f"resume_{number}", [*EAGER, *settings], {"NULLCUDA_STEP": "2"}, run="resume")
+        seconds += done.seconds
+        if not (outcome := to_its_end(done)).ok:
+            return Outcome(False, f"part {number + 1} of 3: {outcome.figure}")
+    return Outcome(True, f"stage 1 -> stage 3 -> stage 2 in bf16, in {seconds:.0f} s")
+
+
+trains("evaluation", [*EAGER, *MEASURE], "Sampling and FID at the end of a run.")
+trains("graphs", [*EAGER, *MEASURE, "evaluation.cuda_graphs=true"], "The same, with the network as CUDA graphs.")
+trains("muon", [*EAGER, "optim.name=muon"], "Muon.")
+trains("offload", [*EAGER, "engine.offload_optimizer=true"], "Optimizer state in the CPU's memory.")
+
+
+@check()
+def float8(bench: Bench) -> Outcome:
+    """Products in float8, where torchao is there."""
+    there = subprocess.run([sys.executable, "-c", "import torchao"], capture_output=True, check=False).returncode == 0
+    if not there:
+        return Outcome(True, "not checked: torchao is not installed")
+    return to_its_end(bench.train("float8", [*EAGER, "engine.float8=true"]))
+
+
+@check()
+def compiled(bench: Bench) -> Outcome:
+    """Blocks compiled by Inductor for sm_90, as GPUs have it by default."""
+    done = bench.train("compiled", ["engine.compile=true", *QUIET])
+    return to_its_end(done) if done.step is None else to_its_end(done, f"; a step: {launches(done.step)}")
+
+
+@check()
+def recompute(bench: Bench) -> Outcome:
+    """Compiled, with activation checkpointing and dropout 0.2."""
+    dropout = ["model.attn_dropout=0.2", "model.proj_dropout=0.2"]
+    return to_its_end(bench.train("recompute", ["engine.compile=true", "engine.activation_checkpointing=1", *dropout]))
