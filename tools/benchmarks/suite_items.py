@@ -117,7 +117,7 @@ def _first() -> Iterator[Item]:
 
 def _switches() -> Iterator[Item]:
     for name, settings in SWITCHES.items():
-        packages = ("torchao",) if "float8" in name else ()
+        packages: tuple[str, ...] = ("torchao",) if "float8" in name else ()
         if any(setting.startswith(OF_ZERO) for setting in settings):
             packages = ZERO_NEEDS
         slow = name in ("compile-off", "attention-reference")
