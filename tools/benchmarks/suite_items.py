@@ -33,6 +33,8 @@ SWITCHES = {
     "bf16-stage-2": ["engine.precision=bf16", "engine.zero_stage=2"],
     "recompute": ["engine.activation_checkpointing=1"],
 }
+OF_ZERO = ("engine.zero_stage", "engine.precision")  # plain torch knows neither
+ZERO_NEEDS = ("deepspeed", "omegaconf")
 # Tiny sizes: they show that an item runs.
 SMALL_NETWORK = [
     *("model.image_size=16", "model.patch_size=4", "model.hidden_size=32", "model.depth=2", "model.num_heads=2"),
@@ -115,7 +117,9 @@ def _first() -> Iterator[Item]:
 
 def _switches() -> Iterator[Item]:
     for name, settings in SWITCHES.items():
-        packages = ("torchao",) if "float8" in name else ()
+        packages: tuple[str, ...] = ("torchao",) if "float8" in name else ()
+        if any(setting.startswith(OF_ZERO) for setting in settings):
+            packages = ZERO_NEEDS
         slow = name in ("compile-off", "attention-reference")
         yield _step("h", 64, settings, f"-{name}", compare=False, seconds=60 if slow else 90, packages=packages)
     # B is limited by the host, and so are few images of H.
@@ -137,7 +141,7 @@ def _rest() -> Iterator[Item]:
     yield _step("h", 16, seconds=120)
     yield _step("g", 16, seconds=170)
     yield _step("h512", 16, seconds=170)
-    yield _correct("training-zero", 120, packages=("sklearn", "deepspeed", "omegaconf"))
+    yield _correct("training-zero", 120, packages=("sklearn", *ZERO_NEEDS))
     yield _step("h", 32, seconds=120)
     yield _step("h", 128, compare=False, seconds=90)
     for batch in (32, 64, 128):
@@ -155,7 +159,7 @@ def _rest() -> Iterator[Item]:
             ("--config", CONFIGS["h"], "--batch", "32"),
             (f"engine.zero_stage={stage}",),
             seconds=120,
-            packages=("deepspeed", "omegaconf"),
+            packages=ZERO_NEEDS,
             gpus=2,
         )
 
