@@ -13,9 +13,9 @@ def reduce_bucket_elements(parameters: int, largest: int, ranks: int) -> int:
     - A bucket holds the largest parameter. DeepSpeed reduces a larger one outside its buffers, and frees it meanwhile.
     - There are at least `BUCKETS` buckets. DeepSpeed's default, 5e8 elements, is one bucket up to JiT-L: nothing is
       reduced before backward has ended.
-    - A bucket uses the network's bandwidth. A ring of n ranks reduces S bytes in 2 (n - 1) steps of S / n bytes. A step
-      lasts its latency and S / (n x bandwidth): at 10 microseconds and 50 GB/s, 2 MB a rank spend a fifth of the time
-      on latency. More would be gained by less than the longer wait for the first and the last bucket loses.
+    - A bucket uses the network's bandwidth. A ring of n ranks reduces S bytes in 2 (n - 1) steps of S / n bytes, and a
+      step takes its latency and S / (n x bandwidth). At 10 microseconds and 50 GB/s, with 2 MB a rank, a fifth of the
+      time is latency. Larger buckets gain less than that, and start later.
 
     The latency and the bandwidth are assumptions about a cluster, not measurements.
     """

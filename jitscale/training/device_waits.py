@@ -54,8 +54,8 @@ def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> Non
 def reduce_in_place(bucket: Sequence[torch.Tensor], *_: object, **__: object) -> None:
     """Sum a `bucket` of gradients over all ranks without a copy of it.
 
-    For one rank in stage 1, in the place of DeepSpeed's `allreduce_and_copy`, which joins the gradients in a new tensor
-    and copies them back: for nothing, and on CPUs it also is a second set of gradients.
+    It replaces DeepSpeed's `allreduce_and_copy` for one rank in stage 1. That joins the gradients in a new tensor and
+    copies them back, although there is nothing to add. In place, NCCL answers one rank without a kernel.
     """
     assert dist.group.WORLD is not None
     dist.group.WORLD.allreduce_coalesced(list(bucket)).wait()

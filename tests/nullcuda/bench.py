@@ -174,6 +174,7 @@ class Bench:
             if small
             else [
                 "tracking.wandb=off",
+                "data.classes=subset",  # these images have ten
                 "data.streams=8",
                 "data.window=32",
                 "data.num_workers=2",
