@@ -41,7 +41,7 @@ class Watched(Run):
         outcome, run_dir = super().execute(folder), folder / self.name
         steps, held_out = read_metrics(run_dir), read_held_out(run_dir)
         part = (self.load(folder).run.max_images or 0) / len(held_out)
-        losses = [[line["loss"] for line in steps if line["images"] // (part + 1) == at] for at in range(len(held_out))]
+        losses = [[line["loss"] for line in steps if (line["images"] - 1) // part == at] for at in range(len(held_out))]
         outcome["loss"] = [fmean(found) for found in losses]
         outcome["held_out_model"] = [line["held_out/model"] for line in held_out]
         outcome["held_out_average"] = [line[f"held_out/{AVERAGE}"] for line in held_out]
