@@ -106,6 +106,8 @@ def test_no_fewer_gpus_where_that_saves_nothing() -> None:
     assert here.host_bound
     assert fewer_gpus(shipped("h"), small) is None
     assert fewer_gpus(shipped("h"), Cluster(gpus=16, gpu_memory=141e9)) is None, "busy GPUs"
+    # 16 GPUs would have room for two micro-batches of 32 images, as busy as 32 GPUs with one: as many GPU-hours.
+    assert fewer_gpus(shipped("h"), Cluster(gpus=32, gpu_memory=51e9, host=0.125)) is None
 
 
 def plan(*arguments: str, expect: int = 0) -> str:
