@@ -139,7 +139,9 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
     size, every = choice.micro_batch_size, choice.activation_checkpointing
     parts = config.data.batch_size // cluster.gpus // size
     reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
-    if choice.stage > 1:
+    if choice.stage == 2 and config.engine.precision == "bf16":
+        reasons.append("with bf16 weights stage 1 would reduce whole gradients after backward")
+    elif choice.stage > 1:
         lower = [
             candidate(config, cluster, stage=stage, micro_batch=size, activation_checkpointing=every)
             for stage in range(1, choice.stage)

@@ -279,6 +279,20 @@ def test_recommendations() -> None:
     assert recommend(large, Cluster(gpus=1, gpu_memory=24e9)) is None
 
 
+def test_the_recipe_of_bf16_weights_is_what_is_recommended() -> None:
+    config = shipped("h_256_bf16")
+    choice = recommend(config, Cluster(gpus=16, gpu_memory=141e9))
+    assert choice is not None
+    assert choice.stage == config.engine.zero_stage == 2
+    autocast = recommend(shipped("h_256"), Cluster(gpus=16, gpu_memory=141e9))
+    assert autocast is not None
+    assert choice.communication.bytes == autocast.communication.bytes / 2
+    assert choice.step_seconds < autocast.step_seconds
+    assert choice.memory.total < autocast.memory.total - 10e9
+    reason = "with bf16 weights stage 1 would reduce whole gradients after backward"
+    assert reason in plan("--config", "configs/jit_h_256_bf16.yaml", "--gpu-memory", "141GB", "--gpus", "16")
+
+
 def test_a_recommended_choice_is_the_fastest_of_its_stage() -> None:
     config, cluster = shipped("h_256"), Cluster(gpus=16, gpu_memory=80e9)
     choice = recommend(config, cluster)
