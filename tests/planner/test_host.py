@@ -99,15 +99,12 @@ def test_no_fewer_gpus_where_that_saves_nothing() -> None:
     found = fewer_gpus(shipped("h", "data.batch_size=576"), Cluster(gpus=24, gpu_memory=141e9))
     assert found is not None
     assert found[0].gpus == 8
-    # Small GPUs, which would accumulate micro-batches instead: the host starts each of them.
-    small = Cluster(gpus=32, gpu_memory=14e9)
-    here = recommend(shipped("h"), small)
-    assert here is not None
-    assert here.host_bound
-    assert fewer_gpus(shipped("h"), small) is None
     assert fewer_gpus(shipped("h"), Cluster(gpus=16, gpu_memory=141e9)) is None, "busy GPUs"
     # 16 GPUs would have room for two micro-batches of 32 images, as busy as 32 GPUs with one: as many GPU-hours.
-    assert fewer_gpus(shipped("h"), Cluster(gpus=32, gpu_memory=51e9, host=0.125)) is None
+    cluster = Cluster(gpus=32, gpu_memory=141e9, host=0.125)
+    room = candidate(shipped("h"), cluster, stage=1, micro_batch=32).memory.total / (1 - cluster.margin)
+    assert fewer_gpus(shipped("h"), cluster) is not None
+    assert fewer_gpus(shipped("h"), replace(cluster, gpu_memory=1.01 * room)) is None
 
 
 def plan(*arguments: str, expect: int = 0) -> str:

@@ -270,11 +270,11 @@ def test_recommendations() -> None:
     roomy = recommend(large, Cluster(gpus=64, gpu_memory=141e9))
     assert roomy is not None
     assert (roomy.micro_batch_size, roomy.activation_checkpointing) == (16, 0)
-    tight = recommend(large, Cluster(gpus=64, gpu_memory=22e9))
+    tight = recommend(large, Cluster(gpus=64, gpu_memory=16e9))
     assert tight is not None
     assert tight.stage == 3
     assert tight.activation_checkpointing > 0
-    assert tight.memory.total <= 0.9 * 22e9
+    assert tight.memory.total <= 0.9 * 16e9
     assert tight.step_seconds > roomy.step_seconds
     assert recommend(large, Cluster(gpus=1, gpu_memory=24e9)) is None
 
@@ -288,7 +288,7 @@ def test_the_recipe_of_bf16_weights_is_what_is_recommended() -> None:
     assert autocast is not None
     assert choice.communication.bytes == autocast.communication.bytes / 2
     assert choice.step_seconds < autocast.step_seconds
-    assert choice.memory.total < autocast.memory.total - 10e9
+    assert choice.memory.total < autocast.memory.total - 5e9
     reason = "with bf16 weights stage 1 would reduce whole gradients after backward"
     assert reason in plan("--config", "configs/jit_h_256_bf16.yaml", "--gpu-memory", "141GB", "--gpus", "16")
 
