@@ -4,8 +4,9 @@
     python tools/plan.py --config configs/jit_b_256.yaml --gpus 8 --gpu-memory 80GB data.batch_size=512
     python tools/plan.py --config configs/jit_h_256.yaml --gpus 16 --gpu-memory 80GB --hpz --json
 
-Everything is counted from shapes; nothing was measured on a GPU, and the utilisation (--mfu) is assumed. GB are 10^9
-bytes, GiB 2^30. Bandwidths are those of one GPU in one direction.
+Memory and traffic are counted from shapes. The utilisation (--mfu) and the host time are those of one H200 machine;
+times with several GPUs were never measured. If the host limits a step, fewer GPUs are shown too. GB are 10^9 bytes, GiB
+2^30. Bandwidths are those of one GPU in one direction.
 """
 
 import argparse
@@ -23,12 +24,16 @@ from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
 from jitscale.model.flops import forward_flops, training_flops
-from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, recommend
+from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, fewer_gpus, recommend
+from jitscale.planner.host import LAUNCH_SECONDS
 from jitscale.planner.memory import parameters_by_kind
-from jitscale.planner.timing import Cluster
+from jitscale.planner.timing import MFU, Cluster
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MOST_PEAK = 1e9  # TFLOP/s
+MOST_HOST = 1e6  # of a time
+LAUNCH_HELP = "host time of one launch in microseconds, as measured on one H200 machine"
+HOST_HELP = "host time of a step without accumulation, if you measured it (default: by depth, launches and --launch-us)"
 PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
 
 
@@ -45,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_number("--bandwidth-intra", "450GB/s", "of a GPU inside its node", rate, dest="intra")
     parser.add_number("--bandwidth-inter", "50GB/s", "of a GPU's network card", rate, dest="inter")
     parser.add_number("--peak", 989, "a GPU's bf16 peak in TFLOP/s", _number(MOST_PEAK))
-    parser.add_number("--mfu", 0.4, "assumed fraction of the peak", _number(1.0))
+    parser.add_number("--mfu", MFU, "fraction of the peak", _number(1.0))
+    microseconds = _number(MOST_HOST, zero=True)
+    parser.add_number("--launch-us", f"{LAUNCH_SECONDS * 1e6:g}", LAUNCH_HELP, microseconds, dest="launch")
+    parser.add_argument("--host-ms", type=_number(MOST_HOST), dest="host", metavar="MS", help=HOST_HELP)
     parser.add_number("--margin", 0.1, "fraction of memory left free, or 0", _number(1.0, zero=True))
     parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
     waits = "stages 0-2 wait for their reductions (overlap_comm: false)"
@@ -58,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     if gpus > per_node and gpus % per_node:
         full = -(-gpus // per_node) * per_node
         raise ConfigError(f"--gpus {gpus}: must fill nodes of --gpus-per-node {per_node}; for example {full}")
-    options.peak *= 1e12
+    options.peak, options.launch = options.peak * 1e12, options.launch * 1e-6
+    options.host = None if options.host is None else options.host * 1e-3
     cluster = Cluster(**{field.name: getattr(options, field.name) for field in fields(Cluster)})
     config = load_config(options.config, options.overrides, world_size=gpus)
     plan = _plan(config, cluster)
@@ -82,8 +91,9 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     at_papers_batch = [candidate(at_paper, paper, stage=stage, micro_batch=PAPER_SHARE) for stage in stages]
     cost = measuring_cost(config)
     choice = recommend(config, cluster)
+    fewer = fewer_gpus(config, cluster)
     return {
-        "caveat": "Counted from shapes; nothing was measured on a GPU.",
+        "caveat": "Memory and traffic are counted from shapes. Times are estimates from the steps of one H200 machine.",
         "cluster": asdict(cluster),
         "precision": config.engine.precision,
         "batch_size": config.data.batch_size,
@@ -98,6 +108,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "paper_batch": [_described(at_paper, paper, option) for option in at_papers_batch],
         "recommended": None if choice is None else _described(config, cluster, choice),
         "reason": _reason(config, cluster, choice),
+        "fewer_gpus": None if fewer is None else {"gpus": fewer[0].gpus} | _described(config, *fewer),
     }
 
 
@@ -108,7 +119,9 @@ def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str,
     chosen["activation_checkpointing"] = option.activation_checkpointing
     return asdict(option) | {
         "memory": asdict(option.memory) | {"total": option.memory.total},
+        "gpu_seconds": option.gpu_seconds,
         "step_seconds": option.step_seconds,
+        "host_bound": option.host_bound,
         "images_per_second": rate,
         "images_per_second_per_gpu": rate / cluster.gpus,
         "days": seconds / 86_400,
@@ -126,7 +139,9 @@ def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
     size, every = choice.micro_batch_size, choice.activation_checkpointing
     parts = config.data.batch_size // cluster.gpus // size
     reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
-    if choice.stage > 1:
+    if choice.stage == 2 and config.engine.precision == "bf16":
+        reasons.append("with bf16 weights stage 1 would reduce whole gradients after backward")
+    elif choice.stage > 1:
         lower = [
             candidate(config, cluster, stage=stage, micro_batch=size, activation_checkpointing=every)
             for stage in range(1, choice.stage)
@@ -151,38 +166,56 @@ def _text(plan: dict[str, Any]) -> str:
         "run": f"{plan['images_of_run']:,} images",
         "measuring": plan["measuring"]["what"],
     }
-    parts = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
-    memory, time = [], []
+    sizes_of = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
+    memory, time, columns = [], [], ["GPU, ms", "host, ms", "step, ms"]
     for s in stages:
         settings = [str(s["stage"]), "every block" if s["activation_checkpointing"] else "off"]
-        sizes = [f"{s['memory'][part] / 1e9:.2f}" for part in parts]
+        sizes = [f"{s['memory'][part] / 1e9:.2f}" for part in sizes_of]
         memory.append([*settings, *sizes, "yes" if s["fits"] else "NO"])
         rates = [f"{s['images_per_second']:.0f}", f"{s['images_per_second_per_gpu']:.1f}"]
-        time.append([*settings, f"{s['step_seconds'] * 1e3:.1f}", *rates, f"{s['days']:.2f}", f"{s['gpu_hours']:.0f}"])
+        parts = [f"{s[part] * 1e3:.1f}" for part in ("gpu_seconds", "host_seconds", "step_seconds")]
+        time.append([*settings, *parts, *rates, f"{s['days']:.2f}", f"{s['gpu_hours']:.0f}"])
     paragraphs = [
         f"{plan['caveat']}\n"
-        f"Assumed: matrix products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
+        f"Assumed: a step's products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
         _table(["", ""], run.items()),
         "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
-        _table(["stage", "checkpointing", *parts, "fits"], memory),
+        _table(["stage", "checkpointing", *sizes_of, "fits"], memory),
         f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
         _communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
         _communication_table(plan["paper_batch"]),
         "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.\n"
         "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
-        "Time, at the assumed utilisation:",
-        _table(["stage", "checkpointing", "step, ms", "images/s", "a GPU", "days", "GPU-hours"], time),
+        "Time: a step takes what the GPUs need, or what the host needs to start its work, whichever is longer:",
+        _table(["stage", "checkpointing", *columns, "images/s", "a GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",
     ]
     if (choice := plan["recommended"]) is not None:
-        speed = f"{choice['images_per_second']:.0f} images/s ({choice['images_per_second_per_gpu']:.1f} a GPU)"
-        duration = f"{choice['days']:.2f} days, {choice['gpu_hours']:.0f} GPU-hours"
-        paragraphs[-1] += f"\nExpected: {speed}, {duration}, if the assumptions hold."
+        paragraphs[-1] += f"\nExpected: {_expected(choice)}, if the assumptions hold."
+        paragraphs += [_warning(plan)] if choice["host_bound"] else []
         paragraphs.append(" ".join(choice["overrides"]))
     return "\n\n".join(paragraphs)
+
+
+def _expected(option: dict[str, Any]) -> str:
+    step = f"{option['step_seconds'] * 1e3:.0f} ms a step"
+    speed = f"{option['images_per_second']:.0f} images/s ({option['images_per_second_per_gpu']:.1f} a GPU)"
+    return f"{step}, {speed}, {option['days']:.2f} days, {option['gpu_hours']:.0f} GPU-hours"
+
+
+def _warning(plan: dict[str, Any]) -> str:
+    """What to do about a recommended choice whose steps the host limits."""
+    choice, fewer, share = plan["recommended"], plan["fewer_gpus"], plan["images_per_gpu"]
+    gpu, host = (f"{choice[part] * 1e3:.0f} ms" for part in ("gpu_seconds", "host_seconds"))
+    found = f"WARNING: {share} images a GPU are too few: the host needs {host} to start a step, the GPU {gpu} to do it."
+    if fewer is None:
+        remedy = "No smaller number of GPUs takes fewer GPU-hours with this batch: take a larger data.batch_size"
+        return f"{found}\n{remedy}, or measure a step and give --host-ms."
+    images, settings = plan["batch_size"] // fewer["gpus"], " ".join(fewer["overrides"])
+    return f"{found}\nWith --gpus {fewer['gpus']}, {images} images a GPU: {_expected(fewer)}.\nThere: {settings}"
 
 
 def _communication_table(stages: list[dict[str, Any]]) -> str:

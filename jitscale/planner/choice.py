@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from jitscale.config import Config
 from jitscale.model.flops import image_tokens
 from jitscale.planner.memory import Memory, activation_bytes, objective_bytes, state_memory
-from jitscale.planner.timing import Cluster, Communication, communication, pass_seconds
+from jitscale.planner.timing import Cluster, Communication, communication, host_seconds, pass_seconds
 
 BUSY_TOKENS = 2048  # of a micro-batch that keeps a GPU's matrix units busy: an assumption
-MIN_GAIN = 0.1  # a higher stage must shorten the step by so much: an assumption
+MIN_GAIN = 0.1  # a higher stage must shorten the step by so much, and the host lengthen it: an assumption
 CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
 
 
@@ -21,13 +21,24 @@ class Candidate:
     activation_checkpointing: int
     memory: Memory  # bytes on one rank
     communication: Communication  # of one optimizer step
-    compute_seconds: float  # of one optimizer step, at the assumed utilisation
+    compute_seconds: float  # of one optimizer step, at the given utilisation
+    host_seconds: float  # in which the host starts one optimizer step
     fits: bool  # whether the memory stays below the GPU's, less the margin
 
     @property
-    def step_seconds(self) -> float:
-        """One optimizer step."""
+    def gpu_seconds(self) -> float:
+        """In which the GPU computes, or waits for other ranks."""
         return self.compute_seconds + self.communication.exposed
+
+    @property
+    def step_seconds(self) -> float:
+        """One optimizer step. The host runs ahead of the GPU as long as it can, so the slower of the two counts."""
+        return max(self.gpu_seconds, self.host_seconds)
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the GPU waits for the host, by more than the estimate of both is wrong."""
+        return self.host_seconds > (1 + MIN_GAIN) * self.gpu_seconds
 
 
 def candidate(
@@ -46,7 +57,8 @@ def candidate(
     memory = replace(state_memory(run, cluster.gpus, overlap=cluster.overlap), activations=activations)
     compute = sum(pass_seconds(run, cluster, run.data.batch_size // cluster.gpus))
     fits = memory.total <= cluster.gpu_memory * (1 - cluster.margin)
-    return Candidate(stage, micro_batch, activation_checkpointing, memory, communication(run, cluster), compute, fits)
+    traffic, host = communication(run, cluster), host_seconds(run, cluster)
+    return Candidate(stage, micro_batch, activation_checkpointing, memory, traffic, compute, host, fits)
 
 
 def recommend(config: Config, cluster: Cluster) -> Candidate | None:
@@ -56,7 +68,8 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     checkpointing of no block, every 4th, every 2nd and all. The best of a stage is the fastest; if several are equally
     fast, the one with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU idle, which the model of
     time ignores: they are taken only if nothing else fits. The lowest stage wins that is at most `MIN_GAIN` slower than
-    the fastest, because a higher one costs latency and bookkeeping, which the model ignores too.
+    the fastest, because a higher one costs latency and bookkeeping, which the model ignores too. With bf16 weights
+    stage 2 comes before stage 1, which keeps whole gradients twice and reduces them after backward.
     """
     share = config.data.batch_size // cluster.gpus
     enough = min(share, -(-BUSY_TOKENS // image_tokens(config.model)))
@@ -72,6 +85,29 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
     if not busy:
         return None
     fastest = min(option.step_seconds for option in busy)
-    stage = min(option.stage for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest)
+    order = (2, 1, 3) if config.engine.precision == "bf16" else (1, 2, 3)
+    stage = min((option.stage for option in busy if option.step_seconds <= (1 + MIN_GAIN) * fastest), key=order.index)
     own = [option for option in busy if option.stage == stage]
     return min(own, key=lambda option: (round(option.step_seconds, 9), -option.micro_batch_size))
+
+
+def fewer_gpus(config: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
+    """The most GPUs, fewer than those of `cluster`, that the host keeps busy with the same batch, and how to run there.
+
+    If the host limits a step, its time does not depend on the images of a GPU: fewer GPUs with more images each do the
+    same work in fewer GPU-hours. GPUs are whole nodes, or a part of one. None if the host does not limit what is
+    recommended for `cluster`, or if no number of GPUs is both kept busy and cheaper.
+    """
+    here = recommend(config, cluster)
+    if here is None or not here.host_bound:
+        return None
+    for gpus in range(cluster.gpus - 1, 0, -1):
+        if config.data.batch_size % gpus or (gpus > cluster.gpus_per_node and gpus % cluster.gpus_per_node):
+            continue
+        fewer = replace(cluster, gpus=gpus)
+        choice = recommend(config, fewer)
+        if choice is None or choice.host_bound:
+            continue
+        if gpus * choice.step_seconds < cluster.gpus * here.step_seconds:
+            return fewer, choice
+    return None

@@ -1,11 +1,19 @@
-"""Communication and time of a step, counted from shapes; nothing here was measured on a GPU."""
+"""Communication and time of a step: counted from shapes, with rates that were measured on one GPU machine.
+
+The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps of 64 images on one H200 machine,
+2026-11-26/27, see docs/performance.md. Communication between GPUs was not measured.
+"""
 
 import math
 from dataclasses import dataclass
 
 from jitscale.config import Config
 from jitscale.model.flops import TRAINING_PASSES, forward_flops
+from jitscale.planner.host import BLOCK_SECONDS, LAUNCH_SECONDS, launches
 from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
+
+# Of the data sheet's peak. JiT-H at 64 images on one H200: 209 ms a step, compiled, one rank, averages included.
+MFU = 0.34
 
 
 @dataclass(frozen=True)
@@ -18,12 +26,14 @@ class Cluster:
     intra: float = 450e9  # bandwidth of one GPU to the others of its node
     inter: float = 50e9  # bandwidth of one GPU's share of its node's network
     peak: float = 989e12  # bf16 FLOP/s of one GPU, from its data sheet
-    mfu: float = 0.4  # assumed fraction of `peak` that the matrix products reach while nothing is communicated
+    mfu: float = MFU  # fraction of `peak` that a step's products reach while nothing is communicated or awaited
     # Fraction of `gpu_memory` left to what is not counted: CUDA context, communicators, workspaces, gradients of
     # activations, fragmentation.
     margin: float = 0.1
     hpz: bool = False  # in stage 3 each node keeps a second whole copy of the weights (ZeRO++)
     overlap: bool = True  # stages 0 to 2 reduce gradients during backward (DeepSpeed's `overlap_comm`)
+    launch: float = LAUNCH_SECONDS  # host time of one launch
+    host: float | None = None  # host time of a step in one micro-batch where it was measured; instead of an estimate
 
     def collective_seconds(self, size: float, *, within_node: bool = False) -> float:
         """Time of one all-gather or reduce-scatter of `size` bytes (the whole tensor, not a rank's part).
@@ -96,6 +106,15 @@ def communication(config: Config, cluster: Cluster) -> Communication:
         after_step=after_step,
         hiding_batch=max(1, math.ceil(2 * gather / backward)) if overlaps else None,
     )
+
+
+def host_seconds(config: Config, cluster: Cluster) -> float:
+    """Seconds that the host of one rank needs to start an optimizer step, whatever the size of a micro-batch."""
+    share = config.data.batch_size // cluster.gpus
+    micro_batches = share // (config.engine.micro_batch_size or share)
+    if cluster.host is not None:
+        return micro_batches * cluster.host
+    return launches(config, micro_batches) * cluster.launch + micro_batches * config.model.depth * BLOCK_SECONDS
 
 
 def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from jitscale.errors import UserError
 from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
-from studies import guidance, manifold, upgrade, upsampling
+from studies import bf16, guidance, manifold, upgrade, upsampling
 from studies.run import Run
 from studies.tasks import OUTCOME, Task, outcomes_of
 from tests.support.forking import Process
@@ -153,7 +153,11 @@ def invented(task: Task, folder: Path) -> dict[str, Any]:
     at = range(task.measured_every, end + 1, task.measured_every) if task.measured_every else [end]
     found = {"fid_floor": 0.5, "label_agreement": 0.5, "strip": tiny_png() if task.strip else None}
     measurements = [{"images": n, "fid": 10 + random.random(), **found} for n in at]
-    return {"flops_an_image": 1e8, "measurements": measurements, **seconds}
+    outcome = {"flops_an_image": 1e8, "measurements": measurements, **seconds}
+    if isinstance(task, bf16.Watched):
+        losses = {key: [random.random() for _ in range(bf16.POINTS)] for key in bf16.LOSSES}
+        outcome |= {"images": [end * (n + 1) // bf16.POINTS for n in range(bf16.POINTS)], **losses}
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -217,3 +221,28 @@ def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> N
     fid = found["swept_s0"]["fid"]
     assert len(fid) == len(guidance.DECAYS) * (1 + (len(guidance.SCALES) - 1) * len(guidance.INTERVALS))
     assert all(value > 0 for value in fid.values())
+
+
+def test_differences_are_taken_within_a_seed() -> None:
+    """Both ways have a seed's data and noise, so what the seeds differ by is no error of the difference."""
+    assert bf16.difference([1.0, 2.0, 6.0], [1.5, 2.5, 6.5]) == pytest.approx((0.5, 0.0))
+    assert bf16.difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.slow
+def test_losses_both_ways_on_the_same_data(shards: str, tmp_path: Path) -> None:
+    own = (*TINY, shards, "run.max_images=128", "evaluation.held_out_every_images=32", "tracking.log_every_steps=1")
+    runs = [replace(task, config="glyphs_32.yaml", settings=(*task.settings, *own)) for task in bf16.tasks(0)]
+    runs = [replace(run, settings=(*run.settings, "ema.decays=[0.99]", "evaluation.weights=ema_0.99")) for run in runs]
+    found = outcomes_of(runs, tmp_path, workers=2)
+    autocast, weights = found["autocast_s0"], found["bf16_s0"]
+    assert autocast["images"] == weights["images"] == [32, 64, 96, 128]
+    for key in bf16.LOSSES:
+        assert len(autocast[key]) == 4
+        assert weights[key] == pytest.approx(autocast[key], rel=0.05)
+        assert weights[key] != autocast[key]
+    lines = [json.loads(line) for line in (tmp_path / "bf16_s0" / "metrics.jsonl").read_text().splitlines()]
+    first = [line["loss"] for line in lines if "loss" in line and line["images"] <= 32]
+    assert len(first) == 2
+    assert weights["loss"][0] == pytest.approx(sum(first) / 2)

@@ -1,4 +1,4 @@
-"""The planner's memory next to the tensors that ranks hold, in every stage and precision."""
+"""The planner's memory next to the tensors that ranks hold, and its traffic next to what they send."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+from jitscale.config import Config, EngineConfig
 from jitscale.planner.memory import BUCKET_ELEMENTS, WEIGHT_BYTES, Memory, state_memory
+from jitscale.planner.timing import Cluster, communication
 from tests.distributed.programs.planner_memory import SETTINGS, measured_run
+from tests.distributed.programs.zero_parity import GLOBAL_BATCH, MICRO_BATCH
+from tests.distributed.programs.zero_parity import MODEL as SENDING
 from tests.support.processes import PROGRAMS, run_ranks
 from tests.support.slow import slow_unless
 
@@ -91,3 +95,17 @@ def test_all_but_the_weights_of_stage_2_falls_as_one_over_ranks(
     assert max(found) * ranks == pytest.approx(alone, rel=0.07)
     for rank in found:
         assert rank + weights == pytest.approx(predicted(2, "autocast", ranks).state, rel=0.05)
+
+
+def test_the_traffic_is_what_ranks_send(tmp_path: Path) -> None:
+    """Weights and gradients travel in float32 in autocast, and in bf16 with bf16 weights."""
+    settings, path = ["1-autocast", "2-autocast", "1-bf16", "2-bf16"], tmp_path / "traffic.json"
+    run_ranks(2, str(PROGRAMS / "planner_traffic.py"), str(path), *settings)
+    for setting, sent in json.loads(path.read_text()).items():
+        stage, precision = setting.split("-")
+        engine = EngineConfig(zero_stage=int(stage), precision=precision, micro_batch_size=MICRO_BATCH[2])
+        config = Config(model=SENDING, engine=engine)
+        config.data.batch_size = GLOBAL_BATCH
+        assert list(sent) == ["torch.bfloat16" if precision == "bf16" else "torch.float32"]
+        planned = communication(config, Cluster(gpus=2, gpu_memory=80e9)).bytes
+        assert sum(sent.values()) == pytest.approx(planned, rel=0.01), setting
