@@ -118,7 +118,7 @@ def _first() -> Iterator[Item]:
     yield _correct("network-compiled", 200)
     yield _correct("training", 60, packages=("sklearn",))
     yield _correct("norms", 60)
-    yield _correct("graphs", 150)
+    yield _correct("graphs", 200)
     yield _step("b", 64, seconds=90)
     yield _step("l", 64, seconds=120)
 
