@@ -258,7 +258,7 @@ def counted_replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
         replays.append(graph)
         replay(graph)
 
-    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign, assignment]
     try:
         yield replays
     finally:

@@ -48,7 +48,7 @@ def _norms(config: Config, device: torch.device, size: str) -> Iterator[Comparis
         with torch.no_grad():
             for norm in (attention.q_norm, attention.k_norm):  # type: ignore[union-attr]
                 norm.weight.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
-        fixed = {"precision": "autocast", "align": False, "compile": False, "cuda_graphs": False}
+        fixed: dict[str, Any] = {"precision": "autocast", "align": False, "compile": False, "cuda_graphs": False}
         try:
             prepare(network, replace(config.engine, **fixed, **changes), device, training=True)
         except ConfigError as error:
@@ -193,8 +193,8 @@ def _residual(
     exact = [_exact_norm(each) * doubled[3] for each in (doubled[0], total)]
     exact = [exact[0] * (1 + scale1) + shift1, exact[1] * (1 + scale2) + shift2, total + gate2 * doubled[2]]
     exact += torch.autograd.grad(exact, doubled, [gradient.double() for gradient in gradients])
-    names = ("the first norm", "the second norm", "the last sum")
-    names += tuple(f"gradient of {name}" for name in ("the stream", "branch 1", "branch 2", "weight", "modulation"))
+    gradients_of = ("the stream", "branch 1", "branch 2", "weight", "modulation")
+    names = ("the first norm", "the second norm", "the last sum", *(f"gradient of {name}" for name in gradients_of))
     yield _worst(f"{label}: residual", names, found, exact)
     yield from _share(f"{label}: residual", kept, dropout)
 
