@@ -147,7 +147,8 @@ def _correct(done: Records) -> str:
         wrong = [each for each in computed if not each["holds"]]
         details += [[name, each["name"], describe_comparison(each)] for each in wrong]
     head = ["", "result", "nearest to its limit", "not computed"]
-    text = "The error is relative to the 2-norm of what float64 gives; of losses, to that of the CPU."
+    text = "The error is relative to the 2-norm of what float64 gives; of losses, to that of the CPU. "
+    text += "A limit of 0 is that of a count: of tensors that differ, passes without a graph, or values not finite."
     tables = [table(head, rows), table(["", "wrong", "error"], details)]
     return _section("Correctness", text, "\n\n".join(each for each in tables if each))
 
