@@ -258,7 +258,8 @@ def to_its_end(done: Finished, extra: str = "") -> Outcome:
 def launches(step: dict[str, Any]) -> str:
     counted = step["counters"]
     kernels = counted["launch"] + counted["driver_launch"]
+    graphs = f", {counted['graph_launch']} graphs" if counted["graph_launch"] else ""
     return (
         f"{kernels} kernels ({counted['driver_launch']} compiled), {counted['product']} products, "
-        f"{counted['copy_async']} copies, {counted['memset']} fills, {counted['collective']} collectives"
+        f"{counted['copy_async']} copies, {counted['memset']} fills, {counted['collective']} collectives{graphs}"
     )
