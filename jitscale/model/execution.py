@@ -143,7 +143,7 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
 def _compile(forward: Forward, *, training: bool) -> Forward:
     """One graph without breaks for each shape; blocks of the same shape share theirs.
 
-    Training has one size of a batch, which is no symbol.
+    Training has one size of a batch. If it is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
     dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
     since it ends with what is left over. The two numbers of tokens are never symbols: torch would make the second one
     of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather

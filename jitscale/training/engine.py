@@ -134,7 +134,9 @@ class ZeroEngine:
         with replaced(*self._in_step):
             self._engine.step()
         if lr is not None and not self._skips_on_device and self.stage > 0:
-            self._moved = torch.tensor(self._engine.was_step_applied())
+            # The host knows, and the averages need it where they lie: a copy to a GPU would wait for the whole step.
+            there = torch.device("cpu") if self.config.engine.offload_optimizer else self.world.device
+            self._moved = torch.full((), self._engine.was_step_applied(), dtype=torch.bool, device=there)
         return self._moved
 
     def _answer_on_device(self, accelerator: Any) -> None:
