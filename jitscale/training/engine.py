@@ -21,7 +21,6 @@ from jitscale.checkpoints.weights import MOMENTS
 from jitscale.config import Config
 from jitscale.model.execution import prepare
 from jitscale.model.jit import Block, FinalLayer, JiT
-from jitscale.model.layers import BottleneckPatchEmbed
 from jitscale.parallel import World
 from jitscale.planner.buckets import reduce_bucket_elements
 from jitscale.training.device_waits import (
@@ -69,11 +68,9 @@ class ZeroEngine:
         self.execution = prepare(
             model, config.engine, world.device, training=True, batch=micro_batch, micro_batches=self.micro_batches
         )
-        if self.stage == 3:
-            # These read their layers' weights themselves. Hooks of a block gather all of its weights, and are not part
-            # of its graph.
-            by_block = [Block, FinalLayer] if self.execution.by_block else []
-            deepspeed.utils.set_z3_leaf_modules(model, [BottleneckPatchEmbed, *by_block])
+        if self.execution.by_block and self.stage == 3:
+            # Their hooks gather all their weights, and are not part of a block's graph.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block, FinalLayer])
         self.world = world
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
