@@ -4,7 +4,7 @@ What it computes stays, and nothing here is part of a checkpoint: parameters kee
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ class Execution:
     float8: bool  # whether products are in float8
     fused: FusedKernels
     graphs: bool = False  # whether blocks are CUDA graphs
+    training_graphs: TrainingGraphs | None = field(default=None, repr=False)
 
     @property
     def by_block(self) -> bool:
@@ -113,9 +114,8 @@ def prepare(
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign, assignment]
     model.final_layer.kernels = fused.residual
-    if graphs:
-        TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1)
-    return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
+    captured = TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1) if graphs else None
+    return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 
 def _wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:

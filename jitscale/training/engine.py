@@ -251,8 +251,10 @@ class ZeroEngine:
                     take(name, part[: prod(shape)].view(shape))
             del buffer, parts, part  # before the next bucket is allocated
 
-    def release_gathered(self) -> None:
-        """Drop the whole weights that stage 3 keeps between uses."""
+    def release_memory(self) -> None:
+        """Drop, between two steps, what the next one makes again: CUDA graphs, and whole weights in stage 3."""
+        if self.execution.training_graphs is not None:
+            self.execution.training_graphs.release()
         if self.stage == 3:
             self._engine.empty_partition_cache()
 

@@ -86,6 +86,7 @@ class Measurements:
     def grid(self, name: str, evaluation: EvaluationConfig) -> None:
         """Record a picture of samples under `name`. Rank 0 draws it alone, and only there a network takes memory."""
         self.caution_about(evaluation.weights, self.state.step)
+        self.engine.release_memory()
         weights: dict[str, torch.Tensor] = {}
         self.engine.gather_each(self._flats(evaluation.weights), weights.__setitem__ if self.world.is_main else None)
 
@@ -167,6 +168,7 @@ class Measurements:
 
     def _network(self, name: str) -> JiT:
         """A plain network with the weight set `name`, ready to sample, on every rank."""
+        self.engine.release_memory()
         return self._ready(self.engine.gather(self._flats(name)))
 
     def _ready(self, weights: dict[str, torch.Tensor]) -> JiT:
