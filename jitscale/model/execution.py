@@ -75,6 +75,12 @@ def prepare(
     """
     on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
+    aligned = on_gpu or engine.float8 if engine.align is None else engine.align
+    compiled = on_gpu if engine.compile is None else engine.compile
+    product = float8_product(device) if engine.float8 else None
+    if engine.float8 and not aligned:
+        raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
+    fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     attention = choose_kernel(
         engine.attention,
         tokens=[length, length + config.in_context_len],
@@ -85,13 +91,8 @@ def prepare(
         device=device,
         batch=batch,
         backward=training,
+        strided_values=fused.split_heads is None,  # the fused kernels write q, k and v as tensors of their own
     )
-    aligned = on_gpu or engine.float8 if engine.align is None else engine.align
-    compiled = on_gpu if engine.compile is None else engine.compile
-    product = float8_product(device) if engine.float8 else None
-    if engine.float8 and not aligned:
-        raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
-    fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     every = engine.activation_checkpointing if training else 0
     graphs = training and _wants_graphs(engine, compiled=compiled and on_gpu)
     if graphs and not on_gpu:
@@ -143,9 +144,8 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
 def _compile(forward: Forward, *, training: bool) -> Forward:
     """One graph without breaks for each shape; blocks of the same shape share theirs.
 
-    Training has one size of a batch, which is no symbol.
-    dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
-    since it ends with what is left over. The two numbers of tokens are never symbols: torch would make the second one
+    Training has one size of a batch, which is therefore no symbol. Sampling has one graph for all sizes, since it ends
+    with what is left over. The two numbers of tokens are never symbols: torch would make the second one
     of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather
     the weights, stay outside.
     """
