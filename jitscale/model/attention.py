@@ -171,8 +171,8 @@ def choose_kernel(
 
     The probe compares output and gradients (without `backward`: the output) with the authors' way, at every number of
     tokens and every dropout that the network has, in a batch of `batch`. With `strided_values`, v is a part of the
-    product that q and k came from; otherwise all three are contiguous. Raises a ConfigError that says why, if the kernel
-    that was asked for does not pass.
+    product that q and k came from; otherwise all three are contiguous.
+    Raises a ConfigError that says why, if the kernel that was asked for does not pass.
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")

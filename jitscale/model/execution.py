@@ -25,6 +25,11 @@ from jitscale.model.training_graphs import TrainingGraphs
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
 GRAPHS = 32
+# For ranks whose `Execution.identity` differs. Triton that is missing on one node is the likeliest reason.
+REMEDY = (
+    "repair the odd node, or set engine.attention, engine.fused_kernels, engine.cuda_graphs, engine.compile and "
+    "engine.align for all"
+)
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
