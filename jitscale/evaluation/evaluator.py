@@ -49,8 +49,8 @@ class Evaluator:
 
         `stop` is called in every block of images, and may raise a UserError to end the work.
 
-        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide`, on this rank's device, is made
-        ready to sample and held as long as the evaluator is; `guided_by` takes one for a while.
+        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide`, on this rank's device, is
+        made ready to sample and held as long as the evaluator is; `guided_by` takes one for a while.
         Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
@@ -78,8 +78,8 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """The metrics of samples of `model`, for points that differ in the guidance scale alone; a collective call.
 
-        `model` was made by `ready_on_all_ranks`, with the same weights on every rank. `points` say how to sample, and how
-        many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
+        `model` was made by `ready_on_all_ranks`, with the same weights on every rank. `points` say how to sample, and
+        how many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
         computed, which take the longest; without `keep_blocks`, no files are written: for few images.
 
         Returns on every rank for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid` if

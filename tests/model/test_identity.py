@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from jitscale.config import EngineConfig
-from jitscale.model.execution import prepare
+from jitscale.model.execution import REMEDY, prepare
 from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
@@ -25,3 +25,9 @@ def test_another_kernel_is_another_identity_and_another_reason_is_not() -> None:
         assert replace(execution, fused=other_fused).identity != execution.identity
     for switch in ("aligned", "compiled", "float8", "graphs"):
         assert replace(execution, **{switch: not getattr(execution, switch)}).identity != execution.identity, switch
+
+
+def test_the_remedy_names_what_may_differ() -> None:
+    for name in ("attention", "fused_kernels", "cuda_graphs", "compile", "align"):
+        assert hasattr(EngineConfig(), name)
+        assert f"engine.{name}" in REMEDY
