@@ -20,7 +20,7 @@ GATHERED = 46  # more for each block in stage 3, which gathers weights one by on
 
 @dataclass(frozen=True)
 class Way:
-    """How a block runs, and what the host needs for its forward and backward pass and the reduction of its gradients."""
+    """How a block runs, and what the host needs for its passes and the reduction of its gradients."""
 
     launches: int
     recomputed: int  # launches, more if the block is computed again
@@ -29,8 +29,8 @@ class Way:
 
 # An upper bound: it is fitted to JiT-B at 64 images and JiT-L at 32, whose steps GPU and host may both have limited.
 GRAPHS = Way(27, 1, 2.1e-3)
-# Fitted to JiT-H at 64 images with fused kernels, which the host limits. Blocks that are not compiled were not measured.
-COMPILED, EAGER = Way(72, 22, 5.5e-3), Way(102, 30, 5.5e-3)
+# Fitted to JiT-H at 64 images with fused kernels, which the host limits. Not compiled: the time was not measured.
+COMPILED, EAGER = Way(72, 19, 5.5e-3), Way(102, 25, 5.5e-3)
 
 
 def way_of(engine: EngineConfig) -> Way:

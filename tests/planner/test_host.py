@@ -15,8 +15,7 @@ from tests.support import ROOT
 from tests.support.tools import run_tool
 
 # Kernels, graphs, copies, fills and collectives of a step of a rank of two, in autocast with three averages: depth,
-# settings, micro-batches. Counted with torch 2.11 and DeepSpeed 0.19.8 on a CUDA that executes nothing, narrow networks,
-# 2026-11-27.
+# settings, micro-batches. Counted with torch 2.11 and DeepSpeed 0.19.8 on a CUDA that executes nothing, 2026-11-27.
 COUNTED = [
     (8, {}, 1, 470),
     (16, {}, 1, 686),
@@ -28,8 +27,11 @@ COUNTED = [
     (8, {"zero_stage": 2}, 2, 951),
     (8, {"cuda_graphs": False}, 1, 825),
     (16, {"cuda_graphs": False}, 1, 1401),
+    (8, {"cuda_graphs": False}, 2, 1433),
+    (8, {"cuda_graphs": False, "activation_checkpointing": 1}, 1, 975),
     (8, {"compile": False}, 1, 1095),
     (16, {"compile": False}, 1, 1910),
+    (8, {"compile": False, "activation_checkpointing": 1}, 1, 1295),
 ]
 # Of a step on one H200 machine, 2026-11-27, where DeepSpeed reduced gradients one by one as it does on several ranks:
 # size, images, milliseconds until the host had started a step on an idle GPU, and of a step.
