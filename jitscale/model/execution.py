@@ -100,7 +100,7 @@ def prepare(
         strided_values=fused.split_heads is None,  # the fused kernels write q, k and v as tensors of their own
     )
     every = engine.activation_checkpointing if training else 0
-    graphs = training and _wants_graphs(engine, compiled=compiled and on_gpu)
+    graphs = training and wants_graphs(engine, compiled=compiled and on_gpu)
     if graphs and not on_gpu:
         raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
     recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
@@ -124,7 +124,7 @@ def prepare(
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 
-def _wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
+def wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
     """By default where blocks are compiled for a GPU and weights stay in their places; and not with float8, untried."""
     if engine.cuda_graphs is not None:
         return engine.cuda_graphs
