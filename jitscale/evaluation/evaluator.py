@@ -54,6 +54,7 @@ class Evaluator:
         Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
+        self.guide: JiT | None = None
         self._set_guide(guide)
         self.embedder = Embedder(config.evaluation, world, stop)
         self.reference = reference_of(self.embedder, config, world, run_dir)
@@ -70,7 +71,7 @@ class Evaluator:
             self.guide = None
 
     def _set_guide(self, guide: JiT | None) -> None:
-        self.guide: JiT | None = None if guide is None else generate.ready_on_all_ranks(guide, self.config, self.world)
+        self.guide = None if guide is None else generate.ready_on_all_ranks(guide, self.config, self.world)
         self._guide_digest: dict[str, str] = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
 
     def measure(
