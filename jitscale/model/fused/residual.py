@@ -49,27 +49,10 @@ def _bits(seed, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x,
-    branch,
-    gate,
-    weight,
-    shift,
-    scale,
-    seed,
-    out,
-    y,
-    tokens,
-    width,
-    gate_stride,
-    shift_stride,
-    scale_stride,
-    THRESHOLD: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    BRANCH: tl.constexpr,
-    NORM: tl.constexpr,
+    x, branch, gate, weight, shift, scale, seed, out, y, tokens, width, gate_stride, shift_stride, scale_stride,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, BRANCH: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
     columns = tl.arange(0, BLOCK)
@@ -93,31 +76,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_out,
-    grad_y,
-    x,
-    branch,
-    gate,
-    weight,
-    scale,
-    seed,
-    grad_x,
-    grad_branch,
-    sums,
-    tokens,
-    width,
-    parts,
-    gate_stride,
-    scale_stride,
-    THRESHOLD: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    BRANCH: tl.constexpr,
-    NORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_out, grad_y, x, branch, gate, weight, scale, seed, grad_x, grad_branch, sums, tokens, width, parts,
+    gate_stride, scale_stride, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, BRANCH:
+    tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -179,52 +141,27 @@ def _image_stride(of_image: Tensor | None) -> int:
 
 
 def forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    seed: Tensor | None,
-    probability: float,
-    launch: Launch = FORWARD,
-) -> tuple[Tensor | None, Tensor | None]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, shift: Tensor | None, scale:
+    Tensor | None, seed: Tensor | None, probability: float, launch: Launch = FORWARD,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The sum and its norm, (B, N, C) each; None where `branch` or `weight` is None."""
     images, tokens, width = x.shape
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     out, y = (None if absent is None else torch.empty_like(x) for absent in (branch, weight))
     kernel = wrap_triton(_forward) if COMPILED else _forward
     kernel[(images * tokens,)](
-        x,
-        branch,
-        gate,
-        weight,
-        shift,
-        scale,
-        seed,
-        out,
-        y,
-        tokens,
-        width,
-        *map(_image_stride, (gate, shift, scale)),
-        **_constants(probability, width, branch=branch is not None, norm=weight is not None),
+        x, branch, gate, weight, shift, scale, seed, out, y, tokens, width, *map(_image_stride, (gate, shift,
+        scale)), **_constants(probability, width, branch=branch is not None, norm=weight is not None),
         num_warps=launch.warps,
-    )
+    )  # fmt: skip
     return out, y
 
 
 def backward(
-    grad_out: Tensor | None,
-    grad_y: Tensor | None,
-    x: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    seed: Tensor | None,
-    probability: float,
-    launch: Launch | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    grad_out: Tensor | None, grad_y: Tensor | None, x: Tensor | None, branch: Tensor | None, gate: Tensor | None,
+    weight: Tensor | None, scale: Tensor | None, seed: Tensor | None, probability: float, launch: Launch | None =
+    None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """The gradients of x, where there is a norm, and of the branch, where there is one, and sums (., B, C), float32.
 
     `x` is what was normalised. The sums over an image's tokens are those by which the gradients of the shift and the
@@ -242,26 +179,10 @@ def backward(
     sums = some.new_empty((planes, images, parts, width), dtype=torch.float32)
     kernel = wrap_triton(_backward) if COMPILED else _backward
     kernel[(parts, images)](
-        grad_out,
-        grad_y,
-        x,
-        branch,
-        gate,
-        weight,
-        scale,
-        seed,
-        grad_x,
-        grad_branch,
-        sums,
-        tokens,
-        width,
-        parts,
-        *map(_image_stride, (gate, scale)),
-        ROWS=launch.tokens,
-        STAGES=launch.stages,
-        **_constants(probability, width, branch=branch is not None, norm=weight is not None),
-        num_warps=launch.warps,
-    )
+        grad_out, grad_y, x, branch, gate, weight, scale, seed, grad_x, grad_branch, sums, tokens, width, parts,
+        *map(_image_stride, (gate, scale)), ROWS=launch.tokens, STAGES=launch.stages, **_constants(probability,
+        width, branch=branch is not None, norm=weight is not None), num_warps=launch.warps,
+    )  # fmt: skip
     return grad_x, grad_branch, sums.sum(2)
 
 
@@ -294,16 +215,9 @@ def add_and_norm(
 
 @triton_op("jitscale::add_and_norm_backward", mutates_args={})
 def _add_and_norm_backward(
-    grad_out: Tensor,
-    grad_y: Tensor,
-    out: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    seed: Tensor | None,
-    probability: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_y: Tensor, out: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, scale: Tensor,
+    seed: Tensor | None, probability: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     found = backward(grad_out, grad_y, out, branch, gate, weight, scale, seed, probability)
     return cast(tuple[Tensor, Tensor, Tensor], found)
 
