@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from jitscale.errors import ConfigError
 from jitscale.model.cuda_graphs import CAPTURE_MODE, WARM_UPS
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, N, C), condition (B, C), rope (2, N, D) -> (B, N, C)
@@ -59,6 +60,13 @@ class TrainingGraphs:
         for index, block in enumerate(self._blocks):
             block.forward = partial(self._call, index)
 
+    def release(self) -> None:
+        """Free the graphs and their memory, between two steps. The next pass captures them again."""
+        if self._graphs:
+            self._graphs, self._pass.condition = [], None
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def _call(self, index: int, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         if index == 0:
             self._begin_pass(x, condition)
@@ -81,7 +89,11 @@ class TrainingGraphs:
         about = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (x, condition)]
         signature = (*about, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         if not self._graphs and signature == self._signature and len(self._seen) == len(self._blocks):
-            self._graphs = self._capture(x.device)
+            try:
+                self._graphs = self._capture(x.device)
+            except torch.OutOfMemoryError as error:
+                remedy = "set engine.cuda_graphs=false, or take fewer images a GPU (engine.micro_batch_size)"
+                raise ConfigError(f"CUDA graphs of the blocks do not fit into this GPU's memory; {remedy}") from error
         if self._graphs:
             self._replays = signature == self._signature
             self._pass.number += self._replays
@@ -215,6 +227,8 @@ class _BlockGraphs:
 
     def replay_backward(self, gradient: Tensor) -> list[Tensor | None]:
         """The gradients of x, the condition and the parameters, which the next pass overwrites."""
+        if not self.accumulate and any(p.grad is not None for p in self.parameters):
+            raise RuntimeError("CUDA graphs: gradients of the pass before are still in use")
         if gradient.data_ptr() != self.gradient.data_ptr() or gradient.stride() != self.gradient.stride():
             self.gradient.copy_(gradient)
         if self.recomputed:  # the same dropout again

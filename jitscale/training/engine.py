@@ -131,7 +131,9 @@ class ZeroEngine:
         with replaced(*self._in_step):
             self._engine.step()
         if lr is not None and not self._skips_on_device and self.stage > 0:
-            self._moved = torch.tensor(self._engine.was_step_applied())
+            # The host knows, and the averages need it where they lie: a copy to a GPU would wait for the whole step.
+            there = torch.device("cpu") if self.config.engine.offload_optimizer else self.world.device
+            self._moved = torch.full((), self._engine.was_step_applied(), dtype=torch.bool, device=there)
         return self._moved
 
     def _answer_on_device(self, accelerator: Any) -> None:
@@ -249,8 +251,10 @@ class ZeroEngine:
                     take(name, part[: prod(shape)].view(shape))
             del buffer, parts, part  # before the next bucket is allocated
 
-    def release_gathered(self) -> None:
-        """Drop the whole weights that stage 3 keeps between uses."""
+    def release_memory(self) -> None:
+        """Drop, between two steps, what the next one makes again: CUDA graphs, and whole weights in stage 3."""
+        if self.execution.training_graphs is not None:
+            self.execution.training_graphs.release()
         if self.stage == 3:
             self._engine.empty_partition_cache()
 

@@ -206,17 +206,19 @@ def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
     assert not torch.equal(first, second)
 
 
-def prepared(emulated: type[EmulatedGraph]) -> JiT:
-    net = network(CPU, 0.0)
-    TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+def prepared(emulated: type[EmulatedGraph], network: JiT) -> TrainingGraphs:
+    """After two steps, of which the second one ran as graphs."""
+    graphs = TrainingGraphs(list(network.blocks), recomputed=[], accumulate=False)
     for _ in range(2):
-        net(*batch(3, CPU, 0)).sum().backward()
+        network(*batch(3, CPU, 0)).sum().backward()
+        network.zero_grad()
     assert all(graph.replays == 1 for graph in emulated.made)
-    return net
+    return graphs
 
 
 def test_a_pass_that_is_overwritten_is_not_differentiated(emulated: type[EmulatedGraph]) -> None:
-    net = prepared(emulated)
+    net = network(CPU, 0.0)
+    prepared(emulated, net)
     first = net(*batch(3, CPU, 0)).sum()
     net(*batch(3, CPU, 0))
     with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
@@ -224,10 +226,54 @@ def test_a_pass_that_is_overwritten_is_not_differentiated(emulated: type[Emulate
 
 
 def test_weights_must_stay_where_they_are(emulated: type[EmulatedGraph]) -> None:
-    net = prepared(emulated)
+    net = network(CPU, 0.0)
+    prepared(emulated, net)
     weight = net.blocks[1].get_parameter("mlp.w3.weight")
     weight.data = weight.data.clone()
     with pytest.raises(RuntimeError, match="weights have moved"):
+        net(*batch(3, CPU, 0))
+
+
+def test_gradients_in_use_are_not_overwritten(emulated: type[EmulatedGraph]) -> None:
+    net = network(CPU, 0.0)
+    prepared(emulated, net)
+    net(*batch(3, CPU, 0)).sum().backward()
+    with pytest.raises(RuntimeError, match="gradients of the pass before are still in use"):
+        net(*batch(3, CPU, 0)).sum().backward()
+
+
+def test_what_is_released_is_captured_again(emulated: type[EmulatedGraph]) -> None:
+    """A measurement needs the memory; training goes on as if nothing had happened."""
+    net = network(CPU, 0.0)
+    graphs = prepared(emulated, net)
+    net(*batch(3, CPU, 1)).sum().backward()
+    expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    before = len(emulated.made)
+    graphs.release()
+    graphs.release()  # nothing is left to release
+    net(*batch(3, CPU, 1)).sum().backward()
+    assert len(emulated.made) == 2 * before
+    assert {graph.replays for graph in emulated.made[before:]} == {1}
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient is not None
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_graphs_that_do_not_fit_are_refused_with_the_remedy(
+    emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = network(CPU, 0.0)
+    TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+    net(*batch(3, CPU, 0)).sum().backward()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainingGraphs, "_capture", full)
+    with pytest.raises(ConfigError, match=r"do not fit into this GPU's memory; set engine\.cuda_graphs=false"):
         net(*batch(3, CPU, 0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -127,7 +128,7 @@ class Bench:
 
     def run(self, log: str, command: Sequence[str], variables: dict[str, str], folder: Path = CHECKOUT) -> Finished:
         """Run a command to its end; it and its children are ended at the limit, or soon after a peer has failed."""
-        report, path = self.scratch / f"{log}.json", self.logs / f"{log}.log"
+        report, path = self.scratch / f"{log}.json", self.scratch / f"{log}.log"
         environment = {**self.environment, "NULLCUDA_REPORT": str(report), "NULLCUDA_STEP": str(STEP), **variables}
         peers = self._failed_at.get(variables.get("MASTER_PORT", ""), None)
         started = time.monotonic()
@@ -143,6 +144,7 @@ class Bench:
         code = process.wait()
         if code != 0 and peers is not None:
             peers.append(time.monotonic())
+        shutil.copyfile(path, self.logs / path.name)  # where checks of another checkout may write at the same time
         recorded = json.loads(report.read_text()) if report.exists() else {}
         return Finished(code, path.read_text(errors="replace"), recorded, time.monotonic() - started)
 
@@ -258,7 +260,8 @@ def to_its_end(done: Finished, extra: str = "") -> Outcome:
 def launches(step: dict[str, Any]) -> str:
     counted = step["counters"]
     kernels = counted["launch"] + counted["driver_launch"]
+    graphs = f", {counted['graph_launch']} graphs" if counted["graph_launch"] else ""
     return (
         f"{kernels} kernels ({counted['driver_launch']} compiled), {counted['product']} products, "
-        f"{counted['copy_async']} copies, {counted['memset']} fills, {counted['collective']} collectives"
+        f"{counted['copy_async']} copies, {counted['memset']} fills, {counted['collective']} collectives{graphs}"
     )

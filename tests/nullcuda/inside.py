@@ -13,6 +13,8 @@ One training step is recorded if NULLCUDA_REPORT names a file: the NULLCUDA_STEP
 train_step. The file is JSON: {"patched": [...], "step": {"counters": ..., "events": [...], "seconds": ...}}. With
 NULLCUDA_STOP the process ends there.
 
+`install()` makes the same changes in a process that was started in another way.
+
 Functions of the project are found by their names, in whichever module of it they are.
 """
 
@@ -38,7 +40,7 @@ import torch
 
 PACKAGE = "jitscale"
 STAGE_3 = "deepspeed.runtime.zero.utils"
-REPORT = os.environ.get("NULLCUDA_REPORT")
+REPORT = os.environ.get("NULLCUDA_REPORT") or None
 STEP = int(os.environ.get("NULLCUDA_STEP", "4"))
 report: dict[str, Any] = {"patched": []}
 
@@ -47,6 +49,15 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if word != "-u"]
     if len(arguments) < 2 or arguments[0] != "-m":
         raise SystemExit(__doc__)
+    install()
+    sys.argv = [arguments[1], *arguments[2:]]
+    sys.path[0] = os.getcwd()
+    module = importlib.import_module(arguments[1])  # as a module: what runs as __main__ is not patched
+    exec(_main_part(module), vars(module))
+
+
+def install() -> None:
+    """Change torch now, and modules of the project when they are imported."""
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.Tensor.nonzero = torch.nonzero = _nonzero  # type: ignore[method-assign, assignment]
@@ -54,10 +65,6 @@ def main() -> None:
     torch.autograd.backward = _backward
     sys.meta_path.insert(0, _AfterImport())
     _write()
-    sys.argv = [arguments[1], *arguments[2:]]
-    sys.path[0] = os.getcwd()
-    module = importlib.import_module(arguments[1])  # as a module: what runs as __main__ is not patched
-    exec(_main_part(module), vars(module))
 
 
 def _main_part(module: ModuleType) -> CodeType:

@@ -61,7 +61,7 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
         for micro_batch in range(MICRO_BATCHES):
             engine.backward(engine(z, t, y).square().mean())
             if (step, micro_batch) == (1, 0):
-                engine.release_gathered()
+                engine.release_memory()
                 held = _storages()
             engine.step(1e-4 if micro_batch == MICRO_BATCHES - 1 else None)
         ema.update(engine.masters(), step + 1, (step, step + 1))

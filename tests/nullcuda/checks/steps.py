@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tests.nullcuda.bench import CHECKS, EAGER, QUIET, STEP, Bench, Finished, Outcome, check, launches, unrecorded
@@ -123,7 +124,7 @@ for _stage in (1, 2, 3):
     reductions(_stage)
 
 
-def full(size: str) -> None:
+def full(name: str, size: str, settings: Sequence[str], purpose: str) -> None:
     """Add the slow check of a whole step of one of the recipes: 64 images at 256 px, compiled, one rank."""
 
     def run(bench: Bench) -> Outcome:
@@ -131,7 +132,7 @@ def full(size: str) -> None:
         once += ["evaluation.grid_every_images=0", "evaluation.at_end=false", "evaluation.every_images=0"]
         # The last save would write 15 GB of zeros for H: the run ends itself at the recorded step.
         config = f"configs/jit_{size}_256.yaml"
-        done = bench.train(f"full_{size}", once, {"NULLCUDA_STOP": "1"}, small=False, config=config)
+        done = bench.train(name, [*once, *settings], {"NULLCUDA_STOP": "1"}, small=False, config=config)
         if done.step is None:
             return Outcome(False, unrecorded(done))
         host = 1e3 * done.step["seconds"]
@@ -143,9 +144,10 @@ def full(size: str) -> None:
             [waits.figure, judged_reduction(done).figure, counted, *waits.details],
         )
 
-    run.__name__, run.__doc__ = f"full_{size}", f"A step of JiT-{size.upper()} at full size: what the host starts."
-    CHECKS[run.__name__] = (run, True)
+    run.__name__, run.__doc__ = name, purpose
+    CHECKS[name] = (run, True)
 
 
 for _size in ("b", "l", "h"):
-    full(_size)
+    full(f"full_{_size}", _size, [], f"A step of JiT-{_size.upper()} at full size: what the host starts.")
+    full(f"full_{_size}_kernels", _size, ["engine.cuda_graphs=false"], "The same without CUDA graphs.")

@@ -7,6 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from tests.nullcuda.bench import CHECKS, EAGER, HARD, MEASURE, QUIET, Bench, Outcome, check, launches, to_its_end
+from tests.nullcuda.checks.steps import waits_of
+
+# Products that make a step's matrices orthogonal: 5 iterations of 3, for more than 4 matrices in each of 4 blocks.
+OF_MUON = 5 * 3 * 4 * 4
 
 
 def trains(name: str, settings: Sequence[str], purpose: str) -> None:
@@ -45,7 +49,21 @@ def resume(bench: Bench) -> Outcome:
 
 trains("evaluation", [*EAGER, *MEASURE], "Sampling and FID at the end of a run.")
 trains("graphs", [*EAGER, *MEASURE, "evaluation.cuda_graphs=true"], "The same, with the network as CUDA graphs.")
-trains("muon", [*EAGER, "optim.name=muon"], "Muon.")
+
+
+@check()
+def muon(bench: Bench) -> Outcome:
+    """Muon. The host waits once, to read whether the gradient is infinite; it must read a no, or there is no step."""
+    done = bench.train("muon", [*EAGER, *QUIET, "optim.name=muon"], {"NULL_BOOL": "0"})
+    outcome = to_its_end(done)
+    if not outcome.ok or done.step is None:
+        return outcome
+    stepped = done.step["counters"]["product"] > OF_MUON
+    waits, pageable, _, places = waits_of(done.step)
+    said = f"; {'a step' if stepped else 'no step of Muon'}: {launches(done.step)}; the host waits {waits} times"
+    return Outcome(stepped and waits <= 1 and pageable == 0, outcome.figure + said, places)
+
+
 trains("offload", [*EAGER, "engine.offload_optimizer=true"], "Optimizer state in the CPU's memory.")
 
 

@@ -1,0 +1,100 @@
+"""How a step computes on a GPU: blocks as CUDA graphs, the fused kernels; and the suite of benchmarks."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+from tests.nullcuda.bench import CHECKS, EAGER, KIT, QUIET, Bench, Finished, Outcome, check, launches, to_its_end
+from tests.nullcuda.checks.starting import both_ranks
+
+DEPTH, MICRO_BATCHES = 4, 2  # of the small network; of its 16 images with the settings below
+DROPOUT = ["model.attn_dropout=0.2", "model.proj_dropout=0.2"]
+COMPILED = ["engine.compile=true"]
+
+
+def judged_graphs(done: Finished) -> Outcome:
+    """Each block starts one graph forward and one backward in each micro-batch."""
+    outcome = to_its_end(done)
+    if not outcome.ok or done.step is None:
+        return outcome
+    found, wanted = done.step["counters"]["graph_launch"], 2 * DEPTH * MICRO_BATCHES
+    wrong = "" if found == wanted else f"; but {wanted} graphs are wanted"
+    return Outcome(found == wanted, f"{outcome.figure}; a step: {launches(done.step)}{wrong}")
+
+
+def training_graphs(way: str, ranks: int, settings: Sequence[str], purpose: str) -> None:
+    """Add the check of training with CUDA graphs."""
+    name = f"training_graphs_{way}"
+    common = [*QUIET, *DROPOUT, "engine.cuda_graphs=true", f"engine.micro_batch_size={16 // ranks // MICRO_BATCHES}"]
+
+    def run(bench: Bench) -> Outcome:
+        if ranks == 1:
+            return judged_graphs(bench.train(name, [*common, *settings]))
+        done = bench.ranks(name, [*common, *settings], "8")
+        outcome = both_ranks(done)
+        return judged_graphs(done[0]) if outcome.ok else outcome
+
+    run.__name__, run.__doc__ = name, purpose
+    CHECKS[name] = (run, False)
+
+
+training_graphs("eager", 1, EAGER, "Blocks as CUDA graphs in training, with dropout and micro-batches: eager.")
+training_graphs("compiled", 1, COMPILED, "The same: compiled blocks, as GPUs have them.")
+for stage in (1, 2):
+    training_graphs(f"{stage}_ranks_2", 2, [*EAGER, f"engine.zero_stage={stage}"], f"The same: stage {stage}, 2 ranks.")
+
+
+def fused(name: str, settings: Sequence[str], purpose: str) -> None:
+    """Add the check of training with the fused kernels."""
+
+    def run(bench: Bench) -> Outcome:
+        done = bench.train(name, [*QUIET, *COMPILED, "engine.fused_kernels=triton", *settings])
+        outcome = to_its_end(done)
+        told = re.search(r"fused kernels ([\w.-]+ [\w.-]+)", done.output)
+        if not outcome.ok or done.step is None:
+            return outcome
+        ok = told is not None and told[1].startswith("triton ")
+        said = f"fused kernels {told[1] if told else 'not told'}; a step: {launches(done.step)}"
+        return Outcome(ok, f"{outcome.figure}, {said}")
+
+    run.__name__, run.__doc__ = name, purpose
+    CHECKS[name] = (run, False)
+
+
+fused("fused", [*DROPOUT, "engine.cuda_graphs=false"], "The fused kernels, compiled, with dropout, without graphs.")
+fused("fused_recompute", ["engine.activation_checkpointing=1", *DROPOUT], "The same: recomputed, in CUDA graphs.")
+
+
+PATCHED = """import sys
+sys.path.insert(0, {kit!r})
+import inside
+inside.install()
+"""
+# One item of each command that one GPU can have, as tiny as they come.
+ITEMS = ["step-h-64-graphs-on", "step-h-64-kernels-triton", "profile-h-64", "sample-h-64-graphs", "attention-h-0.2"]
+ITEMS += ["correct-norms", "correct-graphs"]
+
+
+@check()
+def suite(bench: Bench) -> Outcome:
+    """The suite of benchmarks, its smoke mode: items end with a result, or are refused with a reason."""
+    site, out = bench.scratch / "suite_site", bench.scratch / "suite_out"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(PATCHED.format(kit=str(KIT)))
+    variables = {"PYTHONPATH": f"{site}:{bench.environment['PYTHONPATH']}", "NULLCUDA_REPORT": "", "NULL_DEVICES": "1"}
+    command = [sys.executable, "tools/benchmark.py", "suite", "--smoke", "--minutes", "10", "--out", str(out)]
+    done = bench.run("suite", [*command, "--parts", *ITEMS], variables)
+    if done.code != 0:
+        return Outcome(False, done.why(needed=()))
+    records = json.loads((out / "results.json").read_text())["items"]
+    states = [records[name]["status"] if name in records else "absent" for name in ITEMS]
+    details = [
+        f"{name}: {state}{': ' + records[name]['reason'] if state not in ('done', 'absent') else ''}"
+        for name, state in zip(ITEMS, states, strict=True)
+        if state != "done"
+    ]
+    ok = set(states) <= {"done", "refused"} and "done" in states
+    return Outcome(ok, f"{states.count('done')} of {len(ITEMS)} items have a result, in {done.seconds:.0f} s", details)
