@@ -22,7 +22,7 @@ from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured_end, run_evaluation
-from jitscale.evaluation.generate import ready_to_sample
+from jitscale.evaluation.generate import ready_on_all_ranks
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.requirements import check_measurable
 from jitscale.evaluation.sweep import images_of, sweep_points
@@ -95,7 +95,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
             logger.info("%d settings, %d images in all", len(points), images_of(points))
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.network(name, world.device), config, world.device)
+            return ready_on_all_ranks(stored.network(name, world.device), config, world)
 
         result = run_evaluation(network, points, Evaluator(config, world, run_dir, guide), run_dir, is_end=is_end)
 

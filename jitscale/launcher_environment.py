@@ -8,6 +8,7 @@ import math
 import os
 import re
 import socket
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import ClassVar
@@ -43,18 +44,38 @@ def make_kernel_caches() -> None:
     """Make this node's folders for compiled kernels, where the environment names some, for this user alone.
 
     slurm/launch.sh names folders on each node's own disk, where the batch script itself runs on the first node only.
-    Raises a LauncherError if a folder cannot be made, or belongs to another user, who could put code into it.
+    Raises a LauncherError if a folder cannot be made, or if another user could put code into it, by its own access or
+    by that of the folder above, in which it could be replaced.
     """
-    remedy = "let JITSCALE_CACHE name a folder on the nodes' own disks"
+    remedy = "let JITSCALE_CACHE name a folder of your own on the nodes' own disks"
     for name in KERNEL_CACHES:
         if folder := os.environ.get(name):
+            above = os.path.dirname(os.path.abspath(folder))
             try:
-                os.makedirs(folder, mode=0o700, exist_ok=True)
-                owner = os.stat(folder).st_uid
+                for made in (above, folder):  # makedirs gives its mode to the last folder only
+                    os.makedirs(made, mode=0o700, exist_ok=True)
+                wrong = _open_to_others(above, sticky=True) or _open_to_others(folder)
             except OSError as error:
                 raise LauncherError(f"{name}={folder}: cannot be made ({error.strerror}); {remedy}") from error
-            if owner not in (os.geteuid(), 0) or not os.access(folder, os.W_OK):
-                raise LauncherError(f"{name}={folder}: belongs to user {owner}, or cannot be written; {remedy}")
+            if wrong:
+                raise LauncherError(f"{name}={folder}: {wrong}: others could put code into it; {remedy}")
+            if not os.access(folder, os.W_OK):
+                raise LauncherError(f"{name}={folder}: cannot be written; {remedy}")
+
+
+def _open_to_others(folder: str, *, sticky: bool = False) -> str:
+    """Why another user than root could change what lies in `folder`; empty if none can.
+
+    With `sticky`, others may write into a folder such as /tmp, in which they cannot replace what is not theirs.
+    """
+    found = os.lstat(folder)
+    if stat.S_ISLNK(found.st_mode):
+        return f"{folder} is a symbolic link"
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{folder} belongs to user {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (sticky and found.st_mode & stat.S_ISVTX):
+        return f"{folder} has mode {stat.S_IMODE(found.st_mode):o}"
+    return ""
 
 
 def hosts_in(variable: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Which rank this process is: torchrun, srun, plain python, and what only looks like one of them."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -260,14 +261,70 @@ def test_caches_of_kernels_are_made_on_each_node(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     folder = tmp_path / "jitscale-cache-me/inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    usual = os.umask(0o002)  # of sites where each user has a group
+    try:
+        make_kernel_caches()
+    finally:
+        os.umask(usual)
     make_kernel_caches()
-    make_kernel_caches()
-    assert folder.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    if folder.stat().st_uid != 0:  # root may be trusted
-        with pytest.raises(LauncherError, match=r"TORCHINDUCTOR_CACHE_DIR=.*: belongs to user"):
-            make_kernel_caches()
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/inductor"))
-    with pytest.raises(LauncherError, match=r"cannot be made \(Not a directory\); let JITSCALE_CACHE name a folder"):
+    with pytest.raises(LauncherError, match=r"cannot be made \(.*\); let JITSCALE_CACHE name a folder"):
         make_kernel_caches()
+
+
+@pytest.mark.parametrize("which", ["leaf", "parent"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("owner", "belongs to user 4242: "),
+        ("link", "is a symbolic link: "),
+        (0o770, "has mode 770: "),
+        (0o702, "has mode 702: "),
+    ],
+)
+def test_caches_into_which_others_could_put_code_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, which: str, change: str | int, message: str
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    folder = tmp_path / "jitscale-cache-me/triton"
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o700)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    make_kernel_caches()
+    path = folder if which == "leaf" else folder.parent
+    if change == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif isinstance(change, int):
+        path.chmod(change)
+    else:
+        lstat = os.lstat
+
+        def of_another(asked: str | Path) -> os.stat_result:
+            found = list(lstat(asked))
+            if Path(asked) == path:
+                found[stat.ST_UID] = 4242
+            return os.stat_result(found)
+
+        monkeypatch.setattr(os, "lstat", of_another)
+    with pytest.raises(LauncherError, match=message) as caught:
+        make_kernel_caches()
+    said = str(caught.value)
+    assert said.startswith(f"TRITON_CACHE_DIR={folder}: {path} ")
+    assert said.endswith(
+        "others could put code into it; let JITSCALE_CACHE name a folder of your own on the nodes' own disks"
+    )
+
+
+def test_a_cache_may_lie_in_a_folder_for_everyone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As TRITON_CACHE_DIR=/tmp/mine: in a folder with the sticky bit nobody replaces what is not theirs."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    tmp_path.chmod(0o1777)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
+    make_kernel_caches()
+    tmp_path.chmod(0o777)
+    with pytest.raises(LauncherError, match="has mode 777"):
+        make_kernel_caches()
+    tmp_path.chmod(0o700)

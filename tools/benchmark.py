@@ -25,8 +25,10 @@ interpolations. `--compare reference` measures the authors' way in the same proc
 synthetic photographs that it makes in a temporary folder. OMP_NUM_THREADS sets the threads.
 """
 
+import argparse
 import importlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -37,6 +39,8 @@ from benchmarks.suite_items import CASES, PARTS, names
 from jitscale.command import Parser, markdown, path_text, positive
 from jitscale.config import CHOICES
 from jitscale.errors import ExitCode, exit_with_message
+
+LEAST_MINUTES = 0.5  # of `suite`, which keeps some seconds to end an item
 
 
 def main() -> int:
@@ -54,6 +58,24 @@ def main() -> int:
     lines = [*measurement.describe(result), *describe_conditions(result)]
     print(json.dumps(result) if options.json else markdown(lines))
     return ExitCode.DONE
+
+
+def _minutes(text: str) -> float:
+    """Time in which an item can begin and be ended."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not LEAST_MINUTES <= minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes from {LEAST_MINUTES:g} on")
+    return minutes
+
+
+def _part(text: str) -> str:
+    if text not in names():
+        known = f"the parts are {', '.join(PARTS)}, and `suite --list --out DIR` shows the items"
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a part nor an item; {known}")
+    return text
 
 
 def _parser() -> Parser:
@@ -106,10 +128,10 @@ def _parser() -> Parser:
     ranks.add_number("--shards", 2000, "shards that are opened")
 
     suite = commands.add_parser("suite", help="everything that matters on a GPU, in items; again, it goes on")
-    suite.add_number("--minutes", 9.0, "no item begins that would end later", float)
+    suite.add_number("--minutes", 9.0, "no item begins that would end later", _minutes)
     suite.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     meaning = f"parts ({', '.join(PARTS)}) or items (default: all)"
-    suite.add_argument("--parts", nargs="+", choices=names(), default=[], metavar="PART", help=meaning)
+    suite.add_argument("--parts", nargs="+", type=_part, default=[], metavar="PART", help=meaning)
     suite.add_argument("--wheels", type=Path, metavar="DIR", help="wheels that the items get, such as DeepSpeed's")
     suite.add_argument("--retry", action="store_true", help="measure again what failed")
     suite.add_argument("--smoke", action="store_true", help="tiny sizes: shows that every item runs")

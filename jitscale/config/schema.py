@@ -126,7 +126,9 @@ class EngineConfig:
     micro_batch_size: int | None = setting(None, "images a rank and pass; null: the rank's whole share", at_least=1)
     attention: str = setting("auto", "auto: the fastest that works", choices=KERNELS)
     fused_kernels: str = setting(
-        "auto", "q, k, v and SwiGLU in one pass; auto: Triton's on GPUs in bf16 if they work", choices=FUSED_KERNELS
+        "auto",
+        "q, k, v, SwiGLU, residuals and norms in one pass; auto: Triton's on GPUs in bf16 if they work",
+        choices=FUSED_KERNELS,
     )
     align: bool | None = setting(None, "pad feed-forward products with zeros to multiples of 64; null: on GPUs")
     compile: bool | None = setting(None, "torch.compile, block by block; null: on GPUs")

@@ -5,6 +5,7 @@ RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L)
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,24 +49,38 @@ class Evaluator:
 
         `stop` is called in every block of images, and may raise a UserError to end the work.
 
-        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide` is made ready to sample.
+        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide`, on this rank's device, is
+        made ready to sample and held as long as the evaluator is; `guided_by` takes one for a while.
         Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
-        self.guide = None if guide is None else generate.ready_to_sample(guide, config, world.device)
-        self._guide_digest = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
+        self.guide: JiT | None = None
+        self._set_guide(guide)
         self.embedder = Embedder(config.evaluation, world, stop)
         self.reference = reference_of(self.embedder, config, world, run_dir)
         self._distances: dict[str, FrechetDistance] = {}
         self._labels, self._labels_identity = once_a_node(world, lambda: configured_labels(config))
+
+    @contextmanager
+    def guided_by(self, guide: JiT | None) -> Iterator[None]:
+        """Sample with `guide`, on this rank's device, inside the block, and let go of it after; a collective call."""
+        try:
+            self._set_guide(guide)
+            yield
+        finally:
+            self.guide = None
+
+    def _set_guide(self, guide: JiT | None) -> None:
+        self.guide = None if guide is None else generate.ready_on_all_ranks(guide, self.config, self.world)
+        self._guide_digest: dict[str, str] = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
 
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True
     ) -> list[dict[str, Any]]:
         """The metrics of samples of `model`, for points that differ in the guidance scale alone; a collective call.
 
-        `model` was made by `ready_to_sample`, with the same weights on every rank. `points` say how to sample, and how
-        many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
+        `model` was made by `ready_on_all_ranks`, with the same weights on every rank. `points` say how to sample, and
+        how many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
         computed, which take the longest; without `keep_blocks`, no files are written: for few images.
 
         Returns on every rank for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid` if

@@ -61,7 +61,7 @@ def measure_points(
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
     """`run_evaluation` of the weight set `weights` alone, under the configured setting; a collective call.
 
-    `model` was made by `ready_to_sample` and has the same weights on every rank. Raises what `Evaluator` and
+    `model` was made by `ready_on_all_ranks` and has the same weights on every rank. Raises what `Evaluator` and
     `run_evaluation` raise. It writes no result.json: that is of a run's own weights.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))

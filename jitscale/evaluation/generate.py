@@ -18,14 +18,16 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from jitscale import parallel
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import to_uint8
 from jitscale.keyed_random import Purpose, uniform
 from jitscale.model.cuda_graphs import CudaGraphs
-from jitscale.model.execution import prepare
+from jitscale.model.execution import REMEDY, Execution, prepare
 from jitscale.model.jit import JiT
+from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,23 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
 
     Raises a ConfigError if the attention kernel that was asked for does not work there, or there are no CUDA graphs.
     """
-    model = model.to(device).eval()
+    _make_ready(model, config, device)
+    return model
+
+
+def ready_on_all_ranks(model: JiT, config: Config, world: World) -> JiT:
+    """`ready_to_sample` on every rank of `world`, which must all compute in the same way; a collective call.
+
+    Otherwise an image would depend on the rank that makes it. Not for a network that rank 0 builds alone.
+    Raises on every rank what `ready_to_sample` raises on one, and a ConfigError if the ranks differ.
+    """
+    execution = parallel.raise_together(lambda: _make_ready(model, config, world.device))
+    parallel.require_alike("how the network samples", execution.identity, REMEDY)
+    return model
+
+
+def _make_ready(model: JiT, config: Config, device: torch.device) -> Execution:
+    model.to(device).eval()
     execution = prepare(model, config.engine, device, training=False, batch=config.evaluation.block_size)
     text = f"sampling: {execution}"
     if config.evaluation.cuda_graphs:
@@ -112,7 +130,7 @@ def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
         model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign]
         text += ", CUDA graphs"
     _log_once(text)
-    return model
+    return execution
 
 
 @cache

@@ -138,8 +138,10 @@ KERNELS: dict[str, Kernel] = {
     "sdpa": sdpa,
     "reference": unfused,
 }
-# The packages come first, because who installs one wants it. cuDNN comes before FlashAttention-2: on an H200 it takes
-# 0.67 to 0.96 of the time, forward and backward, at all sizes of JiT with and without dropout (docs/performance.md).
+# The packages come first, because a user who installs one wants it. cuDNN comes before FlashAttention-2: on an H200 it
+# takes 0.64 to 0.97 of the time, forward and backward, at JiT-L, H and G with and without dropout. At JiT-B, whose
+# kernels are small, it takes 1.15 of the time without dropout and as long with it. None of 2,944 passes of cuDNN had a
+# gradient that was not finite (docs/performance.md, Attention).
 FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa")
 
 
@@ -163,12 +165,14 @@ def choose_kernel(
     device: torch.device,
     batch: int = 1,
     backward: bool = True,
+    strided_values: bool = True,
 ) -> ChosenKernel:
     """The kernel `asked`, or for "auto" the first of `FASTEST_FIRST` that passes a probe at the real shape.
 
     The probe compares output and gradients (without `backward`: the output) with the authors' way, at every number of
-    tokens and every dropout that the network has, in a batch of `batch`. Raises a ConfigError that says why, if the
-    kernel that was asked for does not pass.
+    tokens and every dropout that the network has, in a batch of `batch`. With `strided_values`, v is a part of the
+    product that q and k came from; otherwise all three are contiguous.
+    Raises a ConfigError that says why, if the kernel that was asked for does not pass.
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
@@ -178,7 +182,8 @@ def choose_kernel(
             if name == "sdpa-cudnn":
                 _check_cudnn()
             for length, dropout in sorted(set(product(tokens, dropouts))):
-                _probe(KERNELS[name], (batch, length, heads, head_dim), dropout, dtype, device, backward=backward)
+                shape = (batch, length, heads, head_dim)
+                _probe(KERNELS[name], shape, dropout, dtype, device, backward=backward, strided_values=strided_values)
         except Exception as error:  # compilers of kernels raise what they like; it is said
             failures.append(f"{name}: {first_line(error)}")
         else:
@@ -207,6 +212,7 @@ def _probe(
     device: torch.device,
     *,
     backward: bool = True,
+    strided_values: bool = True,
 ) -> None:
     """Compare `kernel` with `unfused` at `shape` (B, N, H, D); torch's random state stays what it was.
 
@@ -217,10 +223,8 @@ def _probe(
     before = generator.get_state()
     try:
         generator.manual_seed(0)
-        batch, tokens = shape[:2]
         q, k, gradient = torch.randn(3, *shape, device=device, dtype=dtype).unbind(0)
-        # Strided as in the network: only the values are still a part of the product that q and k came from.
-        v = torch.randn(batch, tokens, 3, *shape[2:], device=device, dtype=dtype)[:, :, 2]
+        v = torch.randn(_of_product(shape, strided_values), device=device, dtype=dtype)[:, :, -1]
         with torch.set_grad_enabled(backward):
             q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
             start = generator.get_state()
@@ -238,6 +242,12 @@ def _probe(
         generator.set_state(before)
 
 
+def _of_product(shape: Sequence[int], strided: bool) -> tuple[int, ...]:
+    """The shape of the tensor whose last part along axis 2 is v (B, N, H, D): with or without q and k before it."""
+    batch, tokens, *heads = shape
+    return (batch, tokens, 3 if strided else 1, *heads)
+
+
 def _kept(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dropout: float, state: Tensor) -> Tensor:
     """The attention weights that `kernel` does not drop when torch's random state is `state`: (B, H, N, N) bool.
 
@@ -249,7 +259,7 @@ def _kept(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dropout: float, state
     parts = []
     for part in torch.eye(tokens, device=v.device, dtype=v.dtype).split(head_dim, dim=1):
         width = part.shape[1]  # of N columns head_dim, or what is left
-        columns = v.new_zeros(batch, tokens, 3, heads, head_dim)[:, :, 2]
+        columns = v.new_zeros(_of_product(v.shape, not v.is_contiguous()))[:, :, -1]
         columns[..., :width] = part[:, None]
         generator.set_state(state)
         shown = kernel(q, k, columns.requires_grad_(v.requires_grad), dropout).detach()

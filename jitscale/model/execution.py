@@ -25,6 +25,11 @@ from jitscale.model.training_graphs import TrainingGraphs
 # Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
 # each size of a batch.
 GRAPHS = 32
+# For ranks whose `Execution.identity` differs. Triton that is missing on one node is the likeliest reason.
+REMEDY = (
+    "repair the odd node, or set engine.attention, engine.fused_kernels, engine.cuda_graphs, engine.compile and "
+    "engine.align for all"
+)
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -76,6 +81,12 @@ def prepare(
     """
     on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
     blocks = cast(list[Block], list(model.blocks))
+    aligned = on_gpu or engine.float8 if engine.align is None else engine.align
+    compiled = on_gpu if engine.compile is None else engine.compile
+    product = float8_product(device) if engine.float8 else None
+    if engine.float8 and not aligned:
+        raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
+    fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     attention = choose_kernel(
         engine.attention,
         tokens=[length, length + config.in_context_len],
@@ -86,15 +97,10 @@ def prepare(
         device=device,
         batch=batch,
         backward=training,
+        strided_values=fused.split_heads is None,  # the fused kernels write q, k and v as tensors of their own
     )
-    aligned = on_gpu or engine.float8 if engine.align is None else engine.align
-    compiled = on_gpu if engine.compile is None else engine.compile
-    product = float8_product(device) if engine.float8 else None
-    if engine.float8 and not aligned:
-        raise ConfigError("engine.float8=true needs widths that are multiples of 16; set engine.align=true")
-    fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     every = engine.activation_checkpointing if training else 0
-    graphs = training and _wants_graphs(engine, compiled=compiled and on_gpu)
+    graphs = training and wants_graphs(engine, compiled=compiled and on_gpu)
     if graphs and not on_gpu:
         raise ConfigError(f"engine.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
     recomputed = [index for index in range(len(blocks)) if every > 0 and index % every == 0]
@@ -118,7 +124,7 @@ def prepare(
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 
-def _wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
+def wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
     """By default where blocks are compiled for a GPU and weights stay in their places; and not with float8, untried."""
     if engine.cuda_graphs is not None:
         return engine.cuda_graphs
@@ -143,9 +149,8 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
 def _compile(forward: Forward, *, training: bool) -> Forward:
     """One graph without breaks for each shape; blocks of the same shape share theirs.
 
-    Training has one size of a batch. If it is a symbol, torch 2.6 and 2.11 fail to split a recomputed block with
-    dropout into forward and backward pass ("Node was invalid, but is output"). Sampling has one graph for all sizes,
-    since it ends with what is left over. The two numbers of tokens are never symbols: torch would make the second one
+    Training has one size of a batch, which is therefore no symbol. Sampling has one graph for all sizes, since it ends
+    with what is left over. The two numbers of tokens are never symbols: torch would make the second one
     of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather
     the weights, stay outside.
     """

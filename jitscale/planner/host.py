@@ -1,33 +1,50 @@
 """Host time of a step: how long the processor of a rank needs to start the work of a step on its GPU.
 
 It depends on the depth of the network and not on its width or the images of a GPU, so a GPU with few images waits.
-Launches (kernels, copies, collectives) were counted with torch 2.11 and DeepSpeed 0.19.8 on a CUDA that executes
-nothing, 2026-11-27, at depths of 8 to 32; tests/planner/test_host.py holds the counts. Times are those of one H200
-machine, 2026-11-26/27.
+Launches (kernels, graphs, copies, collectives) were counted on two ranks with torch 2.11 and DeepSpeed 0.19.8 on a CUDA
+that executes nothing, 2026-11-27; tests/planner/test_host.py holds the counts. Times are those of one H200 machine,
+2026-11-27; docs/engine.md says which. One rank, which gathers its gradients at once, needs less.
 """
 
-from jitscale.config import Config
+from dataclasses import dataclass
+
+from jitscale.config import Config, EngineConfig
+from jitscale.model.execution import wants_graphs
 
 # One launch on that machine. A GPU's work that takes less leaves the GPU idle.
 LAUNCH_SECONDS = 10e-6
-# What lies between the launches of a block, in forward and backward: Python, autograd, guards of the compiled code,
-# DeepSpeed's hooks of each parameter. Fitted to steps of 64 images that the host limits (docs/performance.md): JiT-B
-# takes 50 to 68 ms, JiT-L 115 to 117 ms. With the launches that makes 60 and 116 ms.
-BLOCK_SECONDS = 3.85e-3
+# Besides the blocks: launches of a micro-batch, and of the update with three averages.
+OUTER_PASSES, UPDATE = 118, 136
+GATHERED = 46  # more for each block in stage 3, which gathers weights one by one
 
-# Of a micro-batch, for each block: in forward and backward, compiled or not, and once more in the forward pass of a
-# block that is computed again.
-PASSES = {True: 82, False: 238}
-RECOMPUTED = {True: 22, False: 79}
-BY_PARAMETER = {0: 0, 1: 0, 2: 14, 3: 46}  # more in ZeRO stages that sort gradients, or gather weights, one by one
-# Besides the blocks: of a micro-batch, and of the update with three averages.
-OUTER_PASSES, UPDATE = 148, 217
+
+@dataclass(frozen=True)
+class Way:
+    """How a block runs, and what the host needs for its passes and the reduction of its gradients."""
+
+    launches: int
+    recomputed: int  # launches, more if the block is computed again
+    seconds: float  # between the launches: Python, autograd, DeepSpeed's hooks of each parameter
+
+
+# An upper bound: it is fitted to JiT-B at 64 images and JiT-L at 32, whose steps GPU and host may both have limited.
+GRAPHS = Way(27, 1, 2.1e-3)
+# Fitted to JiT-H at 64 images with fused kernels, which the host limits. Not compiled: the time was not measured.
+COMPILED, EAGER = Way(72, 19, 5.5e-3), Way(102, 25, 5.5e-3)
+
+
+def way_of(engine: EngineConfig) -> Way:
+    """How blocks run on GPUs."""
+    compiled = engine.compile is not False  # None is on for GPUs
+    if engine.zero_stage < 3 and wants_graphs(engine, compiled=compiled):
+        return GRAPHS
+    return COMPILED if compiled else EAGER
 
 
 def launches(config: Config, micro_batches: int) -> int:
     """Launches of an optimizer step of one rank on a GPU, in `micro_batches` micro-batches."""
     engine, depth = config.engine, config.model.depth
-    compiled = engine.compile is not False  # None is on for GPUs
+    way = way_of(engine)
     again = len(range(0, depth, engine.activation_checkpointing)) if engine.activation_checkpointing else 0
-    passes = depth * (PASSES[compiled] + BY_PARAMETER[engine.zero_stage]) + again * RECOMPUTED[compiled] + OUTER_PASSES
-    return micro_batches * passes + UPDATE
+    of_a_block = way.launches + (GATHERED if engine.zero_stage == 3 else 0)
+    return micro_batches * (depth * of_a_block + again * way.recomputed + OUTER_PASSES) + UPDATE

@@ -1,7 +1,7 @@
 """Communication and time of a step: counted from shapes, with rates that were measured on one GPU machine.
 
-The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps of 64 images on one H200 machine,
-2026-11-26/27, see docs/performance.md. Communication between GPUs was not measured.
+The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps on one H200 machine, 2026-11-27, see
+docs/engine.md. Communication between GPUs was not measured.
 """
 
 import math
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from jitscale.config import Config
 from jitscale.model.flops import TRAINING_PASSES, forward_flops
-from jitscale.planner.host import BLOCK_SECONDS, LAUNCH_SECONDS, launches
+from jitscale.planner.host import LAUNCH_SECONDS, launches, way_of
 from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
 
-# Of the data sheet's peak. JiT-H at 64 images on one H200: 209 ms a step, compiled, one rank, averages included.
-MFU = 0.34
+# Of the data sheet's peak, averages included. Measured on one H200 at 64 images: 0.38 (JiT-L), 0.40 (H), 0.43 (G).
+MFU = 0.39
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def host_seconds(config: Config, cluster: Cluster) -> float:
     micro_batches = share // (config.engine.micro_batch_size or share)
     if cluster.host is not None:
         return micro_batches * cluster.host
-    return launches(config, micro_batches) * cluster.launch + micro_batches * config.model.depth * BLOCK_SECONDS
+    blocks = micro_batches * config.model.depth * way_of(config.engine).seconds
+    return launches(config, micro_batches) * cluster.launch + blocks
 
 
 def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, float]:

@@ -64,7 +64,7 @@ class HeldOutLoss:
     _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
-        """The losses of the weight set `name`, in a `network` that `ready_to_sample` has made; a collective call.
+        """The losses of the weight set `name`, in a `network` that `ready_on_all_ranks` has made; a collective call.
 
         On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
         means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and

@@ -1,7 +1,9 @@
 """Measurements and pictures of a run: grids, FID on few images, held-out loss, and at its end the final FID."""
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from jitscale.data.shards import ShardSet
 from jitscale.errors import StopRequestedError, StorageError
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import run_evaluation
-from jitscale.evaluation.generate import autocast, configured_sampler, ready_to_sample, sample_grid
+from jitscale.evaluation.generate import autocast, configured_sampler, ready_on_all_ranks, ready_to_sample, sample_grid
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.model.jit import JiT, network_holding
 from jitscale.parallel import World
@@ -91,9 +93,9 @@ class Measurements:
         self.engine.gather_each(self._flats(evaluation.weights), weights.__setitem__ if self.world.is_main else None)
 
         def draw() -> None:
-            network, guide = self._ready(weights), self._guide_on_device()
-            if guide is not None:
-                ready_to_sample(guide, self.config, self.world.device)
+            network, guide = self._holding(weights), self._guide_on_device()
+            for built in filter(None, (network, guide)):
+                ready_to_sample(built, self.config, self.world.device)
             sampler = configured_sampler(evaluation, network.diffusion)
             with autocast(self.config, self.world.device):
                 grid = sample_grid(network, sampler, evaluation.seed, evaluation.block_size, guide)
@@ -107,7 +109,8 @@ class Measurements:
         point = replace(evaluation, num_images=evaluation.few_images)
         self.caution_about(evaluation.weights, state.step)
         network = self._network(evaluation.weights)
-        (result,) = self._evaluator.measure(network, [point], neighbours=False, keep_blocks=False)
+        with self._evaluating() as evaluator:
+            (result,) = evaluator.measure(network, [point], neighbours=False, keep_blocks=False)
         if self.world.is_main:
             self.tracker.log_few(result, state.step, state.images)
             logger.info("%d images: FID %.4g on %d samples", state.images, result["fid"], result["num_images"])
@@ -128,7 +131,8 @@ class Measurements:
         """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
         state, run_dir = self.state, Path(self.config.run.dir)
         points = sweep_points(self.config, weight_set_names(self.config))
-        result = run_evaluation(self._network, points, self._evaluator, run_dir, is_end=True)
+        with self._evaluating() as evaluator:
+            result = run_evaluation(self._network, points, evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         recorded = parallel.on_main(lambda: evaluations_after(run_dir, state.step - 1))
         if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
@@ -154,8 +158,18 @@ class Measurements:
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        """It knows the real images, which are computed once."""
-        return Evaluator(self.config, self.world, Path(self.config.run.dir), self._guide_on_device(), self.stop)
+        """It knows the real images, which are computed once; `_evaluating` lends it the guide."""
+        return Evaluator(self.config, self.world, Path(self.config.run.dir), stop=self.stop)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Evaluator]:
+        """The evaluator, with a guide on the device inside the block alone; a collective call."""
+        evaluator = self._evaluator
+        try:
+            with evaluator.guided_by(self._guide_on_device()):
+                yield evaluator
+        finally:
+            gc.collect()  # prepared blocks refer to themselves: the guide would stay until Python happens to look
 
     @cached_property
     def _held_out_loss(self) -> HeldOutLoss:
@@ -167,14 +181,12 @@ class Measurements:
         return self.engine.masters() if name == "model" else self.ema.sets[name]
 
     def _network(self, name: str) -> JiT:
-        """A plain network with the weight set `name`, ready to sample, on every rank."""
+        """A plain network with the weight set `name`, ready to sample, on every rank; a collective call."""
         self.engine.release_memory()
-        return self._ready(self.engine.gather(self._flats(name)))
+        return ready_on_all_ranks(self._holding(self.engine.gather(self._flats(name))), self.config, self.world)
 
-    def _ready(self, weights: dict[str, torch.Tensor]) -> JiT:
-        """The network that holds these tensors, ready to sample."""
-        network = network_holding(weights, self.config.model, self.config.diffusion)
-        return ready_to_sample(network, self.config, self.world.device)
+    def _holding(self, weights: dict[str, torch.Tensor]) -> JiT:
+        return network_holding(weights, self.config.model, self.config.diffusion)
 
     def _guide_on_device(self) -> JiT | None:
         """A copy of the guide, which stays on the CPU otherwise: a device holds it only while it is needed."""

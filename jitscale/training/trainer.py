@@ -22,6 +22,7 @@ from jitscale.data.workers import naming_dead_workers
 from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import ExitCode
 from jitscale.keyed_random import Purpose, generator_seeds
+from jitscale.model.execution import REMEDY
 from jitscale.model.flops import peak_tflops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -80,8 +81,7 @@ class Trainer:
         self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
         parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
         # A rank with another kernel would round differently and set the pace, without a word.
-        remedy = "repair the odd node, or set engine.attention, engine.compile and engine.align for all"
-        parallel.require_alike("how the network computes", self.engine.execution.identity, remedy)
+        parallel.require_alike("how the network computes", self.engine.execution.identity, REMEDY)
         if world.is_main:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled

@@ -26,6 +26,7 @@ from jitscale.model import attention, execution
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
+from jitscale.model.fused.choice import FusedKernels
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
 from jitscale.training.optim import parameter_groups
@@ -191,7 +192,13 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
     broken = {attention.flash_attn: ImportError("No module named 'flash_attn'")}
 
     def probe(
-        kernel: attention.Kernel, shape: tuple[int, ...], dropout: float, dtype: object, device: object, backward: bool
+        kernel: attention.Kernel,
+        shape: tuple[int, ...],
+        dropout: float,
+        dtype: object,
+        device: object,
+        backward: bool,
+        strided_values: bool,
     ) -> None:
         tried.append((kernel.__name__, shape, dropout, backward))
         if kernel in broken:
@@ -291,6 +298,32 @@ def test_the_probe_sees_what_is_wrong_with_dropout(monkeypatch: pytest.MonkeyPat
         with nullcontext() if message is None else pytest.raises(ValueError, match=message):
             attention._probe(kernel, (5, 36, 2, 16), 0.2, dtype, CPU)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_probe_has_the_networks_layout_of_v(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """A part of the product by torch's code, a tensor of its own by the fused kernels; also where dropout is seen."""
+    probed, real = [], []
+
+    def recording(kept: list[bool]) -> attention.Kernel:
+        def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+            kept.append(v.is_contiguous())
+            assert v.stride()[-1] == 1
+            return attention.sdpa(q, k, v, dropout)
+
+        return kernel
+
+    def split_heads(qkv: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.contiguous() for x in qkv.unflatten(-1, (3, 2, -1)).unbind(2))
+
+    found = FusedKernels("triton", "", "", split_heads if fused else None)  # type: ignore[arg-type]
+    monkeypatch.setattr("jitscale.model.execution.choose_fused", lambda *_: found)
+    monkeypatch.setitem(KERNELS, "sdpa", recording(probed))
+    model = network(ENGINE, replace(MODEL, attn_dropout=0.2))
+    for block in model.blocks:
+        block.attn.kernel = recording(real)
+    passes(model)
+    assert set(probed) == set(real) == {fused}
 
 
 def test_sampling_is_probed_without_gradients() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jitscale.config import EngineConfig, ModelConfig
 from jitscale.errors import ConfigError
-from jitscale.model import layers
+from jitscale.model import fused, layers
 from jitscale.model.execution import prepare
 from jitscale.model.fused import choice
 from jitscale.model.fused.choice import Shapes, choose_fused
@@ -216,6 +216,19 @@ def test_kernels_drop_independently() -> None:
 
 
 @kernels
+@pytest.mark.parametrize("dropout", [0.999995, 1 - 2**-20])
+def test_kernels_take_every_probability_below_one(dropout: float) -> None:
+    """The largest are rounded to 1 - 2^-16, not to 1: the output stays finite, and nearly everything is dropped."""
+    from jitscale.model.fused import residual  # noqa: PLC0415  # imports triton
+
+    seed, ones = torch.tensor([1 << 40], device=DEVICE), torch.ones(2, 32, 64, device=DEVICE)
+    added = residual.gated_add(0 * ones, ones, ones[:, 0].contiguous(), seed, dropout)
+    for out in (added, gated_operator()(ones, seed, dropout)):
+        assert torch.isfinite(out).all()
+        assert float((out == 0).double().mean()) > 0.99
+
+
+@kernels
 def test_kernels_seeds_follow_the_default_generator() -> None:
     from jitscale.model.fused import gated  # noqa: PLC0415  # imports triton
 
@@ -238,6 +251,9 @@ def test_kernels_pass_the_probe() -> None:
         shapes = replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456)
     choice._try_split_heads(heads_operator(), shapes, DEVICE)
     choice._try_gated(gated_operator(), shapes, DEVICE)
+    from jitscale.model.fused import residual  # noqa: PLC0415  # imports triton
+
+    choice._try_residual(residual, shapes, DEVICE)
 
 
 # ---- the choice, without triton ----
@@ -305,8 +321,9 @@ def test_cpus_have_torchs_code() -> None:
 def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU without triton: torch's code and the reason, or the end of the start if the kernels were asked for."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("heads", "gated"):
+    for name in ("heads", "gated", "residual", "dropping"):
         monkeypatch.delitem(sys.modules, f"jitscale.model.fused.{name}", raising=False)
+        monkeypatch.delattr(fused, name, raising=False)  # an import looks there first
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     gpu = torch.device("cuda")
     found = choose_fused("auto", SMALL, gpu)

@@ -1,6 +1,6 @@
-"""What the device computes, next to float64: attention's kernels, the network, norms and rotation, CUDA graphs.
+"""What the device computes, next to float64: attention's kernels, and the network in each way to compute it.
 
-`gradients` and the two cases of training are in files of their own. A case yields comparisons: each an error, its limit
+The other cases are in files of their own (`ELSEWHERE`). A case yields comparisons: each an error, its limit
 and whether it holds. The error is the distance from the expected values, relative to their size, both as 2-norms.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
@@ -21,18 +22,18 @@ from benchmarks.suite_items import CONFIGS, SMALL_NETWORK
 from jitscale.config import CHOICES, Config, EngineConfig
 from jitscale.errors import ConfigError, UserError, first_line
 from jitscale.model.attention import KERNELS, choose_kernel
-from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
-from jitscale.model.layers import NORM_EPS
 from jitscale.parallel import choose_device
 
-ELSEWHERE = {"gradients": "correct_gradients", "training": "correct_training", "training-zero": "correct_training"}
+ELSEWHERE = {"gradients": "correct_gradients", "norms": "correct_norms", "graphs": "correct_graphs"}
+ELSEWHERE |= {"training": "correct_training", "training-zero": "correct_training"}
 ROUNDED = 0.006  # results of bf16 arithmetic inside float32: a rounding at the beginning and one at the end
 KERNEL_LIMIT = 0.02  # attention in bf16, whose weights are rounded too
 WORSE_THAN_PLAIN = 1.5  # the network's error may be so many times that of plain bf16 arithmetic
 FLOAT8_WORSE = 20.0
 DRAWS = {"smoke": 8, "whole": 64}  # of dropout
+GRAPH_PASSES = 3
 WEIGHTS_DEVIATION = 0.02  # of what a fresh network sets to zero
 
 
@@ -55,16 +56,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = ["run.max_steps=1000", "tracking.wandb=off", *(SMALL_NETWORK if options.smoke else [])]
     config = measuring.read_config(CONFIGS["h"], settings)
     device = choose_device(config.run.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
     if options.case in ELSEWHERE:
         module = importlib.import_module(f"benchmarks.{ELSEWHERE[options.case]}")
-        return module.measure(options, config, device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+        found: dict[str, Any] = module.measure(options, config, device)
+        return found
     cases: dict[str, Callable[..., Iterator[Comparison]]] = {
         "attention": _attention,
         "network": _network,
         "network-compiled": partial(_network, compiled=True),
-        "norms": _norms,
-        "graphs": _graphs,
     }
     return result_of(list(cases[options.case](config, device, "smoke" if options.smoke else "whole")))
 
@@ -157,17 +157,18 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
     model = replace(config.model, depth=3, in_context_start=1, attn_dropout=0.0, proj_dropout=0.0)
     batch = 2 if size == "smoke" else 8
     torch.manual_seed(0)
-    exact = _random_network(replace(config, model=model)).to(device)
+    exact = random_network(replace(config, model=model)).to(device)
     stored = {name: value.clone() for name, value in exact.state_dict().items()}
     z, gradient = (torch.randn(batch, 3, model.image_size, model.image_size, device=device) for _ in range(2))
     t, y = torch.rand(batch, device=device), torch.randint(model.num_classes, (batch,), device=device)
     for block in exact.blocks:
         block.attn.kernel = exact_attention  # type: ignore[union-attr]
-    expected = _passes(exact.double(), z.double(), t.double(), y, gradient.double())
+    expected = _differentiated(exact.double(), z.double(), t.double(), y, gradient.double())
     plain: dict[str, float] = {}  # errors of plain bf16 arithmetic
-    for label, changes in _ways():
+    for label, changes in ways():
         if label != "plain" and changes.get("compile", False) != compiled:
             continue
+        graphs = changes.get("cuda_graphs", False)
         unknown = [name for name in changes if name not in {field.name for field in fields(EngineConfig)}]
         wrong = [f"{k}={v}" for k, v in changes.items() if v not in CHOICES.get(f"engine.{k}", (v,))]
         if unknown or wrong:
@@ -175,14 +176,24 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
             continue
         network = JiT(model, config.diffusion).to(device).train()
         network.load_state_dict(stored)
-        engine = replace(config.engine, **{"precision": "autocast", "align": False, "compile": False, **changes})
+        fixed = {"precision": "autocast", "align": False, "compile": False, "cuda_graphs": False}
+        engine = replace(config.engine, **{**fixed, **changes})
         try:
-            execution = prepare(network, engine, device, training=True)
-            with torch.autocast(device.type, torch.bfloat16):
-                found = _passes(network, z, t, y, gradient)
+            execution = prepare(network, engine, device, training=True, batch=batch)
+            with counted_replays() as replays:
+                # The first pass takes the ordinary way, the second is captured: what is compared is replayed.
+                for _ in range(GRAPH_PASSES - 1 if graphs else 0):
+                    _pass(network, torch.randn_like(z), torch.rand_like(t), y.flip(0), torch.randn_like(gradient))
+                    network.zero_grad()
+                found = _pass(network, z, t, y, gradient)
         except (UserError, RuntimeError) as error:
-            yield Comparison(label, None, 0.0, first_line(error))
+            # There are graphs on every GPU, so that an error of theirs is no absence.
+            failed = graphs and not isinstance(error, UserError)
+            yield Comparison(label, float("inf") if failed else None, 0.0, first_line(error))
             continue
+        if graphs:
+            missing = 2 * model.depth * (GRAPH_PASSES - 1) - len(replays)
+            yield Comparison(f"{label}: passes of blocks without a graph", float(abs(missing)), 0.0)
         errors = {name: distance(found[name], expected[name]) for name in expected}
         plain = plain or errors
         times = FLOAT8_WORSE if "float8" in changes else WORSE_THAN_PLAIN
@@ -194,9 +205,9 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
         yield Comparison(f"{label}: {worst}, times the error of plain bf16", times_plain, 2 * times)
 
 
-def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
+def ways() -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and settings of `engine`; the first is plain bf16 arithmetic, with which the others are compared."""
-    yield "plain", {"attention": "reference"}
+    yield "plain", {"attention": "reference", "fused_kernels": "torch"}
     for name in CHOICES["engine.attention"]:
         yield f"attention={name}", {"attention": name}
     yield "align", {"align": True}
@@ -206,12 +217,15 @@ def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("torch", "triton"):
         yield f"fused_kernels={name}", {"fused_kernels": name}
         yield f"compile, align, fused_kernels={name}", {"fused_kernels": name, "compile": True, "align": True}
-    yield "compile, align, cuda_graphs", {"compile": True, "align": True, "cuda_graphs": True}
+    for changes in ({}, {"compile": True, "align": True}):
+        label = ", ".join([*changes, "cuda_graphs"])
+        yield label, {**changes, "cuda_graphs": True}
+        yield f"{label}, recomputed", {**changes, "cuda_graphs": True, "activation_checkpointing": 1}
     yield "float8", {"align": True, "float8": True}
 
 
-def _random_network(config: Config) -> JiT:
-    """A network none of whose weights are zero, so that every part has an influence."""
+def random_network(config: Config) -> JiT:
+    """A network, ready to train, none of whose weights are zero, so that every part has an influence."""
     network = JiT(config.model, config.diffusion).train()
     for name, parameter in network.named_parameters():
         if not parameter.any():
@@ -220,7 +234,12 @@ def _random_network(config: Config) -> JiT:
     return network
 
 
-def _passes(network: JiT, z: Tensor, t: Tensor, y: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+def _pass(network: JiT, z: Tensor, t: Tensor, y: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    with torch.autocast(z.device.type, torch.bfloat16):
+        return _differentiated(network, z, t, y, gradient)
+
+
+def _differentiated(network: JiT, z: Tensor, t: Tensor, y: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     """The prediction, each parameter's gradient, and all gradients in one vector."""
     prediction = network(z, t, y)
     prediction.backward(gradient.to(prediction.dtype))
@@ -229,84 +248,18 @@ def _passes(network: JiT, z: Tensor, t: Tensor, y: Tensor, gradient: Tensor) -> 
     return {"output": prediction, "gradients": whole, **{f"gradient of {name}": each for name, each in found.items()}}
 
 
-def _norms(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """Norm and rotation of q and k as a block computes them, from the same bf16 product."""
-    batch = 2 if size == "smoke" else 16
-    for label, changes in _ways():
-        if label != "plain" and "fused_kernels" not in changes:
-            continue
-        if "fused_kernels" in changes and "engine.fused_kernels" not in CHOICES:
-            yield Comparison(label, None, 0.0, "this checkout has no engine.fused_kernels")
-            continue
-        torch.manual_seed(0)
-        model = replace(config.model, depth=1, in_context_start=0)
-        network = _random_network(replace(config, model=model)).to(device)
-        attention = network.blocks[0].attn
-        with torch.no_grad():
-            for norm in (attention.q_norm, attention.k_norm):  # type: ignore[union-attr]
-                norm.weight.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
-        engine = replace(config.engine, **{"precision": "autocast", "align": False, **changes, "compile": False})
-        try:
-            prepare(network, engine, device, training=True)
-        except ConfigError as error:
-            yield Comparison(label, None, 0.0, first_line(error))
-            continue
-        yield from _compare_norms(label, network, batch)
+@contextmanager
+def counted_replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
+    """Keep each CUDA graph that is replayed inside the `with` statement, once for each time."""
+    replays: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
 
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(graph)
+        replay(graph)
 
-def _compare_norms(label: str, network: JiT, batch: int) -> Iterator[Comparison]:
-    attention: Any = network.blocks[0].attn
-    seen: dict[str, Tensor] = {}
-
-    def keep_queries_and_keys(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        seen["q"], seen["k"] = q, k
-        return v
-
-    def keep_product(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        seen["qkv"] = output.detach().requires_grad_()
-        return seen["qkv"]
-
-    attention.kernel = keep_queries_and_keys
-    attention.qkv.register_forward_hook(keep_product)
-    rope = network.rope
-    x = torch.randn(batch, rope.shape[1], network.config.hidden_size, device=rope.device)
-    with torch.autocast(rope.device.type, torch.bfloat16):
-        attention(x, rope)
-    weights = (attention.q_norm.weight, attention.k_norm.weight)
-    gradients = [torch.randn_like(seen[name]) for name in "qk"]
-    found = torch.autograd.grad([seen["q"], seen["k"]], [seen["qkv"], *weights], gradients)
-    qkv = seen["qkv"].detach().double().requires_grad_()
-    exact_weights = [weight.detach().double().requires_grad_() for weight in weights]
-    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-    exact = [_exact_norm_and_rotation(x, w, rope.double()) for x, w in zip((q, k), exact_weights, strict=True)]
-    expected = torch.autograd.grad(exact, [qkv, *exact_weights], [gradient.double() for gradient in gradients])
-    results = [seen["q"], seen["k"], *found]
-    names = ("q", "k", "gradient of the product", "gradient of q's weight", "gradient of k's weight")
-    for name, a, b in zip(names, results, [*exact, *expected], strict=True):
-        yield Comparison(f"{label}: {name}", distance(a, b), ROUNDED)
-
-
-def _exact_norm_and_rotation(x: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
-    """RMS norm and axial rotation of (B, N, H, D) in float64, by their formulas."""
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * weight
-    cos, sin = rope[:, :, None]
-    exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cos + exchanged * sin
-
-
-@torch.no_grad()
-def _graphs(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """Predictions by one CUDA graph, next to the same network without: at two sizes of a batch, with new inputs."""
-    if device.type != "cuda":
-        raise UserError("CUDA graphs need a GPU")
-    model = replace(config.model, depth=3, in_context_start=1)
-    torch.manual_seed(0)
-    network = _random_network(replace(config, model=model)).to(device).eval()
-    prepare(network, replace(config.engine, precision="autocast"), device, training=False)
-    graphs = CudaGraphs(network.forward)
-    with torch.autocast(device.type, torch.bfloat16):
-        for batch, again in product((2, 8), range(3)):
-            z = torch.randn(batch, 3, model.image_size, model.image_size, device=device)
-            t, y = torch.rand(batch, device=device), torch.randint(model.num_classes, (batch,), device=device)
-            error = distance(graphs(z, t, y), network(z, t, y))
-            yield Comparison(f"{batch} images, replayed {again} times before", error, 1e-3)
+    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign, assignment]
+    try:
+        yield replays
+    finally:
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]

@@ -1,14 +1,12 @@
 """A search for values that are not finite in attention's output and gradients: many passes on random inputs."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.correct import Comparison, result_of
 from jitscale.config import Config
@@ -74,20 +72,7 @@ def _not_finite(
 
 
 def _kernels(device: torch.device) -> dict[str, Kernel]:
-    """torch's kernels by name on GPUs, and those of packages; on CPUs only what the project calls."""
+    """On GPUs each kernel that is one, on CPUs torch's own choice."""
     if device.type != "cuda":
         return {"sdpa": KERNELS["sdpa"]}
-    named: dict[str, Kernel] = {
-        "torch's cuDNN": _only(SDPBackend.CUDNN_ATTENTION),
-        "torch's FlashAttention-2": _only(SDPBackend.FLASH_ATTENTION),
-    }
-    return named | {name: kernel for name, kernel in KERNELS.items() if name.startswith("flash-attn")}
-
-
-def _only(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
-
-    return kernel
+    return {name: kernel for name, kernel in KERNELS.items() if name not in ("sdpa", "reference")}

@@ -7,32 +7,42 @@ from typing import Any
 from benchmarks.correct import describe_comparison
 from benchmarks.measuring import CONDITIONS
 from benchmarks.profile import NAME_LENGTH
-from benchmarks.suite import DONE, read_results
+from benchmarks.suite import DONE, RESULTS, read_results
 from benchmarks.suite_items import items
-from jitscale.errors import UserError
+from jitscale.errors import UserError, first_line
 
 Records = dict[str, dict[str, Any]]
 BASE = "step-h-64"  # what the switches are compared with
 OPERATORS_LENGTH = 40
+AS_GRAPHS = "blocks as CUDA graphs"  # in what a network says of its execution
 
 
 def report(folder: Path) -> str:
-    """All tables for which there are results in `folder`. Raises a UserError if there are none."""
+    """All tables for which there are results in `folder`.
+
+    Raises a UserError if there are none, or one has not the numbers that the tables need.
+    """
     records = read_results(folder)
     if not records:
         raise UserError(f"{folder}: no results there; run `tools/benchmark.py suite --out {folder}` first")
     done = {name: record["result"] for name, record in records.items() if record["status"] == DONE}
-    sections = [
-        _conditions(records, done),
-        _steps(done),
-        _switches(done),
-        *(_profile(name, found) for name, found in done.items() if found["command"] == "profile"),
-        _correct(done),
-        _samples(done),
-        _attention(done),
-        _multi(done),
-        _failures(records),
-    ]
+    try:
+        sections = [
+            _conditions(records, done),
+            _steps(done),
+            _switches(done),
+            *(_profile(name, found) for name, found in done.items() if found["command"] == "profile"),
+            _correct(done),
+            _samples(done),
+            _attention(done),
+            _multi(done),
+            _failures(records),
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"a result there lacks what the tables need ({type(error).__name__}: {first_line(error)})"
+        raise UserError(
+            f"{folder / RESULTS}: {what}; another version wrote it, so measure into another folder"
+        ) from error
     return "\n\n".join(section for section in sections if section)
 
 
@@ -62,14 +72,14 @@ def _counted(members: list[str]) -> str:
 
 
 def _steps(done: Records) -> str:
-    rows = []
+    rows, engines = [], set()
     for item in items():
         found = done.get(item.name)
-        if item.command != "step" or item.settings or found is None:
+        if item.command != "step" or item.changes or found is None:
             continue
+        engines.add(found["engine"])
         rows.append([_label(item.name), _speed(found), _use(found), f"{_memory(found)}; {_beside(found)}"])
     head = ["", "images/s, step (range)", "MFU; share of a large product", "peak memory; the authors' way"]
-    engines = {found["engine"] for name, found in done.items() if name.startswith("step-")}
     return _section("A training step", f"Engine: {'; '.join(sorted(engines))}.", table(head, rows))
 
 
@@ -77,13 +87,13 @@ def _switches(done: Records) -> str:
     base, rows = done.get(BASE), []
     for item in items():
         found = done.get(item.name)
-        if item.command != "step" or not item.settings or found is None:
+        if item.command != "step" or not item.changes or found is None:
             continue
         plain = done.get("-".join(item.name.split("-")[:3]))
         ratio = found["images_per_second"] / plain["images_per_second"] if plain else None
         clocks = found["mfu_of_matmul"] / plain["mfu_of_matmul"] if plain else None
         compared = "not compared" if ratio is None else f"{ratio:.3f} ({clocks:.3f})"
-        rows.append([f"{_label(item.name)}: {' '.join(item.settings)}", _speed(found), compared, _memory(found)])
+        rows.append([f"{_label(item.name)}: {' '.join(item.changes)}", _speed(found), compared, _memory(found)])
     text = "Each is compared with the step of the same size without the switch. In brackets stands the ratio of "
     text += "what both reach of a large product in their own process, since clocks differ between runs."
     if base is not None:
@@ -105,7 +115,10 @@ def _profile(name: str, found: dict[str, Any]) -> str:
     kinds = [[kind, *_work(group)] for kind, group in found["kinds"].items()]
     kernels = [[_kernel_label(group), *_work(group)] for group in found["kernels"]]
     kernels.append(["all others", f"{found['kernels_left_out_ms']:.2f} ms", "", ""])
-    title = f"Where a step goes: {_label(name)} ({found['engine']})"
+    if AS_GRAPHS in found["execution"]:
+        text += " Nothing is known about the work of kernels that a CUDA graph starts."
+    changes = next((item.changes for item in items() if item.name == name), ())
+    title = f"Where a step goes: {_label(name)} ({', '.join([found['engine'], *changes])})"
     return _section(title, text, f"{table(head, kinds)}\n\n{table(head, kernels)}")
 
 

@@ -19,6 +19,7 @@ from benchmarks import measuring
 from benchmarks.measuring import Stopwatch, Table
 from benchmarks.plain import RandomBatch, Training, plain_training
 from benchmarks.reference import reference_step
+from benchmarks.suite_items import TRAINER_NEEDS
 from jitscale.config import Config
 from jitscale.errors import UserError, first_line
 from jitscale.model.execution import prepare
@@ -35,8 +36,6 @@ PARTS = {
     "tracking": "tracking, logged every step",
     "rest": "rest: draws, noise, loss, engine around forward",
 }
-# Packages that only the trainer needs.
-TRAINER_NEEDS = ("deepspeed", "omegaconf", "fsspec", "PIL", "safetensors", "simplejpeg", "webdataset", "braceexpand")
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 5}  # between two waits for the device
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal"}
 WAITING_CALLS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}

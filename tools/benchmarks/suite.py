@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks import measuring
 from benchmarks.suite_items import SMOKE_SECONDS, Item, chosen
-from jitscale.errors import INTERRUPTED, ExitCode, UserError
+from jitscale.errors import INTERRUPTED, ExitCode, StorageError, UserError, first_line
 from jitscale.files import atomic_write
 
 RESULTS = "results.json"
@@ -34,6 +35,7 @@ SPARE_SECONDS = 8.0  # of the call's time, to end an item and this process
 # What becomes of an item. What is skipped or later has no record, and the next call looks at it again.
 DONE, REFUSED, FAILED, MEMORY, SLOW = "done", "refused", "failed", "out of memory", "too slow"
 SKIPPED, LATER = "skipped", "later"
+RECORD = {"status": str, "smoke": bool, "source": str}  # keys of each record, and their types
 # So that an item is ended with all that it has started, and none outlives the session of this process.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 _MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
@@ -41,11 +43,24 @@ _ERROR = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen items that have no result yet, while there is time."""
+    """Run the chosen items that have no result yet, while there is time.
+
+    With --list nothing runs and nothing is written. Raises a UserError if --out is no folder, holds results of the
+    other sizes or damaged ones, or the wheels cannot be used.
+    """
     ends = time.monotonic() + 60 * options.minutes - SPARE_SECONDS
     folder: Path = options.out
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
     kept = read_results(folder)
+    if any(record["smoke"] != options.smoke for record in kept.values()):
+        sizes = "results of real sizes" if options.smoke else "results of --smoke, which say nothing about speed"
+        raise UserError(f"--out {folder}: holds {sizes}; choose another folder")
+    if options.list:
+        return _outcome(folder, _listed(options, kept))
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"--out {folder}: cannot be made a folder ({error.strerror}); choose another"
+        raise StorageError.of(error, why) from error
     checkout = {"source": _digest_of_sources(), "smoke": options.smoke}
     with _ending_on_signals(), _installed_wheels(options.wheels) as site:
         gpus = _count_gpus()
@@ -54,13 +69,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for item in chosen(options.parts):
             known = kept.get(item.name)
             again = known is not None and options.retry and known["status"] != DONE
-            if known is not None and known["smoke"] == options.smoke and not again:
+            if known is not None and not again:
                 states[item.name] = known["status"]
                 continue
             reason = item.obstacle(gpus, smoke=options.smoke)
-            if reason is None and options.list:
-                states[item.name] = LATER
-                continue
             if reason is not None:
                 states[item.name] = f"{SKIPPED}: {reason}"
                 continue
@@ -78,7 +90,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             kept[item.name] = {"part": item.part, **record, **checkout}
             _write(folder, kept)
             states[item.name] = record["status"]
+    return _outcome(folder, states)
+
+
+def _outcome(folder: Path, states: dict[str, str]) -> dict[str, Any]:
     return {"items": states, "folder": str(folder), "report": f"python tools/benchmark.py report {folder}"}
+
+
+def _listed(options: argparse.Namespace, kept: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What would become of each item."""
+    carried = set() if options.wheels is None else _modules_of(_wheels_in(options.wheels))
+    gpus = _count_gpus()
+    states = {}
+    for item in chosen(options.parts):
+        reason = item.obstacle(gpus, smoke=options.smoke, carried=carried)
+        known = kept.get(item.name)
+        states[item.name] = known["status"] if known else LATER if reason is None else f"{SKIPPED}: {reason}"
+    return states
 
 
 def describe(result: dict[str, Any]) -> measuring.Table:
@@ -95,9 +123,32 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())["items"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no file of results ({error}); move it away") from error
+        held = json.loads(path.read_text())
+        fault = _fault_of(held)
+    except (ValueError, RecursionError) as error:
+        held, fault = {}, first_line(error)
+    except OSError as error:
+        raise StorageError.of(error, f"{path}: cannot be read ({error.strerror}); move it away") from error
+    if fault is not None:
+        raise UserError(f"{path}: is no file of results ({fault}); move it away")
+    items: dict[str, dict[str, Any]] = held["items"]
+    return items
+
+
+def _fault_of(held: Any) -> str | None:
+    """What a file of results lacks; None if nothing."""
+    if not isinstance(held, dict) or not isinstance(held.get("items"), dict):
+        return "it has no items"
+    for name, record in held["items"].items():
+        if not isinstance(record, dict):
+            return f"{name} is no record"
+        wanted = RECORD | ({"result": dict} if record.get("status") == DONE else {"reason": str})
+        for key, kind in wanted.items():
+            if not isinstance(record.get(key), kind):
+                return f"{name} has no {key}" if key not in record else f"{name} has an impossible {key}"
+        if record["status"] == DONE and not isinstance(record["result"].get("command"), str):
+            return f"the result of {name} has no command"
+    return None
 
 
 def _write(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
@@ -190,9 +241,7 @@ def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
     if wheels is None:
         yield None
         return
-    files = sorted(map(str, wheels.glob("*.whl")))
-    if not files:
-        raise UserError(f"--wheels {wheels}: no *.whl there; give a folder of wheels for this Python")
+    files = list(map(str, _wheels_in(wheels)))
     with tempfile.TemporaryDirectory(prefix="jitscale_wheels_") as site:
         options = [
             "--quiet",
@@ -212,6 +261,25 @@ def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
             yield Path(site)
         finally:
             sys.path.remove(site)
+
+
+def _wheels_in(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.whl"))
+    if not files:
+        raise UserError(f"--wheels {folder}: no *.whl there; give a folder of wheels for this Python")
+    return files
+
+
+def _modules_of(wheels: list[Path]) -> set[str]:
+    """The names of packages and modules that `wheels` hold, without installing them."""
+    names: set[str] = set()
+    for wheel in wheels:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names |= {name.partition("/")[0].partition(".")[0] for name in archive.namelist()}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"--wheels {wheel}: is no wheel ({error}); remove it, or get it again") from error
+    return names
 
 
 def _count_gpus() -> int:

@@ -14,7 +14,7 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.config import ema_name
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import measure_points
-from jitscale.evaluation.generate import ready_to_sample
+from jitscale.evaluation.generate import ready_on_all_ranks
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.figures import curve_over, figure, plus_minus
 from jitscale.model.jit import JiT
@@ -52,7 +52,7 @@ class Sweep(Task):
         ]
 
         def network(name: str) -> JiT:
-            return ready_to_sample(stored.network(name, world.device), config, world.device)
+            return ready_on_all_ranks(stored.network(name, world.device), config, world)
 
         settings = sweep_points(config, stored.weight_sets)
         results = measure_points(settings, network, Evaluator(config, world, folder / self.name), neighbours=False)

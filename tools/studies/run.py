@@ -18,7 +18,7 @@ from jitscale.config import Config, load_config
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
-from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample, tile
+from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
 from jitscale.model.flops import training_flops
 from jitscale.training.trainer import train
 from studies.tasks import Task
@@ -90,7 +90,7 @@ class Run(Task):
     def _measure(self, path: Path, folder: Path, world: parallel.World) -> dict[str, Any]:
         config = self.load(folder, *self.evaluation)
         weights = config.evaluation.weights
-        model = ready_to_sample(open_weights(path).network(weights, world.device), config, world.device)
+        model = ready_on_all_ranks(open_weights(path).network(weights, world.device), config, world)
         result = evaluate_model(model, weights, config, world, folder / "measured")
         numbers = {key: value for key, value in result.items() if key != "protocol"}
         if self.strip:

@@ -24,7 +24,10 @@ DEVIATIONS = 6  # of the share that dropout keeps, from what it should be
 
 @dataclass(frozen=True)
 class FusedKernels:
-    """The operators of a block, for `layers.Attention` and `layers.SwiGLU`; None stands for torch's code."""
+    """The operators that Triton computes; None stands for torch's code.
+
+    `split_heads` is for `layers.Attention`, `gated` for `layers.SwiGLU`, `residual` for the blocks and the final layer.
+    """
 
     name: str  # triton or torch
     version: str  # of triton; empty for torch
@@ -54,8 +57,8 @@ class Shapes:
 def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKernels:
     """The kernels `asked`: triton, torch, or for "auto" Triton's on GPUs in bf16 if they pass a probe.
 
-    The probe runs the heads' operator at every number of tokens and the gate's at every dropout, forward and backward,
-    and compares with torch's code in float32. Nothing is drawn from the default generators.
+    The probe runs the heads' operator at every number of tokens, and the gate's and the residual's at every dropout,
+    forward and backward, and compares with torch's code in float32. Nothing is drawn from the default generators.
     Raises a ConfigError that says why, if Triton's kernels were asked for and do not work.
     """
     if asked == "torch":

@@ -1,8 +1,7 @@
 """The gate of the feed-forward layer, silu(gate) * value, with dropout: Triton kernels.
 
 In float32 and rounded once. Forward reads the two halves and writes their product, backward reads the halves and the
-product's gradient and writes the gradient of both halves. Which elements are dropped is a function of a seed, and is
-computed again in the backward pass instead of stored.
+product's gradient and writes the gradient of both halves.
 
 Shapes: M rows, I inner width.
 """
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from jitscale.model.fused.dropping import dropping, kept, random_words
+
 
 class Launch(NamedTuple):
     """How a kernel is laid over the GPU."""
@@ -31,37 +32,27 @@ class Launch(NamedTuple):
 FORWARD = Launch(columns=512, warps=2)
 BACKWARD = Launch(columns=512, warps=2)
 GROUP = 8  # rows of a program: one call of the random generator gives 128 bits, 16 for each row of a column
-LEVELS = 1 << 16  # so many probabilities of being dropped there are
-ROUNDS = tl.constexpr(7)  # of Philox; enough for all of TestU01 (Salmon et al. 2011, section 4, table 2)
 
 
 @triton.jit
 def _random(seed, group, column, THRESHOLD: tl.constexpr):
     """Four words (columns,): row 2 i of the group takes the low half of word i, row 2 i + 1 the high half."""
     if THRESHOLD > 0:
-        zero = column * 0
-        return tl.philox(tl.load(seed), column, zero + group, zero, zero, ROUNDS)
+        return random_words(tl.load(seed), column, group)
     else:
         return column, column, column, column
 
 
 @triton.jit
-def _kept(x, half, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    if THRESHOLD > 0:
-        x = tl.where((half & 0xFFFF) >= THRESHOLD, x * SCALE, 0.0)
-    return x
-
-
-@triton.jit
 def _forward_one(gate, value, half, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
     gate = gate.to(tl.float32)
-    return _kept(gate * tl.sigmoid(gate) * value.to(tl.float32), half, THRESHOLD, SCALE)
+    return kept(gate * tl.sigmoid(gate) * value.to(tl.float32), half, THRESHOLD, SCALE)
 
 
 @triton.jit
 def _backward_one(g, gate, value, half, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
     """Gradients of gate and value."""
-    g = _kept(g.to(tl.float32), half, THRESHOLD, SCALE)
+    g = kept(g.to(tl.float32), half, THRESHOLD, SCALE)
     gate = gate.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     return g * value.to(tl.float32) * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
@@ -158,8 +149,7 @@ def _shape(h: Tensor, dropout: float, columns: int) -> tuple[int, int, dict[str,
     """M, the number of programs, and the kernels' constants."""
     inner = h.shape[-1] // 2
     rows = h.numel() // (2 * inner)
-    threshold = min(round(dropout * LEVELS), LEVELS - 1)
-    constants = {"WIDTH": inner, "COLUMNS": columns, "THRESHOLD": threshold, "SCALE": LEVELS / (LEVELS - threshold)}
+    constants = {"WIDTH": inner, "COLUMNS": columns, **dropping(dropout)}
     return rows, (rows + GROUP - 1) // GROUP * ((inner + columns - 1) // columns), constants
 
 

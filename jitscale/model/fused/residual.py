@@ -2,8 +2,7 @@
 
 In float32 and rounded once. Forward reads the stream and the branch and writes their sum and its norm; backward writes
 the gradients of both. An image's sums over its tokens leave the backward kernel in parts, which are added in a fixed
-order, so that two runs agree bit by bit. What dropout keeps is a function of a seed, and is computed again in the
-backward pass instead of stored.
+order, so that two runs agree bit by bit.
 
 Shapes: B images, N tokens, C hidden size. A program has one token, and in the backward pass several of one image.
 """
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from jitscale.model.fused.dropping import dropping, kept, random_words
 from jitscale.model.layers import NORM_EPS, ResidualKernels
 
 
@@ -36,20 +36,15 @@ FORWARD = Launch(warps=4)
 # The fastest of those tried on an H200 at 64 x 288 tokens, 768 and 1280 wide. Reading ahead is what counts.
 BACKWARD = {1024: Launch(warps=4, tokens=36, stages=3)}  # by C, rounded up to a power of two
 WIDE_BACKWARD = Launch(warps=4, tokens=72, stages=4)
-LEVELS = 1 << 16  # so many probabilities of being dropped there are
-ROUNDS = tl.constexpr(7)  # of Philox; enough for all of TestU01 (Salmon et al. 2011, section 4, table 2)
 
 
 @triton.jit
-def _kept(seed, row, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """What dropout multiplies the elements of a row by: 0, or 1 / (1 - probability)."""
-    # One call of the generator makes 128 bits, 16 for each element.
-    number = tl.arange(0, BLOCK // 8)
-    zero = number * 0
-    a, b, c, d = tl.philox(seed, number, zero + row.to(tl.int32), zero, zero, ROUNDS)
+def _bits(seed, row, BLOCK: tl.constexpr):
+    """16 random bits for each element of a row, (BLOCK,)."""
+    # One call of the generator makes 128 bits.
+    a, b, c, d = random_words(seed, tl.arange(0, BLOCK // 8), row.to(tl.int32))
     word = tl.join(tl.join(a, b), tl.join(c, d))
-    bits = tl.reshape(tl.join(word & 0xFFFF, word >> 16), (BLOCK,))
-    return tl.where(bits >= THRESHOLD, SCALE, 0.0)
+    return tl.reshape(tl.join(word & 0xFFFF, word >> 16), (BLOCK,))
 
 
 @triton.jit
@@ -73,7 +68,6 @@ def _forward(
     EPS: tl.constexpr,
     BRANCH: tl.constexpr,
     NORM: tl.constexpr,
-    DROP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -83,8 +77,8 @@ def _forward(
     value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         added = tl.load(branch + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        if DROP:
-            added *= _kept(tl.load(seed), row, THRESHOLD, SCALE, BLOCK)
+        if THRESHOLD > 0:
+            added = kept(added, _bits(tl.load(seed), row, BLOCK), THRESHOLD, SCALE)
         added *= tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = (value + added).to(out.dtype.element_ty)
         tl.store(out + row * width + columns, rounded, mask=inside)
@@ -120,7 +114,6 @@ def _backward(
     EPS: tl.constexpr,
     BRANCH: tl.constexpr,
     NORM: tl.constexpr,
-    DROP: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,7 +130,7 @@ def _backward(
         factor *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         gated = tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if DROP:
+    if THRESHOLD > 0:
         drawn = tl.load(seed)
     for number in tl.range(0, ROWS, num_stages=STAGES):
         token = part * ROWS + number
@@ -159,13 +152,11 @@ def _backward(
             tl.store(grad_x + places, gradient.to(grad_x.dtype.element_ty), mask=here)
         if BRANCH:
             added = tl.load(branch + places, mask=here, other=0.0).to(tl.float32)
-            if DROP:
-                kept = _kept(drawn, row, THRESHOLD, SCALE, BLOCK)
-                by_gate += gradient * added * kept
-                tl.store(grad_branch + places, (gradient * gated * kept).to(grad_branch.dtype.element_ty), mask=here)
-            else:
-                by_gate += gradient * added
-                tl.store(grad_branch + places, (gradient * gated).to(grad_branch.dtype.element_ty), mask=here)
+            of_branch = gradient
+            if THRESHOLD > 0:
+                of_branch = kept(gradient, _bits(drawn, row, BLOCK), THRESHOLD, SCALE)
+            by_gate += of_branch * added
+            tl.store(grad_branch + places, (of_branch * gated).to(grad_branch.dtype.element_ty), mask=here)
     target = sums + (image * parts + part) * width + columns
     step = tl.num_programs(1).to(tl.int64) * parts * width
     if NORM:
@@ -179,9 +170,8 @@ COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs t
 
 
 def _constants(probability: float, width: int, *, branch: bool, norm: bool) -> dict[str, Any]:
-    threshold = round(probability * LEVELS)
-    drop = {"DROP": threshold > 0, "THRESHOLD": threshold, "SCALE": LEVELS / (LEVELS - threshold)}
-    return {"BRANCH": branch, "NORM": norm, "EPS": NORM_EPS, "BLOCK": triton.next_power_of_2(width), **drop}
+    sizes = {"EPS": NORM_EPS, "BLOCK": triton.next_power_of_2(width)}
+    return {"BRANCH": branch, "NORM": norm, **sizes, **dropping(probability)}
 
 
 def _image_stride(of_image: Tensor | None) -> int:

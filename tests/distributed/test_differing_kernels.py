@@ -1,0 +1,23 @@
+"""Ranks that share the sampling compute in the same way, or none of them samples."""
+
+import json
+
+import pytest
+
+from tests.support.processes import PROGRAMS, run_ranks
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("reference", "how the network samples is not the same on all ranks (rank 0: attention=sdpa torch "),
+        ("flash-attn", "engine.attention=flash-attn does not work here ("),
+    ],
+)
+def test_every_rank_refuses_to_sample_with_another_kernel(other: str, message: str) -> None:
+    """Also where only one rank has no such kernel: none waits for it."""
+    said = run_ranks(2, str(PROGRAMS / "differing_kernels.py"), "sdpa", other, timeout=120)
+    first, second = json.loads(said.splitlines()[-1])
+    assert first == second
+    assert len(first) == 2, "alone, and as a measurement in training"
+    assert all(text.startswith(message) for text in first)

@@ -1,0 +1,53 @@
+"""What measurements while training leave on the device."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from jitscale.config import Config, EngineConfig, EvaluationConfig
+from jitscale.evaluation.evaluator import Evaluator
+from jitscale.model.jit import JiT
+from jitscale.parallel import World
+from jitscale.training.measurements import Measurements
+from jitscale.training.state import RunState
+from tests.support.tiny import MODEL
+
+CPU = torch.device("cpu")
+
+
+def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each measurement has a copy of its own, ready to sample, and the run keeps none, however a measurement ends."""
+    config = Config(model=MODEL, engine=EngineConfig(precision="fp32"), evaluation=EvaluationConfig(weights="model"))
+    config.run.dir = str(tmp_path)
+    world, guide = World(0, 1, 0, CPU), JiT(MODEL).eval()
+    copies: list[weakref.ref[JiT]] = []
+    digests: list[dict[str, Any]] = []
+
+    def measure(self: Evaluator, model: JiT, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        assert self.guide is not None
+        assert self.guide is not guide
+        assert not self.guide.training
+        copies.append(weakref.ref(self.guide))
+        digests.append(self._guide_digest)
+        if len(copies) > 1:
+            raise RuntimeError("broken")
+        return [{"fid": 1.0, "num_images": 10}]
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    for name in ("Embedder", "reference_of"):
+        monkeypatch.setattr(f"jitscale.evaluation.evaluator.{name}", Mock())
+    engine = Mock()
+    engine.gather.side_effect = lambda _: {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
+    saved = (engine, Mock(), RunState(), Mock())
+    measured = Measurements(config, world, Mock(), *saved, guide, 100, lambda: None)
+    monkeypatch.setattr(measured, "caution_about", Mock())
+    measured.on_few_images()
+    assert [copy() for copy in copies] == [None]
+    with pytest.raises(RuntimeError, match="broken"):
+        measured.on_few_images()
+    assert measured._evaluator.guide is None
+    assert digests[0] == digests[1] != {}
