@@ -7,7 +7,19 @@ import re
 import sys
 from collections.abc import Sequence
 
-from tests.nullcuda.bench import CHECKS, EAGER, KIT, QUIET, Bench, Finished, Outcome, check, launches, to_its_end
+from tests.nullcuda.bench import (
+    CHECKS,
+    EAGER,
+    KIT,
+    MEASURE,
+    QUIET,
+    Bench,
+    Finished,
+    Outcome,
+    check,
+    launches,
+    to_its_end,
+)
 from tests.nullcuda.checks.starting import both_ranks
 
 DEPTH, MICRO_BATCHES = 4, 2  # of the small network; of its 16 images with the settings below
@@ -43,6 +55,8 @@ def training_graphs(way: str, ranks: int, settings: Sequence[str], purpose: str)
 
 training_graphs("eager", 1, EAGER, "Blocks as CUDA graphs in training, with dropout and micro-batches: eager.")
 training_graphs("compiled", 1, COMPILED, "The same: compiled blocks, as GPUs have them.")
+GRIDS = [*EAGER, *MEASURE, "evaluation.grid_every_images=32"]  # every second step
+training_graphs("released", 1, GRIDS, "The same: graphs are freed for each grid of samples, and captured again.")
 for stage in (1, 2):
     training_graphs(f"{stage}_ranks_2", 2, [*EAGER, f"engine.zero_stage={stage}"], f"The same: stage {stage}, 2 ranks.")
 
