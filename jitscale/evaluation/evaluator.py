@@ -70,8 +70,10 @@ class Evaluator:
             self.guide = None
 
     def _set_guide(self, guide: JiT | None) -> None:
-        self.guide = None if guide is None else generate.ready_on_all_ranks(guide, self.config, self.world)
-        self._guide_digest = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
+        if guide is not None:
+            generate.ready_on_all_ranks(guide, self.config, self.world)
+        self.guide: JiT | None = guide
+        self._guide_digest: dict[str, str] = {} if guide is None else {"guide_sha256": weights_digest(guide)}
 
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True
