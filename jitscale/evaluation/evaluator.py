@@ -54,6 +54,8 @@ class Evaluator:
         Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
+        self.guide: JiT | None = None
+        self._guide_digest: dict[str, str] = {}
         self._set_guide(guide)
         self.embedder = Embedder(config.evaluation, world, stop)
         self.reference = reference_of(self.embedder, config, world, run_dir)
@@ -72,8 +74,8 @@ class Evaluator:
     def _set_guide(self, guide: JiT | None) -> None:
         if guide is not None:
             generate.ready_on_all_ranks(guide, self.config, self.world)
-        self.guide: JiT | None = guide
-        self._guide_digest: dict[str, str] = {} if guide is None else {"guide_sha256": weights_digest(guide)}
+        self.guide = guide
+        self._guide_digest = {} if guide is None else {"guide_sha256": weights_digest(guide)}
 
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True
