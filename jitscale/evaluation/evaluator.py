@@ -55,6 +55,7 @@ class Evaluator:
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide: JiT | None = None
+        self._guide_digest: dict[str, str] = {}
         self._set_guide(guide)
         self.embedder = Embedder(config.evaluation, world, stop)
         self.reference = reference_of(self.embedder, config, world, run_dir)
@@ -71,8 +72,10 @@ class Evaluator:
             self.guide = None
 
     def _set_guide(self, guide: JiT | None) -> None:
-        self.guide = None if guide is None else generate.ready_on_all_ranks(guide, self.config, self.world)
-        self._guide_digest: dict[str, str] = {} if self.guide is None else {"guide_sha256": weights_digest(self.guide)}
+        if guide is not None:
+            generate.ready_on_all_ranks(guide, self.config, self.world)
+        self.guide = guide
+        self._guide_digest = {} if guide is None else {"guide_sha256": weights_digest(guide)}
 
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True

@@ -8,6 +8,7 @@ RUN/result.json                              the one that the run's config.yaml 
 RUN/sweep.svg                                its figure; those of the others lie in results/
 """
 
+import gc
 import json
 import logging
 import os
@@ -54,7 +55,10 @@ def measure_points(
         for _, together in groupby(own, key=lambda point: point.guidance_interval):
             group = list(together)
             measured += zip(group, evaluator.measure(model, group, neighbours=neighbours), strict=True)
-        del model  # before the next one is built: two large networks may not fit next to an engine
+        # Before the next one is built: two large networks may not fit next to an engine. Prepared blocks refer to
+        # themselves, so that only the collector frees them.
+        del model
+        gc.collect()
     return measured
 
 

@@ -71,6 +71,8 @@ class Measurements:
         except StorageError as error:
             if self.world.is_main:
                 logger.error("step %d: a measurement is left out, training goes on: %s", self.state.step, error)
+        finally:
+            gc.collect()  # the network; see `_evaluating`
         return True
 
     def cut_short(self) -> list[Measurement]:
@@ -102,6 +104,7 @@ class Measurements:
             self.tracker.log_image(name, grid, self.state.images)
 
         parallel.on_main(draw)
+        gc.collect()
 
     def on_few_images(self) -> None:
         """Measure the configured weights on few images, for the record of the training only."""

@@ -1,5 +1,6 @@
 """What measurements while training leave on the device."""
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
     config = Config(model=MODEL, engine=EngineConfig(precision="fp32"), evaluation=EvaluationConfig(weights="model"))
     config.run.dir = str(tmp_path)
     world, guide = World(0, 1, 0, CPU), JiT(MODEL).eval()
-    copies: list[weakref.ref[JiT]] = []
+    copies: list[weakref.ref[torch.nn.Module]] = []
+    networks: list[weakref.ref[torch.nn.Module]] = []
     digests: list[dict[str, Any]] = []
 
     def measure(self: Evaluator, model: JiT, *_: Any, **__: Any) -> list[dict[str, Any]]:
         assert self.guide is not None
         assert self.guide is not guide
         assert not self.guide.training
-        copies.append(weakref.ref(self.guide))
+        copies.append(weakref.ref(self.guide.blocks[0]))  # blocks, which are prepared, refer to themselves
+        networks.append(weakref.ref(model.blocks[0]))
         digests.append(self._guide_digest)
-        if len(copies) > 1:
+        if len(copies) == 3:
             raise RuntimeError("broken")
         return [{"fid": 1.0, "num_images": 10}]
 
@@ -45,9 +48,15 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
     saved = (engine, Mock(), RunState(), Mock())
     measured = Measurements(config, world, Mock(), *saved, guide, 100, lambda: None)
     monkeypatch.setattr(measured, "caution_about", Mock())
-    measured.on_few_images()
-    assert [copy() for copy in copies] == [None]
-    with pytest.raises(RuntimeError, match="broken"):
+    gc.disable()  # Python's own time for it is none to rely on
+    try:
         measured.on_few_images()
+        assert [copy() for copy in copies] == [None]
+        assert measured.attempt(measured.on_few_images)
+        assert [network() for network in networks] == [None, None]
+        with pytest.raises(RuntimeError, match="broken"):
+            measured.on_few_images()
+    finally:
+        gc.enable()
     assert measured._evaluator.guide is None
-    assert digests[0] == digests[1] != {}
+    assert digests[0] == digests[1] == digests[2] != {}
