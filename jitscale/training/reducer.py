@@ -41,11 +41,8 @@ class _Run(NamedTuple):
 class _Bucket:
     parameters: list[Tensor]  # as they follow each other in their groups, so that this rank's part is few runs
     owned: list[_Run]
+    elements: int
     missing: int  # gradients that the current backward pass has yet to bring
-
-    @property
-    def elements(self) -> int:
-        return sum(p.numel() for p in self.parameters)
 
 
 class Reducer:
@@ -71,7 +68,9 @@ class Reducer:
         parameter. Without `collective`, which is for one rank, nothing is summed.
         """
         self._optimizer, self._collective = optimizer, collective
-        self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
+        assert dist.group.WORLD is not None
+        self._all: dist.ProcessGroup = dist.group.WORLD  # whose own methods are quicker than torch.distributed's
+        self._ranks, self._rank = self._all.size(), self._all.rank()
         self._by_pass = optimizer.partition_gradients  # stage 2
         self._masters: list[Tensor] = optimizer.single_partition_of_fp32_groups
         places = self._places()
@@ -126,7 +125,7 @@ class Reducer:
                 else:
                     owned.append(run)
             position += parameter.numel()
-        return _Bucket(parameters, owned, len(parameters))
+        return _Bucket(parameters, owned, position, len(parameters))
 
     def _hook(self, bucket: _Bucket) -> Any:
         by_pass, is_last_pass = self._by_pass, self._optimizer.is_gradient_accumulation_boundary
@@ -175,7 +174,7 @@ class Reducer:
         device = bucket.parameters[0].device
         joined = torch.empty(bucket.elements, dtype=self._optimizer.communication_data_type, device=device)
         _take_gradients(bucket.parameters, self._optimizer.unflatten(joined, bucket.parameters), add=False)
-        self._under_way.append((bucket, joined, dist.all_reduce(joined, async_op=True)))
+        self._under_way.append((bucket, joined, self._all.allreduce([joined])))
 
     def _take_directly(self, bucket: _Bucket) -> None:
         """The same for one rank, to which all belongs."""
@@ -187,8 +186,7 @@ class Reducer:
         ]
         _take_gradients(bucket.parameters, list(chain.from_iterable(places)), add=self._adds)
         if self._collective:
-            assert dist.group.WORLD is not None
-            dist.group.WORLD.allreduce_coalesced(runs).wait()  # NCCL answers without a kernel
+            self._all.allreduce_coalesced(runs).wait()  # NCCL answers without a kernel
 
     def _end(self) -> None:
         """Bring this rank's part of the bucket that began first to where the optimizer takes it."""
