@@ -37,7 +37,7 @@ from jitscale.training.reducer import Reducer
 from jitscale.training.zero_shortcuts import skip_needless_work
 
 ALIGNED_ELEMENTS = 128  # 512 bytes: where PyTorch aligns memory of a GPU, and networks compute on what is gathered
-SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
+SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs reduce in one collective
 
 
 class ZeroEngine:
@@ -146,7 +146,7 @@ class ZeroEngine:
         if self.stage in (1, 2) and hasattr(optimizer, "single_partition_of_fp32_groups"):
             skip_needless_work(optimizer)
             if not offloaded:
-                # One rank has nothing to sum, but meets what NCCL would say, if the host is not slower than CUDA graphs.
+                # One rank has nothing to sum, but meets what NCCL says. Beside CUDA graphs the host has no time for it.
                 collective = self.world.size > 1 or (device.type == "cuda" and not self.execution.graphs)
                 Reducer(optimizer, [p for _, p in self._parameters], self._bucket_elements, collective=collective)
 
@@ -348,7 +348,7 @@ def _name_device_as_deepspeed_does(device: torch.device) -> None:
 
 def _bucket_elements(model: JiT, world: World) -> int:
     """In pieces of how many elements gradients are reduced."""
-    if world.device.type == "cpu" or world.size == 1:
+    if world.device.type == "cpu":
         return SMALL_BUCKET_ELEMENTS
     sizes = [p.numel() for p in model.parameters()]
     return reduce_bucket_elements(sum(sizes), max(sizes), world.size)

@@ -200,7 +200,7 @@ class Reducer:
         return [self._flats[run.group][run.start : run.start + run.length] for run in bucket.owned]
 
 
-def _take_gradients(parameters: Sequence[Tensor], places: Sequence[Tensor], *, add: bool) -> None:
+def _take_gradients(parameters: list[Tensor], places: list[Tensor], *, add: bool) -> None:
     """Bring gradients to `places`, which are shaped as they are, and free them."""
     absent = [place for parameter, place in zip(parameters, places, strict=True) if parameter.grad is None]
     if absent:
@@ -212,7 +212,7 @@ def _take_gradients(parameters: Sequence[Tensor], places: Sequence[Tensor], *, a
         parameter.grad = None
 
 
-def _bring(places: Sequence[Tensor], values: Sequence[Tensor], *, add: bool) -> None:
+def _bring(places: list[Tensor], values: list[Tensor], *, add: bool) -> None:
     """Copy `values` to `places`, or add them there, whatever their dtypes: in few kernels, which wants equal ones."""
     if not places:
         return
