@@ -114,7 +114,8 @@ def prepare(
         block.forward = forward  # type: ignore[method-assign, assignment]
     model.final_layer.kernels = fused.residual
     if graphs:
-        TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1)
+        # In stage 2 each backward pass copies its gradients out of the way (training/reducer.py).
+        TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1 and engine.zero_stage < 2)
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs)
 
 

@@ -78,12 +78,9 @@ class Reducer:
             self._bucket(bucket, places)
             for bucket in parallel.buckets(reversed(parameters), Tensor.numel, limit=bucket_elements)
         ]
-        ends = [
-            max(offset + parameter.numel() for parameter, (group, offset) in places.items() if group == index)
-            for index in range(len(self._masters))
-        ]
+        whole = [sum(p.numel() for p in members) for members in optimizer.round_robin_bit16_groups]
         sizes = optimizer.partition_size
-        self._filled = [max(0, end - self._rank * size) for end, size in zip(ends, sizes, strict=True)]  # else padding
+        self._filled = [max(0, end - self._rank * size) for end, size in zip(whole, sizes, strict=True)]  # else padding
         self._next = 0  # the first bucket that has not begun in this backward pass
         self._under_way: deque[tuple[_Bucket, Tensor, Any]] = deque()
         self._flats: list[Tensor] = []  # this rank's part, while there is one
