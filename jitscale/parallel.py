@@ -236,15 +236,16 @@ def exchange(
     dist.all_to_all_single(receive, send, list(receive_lengths), list(send_lengths))
 
 
-def buckets(items: Iterable[T], elements: Callable[[T], int]) -> Iterator[list[T]]:
-    """Split `items`, in their order, into lists for one collective each, of at most `BUCKET_ELEMENTS` elements.
+def buckets(items: Iterable[T], elements: Callable[[T], int], limit: int = 0) -> Iterator[list[T]]:
+    """Split `items`, in their order, into lists for one collective each, of at most `limit` elements.
 
-    A larger item gets a list of its own.
+    A larger item gets a list of its own. Without a limit it is `BUCKET_ELEMENTS`.
     """
+    limit = limit or BUCKET_ELEMENTS
     bucket: list[T] = []
     filled = 0
     for item in items:
-        if bucket and filled + elements(item) > BUCKET_ELEMENTS:
+        if bucket and filled + elements(item) > limit:
             yield bucket
             bucket, filled = [], 0
         bucket.append(item)

@@ -120,7 +120,9 @@ def prepare(
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign, assignment]
     model.final_layer.kernels = fused.residual
-    captured = TrainingGraphs(blocks, recomputed=recomputed, accumulate=micro_batches > 1) if graphs else None
+    # In stage 2 each backward pass copies its gradients out of the way (training/reducer.py).
+    accumulate = micro_batches > 1 and engine.zero_stage < 2
+    captured = TrainingGraphs(blocks, recomputed=recomputed, accumulate=accumulate) if graphs else None
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 

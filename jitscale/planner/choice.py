@@ -54,7 +54,7 @@ def candidate(
     )
     run = replace(config, engine=settings)
     activations = activation_bytes(run, micro_batch) + objective_bytes(run.model, micro_batch)
-    memory = replace(state_memory(run, cluster.gpus, overlap=cluster.overlap), activations=activations)
+    memory = replace(state_memory(run, cluster.gpus), activations=activations)
     compute = sum(pass_seconds(run, cluster, run.data.batch_size // cluster.gpus))
     fits = memory.total <= cluster.gpu_memory * (1 - cluster.margin)
     traffic, host = communication(run, cluster), host_seconds(run, cluster)

@@ -64,11 +64,10 @@ class Memory:
         return self.state + self.buckets + self.activations
 
 
-def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
+def state_memory(config: Config, ranks: int) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
     The layout is that of DeepSpeed 0.19.8 as engine.py configures it. The padding of shards to a few bytes is left out.
-    `overlap` is DeepSpeed's `overlap_comm`, which doubles the buckets of stages 1 and 2.
     """
     stage, precision, group = config.engine.zero_stage, config.engine.precision, config.engine.hpz_group_size
     shapes = parameter_shapes(config.model)
@@ -98,9 +97,7 @@ def state_memory(config: Config, ranks: int, *, overlap: bool = True) -> Memory:
         return Memory(width * whole, (width + FP32) * whole, masters, moments, averages, (FP32 + width) * flattened)
     # Stage 1 reduces when the last micro-batch is done: until then the gradients are whole.
     gradients = FP32 * (whole if stage == 1 else shard)
-    if stage == 1 and ranks == 1:  # reduced in place
-        return Memory(width * whole, gradients, masters, moments, averages)
-    buckets = width * bucket * (3 if overlap and ranks > 1 else 2)  # and a copy, which is all-reduced
+    buckets = width * bucket * 2 if ranks > 1 else 0.0  # one is summed while the next one fills (training/reducer.py)
     return Memory(width * whole, gradients, masters, moments, averages, buckets)
 
 

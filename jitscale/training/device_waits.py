@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from jitscale import parallel
 
@@ -49,16 +48,6 @@ def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> Non
             end_backward()
 
     optimizer.independent_gradient_partition_epilogue = end_backward_without_the_host
-
-
-def reduce_in_place(bucket: Sequence[torch.Tensor], *_: object, **__: object) -> None:
-    """Sum a `bucket` of gradients over all ranks without a copy of it.
-
-    It replaces DeepSpeed's `allreduce_and_copy` for one rank in stage 1. That joins the gradients in a new tensor and
-    copies them back, although there is nothing to add. In place, NCCL answers one rank without a kernel.
-    """
-    assert dist.group.WORLD is not None
-    dist.group.WORLD.allreduce_coalesced(list(bucket)).wait()
 
 
 def gradient_norm(

@@ -28,16 +28,16 @@ from jitscale.training.device_waits import (
     clip_by_norm,
     gradient_norm,
     order_after_reductions,
-    reduce_in_place,
     replaced,
     whole_gradient_norm,
 )
 from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
-from jitscale.training.zero_shortcuts import gather_gradients_at_once, skip_needless_work
+from jitscale.training.reducer import Reducer
+from jitscale.training.zero_shortcuts import skip_needless_work
 
 ALIGNED_ELEMENTS = 128  # 512 bytes: where PyTorch aligns memory of a GPU, and networks compute on what is gathered
-SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs, or one rank, reduce in one collective
+SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs reduce in one collective
 
 
 class ZeroEngine:
@@ -72,11 +72,12 @@ class ZeroEngine:
             # Their hooks gather all their weights, and are not part of a block's graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Block, FinalLayer])
         self.world = world
+        self._bucket_elements = _bucket_elements(model, world)
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            config=_deepspeed_config(model, config, world, self.micro_batches),
+            config=_deepspeed_config(config, world, self.micro_batches, self._bucket_elements),
         )
         self._optimizer = self._engine.optimizer
         self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -142,16 +143,14 @@ class ZeroEngine:
         offloaded = config.engine.offload_optimizer  # the CPU reads reductions and norms then
         if hasattr(optimizer, "get_grad_norm_direct"):  # stages 1 to 3, but bf16 in stage 1
             optimizer.get_grad_norm_direct = partial(gradient_norm, device)
-            if device.type == "cuda" and not offloaded:
-                stream = optimizer.reduce_and_partition_stream if self.stage == 3 else optimizer.reduction_stream
-                order_after_reductions(optimizer, accelerator, stream)
+        if self.stage == 3 and device.type == "cuda" and not offloaded:
+            order_after_reductions(optimizer, accelerator, optimizer.reduce_and_partition_stream)
         if self.stage in (1, 2) and hasattr(optimizer, "single_partition_of_fp32_groups"):
             skip_needless_work(optimizer)
-            if self.world.size == 1 and not offloaded:
-                if self.execution.graphs and optimizer.dtype == optimizer.gradient_accumulation_dtype:
-                    gather_gradients_at_once(optimizer)  # else the host would be slower than the graphs
-                elif self.stage == 1:
-                    optimizer.allreduce_and_copy = reduce_in_place
+            if not offloaded:
+                # One rank has nothing to sum, but meets what NCCL says. Beside CUDA graphs the host has no time for it.
+                collective = self.world.size > 1 or (device.type == "cuda" and not self.execution.graphs)
+                Reducer(optimizer, [p for _, p in self._parameters], self._bucket_elements, collective=collective)
 
     def _judge(self, norm: torch.Tensor) -> bool:
         """Let the optimizer skip a step whose gradient `norm` is not finite, or negative as a sign of that.
@@ -351,15 +350,19 @@ def _name_device_as_deepspeed_does(device: torch.device) -> None:
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
 
-def _deepspeed_config(model: JiT, config: Config, world: World, micro_batches: int) -> dict[str, Any]:
+def _bucket_elements(model: JiT, world: World) -> int:
+    """In pieces of how many elements gradients are reduced."""
+    if world.device.type == "cpu":
+        return SMALL_BUCKET_ELEMENTS
+    sizes = [p.numel() for p in model.parameters()]
+    return reduce_bucket_elements(sum(sizes), max(sizes), world.size)
+
+
+def _deepspeed_config(config: Config, world: World, micro_batches: int, bucket_elements: int) -> dict[str, Any]:
     engine, ranks, cpu = config.engine, world.size, world.device.type == "cpu"
     zero: dict[str, Any] = {"stage": engine.zero_stage, "zero_hpz_partition_size": engine.hpz_group_size}
-    if not cpu:
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
-        zero["reduce_bucket_size"] = reduce_bucket_elements(sum(sizes), max(sizes), ranks)
-    if engine.zero_stage == 1 and (cpu or ranks == 1):
-        # Without this, each step copies all gradients into two new buffers before they are flattened.
-        zero |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_BUCKET_ELEMENTS}
+    if not cpu or engine.zero_stage in (1, 2):
+        zero["reduce_bucket_size"] = bucket_elements
     if engine.zero_stage in (1, 2) and not cpu:
         # By default in stage 3 only. With one rank, stage 2 has nothing to gain from a stream of its own.
         zero["overlap_comm"] = ranks > 1 or engine.zero_stage == 1

@@ -1,6 +1,6 @@
 """ZeRO stages 0 to 3 with one, two and three ranks against plain torch: the same global batches.
 
-`make test` runs the stages with shards on two ranks, and one stage on one and on three; `make test-slow` runs the rest.
+`make test` runs the stages with shards on two ranks, two of them on one and one on three; `make test-slow` the rest.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.support.slow import slow_unless
 STEPS, MANY_STEPS = 20, 50
 # What ranks train in one start, as `STAGE KIND`, by number of ranks.
 USUAL = {
-    1: ["1 fp32", "1 gathered", "2 gathered"],
+    1: ["1 fp32", "2 fp32"],
     2: [
         "1 fp32",
         "2 fp32",
@@ -33,7 +33,7 @@ USUAL = {
     3: ["3 fp32"],
 }
 SLOW = {
-    1: ["0 fp32", "2 fp32", "3 fp32"],
+    1: ["0 fp32", "3 fp32"],
     2: ["0 fp32", "1 bf16", "2 autocast", "0 poisoned", "2 poisoned", "3 poisoned-bf16"],
     3: ["0 fp32", "1 fp32", "2 fp32"],
 }
@@ -69,12 +69,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_every_stage_on_every_world_is_plain_torch(results: Results, stage: int, ranks: int) -> None:
     """With gradient accumulation and clipping."""
     assert_plain(results.of(ranks, f"{stage} fp32"), results.done[ranks]["plain"], STEPS)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_that_are_copied_at_once_train_as_plain_torch(results: Results, stage: int) -> None:
-    """On one rank, where the blocks are CUDA graphs: without ZeRO's hooks."""
-    assert_plain(results.of(1, f"{stage} gathered"), results.done[1]["plain"], STEPS)
 
 
 @pytest.mark.slow

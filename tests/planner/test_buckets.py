@@ -20,7 +20,7 @@ def test_backward_hides_nine_tenths_of_the_gradients(name: str, ranks: int) -> N
 
 def test_more_ranks_need_larger_buckets_until_there_are_too_few() -> None:
     sizes = [reduce_bucket_elements(1_000_000_000, 10_000_000, ranks) for ranks in (1, 8, 32, 64, 128, 1024)]
-    assert sizes == [10_000_000, 10_000_000, 16_000_000, 32_000_000, 64_000_000, 100_000_000]
+    assert sizes == [33_333_333, 33_333_333, 33_333_333, 33_333_333, 64_000_000, 100_000_000]
 
 
 def test_a_small_network_has_a_bucket_for_its_largest_parameter() -> None:

@@ -191,11 +191,10 @@ def test_memory_by_the_rule_of_sixteen_bytes() -> None:
     assert half.weights == pytest.approx(memory[3].weights / 2)
     assert half.gradients == memory[3].gradients
     stage_2 = planned(model, zero_stage=2, precision="fp32")
-    single, doubled = (state_memory(stage_2, ranks=8, overlap=overlap).buckets for overlap in (False, True))
     largest = max(math.prod(shape) for shape in parameter_shapes(model).values())
-    assert doubled - single == 4 * reduce_bucket_elements(count, largest, 8)
+    assert state_memory(stage_2, ranks=8).buckets == 2 * 4 * reduce_bucket_elements(count, largest, 8)
     alone = planned(model, zero_stage=1, precision="fp32")
-    assert state_memory(alone, ranks=1).buckets == 0, "one rank reduces in place"
+    assert state_memory(alone, ranks=1).buckets == 0, "one rank has nothing to reduce"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])

@@ -1,16 +1,13 @@
 """Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
 
-Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16, gathered (on one rank, as
-it is beside CUDA graphs) or poisoned (with a NaN).
+Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (with a NaN).
 """
 
 import json
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -25,9 +22,7 @@ from jitscale.config import (
     power_name,
 )
 from jitscale.diffusion.objective import interpolate, sample_loss
-from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
-from jitscale.training import engine as training_engine
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.optim import build_optimizer
@@ -120,20 +115,12 @@ def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool =
     return parallel.sum_over_ranks(total).item(), bool(moved)
 
 
-def as_if_with_graphs(*arguments: Any, **named: Any) -> Execution:
-    return replace(prepare(*arguments, **named), graphs=True)
-
-
 def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, Any]) -> dict[str, Any]:
     """Train in one stage; the largest differences from plain torch, and from averages of the engine's own weights."""
     poisoned = kind.startswith("poisoned")
-    precision = kind.removeprefix("poisoned").removeprefix("gathered").lstrip("-") or "fp32"
+    precision = kind.removeprefix("poisoned").lstrip("-") or "fp32"
     model, config = build(stage, precision, world.size)
-    with ExitStack() as stack:
-        if kind == "gathered":  # the engine only looks at whether there are graphs
-            stack.enter_context(mock.patch.object(training_engine, "prepare", as_if_with_graphs))
-        engine = ZeroEngine(model, config, world)
-    assert kind != "gathered" or engine._optimizer.reduce_gradients.__module__.endswith("zero_shortcuts")
+    engine = ZeroEngine(model, config, world)
     ema = ShardedEma(config.ema, engine.masters())
     own = Averages(engine.gather(engine.masters()))
     losses, norms, applied = [], [], []
