@@ -88,8 +88,8 @@ import inside
 inside.install()
 """
 # One item of each command that one GPU can have, as tiny as they come.
-ITEMS = ["step-h-64-graphs-on", "step-h-64-kernels-triton", "profile-h-64", "sample-h-64-graphs", "attention-h-0.2"]
-ITEMS += ["correct-norms", "correct-graphs"]
+ITEMS = ["step-h-64-stage-2", "step-h-64-plain", "profile-h-64", "sample-h-64-graphs", "attention-h-0.2"]
+ITEMS += ["correct-graphs"]
 
 
 @check()
