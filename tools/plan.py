@@ -166,7 +166,7 @@ def _text(plan: dict[str, Any]) -> str:
         "run": f"{plan['images_of_run']:,} images",
         "measuring": plan["measuring"]["what"],
     }
-    sizes_of = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "total"]
+    sizes_of = ["weights", "gradients", "masters", "moments", "averages", "buckets", "activations", "graphs", "total"]
     memory, time, columns = [], [], ["GPU, ms", "host, ms", "step, ms"]
     for s in stages:
         settings = [str(s["stage"]), "every block" if s["activation_checkpointing"] else "off"]
@@ -181,7 +181,8 @@ def _text(plan: dict[str, Any]) -> str:
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
         _table(["", ""], run.items()),
-        "Memory of a GPU in GB; gradients at their most; buckets are DeepSpeed's and weights that it has gathered:",
+        "Memory of a GPU in GB; gradients at their most; buckets are those of gradients and weights that are gathered; "
+        "graphs is what CUDA graphs keep besides:",
         _table(["stage", "checkpointing", *sizes_of, "fits"], memory),
         f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
         _communication_table([s for s in stages if s["activation_checkpointing"] == 0]),

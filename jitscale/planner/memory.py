@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jitscale.config import Config, ModelConfig
+from jitscale.model.execution import wants_graphs
 from jitscale.model.flops import block_tokens, image_tokens
 from jitscale.model.jit import JiT, parameter_kind
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
@@ -42,7 +43,8 @@ def parameters_by_kind(model: ModelConfig) -> dict[str, int]:
 class Memory:
     """Bytes on one rank during backward, where they are at their most.
 
-    The copy of the gradients that the update makes is not counted: buckets and activations are free by then.
+    The copy of the gradients that the update makes is counted with graphs only: otherwise buckets and activations are
+    free by then.
     """
 
     weights: float  # of the forward pass; in stage 3 this rank's shard and the small ones that stay whole
@@ -52,6 +54,7 @@ class Memory:
     averages: float  # the EMAs
     buckets: float = 0.0  # DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too
     activations: float = 0.0  # what the forward pass of a micro-batch keeps for backward
+    graphs: float = 0.0  # more where blocks are CUDA graphs, which give no memory back between passes
 
     @property
     def state(self) -> float:
@@ -61,7 +64,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Everything counted."""
-        return self.state + self.buckets + self.activations
+        return self.state + self.buckets + self.activations + self.graphs
 
 
 def state_memory(config: Config, ranks: int) -> Memory:
@@ -98,7 +101,19 @@ def state_memory(config: Config, ranks: int) -> Memory:
     # Stage 1 reduces when the last micro-batch is done: until then the gradients are whole.
     gradients = FP32 * (whole if stage == 1 else shard)
     buckets = width * bucket * 2 if ranks > 1 else 0.0  # one is summed while the next one fills (training/reducer.py)
-    return Memory(width * whole, gradients, masters, moments, averages, buckets)
+    graphs = _graphs_memory(config, sizes, ranks)
+    return Memory(width * whole, gradients, masters, moments, averages, buckets, graphs=graphs)
+
+
+def _graphs_memory(config: Config, sizes: dict[str, int], ranks: int) -> float:
+    """What CUDA graphs of the blocks add in stages 1 and 2: gradients that stay, and room for the update's copy."""
+    engine, share = config.engine, config.data.batch_size // ranks
+    if not wants_graphs(engine, compiled=engine.compile is not False):  # None is on for GPUs
+        return 0.0
+    held = WEIGHT_BYTES[engine.precision] * sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    # In stage 1 with one micro-batch, these are the gradients that the optimizer takes.
+    once = engine.zero_stage == 1 and engine.micro_batch_size in (None, share)
+    return FP32 * sum(sizes.values()) / ranks + (0.0 if once else held)
 
 
 def activation_bytes(config: Config, micro_batch: int) -> float:
