@@ -31,12 +31,11 @@ def replaced(*replacements: Replacement) -> Iterator[None]:
 def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> None:
     """Let the current stream wait for DeepSpeed's `stream` of reductions where the host would, after each backward.
 
-    `optimizer` is that of stages 1 and 2, whose end of backward synchronises the device, or that of stage 3, which
-    synchronises `stream`. What the host launches afterwards reads the reduced gradients on the current stream, which is
-    ordered behind them. The memory is safe as well. Buckets belong to the current stream: who gets them next writes
-    them on it, behind the reductions. What was allocated for `stream` is written again on `stream` only, and DeepSpeed
-    lets that wait for the current stream before each reduction. Masters in the CPU's memory need the host to wait: not
-    for them.
+    `optimizer` is that of stage 3. What the host launches afterwards reads the reduced gradients on the current stream,
+    which is ordered behind them. The memory is safe as well. Buckets belong to the current stream: who gets them next
+    writes them on it, behind the reductions. What was allocated for `stream` is written again on `stream` only, and
+    DeepSpeed lets that wait for the current stream before each reduction. Masters in the CPU's memory need the host to
+    wait: not for them.
     """
     end_backward = optimizer.independent_gradient_partition_epilogue
 
@@ -44,7 +43,7 @@ def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> Non
         accelerator.current_stream().wait_stream(stream)
 
     def end_backward_without_the_host() -> None:
-        with replaced((accelerator, "synchronize", wait_on_device), (stream, "synchronize", wait_on_device)):
+        with replaced((stream, "synchronize", wait_on_device)):
             end_backward()
 
     optimizer.independent_gradient_partition_epilogue = end_backward_without_the_host
