@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host-ms", type=_number(MOST_HOST), dest="host", metavar="MS", help=HOST_HELP)
     parser.add_number("--margin", 0.1, "fraction of memory left free, or 0", _number(1.0, zero=True))
     parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
-    waits = "stages 0-2 wait for their reductions (overlap_comm: false)"
+    waits = "stages 0-2 wait for their reductions"
     parser.add_argument("--no-overlap", action="store_false", dest="overlap", help=waits)
     parser.add_json()
     parser.add_overrides()
@@ -189,7 +189,7 @@ def _text(plan: dict[str, Any]) -> str:
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
         _communication_table(plan["paper_batch"]),
         "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.\n"
-        "Runs on GPUs set overlap_comm in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
+        "Runs on GPUs reduce during backward in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
         "Time: a step takes what the GPUs need, or what the host needs to start its work, whichever is longer:",
         _table(["stage", "checkpointing", *columns, "images/s", "a GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",

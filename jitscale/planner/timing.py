@@ -31,7 +31,7 @@ class Cluster:
     # activations, fragmentation.
     margin: float = 0.1
     hpz: bool = False  # in stage 3 each node keeps a second whole copy of the weights (ZeRO++)
-    overlap: bool = True  # stages 0 to 2 reduce gradients during backward (DeepSpeed's `overlap_comm`)
+    overlap: bool = True  # stages 0 to 2 reduce gradients during backward
     launch: float = LAUNCH_SECONDS  # host time of one launch
     host: float | None = None  # host time of a step in one micro-batch where it was measured; instead of an estimate
 
