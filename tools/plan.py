@@ -189,7 +189,7 @@ def _text(plan: dict[str, Any]) -> str:
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
         _communication_table(plan["paper_batch"]),
         "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.\n"
-        "Runs on GPUs reduce during backward in stages 1 to 3; --no-overlap shows what waiting for all of it would cost.",
+        "Stages 1 to 3 reduce during backward on GPUs; --no-overlap shows what waiting for all of it would cost.",
         "Time: a step takes what the GPUs need, or what the host needs to start its work, whichever is longer:",
         _table(["stage", "checkpointing", *columns, "images/s", "a GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",

@@ -364,8 +364,7 @@ def _deepspeed_config(config: Config, world: World, micro_batches: int, bucket_e
     if not cpu or engine.zero_stage in (1, 2):
         zero["reduce_bucket_size"] = bucket_elements
     if engine.zero_stage in (1, 2) and not cpu:
-        # By default in stage 3 only. With one rank, stage 2 has nothing to gain from a stream of its own.
-        zero["overlap_comm"] = ranks > 1 or engine.zero_stage == 1
+        zero["overlap_comm"] = ranks > 1  # by default in stage 3 only; for what the reducer leaves to DeepSpeed
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks // micro_batches,
