@@ -33,8 +33,7 @@ from jitscale.training.device_waits import (
 )
 from jitscale.training.muon import Muon
 from jitscale.training.optim import build_optimizer
-from jitscale.training.reducer import Reducer
-from jitscale.training.zero_shortcuts import skip_needless_work
+from jitscale.training.reducer import Reducer, skip_needless_work
 
 ALIGNED_ELEMENTS = 128  # 512 bytes: where PyTorch aligns memory of a GPU, and networks compute on what is gathered
 SMALL_BUCKET_ELEMENTS = 4_000_000  # 15 MiB in float32: gradients that CPUs reduce in one collective
