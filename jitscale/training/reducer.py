@@ -20,7 +20,7 @@ UNDER_WAY = 2  # buckets that are being summed while the backward pass goes on: 
 
 
 def skip_needless_work(optimizer: Any) -> None:
-    """Let `optimizer`, DeepSpeed's for stages 1 and 2, leave out what it does for every parameter and changes nothing."""
+    """Let `optimizer`, DeepSpeed's for stages 1 and 2, leave out per-parameter work that changes nothing."""
     # After each step it points every parameter at its place in the flat buffer, where it is since the start.
     optimizer._update_model_bit16_weights = lambda group_index: None
     # In each hook it words messages about memory that nobody has asked for.
