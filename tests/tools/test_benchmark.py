@@ -110,8 +110,8 @@ def test_sample() -> None:
 def test_attention() -> None:
     result = benchmark_json("attention", "--repeats", "2", *OVERRIDES)
     assert result["shape"] == [4, 20, 2, 16]
-    assert set(result["kernels"]) == {"sdpa", "reference"}
-    assert set(result["missing"]) == {"flash-attn", "flash-attn-4"}
+    assert set(result["kernels"]) == {"sdpa", "sdpa-flash", "reference"}
+    assert set(result["missing"]) == {"flash-attn", "flash-attn-4", "sdpa-cudnn"}
     for found in result["kernels"].values():
         for part, products in (("forward", 2), ("backward", 4)):
             assert set(found[part]) == USED
