@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 pytest.register_assert_rewrite("tests.support", "tests.data", "tests.preparation")
 
 # They have tests that need a GPU, where there is one.
-NAMES = ("test_execution.py", "test_fused.py", "test_training_graphs.py")
+NAMES = ("test_attention.py", "test_execution.py", "test_fused.py", "test_training_graphs.py")
 ON_A_GPU = {Path(__file__).parent / "model" / name for name in NAMES}
 
 
