@@ -27,27 +27,29 @@ DROPOUT = ["model.attn_dropout=0.2", "model.proj_dropout=0.2"]
 COMPILED = ["engine.compile=true"]
 
 
-def judged_graphs(done: Finished) -> Outcome:
+def judged_graphs(done: Finished, micro_batches: int) -> Outcome:
     """Each block starts one graph forward and one backward in each micro-batch."""
     outcome = to_its_end(done)
     if not outcome.ok or done.step is None:
         return outcome
-    found, wanted = done.step["counters"]["graph_launch"], 2 * DEPTH * MICRO_BATCHES
+    found, wanted = done.step["counters"]["graph_launch"], 2 * DEPTH * micro_batches
     wrong = "" if found == wanted else f"; but {wanted} graphs are wanted"
     return Outcome(found == wanted, f"{outcome.figure}; a step: {launches(done.step)}{wrong}")
 
 
-def training_graphs(way: str, ranks: int, settings: Sequence[str], purpose: str) -> None:
+def training_graphs(
+    way: str, ranks: int, settings: Sequence[str], purpose: str, *, micro_batches: int = MICRO_BATCHES
+) -> None:
     """Add the check of training with CUDA graphs."""
     name = f"training_graphs_{way}"
-    common = [*QUIET, *DROPOUT, "engine.cuda_graphs=true", f"engine.micro_batch_size={16 // ranks // MICRO_BATCHES}"]
+    common = [*QUIET, *DROPOUT, "engine.cuda_graphs=true", f"engine.micro_batch_size={16 // ranks // micro_batches}"]
 
     def run(bench: Bench) -> Outcome:
         if ranks == 1:
-            return judged_graphs(bench.train(name, [*common, *settings]))
+            return judged_graphs(bench.train(name, [*common, *settings]), micro_batches)
         done = bench.ranks(name, [*common, *settings], "8")
         outcome = both_ranks(done)
-        return judged_graphs(done[0]) if outcome.ok else outcome
+        return judged_graphs(done[0], micro_batches) if outcome.ok else outcome
 
     run.__name__, run.__doc__ = name, purpose
     CHECKS[name] = (run, False)
@@ -59,6 +61,9 @@ GRIDS = [*EAGER, *MEASURE, "evaluation.grid_every_images=32"]  # every second st
 training_graphs("released", 1, GRIDS, "The same: graphs are freed for each grid of samples, and captured again.")
 for stage in (1, 2):
     training_graphs(f"{stage}_ranks_2", 2, [*EAGER, f"engine.zero_stage={stage}"], f"The same: stage {stage}, 2 ranks.")
+for stage in (0, 1, 2):  # gradients of one micro-batch lie in the graphs' own memory until the step has taken them
+    once = [*EAGER, f"engine.zero_stage={stage}", *(["engine.precision=fp32"] if stage == 0 else [])]
+    training_graphs(f"{stage}_once", 1, once, f"The same: stage {stage}, without accumulation.", micro_batches=1)
 
 
 def fused(name: str, settings: Sequence[str], purpose: str) -> None:
