@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     SAMPLED_LABELS = 14
     HELD_OUT = 15
     HELD_OUT_NOISE = 16
+    ROUTE = 17
+    SUBSPACE_IMAGES = 18
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:

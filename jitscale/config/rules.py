@@ -10,7 +10,15 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from jitscale.config.limits import Faults, Problem
-from jitscale.config.schema import CHOICES, SETTINGS, Config, EmaConfig, weight_set_names
+from jitscale.config.schema import (
+    CHOICES,
+    SETTINGS,
+    Config,
+    EmaConfig,
+    ModelConfig,
+    weight_set_names,
+)
+from jitscale.config.shapes import patch_elements, routed_tokens
 
 Rule = Callable[..., Faults]
 _RULES: list[tuple[tuple[str, ...], Rule]] = []
@@ -57,6 +65,35 @@ def _head_dims(hidden_size: int, num_heads: int) -> Faults:
 def _class_tokens_start(start: int, depth: int, length: int) -> Faults:
     if length > 0 and start >= depth:
         yield f"must be in [0, model.depth={depth})", "lower it, or set model.in_context_len=0"
+
+
+@rule("model.middle_head", "model.depth")
+def _middle_inside(middle: int, depth: int) -> Faults:
+    if middle >= depth:
+        limit = f"must be in [0, model.depth={depth}): the output layer follows the last block"
+        yield limit, f"for example {depth // 3}, or 0 for none"
+
+
+@rule("model.route_blocks", "model.route_share", "model.depth")
+def _blocks_to_skip(blocks: list[int], share: float, depth: int) -> Faults:
+    example = f"for example [2,-2]; model.depth={depth}"
+    if len(blocks) != 2:
+        yield "must be two numbers, the first block and the end of a slice", example
+    elif share > 0 and not range(depth)[slice(*blocks)]:
+        yield "names no block", example
+
+
+@rule("model.route_share", "model.image_size", "model.patch_size")
+def _tokens_to_keep(share: float, image_size: int, patch_size: int) -> Faults:
+    if image_size % patch_size == 0 and routed_tokens(ModelConfig(image_size, patch_size, route_share=share)) < 1:
+        yield "leaves no token of the image", "lower it"
+
+
+@rule("diffusion.rank", "diffusion.prediction", "model.patch_size")
+def _rank_of_a_patch(rank: int, prediction: str, patch_size: int) -> Faults:
+    most = patch_elements(ModelConfig(patch_size=patch_size))
+    if prediction == "asym" and rank > most:
+        yield f"must be in [0, {most}], the numbers of a patch of {patch_size} pixels a side", "for example 8"
 
 
 @rule("data.batch_size", "world_size")
@@ -149,6 +186,13 @@ def _something_to_guide_by(scale: float, guide: str | None, classes: int, label_
     elif label_drop == 0:
         limit = "needs a network trained without labels too, and diffusion.label_drop=0 never does that"
         yield limit, "set diffusion.label_drop=0.1 or evaluation.guidance_scale=1.0"
+
+
+@rule("evaluation.internal_guidance", "model.middle_head")
+def _middle_to_guide_by(scale: float, middle: int) -> Faults:
+    if scale != 1.0 and middle == 0:
+        limit = "guides away from a middle output layer, and model.middle_head=0 has none"
+        yield limit, "set evaluation.internal_guidance=1.0, or train with model.middle_head"
 
 
 @rule("evaluation.features", "evaluation.at_end", "evaluation.every_images")

@@ -12,9 +12,12 @@ WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the 
 LARGEST_SEED = 2**63 - 1
 # Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
+PREDICTIONS = ("x", "e", "v", "asym")
+METHODS = ("euler", "heun", "2m", "ab2")
 PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
+_OF_TRAINING_ALONE = ("attn_dropout", "proj_dropout", "route_share", "route_blocks")  # fields of ModelConfig
 WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
@@ -55,19 +58,33 @@ class ModelConfig:
     )
     attn_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
     proj_dropout: float = setting(0.0, "probability, in the middle half of the depth", at_least=0, below=1)
+    middle_head: int = setting(
+        0, "a second output layer after so many blocks, for evaluation.internal_guidance; 0: none", at_least=0
+    )
+    route_share: float = setting(
+        0.0, "share of the image's tokens that skip route_blocks in training; 0: none", at_least=0, below=1
+    )
+    route_blocks: list[int] = setting([2, -2], "first and end of a Python slice of the blocks, counted from 0")
 
 
 @dataclass
 class DiffusionConfig:
     """z_t = t x + (1 - t) noise_scale e, with t = 1 clean; what the network predicts and where the loss is taken."""
 
-    prediction: str = setting("x", "what the network predicts", choices=("x", "e", "v"))
+    prediction: str = setting(
+        "x", "what the network predicts; asym: v in a subspace, x outside of it", choices=PREDICTIONS
+    )
+    rank: int = setting(8, "dimensions of asym's subspace of a patch; 0 is x, all are v", at_least=0)
+    subspace: str | None = setting(
+        None, "asym: a file of tools/fit_subspace.py; null: fitted to data.shards at the first start", path=True
+    )
     loss: str = setting("v", "where the loss is taken", choices=("x", "e", "v"))
     noise_scale: float = setting(1.0, "relative to the resolution at which the recipe was tuned", above=0)
     mu: float = setting(-0.8, "t = sigmoid(n), n ~ N(mu, sigma^2)")
     sigma: float = setting(0.8, "see mu", above=0)
     label_drop: float = setting(0.1, "probability of training a sample without its class", at_least=0, at_most=1)
     t_eps: float = setting(0.05, "smallest denominator in 1 / (1 - t) and 1 / t", above=0)
+    middle_weight: float = setting(1.0, "of the loss of model.middle_head, next to that of the output", at_least=0)
 
 
 @dataclass
@@ -166,10 +183,15 @@ class EvaluationConfig:
     """Sampling and the metrics taken from samples."""
 
     weights: str = setting("ema_0.9999", "weight set that is sampled from: model, ema_<decay> or power_<width>")
-    method: str = setting("heun", "heun: steps - 1 Heun steps, then one Euler step", choices=("euler", "heun"))
+    method: str = setting(
+        "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
+    )
     steps: int = setting(50, "sampling steps", at_least=1)
+    time_shift: float = setting(1.0, "s of the times t / (t + (1 - t) s); 1: uniform", above=0)
     guidance_scale: float = setting(1.0, "1: no guidance")
     guidance_interval: list[float] = setting([0.1, 1.0], "in t", at_least=0, at_most=1, check=_low_and_high)
+    internal_guidance: float = setting(1.0, "away from the prediction of model.middle_head; 1: none", at_least=0)
+    internal_interval: list[float] = setting([0.0, 1.0], "of it, in t", at_least=0, at_most=1, check=_low_and_high)
     guide: str | None = setting(None, "autoguidance by a smaller or less trained network; null: no labels", path=True)
     guide_weights: str | None = setting(None, "the guide's weight set; null: its default")
     t_eps: float | None = setting(None, "as diffusion.t_eps, while sampling; null: training's", above=0)
@@ -216,6 +238,9 @@ class RunConfig:
     max_images: int | None = setting(None, "the smaller of max_images and max_steps ends the run", at_least=0)
     max_steps: int | None = setting(None, "see max_images", at_least=0)
     seed: int = setting(0, "for everything random in training", at_least=0, at_most=LARGEST_SEED)
+    route_until_images: int | None = setting(
+        None, "model.route_share acts until so many images are seen; null: to the end", at_least=0
+    )
     device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     init_from: str | None = setting(
         None, "start from: a run, step folder, .safetensors, authors' .pth; null: random", path=True
@@ -297,9 +322,11 @@ def held_out_fraction(data: DataConfig) -> float | None:
 def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
     """The settings, as `key: before -> now`, that make `now` another network than `before` with the same weights.
 
-    Dropout and the model fields in `ignored` do not count.
+    Settings of training alone (dropout, routing) and the model fields in `ignored` do not count.
     """
-    names = [name for name in vars(before.model) if name not in ("attn_dropout", "proj_dropout", *ignored)]
+    names = [name for name in vars(before.model) if name not in (*_OF_TRAINING_ALONE, *ignored)]
     both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
     both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
+    if before.diffusion.prediction == now.diffusion.prediction == "asym":
+        both.append(("diffusion.rank", before.diffusion.rank, now.diffusion.rank))
     return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]

@@ -4,9 +4,14 @@ z_t = t x + (1 - t) e with t = 1 clean and e ~ noise_scale * N(0, I); v = x - e.
 the squared error may be taken in any of the three spaces. Every 1 / (1 - t) is 1 / max(1 - t, t_eps) and every 1 / t
 is 1 / max(t, t_eps), in the prediction and in the target alike, so that the two agree when the network is perfect.
 
-Shapes: B batch; images are (B, 3, height, width); times (B,).
+A network may also predict x - S e, where S = P P^T projects each patch on a subspace of few dimensions (rank-asymmetric
+prediction, arXiv 2605.12964): inside it that is v, outside of it x. Of rank 0 it is x-prediction, of full rank
+v-prediction.
+
+Shapes: B batch, N patches of an image, D numbers of a patch, R rank; images are (B, 3, height, width); times (B,).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,8 +39,36 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
     return t * x + (1 - t) * e
 
 
-def to_spaces(prediction: Tensor, z: Tensor, t: Tensor, space: str, t_eps: float) -> Spaces:
-    """Express a `prediction` made in `space` (x, e or v) at noisy images `z` in all three spaces (paper, table 1)."""
+def patches_of(images: Tensor, patch: int) -> Tensor:
+    """Patches of `patch` pixels a side, (B, N, D): (B, 3, height, width) in the order row, column, channel."""
+    blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, rows, P, columns, P)
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def images_of(patches: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse of `patches_of`, for images of this height."""
+    blocks = patches.unflatten(2, (patch, patch, 3)).unflatten(1, (height // patch, -1))
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def project(images: Tensor, subspace: Tensor) -> Tensor:
+    """S of each patch: its part in the subspace that the orthonormal columns of `subspace` (D, R) span.
+
+    In float32 also where autocast is on: what is predicted is divided by 1 - t.
+    """
+    patch = math.isqrt(subspace.shape[0] // 3)
+    with torch.autocast(images.device.type, enabled=False):
+        patches = patches_of(images, patch)
+        return images_of(patches @ subspace @ subspace.T, patch, images.shape[2])
+
+
+def to_spaces(
+    prediction: Tensor, z: Tensor, t: Tensor, space: str, t_eps: float, subspace: Tensor | None = None
+) -> Spaces:
+    """Express a `prediction` made in `space` at noisy images `z` in all three spaces (paper, table 1).
+
+    `space` is x, e, v, or asym, which needs the `subspace` (D, R).
+    """
     t = per_image(t)
     noise_share = (1 - t).clamp_min(t_eps)
     image_share = t.clamp_min(t_eps)
@@ -45,21 +78,56 @@ def to_spaces(prediction: Tensor, z: Tensor, t: Tensor, space: str, t_eps: float
     if space == "e":
         e = prediction
         return Spaces((z - (1 - t) * e) / image_share, e, (z - e) / image_share)
-    v = prediction
-    return Spaces(z + (1 - t) * v, z - t * v, v)
+    if space == "v":
+        v = prediction
+        return Spaces(z + (1 - t) * v, z - t * v, v)
+    assert subspace is not None, "asym needs a subspace"
+    o = prediction
+    # In the subspace as v-prediction, outside as x-prediction, each with its own clamp: so both ends are exact.
+    inside, z_inside = project(torch.stack([o, z]).flatten(0, 1), subspace).unflatten(0, (2, -1))
+    outside, z_outside = o - inside, z - z_inside
+    return Spaces(
+        outside + z_inside + (1 - t) * inside,
+        z_inside - t * inside + (z_outside - t * outside) / noise_share,
+        inside + (outside - z_outside) / noise_share,
+    )
 
 
-def sample_loss(prediction: Tensor, x: Tensor, e: Tensor, z: Tensor, t: Tensor, config: DiffusionConfig) -> Tensor:
+def sample_loss(
+    prediction: Tensor,
+    x: Tensor,
+    e: Tensor,
+    z: Tensor,
+    t: Tensor,
+    config: DiffusionConfig,
+    subspace: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Mean squared error over the pixels of each image, (B,), in float32, in the space `config.loss`.
 
     The target is the same map applied to the true image, noise or velocity: for x-prediction with v-loss it is
-    (x - z) / max(1 - t, t_eps).
+    (x - z) / max(1 - t, t_eps). `subspace` (D, R) is that of asym. Of `counted` (B, 1, height, width), as many pixels
+    in each image, only those count that are 1 and not 0.
     """
-    truth = Spaces(x, e, x - e)
-    predicted = to_spaces(prediction.float(), z, t, config.prediction, config.t_eps)
-    target = to_spaces(getattr(truth, config.prediction), z, t, config.prediction, config.t_eps)
+    if config.prediction == "asym":
+        assert subspace is not None, "asym needs a subspace"
+        truth = x - project(e, subspace)
+    else:
+        truth = getattr(Spaces(x, e, x - e), config.prediction)
+    predicted = to_spaces(prediction.float(), z, t, config.prediction, config.t_eps, subspace)
+    target = to_spaces(truth, z, t, config.prediction, config.t_eps, subspace)
     difference = getattr(predicted, config.loss) - getattr(target, config.loss)
-    return difference.square().mean(dim=(1, 2, 3))
+    if counted is None:
+        return difference.square().mean(dim=(1, 2, 3))
+    return (difference.square() * counted).mean(dim=(1, 2, 3)) / counted.mean(dim=(1, 2, 3))
+
+
+def pixels_of(tokens: Tensor, image_size: int, patch: int) -> Tensor:
+    """1 in the patches that `tokens` (B, K) number, 0 elsewhere: float32 (B, 1, image_size, image_size)."""
+    grid = image_size // patch
+    mask = torch.zeros(len(tokens), grid * grid, device=tokens.device).scatter(1, tokens, 1.0)
+    rows = mask.view(-1, 1, grid, grid).repeat_interleave(patch, dim=2)
+    return rows.repeat_interleave(patch, dim=3)
 
 
 def times_from_normal(n: Tensor, config: DiffusionConfig) -> Tensor:

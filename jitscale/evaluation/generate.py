@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jitscale import parallel
 from jitscale.config import Config, DiffusionConfig, EvaluationConfig
 from jitscale.diffusion.sampler import Sampler
+from jitscale.diffusion.steps import State
 from jitscale.errors import ConfigError
 from jitscale.evaluation.features import to_uint8
 from jitscale.keyed_random import Purpose, uniform
@@ -90,6 +91,7 @@ def checked_labels(labels: Sequence[int] | torch.Tensor, null_label: int) -> tor
 def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
     """The configured way of sampling from a network that was trained as `diffusion` says."""
     low, high = evaluation.guidance_interval
+    internal_low, internal_high = evaluation.internal_interval
     return Sampler(
         method=evaluation.method,
         steps=evaluation.steps,
@@ -97,6 +99,9 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
         guidance_interval=(low, high),
         prediction=diffusion.prediction,
         t_eps=diffusion.t_eps if evaluation.t_eps is None else evaluation.t_eps,
+        time_shift=evaluation.time_shift,
+        internal_guidance=evaluation.internal_guidance,
+        internal_interval=(internal_low, internal_high),
     )
 
 
@@ -127,7 +132,7 @@ def _make_ready(model: JiT, config: Config, device: torch.device) -> Execution:
     if config.evaluation.cuda_graphs:
         if device.type != "cuda":
             raise ConfigError(f"evaluation.cuda_graphs=true: {device} has none; set it to false, or take a GPU")
-        model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign]
+        model.forward = CudaGraphs(model.forward)  # type: ignore[method-assign, assignment]
         text += ", CUDA graphs"
     _log_once(text)
     return execution
@@ -162,9 +167,9 @@ def generate_by_scale(
     noise = model.diffusion.noise_scale * noise
     labels = labels.to(model.pos_embed.device)
     shared = first.steps_before_guidance()
-    before = first.carry(model, noise.to(labels.device), labels, model.null_label, range(shared))
+    before = first.carry(model, State(noise.to(labels.device)), labels, model.null_label, range(shared))
     for sampler in samplers:
-        yield sampler.carry(model, before, labels, model.null_label, range(shared, sampler.steps), guide)
+        yield sampler.carry(model, before, labels, model.null_label, range(shared, sampler.steps), guide).z
 
 
 def sample_images(

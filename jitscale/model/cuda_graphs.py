@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]  # as `JiT.forward` without kept tokens
 # Other threads, such as those that fill page-locked memory, may call CUDA while a graph is captured.
 CAPTURE_MODE = "thread_local"
 WARM_UPS = 3  # passes before recording: what is compiled or tuned at first use must not be recorded
@@ -29,21 +29,24 @@ class CudaGraphs:
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+        self._recorded: dict[tuple[int, bool, bool], _Recorded] = {}
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The prediction (B, 3, S, S) for z (B, 3, S, S), t and y (B,), in memory of its own."""
-        key = (len(z), torch.is_autocast_enabled("cuda"))
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor, *, middle: bool = False) -> Tensor:
+        """The prediction (B, 3, S, S) for z (B, 3, S, S), t and y (B,), in memory of its own.
+
+        With `middle`, (2, B, 3, S, S): that of the middle output layer too.
+        """
+        key = (len(z), middle, torch.is_autocast_enabled("cuda"))
         if key not in self._recorded:
-            self._recorded[key] = self._record(z, t, y)
+            self._recorded[key] = self._record(z, t, y, middle=middle)
         graph, inputs, output = self._recorded[key]
         for kept, given in zip(inputs, (z, t, y), strict=True):
             kept.copy_(given)
         graph.replay()
         return output.clone()
 
-    def _record(self, z: Tensor, t: Tensor, y: Tensor) -> _Recorded:
+    def _record(self, z: Tensor, t: Tensor, y: Tensor, *, middle: bool) -> _Recorded:
         inputs = (z.clone(), t.clone(), y.clone())
         # Weights that autocast has cast are forgotten when its region ends, and a graph would go on reading them.
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
@@ -51,9 +54,9 @@ class CudaGraphs:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
-                    self._forward(*inputs)
+                    self._forward(*inputs, middle=middle)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode=CAPTURE_MODE):
-                output = self._forward(*inputs)
+                output = self._forward(*inputs, middle=middle)
         return _Recorded(graph, inputs, output)

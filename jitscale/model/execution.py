@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jitscale.config import EngineConfig
+from jitscale.config import EngineConfig, image_tokens
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
-from jitscale.model.flops import image_tokens
 from jitscale.model.fused.choice import FusedKernels, Shapes, choose_fused
 from jitscale.model.jit import Block, JiT
 from jitscale.model.layers import swiglu_width

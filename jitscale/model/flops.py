@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from jitscale.config import ModelConfig
+from jitscale.config import ModelConfig, image_tokens, middle_is_routed, patch_elements, routed_blocks, routed_tokens
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 
 # Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
@@ -23,39 +23,38 @@ PEAK_BF16_TFLOPS = {
 TRAINING_PASSES = 3  # one forward pass and a backward pass of twice its cost
 
 
-def forward_flops(model: ModelConfig) -> int:
+def forward_flops(model: ModelConfig, *, training: bool = False) -> int:
     """Floating-point operations of one forward pass of one image: 2 x multiply-adds of every matrix product.
 
     Counted from shapes, because the conditioning layers hold a third of the parameters and do a 600th of the work:
-    6 x parameters x tokens would overstate the utilisation by half.
+    6 x parameters x tokens would overstate the utilisation by half. Tokens are routed in `training` alone, which also
+    computes the middle output layer; sampling does where it is guided by it, which is not counted.
     """
     width, inner = model.hidden_size, swiglu_width(model.hidden_size)
-    tokens = image_tokens(model)
-    pixels = model.patch_size**2 * 3
+    tokens, pixels = image_tokens(model), patch_elements(model)
     products = TIMESTEP_FREQUENCIES * width + width * width
     products += tokens * (pixels * model.bottleneck_dim + model.bottleneck_dim * width)
     for index in range(model.depth):
-        length = block_tokens(model, index)
+        length = block_tokens(model, index, training=training)
         products += length * (4 * width * width + 3 * width * inner)  # qkv, projection, feed-forward
         products += 2 * length * length * width  # q k^T and attention times v
         products += 6 * width * width  # modulation, once an image
     products += tokens * width * pixels + 2 * width * width
+    if training and model.middle_head > 0:
+        seen = routed_tokens(model) if middle_is_routed(model) else tokens
+        products += seen * width * pixels + 2 * width * width
     return 2 * products
 
 
-def image_tokens(model: ModelConfig) -> int:
-    """Tokens of an image."""
-    return (model.image_size // model.patch_size) ** 2
-
-
-def block_tokens(model: ModelConfig, index: int) -> int:
-    """Tokens in block `index`: those of the image, and class tokens from `in_context_start` on."""
-    return image_tokens(model) + (model.in_context_len if index >= model.in_context_start else 0)
+def block_tokens(model: ModelConfig, index: int, *, training: bool = False) -> int:
+    """Tokens in block `index`: those of the image, in `training` less those that skip it, and class tokens."""
+    tokens = routed_tokens(model) if training and index in routed_blocks(model) else image_tokens(model)
+    return tokens + (model.in_context_len if index >= model.in_context_start else 0)
 
 
 def training_flops(model: ModelConfig) -> int:
     """Floating-point operations of one training step of one image."""
-    return TRAINING_PASSES * forward_flops(model)
+    return TRAINING_PASSES * forward_flops(model, training=True)
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -1,6 +1,7 @@
 """The JiT network: a plain Vision Transformer on pixels (arXiv 2511.13720).
 
-Shapes: B batch, N tokens, C hidden size, P patch size, G = image_size / P tokens a side.
+Shapes: B batch, N tokens, K of them kept in routed blocks, C hidden size, P patch size, D = P * P * 3 numbers of a
+patch, R rank of a subspace, G = image_size / P tokens a side.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from jitscale.config import DiffusionConfig, ModelConfig
+from jitscale.config import DiffusionConfig, ModelConfig, patch_elements, routed_blocks
 from jitscale.model import layers
 
 
@@ -26,7 +27,7 @@ class Block(nn.Module):
         self.kernels: layers.ResidualKernels | None = None  # model/execution.py chooses; None: torch's code
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
-        """(B, N, C), (B, C), (2, N, D) -> (B, N, C)"""
+        """(B, N, C), (B, C), and `rope` as `Attention` takes it -> (B, N, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         if self.kernels is not None:
             dropout = self.attn.proj_drop.p if self.training else 0.0
@@ -45,7 +46,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm_final = layers.RMSNorm(width)
-        self.linear = nn.Linear(width, config.patch_size**2 * 3)
+        self.linear = nn.Linear(width, patch_elements(config))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.kernels: layers.ResidualKernels | None = None  # as in a block
 
@@ -62,9 +63,15 @@ class JiT(nn.Module):
 
     pos_embed: Tensor
     rope: Tensor
+    # (D, R) with orthonormal columns: where the network predicts v, and outside of it x (asym). Fixed; NaN until it is
+    # given or loaded. None where the network predicts in another space.
+    subspace: Tensor | None
     weights_name: str | None = None  # the weight set that `jitscale.load_model` took
 
-    def __init__(self, config: ModelConfig, diffusion: DiffusionConfig | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, diffusion: DiffusionConfig | None = None, subspace: Tensor | None = None
+    ) -> None:
+        """With random weights, for asym around `subspace` (D, R)."""
         super().__init__()
         self.config = config
         self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
@@ -80,25 +87,48 @@ class JiT(nn.Module):
             Block(config, *(dropouts if index in middle_half else (0.0, 0.0))) for index in range(config.depth)
         )
         self.final_layer = FinalLayer(config)
+        if config.middle_head > 0:
+            self.middle_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
-        for name, table in self.position_tables().items():
+        self.register_buffer("subspace", self._own_subspace(), persistent=True)
+        for name, table in self.fixed_tables().items():
             self.register_buffer(name, table, persistent=False)
+        if subspace is not None and self.subspace is not None:
+            self.subspace.copy_(subspace)
         self.initialize()
 
-    def position_tables(self) -> dict[str, Tensor]:
-        """The buffers by name, computed anew on the default device: `pos_embed` (N, C) and `rope` (2, N, D)."""
+    def fixed_tables(self) -> dict[str, Tensor]:
+        """Buffers that settings determine, by name, computed anew on the default device.
+
+        `pos_embed` (N, C) and `rope` (2, N, D of a head); at both ends of the ranks also the `subspace`.
+        """
         config, grid = self.config, self.config.image_size // self.config.patch_size
-        width, span = config.hidden_size, config.position_grid
-        return {
+        width, span, numbers = config.hidden_size, config.position_grid, patch_elements(config)
+        tables = {
             "pos_embed": layers.sincos_position_table(width, grid, span),
             "rope": layers.rope_table(width // config.num_heads, grid, config.in_context_len, span),
         }
+        if self.diffusion.prediction == "asym" and self.diffusion.rank in (0, numbers):
+            tables["subspace"] = torch.eye(numbers)[:, : self.diffusion.rank]
+        return tables
+
+    def _own_subspace(self) -> Tensor | None:
+        """Room for a subspace that is not fixed by its rank."""
+        numbers, rank = patch_elements(self.config), self.diffusion.rank
+        if self.diffusion.prediction != "asym" or rank in (0, numbers):
+            return None
+        return torch.full((numbers, rank), torch.nan)
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw every weight from torch's default generator (authors' code; arXiv 2511.13720, appendix A)."""
+        """Draw every weight from torch's default generator (authors' code; arXiv 2511.13720, appendix A).
+
+        For asym, the first rows of the patch embedding look at the subspace (arXiv 2605.12964).
+        """
+        heads = [self.final_layer, *([self.middle_layer] if self.config.middle_head > 0 else [])]
+        undrawn = {id(module) for head in heads[1:] for module in head.modules()}  # all zero: others stay as without it
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module) not in undrawn:
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -107,34 +137,64 @@ class JiT(nn.Module):
             nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         if self.config.in_context_len > 0:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        zeroed = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
-        for layer in (*zeroed, self.final_layer.linear):
+        zeroed = [module.adaLN_modulation[1] for module in (*self.blocks, *heads)]
+        for layer in (*zeroed, *(head.linear for head in heads)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.subspace is not None and self.subspace.shape[1] < len(self.subspace):
+            weight = self.x_embedder.proj1.weight  # (bottleneck, 3, P, P)
+            numbers, rows = len(self.subspace), min(self.subspace.shape[1], len(weight))
+            scale = (2 * numbers / (numbers + len(weight))) ** 0.5
+            patches = self.subspace.T[:rows].unflatten(1, (self.config.patch_size, self.config.patch_size, 3))
+            weight[:rows] = scale * patches.permute(0, 3, 1, 2)
 
     @property
     def null_label(self) -> int:
         """The label index that means "no class"."""
         return self.config.num_classes
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None, *, middle: bool = False) -> Tensor:
         """Predict (B, 3, image_size, image_size) from noisy images `z` of that shape.
 
         Their times `t` (B,) lie in [0, 1], where 1 is clean; the integer labels `y` (B,) are `null_label` for no class.
+        The image's tokens that `kept` (B, K) numbers pass through all blocks, and the others skip the routed ones
+        (`model.route_blocks`; TREAD, arXiv 2501.04765). With `middle`, the prediction of the middle output layer is
+        returned too, (2, B, 3, image_size, image_size), and is zero for tokens that this layer has not seen.
         """
-        prefix = self.config.in_context_len
+        config, prefix = self.config, self.config.in_context_len
+        route = routed_blocks(config) if kept is not None else range(0)
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
         x = self.x_embedder(z.to(self.x_embedder.proj1.weight.dtype))
         x = (x + self.pos_embed.to(x.dtype)).contiguous()  # as it is after every block: one graph for all of them
-        rope = self.rope[:, prefix:]
+        rope, seen, tokens_of_class = self.rope[:, prefix:], None, 0
+        aside, found = x, x
         for index, block in enumerate(self.blocks):
-            if prefix > 0 and index == self.config.in_context_start:
+            if kept is not None and index == route.start:
+                aside = x[:, tokens_of_class:]
+                x = torch.cat([x[:, :tokens_of_class], _taken(aside, kept)], dim=1).contiguous()
+                rope, seen = self._rope_of(kept, tokens_of_class), kept
+            if prefix > 0 and index == config.in_context_start:
                 x = torch.cat([(label[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-                rope = self.rope
+                tokens_of_class = prefix
+                rope = self.rope if seen is None else self._rope_of(seen, prefix)
             x = block(x, condition, rope)
-        x = x[:, prefix:] if prefix > 0 else x
-        return self.unpatchify(self.final_layer(x, condition))
+            if middle and index == config.middle_head - 1:
+                found = self.middle_layer(x[:, tokens_of_class:], condition)
+                if seen is not None:
+                    found = _put(found.new_zeros(len(x), len(self.pos_embed), found.shape[2]), seen, found)
+            if kept is not None and index == route.stop - 1:
+                whole = _put(aside, kept, x[:, tokens_of_class:])
+                x = torch.cat([x[:, :tokens_of_class], whole], dim=1)
+                rope, seen = self.rope[:, prefix - tokens_of_class :], None
+        prediction = self.unpatchify(self.final_layer(x[:, tokens_of_class:], condition))
+        return torch.stack([prediction, self.unpatchify(found)]) if middle else prediction
+
+    def _rope_of(self, kept: Tensor, prefix: int) -> Tensor:
+        """The rotations of `prefix` class tokens and of the `kept` (B, K) tokens: (2, B, prefix + K, D of a head)."""
+        tables = self.rope[:, self.config.in_context_len :][:, kept]
+        classes = self.rope[:, None, :prefix].expand(-1, len(kept), -1, -1)
+        return torch.cat([classes, tables], dim=2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, N, P * P * 3) -> (B, 3, G P, G P)"""
@@ -144,8 +204,18 @@ class JiT(nn.Module):
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
 
 
+def _taken(x: Tensor, tokens: Tensor) -> Tensor:
+    """The `tokens` (B, K) of x (B, N, C): (B, K, C)."""
+    return x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _put(x: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
+    """x (B, N, C) with other `values` (B, K, C) of its `tokens` (B, K)."""
+    return x.scatter(1, tokens[:, :, None].expand(-1, -1, x.shape[2]), values)
+
+
 def network_holding(weights: Mapping[str, Tensor], config: ModelConfig, diffusion: DiffusionConfig) -> JiT:
-    """The network whose parameters are `weights` (name -> tensor) themselves, on their device; in eval mode.
+    """The network whose parameters and stored buffers are `weights` themselves, by name, on their device; to evaluate.
 
     No weight is drawn, and none is copied. Raises a RuntimeError if names or shapes are not those of the network.
     """
@@ -154,7 +224,7 @@ def network_holding(weights: Mapping[str, Tensor], config: ModelConfig, diffusio
     network.load_state_dict(dict(weights), assign=True)
     device = next(iter(weights.values())).device
     # Computed on the CPU, as in every other network: the sines of a GPU differ in the last bit.
-    for name, table in network.position_tables().items():
+    for name, table in network.fixed_tables().items():
         network.register_buffer(name, table.to(device), persistent=False)
     return network.eval()
 
@@ -165,6 +235,6 @@ def parameter_kind(name: str, dimensions: int) -> str:
         return "patch_embedding"
     if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):
         return "embeddings"
-    if name.startswith("final_layer.linear."):
+    if name.startswith(("final_layer.linear.", "middle_layer.linear.")):
         return "output"
     return "matrices" if dimensions >= 2 else "vectors"

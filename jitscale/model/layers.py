@@ -89,8 +89,11 @@ def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply rotary positions in float32 to `x` (B, N, H, D) with `rope` (2, N, D); keeps the dtype of `x`."""
-    cos, sin = rope[:, :, None]  # (N, 1, D) each
+    """Apply rotary positions in float32 to `x` (B, N, H, D); keeps the dtype of `x`.
+
+    `rope` is (2, N, D) for all images, or (2, B, N, D) where each has tokens of its own.
+    """
+    cos, sin = rope.unsqueeze(-2)  # (N, 1, D) or (B, N, 1, D) each
     x32 = x.float()
     exchanged = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the channels of each pair
     return (x32 * cos + exchanged * sin).to(x.dtype)
@@ -154,7 +157,7 @@ class LabelEmbedder(nn.Module):
 
 
 def split_heads(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised and rotated q and k, and v: (B, N, 3 H D), (2, N, D) -> (B, N, H, D) each."""
+    """Normalised and rotated q and k, and v: (B, N, 3 H D), and `rope` as `rotate` takes it -> (B, N, H, D) each."""
     q, k, v = qkv.unflatten(-1, (3, -1, rope.shape[-1])).unbind(2)
     return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
 
@@ -176,7 +179,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, N, C), (2, N, D) -> (B, N, C), of which the block has yet to drop elements by `proj_drop`."""
+        """(B, N, C), and `rope` as `rotate` takes it -> (B, N, C), to be dropped by `proj_drop`."""
         qkv = multiply(self.product, x, self.qkv)
         if self.split_heads is None:
             q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rope)

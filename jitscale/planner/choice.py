@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from jitscale.config import Config
-from jitscale.model.flops import image_tokens
+from jitscale.config import Config, image_tokens
 from jitscale.planner.memory import Memory, activation_bytes, objective_bytes, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication, host_seconds, pass_seconds
 

@@ -5,14 +5,14 @@ Tests compare the state's memory with the tensors of CPU ranks, and activations 
 
 import functools
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from jitscale.config import Config, ModelConfig
+from jitscale.config import Config, ModelConfig, image_tokens
 from jitscale.model.execution import wants_graphs
-from jitscale.model.flops import block_tokens, image_tokens
+from jitscale.model.flops import block_tokens
 from jitscale.model.jit import JiT, parameter_kind
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 from jitscale.planner.buckets import reduce_bucket_elements
@@ -28,7 +28,8 @@ PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every trainable parameter's shape, from the network itself on the meta device."""
-    return _parameter_shapes(astuple(model))
+    fields = vars(model).values()
+    return _parameter_shapes(tuple(tuple(value) if isinstance(value, list) else value for value in fields))
 
 
 def parameters_by_kind(model: ModelConfig) -> dict[str, int]:

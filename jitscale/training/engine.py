@@ -70,7 +70,7 @@ class ZeroEngine:
         if self.execution.by_block and self.stage == 3:
             # Their hooks gather all their weights, and are not part of a block's graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Block, FinalLayer])
-        self.world = world
+        self.world, self._network = world, model
         self._bucket_elements = _bucket_elements(model, world)
         _name_device_as_deepspeed_does(world.device)
         self._engine, *_ = deepspeed.initialize(
@@ -108,9 +108,22 @@ class ZeroEngine:
                 apply(*arguments, **named) if self._stage0_norm.isfinite() else None
             )
 
-    def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The network's prediction for (B, 3, height, width) images, under the engine's precision."""
-        return self._engine(z, t, y)
+    def __call__(
+        self,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        kept: torch.Tensor | None = None,
+        *,
+        middle: bool = False,
+    ) -> torch.Tensor:
+        """The network's prediction, as `JiT.forward` returns it, under the engine's precision."""
+        return self._engine(z, t, y, kept, middle=middle)
+
+    @property
+    def subspace(self) -> torch.Tensor | None:
+        """The network's, on the device."""
+        return self._network.subspace
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; it is divided by the number of micro-batches here."""

@@ -3,22 +3,23 @@
 Every draw is a function of the run's seed and a sample's position in the global sequence, so that a resumed run repeats
 nothing and skips nothing, on any number of ranks.
 
-Shapes: B images of a micro-batch, S pixels a side.
+Shapes: B images of a micro-batch, S pixels a side, K tokens that pass through the routed blocks.
 """
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_tokens, routed_blocks, routed_tokens
 from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.diffusion.objective import times_from_normal
-from jitscale.keyed_random import Purpose, generator_seeds, normal, uniform
+from jitscale.keyed_random import Int64Array, Purpose, generator_seeds, hash64, normal, uniform
 from jitscale.node import once_a_node
 from jitscale.parallel import World
 from jitscale.training.noise import add_noise, seeded_noise
@@ -35,6 +36,7 @@ class MicroBatch:
     z: torch.Tensor  # float32 (B, 3, S, S), t x + (1 - t) e
     t: torch.Tensor  # float32 (B,) in [0, 1]
     labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
+    kept: torch.Tensor | None  # int64 (B, K), rising: the tokens that are not routed; None if all pass
     bad_samples: list[str]  # why images could not be decoded; others replace them
 
 
@@ -102,12 +104,12 @@ class Feed:
         """
         config = self._config
         with parallel.said_by_this_rank():
-            batch, (images, labels, flip, normal_numbers) = next(self._prepared)
+            batch, (images, labels, flip, normal_numbers, kept) = next(self._prepared)
         t = times_from_normal(normal_numbers, config.diffusion)
         seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions.numpy())
         noise = seeded_noise(seeds, config.model.image_size, self._generator)
         x, e, z = self._add_noise(images, flip, noise, t, config.diffusion.noise_scale)
-        return MicroBatch(x, e, z, t, labels, batch.bad_samples)
+        return MicroBatch(x, e, z, t, labels, kept if kept.shape[1] else None, batch.bad_samples)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -131,13 +133,27 @@ def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
     """The images and random draws, except the noise, which is drawn on the device.
 
     They are images, uint8 (B, S, S, 3); labels, int64 (B,), the null label where the class is dropped; whether to flip,
-    bool (B,); and normal numbers, float32 (B,), from which times are made.
+    bool (B,); normal numbers, float32 (B,), from which times are made; and the tokens that are not routed, int64
+    (B, K), of which there are none if all pass.
     """
     seed, positions = config.run.seed, batch.positions.numpy()
     dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
     labels = batch.labels.masked_fill(dropped, config.model.num_classes)
     flip = torch.from_numpy(config.data.flip & (uniform(seed, Purpose.FLIP, positions) < 0.5))
-    return batch.images, labels, flip, torch.from_numpy(normal(seed, Purpose.TIME, positions)).float()
+    normal_numbers = torch.from_numpy(normal(seed, Purpose.TIME, positions)).float()
+    kept = routed_tokens(config.model) if routed_blocks(config.model) else 0
+    return batch.images, labels, flip, normal_numbers, kept_tokens(seed, positions, image_tokens(config.model), kept)
+
+
+def kept_tokens(seed: int, positions: Int64Array, tokens: int, kept: int) -> torch.Tensor:
+    """Which `kept` of an image's tokens pass through the routed blocks, int64 (B, kept), by (seed, position) alone.
+
+    They rise in each row, so that tokens stay in their order.
+    """
+    if kept == 0:
+        return torch.empty(len(positions), 0, dtype=torch.int64)
+    draws = hash64(seed, Purpose.ROUTE, positions[:, None], np.arange(tokens))
+    return torch.from_numpy(np.sort(np.argsort(draws, axis=1, kind="stable")[:, :kept], axis=1))
 
 
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:

@@ -140,5 +140,5 @@ class HeldOutLoss:
             x, e, z = add_noise(images, unflipped, noise, t, config.diffusion.noise_scale)
             with autocast(config, device):
                 prediction = network(z, t, labels)
-            losses.append(sample_loss(prediction, x, e, z, t, config.diffusion))
+            losses.append(sample_loss(prediction, x, e, z, t, config.diffusion, network.subspace))
         return torch.stack(losses, dim=1).double().cpu().numpy()[block.sound]

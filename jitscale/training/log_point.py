@@ -16,7 +16,8 @@ class LogPoint(NamedTuple):
     writing: bool  # a rank still writes its file of a checkpoint
     bad_samples: int  # of all ranks, counted as `BadSamples.here`
     rate: float  # images a second, by rank 0's clock
-    loss: float  # mean over the batch
+    loss: float  # mean over the batch, of the output layer
+    middle_loss: float  # of the middle one; 0 where there is none
     loss_by_noise_level: dict[str, float | None]  # as `LossByNoiseLevel.means`
     slow_ranks: list[tuple[int, float, float]]  # as `RankTimes.slow_ranks`; known to rank 0 only
 
@@ -33,14 +34,14 @@ def exchange(
 ) -> LogPoint:
     """Bring together what each rank knows. A collective call; on a GPU it waits for the step.
 
-    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does, and `loss` () is
-    this rank's part of the mean.
+    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does, and `loss`
+    (2,) is this rank's part of the two means.
     """
     of_main = rate if parallel.this_rank() == 0 else 0.0
     on_host = torch.tensor([stop, writing, bad_samples, of_main, seconds], dtype=torch.float64)
-    on_device = torch.cat([loss.detach().view(1), losses]).to("cpu", torch.float64)
+    on_device = torch.cat([loss.detach(), losses]).to("cpu", torch.float64)
     total, everyone = parallel.tally(torch.cat([on_host, on_device]))
-    any_stop, any_writing, all_bad, rate, _, mean, *summed = total.tolist()
+    any_stop, any_writing, all_bad, rate, _, mean, middle, *summed = total.tolist()
     slow = RankTimes.slow_ranks(everyone[:, 4].tolist()) if parallel.this_rank() == 0 else []
     means = LossByNoiseLevel.means(summed)
-    return LogPoint(bool(any_stop), bool(any_writing), int(all_bad), rate, mean, means, slow)
+    return LogPoint(bool(any_stop), bool(any_writing), int(all_bad), rate, mean, middle, means, slow)

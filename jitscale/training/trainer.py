@@ -19,7 +19,6 @@ from jitscale.config import Config
 from jitscale.config.cautions import cautions
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import naming_dead_workers
-from jitscale.diffusion.objective import sample_loss
 from jitscale.errors import ExitCode
 from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.execution import REMEDY
@@ -34,6 +33,7 @@ from jitscale.training.engine import ZeroEngine
 from jitscale.training.faults import FaultInjection
 from jitscale.training.feed import Feed, open_once_a_node
 from jitscale.training.log_point import LogPoint, exchange
+from jitscale.training.losses import Losses
 from jitscale.training.measurements import Measurement, Measurements
 from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
@@ -85,7 +85,7 @@ class Trainer:
         if world.is_main:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled
-        self.sample_loss = torch.compile(sample_loss) if compiled else sample_loss
+        self.losses = Losses(config.model, config.diffusion, self.engine.subspace, compiled=compiled)
         on_device = not config.engine.offload_optimizer  # where averages lie beside masters
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled and on_device)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
@@ -178,13 +178,18 @@ class Trainer:
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
-        """One optimizer step on the next global batch; returns this rank's part of its mean loss."""
+        """One optimizer step on the next global batch; returns this rank's part of its mean losses, (2,).
+
+        They are those of the output layer and of the middle one, 0 where there is none.
+        """
         config, state, engine = self.config, self.state, self.engine
         images = state.images + config.data.batch_size
         lr = learning_rate(config.optim, images, self.end)
         # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, state.step, self.world.rank)[0]))
-        total = torch.zeros((), device=self.world.device)
+        total = torch.zeros(2, device=self.world.device)
+        parts = engine.micro_batches * self.world.size
+        routes = config.run.route_until_images is None or images <= config.run.route_until_images
         self.faults.begin_step(state.step + 1)
         for micro_batch in range(engine.micro_batches):
             with self.rank_times.part():
@@ -192,15 +197,19 @@ class Trainer:
                 with self.part("data"):
                     inputs = next(self.feed)
                 self.bad_samples.note(inputs.bad_samples)
-                prediction = engine(inputs.z, inputs.t, inputs.labels)
-                losses = self.sample_loss(prediction, inputs.x, inputs.e, inputs.z, inputs.t, config.diffusion)
+                kept = inputs.kept if routes else None
+                prediction = engine(inputs.z, inputs.t, inputs.labels, kept, middle=config.model.middle_head > 0)
+                losses, middle = self.losses(prediction, inputs.x, inputs.e, inputs.z, inputs.t, kept)
                 self.loss_by_noise_level.add(inputs.t, losses)
                 loss = self.faults.loss(losses.mean())
+                total[0] += loss.detach() / parts
+                if middle is not None:
+                    total[1] += middle.mean().detach() / parts
+                    loss = loss + config.diffusion.middle_weight * middle.mean()
             with self.part("engine_backward"):
                 engine.backward(loss)
             with self.part("optimizer"):
                 moved = engine.step(lr if micro_batch == engine.micro_batches - 1 else None)
-            total += loss.detach() / (engine.micro_batches * self.world.size)
         state.step, state.images = state.step + 1, images
         with self.part("ema"):
             self.ema.update(engine.masters(), state.step, (images - config.data.batch_size, images), moved=moved)
@@ -208,7 +217,7 @@ class Trainer:
         return total
 
     def agree(self, loss: torch.Tensor) -> LogPoint:
-        """Learn what the other ranks know after a step with this rank's `loss`. A collective call."""
+        """Learn what the other ranks know after a step with this rank's losses (2,). A collective call."""
         return exchange(
             stop=self.stop_signal.received,
             writing=self.persistence.is_writing,
@@ -241,6 +250,8 @@ class Trainer:
             "loss_spike": int(spike),
             **agreed.loss_by_noise_level,
         }
+        if config.model.middle_head > 0:
+            values["middle_loss"] = agreed.middle_loss
         if (peak := peak_tflops(self.world.device)) is not None:
             values["mfu"] = rate * training_flops(config.model) / (peak * 1e12 * self.world.size)
         with self.part("tracking"):

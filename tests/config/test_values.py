@@ -164,7 +164,7 @@ def test_home_folders_are_expanded_in_every_path(
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     paths = [key for key, setting in SETTINGS.items() if setting.path]
-    assert len(paths) == 10
+    assert len(paths) == 11
     others = {"evaluation.weights", "evaluation.guide_weights", "run.init_weights", "tracking.project", "tracking.name"}
     free = {key for key in TEXT_SETTINGS if not SETTINGS[key].choices}
     assert free == {*paths, *others}, "a new text setting says whether it is a path"

@@ -7,9 +7,9 @@ import torch
 from tqdm import trange
 
 from benchmarks import measuring
+from jitscale.config import image_tokens
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, choose_kernel
-from jitscale.model.flops import image_tokens
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
