@@ -244,7 +244,7 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
         ema_decay2=decays[1],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
-        sampling_method=evaluation.method,
+        sampling_method=evaluation.method if evaluation.method in ("euler", "heun") else "heun",  # all they have
         num_sampling_steps=evaluation.steps,
         cfg=evaluation.guidance_scale,
         interval_min=evaluation.guidance_interval[0],

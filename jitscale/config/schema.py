@@ -14,6 +14,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
+LEAST_SHIFT, MOST_SHIFT = 0.01, 100.0  # beyond them, times of a grid fall together in float32
 PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
@@ -187,7 +188,9 @@ class EvaluationConfig:
         "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
     )
     steps: int = setting(50, "sampling steps", at_least=1)
-    time_shift: float = setting(1.0, "s of the times t / (t + (1 - t) s); 1: uniform", above=0)
+    time_shift: float = setting(
+        1.0, "s of the times t / (t + (1 - t) s); 1: uniform", at_least=LEAST_SHIFT, at_most=MOST_SHIFT
+    )
     guidance_scale: float = setting(1.0, "1: no guidance")
     guidance_interval: list[float] = setting([0.1, 1.0], "in t", at_least=0, at_most=1, check=_low_and_high)
     internal_guidance: float = setting(1.0, "away from the prediction of model.middle_head; 1: none", at_least=0)
