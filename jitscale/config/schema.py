@@ -322,11 +322,11 @@ def held_out_fraction(data: DataConfig) -> float | None:
 def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
     """The settings, as `key: before -> now`, that make `now` another network than `before` with the same weights.
 
-    Settings of training alone (dropout, routing) and the model fields in `ignored` do not count.
+    Settings of training alone (dropout, routing) and the fields in `ignored`, of the model or `rank`, do not count.
     """
     names = [name for name in vars(before.model) if name not in (*_OF_TRAINING_ALONE, *ignored)]
     both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
     both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
-    if before.diffusion.prediction == now.diffusion.prediction == "asym":
+    if before.diffusion.prediction == now.diffusion.prediction == "asym" and "rank" not in ignored:
         both.append(("diffusion.rank", before.diffusion.rank, now.diffusion.rank))
     return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]
