@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, shapes_of
-from jitscale.config import Config, network_differences, patch_elements, to_yaml
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, names_in, shapes_of
+from jitscale.config import Config, has_fitted_subspace, network_differences, patch_elements, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.files import atomic_write
 
@@ -167,7 +167,7 @@ def write_upgraded(
     check_finite(stored, sets)
     new = shapes_of(target)
     progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
-    with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:
+    with tqdm(total=sum(len(names_in(name, new)) for name in sets), unit="tensor", desc="upgrade") as bar:
 
         def tensor(set_name: str, parameter: str) -> torch.Tensor:
             bar.update()
@@ -211,9 +211,9 @@ def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
     if asked != expected:
         full = f", all numbers of its patch as {rank} are of the old one" if rank == all_old else ", the old one"
         raise ConfigError(f"diffusion.rank={asked} must be {expected}{full}; add diffusion.rank={expected}")
-    if rank in (0, all_old) or ratio == 1:
+    if not has_fitted_subspace(old.model, old.diffusion) or ratio == 1:
         return
-    if rank >= all_new:
+    if not has_fitted_subspace(new.model, new.diffusion):
         what = f"diffusion.rank={rank}: a part of the {all_old} numbers of the old patch, and all of the new one"
         raise ConfigError(f"{what}, which is another prediction; choose larger patches")
     what = f"diffusion.rank={rank}: the subspace is preserved only"
