@@ -122,7 +122,7 @@ class OptimConfig:
     lr: float = setting(2e-4, "learning rate after the warm-up, of Muon too", above=0)
     lr_factor_patch_embedding: float = setting(1.0, "times lr, for the patch embedding", above=0)
     lr_factor_embeddings: float = setting(1.0, "times lr, for labels, times and in-context tokens", above=0)
-    lr_factor_output: float = setting(1.0, "times lr, for the output layer", above=0)
+    lr_factor_output: float = setting(1.0, "times lr, for the output layer, and the middle one", above=0)
     lr_factor_vectors: float = setting(1.0, "times lr, for biases and norms elsewhere", above=0)
     beta1: float = setting(0.9, "AdamW's decay of gradients", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of squared gradients", at_least=0, below=1)

@@ -143,7 +143,7 @@ def test_the_lifted_subspace(ratio: int, kernel: str) -> None:
 
 def test_a_subspace_with_fine_detail_has_no_smaller_one() -> None:
     down = plan_upgrade(settings(4, rank=RANK), settings(2, rank=RANK))
-    with pytest.raises(CheckpointError, match="not orthonormal.*holds detail that these pixels lose"):
+    with pytest.raises(CheckpointError, match=r"not orthonormal.*holds detail that these pixels lose"):
         down.tensor(SUBSPACE, subspace())
     up = plan_upgrade(settings(4, rank=RANK), settings(8, rank=RANK))
     for damaged in (subspace() * 1.01, subspace() * torch.nan):
