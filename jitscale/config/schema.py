@@ -123,7 +123,7 @@ class OptimConfig:
     lr: float = setting(2e-4, "learning rate after the warm-up, of Muon too", above=0)
     lr_factor_patch_embedding: float = setting(1.0, "times lr, for the patch embedding", above=0)
     lr_factor_embeddings: float = setting(1.0, "times lr, for labels, times and in-context tokens", above=0)
-    lr_factor_output: float = setting(1.0, "times lr, for the output layer", above=0)
+    lr_factor_output: float = setting(1.0, "times lr, for the output layer, and the middle one", above=0)
     lr_factor_vectors: float = setting(1.0, "times lr, for biases and norms elsewhere", above=0)
     beta1: float = setting(0.9, "AdamW's decay of gradients", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of squared gradients", at_least=0, below=1)
@@ -325,11 +325,11 @@ def held_out_fraction(data: DataConfig) -> float | None:
 def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
     """The settings, as `key: before -> now`, that make `now` another network than `before` with the same weights.
 
-    Settings of training alone (dropout, routing) and the model fields in `ignored` do not count.
+    Settings of training alone (dropout, routing) and the fields in `ignored`, of the model or `rank`, do not count.
     """
     names = [name for name in vars(before.model) if name not in (*_OF_TRAINING_ALONE, *ignored)]
     both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
     both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
-    if before.diffusion.prediction == now.diffusion.prediction == "asym":
+    if before.diffusion.prediction == now.diffusion.prediction == "asym" and "rank" not in ignored:
         both.append(("diffusion.rank", before.diffusion.rank, now.diffusion.rank))
     return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]
