@@ -141,6 +141,13 @@ def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, who
     assert holds_it(last(job.folder / "named"), own)
 
 
+def test_a_rollback_keeps_it(job: Job, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:times=2")
+    metrics = job.train("rolled_back", *SETTINGS, "run.rollback_after=2", "run.max_steps=8", world_size=1)
+    assert training(metrics)[-1]["skipped_images"] == 3 * BATCH
+    assert holds_it(last(job.folder / "rolled_back"), subspace(job))
+
+
 def test_every_form_of_the_weights_holds_it(job: Job, whole: Path, tmp_path: Path) -> None:
     """safetensors, a Hugging Face folder, a run again, and averages after the run: bit by bit the same network."""
     expected, config = subspace(job), job.folder / "whole/config.yaml"
