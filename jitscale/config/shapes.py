@@ -1,0 +1,29 @@
+"""Numbers of tokens and blocks that the settings of a network imply."""
+
+from jitscale.config.schema import ModelConfig
+
+
+def image_tokens(model: ModelConfig) -> int:
+    """Tokens of an image."""
+    return (model.image_size // model.patch_size) ** 2
+
+
+def patch_elements(model: ModelConfig) -> int:
+    """Numbers in a patch: pixels times channels."""
+    return model.patch_size**2 * 3
+
+
+def routed_tokens(model: ModelConfig) -> int:
+    """Tokens of an image that pass through the routed blocks in training."""
+    return image_tokens(model) - round(model.route_share * image_tokens(model))
+
+
+def routed_blocks(model: ModelConfig) -> range:
+    """The blocks that the other tokens skip in training; none if all tokens pass."""
+    first, end = model.route_blocks
+    return range(model.depth)[first:end] if routed_tokens(model) < image_tokens(model) else range(0)
+
+
+def middle_is_routed(model: ModelConfig) -> bool:
+    """Whether the middle output layer sees only the tokens that pass through the routed blocks."""
+    return model.middle_head - 1 in routed_blocks(model)

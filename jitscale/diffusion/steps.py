@@ -1,0 +1,72 @@
+"""One step of a sampler along dz/dt = v(z, t), whatever gives the velocity and wherever the grid of times lies.
+
+`euler` and `heun` look at one step alone. `2m` and `ab2` are multistep: they reuse what the step before has seen, so
+that a step of second order costs one evaluation.
+
+Shapes: states and velocities are (B, 3, height, width).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, float], Tensor]  # of a state and its time
+
+
+class State(NamedTuple):
+    """Where a sampler stands: all that its next steps depend on."""
+
+    z: Tensor
+    before: Tensor | None = None  # what a multistep method has kept of the step before
+
+
+def times(steps: int, shift: float = 1.0) -> list[float]:
+    """The grid of times from 0 to 1: uniform, or t / (t + (1 - t) shift) of it."""
+    uniform: list[float] = torch.linspace(0.0, 1.0, steps + 1).tolist()
+    return uniform if shift == 1.0 else [t / (t + (1 - t) * shift) for t in uniform]
+
+
+def looks_ahead(method: str, t_next: float) -> bool:
+    """Whether a step to `t_next` evaluates the velocity there too."""
+    return method == "heun" and t_next < 1.0
+
+
+def advance(method: str, grid: Sequence[float], index: int, state: State, velocity: Velocity) -> State:
+    """Step `index` of the rising `grid` of times."""
+    z, (t, t_next) = state.z, grid[index : index + 2]
+    h, v = t_next - t, velocity(z, t)
+    if method == "2m":
+        return _second_order_multistep(grid, index, state, v)
+    if method == "ab2":
+        # Adams and Bashforth's of second order, for steps of different lengths.
+        if state.before is None:
+            return State(z + h * v, v)
+        ratio = h / (t - grid[index - 1])
+        return State(z + h * ((1 + ratio / 2) * v - ratio / 2 * state.before), v)
+    z_next = z + h * v
+    if looks_ahead(method, t_next):
+        z_next = z + h * 0.5 * (v + velocity(z_next, t_next))
+    return State(z_next)
+
+
+def _second_order_multistep(grid: Sequence[float], index: int, state: State, v: Tensor) -> State:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), with x extrapolated over the step.
+
+    An Euler step of the velocity is already the exponential step of first order, with x = z + (1 - t) v. Steps are
+    measured in log(t / (1 - t)), infinite at both ends of the grid: the correction is zero after the first step, and is
+    left out in the last one.
+    """
+    t, t_next = grid[index : index + 2]
+    x = state.z + (1 - t) * v
+    z_next = state.z + (t_next - t) * v
+    if state.before is not None and t_next < 1.0 and (t_before := grid[index - 1]) > 0.0:
+        ratio = (_log_ratio(t_next) - _log_ratio(t)) / (_log_ratio(t) - _log_ratio(t_before))
+        z_next = z_next + (t_next - t) / (1 - t) * (ratio / 2) * (x - state.before)
+    return State(z_next, x)
+
+
+def _log_ratio(t: float) -> float:
+    return math.log(t / (1 - t))
