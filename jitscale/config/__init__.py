@@ -29,7 +29,15 @@ from jitscale.config.schema import (
     power_name,
     weight_set_names,
 )
-from jitscale.config.shapes import image_tokens, middle_is_routed, patch_elements, routed_blocks, routed_tokens
+from jitscale.config.shapes import (
+    image_tokens,
+    middle_is_routed,
+    patch_elements,
+    routed_blocks,
+    routed_part,
+    routed_tokens,
+    routes,
+)
 
 if TYPE_CHECKING:
     from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
@@ -38,7 +46,8 @@ __all__ = ["CHOICES", "SETTINGS", "WIDEST_POWER", "Config", "EvaluationConfig", 
 __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
 __all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
 __all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
-__all__ += ["image_tokens", "middle_is_routed", "patch_elements", "routed_blocks", "routed_tokens"]
+__all__ += ["image_tokens", "middle_is_routed", "patch_elements", "routed_blocks", "routed_part"]
+__all__ += ["routed_tokens", "routes"]
 __all__ += ["weight_set_names"]
 
 
