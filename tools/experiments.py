@@ -21,11 +21,22 @@ import torch
 from jitscale.command import Parser, run_python
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.files import atomic_write
-from studies import bf16, bottleneck, failing, guidance, manifold, pairs, resolution, upgrade, upsampling
+from studies import bf16, bottleneck, failing, guidance, manifold, pairs, rank, resolution, upgrade, upsampling
 from studies.run import ROOT
 from studies.tasks import Experiment, outcomes_of
 
-MODULES: list[Experiment] = [manifold, pairs, bottleneck, resolution, upgrade, upsampling, failing, guidance, bf16]
+MODULES: list[Experiment] = [
+    manifold,
+    pairs,
+    bottleneck,
+    resolution,
+    upgrade,
+    upsampling,
+    failing,
+    guidance,
+    rank,
+    bf16,
+]
 EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
 ALONE = "upgrade"  # takes as long as all others together
 

@@ -8,7 +8,8 @@
 
 A fragment is a contiguous slice of one flattened parameter, in the coordinates of the parameter as the network defines
 it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of
-the optimizer (`exp_avg`, `exp_avg_sq`). Folders are written aside and renamed: a kill leaves the previous one usable.
+the optimizer (`exp_avg`, `exp_avg_sq`). Buffers that are stored (`weights.FIXED`) lie in every weight set like a
+parameter, and have no moments. Folders are written aside and renamed: a kill leaves the previous one usable.
 """
 
 import re

@@ -28,6 +28,7 @@ from jitscale.checkpoints import format as layout
 from jitscale.checkpoints.format import MARKER, Flats, Fragment, Progress
 from jitscale.checkpoints.index import strange_sets
 from jitscale.checkpoints.streams import atomic_safetensors
+from jitscale.checkpoints.weights import names_in
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError, StorageError
 from jitscale.files import FileIdentity, flush, sha256_of
@@ -115,21 +116,24 @@ def write_streamed(
     """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
 
     The folder `final` appears complete or not at all. It holds all parameters (name -> shape) in all `sets`, moments
-    included; `tensor` is asked once for the float32 values of each (set, parameter). Raises a CheckpointError if a set
-    is none of a run, there is not enough room, or the folder cannot be written.
+    included; `tensor` is asked once for the float32 values of each (set, parameter), but not for moments of what is
+    `FIXED`. Raises a CheckpointError if a set is none of a run, there is not enough room, or the folder cannot be
+    written.
     """
     if wrong := strange_sets(sets):
         what = f"{final}: a run has a model and averages, no weight set {wrong[0]!r}"
         raise CheckpointError(f"{what}; make it the model first, by tools/convert_checkpoint.py --to run --weights SET")
     fragments, file = layout.whole_fragments(shapes), _file(final, 0)
-    entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets}
+    held = {name: set(names_in(name, shapes)) for name in sets}
+    entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets if f.name in held[name]}
     try:
         with _unwritable(final):
             _make_room(final, _bytes(fragments, sets))
             with atomic_safetensors(file, entries) as append:
                 for parameter in shapes:
                     for name in sets:
-                        append(tensor(name, parameter))
+                        if parameter in held[name]:
+                            append(tensor(name, parameter))
             _complete(final, progress, config, sets, [_described(file)], [fragments])
     except BaseException:
         shutil.rmtree(_aside(final), ignore_errors=True)

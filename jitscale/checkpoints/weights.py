@@ -20,6 +20,7 @@ from jitscale.errors import CheckpointError, unreadable
 from jitscale.model.jit import JiT, network_holding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
+FIXED = ("subspace",)  # buffers of the network that every weight set holds, and no optimizer moves: without moments
 
 
 # What torch.compile and DistributedDataParallel put before the names of the module that they wrap.
@@ -32,7 +33,7 @@ class StoredWeights(ABC):
 
     path: Path
     config: Config  # of the run that made them, as far as it is known: `model` and `diffusion` always are
-    shapes: dict[str, tuple[int, ...]]  # by parameter
+    shapes: dict[str, tuple[int, ...]]  # by parameter, `FIXED` buffers included
     weight_sets: list[str]  # their names
     default: str  # the set that is meant when none is named
     optimizer_step: int = 0  # updates that the stored moments have seen; 0 where there are none
@@ -83,9 +84,9 @@ class StoredWeights(ABC):
     @torch.no_grad()
     def load_into(self, network: JiT, name: str | None = None) -> None:
         """Give `network` the weights of one set; `name` and errors are those of `network`."""
-        chosen, parameters = self.choose(name), dict(network.named_parameters())
-        check_tensors(self, {key: tuple(p.shape) for key, p in parameters.items()})
-        for parameter, values in parameters.items():
+        chosen, held = self.choose(name), network.state_dict()
+        check_tensors(self, {key: tuple(values.shape) for key, values in held.items()})
+        for parameter, values in held.items():
             values.copy_(self.tensor(chosen, parameter))
 
 
@@ -178,9 +179,14 @@ def write_safetensors(path: Path, stored: StoredWeights, set_name: str) -> None:
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape of a network, without its memory."""
+    """Name -> shape of what a weight set of the network holds: parameters and stored buffers, without their memory."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in JiT(config.model).named_parameters()}
+        return {name: tuple(p.shape) for name, p in JiT(config.model, config.diffusion).state_dict().items()}
+
+
+def names_in(set_name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Those of the names in `shapes` that a set holds: a weight set all, moments not those of fixed buffers."""
+    return [name for name in shapes if set_name not in MOMENTS or name not in FIXED]
 
 
 def check_tensors(stored: StoredWeights, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
@@ -214,7 +220,7 @@ def check_finite(stored: StoredWeights, sets: Sequence[str], share: int = 0, sha
     Raises a CheckpointError if a tensor cannot be read, or holds NaN or infinite values.
     """
     for name in sets:
-        for parameter in list(stored.shapes)[share::shares]:
+        for parameter in names_in(name, stored.shapes)[share::shares]:
             if not stored.tensor(name, parameter).isfinite().all():
                 what = f"{stored.path}: {parameter} of the set {name} holds values that are not finite"
                 raise CheckpointError(f"{what}; the training went astray before, choose an older checkpoint")

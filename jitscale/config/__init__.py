@@ -30,6 +30,7 @@ from jitscale.config.schema import (
     weight_set_names,
 )
 from jitscale.config.shapes import (
+    has_fitted_subspace,
     image_tokens,
     middle_is_routed,
     patch_elements,
@@ -46,9 +47,8 @@ __all__ = ["CHOICES", "SETTINGS", "WIDEST_POWER", "Config", "EvaluationConfig", 
 __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
 __all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
 __all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
-__all__ += ["image_tokens", "middle_is_routed", "patch_elements", "routed_blocks", "routed_part"]
-__all__ += ["routed_tokens", "routes"]
-__all__ += ["weight_set_names"]
+__all__ += ["has_fitted_subspace", "image_tokens", "middle_is_routed", "patch_elements", "routed_blocks"]
+__all__ += ["routed_part", "routed_tokens", "routes", "weight_set_names"]
 
 
 def __getattr__(name: str) -> Any:

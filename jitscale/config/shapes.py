@@ -1,6 +1,6 @@
-"""Numbers of tokens and blocks that the settings of a network imply."""
+"""What the settings of a network imply: numbers of tokens and blocks, and whether it has a subspace of its own."""
 
-from jitscale.config.schema import Config, ModelConfig, RunConfig, images_of_run
+from jitscale.config.schema import Config, DiffusionConfig, ModelConfig, RunConfig, images_of_run
 
 
 def image_tokens(model: ModelConfig) -> int:
@@ -11,6 +11,11 @@ def image_tokens(model: ModelConfig) -> int:
 def patch_elements(model: ModelConfig) -> int:
     """Numbers in a patch: pixels times channels."""
     return model.patch_size**2 * 3
+
+
+def has_fitted_subspace(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
+    """Whether asym's subspace is one of the data, and not what rank 0 or full rank leaves no choice of."""
+    return diffusion.prediction == "asym" and 0 < diffusion.rank < patch_elements(model)
 
 
 def routed_tokens(model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from jitscale.config import DiffusionConfig, ModelConfig, patch_elements, routed_blocks
+from jitscale.config import DiffusionConfig, ModelConfig, has_fitted_subspace, patch_elements, routed_blocks
 from jitscale.model import layers
 
 
@@ -103,21 +103,26 @@ class JiT(nn.Module):
         `pos_embed` (N, C) and `rope` (2, N, D of a head); at both ends of the ranks also the `subspace`.
         """
         config, grid = self.config, self.config.image_size // self.config.patch_size
-        width, span, numbers = config.hidden_size, config.position_grid, patch_elements(config)
+        width, span = config.hidden_size, config.position_grid
         tables = {
             "pos_embed": layers.sincos_position_table(width, grid, span),
             "rope": layers.rope_table(width // config.num_heads, grid, config.in_context_len, span),
         }
-        if self.diffusion.prediction == "asym" and self.diffusion.rank in (0, numbers):
-            tables["subspace"] = torch.eye(numbers)[:, : self.diffusion.rank]
+        if self.diffusion.prediction == "asym" and not has_fitted_subspace(config, self.diffusion):
+            tables["subspace"] = torch.eye(patch_elements(config))[:, : self.diffusion.rank]
         return tables
 
     def _own_subspace(self) -> Tensor | None:
         """Room for a subspace that is not fixed by its rank."""
-        numbers, rank = patch_elements(self.config), self.diffusion.rank
-        if self.diffusion.prediction != "asym" or rank in (0, numbers):
+        if not has_fitted_subspace(self.config, self.diffusion):
             return None
-        return torch.full((numbers, rank), torch.nan)
+        return torch.full((patch_elements(self.config), self.diffusion.rank), torch.nan)
+
+    def stored_buffers(self) -> dict[str, Tensor]:
+        """What belongs to the weights and is no parameter, by name: a subspace that does not follow from its rank."""
+        if self.subspace is None or not has_fitted_subspace(self.config, self.diffusion):
+            return {}
+        return {"subspace": self.subspace}
 
     @torch.no_grad()
     def initialize(self) -> None:

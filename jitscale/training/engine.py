@@ -125,6 +125,10 @@ class ZeroEngine:
         """The network's, on the device."""
         return self._network.subspace
 
+    def stored_buffers(self) -> dict[str, torch.Tensor]:
+        """See `JiT.stored_buffers`; whole on every rank's device, and alike."""
+        return self._network.stored_buffers()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; it is divided by the number of micro-batches here."""
         self._engine.backward(loss)

@@ -123,7 +123,7 @@ class Measurements:
         """Record the loss of the weights and of every average on the held-out samples."""
         measured: dict[str, float | int | None] = {}
         network = self._network("model")
-        parameters = dict(network.named_parameters())
+        parameters = dict(network.named_parameters())  # the subspace is that of all sets
         for name in ("model", *self.ema.sets):
             if name != "model":
                 self.engine.gather_each(self._flats(name), lambda key, values: parameters[key].detach().copy_(values))
@@ -189,11 +189,11 @@ class Measurements:
         return ready_on_all_ranks(self._holding(self.engine.gather(self._flats(name))), self.config, self.world)
 
     def _holding(self, weights: dict[str, torch.Tensor]) -> JiT:
-        return network_holding(weights, self.config.model, self.config.diffusion)
+        return network_holding({**weights, **self.engine.stored_buffers()}, self.config.model, self.config.diffusion)
 
     def _guide_on_device(self) -> JiT | None:
         """A copy of the guide, which stays on the CPU otherwise: a device holds it only while it is needed."""
         if (guide := self.guide) is None:
             return None
-        weights = {key: p.detach().to(self.world.device, copy=True) for key, p in guide.named_parameters()}
+        weights = {key: p.detach().to(self.world.device, copy=True) for key, p in guide.state_dict().items()}
         return network_holding(weights, guide.config, guide.diffusion)

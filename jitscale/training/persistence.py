@@ -11,6 +11,7 @@ from jitscale.checkpoints.format import (
     MARKER,
     Checkpoint,
     Flats,
+    Fragment,
     Progress,
     complete_checkpoints,
     load_fragments,
@@ -18,7 +19,7 @@ from jitscale.checkpoints.format import (
 )
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
-from jitscale.checkpoints.weights import StoredWeights, check_finite, check_fits
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
 from jitscale.data.shards import ShardSet
 from jitscale.errors import CheckpointError, DataError, StorageError, UserError
@@ -124,7 +125,7 @@ class Persistence:
         sets: dict[str, Flats] = {"model": self.engine.masters(), **self.ema.sets, **self.engine.moments()}
         progress, folder = self._progress(self.bad_samples.total()), step_folder(self._run_dir, self.state.step)
         with self._tolerated_failures(last=last):
-            self._saving = Save(folder, progress, self.config, self.engine.fragments, sets, self.faults.writer())
+            self._saving = Save(folder, progress, self.config, *self._with_buffers(sets), self.faults.writer())
         if last or not self.config.checkpoint.asynchronous:
             self.finish_save(last=last)
 
@@ -192,7 +193,7 @@ class Persistence:
         """Store the power averages as they are; a CheckpointError on every rank if several saves failed in a row."""
         folder = snapshot_folder(self._run_dir, self.state.images)
         with self._tolerated_failures():
-            write_folder(folder, self._progress(0), self.config, self.engine.fragments, self.ema.power_sets)
+            write_folder(folder, self._progress(0), self.config, *self._with_buffers(self.ema.power_sets))
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint, and jump over the data since, which made the gradients infinite.
@@ -214,6 +215,15 @@ class Persistence:
         if self.world.is_main:
             text = "%s; back to step %d, %d images are jumped over"
             logger.warning(text, what, state.step, state.skipped_images)
+
+    def _with_buffers(self, sets: Mapping[str, Flats]) -> tuple[list[Fragment], dict[str, Flats]]:
+        """The engine's fragments with flats of `sets`; rank 0 adds the network's stored buffers, in each weight set."""
+        fragments, buffers = list(self.engine.fragments), self.engine.stored_buffers() if self.world.is_main else {}
+        for number, (name, buffer) in enumerate(buffers.items(), len(self.engine.masters())):
+            fragments.append(Fragment(name, tuple(buffer.shape), number, 0, buffer.numel(), 0))
+        flat = [buffer.flatten() for buffer in buffers.values()]
+        moments = [None] * len(flat)
+        return fragments, {name: [*flats, *(moments if name in MOMENTS else flat)] for name, flats in sets.items()}
 
     def _progress(self, bad_samples: int) -> Progress:
         state, updates = self.state, self.engine.optimizer_step()

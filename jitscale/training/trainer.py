@@ -39,6 +39,7 @@ from jitscale.training.optim import learning_rate
 from jitscale.training.profiling import StepProfile
 from jitscale.training.state import RunState
 from jitscale.training.stopping import StopSignal
+from jitscale.training.subspace import subspace_of_run
 from jitscale.training.timing import Clock, RankTimes
 from jitscale.training.watch import BadSamples, LossByNoiseLevel, LossSpikes, StepOutcomes
 
@@ -77,8 +78,9 @@ class Trainer:
         if checkpoint is not None:
             persistence.check_resumable(checkpoint, config)
         initial = persistence.initial_weights(config, world) if checkpoint is None else None
+        subspace = subspace_of_run(config, world, shards, checkpoint, initial)
         torch.manual_seed(config.run.seed)
-        self.engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
+        self.engine = ZeroEngine(JiT(config.model, config.diffusion, subspace).train(), config, world)
         parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
         # A rank with another kernel would round differently and set the pace, without a word.
         parallel.require_alike("how the network computes", self.engine.execution.identity, REMEDY)

@@ -44,6 +44,7 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
     for name in ("Embedder", "reference_of"):
         monkeypatch.setattr(f"jitscale.evaluation.evaluator.{name}", Mock())
     engine = Mock()
+    engine.stored_buffers.return_value = {}
     engine.gather.side_effect = lambda _: {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
     saved = (engine, Mock(), RunState(), Mock())
     measured = Measurements(config, world, Mock(), *saved, guide, 100, lambda: None)

@@ -24,6 +24,7 @@ from tests.support.tiny import MODEL
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
     engine = Mock()
+    engine.stored_buffers.return_value = {}
     engine.gather.side_effect = lambda _: {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
     kernel = sys.argv[1:][world.rank]
     config = Config(model=MODEL, engine=EngineConfig(precision="fp32", attention=kernel))
