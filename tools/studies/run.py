@@ -19,7 +19,7 @@ from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
-from jitscale.model.flops import training_flops
+from jitscale.model.flops import mean_training_flops
 from jitscale.training.trainer import train
 from studies.tasks import Task
 
@@ -72,7 +72,7 @@ class Run(Task):
         measured = checkpoints[-1:] if self.measured_every is None else checkpoints
         measurements = [self._measure(checkpoint, folder, world) for checkpoint in measured]
         prune(run_dir, keep_last=1)
-        flops = training_flops(config.model)
+        flops = mean_training_flops(config)
         return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
 
     def _begin(self, folder: Path, config: Config) -> None:
