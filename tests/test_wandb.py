@@ -19,7 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from jitscale.config import Config, DataConfig, TrackingConfig
 from jitscale.errors import ConfigError
-from jitscale.tracking import Tracker, _own_id, check_wandb, read_metrics
+from jitscale.tracking import Tracker, _own_id, check_wandb, read_metrics, sweep_lines
 from tests.support import ROOT
 
 KEY = "0" * 40
@@ -168,11 +168,13 @@ def test_samples_curves_table_and_summary_are_recorded(tmp_path: Path) -> None:
         "weights",
         "guidance_scale",
         "guidance_interval",
+        "internal_guidance",
+        "internal_interval",
         "num_images",
         "fid",
         "inception_score",
     ]
-    assert [row[3:5] for row in table["data"]] == [[100, 6.0], [100, None], [100, 7.0], [100, 5.0], [500, 3.0]]
+    assert [row[5:7] for row in table["data"]] == [[100, 6.0], [100, None], [100, 7.0], [100, 5.0], [500, 3.0]]
     assert {row[2] for row in table["data"]} == {"0.1:1"}
     curve = json.loads((folder / "files" / summary["fid_over_guidance_table.path"]).read_text())
     assert curve["data"] == [[2.0, "ema_0.9", 5.0], [3.0, "ema_0.9", 6.0], [2.0, "model", 7.0]]
@@ -196,6 +198,22 @@ def test_one_setting_is_no_sweep_and_two_intervals_are_two_lines(tmp_path: Path)
     _, _, summary, folder = recorded(tmp_path / "two")
     curve = json.loads((folder / "files" / summary["fid_over_guidance_table.path"]).read_text())
     assert [row[1:] for row in curve["data"]] == [["model, 0.1:1", 3.0], ["model, 0.2:1", 4.0]]
+
+
+def test_a_sweep_of_internal_guidance_has_it_along_its_lines() -> None:
+    """Where guidance is swept too, guidance lies along them and internal guidance names them."""
+    inner = {"internal_interval": [0.0, 0.8]}
+    rows = [{**sweep_row("model", 2.0, 100, 9 - w), "internal_guidance": w, **inner} for w in (1.4, 1.0, 1.8)]
+    along, lines = sweep_lines([*rows, {**sweep_row("model", 2.0, 500, 1.0), "internal_guidance": 1.8, **inner}])
+    assert along == "internal_guidance"
+    assert {name: [row[along] for row in line] for name, line in lines.items()} == {"model": [1.0, 1.4, 1.8]}
+    along, lines = sweep_lines([*rows, {**rows[0], "guidance_scale": 1.0, "internal_interval": [0.0, 1.0]}])
+    assert along == "guidance_scale"
+    assert list(lines) == [
+        *("model, internal 1.4, internal in 0:0.8", "model, internal 1.0, internal in 0:0.8"),
+        *("model, internal 1.8, internal in 0:0.8", "model, internal 1.4, internal in 0:1"),
+    ]
+    assert sweep_lines([sweep_row("model", 1.0, 100, None)]) == ("guidance_scale", {})
 
 
 def test_secrets_are_in_no_file_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

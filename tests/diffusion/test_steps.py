@@ -1,4 +1,4 @@
-"""Steps of the samplers: their order of convergence on a field in closed form, their formulas, and the grid of times."""
+"""Steps of the samplers: their order of convergence on a field in closed form, their formulas, the grid of times."""
 
 import math
 from collections.abc import Callable

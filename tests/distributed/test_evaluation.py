@@ -3,14 +3,18 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from jitscale.model.jit import JiT
 from tests.support.evaluations import CHECKPOINT, Evaluation
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.tiny import MODEL
 
 
 def assert_same_features(evaluation: Evaluation, first: str, second: str) -> None:
@@ -26,7 +30,9 @@ def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
     assert alone["num_real_images"] == 200
     assert alone["fid"] > 3 * alone["fid_floor"] > 0
     assert alone["kid"] > 3 * abs(alone["kid_floor"])
-    assert alone["best"] == {"weights": "ema_0.9999", "guidance_scale": 2.0, "guidance_interval": [0.1, 1.0]}
+    guidance = {"guidance_scale": 2.0, "guidance_interval": [0.1, 1.0]}
+    internal = {"internal_guidance": 1.0, "internal_interval": [0.0, 1.0]}
+    assert alone["best"] == {"weights": "ema_0.9999", **guidance, **internal}
     assert [row["fid"] for row in alone["table"]] == [alone["fid"]]
     reference = alone["reference"]
     assert reference["stored"] == {"codec": "png", "resolution": 16, "crop": None}
@@ -35,8 +41,9 @@ def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
     assert 0.0 <= alone["label_agreement"] <= 1.0
     protocol = alone["protocol"]
     assert (protocol["weights"], protocol["noise_scale"]) == ("ema_0.9999", 1.0)
-    assert protocol["sampler"]["guidance_scale"] == 2.0
-    assert (protocol["labels"], protocol["sampler"]["t_eps"]) == ("balanced", 0.05)
+    sampler = {"method": "heun", "steps": 3, "prediction": "x", "t_eps": 0.05, "time_shift": 1.0}
+    assert protocol["sampler"] == {**sampler, **guidance, **internal}
+    assert protocol["labels"] == "balanced"
     assert (protocol["precision"], protocol["float8"], protocol["device"]) == ("fp32", False, "cpu")
     assert len(protocol["features_sha256"]) == len(protocol["weights_sha256"]) == 64
 
@@ -49,6 +56,29 @@ def test_any_number_of_ranks_gives_the_same_features(
     assert evaluation.run(f"world_{world_size}", world_size=world_size) == alone
     assert len(evaluation.blocks("alone")) == 9
     assert_same_features(evaluation, "alone", f"world_{world_size}")
+
+
+def test_internal_guidance_with_a_multistep_sampler(evaluation: Evaluation) -> None:
+    """A sweep of it and of guidance: bitwise the same on two ranks, though points share steps and their history."""
+    torch.manual_seed(0)
+    network = JiT(replace(MODEL, depth=3, middle_head=1))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_file(network.state_dict(), evaluation.folder / "middle.safetensors")
+    settings = ["model.middle_head=1", "evaluation.method=ab2", "evaluation.steps=4", "evaluation.num_images=16"]
+    settings += ["evaluation.guidance_interval=[0.3,1.0]", 'evaluation.sweep=["guidance=1,2","internal=1,1.5"]']
+    found = {}
+    for name, ranks in (("middle_1", 1), ("middle_2", 2)):
+        command = evaluation.command(name, *settings)
+        command = [part.replace(str(CHECKPOINT), str(evaluation.folder / "middle.safetensors")) for part in command]
+        said = run_ranks(ranks, *command)
+        assert "internal guidance" in said[said.index("best: ") :]
+        found[name] = json.loads((evaluation.folder / name / "result.json").read_text())
+    assert found["middle_1"] == found["middle_2"]
+    assert_same_features(evaluation, "middle_1", "middle_2")
+    table = found["middle_1"]["table"]
+    assert [(row["internal_guidance"], row["guidance_scale"]) for row in table] == [(1, 1), (1, 2), (1.5, 1), (1.5, 2)]
+    assert len({row["fid"] for row in table}) == 4
 
 
 def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:

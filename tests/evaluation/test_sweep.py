@@ -14,6 +14,7 @@ from jitscale.config import Config, DiffusionConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
+from jitscale.evaluation.report import table_of
 from jitscale.evaluation.sweep import sharing_steps, sweep_points
 from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
@@ -86,6 +87,19 @@ def test_internal_guidance_is_an_axis(config: Config) -> None:
         for scale in ((1.0, 2.0) if low == 0.1 else (2.0,))
     ]
     assert [len(group) for group in sharing_steps(points)] == [2, 2, 2, 1, 1, 1]
+
+
+def test_the_table_has_internal_guidance_where_it_is_tried() -> None:
+    row = {"weights": "model", "guidance_scale": 2.0, "guidance_interval": [0.1, 1.0], "num_images": 10, "fid": 3.0}
+    row |= {"inception_score": 4.0, "internal_interval": [0.0, 0.8]}
+    table = [{**row, "internal_guidance": w} for w in (1.0, 1.4)]
+    result = {"best": table[1], "table": table, "num_images": 10, "fid": 3.0}
+    head, first, *_, best, _ = table_of(result).splitlines()
+    assert head.split() == ["weights", "interval", "guidance", "internal", "guidance", "images", "FID", "IS"]
+    assert first.split() == ["model", "0.1:1", "2", "0:0.8", "1", "10", "3.000", "4.00"]
+    assert best == "best: model, guidance 2, internal guidance 1.4, 10 images"
+    head, *_, best, _ = table_of({**result, "table": table[:1]}).splitlines()
+    assert "internal" not in head + best
 
 
 @pytest.mark.parametrize("inner", [1.0, 1.5])

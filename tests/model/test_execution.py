@@ -62,14 +62,15 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @on_a_gpu
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 def test_cuda_graphs_change_nothing(precision: str) -> None:
-    """Two sizes of a batch, replayed with other inputs, under autocast's regions too."""
+    """Two sizes of a batch, with the middle layer and without, replayed with other inputs, under autocast's regions."""
     gpu = torch.device("cuda")
-    net = network(replace(ENGINE, precision=precision)).to(gpu).eval()
+    net = network(replace(ENGINE, precision=precision), replace(MODEL, middle_head=3)).to(gpu).eval()
     graphed = CudaGraphs(net.forward)
     for size in (2, 4, 2, 4):
         z, t, y = torch.randn(size, 3, 16, 16, device=gpu), torch.rand(size, device=gpu), torch.arange(size, device=gpu)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
             assert torch.equal(graphed(z, t, y), net(z, t, y))
+            assert torch.equal(graphed(z, t, y, middle=True), net(z, t, y, middle=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])

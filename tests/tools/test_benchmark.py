@@ -106,6 +106,11 @@ def test_sample() -> None:
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"])
 
 
+def test_the_authors_way_has_no_multistep_sampler() -> None:
+    compared = ["sample", "--method", "ab2", "--compare", "reference", *OVERRIDES]
+    assert "the authors have Euler and Heun steps at uniform times" in benchmark(*compared, expect=2)
+
+
 @pytest.mark.slow
 def test_attention() -> None:
     result = benchmark_json("attention", "--repeats", "2", *OVERRIDES)

@@ -20,9 +20,11 @@ from jitscale.checkpoints.hub import HubJiT
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, description
+from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import CheckpointError, UserError
 from jitscale.model.jit import JiT
 from tests.support import FILES, ROOT
+from tests.support.tiny import MODEL
 from tools.convert_checkpoint import main
 
 STEPS = 5
@@ -101,6 +103,12 @@ def test_the_authors_file_through_a_run_and_back(authors_file: Path, config: Pat
     differing = {key for key in kept if kept[key] != named[key]}
     # what the file does not say of the sampler comes from the run's config
     assert differing <= {"model", "sampling_method", "num_sampling_steps", "cfg", "interval_min", "interval_max"}
+
+
+def test_the_authors_have_no_multistep_sampler() -> None:
+    for method, written in (("euler", "euler"), ("ab2", "heun"), ("2m", "heun")):
+        config = Config(model=MODEL, evaluation=EvaluationConfig(method=method))
+        assert _arguments(config, [0.9999, 0.9996]).sampling_method == written
 
 
 def test_the_optimizers_of_both_sides_agree_on_the_order(authors_file: Path, config: Path) -> None:

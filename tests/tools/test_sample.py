@@ -1,20 +1,23 @@
 """tools/sample.py: the same images by id, whatever is drawn beside them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import jitscale
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DataConfig, DiffusionConfig, EvaluationConfig
+from jitscale.config import Config, DataConfig, DiffusionConfig, EvaluationConfig, ModelConfig
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.class_names import class_numbers
 from jitscale.evaluation.features import to_uint8
-from jitscale.evaluation.generate import configured_sampler, generate, ready_to_sample
+from jitscale.evaluation.generate import configured_sampler, generate, noise_of, ready_to_sample
 from jitscale.model.jit import JiT
 from jitscale.preparation.array_shards import write_shards
 from tests.support.tiny import MODEL
@@ -25,15 +28,19 @@ SAMPLING = ["--steps", "3", "--guidance", "2.0", "--method", "euler", "--seed", 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JiT]:
+    return written(tmp_path_factory.mktemp("run"), MODEL)
+
+
+def written(folder: Path, model: ModelConfig) -> tuple[Path, JiT]:
+    """A run whose network is random, and the network."""
     torch.manual_seed(0)
-    network = JiT(MODEL, DiffusionConfig()).eval()
+    network = JiT(model, DiffusionConfig()).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    config = Config(model=MODEL)
+    config = Config(model=model)
     config.evaluation.weights, config.ema.decays, config.run.max_steps = "model", [], 1
     state = network.state_dict()
-    folder = tmp_path_factory.mktemp("run")
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     write_streamed(
         step_folder(folder, 1), Progress(1, 8, 0, None), config, shapes, ["model"], lambda _, name: state[name]
@@ -62,6 +69,18 @@ def test_images_by_id(run: tuple[Path, JiT], tmp_path: Path) -> None:
     assert np.abs(measured.astype(int) - found[names[3]]).max() <= 1, "what an evaluation would measure"
 
 
+def test_multistep_internally_guided_on_a_shifted_grid(tmp_path: Path) -> None:
+    """The options are those of the library."""
+    folder, network = written(tmp_path / "run", replace(MODEL, middle_head=1))
+    options = ["--method", "ab2", "--time-shift", "1.5", "--internal", "1.8", "--internal-interval", "0", "0.7"]
+    found = drawn(folder, tmp_path / "a", "--classes", "7", "--per-class", "1", *options)
+    settings: dict[str, Any] = {"method": "ab2", "steps": 3, "guidance_scale": 2.0, "noise": noise_of(5, [7], 16)}
+    settings |= {"time_shift": 1.5, "internal_guidance": 1.8, "internal_interval": (0.0, 0.7)}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = np.asarray(jitscale.to_pil(jitscale.sample(network, [7], **settings))[0]).astype(int)
+    assert np.abs(found["class_0007_id_00000007.png"] - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +89,9 @@ def test_images_by_id(run: tuple[Path, JiT], tmp_path: Path) -> None:
         (["--interval", "0.5", "1.5"], r"--interval 1\.5: must be in \[0, 1\]"),
         (["--interval", "nan", "1"], r"--interval nan: must be finite"),
         (["--guidance", "inf"], r"--guidance inf: must be finite"),
+        (["--time-shift", "0"], r"--time-shift 0\.0: must be in \[0\.01, 100\]"),
+        (["--internal-interval", "0.5", "0.5"], r"--internal-interval 0\.5 0\.5: must be two times"),
+        (["--internal", "1.5"], r"--internal 1\.5: this network has no middle output layer .*; give --internal 1$"),
         (["--first", str(10**18)], r"--first 1000000000000000000 --per-class 8: ids up to 1\d+, the largest is 9"),
         (["--per-class", str(10**7)], r"--per-class 10000000: 100000000 images, one grid has at most 1000000"),
         (["--classes", "-1"], "--classes -1: the network has classes 0 to 9"),
