@@ -74,13 +74,15 @@ def draw(summary: Summary, path: Path) -> None:
             for number, head in enumerate(HEADS[1:], start=1):
                 found = {w: fid[str(head)][way(w, scale)] for w in INTERNAL}
                 curve_over(axis, found, f"middle layer after {head} of 8 blocks", number)
-            axis.axhline(fmean(fid["0"][way(1.0, scale)]), color="black", linewidth=0.8, linestyle=":")
+            without = fmean(fid["0"][way(1.0, scale)])
+            axis.axhline(without, color="black", linewidth=0.8, linestyle=":", label="no middle layer")
             evaluations = summary["evaluations"][str(HEADS[-1])][way(1.0, scale)][0]
             axis.set(xlabel="internal guidance w", ylabel="glyphs-FID")
-            axis.set_title(f"guidance {scale:g}, {evaluations} evaluations; dotted: no middle layer")
+            axis.set_title(f"guidance {scale:g}, {evaluations} evaluations")
         plain = {scale: fid["0"][way(1.0, scale)] for scale in (1.0, *SCALES)}
         curve_over(axes[0], plain, "classifier-free guidance, its scale", 0, linestyle="--")
-        axes[0].legend(fontsize=7)
+        for axis in axes:
+            axis.legend(fontsize=7)
 
 
 def describe(summary: Summary) -> list[str]:

@@ -86,7 +86,8 @@ def draw(summary: Summary, path: Path) -> None:
         axis.axhline(summary["floor"], color="black", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(RECIPES)), list(RECIPES))
         axis.set(ylabel="glyphs-FID", title="equal compute of training; numbers: evaluations of an image")
-        axis.legend(fontsize=7)
+        axis.margins(y=0.2)
+        axis.legend(fontsize=7, ncols=len(SCALES), loc="upper center")
 
 
 def describe(summary: Summary) -> list[str]:
