@@ -14,6 +14,7 @@ averages and moments of the source; a middle output layer that the source lacks 
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import installed
@@ -94,7 +95,8 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
     chosen = stored.choose(_one_set(options, "a Hugging Face folder holds one weight set"))
     refuse_existing(options.output / "model.safetensors", options.output / "config.json")
     check_finite(stored, [chosen])
-    network = HubJiT(stored.config.model, stored.config.diffusion, chosen)
+    # The folder holds the subspace, wherever it came from.
+    network = HubJiT(stored.config.model, replace(stored.config.diffusion, subspace=None), chosen)
     stored.load_into(network, chosen)
     network.save_pretrained(options.output)
     return [options.output / name for name in ("config.json", "model.safetensors", "README.md")]

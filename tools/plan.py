@@ -23,7 +23,7 @@ from jitscale.command import Parser, path_text, positive
 from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
-from jitscale.model.flops import forward_flops, training_flops
+from jitscale.model.flops import forward_flops, mean_training_flops
 from jitscale.planner.choice import MIN_GAIN, Candidate, candidate, fewer_gpus, recommend
 from jitscale.planner.host import LAUNCH_SECONDS
 from jitscale.planner.memory import parameters_by_kind
@@ -103,7 +103,7 @@ def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "images_of_run": images_of_run(config),
         "measuring": {"what": str(cost), "share": cost.share},
         "parameters": {"total": sum(kinds.values())} | kinds,
-        "flops_per_image": {"forward": forward_flops(config.model), "training": training_flops(config.model)},
+        "flops_per_image": {"forward": forward_flops(config.model), "training": mean_training_flops(config)},
         "stages": [_described(config, cluster, option) for option in shown],
         "paper_batch": [_described(at_paper, paper, option) for option in at_papers_batch],
         "recommended": None if choice is None else _described(config, cluster, choice),

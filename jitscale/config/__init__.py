@@ -35,7 +35,9 @@ from jitscale.config.shapes import (
     middle_is_routed,
     patch_elements,
     routed_blocks,
+    routed_part,
     routed_tokens,
+    routes,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "E
 __all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
 __all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
 __all__ += ["has_fitted_subspace", "image_tokens", "middle_is_routed", "patch_elements", "routed_blocks"]
-__all__ += ["routed_tokens", "weight_set_names"]
+__all__ += ["routed_part", "routed_tokens", "routes", "weight_set_names"]
 
 
 def __getattr__(name: str) -> Any:

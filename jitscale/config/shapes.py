@@ -1,6 +1,6 @@
 """What the settings of a network imply: numbers of tokens and blocks, and whether it has a subspace of its own."""
 
-from jitscale.config.schema import DiffusionConfig, ModelConfig
+from jitscale.config.schema import Config, DiffusionConfig, ModelConfig, RunConfig, images_of_run
 
 
 def image_tokens(model: ModelConfig) -> int:
@@ -32,3 +32,14 @@ def routed_blocks(model: ModelConfig) -> range:
 def middle_is_routed(model: ModelConfig) -> bool:
     """Whether the middle output layer sees only the tokens that pass through the routed blocks."""
     return model.middle_head - 1 in routed_blocks(model)
+
+
+def routes(run: RunConfig, images: int) -> bool:
+    """Whether tokens are routed, as the model says, in the step after which so many `images` are seen."""
+    return run.route_until_images is None or images <= run.route_until_images
+
+
+def routed_part(config: Config) -> float:
+    """The part of the run's images in whose steps tokens are routed, as the model says."""
+    until = config.run.route_until_images
+    return 1.0 if until is None else min(1.0, until / max(1, images_of_run(config)))

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jitscale.config import EngineConfig, image_tokens
+from jitscale.config import EngineConfig, routed_blocks, routed_tokens
 from jitscale.errors import ConfigError
 from jitscale.model.attention import KERNELS, ChosenKernel, choose_kernel
 from jitscale.model.float8 import float8_product
+from jitscale.model.flops import block_tokens
 from jitscale.model.fused.choice import FusedKernels, Shapes, choose_fused
-from jitscale.model.jit import Block, JiT
+from jitscale.model.jit import Block, FinalLayer, JiT
 from jitscale.model.layers import swiglu_width
 from jitscale.model.training_graphs import TrainingGraphs
 
-# Of one code object: two lengths, with and without dropout and gradients; batches of one and of more, or in training
-# each size of a batch.
+# Of one code object: two lengths, four where tokens are routed, with and without dropout and gradients; batches of one
+# and of more, or in training each size of a batch.
 GRAPHS = 32
 # For ranks whose `Execution.identity` differs. Triton that is missing on one node is the likeliest reason.
 REMEDY = (
@@ -78,7 +79,7 @@ def prepare(
     Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
     float8, float8 is asked for without alignment, or CUDA graphs without a GPU.
     """
-    on_gpu, config, length = device.type == "cuda", model.config, image_tokens(model.config)
+    on_gpu, config = device.type == "cuda", model.config
     blocks = cast(list[Block], list(model.blocks))
     aligned = on_gpu or engine.float8 if engine.align is None else engine.align
     compiled = on_gpu if engine.compile is None else engine.compile
@@ -88,7 +89,8 @@ def prepare(
     fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     attention = choose_kernel(
         engine.attention,
-        tokens=[length, length + config.in_context_len],
+        # In training those of all tokens too, for its last part (run.route_until_images).
+        tokens=[block_tokens(config, i, training=routed) for i in range(len(blocks)) for routed in {False, training}],
         heads=config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
         dropouts=[block.attn.attn_dropout if training else 0.0 for block in blocks],
@@ -118,10 +120,12 @@ def prepare(
         if index in recomputed and not graphs:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign, assignment]
-    model.final_layer.kernels = fused.residual
+    for layer in model.modules():
+        if isinstance(layer, FinalLayer):
+            layer.kernels = fused.residual
     # In stage 2 each backward pass copies its gradients out of the way (training/reducer.py).
     accumulate = micro_batches > 1 and engine.zero_stage < 2
-    captured = TrainingGraphs(blocks, recomputed=recomputed, accumulate=accumulate) if graphs else None
+    captured = TrainingGraphs(model, recomputed=recomputed, accumulate=accumulate) if graphs else None
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 
@@ -138,6 +142,7 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
     return Shapes(
         grid=config.image_size // config.patch_size,
         prefix=config.in_context_len,
+        routed=routed_tokens(config) if training and routed_blocks(config) else 0,
         heads=config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
         inner=swiglu_width(config.hidden_size) + (feed_forward[0].padding if aligned else 0),

@@ -1,10 +1,20 @@
 """Floating-point operations of a network, counted from shapes, and what GPUs can do at most."""
 
 import re
+from dataclasses import replace
 
 import torch
 
-from jitscale.config import ModelConfig, image_tokens, middle_is_routed, patch_elements, routed_blocks, routed_tokens
+from jitscale.config import (
+    Config,
+    ModelConfig,
+    image_tokens,
+    middle_is_routed,
+    patch_elements,
+    routed_blocks,
+    routed_part,
+    routed_tokens,
+)
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 
 # Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
@@ -52,9 +62,15 @@ def block_tokens(model: ModelConfig, index: int, *, training: bool = False) -> i
     return tokens + (model.in_context_len if index >= model.in_context_start else 0)
 
 
-def training_flops(model: ModelConfig) -> int:
-    """Floating-point operations of one training step of one image."""
-    return TRAINING_PASSES * forward_flops(model, training=True)
+def training_flops(model: ModelConfig, *, routed: bool = True) -> int:
+    """Floating-point operations of one training step of one image, `routed` where the settings ask for it."""
+    return TRAINING_PASSES * forward_flops(model if routed else replace(model, route_share=0.0), training=True)
+
+
+def mean_training_flops(config: Config) -> float:
+    """As `training_flops`, the mean over the images of the run, of which the last ones may see all tokens."""
+    routed, whole = (training_flops(config.model, routed=routed) for routed in (True, False))
+    return whole + routed_part(config) * (routed - whole)
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -9,6 +9,9 @@ backward pass, and gradients that are used up or copied before the next forward 
 Parameters are inputs of a block, and their gradients are outputs of its backward graph. So hooks of parameters, by
 which ZeRO reduces gradients during the backward pass, run outside the graphs.
 
+What lies between blocks stays outside too: tokens that are put aside and put back, in-context tokens, the middle output
+layer. It may read a block's output until the next forward pass.
+
 Shapes: B images of a micro-batch, N tokens, C hidden size, D head dim.
 """
 
@@ -17,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -28,29 +31,30 @@ from torch.utils.checkpoint import checkpoint
 from jitscale.errors import ConfigError
 from jitscale.model.cuda_graphs import CAPTURE_MODE, WARM_UPS
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, N, C), condition (B, C), rope (2, N, D) -> (B, N, C)
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Block.forward`
 
 
 class TrainingGraphs:
-    """Stands in for the forward passes of `blocks`, whose `forward` it replaces.
+    """Stands in for the forward passes of a network's `blocks`, whose `forward` it replaces.
 
     Graphs run while the blocks train and gradients are on, with batches of the first size that comes twice in a row.
-    Anything else takes the ordinary way. Dropout follows torch's generator of the device, bit by bit as it does without
-    graphs.
+    Anything else takes the ordinary way. Once other numbers of tokens are routed, the graphs are captured again.
+    Dropout follows torch's generator of the device, bit by bit as it does without graphs.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], *, recomputed: Collection[int], accumulate: bool) -> None:
+    def __init__(self, network: nn.Module, *, recomputed: Collection[int], accumulate: bool) -> None:
         """A block whose index is in `recomputed` saves nothing: its backward pass runs its forward pass again.
 
         With `accumulate`, gradients stay in use during later passes, so that the first ones are copied out of the pool.
         """
-        self._blocks = list(blocks)
-        self._forwards: list[Forward] = [block.forward for block in blocks]
+        self._blocks = list(cast(nn.ModuleList, network.blocks))
+        self._forwards: list[Forward] = [block.forward for block in self._blocks]
         self._ordinary = [
             partial(checkpoint, forward, use_reentrant=False) if index in recomputed else forward
             for index, forward in enumerate(self._forwards)
         ]
         self._recomputed, self._accumulate = frozenset(recomputed), accumulate
+        self._passing: int | None = None  # tokens of an image that are not routed; None: all
         self._signature: tuple[object, ...] = ()  # of the batch that is seen and then captured
         self._seen: list[_Seen] = []
         self._last: ReferenceType[Tensor] | None = None  # the output of the block before
@@ -59,20 +63,37 @@ class TrainingGraphs:
         self._replays = self._learns = False  # in the current pass
         for index, block in enumerate(self._blocks):
             block.forward = partial(self._call, index)
+        network.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
     def release(self) -> None:
         """Free the graphs and their memory, between two steps. The next pass captures them again."""
         if self._graphs:
-            self._graphs, self._pass.condition = [], None
+            self._graphs = []
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _before_pass(self, network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Give up graphs for other numbers of tokens, which the first block does not see, before new memory is taken.
+
+        Takes what `JiT.forward` does.
+        """
+        if not self._captures():
+            return
+        kept = named.get("kept", arguments[3] if len(arguments) > 3 else None)
+        passing = None if kept is None else kept.shape[1]
+        if passing != self._passing:
+            self.release()
+            self._passing, self._signature, self._seen = passing, (), []
+
+    def _captures(self) -> bool:
+        return self._blocks[0].training and torch.is_grad_enabled()
 
     def _call(self, index: int, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         if index == 0:
             self._begin_pass(x, condition)
         if self._replays:
             graphs = self._graphs[index]
-            replayed: Tensor = _Replay.apply(graphs, x, condition, *graphs.parameters)
+            replayed: Tensor = _Replay.apply(graphs, x, condition, rope, *graphs.parameters)
             return replayed
         out: Tensor = self._ordinary[index](x, condition, rope)
         if self._learns:
@@ -84,7 +105,7 @@ class TrainingGraphs:
     def _begin_pass(self, x: Tensor, condition: Tensor) -> None:
         """Decide what all blocks do in this pass."""
         self._replays = self._learns = False
-        if not (self._blocks[0].training and torch.is_grad_enabled()):
+        if not self._captures():
             return
         about = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (x, condition)]
         signature = (*about, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
@@ -107,7 +128,9 @@ class TrainingGraphs:
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             # All blocks read one condition. A block writes where the next one reads, unless something lies between.
-            condition = torch.zeros_like(seen[0].condition, device=device)
+            condition = _Shared(torch.zeros_like(seen[0].condition, device=device))
+            # Rotations of all images are the network's table, and stay where they are. Those of each image change.
+            ropes = {id(s.rope): _Shared(s.rope if s.rope.dim() == 3 else torch.zeros_like(s.rope)) for s in seen}
             graphs: list[_BlockGraphs] = []
             for index, each in enumerate(seen):
                 # While warming up, a block that reads what the one before it writes may read what that one reads.
@@ -118,6 +141,7 @@ class TrainingGraphs:
                     each,
                     x,
                     condition,
+                    ropes[id(each.rope)],
                     recomputed=index in self._recomputed,
                     accumulate=self._accumulate,
                     shared=self._pass,
@@ -148,16 +172,29 @@ class _Seen(NamedTuple):
 
     x: Tensor  # shape, strides and dtype, without memory
     condition: Tensor
-    rope: Tensor
+    rope: Tensor  # itself
     follows: bool  # whether x is what the block before it returned
 
 
 @dataclass
 class _Pass:
-    """What the blocks share in a pass through all of them."""
+    """A pass through all blocks."""
 
     number: int = 0
-    condition: ReferenceType[Tensor] | None = None  # the one that has been copied to where the graphs read it
+
+
+@dataclass
+class _Shared:
+    """What several blocks read in a pass, and is copied once."""
+
+    memory: Tensor  # where the graphs read it
+    copied: ReferenceType[Tensor] | None = None
+
+    def copy(self, given: Tensor) -> None:
+        lies_there = given.data_ptr() == self.memory.data_ptr()
+        if not lies_there and (self.copied is None or self.copied() is not given):
+            self.memory.copy_(given)
+            self.copied = ref(given)
 
 
 @dataclass
@@ -168,7 +205,8 @@ class _BlockGraphs:
     run: Forward
     seen: _Seen
     x: Tensor  # (B, N, C)
-    condition: Tensor  # (B, C)
+    condition: _Shared  # (B, C)
+    rope: _Shared  # (2, N, D), or (2, B, N, D) of tokens that are not routed
     recomputed: bool
     accumulate: bool
     shared: _Pass
@@ -181,7 +219,7 @@ class _BlockGraphs:
         self.slots: list[tuple[nn.Module, str]] = slots
         self.parameters = [module.get_parameter(name) for module, name in slots]
         self.addresses = [p.data_ptr() for p in self.parameters]
-        self.generator = torch.cuda.default_generators[self.condition.device.index]
+        self.generator = torch.cuda.default_generators[self.x.device.index]
 
     def warm_up(self) -> None:
         """Forward and backward passes outside of graphs, which touch neither gradients nor hooks."""
@@ -211,15 +249,14 @@ class _BlockGraphs:
         self._open = None  # what it has saved is free for the blocks before
         return self.gradients[0]
 
-    def replay_forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def replay_forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """The output (B, N, C), which the next pass overwrites."""
         if self.addresses != [p.data_ptr() for p in self.parameters]:
             raise RuntimeError("CUDA graphs: weights have moved since the capture")
         if x.data_ptr() != self.x.data_ptr():
             self.x.copy_(x)
-        if self.shared.condition is None or self.shared.condition() is not condition:
-            self.condition.copy_(condition)
-            self.shared.condition = ref(condition)
+        self.condition.copy(condition)
+        self.rope.copy(rope)
         if self.recomputed:
             self.offset = self.generator.get_offset()
         self.forward.replay()
@@ -257,12 +294,12 @@ class _BlockGraphs:
 
         Gradients of the parameters themselves would pass through nodes that belong to another stream and have hooks.
         """
-        leaves = [self.x.detach(), self.condition.detach()]
+        leaves = [self.x.detach(), self.condition.memory.detach()]
         for leaf, like in zip(leaves, (self.seen.x, self.seen.condition), strict=True):
             leaf.requires_grad_(like.requires_grad)
         aliases = [nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in self.parameters]
         with _replaced(self.slots, aliases):
-            out = self.run(leaves[0], leaves[1], self.seen.rope)
+            out = self.run(leaves[0], leaves[1], self.rope.memory)
         # A later pass must not find weights that autocast has cast in this one. Blocks would be compiled anew if the
         # cache were off.
         torch.clear_autocast_cache()
@@ -279,16 +316,19 @@ class _Replay(torch.autograd.Function):
     """A block's pass, to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: _BlockGraphs, x: Tensor, condition: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, graphs: _BlockGraphs, x: Tensor, condition: Tensor, rope: Tensor, *parameters: Tensor
+    ) -> Tensor:
         ctx.graphs, ctx.number = graphs, graphs.shared.number
-        return graphs.replay_forward(x, condition)
+        return graphs.replay_forward(x, condition, rope)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.number != ctx.graphs.shared.number:
             raise RuntimeError("CUDA graphs: a later forward pass has overwritten what this backward pass needs")
-        return None, *ctx.graphs.replay_backward(gradient)
+        of_x, of_condition, *of_parameters = ctx.graphs.replay_backward(gradient)
+        return None, of_x, of_condition, None, *of_parameters
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

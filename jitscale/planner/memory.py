@@ -5,12 +5,12 @@ Tests compare the state's memory with the tensors of CPU ranks, and activations 
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from jitscale.config import Config, ModelConfig, image_tokens
+from jitscale.config import Config, ModelConfig, image_tokens, routed_part
 from jitscale.model.execution import wants_graphs
 from jitscale.model.flops import block_tokens
 from jitscale.model.jit import JiT, parameter_kind
@@ -122,22 +122,26 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
 
     Under autocast that includes the bf16 copies of all weight matrices, which backward multiplies by: they are whole
     in stage 3 too. Dropout masks count one byte an element, as on GPUs. A checkpointed block keeps its input; one
-    such block at a time is computed again in full.
+    such block at a time is computed again in full. Routing saves memory if it lasts to the end of the run.
     """
     model, precision, every = config.model, config.engine.precision, config.engine.activation_checkpointing
+    if routed_part(config) < 1:
+        model = replace(model, route_share=0.0)
     a = WEIGHT_BYTES["bf16"] if precision != "fp32" else FP32  # bytes of an activation
     width, tokens = model.hidden_size, image_tokens(model)
     kept = recomputed = 0.0
     for index in range(model.depth):
         block = _block_bytes(model, index, a)
         if every > 0 and index % every == 0:
-            kept += a * block_tokens(model, index) * width
+            kept += a * block_tokens(model, index, training=True) * width
             recomputed = max(recomputed, block)
         else:
             kept += block
     pixels = 3 * model.image_size**2
     kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
-    kept += (2 * FP32 + 2 * a) * block_tokens(model, model.depth - 1) * width  # final layer
+    kept += _layer_bytes(model, block_tokens(model, model.depth - 1), a)  # final layer
+    if model.middle_head > 0:
+        kept += _layer_bytes(model, block_tokens(model, model.middle_head - 1, training=True), a)
     kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
     embeddings = ("y_embedder.embedding_table.weight", "in_context_posemb")  # nothing is multiplied by them
     matrices = [shape for name, shape in parameter_shapes(model).items() if len(shape) > 1 and name not in embeddings]
@@ -146,8 +150,11 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
 
 
 def objective_bytes(model: ModelConfig, micro_batch: int) -> float:
-    """Bytes around the network: image, noise, noisy image, prediction, target and their difference, in float32."""
-    return micro_batch * 6 * FP32 * 3 * model.image_size**2
+    """Bytes around the network: image, noise, noisy image, prediction, target and their difference, in float32.
+
+    The middle layer has a prediction, a target and a difference of its own.
+    """
+    return micro_batch * (9 if model.middle_head > 0 else 6) * FP32 * 3 * model.image_size**2
 
 
 @functools.lru_cache
@@ -170,7 +177,12 @@ def _block_bytes(model: ModelConfig, index: int, a: int) -> float:
     token = hidden * width + 4 * a * inner + FP32 * (2 + 3 * heads)  # and scales of norms, log-sums of attention
     if index in range(model.depth // 4, model.depth // 4 * 3) and model.proj_dropout > 0:
         token += width + inner  # masks
-    return block_tokens(model, index) * token + 9 * a * width
+    return block_tokens(model, index, training=True) * token + 9 * a * width
+
+
+def _layer_bytes(model: ModelConfig, tokens: int, a: int) -> float:
+    """Bytes that an output layer keeps for one image."""
+    return (2 * FP32 + 2 * a) * tokens * model.hidden_size
 
 
 def _kind(name: str) -> str:

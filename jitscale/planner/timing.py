@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from jitscale.config import Config
-from jitscale.model.flops import TRAINING_PASSES, forward_flops
+from jitscale.model.flops import TRAINING_PASSES, mean_training_flops
 from jitscale.planner.host import LAUNCH_SECONDS, launches, way_of
 from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
 
@@ -119,9 +119,12 @@ def host_seconds(config: Config, cluster: Cluster) -> float:
 
 
 def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, float]:
-    """Seconds of forward and of backward for `images` images; backward computes checkpointed blocks again."""
+    """Seconds of forward and of backward for `images` images; backward computes checkpointed blocks again.
+
+    If tokens are routed in a part of the run, it is the mean over the run.
+    """
     depth, every = config.model.depth, config.engine.activation_checkpointing
-    forward = forward_flops(config.model) * images / (cluster.peak * cluster.mfu)
+    forward = mean_training_flops(config) / TRAINING_PASSES * images / (cluster.peak * cluster.mfu)
     recomputed = len(range(0, depth, every)) / depth if every else 0.0
     return forward, forward * (TRAINING_PASSES - 1 + recomputed)
 

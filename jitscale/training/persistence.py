@@ -41,7 +41,7 @@ MOST_FAILED_SAVES = 3  # in a row
 
 _TRAINING_SETTINGS = (  # besides those of the network, the loss, the optimizer and the averages
     *("data.batch_size", "data.flip", "engine.precision", "engine.float8"),
-    *("run.max_images", "run.max_steps", "run.rollback_after"),
+    *("run.max_images", "run.max_steps", "run.rollback_after", "run.route_until_images"),
 )
 _NOTHING_LEFT = "nothing is left to train"
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jitscale import parallel
 from jitscale.checkpoints.opening import read_guide
-from jitscale.config import Config
+from jitscale.config import Config, routes
 from jitscale.config.cautions import cautions
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import naming_dead_workers
@@ -191,7 +191,7 @@ class Trainer:
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, state.step, self.world.rank)[0]))
         total = torch.zeros(2, device=self.world.device)
         parts = engine.micro_batches * self.world.size
-        routes = config.run.route_until_images is None or images <= config.run.route_until_images
+        routed = routes(config.run, images)
         self.faults.begin_step(state.step + 1)
         for micro_batch in range(engine.micro_batches):
             with self.rank_times.part():
@@ -199,7 +199,7 @@ class Trainer:
                 with self.part("data"):
                     inputs = next(self.feed)
                 self.bad_samples.note(inputs.bad_samples)
-                kept = inputs.kept if routes else None
+                kept = inputs.kept if routed else None
                 prediction = engine(inputs.z, inputs.t, inputs.labels, kept, middle=config.model.middle_head > 0)
                 losses, middle = self.losses(prediction, inputs.x, inputs.e, inputs.z, inputs.t, kept)
                 self.loss_by_noise_level.add(inputs.t, losses)
@@ -255,7 +255,8 @@ class Trainer:
         if config.model.middle_head > 0:
             values["middle_loss"] = agreed.middle_loss
         if (peak := peak_tflops(self.world.device)) is not None:
-            values["mfu"] = rate * training_flops(config.model) / (peak * 1e12 * self.world.size)
+            flops = training_flops(config.model, routed=routes(config.run, state.images))
+            values["mfu"] = rate * flops / (peak * 1e12 * self.world.size)
         with self.part("tracking"):
             self.tracker.log(values)
 

@@ -52,12 +52,15 @@ def test_with_the_layer_and_back(job: Job) -> None:
     assert newest(job.folder / "with").tensor("ema_0.99", "middle_layer.norm_final.weight").eq(1).all()
 
 
-def test_the_layer_trains_from_zero(job: Job) -> None:
-    metrics = job.train("trained", f"run.init_from={job.folder / 'without'}", "model.middle_head=1", *STEPS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_layer_trains_from_zero(job: Job, optimizer: str) -> None:
+    begins = [f"run.init_from={job.folder / 'without'}", "model.middle_head=1", f"optim.name={optimizer}"]
+    metrics = job.train(optimizer, *begins, *STEPS)
     assert all(line["middle_loss"] > 0 for line in metrics)
-    found = newest(job.folder / "trained")
+    found = newest(job.folder / optimizer)
     for average in ("model", "ema_0.99"):
-        assert found.tensor(average, "middle_layer.linear.weight").std() > 0
+        for layer in ("linear", "adaLN_modulation.1"):
+            assert found.tensor(average, f"middle_layer.{layer}.weight").std() > 0
 
 
 def test_a_run_does_not_get_the_layer_by_the_way(job: Job) -> None:

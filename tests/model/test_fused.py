@@ -53,7 +53,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 def exact_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
     """In the dtype of the inputs: float64."""
     q, k, v = qkv.unflatten(-1, (3, -1, rope.shape[-1])).unbind(2)
-    cos, sin = rope[:, :, None]
+    cos, sin = rope.unsqueeze(-2)
 
     def rotated(x: Tensor, weight: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layers.NORM_EPS) * weight
@@ -78,6 +78,34 @@ def heads_case(batch: int, grid: int, heads: int, head_dim: int, dtype: torch.dt
     weights = [1 + 0.3 * random(head_dim, seed=seed) for seed in (1, 2)]  # float32 also where qkv is in bf16
     rope = layers.rope_table(head_dim, grid, 5).to(DEVICE)[:, 5:]
     return [x.requires_grad_() for x in (qkv, *weights)], rope
+
+
+@kernels
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 9])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, BF16_ERROR)])
+def test_kernels_of_the_heads_take_rotations_of_each_image(
+    dtype: torch.dtype, error: float, batch: int, strided: bool
+) -> None:
+    """Routed tokens: outputs and gradients; several images of a program have another rotation each."""
+    grid, heads, head_dim = (16, 16, 80) if ON_GPU else (2, 3, 80)
+    inputs, _ = heads_case(batch, grid, heads, head_dim, dtype)
+    table = layers.rope_table(head_dim, 2 * grid, 0)
+    draws = torch.rand(batch, table.shape[1], generator=torch.Generator().manual_seed(4))
+    rope = table[:, draws.argsort(1)[:, : grid**2]].to(DEVICE)
+    if strided:
+        rope = F.pad(rope, (0, 0, 3, 0))[:, :, 3:]
+    given = tuple(random(3, batch, grid**2, heads, head_dim, seed=3, dtype=dtype))
+    out = heads_operator()(*inputs, rope)
+    found = (*out, *gradients_of(out, inputs, given))
+    doubled = [x.detach().double().requires_grad_() for x in inputs]
+    exact_out = exact_heads(*doubled, rope.double())
+    exact = (*exact_out, *gradients_of(exact_out, doubled, tuple(g.double() for g in given)))
+    for a, b in zip(found, exact, strict=True):
+        assert_near(a, b, error)
+    for image in range(batch):  # as if it were alone with its rotation
+        alone = heads_operator()(inputs[0][image : image + 1], *inputs[1:], rope[:, image])
+        assert all(torch.equal(a[image], b[0]) for a, b in zip(out, alone, strict=True))
 
 
 @kernels
@@ -246,9 +274,9 @@ def test_kernels_seeds_follow_the_default_generator() -> None:
 
 @kernels
 def test_kernels_pass_the_probe() -> None:
-    shapes = replace(SMALL, grid=1, prefix=1, inner=200)
+    shapes = replace(SMALL, grid=2, prefix=1, inner=200, routed=2)
     if ON_GPU:
-        shapes = replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456)
+        shapes = replace(SMALL, grid=16, prefix=32, heads=16, head_dim=80, inner=3456, routed=128)
     choice._try_split_heads(heads_operator(), shapes, DEVICE)
     choice._try_gated(gated_operator(), shapes, DEVICE)
     from jitscale.model.fused import residual  # noqa: PLC0415  # imports triton
@@ -303,6 +331,18 @@ def test_the_probe_knows_right_from_wrong() -> None:
     for operator, message in wrong:
         with pytest.raises(ValueError, match=message):
             choice._try_split_heads(operator, SMALL, CPU)
+    routed = replace(SMALL, routed=4)
+    choice._try_split_heads(torch_heads, routed, CPU)
+
+    def first_images(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        return torch_heads(qkv, q_weight, k_weight, rope if rope.dim() == 3 else rope[:, 0])
+
+    def not_with_class_tokens(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch_heads if inputs[0].shape[1] != 4 + SMALL.prefix else first_images)(*inputs)
+
+    for wrongly_turned, count in ((first_images, 4), (not_with_class_tokens, 6)):
+        with pytest.raises(ValueError, match=rf"q at {count} routed tokens is off"):
+            choice._try_split_heads(wrongly_turned, routed, CPU)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"output of the gate at dropout 0\.2 is off"):
         choice._try_gated(lambda h, seed, dropout: torch_gated(h, seed, dropout) * (1 - dropout), SMALL, CPU)
     with pytest.raises(ValueError, match=r"share kept by the gate at dropout 0\.2 is off"):

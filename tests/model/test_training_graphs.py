@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jitscale.config import EngineConfig
+from jitscale.config import EngineConfig, ModelConfig, image_tokens, routed_tokens
 from jitscale.errors import ConfigError
 from jitscale.model.execution import prepare
 from jitscale.model.jit import JiT
@@ -24,6 +24,8 @@ from tests.support import tiny
 
 CPU = torch.device("cpu")
 MODEL = replace(tiny.MODEL, depth=4, in_context_start=2)
+# In-context tokens begin within the route, and the middle layer reads what a routed block returns.
+ROUTED = replace(MODEL, depth=5, route_share=0.5, route_blocks=[1, -1], middle_head=2)
 ENGINE = EngineConfig(precision="fp32", attention="sdpa", align=False, compile=False)
 STEPS = 4
 
@@ -119,9 +121,9 @@ class Run:
     hooks: Counter[str] = field(default_factory=Counter)
 
 
-def network(device: torch.device, dropout: float) -> JiT:
+def network(device: torch.device, dropout: float, model: ModelConfig = MODEL) -> JiT:
     torch.manual_seed(0)
-    net = JiT(replace(MODEL, attn_dropout=dropout, proj_dropout=dropout)).to(device).train()
+    net = JiT(replace(model, attn_dropout=dropout, proj_dropout=dropout)).to(device).train()
     for parameter in net.parameters():  # zeroed layers would hide what lies below them
         torch.nn.init.normal_(parameter, std=0.05)
     return net
@@ -133,9 +135,20 @@ def batch(size: int, device: torch.device, step: int) -> tuple[torch.Tensor, tor
     return z.to(device), t.to(device), (torch.arange(size) % 10).to(device)
 
 
-def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: int = 0) -> Run:
-    """A few steps, with an evaluation and a smaller batch between them."""
+def kept_tokens(size: int, model: ModelConfig, device: torch.device, step: int) -> torch.Tensor:
+    draws = torch.rand(size, image_tokens(model), generator=torch.Generator().manual_seed(step))
+    return draws.argsort(1)[:, : routed_tokens(model)].sort(1).values.to(device)
+
+
+def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: int = 0, routed_steps: int = 0) -> Run:
+    """A few steps, the first of them with routed tokens, with an evaluation and a smaller batch between them."""
     device, run = net.pos_embed.device, Run()
+
+    def loss_of(size: int, number: int) -> torch.Tensor:
+        z, t, y = batch(size, device, number)
+        kept = kept_tokens(size, net.config, device, number) if step < routed_steps else None
+        return (net(z, t, y, kept, middle=net.config.middle_head > 0) - z).square().mean()
+
     for name, parameter in net.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: run.hooks.update([name]))
     for step in range(STEPS):
@@ -143,9 +156,8 @@ def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: 
         for micro_batch in range(micro_batches):
             for graph in EmulatedGraph.made:
                 graph.forget()
-            z, t, y = batch(3, device, 10 * step + micro_batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
-                loss = (net(z, t, y) - z).square().mean()
+                loss = loss_of(3, 10 * step + micro_batch)
             loss.backward()
             run.losses.append(loss.detach())
         run.gradients += [p.grad.clone() for p in net.parameters() if p.grad is not None]
@@ -153,22 +165,30 @@ def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: 
             for parameter in net.parameters():
                 parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
                 parameter.grad = None
-        if step > 0:
+        if step not in (0, routed_steps):  # graphs are captured when the same batch comes again
             with torch.no_grad():
                 run.losses.append(net.eval()(*batch(3, device, 7)).mean())
             net.train()
-            run.losses.append(net(*batch(2, device, 8)).mean().detach())
+            run.losses.append(loss_of(2, 8).detach())
     return run
 
 
-def both(device: torch.device, dropout: float, recompute: int, precision: str, micro_batches: int) -> tuple[Run, Run]:
+def both(
+    device: torch.device,
+    dropout: float,
+    recompute: int,
+    precision: str,
+    micro_batches: int,
+    model: ModelConfig = MODEL,
+    routed_steps: int = 0,
+) -> tuple[Run, Run]:
     found = []
     for graphs in (False, True):
-        net = network(device, dropout)
-        recomputed = [index for index in range(MODEL.depth) if recompute and index % recompute == 0]
+        net = network(device, dropout, model)
+        recomputed = [index for index in range(model.depth) if recompute and index % recompute == 0]
         if graphs:
-            TrainingGraphs(list(net.blocks), recomputed=recomputed, accumulate=micro_batches > 1)
-        found.append(trained(net, precision=precision, micro_batches=micro_batches))
+            TrainingGraphs(net, recomputed=recomputed, accumulate=micro_batches > 1)
+        found.append(trained(net, precision=precision, micro_batches=micro_batches, routed_steps=routed_steps))
     return found[0], found[1]
 
 
@@ -196,11 +216,60 @@ def test_losses_and_gradients_are_those_without_graphs(
     assert [graph.replays for graph in emulated.made] == [replays] * 2 * MODEL.depth
 
 
+ends_early = pytest.mark.parametrize("routed_steps", [0, 2, STEPS])
+
+
+@ends_early
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.0), ("autocast", 0.2)])
+def test_routed_tokens_and_a_middle_layer_change_nothing(
+    emulated: type[EmulatedGraph],
+    precision: str,
+    dropout: float,
+    micro_batches: int,
+    recompute: int,
+    routed_steps: int,
+) -> None:
+    """Each image's rotations change from pass to pass; when routing ends, the graphs are captured again."""
+    plain, graphed = both(CPU, dropout, recompute, precision, micro_batches, ROUTED, routed_steps)
+    assert_same(plain, graphed, 1e-4)
+    assert plain.hooks == graphed.hooks
+    of_parts = [steps * micro_batches - 1 for steps in (routed_steps, STEPS - routed_steps) if steps > 0]
+    assert [graph.replays for graph in emulated.made] == [n for n in of_parts for _ in range(2 * ROUTED.depth)]
+
+
+def test_where_blocks_follow_each_other(emulated: type[EmulatedGraph]) -> None:
+    """Not where tokens are put aside or back, nor behind new in-context tokens; the middle layer only reads.
+
+    Blocks of the same tokens share one memory of the rotations, which is the network's table where nothing is routed.
+    """
+    net = network(CPU, 0.0, replace(ROUTED, in_context_start=3))
+    graphs = TrainingGraphs(net, recomputed=[], accumulate=False)
+    for step in range(2):
+        net(*batch(3, CPU, step), kept_tokens(3, ROUTED, CPU, step), middle=True).sum().backward()
+        net.zero_grad()
+    blocks = graphs._graphs
+    assert [block.seen.follows for block in blocks] == [False, False, True, False, False]
+    assert blocks[2].x.data_ptr() == blocks[1].out.data_ptr()
+    shapes = [tuple(block.rope.memory.shape) for block in blocks]
+    assert shapes == [(2, 16, 16), (2, 3, 8, 16), (2, 3, 8, 16), (2, 3, 12, 16), (2, 20, 16)]
+    assert blocks[1].rope is blocks[2].rope
+    table = net.rope.untyped_storage().data_ptr()
+    of_network = [block.rope.memory.untyped_storage().data_ptr() == table for block in blocks]
+    assert of_network == [True, False, False, False, True]
+    # Copied once for all blocks that read them.
+    copies = []
+    for rope in {id(block.rope): block.rope for block in blocks}.values():
+        copies.append(rope.copied is not None)
+    assert copies == [False, True, True, False]
+
+
 def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
     runs = []
     for seed in (0, 1):
         net = network(CPU, 0.2)
-        TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+        TrainingGraphs(net, recomputed=[], accumulate=False)
         runs.append(trained(net, seed=seed))
     first, second = (run.losses[1] for run in runs)  # of the second step, the first one from graphs
     assert not torch.equal(first, second)
@@ -208,7 +277,7 @@ def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
 
 def prepared(emulated: type[EmulatedGraph], network: JiT) -> TrainingGraphs:
     """After two steps, of which the second one ran as graphs."""
-    graphs = TrainingGraphs(list(network.blocks), recomputed=[], accumulate=False)
+    graphs = TrainingGraphs(network, recomputed=[], accumulate=False)
     for _ in range(2):
         network(*batch(3, CPU, 0)).sum().backward()
         network.zero_grad()
@@ -266,7 +335,7 @@ def test_graphs_that_do_not_fit_are_refused_with_the_remedy(
     emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = network(CPU, 0.0)
-    TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+    TrainingGraphs(net, recomputed=[], accumulate=False)
     net(*batch(3, CPU, 0)).sum().backward()
 
     def full(*_: object, **__: object) -> None:
@@ -311,6 +380,14 @@ def test_graphs_change_nothing_on_a_gpu(precision: str, dropout: float, micro_ba
 
 
 @on_a_gpu
+@ends_early
+def test_routing_in_graphs_on_a_gpu(routed_steps: int) -> None:
+    with deterministic():
+        plain, graphed = both(torch.device("cuda", 0), 0.2, 2, "autocast", 1, ROUTED, routed_steps)
+    assert_same(plain, graphed, 1e-4)
+
+
+@on_a_gpu
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_compiled_blocks_as_graphs_on_a_gpu(recompute: int) -> None:
     gpu, found = torch.device("cuda", 0), []
@@ -327,6 +404,6 @@ def test_seeds_change_dropout_on_a_gpu() -> None:
     losses = []
     for seed in (0, 0, 1):
         net = network(torch.device("cuda", 0), 0.2)
-        TrainingGraphs(list(net.blocks), recomputed=[], accumulate=False)
+        TrainingGraphs(net, recomputed=[], accumulate=False)
         losses.append(trained(net, seed=seed).losses[1])
     assert float((losses[0] - losses[1]).abs()) < 1e-5 < float((losses[0] - losses[2]).abs())

@@ -37,6 +37,8 @@ MEASURE = [
     *("evaluation.at_end=true", "evaluation.features=digits", "evaluation.num_images=32", "evaluation.steps=4"),
     "evaluation.sweep=null",
 ]
+# Half of the tokens skip two of the four blocks; the middle output layer sees the others.
+ROUTED = ["model.route_share=0.5", "model.route_blocks=[1,-1]", "model.middle_head=2"]
 LIMIT = 1200.0  # seconds for one process
 PATIENCE = 5.0  # seconds that a rank lives on after another has failed
 STEP = 4  # the recorded one: earlier ones allocate

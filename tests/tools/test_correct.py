@@ -53,7 +53,7 @@ def graphs(emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch) -> ty
         prepared = execution.prepare(model, engine, device, **more)
         if with_graphs:
             recomputed = [index for index in range(len(model.blocks)) if every and index % every == 0]
-            TrainingGraphs(list(model.blocks), recomputed=recomputed, accumulate=more.get("micro_batches", 1) > 1)
+            TrainingGraphs(model, recomputed=recomputed, accumulate=more.get("micro_batches", 1) > 1)
         return prepared
 
     for module in (correct, correct_graphs):
@@ -101,7 +101,7 @@ def test_graphs_that_compute_something_else_are_noticed(
 def test_graphs_that_are_not_used_are_noticed(
     config: Config, graphs: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrainingGraphs, "__init__", lambda self, blocks, **_: None)
+    monkeypatch.setattr(TrainingGraphs, "__init__", lambda self, network, **_: None)
     names = wrong(network_in_graphs(config, monkeypatch))
     assert names == [f"{way}: passes of blocks without a graph" for way in ("cuda_graphs", "cuda_graphs, recomputed")]
     names = wrong(list(correct_graphs.training(config, CPU, "smoke")))

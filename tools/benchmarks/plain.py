@@ -7,12 +7,13 @@ from itertools import count
 import torch
 
 from benchmarks.measuring import Stopwatch
-from jitscale.config import Config
-from jitscale.diffusion.objective import sample_loss, times_from_normal
+from jitscale.config import Config, image_tokens, routed_blocks, routed_tokens
+from jitscale.diffusion.objective import times_from_normal
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
 from jitscale.model.jit import JiT
 from jitscale.training.ema import ShardedEma
+from jitscale.training.losses import Losses
 from jitscale.training.noise import add_noise
 from jitscale.training.optim import build_optimizer
 
@@ -22,13 +23,16 @@ Training = tuple[Callable[[], None], Execution]  # a step, and how its network c
 class RandomBatch:
     """A batch on the device: the same images (B, S, S, 3), flipped and noised anew each time."""
 
-    def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, subspace: torch.Tensor | None = None, *, compiled: bool = False
+    ) -> None:
+        """For networks with this `subspace`."""
         self._config, self._device = config, device
         batch, size = config.data.batch_size, config.model.image_size
         self._images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
         self.labels = torch.randint(max(1, config.model.num_classes), (batch,), device=device)
         self._add_noise = torch.compile(add_noise) if compiled else add_noise
-        self._sample_loss = torch.compile(sample_loss) if compiled else sample_loss
+        self._losses = Losses(config.model, config.diffusion, subspace, compiled=compiled)
 
     def noised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The images, noise and their mixture, all (B, 3, S, S), and the times (B,)."""
@@ -40,10 +44,19 @@ class RandomBatch:
 
     def loss(self, network: JiT, forward: AbstractContextManager[None] | None = None) -> torch.Tensor:
         """The mean loss of `network`, whose forward pass runs inside `forward`."""
-        x, e, z, t = self.noised()
+        (x, e, z, t), kept, model = self.noised(), self._kept(), self._config.model
         with forward or nullcontext(), autocast(self._config, self._device):
-            prediction = network(z, t, self.labels)
-        return self._sample_loss(prediction, x, e, z, t, self._config.diffusion).mean()
+            prediction = network(z, t, self.labels, kept, middle=model.middle_head > 0)
+        losses, middle = self._losses(prediction, x, e, z, t, kept)
+        return losses.mean() if middle is None else losses.mean() + self._config.diffusion.middle_weight * middle.mean()
+
+    def _kept(self) -> torch.Tensor | None:
+        """The tokens that are not routed, (B, K); None if all pass."""
+        model = self._config.model
+        if not routed_blocks(model):
+            return None
+        draws = torch.rand(len(self.labels), image_tokens(model), device=self._device)
+        return draws.argsort(1)[:, : routed_tokens(model)].sort(1).values
 
 
 @contextmanager
@@ -57,7 +70,7 @@ def plain_training(config: Config, device: torch.device, watch: Stopwatch) -> It
     optimizer = build_optimizer(network, config.optim)
     weights = [p.detach() for p in network.parameters()]
     ema = ShardedEma(config.ema, weights, compiled=execution.compiled)
-    batch = RandomBatch(config, device, compiled=execution.compiled)
+    batch = RandomBatch(config, device, network.subspace, compiled=execution.compiled)
     steps = count(1)
 
     def step() -> None:

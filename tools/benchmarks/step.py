@@ -125,7 +125,7 @@ def _take_turns(
     """Time whole steps; and the parts of steps, which wait for the device, by `watch` and a watch of the authors'."""
     network = JiT(config.model, config.diffusion).to(device).train()
     prepare(network, config.engine, device, training=True, batch=config.data.batch_size)
-    random = RandomBatch(config, device)
+    random = RandomBatch(config, device, network.subspace)
     their_watch, whole_steps = Stopwatch(device, enabled=False), Stopwatch(device)
     steps = {"ours": our_step}
     unmeasured = None

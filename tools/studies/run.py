@@ -21,7 +21,7 @@ from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
-from jitscale.model.flops import training_flops
+from jitscale.model.flops import mean_training_flops, training_flops
 from jitscale.tracking import HELD_OUT
 from jitscale.training.held_out import HeldOutLoss
 from jitscale.training.trainer import train
@@ -76,7 +76,7 @@ class Run(Task):
         measured = checkpoints[-1:] if self.measured_every is None else checkpoints
         measurements = [self._measure(checkpoint, folder, world) for checkpoint in measured]
         prune(run_dir, keep_last=1)
-        flops = training_flops(config.model)
+        flops = mean_training_flops(config)
         return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
 
     def _begin(self, folder: Path, config: Config) -> None:
@@ -112,7 +112,7 @@ class Run(Task):
 def flops_of(config: str, settings: Sequence[str], until: float = 1.0) -> float:
     """Floating-point operations of training, an image; tokens are routed until that share of the images is seen."""
     model = load_config(ROOT / "configs" / config, settings).model
-    return until * training_flops(model) + (1 - until) * training_flops(replace(model, route_share=0.0))
+    return until * training_flops(model) + (1 - until) * training_flops(model, routed=False)
 
 
 def images_at(flops: float, config: str, settings: Sequence[str], until: float = 1.0) -> int:

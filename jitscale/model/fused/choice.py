@@ -52,6 +52,7 @@ class Shapes:
     dropouts: Sequence[float]  # of the feed-forward layers
     dtype: torch.dtype  # of products
     weight_dtype: torch.dtype  # of the norms' weights
+    routed: int = 0  # tokens of an image that pass through routed blocks; 0: there are none
 
 
 def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKernels:
@@ -102,8 +103,15 @@ def _try_split_heads(operator: layers.SplitHeads, shapes: Shapes, device: torch.
     with torch.no_grad():
         for norm in (q_norm, k_norm):
             norm.weight.uniform_(0.5, 1.5, generator=generator)
-    for rope in {shapes.prefix: table[:, shapes.prefix :], 0: table}.values():  # strided as the network has it
-        tokens = rope.shape[1]
+    ropes: dict[object, Tensor] = {shapes.prefix: table[:, shapes.prefix :], 0: table}  # strided as the network has it
+    if shapes.routed:  # each image has tokens of its own
+        draws = torch.rand(BATCH, shapes.grid**2, generator=generator, device=device)
+        order = draws.argsort(1)[:, : shapes.routed]
+        classes = table[:, None, : shapes.prefix].expand(-1, BATCH, -1, -1)
+        own = table[:, shapes.prefix :][:, order]
+        ropes |= {"routed": own, "routed, with class tokens": torch.cat([classes, own], dim=2)}
+    for rope in ropes.values():
+        tokens, routed = rope.shape[-2], " routed" if rope.dim() == 4 else ""
         qkv = random(BATCH, tokens, 3 * shapes.heads * shapes.head_dim).requires_grad_()
         # Attention's kernels return gradients that are contiguous as (B, N, H, D) or as (B, H, N, D).
         contiguous = random(3, BATCH, tokens, shapes.heads, shapes.head_dim).unbind()
@@ -116,7 +124,7 @@ def _try_split_heads(operator: layers.SplitHeads, shapes: Shapes, device: torch.
                 expected_gradients = torch.autograd.grad(expected, inputs, [g.float() for g in gradients])
             names = ("q", "k", "v", "gradient of qkv", "gradient of q's weight", "gradient of k's weight")
             for name, a, b in zip(names, (*found, *found_gradients), (*expected, *expected_gradients), strict=True):
-                _probe(f"{name} at {tokens} tokens", a, b, tolerance)
+                _probe(f"{name} at {tokens}{routed} tokens", a, b, tolerance)
 
 
 def _try_gated(

@@ -4,7 +4,8 @@ What `layers.RMSNorm` and `layers.rotate` compute, in float32 and rounded once. 
 once: forward the product in and q, k, v out; backward three gradients and the product in, the product's gradient out.
 
 Shapes: B batch, N tokens, H heads, D head dim. A program has one token of several images, so that it reads the token's
-rotation once; its tile is H rows of D channels, both rounded up to a power of two.
+rotation once, or each image's where images have tokens of their own; its tile is H rows of D channels, both rounded up
+to a power of two.
 """
 
 # Kernels are in Triton's language: no types, and constants in capitals.
@@ -71,18 +72,20 @@ def _forward(
     qkv,  # (B, N, 3, H, D), contiguous, as q, k and v (B, N, H, D)
     q_weight,  # (D,)
     k_weight,
-    rope,  # (2, N, D)
+    rope,  # (2, N, D), or (2, B, N, D) if OWN
     q,
     k,
     v,
     batch,
     tokens,
     rope_table,  # strides of the rotation
+    rope_image,
     rope_token,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OWN: tl.constexpr,
     IMAGES: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -93,13 +96,19 @@ def _forward(
     channel = tl.arange(0, COLUMNS)[None]
     inside = head * D + channel
     exists = (head < H) & (channel < D)
-    cos = tl.load(rope + token * rope_token + channel, mask=channel < D, other=0.0)
-    sin = tl.load(rope + rope_table + token * rope_token + channel, mask=channel < D, other=0.0)
+    rope += token * rope_token + channel
+    if not OWN:
+        cos = tl.load(rope, mask=channel < D, other=0.0)
+        sin = tl.load(rope + rope_table, mask=channel < D, other=0.0)
     of_q = tl.load(q_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
     of_k = tl.load(k_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
     for index in tl.range(0, IMAGES, num_stages=STAGES):
         image = first + index
         mask = exists & (image < batch)
+        if OWN:
+            own, turns = rope + image.to(tl.int64) * rope_image, (channel < D) & (image < batch)
+            cos = tl.load(own, mask=turns, other=0.0)
+            sin = tl.load(own + rope_table, mask=turns, other=0.0)
         row = image.to(tl.int64) * tokens + token
         source = qkv + row * (3 * H * D) + inside
         x_q = tl.load(source, mask=mask, other=0.0)
@@ -121,12 +130,13 @@ def _backward(
     qkv,  # (B, N, 3, H, D), contiguous, as its gradient
     q_weight,  # (D,)
     k_weight,
-    rope,  # (2, N, D)
+    rope,  # (2, N, D), or (2, B, N, D) if OWN
     dqkv,
     partial,  # (programs, 2, D), float32: gradients of the two weights
     batch,
     tokens,
     rope_table,  # strides
+    rope_image,
     rope_token,
     dq_image,  # strides in units of UNIT elements, so that the compiler knows that they are multiples of it
     dq_token,
@@ -142,6 +152,7 @@ def _backward(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OWN: tl.constexpr,
     IMAGES: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -152,8 +163,10 @@ def _backward(
     channel = tl.arange(0, COLUMNS)[None]
     inside = head * D + channel
     exists = (head < H) & (channel < D)
-    cos = tl.load(rope + token * rope_token + channel, mask=channel < D, other=0.0)
-    sin = tl.load(rope + rope_table + token * rope_token + channel, mask=channel < D, other=0.0)
+    rope += token * rope_token + channel
+    if not OWN:
+        cos = tl.load(rope, mask=channel < D, other=0.0)
+        sin = tl.load(rope + rope_table, mask=channel < D, other=0.0)
     of_q = tl.load(q_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
     of_k = tl.load(k_weight + channel, mask=channel < D, other=0.0).to(tl.float32)
     wide_token, wide_head = token.to(tl.int64), head.to(tl.int64)
@@ -165,6 +178,10 @@ def _backward(
     for index in tl.range(0, IMAGES, num_stages=STAGES):
         image = first + index
         mask = exists & (image < batch)
+        if OWN:
+            own, turns = rope + image.to(tl.int64) * rope_image, (channel < D) & (image < batch)
+            cos = tl.load(own, mask=turns, other=0.0)
+            sin = tl.load(own + rope_table, mask=turns, other=0.0)
         wide = image.to(tl.int64)
         place = (wide * tokens + token) * (3 * H * D) + inside
         x_q = tl.load(qkv + place, mask=mask, other=0.0)
@@ -179,9 +196,9 @@ def _backward(
         tl.store(dqkv + place, g_q.to(dqkv.dtype.element_ty), mask=mask)
         tl.store(dqkv + place + H * D, g_k.to(dqkv.dtype.element_ty), mask=mask)
         tl.store(dqkv + place + 2 * H * D, g_v, mask=mask)
-    own = partial + tl.program_id(0).to(tl.int64) * (2 * D) + tl.arange(0, COLUMNS)
-    tl.store(own, tl.sum(sum_q, axis=0), mask=tl.arange(0, COLUMNS) < D)
-    tl.store(own + D, tl.sum(sum_k, axis=0), mask=tl.arange(0, COLUMNS) < D)
+    sums = partial + tl.program_id(0).to(tl.int64) * (2 * D) + tl.arange(0, COLUMNS)
+    tl.store(sums, tl.sum(sum_q, axis=0), mask=tl.arange(0, COLUMNS) < D)
+    tl.store(sums + D, tl.sum(sum_k, axis=0), mask=tl.arange(0, COLUMNS) < D)
 
 
 COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
@@ -194,14 +211,14 @@ def _shape(qkv: Tensor, rope: Tensor, launch: Launch) -> tuple[int, int, int, in
     heads = width // (3 * head_dim)
     rows, columns = (triton.next_power_of_2(size) for size in (heads, head_dim))
     constants = {"H": heads, "D": head_dim, "ROWS": rows, "COLUMNS": columns, "EPS": NORM_EPS}
-    constants |= {"IMAGES": launch.images, "STAGES": launch.stages}
+    constants |= {"OWN": rope.dim() == 4, "IMAGES": launch.images, "STAGES": launch.stages}
     return batch, tokens, heads, head_dim, tokens * -(-batch // launch.images), constants
 
 
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch = FORWARD
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H D), (D,), (D,), (2, N, D) -> q, k and v (B, N, H, D) each."""
+    """(B, N, 3 H D), (D,), (D,), and `rope` as `layers.rotate` takes it -> q, k and v (B, N, H, D) each."""
     batch, tokens, heads, head_dim, programs, constants = _shape(qkv, rope, launch)
     qkv, rope = qkv.contiguous(), _rows(rope)
     q, k, v = (qkv.new_empty((batch, tokens, heads, head_dim)) for _ in range(3))
@@ -216,8 +233,7 @@ def forward(
         v,
         batch,
         tokens,
-        rope.stride(0),
-        rope.stride(1),
+        *_strides(rope),
         **constants,
         num_warps=launch.warps,
     )
@@ -261,8 +277,7 @@ def backward(
         partial,
         batch,
         tokens,
-        rope.stride(0),
-        rope.stride(1),
+        *_strides(rope),
         *(stride // unit for stride in strides),
         unit,
         **constants,
@@ -272,15 +287,22 @@ def backward(
     return dqkv, of_weights[0].to(q_weight.dtype, copy=True), of_weights[1].to(k_weight.dtype, copy=True)
 
 
+def _strides(rope: Tensor) -> tuple[int, int, int]:
+    """Of the two tables, the images and the tokens of a rotation."""
+    table, *image, token, _ = rope.stride()
+    return table, image[0] if image else 0, token
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton_op("jitscale::split_heads", mutates_args=())
 def split_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k normalised with their weights (D,) and rotated by `rope` (2, N, D), and v, from (B, N, 3 H D).
+    """q and k normalised with their weights (D,) and rotated by `rope`, and v, from (B, N, 3 H D).
 
-    Contiguous, (B, N, H, D) each, in the dtype of `qkv`. Differentiable, except with respect to `rope`.
+    `rope` is as `layers.rotate` takes it. The results are contiguous, (B, N, H, D) each, in the dtype of `qkv`, and
+    differentiable, except with respect to `rope`.
     """
     return forward(qkv, q_weight, k_weight, rope)
 

@@ -13,6 +13,7 @@ from tests.nullcuda.bench import (
     KIT,
     MEASURE,
     QUIET,
+    ROUTED,
     Bench,
     Finished,
     Outcome,
@@ -64,6 +65,10 @@ for stage in (1, 2):
 for stage in (0, 1, 2):  # gradients of one micro-batch lie in the graphs' own memory until the step has taken them
     once = [*EAGER, f"engine.zero_stage={stage}", *(["engine.precision=fp32"] if stage == 0 else [])]
     training_graphs(f"{stage}_once", 1, once, f"The same: stage {stage}, without accumulation.", micro_batches=1)
+training_graphs("routed", 1, [*EAGER, *ROUTED], "The same: half of the tokens are routed, with a middle output layer.")
+training_graphs("routed_compiled", 1, [*COMPILED, *ROUTED], "The same, compiled.")
+ENDS = [*EAGER, *ROUTED, "run.route_until_images=32"]  # after two steps of 16 images
+training_graphs("route_ends", 1, ENDS, "The same: routing ends, and the graphs are captured again.")
 
 
 def fused(name: str, settings: Sequence[str], purpose: str) -> None:
@@ -85,6 +90,7 @@ def fused(name: str, settings: Sequence[str], purpose: str) -> None:
 
 fused("fused", [*DROPOUT, "engine.cuda_graphs=false"], "The fused kernels, compiled, with dropout, without graphs.")
 fused("fused_recompute", ["engine.activation_checkpointing=1", *DROPOUT], "The same: recomputed, in CUDA graphs.")
+fused("fused_routed", [*DROPOUT, *ROUTED], "The same in CUDA graphs: routed tokens, a middle layer.")
 
 
 PATCHED = """import sys

@@ -6,7 +6,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tests.nullcuda.bench import CHECKS, EAGER, QUIET, STEP, Bench, Finished, Outcome, check, launches, unrecorded
+from tests.nullcuda.bench import (
+    CHECKS,
+    EAGER,
+    QUIET,
+    ROUTED,
+    STEP,
+    Bench,
+    Finished,
+    Outcome,
+    check,
+    launches,
+    unrecorded,
+)
 
 REDUCED_EARLY = 0.5  # of the gradient elements, before the backward pass has ended
 GRADIENT_ELEMENTS = 1000  # smaller collectives are norms and flags
@@ -55,6 +67,12 @@ def judged_waits(done: Finished) -> Outcome:
 def waits(bench: Bench) -> Outcome:
     """Host synchronisations of a default training step: none but the late verdict on the step before."""
     return judged_waits(bench.train("waits", [*EAGER, *QUIET]))
+
+
+@check()
+def waits_routed(bench: Bench) -> Outcome:
+    """The same where tokens are routed, with a middle output layer."""
+    return judged_waits(bench.train("waits_routed", [*EAGER, *QUIET, *ROUTED]))
 
 
 def no_waits(precision: str, stage: int, ranks: int) -> None:

@@ -6,7 +6,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.nullcuda.bench import CHECKS, EAGER, HARD, MEASURE, QUIET, Bench, Outcome, check, launches, to_its_end
+from tests.nullcuda.bench import (
+    CHECKS,
+    EAGER,
+    HARD,
+    MEASURE,
+    QUIET,
+    ROUTED,
+    Bench,
+    Outcome,
+    check,
+    launches,
+    to_its_end,
+)
 from tests.nullcuda.checks.steps import waits_of
 
 # Products that make a step's matrices orthogonal: 5 iterations of 3, for more than 4 matrices in each of 4 blocks.
@@ -28,6 +40,9 @@ for precision, stages in (("autocast", (1, 2, 3)), ("bf16", (1, 2))):
             [*EAGER, *HARD, f"engine.precision={precision}", f"engine.zero_stage={stage}"],
             f"{precision}, ZeRO stage {stage}: clipped gradients, micro-batches, saves in the background.",
         )
+for stage in (2, 3):
+    settings = [*EAGER, *HARD, *ROUTED, f"engine.zero_stage={stage}"]
+    trains(f"routed_{stage}", settings, f"Routed tokens and a middle output layer, ZeRO stage {stage}.")
 
 
 @check()
