@@ -21,7 +21,22 @@ import torch
 from jitscale.command import Parser, run_python
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.files import atomic_write
-from studies import bf16, bottleneck, failing, guidance, manifold, pairs, rank, resolution, upgrade, upsampling
+from studies import (
+    bf16,
+    bottleneck,
+    failing,
+    guidance,
+    internal,
+    manifold,
+    pairs,
+    rank,
+    resolution,
+    routing,
+    samplers,
+    together,
+    upgrade,
+    upsampling,
+)
 from studies.run import ROOT
 from studies.tasks import Experiment, outcomes_of
 
@@ -35,6 +50,10 @@ MODULES: list[Experiment] = [
     failing,
     guidance,
     rank,
+    internal,
+    routing,
+    samplers,
+    together,
     bf16,
 ]
 EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jitscale.config import ema_name
+from jitscale.config import ema_name, load_config
 from jitscale.errors import UserError
+from jitscale.model.flops import training_flops
 from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
-from studies import bf16, guidance, manifold, upgrade, upsampling
-from studies.run import Run
-from studies.tasks import OUTCOME, Task, outcomes_of
+from jitscale.tracking import read_held_out
+from studies import bf16, guidance, manifold, routing, samplers, upgrade, upsampling
+from studies.run import ROOT, Run, flops_of, images_at
+from studies.tasks import OUTCOME, Task, difference, outcomes_of
+from studies.ways import Measured, Ways
 from tests.support.forking import Process
 from tests.support.processes import group_ended
 from tests.support.slow import slow_unless
@@ -147,11 +150,15 @@ def invented(task: Task, folder: Path) -> dict[str, Any]:
         settings = product(guidance.DECAYS, guidance.INTERVALS, guidance.SCALES)
         names = {guidance._key(ema_name(d), [float(x) for x in i.split(":")], s) for d, i, s in settings}
         return {"fid": {name: 1 + random.random() for name in sorted(names)}, **seconds}
+    if isinstance(task, Ways):
+        found = {"evaluations": 9, "label_agreement": 0.5}
+        ways = {name: {**found, "fid": 1 + random.random(), "error": random.random()} for name in task.ways}
+        return {"ways": ways, **seconds}
     assert isinstance(task, Run)
     config = task.load(folder)
     end = config.run.max_images or 0
-    at = range(task.measured_every, end + 1, task.measured_every) if task.measured_every else [end]
-    found = {"fid_floor": 0.5, "label_agreement": 0.5, "strip": tiny_png() if task.strip else None}
+    at = [*range(task.measured_every, end, task.measured_every), end] if task.measured_every else [end]
+    found = {"fid_floor": 0.5, "label_agreement": 0.5, "held_out": 0.2, "strip": tiny_png() if task.strip else None}
     measurements = [{"images": n, "fid": 10 + random.random(), **found} for n in at]
     outcome = {"flops_an_image": 1e8, "measurements": measurements, **seconds}
     if isinstance(task, bf16.Watched):
@@ -223,10 +230,45 @@ def test_a_network_is_swept_after_its_training(shards: str, tmp_path: Path) -> N
     assert all(value > 0 for value in fid.values())
 
 
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.slow
+def test_ways_of_sampling_are_measured_with_one_network(shards: str, tmp_path: Path) -> None:
+    own = (*TINY, shards, "data.held_out=0.2", "evaluation.held_out_every_images=64")
+    run = Run("trained_s0", "glyphs_32.yaml", own)
+    ways = {"as trained": (), "guided ab2": ("evaluation.method=ab2", "evaluation.guidance_scale=1.5")}
+    measured = Measured("measured_s0", run, ways, after=run.name)
+    found = outcomes_of([measured, run], tmp_path, workers=1)
+    at_end = found["trained_s0"]["measurements"][-1]
+    by_way = found["measured_s0"]["ways"]
+    assert by_way["as trained"]["fid"] == at_end["fid"]
+    # Of two steps: Heun's and Euler's with three evaluations; two, of which that at t = 0.5 is guided, with three too.
+    assert [by_way[way]["evaluations"] for way in ways] == [3, 3]
+    assert at_end["held_out"] == read_held_out(tmp_path / "trained_s0")[-1]["held_out/ema_0.995"]
+
+    errors = samplers.Errors("errors_s0", run, {"exact": samplers.EXACT, **ways}, images=2, after=run.name)
+    error = {way: numbers["error"] for way, numbers in errors.execute(tmp_path)["ways"].items()}
+    assert error["exact"] == 0
+    assert 0 < error["as trained"] != error["guided ab2"] > 0
+
+
+def test_trainings_of_equal_compute() -> None:
+    every, routed = (
+        training_flops(load_config(ROOT / "configs" / routing.CONFIG, settings).model)
+        for settings in (routing.BASE, routing.ROUTED)
+    )
+    assert routed < 0.7 * every
+    assert flops_of(routing.CONFIG, routing.ROUTED) == routed
+    assert flops_of(routing.CONFIG, routing.ROUTED, 0.75) == 0.75 * routed + 0.25 * every
+    images = images_at(640 * every, routing.CONFIG, routing.ROUTED, 0.75)
+    spent = images * (0.75 * routed + 0.25 * every)
+    assert images % 64 == 0
+    assert 640 * every - 64 * every < spent <= 640 * every
+
+
 def test_differences_are_taken_within_a_seed() -> None:
     """Both ways have a seed's data and noise, so what the seeds differ by is no error of the difference."""
-    assert bf16.difference([1.0, 2.0, 6.0], [1.5, 2.5, 6.5]) == pytest.approx((0.5, 0.0))
-    assert bf16.difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
+    assert difference([1.0, 2.0, 6.0], [1.5, 2.5, 6.5]) == pytest.approx((0.5, 0.0))
+    assert difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -5,17 +5,15 @@ and gradients are bf16, and half as many bytes travel. Initial weights, order of
 are the same both ways, so that their difference has less spread than either.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jitscale.figures import curve, figure, mean_and_deviation, plus_minus
+from jitscale.figures import curve, figure, plus_minus
 from jitscale.tracking import read_held_out, read_metrics
 from studies.run import Run
-from studies.tasks import Outcomes, Shards, Summary, by_seed, ends
+from studies.tasks import Outcomes, Shards, Summary, by_seed, difference, ends
 
 SHARDS: Shards = [("digits", 32)]
 WAYS = {
@@ -96,9 +94,3 @@ def describe(summary: Summary) -> list[str]:
         mean, error = difference(by_way["autocast"], by_way["bf16"])
         lines.append(f"{key:18}{numbers}{f'{mean:+.{digits}f} ±{error:.{digits}f}':>22}")
     return lines
-
-
-def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """The mean over seeds of second - first, and its standard error."""
-    mean, deviation = mean_and_deviation([b - a for a, b in zip(first, second, strict=True)])
-    return mean, deviation / sqrt(len(first))

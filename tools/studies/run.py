@@ -2,6 +2,7 @@
 
 import base64
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -15,11 +16,14 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import prune
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.config import Config, load_config
+from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
-from jitscale.model.flops import mean_training_flops
+from jitscale.model.flops import mean_training_flops, training_flops
+from jitscale.tracking import HELD_OUT
+from jitscale.training.held_out import HeldOutLoss
 from jitscale.training.trainer import train
 from studies.tasks import Task
 
@@ -55,8 +59,8 @@ class Run(Task):
         """Train to the end, from where it was interrupted, and measure.
 
         The outcome is `flops_an_image` of training, `training_seconds`, and `measurements`, a list of results of
-        `evaluate_model`, each with the `images` seen, and with the `strip`, a PNG in base64, if there is one. Raises a
-        UserError if the run cannot be trained, or was asked to stop.
+        `evaluate_model`, each with the `images` seen; with the `strip`, a PNG in base64, if there is one; and with the
+        loss `held_out`, if samples are. Raises a UserError if the run cannot be trained, or was asked to stop.
         """
         world = parallel.start(parallel.choose_device("cpu"))
         config = self.load(folder, "evaluation.at_end=false", f"checkpoint.keep_last={ALL}")
@@ -99,7 +103,22 @@ class Run(Task):
             png = BytesIO()
             Image.fromarray(tile(drawn, self.strip)).save(png, format="png")
             numbers["strip"] = base64.b64encode(png.getvalue()).decode()
+        if (samples := open_training_shards(config).held_out) is not None:
+            losses = HeldOutLoss(config, world, samples).measure(model, weights)
+            numbers["held_out"] = losses[f"{HELD_OUT}{weights}"]
         return {"images": Checkpoint(path).progress.images, "weights": weights, **numbers}
+
+
+def flops_of(config: str, settings: Sequence[str], until: float = 1.0) -> float:
+    """Floating-point operations of training, an image; tokens are routed until that share of the images is seen."""
+    model = load_config(ROOT / "configs" / config, settings).model
+    return until * training_flops(model) + (1 - until) * training_flops(model, routed=False)
+
+
+def images_at(flops: float, config: str, settings: Sequence[str], until: float = 1.0) -> int:
+    """Images whose training takes so many floating-point operations in all, in whole batches."""
+    batch = load_config(ROOT / "configs" / config, settings).data.batch_size
+    return int(flops / flops_of(config, settings, until)) // batch * batch
 
 
 def seeded(what: str, seed: int, config: str, images: int, *settings: str, **options: Any) -> Run:

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count, takewhile
+from math import sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -116,6 +118,13 @@ def by_seed(outcomes: Outcomes, name: str) -> list[Any]:
 def ends(outcomes: Outcomes, name: str, key: str) -> list[Any]:
     """`key` of the last measurements of the runs NAME_sSEED, from seed 0 on."""
     return [outcome["measurements"][-1][key] for outcome in by_seed(outcomes, name)]
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds of second - first, and its standard error."""
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return fmean(differences), error
 
 
 def _begin_worker(log: Path) -> None:
