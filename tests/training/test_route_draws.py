@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jitscale.config import Config, image_tokens, routed_part, routed_tokens, routes
+from jitscale.config import Config, image_tokens, network_differences, routed_part, routed_tokens, routes
 from jitscale.data.shards import open_training_shards
 from jitscale.parallel import World
 from jitscale.training.feed import Feed, kept_tokens
@@ -104,3 +104,12 @@ def test_where_routing_ends() -> None:
     assert routed_part(config) == pytest.approx(0.8)
     config.run.route_until_images = 2000
     assert routed_part(config) == 1.0
+
+
+def test_routing_makes_no_other_network() -> None:
+    """As dropout; a middle output layer does, whose weights differ."""
+    before = Config()
+    routed = replace(before, model=replace(before.model, route_share=0.5, route_blocks=[3, -1]))
+    assert network_differences(before, routed) == []
+    middle = replace(before, model=replace(before.model, middle_head=4))
+    assert network_differences(before, middle) == ["model.middle_head: 0 -> 4"]
