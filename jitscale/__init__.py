@@ -69,11 +69,15 @@ def sample(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.1, 1.0),
     guide: JiT | None = None,
+    time_shift: float = 1.0,
+    internal_guidance: float = 1.0,
+    internal_interval: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
     """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
-    Raises a ValueError if labels are no list of integers in [0, num_classes] or there are none, or at a seed below 0,
-    noise of another shape, or an unknown method. `to_pil` makes pictures of them.
+    Raises a ValueError if labels are no list of integers in [0, num_classes] or there are none, at a seed below 0,
+    noise of another shape, an unknown method or a shift out of range, and at internal guidance of a network without a
+    middle output layer. `to_pil` makes pictures of them.
 
     Args:
         model: from `load_model`.
@@ -81,18 +85,33 @@ def sample(
         noise: (B, 3, image_size, image_size) standard normal; None draws image i from (seed, i).
         seed: of the noise, where none is given.
         noise_scale: None for the one the checkpoint was trained with.
-        method: "heun" or "euler".
+        method: "heun" (2 `steps` - 1 evaluations of the network), or "euler", "2m" or "ab2" (`steps` evaluations; the
+            last two are multistep methods of second order).
         steps: intervals of the time grid.
         guidance_scale: 1 for none.
         guidance_interval: times between which guidance acts.
         guide: a smaller or less trained network, for autoguidance; None guides by leaving the label out.
+        time_shift: s of the times t / (t + (1 - t) s), in [0.01, 100]; with s > 1 more steps lie near the noise.
+        internal_guidance: how far to go away from the network's middle output layer, 1 for none; with `guide`, of
+            `model` alone. It takes no evaluations of its own.
+        internal_interval: times between which internal guidance acts.
     """
     from jitscale.config.schema import LARGEST_SEED  # noqa: PLC0415
     from jitscale.diffusion.sampler import Sampler  # noqa: PLC0415
     from jitscale.evaluation.generate import checked_labels, noise_of, sample_images  # noqa: PLC0415
 
     trained, labels = model.diffusion, checked_labels(labels, model.null_label)
-    sampler = Sampler(method, steps, guidance_scale, guidance_interval, trained.prediction, trained.t_eps)
+    sampler = Sampler(
+        method=method,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        prediction=trained.prediction,
+        t_eps=trained.t_eps,
+        time_shift=time_shift,
+        internal_guidance=internal_guidance,
+        internal_interval=internal_interval,
+    )
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed: must be in [0, {LARGEST_SEED}], got {seed}")
     if noise is None:

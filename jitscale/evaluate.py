@@ -25,7 +25,7 @@ from jitscale.evaluation.final import is_configured_end, run_evaluation
 from jitscale.evaluation.generate import ready_on_all_ranks
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.requirements import check_measurable
-from jitscale.evaluation.sweep import images_of, sweep_points
+from jitscale.evaluation.sweep import TRIED, images_of, sweep_points
 from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
 from jitscale.model.jit import JiT
 from jitscale.run_folder import mark_complete
@@ -35,7 +35,7 @@ from jitscale.training.state import RunState
 logger = logging.getLogger(__name__)
 
 # Settings that a sweep would change: where the command names one, no sweep is meant.
-SWEPT = ("evaluation.weights=", "evaluation.guidance_scale=", "evaluation.guidance_interval=")
+SWEPT = tuple(f"evaluation.{name}=" for name in TRIED)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ last one is the run itself.
 from dataclasses import replace
 from pathlib import Path
 
-from jitscale.config import Config, OptimConfig, ProgressiveConfig
+from jitscale.config import Config, OptimConfig, ProgressiveConfig, patch_elements
 
 LOWER_STAGES = "at_*px"
 
@@ -37,10 +37,14 @@ def _stage(final: Config, resolution: int, images: int) -> Config:
     if evaluation.guide is not None:  # it sees images of the last stage
         evaluation = replace(evaluation, guide=None, guidance_scale=1.0)
     folder = Path(run.dir) / LOWER_STAGES.replace("*", str(resolution))
+    lower = replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size)
+    diffusion = replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size)
+    if diffusion.rank == patch_elements(model):  # all numbers of a patch, here too
+        diffusion.rank = patch_elements(lower)
     return replace(
         final,
-        model=replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size),
-        diffusion=replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size),
+        model=lower,
+        diffusion=diffusion,
         evaluation=evaluation,
         tracking=replace(final.tracking, name=f"{final.tracking.name or Path(run.dir).name}_{resolution}px"),
         run=replace(run, dir=str(folder), max_images=images, max_steps=None),

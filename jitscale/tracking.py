@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # keys of a result that are no metrics
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a job that was asked to stop must end by itself
-SWEEP_COLUMNS = ("weights", "guidance_scale", "guidance_interval", "num_images", "fid", "inception_score")
+SWEEP_COLUMNS = (
+    *("weights", "guidance_scale", "guidance_interval", "internal_guidance", "internal_interval"),
+    *("num_images", "fid", "inception_score"),
+)
 LONGEST_LINE = 2**20  # bytes; a longer one is none of ours
 HELD_OUT = "held_out/"  # prefix of the numbers of a held-out loss
 _KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
@@ -145,8 +148,8 @@ class Tracker:
     def log_final(self, result: dict[str, Any]) -> None:
         """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
 
-        `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale, guidance_interval); and
-        `table`, a row of SWEEP_COLUMNS for each measured setting, where FID and Inception Score may be None.
+        `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale and so on); and `table`,
+        a row of SWEEP_COLUMNS for each measured setting, where FID and Inception Score may be None.
         """
         self._to_wandb(lambda record: _send_final(record, result))
 
@@ -358,13 +361,14 @@ def _send_final(record: Any, result: dict[str, Any]) -> None:
     if len(rows) > 1:
         data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
         record.log({"sweep": wandb.Table(columns=[*SWEEP_COLUMNS], data=data)})
-        if lines := _fid_by_guidance(rows):
+        along, lines = sweep_lines(rows)
+        if lines:
             curve = wandb.plot.line_series(
-                xs=[[scale for scale, _ in points] for points in lines.values()],
-                ys=[[fid for _, fid in points] for points in lines.values()],
+                xs=[[row[along] for row in line] for line in lines.values()],
+                ys=[[row["fid"] for row in line] for line in lines.values()],
                 keys=list(lines),
-                title="FID over guidance scale",
-                xname="guidance_scale",
+                title=f"FID over {along.replace('_', ' ')}",
+                xname=along,
             )
             record.log({"fid_over_guidance": curve})
     best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
@@ -381,17 +385,24 @@ def _cell(value: Any) -> Any:
     return ":".join(f"{end:g}" for end in value) if isinstance(value, list | tuple) else value
 
 
-def _fid_by_guidance(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """(guidance scale, FID) of the coarse part of a sweep, a line for each average and, if they differ, interval."""
+def sweep_lines(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """The coarse part of a sweep as lines: the setting that varies along them, and the rows of each, by its name.
+
+    That setting is the guidance scale, or internal guidance where only that one is swept. A line is named by its
+    weights, and by the other settings that differ. Rows without FID are left out.
+    """
     measured = [row for row in rows if row.get("fid") is not None]
     fewest = min((row["num_images"] for row in measured), default=0)
     coarse = [row for row in measured if row["num_images"] == fewest]
-    several = len({_cell(row["guidance_interval"]) for row in coarse}) > 1
-    lines: dict[str, list[tuple[float, float]]] = {}
+    texts = {"guidance_interval": "", "internal_guidance": "internal ", "internal_interval": "internal in "}
+    differing = [name for name in ("guidance_scale", *texts) if len({_cell(row.get(name)) for row in coarse}) > 1]
+    inner = "internal_guidance" in differing and "guidance_scale" not in differing
+    along = "internal_guidance" if inner else "guidance_scale"
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in coarse:
-        name = f"{row['weights']}, {_cell(row['guidance_interval'])}" if several else row["weights"]
-        lines.setdefault(name, []).append((row["guidance_scale"], row["fid"]))
-    return {name: sorted(points) for name, points in lines.items()}
+        others = [f"{texts[name]}{_cell(row.get(name))}" for name in differing if name in texts and name != along]
+        lines.setdefault(", ".join([row["weights"], *others]), []).append(row)
+    return along, {name: sorted(line, key=lambda row: row[along]) for name, line in lines.items()}
 
 
 def _finite(value: float | int | None) -> float | int | None:

@@ -39,6 +39,16 @@ def test_stages_differ_by_what_an_upgrade_changes() -> None:
     assert stages_of(configured()) == [configured()]
 
 
+def test_stages_of_asym_with_a_middle_layer() -> None:
+    progressive = ["progressive.resolutions=[64,128]", "progressive.images=[1000,2000]", "run.max_images=3000"]
+    asym = ["diffusion.prediction=asym", "model.middle_head=4"]
+    for rank, ranks in ((0, [0, 0, 0]), (8, [8, 8, 8]), (768, [48, 192, 768])):
+        low, middle, high = stages_of(configured(*progressive, *asym, f"diffusion.rank={rank}"))
+        assert [stage.diffusion.rank for stage in (low, middle, high)] == ranks
+        assert [stage.model.middle_head for stage in (low, middle, high)] == [4, 4, 4]
+        assert plan_upgrade(low, middle).ratio == plan_upgrade(middle, high).ratio == 2
+
+
 def test_folders_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "at_64px").mkdir()
     assert run_dirs(tmp_path) == [tmp_path, tmp_path / "at_64px"]
@@ -55,6 +65,19 @@ def test_folders_of_a_run(tmp_path: Path) -> None:
         (["progressive.resolutions=[100]", "progressive.images=[1]"], "patches of 6.25 pixels.*give multiples of 16"),
         (["progressive.resolutions=[64,128]", "progressive.images=[5]"], "for each of the 2 lower resolutions"),
         (["progressive.resolutions=[64]", "progressive.images=[0]"], r"images=0 must be at least 1"),
+        (
+            [
+                "progressive.resolutions=[32]",
+                "progressive.images=[1]",
+                "diffusion.prediction=asym",
+                "diffusion.rank=12",
+            ],
+            r"patches of 12 numbers, and a subspace of diffusion\.rank=12.*begin at a higher resolution",
+        ),
+        (
+            ["progressive.resolutions=[64,96]", "progressive.images=[1,1]", "diffusion.prediction=asym"],
+            r"must grow by whole numbers.*for example \[64,128\]",
+        ),
         (
             ["progressive.resolutions=[64]", "progressive.images=[1]", "model.position_grid=8"],
             r"set model\.position_grid=null",

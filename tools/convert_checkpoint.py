@@ -8,11 +8,13 @@
 
 safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
 `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
-optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the source.
+optimizer's moments, without the middle output layer. run: a checkpoint that `jitscale.train` continues, with the
+averages and moments of the source; a middle output layer that the source lacks begins with a prediction of zero.
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import installed
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from jitscale.checkpoints.authors import write_authors_file
 from jitscale.checkpoints.format import Progress, step_folder
+from jitscale.checkpoints.middle_layer import with_middle_layer_of
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import (
@@ -33,7 +36,7 @@ from jitscale.checkpoints.weights import (
     write_safetensors,
 )
 from jitscale.command import Parser, natural, refuse_existing
-from jitscale.config import ema_name, load_config, to_yaml
+from jitscale.config import Config, ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 
 AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
@@ -58,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
+    if options.to in ("run", "authors"):  # the authors' network has no middle output layer, as the default
+        stored, change = with_middle_layer_of(stored, _config_of_run(options) if options.to == "run" else Config())
+        if change:
+            print(change)
     check_tensors(stored)
     try:
         written = WRITERS[options.to](stored, options)
@@ -88,7 +95,8 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
     chosen = stored.choose(_one_set(options, "a Hugging Face folder holds one weight set"))
     refuse_existing(options.output / "model.safetensors", options.output / "config.json")
     check_finite(stored, [chosen])
-    network = HubJiT(stored.config.model, stored.config.diffusion, chosen)
+    # The folder holds the subspace, wherever it came from.
+    network = HubJiT(stored.config.model, replace(stored.config.diffusion, subspace=None), chosen)
     stored.load_into(network, chosen)
     network.save_pretrained(options.output)
     return [options.output / name for name in ("config.json", "model.safetensors", "README.md")]
@@ -104,8 +112,10 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
         if name not in averages:
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
-    if stored.config.diffusion.prediction != "x" or stored.config.model.position_grid is not None:
-        what = f"{stored.path}: the authors' code predicts x, with positions of the network's own grid"
+    prediction, grid = stored.config.diffusion.prediction, stored.config.model.position_grid
+    if prediction != "x" or grid is not None:
+        own = f"diffusion.prediction={prediction}" if prediction != "x" else f"model.position_grid={grid}"
+        what = f"{stored.path}: {own}, and the authors' code predicts x, with positions of the network's own grid"
         raise CheckpointError(f"{what}; convert this network --to safetensors")
     check_finite(stored, [stored.choose("model"), options.ema1, options.ema2, *stored.moments])
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +127,7 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
 
 def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     """A checkpoint at step 0 of a run."""
-    if options.config is None:
-        raise UserError("--to run needs --config, the YAML file that the run will be started with")
-    config = load_config(options.config, [f"run.dir={options.output}"])
+    config = _config_of_run(options)
     check_fits(stored, config)
     refuse_existing(options.output / "checkpoints")
     chosen = _one_set(options, "one set becomes the run's model")
@@ -148,6 +156,12 @@ WRITERS: dict[str, Callable[[StoredWeights, argparse.Namespace], list[Path]]] = 
     "authors": to_authors,
     "run": to_run,
 }
+
+
+def _config_of_run(options: argparse.Namespace) -> Config:
+    if options.config is None:
+        raise UserError("--to run needs --config, the YAML file that the run will be started with")
+    return load_config(options.config, [f"run.dir={options.output}"])
 
 
 def _one_set(options: argparse.Namespace, why: str) -> str | None:

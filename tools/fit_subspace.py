@@ -4,9 +4,9 @@
         --output P.safetensors
     python -m jitscale.train --config C.yaml diffusion.prediction=asym diffusion.rank=8 diffusion.subspace=P.safetensors
 
-The file holds the first eigenvectors of the Gram matrix of the patches. It fits networks of this patch size and rank.
-A run without diffusion.subspace computes the same at its first start. The printed shares are of the sum of squares of
-all patches in [-1, 1]: what a rank keeps of an image.
+The file holds the first eigenvectors of the Gram matrix of the patches. It is for networks of this patch size and rank.
+A run without diffusion.subspace computes the same at its first start, but leaves out held-out samples. The printed
+shares are of the sum of squares of all patches in [-1, 1]: how much of the images the subspace holds.
 """
 
 from pathlib import Path

@@ -32,7 +32,8 @@ LARGEST_ID = 2**63 - 1
 MOST_IMAGES = 1_000_000
 FLAGS = {  # settings of `evaluation` that options change, and the options' names
     **{name: name for name in ("method", "steps", "seed", "guide")},
-    **{"guidance_scale": "guidance", "guidance_interval": "interval"},
+    **{"guidance_scale": "guidance", "guidance_interval": "interval", "time_shift": "time-shift"},
+    **{"internal_guidance": "internal", "internal_interval": "internal-interval"},
 }
 
 
@@ -48,10 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
     parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
     parser.add_argument("--steps", type=positive, metavar="N", help="of the sampler; default: the run's")
+    shift = "S of the times t / (t + (1 - t) S), 1 for uniform ones; default: the run's"
+    parser.add_argument("--time-shift", type=float, metavar="S", help=shift)
     scale = "scale, 1 for none; default: the run's"
     parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="W", help=scale)
     times = "times between which guidance acts; default: the run's"
     parser.add_argument("--interval", type=float, nargs=2, dest="guidance_interval", metavar="T", help=times)
+    inner = "scale of internal guidance, away from model.middle_head, 1 for none; default: the run's"
+    parser.add_argument("--internal", type=float, dest="internal_guidance", metavar="W", help=inner)
+    times = "times between which internal guidance acts; default: the run's"
+    parser.add_argument("--internal-interval", type=float, nargs=2, metavar="T", help=times)
     parser.add_argument(
         "--guide", type=path_text, metavar="PATH", help="autoguidance by these weights; default: the run's"
     )
@@ -125,6 +132,9 @@ def evaluation_of(options: argparse.Namespace, config: Config) -> EvaluationConf
     if chosen.guidance_scale != 1 and chosen.guide is None and unguided:
         fault = "this network has no prediction without the label to guide by"
         raise UserError(f"--guidance {chosen.guidance_scale}: {fault}; give --guidance 1 or a --guide")
+    if chosen.internal_guidance != 1 and config.model.middle_head == 0:
+        fault = "this network has no middle output layer to guide by (model.middle_head=0)"
+        raise UserError(f"--internal {chosen.internal_guidance}: {fault}; give --internal 1")
     return chosen
 
 

@@ -22,6 +22,7 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, elements
 from jitscale.command import Parser
 from jitscale.config import Config, load_config
+from jitscale.diffusion.objective import project, to_spaces
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.model.jit import JiT, network_holding
 
@@ -67,15 +68,16 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
     old, new = stored.config.model, target.model
     print(f"{stored.path}: {old.image_size} px, patch {old.patch_size}")
     print(f"{folder}: {new.image_size} px, patch {new.patch_size}, mode {plan.mode}")
-    if plan.resized:
-        print(f"  resized by {plan.ratio}: {', '.join(plan.resized)}")
+    resized = [name for name in plan.resized if name in stored.shapes]
+    if resized:
+        print(f"  resized by {plan.ratio}: {', '.join(resized)}")
     else:
         print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
-    kept = len(stored.shapes) - len(plan.resized)
-    print(f"  kept: the other {kept} parameters of each of {', '.join(stored.weight_sets)}")
+    kept = len(stored.shapes) - len(resized)
+    print(f"  kept: the other {kept} tensors of each of {', '.join(stored.weight_sets)}")
     if not any(name in MOMENTS for name in sets):
         print("  moments of the optimizer: begin at zero (none were stored, another optimizer's, or --reset-moments)")
-    elif plan.resized:
+    elif resized:
         print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
     print(f"  noise scale: {stored.config.diffusion.noise_scale:g} -> {target.diffusion.noise_scale:g}")
     if plan.mode == "patch":
@@ -90,35 +92,76 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
 def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> str:
     """The measured difference between the pooled new function and the old one on random input, in words.
 
-    Only two layers change, so these are always checked. The whole network is checked if two of it fit into memory.
+    Only layers at both ends change, so these are always checked. The velocities of the whole networks are compared if
+    two of them fit into memory.
     """
     torch.manual_seed(0)
     if plan.mode == "tokens":
         return "nothing was resized"
-    enter, leave = plan.enter.float(), plan.leave.float()
+    enter = plan.enter.float()
     old_patch, new_patch = enter.shape
     embedding = stored.tensor(name, upgrade.PATCH_EMBEDDING)
     patches = torch.randn(16, 3, new_patch, new_patch)
-    seen = torch.einsum("bcqr,iq,jr->bcij", patches, enter, enter)
     embedded = torch.einsum("bcqr,dcqr->bd", patches, plan.tensor(upgrade.PATCH_EMBEDDING, embedding))
-    entering = _difference(embedded, torch.einsum("bcij,dcij->bd", seen, embedding))
-    weight, bias = stored.tensor(name, upgrade.OUTPUT_WEIGHT), stored.tensor(name, upgrade.OUTPUT_BIAS)
+    entering = _difference(embedded, torch.einsum("bcij,dcij->bd", plan.pool(patches), embedding))
+    found = [f"patch embedding {entering:.1e}"]
+    for layer, words in zip(upgrade.OUTPUT_LAYERS, ("output layer", "middle output layer"), strict=True):
+        if f"{layer}.weight" in stored.shapes:
+            found.append(f"{words} {_leaving(stored, name, layer, plan):.1e}")
+    if upgrade.SUBSPACE in stored.shapes:
+        found.append(f"subspace {_of_subspace(stored, name, plan):.1e}")
+    if elements(stored.shapes) <= LARGEST_WHOLE_CHECK and new_patch >= old_patch:
+        found.append(f"whole network {_of_velocities(stored, name, target, plan):.1e}")
+    return ", ".join(found)
+
+
+def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade) -> float:
+    """How far an output layer's patches, pooled, are from the old ones; for a lower resolution, from the old pooled."""
+    weight, bias = (stored.tensor(name, f"{layer}.{part}") for part in ("weight", "bias"))
+    enter, leave = plan.enter.float(), plan.leave.float()
+    old_patch, new_patch = enter.shape
     hidden = torch.randn(16, weight.shape[1])
     before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, 3)
-    after = hidden @ plan.tensor(upgrade.OUTPUT_WEIGHT, weight).T + plan.tensor(upgrade.OUTPUT_BIAS, bias)
+    after = hidden @ plan.tensor(f"{layer}.weight", weight).T + plan.tensor(f"{layer}.bias", bias)
     after = after.view(-1, new_patch, new_patch, 3)
     if new_patch >= old_patch:  # pooling reverses the new layer
-        leaving = _difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before)
-    else:
-        leaving = _difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave))
-    text = f"patch embedding {entering:.1e}, output layer {leaving:.1e}"
-    if elements(stored.shapes) > LARGEST_WHOLE_CHECK or new_patch < old_patch:
-        return text
+        return _difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before)
+    return _difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave))
+
+
+def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> float:
+    """How far the new subspace is from orthonormal, or its pooled projections of patches from the old subspace's."""
+    before = stored.tensor(name, upgrade.SUBSPACE)
+    after = plan.tensor(upgrade.SUBSPACE, before)
+    orthonormal = _difference(after.double().T @ after.double(), torch.eye(after.shape[1], dtype=torch.float64))
+    old_patch, new_patch = plan.enter.shape
+    patches = torch.randn(16, 3, max(old_patch, new_patch), max(old_patch, new_patch))
+    large, small = (after, before) if new_patch >= old_patch else (before, after)
+    pool = plan.enter.float() if new_patch >= old_patch else plan.leave.float()
+
+    def pooled(images: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bcqr,iq,jr->bcij", images, pool, pool)
+
+    return max(orthonormal, _difference(pooled(project(patches, large)), project(pooled(patches), small)))
+
+
+def _of_velocities(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> float:
+    """How far the new network's velocities, pooled, are from the old network's at the same times; of all outputs."""
     old, new = stored.network(name), upgraded_network(stored, name, target, plan)
-    size = target.model.image_size
+    size, old_settings = target.model.image_size, stored.config.diffusion
     z, t = target.diffusion.noise_scale * torch.randn(2, 3, size, size), torch.tensor([0.2, 0.7])
     y = torch.tensor([0, old.null_label])
-    return f"{text}, whole network {_difference(plan.pool(new(z, t, y)), old(plan.pool(z), t, y)):.1e}"
+
+    def velocities(network: JiT, z: torch.Tensor) -> list[torch.Tensor]:
+        middle = network.config.middle_head > 0
+        outputs, space = network(z, t, y, middle=middle), old_settings.prediction
+        return [
+            to_spaces(output, z, t, space, old_settings.t_eps, network.subspace).v
+            for output in (outputs if middle else [outputs])
+        ]
+
+    pairs = zip(velocities(new, z), velocities(old, plan.pool(z)), strict=True)
+    return max(_difference(plan.pool(after), before) for after, before in pairs)
 
 
 def upgraded_network(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> JiT:

@@ -9,6 +9,7 @@ import argparse
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class AuthorsWeights(StoredWeights):
             model.attn_dropout, model.proj_dropout = dropout["attn_dropout"], dropout["proj_dropout"]
         if model is None:
             raise CheckpointError(f"{path}: its model {named!r} is not one of the paper's; give its config")
+        model = replace(model, middle_head=0)  # a layer that this format does not know
         check_model_config(model, str(path), diffusion)
         self.config = Config(model=model, diffusion=diffusion, ema=EmaConfig(decays=decays))
         check_tensors(self)
@@ -244,7 +246,7 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
         ema_decay2=decays[1],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
-        sampling_method=evaluation.method,
+        sampling_method=evaluation.method if evaluation.method in ("euler", "heun") else "heun",  # all they have
         num_sampling_steps=evaluation.steps,
         cfg=evaluation.guidance_scale,
         interval_min=evaluation.guidance_interval[0],

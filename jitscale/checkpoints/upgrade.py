@@ -1,4 +1,4 @@
-"""From one resolution to another: resize the two layers that see the patch size, preserving the function.
+"""From one resolution to another: resize the layers that see the patch size, preserving the function.
 
 For a higher resolution let k = new patch / old patch, D average pooling of a patch by k, and U an upsampling that D
 reverses (D U = 1). The new patch embedding is W D, the new output layer U V. Before any training, averaging down the
@@ -6,15 +6,20 @@ new network's output gives the old network's:
 
     D net'(z', t, y) = net(D z', t, y)
 
+The same holds for the middle output layer. Where the network predicts x - S e (asym, with S = P P^T), the velocity is
+preserved if D S' = S D. For pooling by area means and a whole k, D D^T = 1 / k^2, so P' = k D^T P has orthonormal
+columns and S' does that. Other kernels and ratios have no such S', and are refused where P is neither empty nor full.
+
 The kernels `nearest` and `smooth` pool by the mean over areas. It turns noise of standard deviation k into noise of
 standard deviation 1, so the noise scale is multiplied by k. In `nearest` U is the pseudo-inverse of D (for whole k the
 repetition of pixels); in `smooth` it is bicubic interpolation, corrected so that D U = 1. In `pi-bilinear` and
 `pi-bicubic` U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not
-preserve the noise's deviation. For a lower resolution D and U change places: W U and D V.
+preserve the noise's deviation. For a lower resolution D and U change places: W U, D V, and D P / k, which is
+orthonormal only if P has no detail within the new pixels, as a P that was lifted has none.
 
 An upgrade is linear in the weights, so it applies to every average too. The checkpoint is written tensor by tensor.
 
-Shapes: P old patch, Q new patch (pixels a side), C hidden size.
+Shapes: P old patch, Q new patch (pixels a side), C hidden size, R rank of the subspace.
 """
 
 import math
@@ -28,16 +33,18 @@ from tqdm import tqdm
 
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, shapes_of
-from jitscale.config import Config, network_differences, to_yaml
-from jitscale.errors import ConfigError, UserError
+from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, names_in, shapes_of
+from jitscale.config import Config, has_fitted_subspace, network_differences, patch_elements, to_yaml
+from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.files import atomic_write
 
 PATCH_EMBEDDING = "x_embedder.proj1.weight"
-OUTPUT_WEIGHT = "final_layer.linear.weight"
-OUTPUT_BIAS = "final_layer.linear.bias"
-RESIZED = (PATCH_EMBEDDING, OUTPUT_WEIGHT, OUTPUT_BIAS)
+OUTPUT_LAYERS = ("final_layer.linear", "middle_layer.linear")
+SUBSPACE = "subspace"
+RESIZED = (PATCH_EMBEDDING, *(f"{layer}.{part}" for layer in OUTPUT_LAYERS for part in ("weight", "bias")), SUBSPACE)
 KERNELS = ("smooth", "nearest", "pi-bilinear", "pi-bicubic")  # the first is the default
+AREA_MEANS = KERNELS[:2]  # those that pool so
+LARGEST_DEVIATION = 1e-4  # of the lifted subspace's Gram matrix from 1; float32 files deviate by 1e-7
 MODES = ("patch", "tokens")
 
 
@@ -52,26 +59,38 @@ class Upgrade:
 
     @property
     def resized(self) -> tuple[str, ...]:
-        """The parameters that change."""
+        """What changes, of what a network has."""
         return RESIZED if self.mode == "patch" and self.ratio != 1 else ()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The parameter `name` of the new network, in the precision of the old one, `tensor`; sums are in float64.
+        """The tensor `name` of the new network, in the precision of the old one, `tensor`; sums are in float64.
 
-        It may be the patch embedding (bottleneck, 3, P, P), the output layer's weight (P * P * 3, C) or bias
-        (P * P * 3,) with rows in the order row, column, channel. Every other parameter is returned as it is.
+        It may be the patch embedding (bottleneck, 3, P, P), an output layer's weight (P * P * 3, C) or bias
+        (P * P * 3,), or the subspace (P * P * 3, R), with rows in the order row, column, channel. Every other tensor is
+        returned as it is. Raises a CheckpointError if the new subspace is not orthonormal.
         """
         if name not in self.resized:
             return tensor
         exact = tensor.double()
         if name == PATCH_EMBEDDING:
             resized = torch.einsum("bcij,iq,jr->bcqr", exact, self.enter, self.enter)
+        elif name == SUBSPACE:
+            resized = self._subspace(exact)
         else:
-            patch = math.isqrt(tensor.shape[0] // 3)
-            rows = exact.view(patch, patch, 3, -1)
-            resized = torch.einsum("ijcd,qi,rj->qrcd", rows, self.leave, self.leave)
-            resized = resized.reshape(-1, *tensor.shape[1:])
+            resized = _on_both_axes(exact, self.leave)
         return resized.to(tensor.dtype)
+
+    def _subspace(self, old: torch.Tensor) -> torch.Tensor:
+        """`old` (P * P * 3, R) seen through pooling, (Q * Q * 3, R)."""
+        grows, scale = self.ratio > 1, float(max(self.ratio, 1 / self.ratio))
+        new = scale * _on_both_axes(old, self.enter.T if grows else self.leave)
+        deviation = float((new.T @ new - torch.eye(new.shape[1], dtype=new.dtype)).abs().max())
+        if not deviation <= LARGEST_DEVIATION:  # NaN is refused too
+            size = len(self.leave)
+            what = f"the subspace in patches of {size} pixels a side is not orthonormal (by {deviation:.1e})"
+            why = "the old one is damaged" if grows else "it holds detail that these pixels lose"
+            raise CheckpointError(f"{what}: {why}; start from {'a sound checkpoint' if grows else 'random weights'}")
+        return new
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
         """Images of the new resolution as the old network would see them: (B, 3, H, W), patch by patch."""
@@ -95,10 +114,10 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
     """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
 
     `kernel`, one of `KERNELS`, is for patches; `mode` is one of `MODES`, or None for what the two patch sizes mean.
-    Raises a ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, or the noise
-    scale is not the ratio times the old one.
+    Raises a ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, the noise scale
+    is not the ratio times the old one, or asym's subspace cannot be preserved.
     """
-    differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid")))
+    differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid", "rank")))
     if differing:
         raise ConfigError(f"an upgrade changes image and patch size only, the target also differs in {differing}")
     old_patch, new_patch = old.model.patch_size, new.model.patch_size
@@ -121,6 +140,7 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
         why = f"since pooling divides the noise by {float(ratio):g}"
         what = f"diffusion.noise_scale={new.diffusion.noise_scale} must be {float(ratio):g} x the old one, {why}"
         raise ConfigError(f"{what}; add diffusion.noise_scale={noise_scale:g}")
+    _check_rank(old, new, ratio if meant == "patch" else Fraction(1), kernel)
     if meant == "tokens":
         same = torch.eye(old_patch, dtype=torch.float64)
         return Upgrade(meant, ratio, same, same)
@@ -147,7 +167,7 @@ def write_upgraded(
     check_finite(stored, sets)
     new = shapes_of(target)
     progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
-    with tqdm(total=len(new) * len(sets), unit="tensor", desc="upgrade") as bar:
+    with tqdm(total=sum(len(names_in(name, new)) for name in sets), unit="tensor", desc="upgrade") as bar:
 
         def tensor(set_name: str, parameter: str) -> torch.Tensor:
             bar.update()
@@ -179,6 +199,35 @@ def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tens
         enlarge = _interpolation(small, large, kernel.removeprefix("pi-"))
         pool = torch.linalg.pinv(enlarge)
     return (pool, enlarge) if new >= old else (enlarge, pool)
+
+
+def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
+    """Refuse ranks that belong to different predictions, and what does not preserve a subspace. `ratio` of patches."""
+    if old.diffusion.prediction != "asym":
+        return
+    rank, asked = old.diffusion.rank, new.diffusion.rank
+    all_old, all_new = patch_elements(old.model), patch_elements(new.model)
+    expected = all_new if rank == all_old else rank
+    if asked != expected:
+        full = f", all numbers of its patch as {rank} are of the old one" if rank == all_old else ", the old one"
+        raise ConfigError(f"diffusion.rank={asked} must be {expected}{full}; add diffusion.rank={expected}")
+    if not has_fitted_subspace(old.model, old.diffusion) or ratio == 1:
+        return
+    if not has_fitted_subspace(new.model, new.diffusion):
+        what = f"diffusion.rank={rank}: a part of the {all_old} numbers of the old patch, and all of the new one"
+        raise ConfigError(f"{what}, which is another prediction; choose larger patches")
+    what = f"diffusion.rank={rank}: the subspace is preserved only"
+    if max(ratio, 1 / ratio).denominator != 1:
+        raise ConfigError(f"{what} where patches grow or shrink by a whole number, not by {ratio}; choose another size")
+    if kernel not in AREA_MEANS:
+        raise ConfigError(f"{what} where pooling takes the mean of areas; choose --kernel {' or '.join(AREA_MEANS)}")
+
+
+def _on_both_axes(rows: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
+    """Rows (P * P * 3, ...) in the order row, column, channel, each axis multiplied by `axis` (Q, P)."""
+    patch = axis.shape[1]
+    resized = torch.einsum("ijcd,qi,rj->qrcd", rows.view(patch, patch, 3, -1), axis, axis)
+    return resized.reshape(-1, *rows.shape[1:])
 
 
 def _area_means(small: int, large: int) -> torch.Tensor:

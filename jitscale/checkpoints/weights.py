@@ -8,6 +8,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -166,8 +167,8 @@ def plain(tensor: torch.Tensor, path: Path, parameter: str) -> torch.Tensor:
 
 
 def description(name: str, config: Config) -> dict[str, str]:
-    """Metadata of a file with the set `name` of a network."""
-    described = to_dict(config)
+    """Metadata of a file with the set `name` of a network; that holds the subspace, wherever it came from."""
+    described = to_dict(replace(config, diffusion=replace(config.diffusion, subspace=None)))
     return {"weights": name, **{key: json.dumps(described[key]) for key in ("model", "diffusion")}}
 
 

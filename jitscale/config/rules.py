@@ -7,6 +7,7 @@ of them is refused already, the rule is skipped. It may also name what `load_con
 
 import math
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any
 
 from jitscale.config.limits import Faults, Problem
@@ -230,6 +231,23 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
     if resolutions and position_grid is not None:
         limit = f"keeps the number of tokens, and model.position_grid={position_grid} is for another number of them"
         yield limit, "set model.position_grid=null"
+
+
+@rule("progressive.resolutions", "model.image_size", "model.patch_size", "diffusion.prediction", "diffusion.rank")
+def _subspace_of_resolutions(
+    resolutions: list[int], image_size: int, patch_size: int, prediction: str, rank: int
+) -> Faults:
+    """What checkpoints/upgrade.py would refuse after the first stage."""
+    whole = ModelConfig(patch_size=patch_size)
+    if prediction != "asym" or not 0 < rank < patch_elements(whole) or not resolutions or min(resolutions) < 1:
+        return
+    lowest = patch_elements(ModelConfig(patch_size=patch_size * min(resolutions) // image_size))
+    if rank >= lowest:
+        limit = f"would have patches of {lowest} numbers, and a subspace of diffusion.rank={rank} is a part of them"
+        yield limit, "begin at a higher resolution, or lower diffusion.rank"
+    elif any(high % low for low, high in pairwise([*resolutions, image_size])):
+        limit = "must grow by whole numbers, since only these preserve the subspace of diffusion.prediction=asym"
+        yield limit, f"for example [{image_size // 4},{image_size // 2}]"
 
 
 @rule("progressive.images", "progressive.resolutions")

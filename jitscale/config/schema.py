@@ -14,6 +14,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
+LEAST_SHIFT, MOST_SHIFT = 0.01, 100.0  # beyond them, times of a grid fall together in float32
 PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
@@ -122,7 +123,7 @@ class OptimConfig:
     lr: float = setting(2e-4, "learning rate after the warm-up, of Muon too", above=0)
     lr_factor_patch_embedding: float = setting(1.0, "times lr, for the patch embedding", above=0)
     lr_factor_embeddings: float = setting(1.0, "times lr, for labels, times and in-context tokens", above=0)
-    lr_factor_output: float = setting(1.0, "times lr, for the output layer", above=0)
+    lr_factor_output: float = setting(1.0, "times lr, for the output layer, and the middle one", above=0)
     lr_factor_vectors: float = setting(1.0, "times lr, for biases and norms elsewhere", above=0)
     beta1: float = setting(0.9, "AdamW's decay of gradients", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of squared gradients", at_least=0, below=1)
@@ -187,7 +188,9 @@ class EvaluationConfig:
         "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
     )
     steps: int = setting(50, "sampling steps", at_least=1)
-    time_shift: float = setting(1.0, "s of the times t / (t + (1 - t) s); 1: uniform", above=0)
+    time_shift: float = setting(
+        1.0, "s of the times t / (t + (1 - t) s); 1: uniform", at_least=LEAST_SHIFT, at_most=MOST_SHIFT
+    )
     guidance_scale: float = setting(1.0, "1: no guidance")
     guidance_interval: list[float] = setting([0.1, 1.0], "in t", at_least=0, at_most=1, check=_low_and_high)
     internal_guidance: float = setting(1.0, "away from the prediction of model.middle_head; 1: none", at_least=0)
@@ -322,11 +325,11 @@ def held_out_fraction(data: DataConfig) -> float | None:
 def network_differences(before: Config, now: Config, *, ignored: Collection[str] = ()) -> list[str]:
     """The settings, as `key: before -> now`, that make `now` another network than `before` with the same weights.
 
-    Settings of training alone (dropout, routing) and the model fields in `ignored` do not count.
+    Settings of training alone (dropout, routing) and the fields in `ignored`, of the model or `rank`, do not count.
     """
     names = [name for name in vars(before.model) if name not in (*_OF_TRAINING_ALONE, *ignored)]
     both = [(f"model.{name}", getattr(before.model, name), getattr(now.model, name)) for name in names]
     both.append(("diffusion.prediction", before.diffusion.prediction, now.diffusion.prediction))
-    if before.diffusion.prediction == now.diffusion.prediction == "asym":
+    if before.diffusion.prediction == now.diffusion.prediction == "asym" and "rank" not in ignored:
         both.append(("diffusion.rank", before.diffusion.rank, now.diffusion.rank))
     return [f"{key}: {old} -> {new}" for key, old, new in both if old != new]

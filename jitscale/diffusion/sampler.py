@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from jitscale.config.schema import METHODS
+from jitscale.config.schema import LEAST_SHIFT, METHODS, MOST_SHIFT
 from jitscale.diffusion.objective import to_spaces
 from jitscale.diffusion.steps import State, advance, looks_ahead, times
 
@@ -43,6 +43,8 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        if not LEAST_SHIFT <= self.time_shift <= MOST_SHIFT:
+            raise ValueError(f"time_shift: must be in [{LEAST_SHIFT:g}, {MOST_SHIFT:g}], got {self.time_shift}")
 
     def guides_at(self, t: float) -> bool:
         """Whether the unconditional prediction is needed at time `t`."""

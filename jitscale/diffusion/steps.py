@@ -1,7 +1,9 @@
 """One step of a sampler along dz/dt = v(z, t), whatever gives the velocity and wherever the grid of times lies.
 
 `euler` and `heun` look at one step alone. `2m` and `ab2` are multistep: they reuse what the step before has seen, so
-that a step of second order costs one evaluation.
+that a step of second order costs one evaluation. Where the velocity is smooth, halving the steps divides the error of
+`euler` by 2 and that of the others by 4. On the whole range, where the last steps meet `t_eps`, `heun` and `ab2` keep
+that, and `2m` divides by about 3 (tests/diffusion/test_steps.py).
 
 Shapes: states and velocities are (B, 3, height, width).
 """
@@ -24,9 +26,11 @@ class State(NamedTuple):
 
 
 def times(steps: int, shift: float = 1.0) -> list[float]:
-    """The grid of times from 0 to 1: uniform, or t / (t + (1 - t) shift) of it."""
-    uniform: list[float] = torch.linspace(0.0, 1.0, steps + 1).tolist()
-    return uniform if shift == 1.0 else [t / (t + (1 - t) * shift) for t in uniform]
+    """The grid of times from 0 to 1: uniform, or t / (t + (1 - t) shift) of it, in float32 as networks see them."""
+    if shift == 1.0:
+        return torch.linspace(0.0, 1.0, steps + 1).tolist()  # the authors' grid to the last bit
+    uniform = torch.arange(steps + 1, dtype=torch.float64) / steps
+    return (uniform / (uniform + (1 - uniform) * shift)).float().tolist()
 
 
 def looks_ahead(method: str, t_next: float) -> bool:
@@ -35,7 +39,14 @@ def looks_ahead(method: str, t_next: float) -> bool:
 
 
 def advance(method: str, grid: Sequence[float], index: int, state: State, velocity: Velocity) -> State:
-    """Step `index` of the rising `grid` of times."""
+    """Step `index` of the rising `grid` of times.
+
+    A multistep method keeps its history where guidance begins or ends. The velocity jumps there, and the first step
+    after the jump goes half of it too far, which makes up for the step before, on average half of which was on the
+    wrong side. On closed-form fields of mixtures (three points; 400 digits; scales 2 and 3; 20 to 100 steps),
+    forgetting the history where guidance begins made the error 1.4 to 1.7 times as large, in 126 of 160 settings;
+    where guidance ends, 0.96 to 0.99 times.
+    """
     z, (t, t_next) = state.z, grid[index : index + 2]
     h, v = t_next - t, velocity(z, t)
     if method == "2m":

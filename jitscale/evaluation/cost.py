@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from jitscale.config import Config, EvaluationConfig, images_of_run, weight_set_names
 from jitscale.evaluation.generate import configured_sampler, grid_ids
-from jitscale.evaluation.sweep import SweepPoint, images_of, sweep_images, sweep_points
+from jitscale.evaluation.sweep import SweepPoint, images_of, sharing_steps, sweep_images, sweep_points
 from jitscale.progressive import stages_of
 
 FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass
@@ -85,7 +84,7 @@ def _image_cost(point: SweepPoint, config: Config) -> float:
 def _sweep_cost(points: Sequence[SweepPoint], config: Config) -> float:
     """Of one image under every point: those that differ in the scale alone share the steps before guidance."""
     total = sum(_image_cost(point, config) for point in points)
-    for _, group in groupby(points, key=lambda point: (point.weights, point.guidance_interval)):
+    for group in sharing_steps(points):
         first, *others = (configured_sampler(point, config.diffusion) for point in group)
         shared = replace(first, guidance_scale=1.0).evaluations(range(first.steps_before_guidance()))
         total -= len(others) * FORWARD_SHARE * sum(shared)

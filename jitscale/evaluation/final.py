@@ -26,7 +26,7 @@ from jitscale.errors import data_error
 from jitscale.evaluation.blocks import digest_of
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.report import draw_sweep
-from jitscale.evaluation.sweep import TRIED, SweepPoint, sweep_images, sweep_points
+from jitscale.evaluation.sweep import TRIED, SweepPoint, sharing_steps, sweep_images, sweep_points
 from jitscale.files import atomic_write
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -52,8 +52,7 @@ def measure_points(
     measured: list[Measured] = []
     for weights, own in groupby(points, key=lambda point: point.weights):
         model = network(weights)
-        for _, together in groupby(own, key=lambda point: point.guidance_interval):
-            group = list(together)
+        for group in sharing_steps(own):
             measured += zip(group, evaluator.measure(model, group, neighbours=neighbours), strict=True)
         # Before the next one is built: two large networks may not fit next to an engine. Prepared blocks refer to
         # themselves, so that only the collector frees them.

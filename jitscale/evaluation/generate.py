@@ -177,9 +177,15 @@ def sample_images(
 ) -> torch.Tensor:
     """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
 
-    Raises a ValueError as `checked_labels` does, and at noise of another shape.
+    Raises a ValueError as `checked_labels` does, at noise of another shape, and at internal guidance of a network
+    without a middle output layer.
     """
     size, device = model.config.image_size, model.pos_embed.device
+    if sampler.internal_guidance != 1.0 and model.config.middle_head == 0:
+        raise ValueError(
+            f"internal_guidance: need a network with a middle output layer (model.middle_head) for "
+            f"{sampler.internal_guidance}; give 1.0"
+        )
     labels = checked_labels(labels, model.null_label)
     if noise.shape != (len(labels), 3, size, size):
         raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")

@@ -1,10 +1,13 @@
 """A final evaluation for people: a table of all settings, and a figure over guidance."""
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+from jitscale.tracking import sweep_lines
 
 logger = logging.getLogger(__name__)
 
@@ -15,13 +18,17 @@ def table_of(result: dict[str, Any]) -> str:
     """The rows of `result["table"]`, the best one last, and the metrics of that one with their floors."""
     fewest = min(row["num_images"] for row in result["table"])
     rows = sorted(result["table"], key=lambda row: (row["num_images"] > fewest, -row["fid"]))
-    lines = [f"{'weights':16}{'interval':>14}{'guidance':>10}{'images':>9}{'FID':>12}{'IS':>10}"]
+    internal = any(row["internal_guidance"] != 1.0 for row in rows)
+    inner = f"{'internal':>14}{'guidance':>10}" if internal else ""
+    lines = [f"{'weights':16}{'interval':>14}{'guidance':>10}{inner}{'images':>9}{'FID':>12}{'IS':>10}"]
     for row in rows:
-        interval = ":".join(f"{t:g}" for t in row["guidance_interval"])
-        setting = f"{row['weights']:16}{interval:>14}{row['guidance_scale']:10g}{row['num_images']:9}"
-        lines.append(f"{setting}{row['fid']:12.3f}{row['inception_score']:10.2f}")
+        setting = f"{row['weights']:16}{_interval(row['guidance_interval']):>14}{row['guidance_scale']:10g}"
+        if internal:
+            setting += f"{_interval(row['internal_interval']):>14}{row['internal_guidance']:10g}"
+        lines.append(f"{setting}{row['num_images']:9}{row['fid']:12.3f}{row['inception_score']:10.2f}")
     best = result["best"]
-    lines.append(f"best: {best['weights']}, guidance {best['guidance_scale']:g}, {result['num_images']} images")
+    inner = f"internal guidance {best['internal_guidance']:g}, " if internal else ""
+    lines.append(f"best: {best['weights']}, guidance {best['guidance_scale']:g}, {inner}{result['num_images']} images")
     further = [key for key in result if key.startswith("fd_") and not key.endswith("_floor")]
     for key in (key for key in (*METRICS, *further) if key in result):
         floor = result.get(f"{key}_floor")
@@ -30,8 +37,12 @@ def table_of(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _interval(interval: Sequence[float]) -> str:
+    return ":".join(f"{t:g}" for t in interval)
+
+
 def draw_sweep(result: dict[str, Any], path: Path) -> None:
-    """FID and IS over guidance, a line for each weight set and interval; without matplotlib, it warns."""
+    """FID and IS over guidance, a line for each other setting; without matplotlib, it warns."""
     if find_spec("matplotlib") is None:
         logger.warning("%s is not drawn: matplotlib is not installed (pip install 'jitscale[demo]')", path)
         return
@@ -39,19 +50,15 @@ def draw_sweep(result: dict[str, Any], path: Path) -> None:
 
     fewest = min(row["num_images"] for row in result["table"])
     precise = [row for row in result["table"] if row["num_images"] > fewest]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in result["table"]:
-        if row["num_images"] == fewest:
-            low, high = row["guidance_interval"]
-            lines.setdefault(f"{row['weights']}, {low:g} to {high:g}", []).append(row)
+    along, lines = sweep_lines(result["table"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with figure(path, panels=2) as panels:
         for axis, key, name in zip(panels, ("fid", "inception_score"), ("FID", "IS"), strict=True):
             for (label, rows), marker in zip(lines.items(), cycle(MARKERS), strict=False):
-                points = sorted((row["guidance_scale"], row[key]) for row in rows)
+                points = [(row[along], row[key]) for row in rows]
                 axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
             if precise:
-                scales = [row["guidance_scale"] for row in precise]
+                scales = [row[along] for row in precise]
                 axis.plot(scales, [row[key] for row in precise], "k*", label=f"{precise[0]['num_images']} images")
-            axis.set(xlabel="guidance scale", ylabel=name, title=f"{name}, {fewest} images each")
+            axis.set(xlabel=along.replace("_", " "), ylabel=name, title=f"{name}, {fewest} images each")
         panels[0].legend(fontsize=7)

@@ -1,8 +1,9 @@
 """Points of a sweep over weight sets, guidance scales and intervals, as text names them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, product
 
 from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import ConfigError
@@ -10,8 +11,9 @@ from jitscale.errors import ConfigError
 SweepPoint = EvaluationConfig  # one combination: how to sample, and how many images
 
 MOST_SCALES = 200
-AXES = ("guidance", "ema", "interval")
-TRIED = ("weights", "guidance_scale", "guidance_interval")  # what the axes set in the configuration
+AXES = ("guidance", "ema", "interval", "internal", "internal_interval")
+# What the axes set in the configuration.
+TRIED = ("weights", "guidance_scale", "guidance_interval", "internal_guidance", "internal_interval")
 
 
 def sweep_images(evaluation: EvaluationConfig) -> int:
@@ -28,23 +30,36 @@ def images_of(points: Sequence[SweepPoint]) -> int:
     return len(points) * few + best * (evaluation.num_images - few)
 
 
+def sharing_steps(points: Iterable[SweepPoint]) -> Iterator[list[SweepPoint]]:
+    """Neighbours that differ in the guidance scale alone: they share the steps before guidance begins."""
+    for _, together in groupby(points, key=lambda point: replace(point, guidance_scale=1.0)):
+        yield list(together)
+
+
 def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]:
     """What the final evaluation tries: every combination of what `evaluation.sweep` names, by networks and intervals.
 
     Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
-    names with commas; `interval=0.1:1.0,0.2:0.8`. What is not named stays as configured. Raises a ConfigError at an
-    unknown axis or weight set, or impossible numbers.
+    names with commas; `interval=0.1:1.0,0.2:0.8`; `internal` and `internal_interval`, the same for internal guidance.
+    What is not named stays as configured. Raises a ConfigError at an unknown axis or weight set, impossible numbers, or
+    guidance that the network does not have.
     """
     evaluation = config.evaluation
     scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [evaluation.guidance_interval]
+    internal, internal_intervals = [evaluation.internal_guidance], [evaluation.internal_interval]
     for text in evaluation.sweep or []:
         axis, _, values = text.partition("=")
         if axis not in AXES or not values:
-            raise _mistake(text, "write one of guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8")
+            examples = "guidance=1.0:4.0:0.1, ema=averages, interval=0.1:1.0,0.2:0.8, internal=1:2:0.2"
+            raise _mistake(text, f"write one of {examples}, internal_interval=0:1,0:0.8")
         if axis == "guidance":
             scales = _scales(text, values)
         elif axis == "interval":
             intervals = [_interval(text, part) for part in values.split(",")]
+        elif axis == "internal":
+            internal = _scales(text, values)
+        elif axis == "internal_interval":
+            internal_intervals = [_interval(text, part) for part in values.split(",")]
         elif values == "all":
             names = list(weight_sets)
         elif values == "averages":
@@ -60,12 +75,22 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
             "guidance",
             "a network that has always seen labels, or never, cannot be guided; leave the axis out",
         )
+    if config.model.middle_head == 0 and any(scale != 1.0 for scale in internal):
+        raise _mistake("internal", "model.middle_head=0 has no middle output layer to guide by; leave the axis out")
     return [
-        replace(evaluation, weights=name, guidance_interval=interval, guidance_scale=scale)
-        for name in names
-        for interval in intervals
+        replace(
+            evaluation,
+            weights=name,
+            guidance_interval=interval,
+            internal_interval=internal_interval,
+            internal_guidance=inner,
+            guidance_scale=scale,
+        )
+        # Scales come last, so that points that share steps lie together. Without guidance there is no interval.
+        for name, interval, internal_interval, inner in product(names, intervals, internal_intervals, internal)
         for scale in scales
-        if scale != 1.0 or interval == intervals[0]  # without guidance there is no interval
+        if scale != 1.0 or interval == intervals[0]
+        if inner != 1.0 or internal_interval == internal_intervals[0]
     ]
 
 

@@ -17,6 +17,7 @@ from jitscale.checkpoints.format import (
     load_fragments,
     step_folder,
 )
+from jitscale.checkpoints.middle_layer import with_middle_layer_of
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits
@@ -285,15 +286,18 @@ def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
 def initial_weights(config: Config, world: World) -> StoredWeights | None:
     """The weights that `run.init_from` names, verified; None if it names none. A collective call.
 
-    Raises a CheckpointError on every rank if they cannot be read, or are those of another network.
+    The middle output layer may be another one, or only one side may have it. Raises a CheckpointError on every rank if
+    they cannot be read, or are those of another network.
     """
 
     def opened() -> StoredWeights | None:
         if config.run.init_from is None:
             return None
-        weights = open_weights(config.run.init_from, config)
+        weights, change = with_middle_layer_of(open_weights(config.run.init_from, config), config)
         check_fits(weights, config)
         weights.verify(world.rank, world.size)
+        if change and world.is_main:
+            logger.info("%s", change)
         return weights
 
     def check_share() -> None:
@@ -334,11 +338,16 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
     """Raise a CheckpointError if `checkpoint` is that of another network, noise scale or optimizer."""
-    check_fits(checkpoint, config)
-    path, stored, asked = checkpoint.path, checkpoint.config.optim.name, config.optim.name
-    if stored != asked:
-        what = f"{path}: its moments are those of optim.name={stored}, the config says {asked}"
-        raise CheckpointError(f"{what}; restore it, or start a new run.dir with run.init_from={path}")
+    path, before = checkpoint.path, checkpoint.config
+    compared = (
+        ("it was trained with model.middle_head", before.model.middle_head, config.model.middle_head),
+        ("its moments are those of optim.name", before.optim.name, config.optim.name),
+    )
+    differing = [f"{path}: {what}={old}, the config says {new}" for what, old, new in compared if old != new]
+    same_layers = before.model.middle_head == config.model.middle_head
+    check_fits(checkpoint if same_layers else with_middle_layer_of(checkpoint, config)[0], config)
+    if differing:
+        raise CheckpointError(f"{differing[0]}; restore it, or start a new run.dir with run.init_from={path}")
 
 
 def changes_since(checkpoint: Checkpoint, config: Config) -> list[str]:

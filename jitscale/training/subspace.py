@@ -24,8 +24,9 @@ from jitscale.checkpoints.streams import atomic_safetensors
 from jitscale.checkpoints.weights import StoredWeights, open_safetensors, plain
 from jitscale.config import Config, DiffusionConfig, ModelConfig, has_fitted_subspace, held_out_fraction, patch_elements
 from jitscale.data.images import ImageError, UInt8Array
+from jitscale.data.passes import FEWEST_FOR_WORKERS
 from jitscale.data.shards import ShardSet
-from jitscale.data.workers import start_workers
+from jitscale.data.workers import naming_dead_workers, start_workers
 from jitscale.diffusion.objective import patches_of
 from jitscale.errors import CheckpointError, ConfigError, DataError, data_error
 from jitscale.evaluation.blocks import digest_of
@@ -56,8 +57,9 @@ def gram_matrix(
     chosen = np.sort(permutation(shards.num_samples, seed, Purpose.SUBSPACE_IMAGES)[:images])
     elements, found = 3 * patch_size**2, 0
     gram = torch.zeros(elements, elements, dtype=torch.float64, device=device)
-    reading, bar = start_workers(_Blocks(shards, chosen), num_workers), tqdm(total=len(chosen), unit="img", desc="fit")
-    with closing(reading), bar:
+    workers = num_workers if len(chosen) >= FEWEST_FOR_WORKERS else 0
+    reading, bar = start_workers(_Blocks(shards, chosen), workers), tqdm(total=len(chosen), unit="img", desc="subspace")
+    with naming_dead_workers(), closing(reading), bar:
         for block in reading:
             pixels = torch.from_numpy(block).to(device).permute(0, 3, 1, 2)
             patches = patches_of(2 * pixels.double() - 255, patch_size).flatten(0, 1)

@@ -13,35 +13,57 @@ import jitscale
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.upgrade import KERNELS, PATCH_EMBEDDING, RESIZED, Upgrade, operators, plan_upgrade
-from jitscale.checkpoints.weights import MOMENTS
-from jitscale.config import Config, DiffusionConfig, ModelConfig, to_yaml
+from jitscale.checkpoints.upgrade import (
+    AREA_MEANS,
+    KERNELS,
+    PATCH_EMBEDDING,
+    RESIZED,
+    SUBSPACE,
+    Upgrade,
+    operators,
+    plan_upgrade,
+)
+from jitscale.checkpoints.weights import MOMENTS, check_fits, names_in
+from jitscale.config import Config, DiffusionConfig, ModelConfig, has_fitted_subspace, load_config, to_yaml
+from jitscale.diffusion.objective import project, to_spaces
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.model.jit import JiT
 from tests.support import FILES
 from tests.support.tiny import MODEL
-from tools.upgrade_resolution import main
+from tools.upgrade_resolution import main, self_check
+
+RANK = 5
+NUMBERS = 3 * MODEL.patch_size**2
 
 
-def settings(patch: int, *, image: int | None = None, **model: Any) -> Config:
-    """The network at another patch size, with the noise scale that belongs to it."""
+def settings(patch: int, *, image: int | None = None, rank: int | None = None, **model: Any) -> Config:
+    """The network at another patch size, with the noise scale that belongs to it; with a rank for asym."""
     size = image or patch * MODEL.image_size // MODEL.patch_size
     sizes = {**vars(MODEL), "image_size": size, "patch_size": patch, **model}
-    return Config(model=ModelConfig(**sizes), diffusion=DiffusionConfig(noise_scale=size / MODEL.image_size))
+    predicts = {} if rank is None else {"prediction": "asym", "rank": rank}
+    diffusion: dict[str, Any] = {"noise_scale": size / MODEL.image_size, **predicts}
+    return Config(model=ModelConfig(**sizes), diffusion=DiffusionConfig(**diffusion))
+
+
+def subspace(rank: int = RANK) -> torch.Tensor:
+    found: torch.Tensor = torch.linalg.qr(torch.randn(NUMBERS, rank, generator=torch.Generator().manual_seed(5)))[0]
+    return found
 
 
 def perturbed(config: Config) -> JiT:
     torch.manual_seed(0)
-    network = JiT(config.model, config.diffusion).eval()
+    fitted = has_fitted_subspace(config.model, config.diffusion)
+    network = JiT(config.model, config.diffusion, subspace(config.diffusion.rank) if fitted else None).eval()
     with torch.no_grad():
         for parameter in network.parameters():  # zero-initialised layers would hide an error
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network
 
 
-def both(new: Config, kernel: str = KERNELS[0]) -> tuple[JiT, JiT, Upgrade]:
-    old = perturbed(settings(MODEL.patch_size))
-    upgrade = plan_upgrade(settings(MODEL.patch_size), new, kernel)
+def both(new: Config, kernel: str = KERNELS[0], old_rank: int | None = None) -> tuple[JiT, JiT, Upgrade]:
+    low = settings(MODEL.patch_size, rank=old_rank, middle_head=new.model.middle_head)
+    old = perturbed(low)
+    upgrade = plan_upgrade(low, new, kernel)
     network = JiT(new.model, new.diffusion).eval()
     network.load_state_dict({name: upgrade.tensor(name, p) for name, p in old.state_dict().items()})
     return old, network, upgrade
@@ -72,10 +94,95 @@ def test_a_lower_resolution_is_seen_enlarged() -> None:
     assert upgrade.ratio == Fraction(1, 2)
 
 
+def velocities(network: JiT, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Of the last and the middle output layer."""
+    with torch.no_grad():
+        outputs, asked = network(z, t, y, middle=True), network.diffusion
+    return [to_spaces(each, z, t, asked.prediction, asked.t_eps, network.subspace).v for each in outputs]
+
+
+@pytest.mark.parametrize(
+    ("rank", "new_rank", "patch", "kernel"),
+    [
+        *((RANK, RANK, patch, kernel) for patch in (8, 12, 16) for kernel in AREA_MEANS),
+        *((0, 0, patch, kernel) for patch in (6, 8) for kernel in KERNELS),
+        *((NUMBERS, 3 * patch**2, patch, kernel) for patch in (6, 8) for kernel in KERNELS),
+    ],
+)
+def test_velocities_of_asym_and_of_the_middle_layer_are_preserved(
+    rank: int, new_rank: int, patch: int, kernel: str
+) -> None:
+    """At both ends of the ranks for every kernel and ratio; the clamp of 1 - t acts at the last time."""
+    old, new, upgrade = both(settings(patch, rank=new_rank, middle_head=1), kernel, rank)
+    size = new.config.image_size
+    z, t, y = torch.randn(3, 3, size, size), torch.tensor([0.1, 0.6, 0.98]), torch.tensor([0, 5, 10])
+    pairs = list(zip(velocities(new, z, t, y), velocities(old, upgrade.pool(z), t, y), strict=True))
+    assert not torch.allclose(pairs[0][0], pairs[1][0], rtol=0.1)
+    for after, before in pairs:
+        assert before.std() > 0.05
+        torch.testing.assert_close(upgrade.pool(after), before, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", AREA_MEANS)
+@pytest.mark.parametrize("ratio", [2, 3, 4])
+def test_the_lifted_subspace(ratio: int, kernel: str) -> None:
+    """P' = k D^T P: orthonormal, and D S' = S D; the other way it is P again."""
+    low, high = settings(4, rank=RANK), settings(4 * ratio, rank=RANK)
+    up, down = plan_upgrade(low, high, kernel), plan_upgrade(high, low, kernel)
+    before = torch.linalg.qr(torch.randn(NUMBERS, RANK, dtype=torch.float64))[0]
+    after = up.tensor(SUBSPACE, before)
+    assert after.shape == (NUMBERS * ratio**2, RANK)
+    exact: dict[str, Any] = {"rtol": 0, "atol": 1e-14}
+    torch.testing.assert_close(after.T @ after, torch.eye(RANK, dtype=torch.float64), **exact)
+    whole = before.view(4, 4, 3, RANK).repeat_interleave(ratio, 0).repeat_interleave(ratio, 1) / ratio
+    torch.testing.assert_close(after, whole.reshape(-1, RANK), **exact)
+    images = torch.randn(2, 3, 16 * ratio, 16 * ratio, dtype=torch.float64)
+    torch.testing.assert_close(up.pool(project(images, after)), project(up.pool(images), before), **exact)
+    torch.testing.assert_close(down.tensor(SUBSPACE, after), before, **exact)
+
+
+def test_a_subspace_with_fine_detail_has_no_smaller_one() -> None:
+    down = plan_upgrade(settings(4, rank=RANK), settings(2, rank=RANK))
+    with pytest.raises(CheckpointError, match=r"not orthonormal.*holds detail that these pixels lose"):
+        down.tensor(SUBSPACE, subspace())
+    up = plan_upgrade(settings(4, rank=RANK), settings(8, rank=RANK))
+    for damaged in (subspace() * 1.01, subspace() * torch.nan):
+        with pytest.raises(CheckpointError, match="the old one is damaged"):
+            up.tensor(SUBSPACE, damaged)
+
+
+def test_more_tokens_keep_the_subspace() -> None:
+    old, new, upgrade = both(settings(4, image=32, position_grid=4, rank=RANK), old_rank=RANK)
+    assert upgrade.mode == "tokens"
+    assert torch.equal(new.stored_buffers()[SUBSPACE], old.stored_buffers()[SUBSPACE])
+
+
+@pytest.mark.parametrize(
+    ("old_rank", "new", "kernel", "message"),
+    [
+        (RANK, settings(8, rank=RANK), "pi-bicubic", r"rank=5: .* mean of areas; choose --kernel smooth or nearest"),
+        (RANK, settings(6, rank=RANK), "smooth", r"rank=5: .* by a whole number, not by 3/2; choose another size"),
+        (RANK, settings(8, rank=6), "smooth", r"rank=6 must be 5, the old one; add diffusion\.rank=5"),
+        (NUMBERS, settings(8, rank=NUMBERS), "smooth", r"must be 192, all numbers.*add diffusion\.rank=192"),
+        (RANK, settings(8, rank=192), "smooth", r"rank=192 must be 5"),
+        (12, settings(2, rank=12), "smooth", r"rank=12: a part of the 48 numbers of the old patch, and all"),
+        (0, settings(8, rank=1), "smooth", r"rank=1 must be 0"),
+        (RANK, settings(8), "smooth", r"diffusion\.prediction: asym -> x"),
+    ],
+)
+def test_ranks_and_kernels_that_preserve_nothing_are_refused(
+    old_rank: int, new: Config, kernel: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        plan_upgrade(settings(4, rank=old_rank), new, kernel)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [None, RANK])
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_whole_trajectories_are_preserved(method: str) -> None:
+def test_whole_trajectories_are_preserved(method: str, rank: int | None) -> None:
     """avgpool(sample_hi(z)) == sample_lo(avgpool(z)); noise of scale 2 pools to standard deviation 1."""
-    low, high, _ = both(settings(8))
+    low, high, _ = both(settings(8, rank=rank), old_rank=rank)
     noise = torch.randn(2, 3, 32, 32)
     sampler: dict[str, Any] = {"method": method, "steps": 10, "guidance_scale": 2.0}
     found = F.avg_pool2d(jitscale.sample(high, [1, 2], noise=noise, **sampler), 2)
@@ -87,7 +194,7 @@ def test_whole_trajectories_are_preserved(method: str) -> None:
 
 @pytest.mark.parametrize("patch", [8, 16])
 def test_up_and_down_again_is_the_same_bits(patch: int) -> None:
-    low, high = settings(MODEL.patch_size), settings(patch)
+    low, high = (settings(each, rank=RANK, middle_head=1) for each in (MODEL.patch_size, patch))
     up, down = plan_upgrade(low, high, "nearest"), plan_upgrade(high, low, "nearest")
     for name, p in perturbed(low).state_dict().items():
         assert torch.equal(down.tensor(name, up.tensor(name, p)), p), name
@@ -95,9 +202,10 @@ def test_up_and_down_again_is_the_same_bits(patch: int) -> None:
 
 def test_the_map_is_linear() -> None:
     """So that an average of upgraded weights is the upgraded average."""
-    upgrade = plan_upgrade(settings(4), settings(8))
-    first, second = perturbed(settings(4)).state_dict(), JiT(MODEL).state_dict()
-    for name in RESIZED:
+    low = settings(4, middle_head=1)
+    upgrade = plan_upgrade(low, settings(8, middle_head=1))
+    first, second = perturbed(low).state_dict(), JiT(low.model).state_dict()
+    for name in (name for name in RESIZED if name != SUBSPACE):
         mixed = upgrade.tensor(name, first[name].lerp(second[name], 0.3))
         separately = upgrade.tensor(name, first[name]).lerp(upgrade.tensor(name, second[name]), 0.3)
         torch.testing.assert_close(mixed, separately, rtol=1e-5, atol=1e-7)
@@ -158,13 +266,18 @@ def test_other_targets_are_refused() -> None:
 @pytest.fixture
 def low(tmp_path: Path) -> Path:
     """A run with moments."""
-    config = settings(4)
+    return run_with_moments(tmp_path, settings(4))
+
+
+def run_with_moments(tmp_path: Path, config: Config) -> Path:
     config.run.max_steps, config.ema.decays = 1, [0.9]
     config.evaluation.weights = "ema_0.9"
     state = perturbed(config).state_dict()
     torch.manual_seed(1)
     sets = {name: {key: torch.rand_like(p) for key, p in state.items()} for name in ("model", "ema_0.9", *MOMENTS)}
     sets["model"] = state
+    if SUBSPACE in state:
+        sets["ema_0.9"][SUBSPACE] = state[SUBSPACE]
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     progress = Progress(7, 84, 7, None)
     folder = step_folder(tmp_path / "low", 7)
@@ -206,6 +319,53 @@ def test_the_tool_writes_a_run(low: Path, tmp_path: Path, capsys: pytest.Capture
             assert torch.equal(after.tensor(name, key), expected), (name, key)
     back = upgraded(high, target(tmp_path, settings(4)), tmp_path / "back", *exact)
     assert torch.equal(open_weights(back).tensor("model", PATCH_EMBEDDING), before.tensor("model", PATCH_EMBEDDING))
+
+
+@pytest.mark.parametrize("kernel", AREA_MEANS)
+def test_the_tool_lifts_the_subspace_and_the_middle_layer(
+    tmp_path: Path, kernel: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = run_with_moments(tmp_path, settings(4, rank=RANK, middle_head=1))
+    to, picture = target(tmp_path, settings(8, rank=RANK, middle_head=1)), tmp_path / "preview.png"
+    high = upgraded(source, to, tmp_path / "high", "--preview", str(picture), "--kernel", kernel)
+    printed = capsys.readouterr().out
+    assert Image.open(picture).size == (8 * 32, 3 * 32)
+    assert "middle_layer.linear.weight, middle_layer.linear.bias, subspace" in printed
+    checks = [line for line in printed.splitlines() if "self-check" in line]
+    assert len(checks) == 2
+    for line in checks:
+        for what in ("patch embedding", " output layer", "middle output layer", "subspace", "whole network"):
+            assert float(line.split(f"{what} ")[1].split(",")[0]) < 1e-5, line
+    before, after = open_weights(source), open_weights(high)
+    check_fits(after, load_config(to))
+    plan = plan_upgrade(before.config, after.config, kernel)
+    for name in ("model", "ema_0.9", *MOMENTS):
+        for key in names_in(name, before.shapes):
+            expected = plan.tensor(key, before.tensor(name, key))
+            if name in MOMENTS and key in RESIZED:
+                expected = torch.zeros_like(expected)
+            assert torch.equal(after.tensor(name, key), expected), (name, key)
+    assert after.tensor("model", "middle_layer.linear.weight").shape == (192, 32)
+    assert after.tensor("exp_avg", "middle_layer.adaLN_modulation.1.weight").std() > 0
+
+
+@pytest.mark.parametrize("name", ["middle_layer.linear.bias", SUBSPACE])
+def test_the_self_check_finds_what_is_wrong(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the whole network alone."""
+    config = settings(8, rank=RANK, middle_head=1)
+    source = open_weights(run_with_moments(tmp_path, settings(4, rank=RANK, middle_head=1)))
+    plan = plan_upgrade(source.config, config)
+    assert "e-" in self_check(source, "model", config, plan).split("whole network ")[1]
+    right = Upgrade.tensor
+
+    def wrong(self: Upgrade, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return right(self, key, tensor).roll(1, 0) if key == name else right(self, key, tensor)
+
+    monkeypatch.setattr(Upgrade, "tensor", wrong)
+    found = self_check(source, "model", config, plan)
+    words = "subspace" if name == SUBSPACE else "middle output layer"
+    assert float(found.split(f"{words} ")[1].split(",")[0]) > 1e-2
+    assert float(found.split("whole network ")[1]) > 1e-2
 
 
 def test_moments_can_be_left_out(low: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,13 +36,14 @@ at least 1: evaluation.reference_size evaluation.steps evaluation.sweep_keep
 at least 1: progressive.images progressive.resolutions run.rollback_after tracking.log_every_steps
 at least 10: evaluation.few_images evaluation.num_images evaluation.sweep_images
 greater than 0: data.cache_gb diffusion.noise_scale diffusion.sigma diffusion.t_eps evaluation.sweep_max_share
-greater than 0: evaluation.t_eps evaluation.time_shift optim.lr optim.lr_factor_embeddings
+greater than 0: evaluation.t_eps optim.lr optim.lr_factor_embeddings
 greater than 0: optim.lr_factor_output optim.lr_factor_patch_embedding optim.lr_factor_vectors
 in (0, 0.2887): ema.power_widths
 in (0, 1): ema.decays
 in [0, 1): data.max_bad_fraction model.attn_dropout model.proj_dropout model.route_share optim.beta1 optim.beta2
 in [0, 1): optim.muon_momentum
 in [0, 1]: diffusion.label_drop evaluation.guidance_interval evaluation.internal_interval
+in [0.01, 100]: evaluation.time_shift
 in [0, 9223372036854775807]: evaluation.seed run.seed
 in [0, 131072]: model.in_context_len
 in [0, 1073741824]: model.num_classes

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
+from jitscale.checkpoints.upgrade import plan_upgrade
 from jitscale.config import load_config
 from jitscale.preparation.array_shards import write_shards
 from jitscale.run_folder import is_complete
@@ -86,6 +88,29 @@ def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -
     assert same_state(job.folder / "both" / last, job.folder / "high" / last)
     assert same_state(job.folder / "both/at_16px" / last, job.folder / "low" / last)
     assert load_config(job.folder / "both/at_16px/config.yaml").model.patch_size == 4
+
+
+def test_a_progressive_run_of_asym_with_a_middle_layer(job: Job) -> None:
+    """Its second stage goes on with the lifted subspace, in every set and to the end."""
+    beyond = ["diffusion.prediction=asym", "diffusion.rank=5", "model.middle_head=1"]
+    metrics = train(job, "beyond", *PROGRESSIVE, *beyond)
+    assert all(line["middle_loss"] > 0 for line in metrics)
+    run = job.folder / "beyond"
+    before, first, last = (
+        Checkpoint(complete_checkpoints(folder)[number])
+        for folder, number in ((run / "at_16px", -1), (run, 0), (run, -1))
+    )
+    assert [each.progress.step for each in (before, first, last)] == [HALF, 0, HALF]
+    plan = plan_upgrade(before.config, first.config)
+    for name in before.weight_sets:
+        expected = plan.tensor("subspace", before.tensor(name, "subspace"))
+        assert expected.shape == (192, 5)
+        assert torch.equal(first.tensor(name, "subspace"), expected)
+        assert torch.equal(last.tensor(name, "subspace"), expected)
+    key = "middle_layer.linear.weight"
+    assert torch.equal(first.tensor("ema_0.9", key), plan.tensor(key, before.tensor("ema_0.9", key)))
+    assert not first.tensor("exp_avg", key).any()
+    assert not torch.equal(last.tensor("model", key), first.tensor("model", key))
 
 
 def test_a_later_stage_without_images_is_met_first(job: Job) -> None:

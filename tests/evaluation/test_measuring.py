@@ -10,6 +10,7 @@ import torch
 
 from jitscale.config import Config, images_of_run, load_config, weight_set_names
 from jitscale.config.cautions import cautions, start_caution
+from jitscale.config.schema import METHODS
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, DataError, UserError
@@ -38,7 +39,7 @@ MEASURED = sorted(
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 1.0), (0.35, 0.8)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", METHODS)
 def test_evaluations_are_counted_as_they_happen(method: str, scale: float, interval: tuple[float, float]) -> None:
     sampler = Sampler(method, 10, scale, interval)
     seen: list[torch.Tensor] = []
@@ -50,6 +51,7 @@ def test_evaluations_are_counted_as_they_happen(method: str, scale: float, inter
     sampler.sample(network, torch.randn(1, 3, 4, 4), torch.tensor([3]), null_label=7)
     labels = torch.cat(seen).tolist()
     assert sampler.evaluations() == (labels.count(3), labels.count(7))
+    assert labels.count(3) == (19 if method == "heun" else 10), "a multistep method looks once a step"
     first = sampler.evaluations(range(4))
     assert tuple(a + b for a, b in zip(first, sampler.evaluations(range(4, 10)), strict=True)) == sampler.evaluations()
 
@@ -96,6 +98,14 @@ def test_the_sweep_counts_shared_steps_once() -> None:
     config = load_config(CONFIGS / "jit_b_256.yaml", [*settings, 'evaluation.sweep=["guidance=1,2,3"]'])
     cost = measuring_cost(config)
     assert cost.sweep == pytest.approx(5000 / 3 * (10 + 2 * (10 + 6) - 2 * 4))
+
+
+def test_a_sweep_of_internal_guidance_costs_no_more_than_its_points() -> None:
+    """Points of one internal scale share the steps before guidance, those of another do not; evaluations as before."""
+    settings = ["evaluation.method=ab2", "evaluation.steps=10", "evaluation.guidance_interval=[0.35,1.0]"]
+    axes = 'evaluation.sweep=["guidance=1,2,3","internal=1,1.5"]'
+    cost = measuring_cost(load_config(CONFIGS / "jit_b_256.yaml", [*settings, "model.middle_head=4", axes]))
+    assert cost.sweep == pytest.approx(2 * 5000 / 3 * (10 + 2 * (10 + 6) - 2 * 4))
 
 
 @pytest.mark.parametrize(

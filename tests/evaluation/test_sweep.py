@@ -14,7 +14,7 @@ from jitscale.config import Config, DiffusionConfig, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
-from jitscale.evaluation.sweep import sweep_points
+from jitscale.evaluation.sweep import sharing_steps, sweep_points
 from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
@@ -57,6 +57,9 @@ def test_combinations(config: Config) -> None:
         ("guidance=1:inf:1", "write FROM:TO:STEP"),
         ("ema=ema_0.5", "there are model, ema_0.9"),
         ("interval=0.5:0.1", "0 <= low < high <= 1"),
+        ("internal=-1,2", "write FROM:TO:STEP"),
+        ("internal_interval=0:2", "0 <= low < high <= 1"),
+        ("internal=1,1.5", r"internal: model\.middle_head=0 has no middle output layer to guide by"),
     ],
 )
 def test_mistakes(config: Config, axis: str, message: str) -> None:
@@ -70,15 +73,35 @@ def test_nothing_guides_a_network_without_labels(config: Config) -> None:
         settings_of(["guidance=2"], config)
 
 
+def test_internal_guidance_is_an_axis(config: Config) -> None:
+    """Without it, its interval does not multiply points; points that share steps lie together."""
+    config.model.middle_head = 4
+    config.evaluation.sweep = ["guidance=1,2", "internal=1,1.5", "internal_interval=0:1,0:0.8", "interval=0.1:1,0.2:1"]
+    points = sweep_points(config, SETS)
+    found = [(p.guidance_interval[0], p.internal_interval[1], p.internal_guidance, p.guidance_scale) for p in points]
+    assert found == [
+        (low, high, inner, scale)
+        for low in (0.1, 0.2)
+        for high, inner in ((1.0, 1.0), (1.0, 1.5), (0.8, 1.5))
+        for scale in ((1.0, 2.0) if low == 0.1 else (2.0,))
+    ]
+    assert [len(group) for group in sharing_steps(points)] == [2, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("inner", [1.0, 1.5])
 @pytest.mark.parametrize(
     ("method", "interval", "before"),
-    [("heun", (0.35, 0.8), 3), ("euler", (0.35, 0.8), 4), ("heun", (0.0, 1.0), 0), ("heun", (0.95, 1.0), 10)],
+    [
+        *(("heun", (0.35, 0.8), 3), ("heun", (0.0, 1.0), 0), ("heun", (0.95, 1.0), 10)),
+        *((method, (0.35, 0.8), 4) for method in ("euler", "2m", "ab2")),
+    ],
 )
-def test_shared_steps_change_no_image(method: str, interval: tuple[float, float], before: int) -> None:
-    model = network(0)
+def test_shared_steps_change_no_image(method: str, interval: tuple[float, float], before: int, inner: float) -> None:
+    """Bit by bit; what a multistep method has kept of the step before travels with the shared steps."""
+    model = network(0, middle_head=1)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    first = Sampler(method, 10, 1.5, interval)
+    first = Sampler(method, 10, 1.5, interval, internal_guidance=inner, internal_interval=(0.2, 0.6))
     samplers = [replace(first, guidance_scale=scale) for scale in (1.0, 1.5, 3.0)]
     assert first.steps_before_guidance() == before
     alone = [generate(model, sampler, range(4), seed=7) for sampler in samplers]
@@ -92,9 +115,9 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     assert separately - sum(seen) == 2 * 4 * shared, "the steps before, of two of three scales"
 
 
-def network(seed: int) -> JiT:
+def network(seed: int, middle_head: int = 0) -> JiT:
     torch.manual_seed(seed)
-    model = JiT(MODEL, DiffusionConfig()).eval()
+    model = JiT(replace(MODEL, middle_head=middle_head), DiffusionConfig()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -10,10 +10,12 @@ from jitscale.model.jit import JiT, parameter_kind
 from jitscale.training.optim import ALIGNED_ELEMENTS, learning_rate, parameter_groups
 from tests.support.tiny import MODEL
 
+OUTPUT_LAYERS = ("final_layer.", "middle_layer.")
+
 
 def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:
     """(weight decay, learning-rate factor) -> names of parameters."""
-    model = JiT(MODEL)
+    model = JiT(replace(MODEL, middle_head=1))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, config)
     assert sum(len(group["params"]) for group in groups) == len(names), "each parameter in one group"
@@ -39,6 +41,19 @@ def test_by_default_there_are_two_groups_that_differ_in_decay() -> None:
     assert {"blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"} <= groups[0.0, 1.0]
     assert "x_embedder.proj1.weight" in groups[0.1, 1.0]
     assert "final_layer.linear.bias" in groups[0.0, 1.0]
+    for names in groups.values():
+        layers = ({n.removeprefix(layer) for n in names if n.startswith(layer)} for layer in OUTPUT_LAYERS)
+        assert next(layers) == next(layers), "the middle output layer is treated as the last one"
+
+
+def test_muon_takes_of_both_output_layers_the_same() -> None:
+    model = JiT(replace(MODEL, middle_head=1))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(name="muon", lr_factor_output=0.5))
+    (orthogonalised,) = ({names[id(p)] for p in group["params"]} for group in groups if group["muon"])
+    for layer in OUTPUT_LAYERS:
+        assert {name for name in orthogonalised if name.startswith(layer)} == {f"{layer}adaLN_modulation.1.weight"}
+    assert {parameter_kind(f"{layer}norm_final.weight", 1) for layer in OUTPUT_LAYERS} == {"vectors"}
 
 
 def test_kinds_may_have_rates_of_their_own() -> None:
@@ -54,6 +69,8 @@ def test_kinds_may_have_rates_of_their_own() -> None:
     assert {name for (_, factor), names in groups.items() if factor == 0.5 for name in names} == {
         "final_layer.linear.weight",
         "final_layer.linear.bias",
+        "middle_layer.linear.weight",
+        "middle_layer.linear.bias",
     }
     assert "in_context_posemb" in {name for (_, factor), names in groups.items() if factor == 2.0 for name in names}
     assert parameter_kind("blocks.0.attn.qkv.weight", 2) == "matrices"

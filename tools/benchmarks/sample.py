@@ -12,6 +12,8 @@ from tqdm import trange
 from benchmarks import measuring
 from benchmarks.reference import reference_network, reference_sample
 from jitscale.config import Config
+from jitscale.diffusion.sampler import Sampler
+from jitscale.errors import UserError
 from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops
 from jitscale.model.jit import JiT
@@ -25,6 +27,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dotted = [f"evaluation.{key}={value}" for key, value in settings.items()]
     config, device = measuring.measured_config(options, dotted, on_gpu=True)
     sampler = generate.configured_sampler(config.evaluation, config.diffusion)
+    if options.compare == "reference" and not _is_the_authors(sampler):
+        known = "Euler and Heun steps at uniform times, without internal guidance"
+        raise UserError(f"--compare reference: the authors have {known}; leave it out for {sampler}")
     ids = range(options.batch)
     noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, config.model.image_size).to(device)
     labels = generate.labels_of(ids, config.model.num_classes).to(device)
@@ -57,6 +62,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _is_the_authors(sampler: Sampler) -> bool:
+    return sampler.method in ("euler", "heun") and sampler.time_shift == sampler.internal_guidance == 1.0
+
+
 def _drawn(config: Config) -> JiT:
     """A fresh network, the same one each time, that predicts something."""
     torch.manual_seed(config.run.seed)
@@ -85,10 +94,10 @@ class Sampling:
         for begin, end, _ in self._calls:
             self._network_seconds += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
-    def _timed_forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _timed_forward(self, *inputs: torch.Tensor, middle: bool = False) -> torch.Tensor:
         begin = self._now()
-        output = self._forward(*inputs)
-        self._calls.append((begin, self._now(), len(output)))
+        output = self._forward(*inputs, middle=middle)
+        self._calls.append((begin, self._now(), len(inputs[0])))
         return output
 
     def _now(self) -> Any:
