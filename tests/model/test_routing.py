@@ -18,8 +18,9 @@ BATCH = 3
 def network(model: ModelConfig) -> JiT:
     torch.manual_seed(0)
     net = JiT(model).train()
-    for parameter in net.parameters():  # zeroed layers would hide what lies below them
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in net.named_parameters():  # zeroed layers would hide what lies below them
+        # Small queries and keys would hide the rotation.
+        torch.nn.init.normal_(parameter, mean=2.0 if "q_norm" in name or "k_norm" in name else 0.0, std=0.1)
     return net
 
 
