@@ -88,7 +88,8 @@ class JiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         if config.middle_head > 0:
-            self.middle_layer = FinalLayer(config)
+            with torch.random.fork_rng(devices=()):  # layers draw when they are made: others stay as without it
+                self.middle_layer = FinalLayer(config)
         # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
         self.register_buffer("subspace", self._own_subspace(), persistent=True)
         for name, table in self.fixed_tables().items():

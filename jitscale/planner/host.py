@@ -8,13 +8,14 @@ that executes nothing, 2026-11-27; tests/planner/test_host.py holds the counts. 
 
 from dataclasses import dataclass
 
-from jitscale.config import Config, EngineConfig
+from jitscale.config import Config, EngineConfig, routed_blocks
 from jitscale.model.execution import wants_graphs
 
 # One launch on that machine. A GPU's work that takes less leaves the GPU idle.
 LAUNCH_SECONDS = 10e-6
 # Besides the blocks: launches of a micro-batch, and of the update with three averages.
 OUTER_PASSES, UPDATE = 118, 136
+ROUTED, MIDDLE = 39, 51  # more of a micro-batch where tokens are routed, and with a middle output layer
 GATHERED = 46  # more for each block in stage 3, which gathers weights one by one
 
 
@@ -47,4 +48,6 @@ def launches(config: Config, micro_batches: int) -> int:
     way = way_of(engine)
     again = len(range(0, depth, engine.activation_checkpointing)) if engine.activation_checkpointing else 0
     of_a_block = way.launches + (GATHERED if engine.zero_stage == 3 else 0)
-    return micro_batches * (depth * of_a_block + again * way.recomputed + OUTER_PASSES) + UPDATE
+    outer = OUTER_PASSES + (ROUTED if routed_blocks(config.model) else 0)
+    outer += MIDDLE if config.model.middle_head > 0 else 0
+    return micro_batches * (depth * of_a_block + again * way.recomputed + outer) + UPDATE

@@ -12,15 +12,15 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jitscale.config import EngineConfig, ModelConfig, OptimConfig, load_config
+from jitscale.config import EngineConfig, ModelConfig, OptimConfig, load_config, routed_tokens
 from jitscale.errors import ConfigError
 from jitscale.model import attention, execution
 from jitscale.model.attention import KERNELS
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
-from jitscale.model.fused.choice import FusedKernels
+from jitscale.model.fused.choice import FusedKernels, Shapes
 from jitscale.model.jit import JiT
-from jitscale.model.layers import ALIGNMENT, SwiGLU, swiglu_width
+from jitscale.model.layers import ALIGNMENT, ResidualKernels, SwiGLU, swiglu_width
 from jitscale.training.optim import parameter_groups
 from tests.support import ROOT, tiny
 
@@ -39,10 +39,10 @@ def network(engine: EngineConfig, model: ModelConfig = MODEL, dtype: torch.dtype
     return net.train()
 
 
-def passes(net: JiT, batch: int = 3, dtype: torch.dtype = torch.float32) -> Result:
+def passes(net: JiT, batch: int = 3, dtype: torch.dtype = torch.float32, kept: torch.Tensor | None = None) -> Result:
     torch.manual_seed(batch)
-    t = torch.rand(batch).to(dtype)
-    out = net(torch.randn(batch, 3, 16, 16, dtype=dtype), t, torch.arange(batch) % 10)
+    t, middle = torch.rand(batch).to(dtype), net.config.middle_head > 0
+    out = net(torch.randn(batch, 3, 16, 16, dtype=dtype), t, torch.arange(batch) % 10, kept, middle=middle)
     net.zero_grad()
     out.square().mean().backward()
     return out.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -192,6 +192,82 @@ def test_blocks_compile_without_breaks_and_once(every: int) -> None:
         assert_same(passes(eager, batch), passes(compiled, batch), 1e-5)
         assert counters["stats"]["unique_graphs"] == graphs
         assert not counters["graph_break"]
+
+
+# Class tokens enter within the route, and the middle layer lies in it.
+ROUTED = replace(MODEL, route_share=0.5, route_blocks=[1, -1], middle_head=4)
+
+
+def kept_tokens(batch: int, seed: int) -> torch.Tensor:
+    draws = torch.rand(batch, 16, generator=torch.Generator().manual_seed(seed))
+    return draws.argsort(1)[:, : routed_tokens(ROUTED)].sort(1).values
+
+
+@pytest.mark.parametrize("every", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("half_compiled")
+def test_routed_blocks_compile_without_breaks_and_once(every: int) -> None:
+    """Five graphs: of all tokens and of routed ones, with the in-context ones and without, and with dropout.
+
+    When routing ends, one more: of all tokens with dropout. A break raises.
+    """
+    model = replace(ROUTED, attn_dropout=0.2, proj_dropout=0.2)
+    engine = replace(ENGINE, activation_checkpointing=every, align=True)
+    compiled, eager = network(replace(engine, compile=True), model), network(engine, model)
+    for kept, graphs in ((kept_tokens(3, 0), 5), (kept_tokens(3, 1), 5), (None, 6), (kept_tokens(3, 2), 6), (None, 6)):
+        assert_same(passes(eager, kept=kept), passes(compiled, kept=kept), 1e-5)
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+    assert graphs * 3 <= execution.GRAPHS, "also where sampling's are added"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_kernels_are_tried_at_every_number_of_tokens(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    """Those that occur: in training both of a route, and all tokens for its last part."""
+    asked: dict[str, Any] = {}
+
+    def choose_kernel(name: str, **about: Any) -> attention.ChosenKernel:
+        asked.update(about)
+        return attention.ChosenKernel("sdpa", "", "")
+
+    def choose_fused(name: str, shapes: Shapes, device: torch.device) -> FusedKernels:
+        asked["shapes"] = shapes
+        return FusedKernels("torch", "", "")
+
+    monkeypatch.setattr("jitscale.model.execution.choose_kernel", choose_kernel)
+    monkeypatch.setattr("jitscale.model.execution.choose_fused", choose_fused)
+    for model, routed, tokens in (
+        (ROUTED, 8, {16, 20, 8, 12}),
+        (replace(ROUTED, in_context_start=1, route_share=0.25), 12, {16, 20}),
+        (MODEL, 0, {16, 20}),
+        (replace(MODEL, in_context_start=0), 0, {20}),
+    ):
+        net = JiT(model)
+        prepare(net, ENGINE, CPU, training=training)
+        assert set(asked["tokens"]) == (tokens if training else tokens & {16, 20})
+        assert asked["shapes"].routed == (routed if training else 0)
+        lengths: set[int] = set()
+        for block in net.blocks:
+            block.register_forward_pre_hook(lambda _, inputs, seen=lengths: seen.add(inputs[0].shape[1]))
+        for kept in (None, torch.arange(routed).expand(2, -1))[: 1 + (training and routed > 0)]:
+            net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.arange(2), kept)
+        assert lengths == set(asked["tokens"])
+
+
+@pytest.mark.parametrize(("dropout", "ways"), [(0.0, {"align": True}), (0.2, {"activation_checkpointing": 1})])
+def test_ways_to_compute_change_no_routed_pass(dropout: float, ways: dict[str, Any]) -> None:
+    """Padded blocks, and recomputed ones with dropout: the same predictions and gradients."""
+    model = replace(ROUTED, attn_dropout=dropout, proj_dropout=dropout)
+    plain, other = (network(engine, model) for engine in (ENGINE, replace(ENGINE, **ways)))
+    for seed in range(2):
+        assert_same(passes(plain, kept=kept_tokens(3, seed)), passes(other, kept=kept_tokens(3, seed)), 1e-5)
+
+
+def test_both_output_layers_have_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    residual = ResidualKernels(*(lambda *_: torch.empty(0) for _ in range(3)))
+    fused = FusedKernels("triton", "", "", residual=residual)
+    monkeypatch.setattr("jitscale.model.execution.choose_fused", lambda *_: fused)
+    net = network(ENGINE, ROUTED)
+    assert net.final_layer.kernels is net.middle_layer.kernels is residual
 
 
 @pytest.mark.usefixtures("half_compiled")

@@ -124,8 +124,10 @@ class Run:
 def network(device: torch.device, dropout: float, model: ModelConfig = MODEL) -> JiT:
     torch.manual_seed(0)
     net = JiT(replace(model, attn_dropout=dropout, proj_dropout=dropout)).to(device).train()
-    for parameter in net.parameters():  # zeroed layers would hide what lies below them
-        torch.nn.init.normal_(parameter, std=0.05)
+    for name, parameter in net.named_parameters():  # zeroed layers would hide what lies below them
+        # Small queries and keys would hide the rotations of routed tokens.
+        large = model.route_share > 0 and ("q_norm" in name or "k_norm" in name)
+        torch.nn.init.normal_(parameter, mean=2.0 if large else 0.0, std=0.05)
     return net
 
 

@@ -59,6 +59,13 @@ def test_launches_are_what_was_counted(depth: int, engine: dict[str, Any], micro
     assert launches(run, micro_batches) == pytest.approx(counted, rel=0.03 if micro_batches == 1 else 0.16)
 
 
+def test_routing_and_a_middle_layer_are_launched_too() -> None:
+    """Counted with two micro-batches, graphs and one rank: 436 without them, 617 with both; eager, 508, 669 and 747."""
+    plain, model = launches(shipped("h"), 2), "model.route_share=0.5"
+    assert launches(shipped("h", model, "model.middle_head=8"), 2) - plain == pytest.approx(617 - 436, abs=1)
+    assert launches(shipped("h", model), 2) - plain == 747 - 669
+
+
 def test_a_step_takes_what_was_measured() -> None:
     for size, images, host, step in WITH_GRAPHS:
         found = alone(size, images)

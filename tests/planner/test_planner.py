@@ -11,13 +11,31 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from jitscale.config import Config, EmaConfig, EngineConfig, ModelConfig, OptimConfig, load_config
-from jitscale.model.flops import forward_flops, training_flops
+from jitscale.config import (
+    Config,
+    EmaConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    images_of_run,
+    load_config,
+    routed_blocks,
+    routed_tokens,
+)
+from jitscale.model.attention import unfused
+from jitscale.model.flops import forward_flops, mean_training_flops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.planner.buckets import reduce_bucket_elements
 from jitscale.planner.choice import candidate, recommend
-from jitscale.planner.memory import activation_bytes, parameter_shapes, parameters_by_kind, state_memory
+from jitscale.planner.memory import (
+    activation_bytes,
+    objective_bytes,
+    parameter_shapes,
+    parameters_by_kind,
+    state_memory,
+)
 from jitscale.planner.timing import Cluster, Communication, communication
 from tests.support import ROOT
 from tests.support.tiny import MODEL
@@ -110,13 +128,16 @@ class Kept:
         return tensor
 
 
-def kept_bytes(model: ModelConfig, batch: int, precision: str) -> int:
+def kept_bytes(model: ModelConfig, batch: int, precision: str, *, routed: bool = True) -> int:
     network = JiT(model).train()
     if precision == "bf16":
         network = network.bfloat16()
     z = torch.randn(batch, 3, model.image_size, model.image_size).to(next(network.parameters()).dtype)
     with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        output = network(z, torch.rand(batch), torch.zeros(batch, dtype=torch.long))
+        tokens = torch.arange(routed_tokens(model)).expand(batch, -1) if routed and routed_blocks(model) else None
+        output = network(
+            z, torch.rand(batch), torch.zeros(batch, dtype=torch.long), tokens, middle=model.middle_head > 0
+        )
     assert output.requires_grad
     return kept.bytes
 
@@ -135,6 +156,94 @@ def test_activations_are_what_autograd_keeps(model: ModelConfig, batch: int, pre
     """Within 3%; 10% is asked for."""
     expected = activation_bytes(planned(model, precision=precision), batch)
     assert kept_bytes(model, batch, precision) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"route_share": 0.5},
+        {"route_share": 0.25, "route_blocks": [0, 5], "in_context_start": 3},
+        {"middle_head": 2},
+        {"middle_head": 4, "route_share": 0.5, "route_blocks": [1, -1]},
+    ],
+)
+def test_activations_of_routed_tokens_and_of_a_middle_layer(changes: dict[str, Any], precision: str) -> None:
+    """Fewer if tokens are routed to the end of the run, and those of all tokens if not."""
+    model = replace(TINY, **{"depth": 6, "route_blocks": [1, -1], **changes})
+    config = planned(model, precision=precision)
+    expected = activation_bytes(config, 6)
+    assert kept_bytes(model, 6, precision) == pytest.approx(expected, rel=0.03)
+    config.run.max_images, config.run.route_until_images = 100, 99
+    of_all = activation_bytes(config, 6)
+    assert kept_bytes(model, 6, precision, routed=False) == pytest.approx(of_all, rel=0.03)
+    assert (of_all > 1.1 * expected) == (model.route_share > 0)
+    config.run.route_until_images = 100
+    assert activation_bytes(config, 6) == expected
+
+
+def test_a_middle_layer_has_a_loss_of_its_own() -> None:
+    sizes = [objective_bytes(replace(TINY, middle_head=block), 2) for block in (0, 2)]
+    assert sizes == [2 * 4 * 3 * 64**2 * tensors for tensors in (6, 9)]
+
+
+def counted_flops(model: ModelConfig) -> int:
+    """By torch, of forward and backward passes of one image, products and attention."""
+    network = JiT(model).train()
+    for block in network.blocks:
+        block.attn.kernel = unfused  # torch does not count the fused one of CPUs
+    kept = torch.arange(routed_tokens(model))[None] if routed_blocks(model) else None
+    size = model.image_size
+    with FlopCounterMode(display=False) as counter:
+        out = network(torch.randn(1, 3, size, size), torch.rand(1), torch.zeros(1, dtype=torch.long), kept, middle=True)
+        forward = counter.get_total_flops()
+        out.square().mean().backward()
+    assert counter.get_total_flops() > 2 * forward
+    return forward
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"route_share": 0.0},
+        {"middle_head": 1},
+        {"middle_head": 6, "route_blocks": [0, 6]},
+        {"route_share": 0.3, "in_context_start": 0},
+        {"in_context_len": 0},
+    ],
+)
+def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    """Of a forward pass in training; to the last one."""
+    model = replace(TINY, **{"depth": 7, "middle_head": 3, "route_share": 0.5, "in_context_start": 3, **changes})
+    assert counted_flops(model) == forward_flops(model, training=True)
+    assert forward_flops(model) == forward_flops(replace(model, route_share=0.0, middle_head=0))
+
+
+@pytest.mark.parametrize(("size", "share"), [("b", 0.686), ("l", 0.608), ("h", 0.591), ("g", 0.584)])
+def test_half_of_the_tokens_cost_so_much(size: str, share: float) -> None:
+    """Of a step's operations, with the default blocks, all but two at each end."""
+    config = shipped(f"{size}_256", "model.route_share=0.5")
+    whole = training_flops(config.model, routed=False)
+    assert whole == training_flops(shipped(f"{size}_256").model)
+    assert training_flops(config.model) / whole == pytest.approx(share, abs=0.001)
+
+
+def test_routing_shortens_the_plan() -> None:
+    """By the operations that it saves, in the part of the run in which it acts."""
+    plain, routed = shipped("h_256"), shipped("h_256", "model.route_share=0.5")
+    cluster = Cluster(gpus=32, gpu_memory=141e9)
+    before, after = (candidate(config, cluster, stage=1, micro_batch=32) for config in (plain, routed))
+    saved = training_flops(routed.model) / training_flops(plain.model)
+    assert after.compute_seconds / before.compute_seconds == pytest.approx(saved)
+    assert after.memory.activations < 0.65 * before.memory.activations
+    routed.run.route_until_images = images_of_run(routed) // 4 * 3
+    ends = candidate(routed, cluster, stage=1, micro_batch=32)
+    assert ends.compute_seconds / before.compute_seconds == pytest.approx(0.75 * saved + 0.25, rel=1e-6)
+    assert ends.memory.activations == before.memory.activations, "the last part needs them"
+    assert mean_training_flops(routed) == pytest.approx(
+        0.75 * training_flops(routed.model) + 0.25 * training_flops(plain.model), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("autocast", marks=pytest.mark.slow)])

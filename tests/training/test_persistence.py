@@ -33,9 +33,11 @@ def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
         data=replace(before.data, batch_size=32, num_workers=1, flip=False),
         optim=replace(before.optim, lr=1e-3, schedule="cosine"),
         ema=replace(before.ema, decays=[0.9]),
-        run=replace(before.run, max_images=6368, max_steps=99),
+        model=replace(before.model, route_share=0.5),
+        run=replace(before.run, max_images=6368, max_steps=99, route_until_images=6000),
     )
     since = [
+        "model.route_share 0.0 -> 0.5",
         "data.batch_size 1024 -> 32",
         "data.flip True -> False",
         "optim.lr 0.0002 -> 0.001",
@@ -43,6 +45,7 @@ def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
         "ema.decays [0.9996, 0.9998, 0.9999] -> [0.9]",
         "run.max_images 96000 -> 6368",
         "run.max_steps None -> 99",
+        "run.route_until_images None -> 6000",
     ]
     assert changes_since(checkpoint, now) == [
         *(f"since this checkpoint: {change}" for change in since),
