@@ -165,9 +165,12 @@ class JiT(nn.Module):
         Their times `t` (B,) lie in [0, 1], where 1 is clean; the integer labels `y` (B,) are `null_label` for no class.
         The image's tokens that `kept` (B, K) numbers pass through all blocks, and the others skip the routed ones
         (`model.route_blocks`; TREAD, arXiv 2501.04765). With `middle`, the prediction of the middle output layer is
-        returned too, (2, B, 3, image_size, image_size), and is zero for tokens that this layer has not seen.
+        returned too, (2, B, 3, image_size, image_size), and is zero for tokens that this layer has not seen. Raises a
+        ValueError if the network has no such layer.
         """
         config, prefix = self.config, self.config.in_context_len
+        if middle and config.middle_head == 0:
+            raise ValueError("middle: this network has no middle output layer (model.middle_head=0)")
         route = routed_blocks(config) if kept is not None else range(0)
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
