@@ -94,13 +94,14 @@ def test_a_resume_elsewhere_takes_it_from_the_checkpoint(
     """In float32 also where weights are bf16; what is kept next to the shards and diffusion.subspace are not needed."""
     name, expected = f"elsewhere_{world_size}_{stage}", subspace(job)
     job.copy("whole", name, steps=12)
-    hidden = kept(job).rename(job.folder / "hidden")
+    path = kept(job)
+    hidden = path.rename(job.folder / "hidden")
     try:
         more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "diffusion.subspace=/none.safetensors"]
         moved = job.train(name, *SETTINGS, *more, world_size=world_size)
         assert not list((job.folder / "shards/real_images").glob("subspace_*")), "it is not fitted again"
     finally:
-        hidden.rename(job.folder / "shards/real_images/subspace_again.safetensors")
+        hidden.rename(path)
     assert holds_it(last(job.folder / name), expected)
     if precision == "fp32":
         assert losses(training(moved)) == pytest.approx(losses(training(read_metrics(whole))), rel=1e-5)

@@ -32,14 +32,14 @@ def main() -> None:
             bad_samples=world.rank,
             rate=10.0 + world.rank,
             seconds=1.0 if slowest else 0.1,
-            loss=torch.tensor(0.5),
+            loss=torch.tensor([0.5, 0.25]),
             losses=losses.take(),
         )
         assert found.stop
         assert not found.writing
         assert found.bad_samples == sum(range(world.size))
         assert found.rate == 10.0
-        assert found.loss == 0.5 * world.size
+        assert (found.loss, found.middle_loss) == (0.5 * world.size, 0.25 * world.size)
         assert found.loss_by_noise_level["loss_t0"] == 1.0 + (world.size - 1) / 2
         assert found.loss_by_noise_level["loss_t1"] is None
         slow = [(world.size - 1, 1.0, 0.1)]
