@@ -22,7 +22,7 @@ import installed
 from torch import Tensor
 from tqdm import tqdm
 
-from jitscale.checkpoints.authors import write_authors_file
+from jitscale.checkpoints.authors import METHODS, write_authors_file
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.middle_layer import with_middle_layer_of
 from jitscale.checkpoints.opening import open_weights
@@ -120,6 +120,12 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
     check_finite(stored, [stored.choose("model"), options.ema1, options.ema2, *stored.moments])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_authors_file(options.output, stored, options.ema1, options.ema2, options.epoch)
+    evaluation = stored.config.evaluation
+    if evaluation.method not in METHODS or evaluation.time_shift != 1.0:
+        own = f"evaluation.method={evaluation.method} evaluation.time_shift={evaluation.time_shift:g}"
+        print(
+            f"{stored.path}: {own}, and the authors' code has {' and '.join(METHODS)} at uniform times; samples differ"
+        )
     if stored.optimizer_step == 0:
         print(f"{stored.path}: has no moments of the optimizer; those in the new file are empty")
     return [options.output]

@@ -19,7 +19,7 @@ import jitscale
 from jitscale.checkpoints import upgrade
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_fits, elements
+from jitscale.checkpoints.weights import MOMENTS, SUBSPACE, StoredWeights, check_fits, elements
 from jitscale.command import Parser
 from jitscale.config import Config, load_config
 from jitscale.diffusion.objective import project, to_spaces
@@ -108,7 +108,7 @@ def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.U
     for layer, words in zip(upgrade.OUTPUT_LAYERS, ("output layer", "middle output layer"), strict=True):
         if f"{layer}.weight" in stored.shapes:
             found.append(f"{words} {_leaving(stored, name, layer, plan):.1e}")
-    if upgrade.SUBSPACE in stored.shapes:
+    if SUBSPACE in stored.shapes:
         found.append(f"subspace {_of_subspace(stored, name, plan):.1e}")
     if elements(stored.shapes) <= LARGEST_WHOLE_CHECK and new_patch >= old_patch:
         found.append(f"whole network {_of_velocities(stored, name, target, plan):.1e}")
@@ -131,8 +131,8 @@ def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade
 
 def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> float:
     """How far the new subspace is from orthonormal, or its pooled projections of patches from the old subspace's."""
-    before = stored.tensor(name, upgrade.SUBSPACE)
-    after = plan.tensor(upgrade.SUBSPACE, before)
+    before = stored.tensor(name, SUBSPACE)
+    after = plan.tensor(SUBSPACE, before)
     orthonormal = _difference(after.double().T @ after.double(), torch.eye(after.shape[1], dtype=torch.float64))
     old_patch, new_patch = plan.enter.shape
     patches = torch.randn(16, 3, max(old_patch, new_patch), max(old_patch, new_patch))

@@ -40,6 +40,7 @@ from jitscale.model.layers import sincos_position_table
 # The block where the in-context tokens enter, which no shape says; so the size that the file names decides it.
 IN_CONTEXT_START = {"JiT-B": 4, "JiT-L": 8, "JiT-H": 10, "JiT-G": 10}
 _SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # by depth and width
+METHODS = ("euler", "heun")  # of sampling, at uniform times
 _MODULES = ("in_context_posemb", "t_embedder.", "y_embedder.", "x_embedder.", "blocks.", "final_layer.")
 
 
@@ -246,7 +247,7 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
         ema_decay2=decays[1],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
-        sampling_method=evaluation.method if evaluation.method in ("euler", "heun") else "heun",  # all they have
+        sampling_method=evaluation.method if evaluation.method in METHODS else "heun",
         num_sampling_steps=evaluation.steps,
         cfg=evaluation.guidance_scale,
         interval_min=evaluation.guidance_interval[0],

@@ -33,18 +33,25 @@ from tqdm import tqdm
 
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits, names_in, shapes_of
+from jitscale.checkpoints.weights import (
+    FAR_FROM_ORTHONORMAL,
+    MOMENTS,
+    SUBSPACE,
+    StoredWeights,
+    check_finite,
+    check_fits,
+    names_in,
+    shapes_of,
+)
 from jitscale.config import Config, has_fitted_subspace, network_differences, patch_elements, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.files import atomic_write
 
 PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_LAYERS = ("final_layer.linear", "middle_layer.linear")
-SUBSPACE = "subspace"
 RESIZED = (PATCH_EMBEDDING, *(f"{layer}.{part}" for layer in OUTPUT_LAYERS for part in ("weight", "bias")), SUBSPACE)
 KERNELS = ("smooth", "nearest", "pi-bilinear", "pi-bicubic")  # the first is the default
 AREA_MEANS = KERNELS[:2]  # those that pool so
-LARGEST_DEVIATION = 1e-4  # of the lifted subspace's Gram matrix from 1; float32 files deviate by 1e-7
 MODES = ("patch", "tokens")
 
 
@@ -85,7 +92,7 @@ class Upgrade:
         grows, scale = self.ratio > 1, float(max(self.ratio, 1 / self.ratio))
         new = scale * _on_both_axes(old, self.enter.T if grows else self.leave)
         deviation = float((new.T @ new - torch.eye(new.shape[1], dtype=new.dtype)).abs().max())
-        if not deviation <= LARGEST_DEVIATION:  # NaN is refused too
+        if not deviation <= FAR_FROM_ORTHONORMAL:  # NaN is refused too
             size = len(self.leave)
             what = f"the subspace in patches of {size} pixels a side is not orthonormal (by {deviation:.1e})"
             why = "the old one is damaged" if grows else "it holds detail that these pixels lose"

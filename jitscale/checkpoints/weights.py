@@ -21,7 +21,9 @@ from jitscale.errors import CheckpointError, unreadable
 from jitscale.model.jit import JiT, network_holding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
-FIXED = ("subspace",)  # buffers of the network that every weight set holds, and no optimizer moves: without moments
+SUBSPACE = "subspace"
+FIXED = (SUBSPACE,)  # buffers of the network that every weight set holds, and no optimizer moves: without moments
+FAR_FROM_ORTHONORMAL = 1e-4  # largest deviation of a subspace's P^T P from 1; float32 files deviate by 1e-7
 
 
 # What torch.compile and DistributedDataParallel put before the names of the module that they wrap.

@@ -17,6 +17,11 @@ def cautions(config: Config, images: int) -> list[str]:
         named = " and ".join(f"model.{name}" for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0)
         if named:
             found.append(f"{named} of 0: the paper trains networks of JiT-H's size and larger with 0.2")
+    diffusion, until = config.diffusion, config.run.route_until_images
+    if diffusion.subspace is not None and diffusion.prediction != "asym":
+        found.append(f"diffusion.subspace={diffusion.subspace} does nothing without diffusion.prediction=asym")
+    if until is not None and model.route_share == 0:
+        found.append(f"run.route_until_images={until} does nothing without model.route_share")
     return found
 
 

@@ -19,7 +19,7 @@ from jitscale.config.schema import (
     ModelConfig,
     weight_set_names,
 )
-from jitscale.config.shapes import patch_elements, routed_tokens
+from jitscale.config.shapes import image_tokens, patch_elements, routed_tokens
 
 Rule = Callable[..., Faults]
 _RULES: list[tuple[tuple[str, ...], Rule]] = []
@@ -77,17 +77,22 @@ def _middle_inside(middle: int, depth: int) -> Faults:
 
 @rule("model.route_blocks", "model.route_share", "model.depth")
 def _blocks_to_skip(blocks: list[int], share: float, depth: int) -> Faults:
-    example = f"for example [2,-2]; model.depth={depth}"
+    example = f"for example [{min(2, depth - 1)},{depth - 2 if depth > 4 else depth}]"
     if len(blocks) != 2:
         yield "must be two numbers, the first block and the end of a slice", example
     elif share > 0 and not range(depth)[slice(*blocks)]:
-        yield "names no block", example
+        yield f"names no block of model.depth={depth}", example
 
 
 @rule("model.route_share", "model.image_size", "model.patch_size")
 def _tokens_to_keep(share: float, image_size: int, patch_size: int) -> Faults:
-    if image_size % patch_size == 0 and routed_tokens(ModelConfig(image_size, patch_size, route_share=share)) < 1:
-        yield "leaves no token of the image", "lower it"
+    if image_size % patch_size == 0 and share > 0:
+        model = ModelConfig(image_size, patch_size, route_share=share)
+        tokens, passing = image_tokens(model), routed_tokens(model)
+        if passing < 1:
+            yield f"leaves none of the {tokens} tokens of an image", "lower it"
+        elif passing == tokens:
+            yield f"is less than one of the {tokens} tokens of an image", "raise it, or set model.route_share=0"
 
 
 @rule("diffusion.rank", "diffusion.prediction", "model.patch_size")

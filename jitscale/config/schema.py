@@ -14,7 +14,8 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
-LEAST_SHIFT, MOST_SHIFT = 0.01, 100.0  # beyond them, times of a grid fall together in float32
+# Beyond these, times of a grid would fall together in float32.
+LEAST_SHIFT, MOST_SHIFT, MOST_STEPS = 0.01, 100.0, 10_000
 PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
@@ -187,7 +188,7 @@ class EvaluationConfig:
     method: str = setting(
         "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
     )
-    steps: int = setting(50, "sampling steps", at_least=1)
+    steps: int = setting(50, "sampling steps", at_least=1, at_most=MOST_STEPS)
     time_shift: float = setting(
         1.0, "s of the times t / (t + (1 - t) s); 1: uniform", at_least=LEAST_SHIFT, at_most=MOST_SHIFT
     )

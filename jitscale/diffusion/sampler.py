@@ -3,6 +3,7 @@
 Shapes: B batch; images are (B, 3, height, width).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from jitscale.config.schema import LEAST_SHIFT, METHODS, MOST_SHIFT
+from jitscale.config.schema import LEAST_SHIFT, METHODS, MOST_SHIFT, MOST_STEPS
 from jitscale.diffusion.objective import to_spaces
 from jitscale.diffusion.steps import State, advance, looks_ahead, times
 
@@ -43,6 +44,15 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps: must be in [1, {MOST_STEPS}], got {self.steps}")
+        for name in ("guidance", "internal"):
+            low, high = interval = getattr(self, f"{name}_interval")
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"{name}_interval: must be two times 0 <= low < high <= 1, got {interval}")
+        for name in ("guidance_scale", "internal_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: must be finite, got {getattr(self, name)}")
         if not LEAST_SHIFT <= self.time_shift <= MOST_SHIFT:
             raise ValueError(f"time_shift: must be in [{LEAST_SHIFT:g}, {MOST_SHIFT:g}], got {self.time_shift}")
 

@@ -166,18 +166,20 @@ class JiT(nn.Module):
         The image's tokens that `kept` (B, K) numbers pass through all blocks, and the others skip the routed ones
         (`model.route_blocks`; TREAD, arXiv 2501.04765). With `middle`, the prediction of the middle output layer is
         returned too, (2, B, 3, image_size, image_size), and is zero for tokens that this layer has not seen. Raises a
-        ValueError if the network has no such layer.
+        ValueError if the network has no such layer, or routes no tokens and `kept` is given.
         """
         config, prefix = self.config, self.config.in_context_len
         if middle and config.middle_head == 0:
             raise ValueError("middle: this network has no middle output layer (model.middle_head=0)")
         route = routed_blocks(config) if kept is not None else range(0)
+        if kept is not None and not route:
+            raise ValueError("kept: this network routes no tokens (model.route_share=0)")
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
         x = self.x_embedder(z.to(self.x_embedder.proj1.weight.dtype))
         x = (x + self.pos_embed.to(x.dtype)).contiguous()  # as it is after every block: one graph for all of them
         rope, seen, tokens_of_class = self.rope[:, prefix:], None, 0
-        aside, found = x, x
+        aside, middle_patches = x, x
         for index, block in enumerate(self.blocks):
             if kept is not None and index == route.start:
                 aside = x[:, tokens_of_class:]
@@ -189,15 +191,16 @@ class JiT(nn.Module):
                 rope = self.rope if seen is None else self._rope_of(seen, prefix)
             x = block(x, condition, rope)
             if middle and index == config.middle_head - 1:
-                found = self.middle_layer(x[:, tokens_of_class:], condition)
+                middle_patches = self.middle_layer(x[:, tokens_of_class:], condition)
                 if seen is not None:
-                    found = _put(found.new_zeros(len(x), len(self.pos_embed), found.shape[2]), seen, found)
+                    unseen = middle_patches.new_zeros(len(x), len(self.pos_embed), middle_patches.shape[2])
+                    middle_patches = _put(unseen, seen, middle_patches)
             if kept is not None and index == route.stop - 1:
                 whole = _put(aside, kept, x[:, tokens_of_class:])
                 x = torch.cat([x[:, :tokens_of_class], whole], dim=1)
                 rope, seen = self.rope[:, prefix - tokens_of_class :], None
         prediction = self.unpatchify(self.final_layer(x[:, tokens_of_class:], condition))
-        return torch.stack([prediction, self.unpatchify(found)]) if middle else prediction
+        return torch.stack([prediction, self.unpatchify(middle_patches)]) if middle else prediction
 
     def _rope_of(self, kept: Tensor, prefix: int) -> Tensor:
         """The rotations of `prefix` class tokens and of the `kept` (B, K) tokens: (2, B, prefix + K, D of a head)."""

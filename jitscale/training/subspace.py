@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jitscale import parallel
 from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.streams import atomic_safetensors
-from jitscale.checkpoints.weights import StoredWeights, open_safetensors, plain
+from jitscale.checkpoints.weights import FAR_FROM_ORTHONORMAL, SUBSPACE, StoredWeights, open_safetensors, plain
 from jitscale.config import Config, DiffusionConfig, ModelConfig, has_fitted_subspace, held_out_fraction, patch_elements
 from jitscale.data.images import ImageError, UInt8Array
 from jitscale.data.passes import FEWEST_FOR_WORKERS
@@ -36,11 +36,9 @@ from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-NAME = "subspace"  # of the network's buffer, and of the tensor in a file
 IMAGES = 10_000  # whose patches the Gram matrix sums, as in the paper
 BLOCK = 16  # images that are read together
 LARGEST_WHOLE = 4096  # D up to which all eigenvectors are computed; of 12,288 numbers that takes half an hour on a CPU
-FAR_FROM_ORTHONORMAL = 1e-4  # largest difference of P^T P from the identity
 
 
 def gram_matrix(
@@ -131,7 +129,7 @@ def write_subspace(path: Path, subspace: torch.Tensor, facts: Mapping[str, Any])
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     with data_error(f"{path}: cannot be written", "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_safetensors(path, {NAME: tuple(subspace.shape)}, metadata) as append:
+        with atomic_safetensors(path, {SUBSPACE: tuple(subspace.shape)}, metadata) as append:
             append(subspace)
 
 
@@ -145,10 +143,10 @@ def read_subspace(path: Path, model: ModelConfig, diffusion: DiffusionConfig) ->
     wanted = (patch_elements(model), diffusion.rank)
     asked = f"--patch-size {model.patch_size} --rank {diffusion.rank}"
     remedy = f"make it with tools/fit_subspace.py {asked}"
-    if (shape := file.shapes().get(NAME)) != wanted:
+    if (shape := file.shapes().get(SUBSPACE)) != wanted:
         found = "no tensor subspace" if shape is None else f"a subspace of shape {shape}"
         raise CheckpointError(f"{what}: holds {found}, this network needs {wanted}; {remedy}")
-    subspace = plain(file.tensor(NAME), path, NAME)
+    subspace = plain(file.tensor(SUBSPACE), path, SUBSPACE)
     off = (subspace.T.double() @ subspace.double() - torch.eye(diffusion.rank)).abs().max()
     if not off <= FAR_FROM_ORTHONORMAL:  # which NaN is not either
         raise CheckpointError(f"{what}: its columns are not finite and orthonormal (off by {off:.1g}); {remedy}")
@@ -167,11 +165,15 @@ def subspace_of_run(
     if not has_fitted_subspace(config.model, config.diffusion):
         return None
     if checkpoint is not None:
-        return parallel.on_main(lambda: _stored(config, checkpoint, "model"))
+        # A file that is gone has done its work.
+        path = config.diffusion.subspace
+        compared = None if path is None or not Path(path).exists() else Path(path)
+        return parallel.on_main(lambda: _stored(config, checkpoint, "model", compared))
     if initial is not None:
         default = "model" if "model" in initial.weight_sets else None
         name = initial.choose(config.run.init_weights or default)
-        return parallel.on_main(lambda: _stored(config, initial, name))
+        named = None if config.diffusion.subspace is None else Path(config.diffusion.subspace)
+        return parallel.on_main(lambda: _stored(config, initial, name, named))
     if config.diffusion.subspace is not None:
         named = Path(config.diffusion.subspace)
         return parallel.on_main(lambda: read_subspace(named, config.model, config.diffusion))
@@ -179,13 +181,17 @@ def subspace_of_run(
     return parallel.on_main(lambda: _fitted(config, shards, folders, world.device))
 
 
-def _stored(config: Config, weights: StoredWeights, name: str) -> torch.Tensor:
-    subspace, path = weights.tensor(name, NAME), config.diffusion.subspace
-    # A file of another shape was that of a run's first resolution; one that is gone has done its work.
-    if path is None or not Path(path).exists() or open_safetensors(Path(path)).shapes().get(NAME) != subspace.shape:
+def _stored(config: Config, weights: StoredWeights, name: str, compared: Path | None) -> torch.Tensor:
+    """The subspace of the weight set `name`, which must be the one in the file `compared`."""
+    subspace = weights.tensor(name, SUBSPACE)
+    if compared is None:
         return subspace
-    if not torch.equal(read_subspace(Path(path), config.model, config.diffusion), subspace):
-        what = f"diffusion.subspace={path}: is not the subspace of the weights in {weights.path}"
+    shape = open_safetensors(compared).shapes().get(SUBSPACE)
+    if shape is not None and shape[0] != len(subspace):
+        logger.info("diffusion.subspace=%s: is for other patches, as of a run's first resolution; not used", compared)
+        return subspace
+    if not torch.equal(read_subspace(compared, config.model, config.diffusion), subspace):
+        what = f"diffusion.subspace={compared}: is not the subspace of the weights in {weights.path}"
         raise ConfigError(f"{what}, which cannot change; set diffusion.subspace=null, or begin without these weights")
     return subspace
 

@@ -190,7 +190,7 @@ class Trainer:
         # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, state.step, self.world.rank)[0]))
         total = torch.zeros(2, device=self.world.device)
-        parts = engine.micro_batches * self.world.size
+        micro_batches = engine.micro_batches * self.world.size  # of all ranks
         routed = routes(config.run, images)
         self.faults.begin_step(state.step + 1)
         for micro_batch in range(engine.micro_batches):
@@ -204,10 +204,11 @@ class Trainer:
                 losses, middle = self.losses(prediction, inputs.x, inputs.e, inputs.z, inputs.t, kept)
                 self.loss_by_noise_level.add(inputs.t, losses)
                 loss = self.faults.loss(losses.mean())
-                total[0] += loss.detach() / parts
+                total[0] += loss.detach() / micro_batches
                 if middle is not None:
-                    total[1] += middle.mean().detach() / parts
-                    loss = loss + config.diffusion.middle_weight * middle.mean()
+                    middle_loss = middle.mean()
+                    total[1] += middle_loss.detach() / micro_batches
+                    loss = loss + config.diffusion.middle_weight * middle_loss
             with self.part("engine_backward"):
                 engine.backward(loss)
             with self.part("optimizer"):

@@ -32,7 +32,7 @@ at least 0: optim.grad_clip optim.warmup_images optim.weight_decay run.hang_time
 at least 0: run.max_steps
 at least 1: checkpoint.every_images checkpoint.keep_every_images checkpoint.keep_last data.streams
 at least 1: data.window ema.snapshot_every_images engine.hpz_group_size engine.micro_batch_size evaluation.block_size
-at least 1: evaluation.reference_size evaluation.steps evaluation.sweep_keep
+at least 1: evaluation.reference_size evaluation.sweep_keep
 at least 1: progressive.images progressive.resolutions run.rollback_after tracking.log_every_steps
 at least 10: evaluation.few_images evaluation.num_images evaluation.sweep_images
 greater than 0: data.cache_gb diffusion.noise_scale diffusion.sigma diffusion.t_eps evaluation.sweep_max_share
@@ -48,6 +48,7 @@ in [0, 9223372036854775807]: evaluation.seed run.seed
 in [0, 131072]: model.in_context_len
 in [0, 1073741824]: model.num_classes
 in [1, 512]: model.depth
+in [1, 10000]: evaluation.steps
 in [1, 16384]: model.image_size model.patch_size model.position_grid
 in [1, 131072]: model.bottleneck_dim model.hidden_size model.num_heads
 in [1, 1048576]: data.batch_size
@@ -174,6 +175,22 @@ def test_all_refusals_come_in_one_message() -> None:
         ("model.image_size=0", "model.image_size=0 must be in [1, 16384] (pixels); the default is 256"),
         ("run.max_images=1" + "0" * 400, "has too many digits (must be below 2^63)"),
         ("model.in_context_start=12", "must be in [0, model.depth=12)"),
+        (
+            "model.middle_head=12",
+            "must be in [0, model.depth=12): the output layer follows the last block; for example 4",
+        ),
+        ("model.route_share=0.999", "leaves none of the 256 tokens of an image; lower it"),
+        ("model.route_share=0.001", "is less than one of the 256 tokens of an image; raise it, or set"),
+        ("model.route_blocks=[2]", "must be two numbers, the first block and the end of a slice; for example [2,10]"),
+        (
+            "model.route_share=0.5 model.depth=4 model.in_context_len=0",
+            "names no block of model.depth=4; for example [2,4]",
+        ),
+        ("diffusion.prediction=asym diffusion.rank=769", "must be in [0, 768], the numbers of a patch of 16 pixels"),
+        (
+            "evaluation.internal_guidance=1.5",
+            "guides away from a middle output layer, and model.middle_head=0 has none",
+        ),
         ("diffusion.prediction=y", "must be one of x, e, v"),
         ("diffusion.label_drop=0", "needs a network trained without labels too"),
         ("engine.hpz_group_size=2", "needs ZeRO stage 3"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jitscale.config.schema import LEAST_SHIFT, MOST_SHIFT
+from jitscale.config.schema import LEAST_SHIFT, MOST_SHIFT, MOST_STEPS
 from jitscale.diffusion.sampler import Sampler
 from jitscale.diffusion.steps import State, Velocity, advance, times
 
@@ -140,7 +140,24 @@ def test_a_shifted_time_on_an_intervals_edge_lies_outside() -> None:
     assert sampler.steps_before_guidance() == 3
 
 
-@pytest.mark.parametrize(("change", "message"), [({"method": "rk4"}, "none of euler"), ({"time_shift": 0.0}, "0.01")])
+@pytest.mark.parametrize("shift", [LEAST_SHIFT, MOST_SHIFT])
+def test_the_finest_grid_rises(shift: float) -> None:
+    """Multistep methods divide by the length of a step."""
+    assert all(t < t_next for t, t_next in pairwise(times(MOST_STEPS, shift)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "rk4"}, "none of euler"),
+        ({"time_shift": 0.0}, "0.01"),
+        ({"steps": 0}, r"steps: must be in \[1, 10000\], got 0"),
+        ({"steps": MOST_STEPS + 1}, "got 10001"),
+        ({"internal_interval": (0.9, 0.1)}, "internal_interval: must be two times"),
+        ({"guidance_interval": (0.1, 1.1)}, "guidance_interval: must be two times"),
+        ({"internal_guidance": math.nan}, "internal_guidance: must be finite"),
+    ],
+)
 def test_impossible_samplers(change: dict[str, object], message: str) -> None:
     build: Callable[..., Sampler] = Sampler
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def test_a_resume_in_the_middle_is_the_unbroken_run(job: Job, unbroken: list[dic
 @pytest.mark.parametrize(
     ("world_size", "more"),
     [
-        (3, ["engine.zero_stage=3"]),
+        (3, ["engine.zero_stage=3", *MEASURED]),
         (1, ["engine.zero_stage=0"]),
         (2, ["engine.zero_stage=2", "engine.activation_checkpointing=2", "engine.align=true"]),
     ],
@@ -67,6 +67,9 @@ def test_a_resume_in_another_world_and_stage(
     assert losses(moved) == pytest.approx(losses(unbroken), rel=1e-5)
     middle = [[line["middle_loss"] for line in run if "middle_loss" in line] for run in (moved, unbroken)]
     assert middle[0] == pytest.approx(middle[1], rel=1e-5)
+    if "evaluation.at_end=true" in more:
+        ends = [json.loads((job.folder / run / "result.json").read_text())["fid"] for run in ("unbroken", name)]
+        assert ends[1] == pytest.approx(ends[0], rel=1e-3)
     # The subspace is no weight: every set holds it, and nothing has changed it.
     before, after = Checkpoint(last(job, "unbroken")), Checkpoint(last(job, name))
     for weights in after.weight_sets:

@@ -137,6 +137,13 @@ def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, who
     assert holds_it(last(job.folder / "begun"), subspace(job))
     named, own = job.folder / "named.safetensors", random_subspace(48, RANK, 1)
     write_subspace(named, own, {})
+    for path, fault in (
+        (named, "is not the subspace of the weights in"),
+        (job.folder / "none.safetensors", "readable"),
+    ):
+        said = run_ranks(2, *job.command("refused", *SETTINGS, *more, f"diffusion.subspace={path}"), expect=2)
+        assert str(path) in said
+        assert fault in said
     guided = ["evaluation.guidance_scale=2", f"evaluation.grid_every_images={BATCH}", f"evaluation.guide={whole}"]
     job.train("named", *SETTINGS, f"diffusion.subspace={named}", "run.max_steps=2", *guided)
     assert holds_it(last(job.folder / "named"), own)

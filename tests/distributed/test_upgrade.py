@@ -90,9 +90,10 @@ def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -
     assert load_config(job.folder / "both/at_16px/config.yaml").model.patch_size == 4
 
 
-def test_a_progressive_run_of_asym_with_a_middle_layer(job: Job) -> None:
+def test_a_progressive_run_of_asym_with_a_middle_layer_and_routing(job: Job) -> None:
     """Its second stage goes on with the lifted subspace, in every set and to the end."""
     beyond = ["diffusion.prediction=asym", "diffusion.rank=5", "model.middle_head=1"]
+    beyond += ["model.route_share=0.5", "model.route_blocks=[1,2]"]
     metrics = train(job, "beyond", *PROGRESSIVE, *beyond)
     assert all(line["middle_loss"] > 0 for line in metrics)
     run = job.folder / "beyond"

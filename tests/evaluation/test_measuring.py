@@ -213,6 +213,12 @@ def test_the_average_that_is_still_the_start() -> None:
         ("jit_h_256", "run.max_images=6000000", "optim.warmup_images=6405835 is more than the "),
         ("jit_h_256", "model.attn_dropout=0", "model.attn_dropout of 0: the paper trains networks of JiT-H's size"),
         ("jit_g_512", "model.proj_dropout=0", "model.proj_dropout of 0"),
+        ("jit_b_256", "diffusion.subspace=P.safetensors", "diffusion.subspace=P.safetensors does nothing without"),
+        (
+            "jit_b_256",
+            "run.route_until_images=100",
+            "route_until_images=100 does nothing without model.",
+        ),
         ("jit_h_256", "optim.lr=1e-4", None),
         ("jit_b_256", "model.attn_dropout=0", None),
     ],

@@ -122,6 +122,14 @@ def test_all_tokens_kept_is_no_routing() -> None:
     torch.testing.assert_close(net(*inputs, every, middle=True), net(*inputs, middle=True), rtol=1e-5, atol=1e-6)
 
 
+def test_what_the_network_does_not_have_is_refused() -> None:
+    net, inputs = network(replace(MODEL, route_share=0.0, middle_head=0)), batch()
+    with pytest.raises(ValueError, match="kept: this network routes no tokens"):
+        net(*inputs, torch.arange(8).expand(BATCH, -1))
+    with pytest.raises(ValueError, match="middle: this network has no middle output layer"):
+        net(*inputs, middle=True)
+
+
 def test_without_a_switch_nothing_is_computed_otherwise() -> None:
     """A network with a route, a middle layer or neither: the same weights and, of all tokens, the same prediction."""
     plain, both = (network(replace(MODEL, route_share=share, middle_head=0)) for share in (0.0, 0.5))
