@@ -115,7 +115,12 @@ def draw(summary: Summary, path: Path) -> None:
                     guided = {n: found[way(method, n, SCALE)] for n in GUIDED}
                     curve_over(axis, guided, "", number, linestyle=":", alpha=0.7)
                 label = f"{data}-FID" if key == "fid" else "error"
-                axis.set(xscale="log", yscale="log", xlabel="evaluations (guided: twice)", ylabel=label)
+                axis.set(
+                    xscale="log",
+                    yscale="linear" if key == "fid" else "log",
+                    xlabel="evaluations (guided: twice)",
+                    ylabel=label,
+                )
                 axis.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
                 axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
                 axis.set_title(f"{data}, {summary[data]['images']:,} images")
