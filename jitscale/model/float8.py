@@ -10,13 +10,13 @@ from torch import Tensor
 from jitscale.errors import ConfigError
 from jitscale.model.layers import Product, in_arithmetic_of
 
-SMALLEST = 16  # what both sides of a float8 product must be multiples of
+SMALLEST = 16  # what all sides of a float8 product must be multiples of
 
 
 def float8_product(device: torch.device) -> Product:
     """x (..., K), weight (M, K), bias (M,) -> (..., M), as torch.nn.functional.linear; on CPUs emulated.
 
-    Raises a ConfigError if torchao is missing, or the GPU has no float8.
+    K and M are multiples of 16. The rows of x may be any number: backward sums over them, so zeros fill them up. Raises a ConfigError if torchao is missing, or the GPU has no float8.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f"engine.float8=true: {torch.cuda.get_device_name(device)} has no float8; set it to false")
@@ -33,8 +33,10 @@ def float8_product(device: torch.device) -> Product:
     products = Float8Linear(SMALLEST, SMALLEST, config=config, device="meta").linear_mm_config
 
     def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = in_arithmetic_of(x, x)
-        out = matmul_with_hp_or_float8_args.apply(x, in_arithmetic_of(x, weight).t(), products, config)
-        return out + bias.to(out.dtype)
+        rows = in_arithmetic_of(x, x).flatten(0, -2)
+        if missing := -len(rows) % SMALLEST:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        out = matmul_with_hp_or_float8_args.apply(rows, in_arithmetic_of(x, weight).t(), products, config)
+        return (out[: len(rows) - missing] + bias.to(out.dtype)).unflatten(0, x.shape[:-1])
 
     return product

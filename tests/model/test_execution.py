@@ -18,6 +18,7 @@ from jitscale.model import attention, execution
 from jitscale.model.attention import KERNELS
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
+from jitscale.model.float8 import float8_product
 from jitscale.model.fused.choice import FusedKernels, Shapes
 from jitscale.model.jit import JiT
 from jitscale.model.layers import ALIGNMENT, ResidualKernels, SwiGLU, swiglu_width
@@ -141,17 +142,21 @@ def test_a_padded_network_computes_and_stores_the_same() -> None:
     assert_same(passes(plain, dtype=torch.float64), passes(padded, dtype=torch.float64), 1e-12)
 
 
-def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("routed", [False, True])
+def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch, routed: bool) -> None:
     """Emulated; with padding, since its products need multiples of 16. Names and shapes are those of a checkpoint."""
     pytest.importorskip("torchao", reason="needs torchao: pip install 'jitscale[float8]'")
-    model = replace(MODEL, hidden_size=64, depth=4)
+    model, kept = replace(MODEL, hidden_size=64, depth=4), None
+    if routed:
+        model = replace(model, route_share=0.5, route_blocks=[1, -1], middle_head=2)
+        kept = torch.stack([torch.randperm(16)[: routed_tokens(model)].sort().values for _ in range(3)])
     bf16 = replace(ENGINE, precision="autocast")
     results = {}
     for name, engine in (("bf16", bf16), ("float8", replace(bf16, float8=True, align=True))):
         net = network(engine, model)
         assert net.state_dict().keys() == JiT(model).state_dict().keys()
         with torch.autocast("cpu", torch.bfloat16):
-            results[name] = passes(net)
+            results[name] = passes(net, kept=kept)
     exact, rough = results["bf16"], results["float8"]
     difference = float((rough[0] - exact[0]).norm() / exact[0].norm())
     assert 0.002 < difference < 0.1, "rounded, and not much"
@@ -161,6 +166,36 @@ def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
     with pytest.raises(ConfigError, match=r"engine.float8=true: torchao cannot be imported"):
         network(replace(bf16, float8=True))
+
+
+def test_float8_takes_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are of multiples of 16 rows, since backward sums over them; outputs and gradients do not change."""
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'jitscale[float8]'")
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args as products
+
+    apply, seen = products.apply, []
+
+    def recorded(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(len(x))
+        result: torch.Tensor = apply(x, *others)
+        return result
+
+    monkeypatch.setattr(products, "apply", recorded)
+    product, weight, bias = float8_product(CPU), torch.randn(32, 16, requires_grad=True), torch.randn(32)
+    x, upstream = torch.randn(3, 6, 16), torch.randn(3, 6, 32)
+    results = []
+    for fill in (0, 14):  # 18 tokens, and 32 with zeros behind them
+        filled = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, fill)).requires_grad_()
+        shaped = filled.unflatten(0, (3, 6)) if fill == 0 else filled
+        out = product(shaped, weight, bias)
+        assert out.shape == (*shaped.shape[:-1], 32)
+        rows = out.flatten(0, -2)[:18]
+        results.append((rows, *torch.autograd.grad((rows * upstream.flatten(0, 1)).sum(), [filled, weight])))
+    assert seen == [32, 32]
+    (own, own_x, own_weight), (zeros, zeros_x, zeros_weight) = results
+    assert torch.equal(own, zeros)
+    assert torch.equal(own_x, zeros_x[:18])
+    assert torch.equal(own_weight, zeros_weight)
 
 
 def test_float8_needs_aligned_widths() -> None:

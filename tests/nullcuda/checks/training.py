@@ -88,7 +88,9 @@ def float8(bench: Bench) -> Outcome:
     there = subprocess.run([sys.executable, "-c", "import torchao"], capture_output=True, check=False).returncode == 0
     if not there:
         return Outcome(True, "not checked: torchao is not installed")
-    return to_its_end(bench.train("float8", [*EAGER, "engine.float8=true"]))
+    # Three images have 204 tokens, and 108 where they are routed: no multiples of 16, which the products need.
+    odd = bench.train("float8_odd", [*EAGER, *ROUTED, "engine.float8=true", "data.batch_size=3"])
+    return to_its_end(odd) if odd.code != 0 else to_its_end(bench.train("float8", [*EAGER, "engine.float8=true"]))
 
 
 @check()
