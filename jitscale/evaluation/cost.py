@@ -1,4 +1,4 @@
-"""Cost of the measurements of a run, in images trained on: counted from the sampler, before anything is sampled."""
+"""Cost of the measurements of a run, in images trained on with all tokens, counted before anything is sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from jitscale.config import Config, EvaluationConfig, images_of_run, weight_set_names
 from jitscale.evaluation.generate import configured_sampler, grid_ids
 from jitscale.evaluation.sweep import SweepPoint, images_of, sharing_steps, sweep_images, sweep_points
+from jitscale.model.flops import TRAINING_PASSES, mean_training_flops, training_flops
 from jitscale.progressive import stages_of
-
-FORWARD_SHARE = 1 / 3  # of a training step of an image: its backward pass costs twice the forward pass
 
 
 @dataclass
@@ -19,7 +18,7 @@ class MeasuringCost:
     """
 
     evaluation: EvaluationConfig  # how many images each measurement generates
-    trained: int = 0  # images that the run sees
+    trained: float = 0.0  # images that the run sees; one whose tokens are routed counts as less than one
     times_in_training: int = 0  # how often few images are measured
     in_training: float = 0.0  # the cost of all those
     pictures: float = 0.0  # the cost of all pictures of samples while training
@@ -58,7 +57,7 @@ def measuring_cost(config: Config) -> MeasuringCost:
     evaluation, cost = config.evaluation, MeasuringCost(config.evaluation)
     for stage in stages_of(config):
         images, image_cost = images_of_run(stage), _image_cost(stage.evaluation, stage)
-        cost.trained += images
+        cost.trained += images * mean_training_flops(stage) / training_flops(stage.model, routed=False)
         if evaluation.every_images:
             # The final evaluation takes the place of a measurement at the last step.
             last = images - config.data.batch_size if stage.evaluation.at_end else images
@@ -78,7 +77,7 @@ def measuring_cost(config: Config) -> MeasuringCost:
 
 def _image_cost(point: SweepPoint, config: Config) -> float:
     """Of one generated image, in images trained on. A guide counts as a network of the same size."""
-    return FORWARD_SHARE * sum(configured_sampler(point, config.diffusion).evaluations())
+    return sum(configured_sampler(point, config.diffusion).evaluations()) / TRAINING_PASSES
 
 
 def _sweep_cost(points: Sequence[SweepPoint], config: Config) -> float:
@@ -87,5 +86,5 @@ def _sweep_cost(points: Sequence[SweepPoint], config: Config) -> float:
     for group in sharing_steps(points):
         first, *others = (configured_sampler(point, config.diffusion) for point in group)
         shared = replace(first, guidance_scale=1.0).evaluations(range(first.steps_before_guidance()))
-        total -= len(others) * FORWARD_SHARE * sum(shared)
+        total -= len(others) * sum(shared) / TRAINING_PASSES
     return total

@@ -16,7 +16,8 @@ SMALLEST = 16  # what all sides of a float8 product must be multiples of
 def float8_product(device: torch.device) -> Product:
     """x (..., K), weight (M, K), bias (M,) -> (..., M), as torch.nn.functional.linear; on CPUs emulated.
 
-    K and M are multiples of 16. The rows of x may be any number: backward sums over them, so zeros fill them up. Raises a ConfigError if torchao is missing, or the GPU has no float8.
+    K and M are multiples of 16. x may have any number of rows: backward sums over them, so zeros fill them up.
+    Raises a ConfigError if torchao is missing, or the GPU has no float8.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f"engine.float8=true: {torch.cuda.get_device_name(device)} has no float8; set it to false")

@@ -170,9 +170,8 @@ def test_float8_stays_near_bf16(monkeypatch: pytest.MonkeyPatch, routed: bool) -
 
 def test_float8_takes_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products are of multiples of 16 rows, since backward sums over them; outputs and gradients do not change."""
-    pytest.importorskip("torchao", reason="needs torchao: pip install 'jitscale[float8]'")
-    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args as products
-
+    module = pytest.importorskip("torchao.float8.float8_linear", reason="needs torchao: pip install 'jitscale[float8]'")
+    products = module.matmul_with_hp_or_float8_args
     apply, seen = products.apply, []
 
     def recorded(x: torch.Tensor, *others: Any) -> torch.Tensor:
