@@ -98,7 +98,8 @@ def leading_subspace(gram: torch.Tensor, rank: int) -> torch.Tensor:
     Their largest entries are positive.
     """
     if len(gram) <= LARGEST_WHOLE or 3 * rank > len(gram):  # which lobpcg asks for
-        vectors = torch.linalg.eigh(gram).eigenvectors[:, len(gram) - rank :].flip(1)
+        # On the CPU, so that the kind of device decides nothing.
+        vectors = torch.linalg.eigh(gram.cpu()).eigenvectors[:, len(gram) - rank :].flip(1)
     else:
         more = min(rank + 8, len(gram) // 3)  # the last ones converge slowly
         start = random_subspace(len(gram), more, 0).to(gram)

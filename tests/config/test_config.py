@@ -74,6 +74,26 @@ def test_the_papers_recipe(size: str, resolution: int, patch: int, noise_scale: 
     assert config.model.attn_dropout == config.model.proj_dropout == (0.2 if size in "hg" else 0.0)
 
 
+@pytest.mark.parametrize("size", "blh")
+def test_the_recipe_with_additions_is_the_papers_but_for_them(size: str) -> None:
+    paper, plus = (load_config(ROOT / f"configs/jit_{size}_256{recipe}.yaml") for recipe in ("", "_plus"))
+    # Of their other settings the recipe names the defaults: rank 8, blocks [2, -2].
+    changed = {
+        f"{group}.{name}"
+        for group, settings in vars(paper).items()
+        for name, value in vars(settings).items()
+        if getattr(getattr(plus, group), name) != value
+    }
+    assert changed - {"model.attn_dropout"} == {
+        *("diffusion.prediction", "model.middle_head", "model.route_share"),
+        *("evaluation.method", "evaluation.t_eps", "evaluation.internal_guidance"),
+        *("evaluation.guidance_scale", "evaluation.sweep", "run.route_until_images", "run.dir"),
+    }
+    assert ("model.attn_dropout" in changed) == (size == "h")
+    assert plus.run.route_until_images == 480 * 1_281_167
+    assert plus.model.middle_head == pytest.approx(plus.model.depth * 8 / 28, abs=0.6), "as published for 28 blocks"
+
+
 def test_an_explained_config_loads_and_names_every_setting(tmp_path: Path) -> None:
     config = load_config(CONFIGS[0], ["run.dir='a: b # c'", "evaluation.guide='x  y'"])
     (tmp_path / "explained.yaml").write_text(text := explained_yaml(config))

@@ -27,6 +27,7 @@ from jitscale.parallel import World
 from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from jitscale.preparation.glyphs import GLYPH_CLASSES
+from jitscale.progressive import stages_of
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -85,11 +86,22 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
         assert cost.times_in_training == 3, "every 10 epochs; after 40 the final evaluation"
         assert cost.pictures / cost.trained == pytest.approx(40 * 80 * 62.3 / (40 * 1_281_167), rel=1e-2)
     else:
-        assert cost.trained == pytest.approx(600 * 1_281_167, rel=1e-4)
+        assert sum(map(images_of_run, stages_of(config))) == pytest.approx(600 * 1_281_167, rel=1e-4)
         assert cost.share <= 0.02
         assert cost.times_in_training == 11, "every 50 epochs; after 600 the final evaluation"
-        assert cost.pictures / cost.trained == pytest.approx(120 * 80 * 62.3 / (600 * 1_281_167), rel=1e-2)
+        image = 62.3 if evaluation.method == "heun" else (50 + 44) / 3
+        assert cost.pictures == pytest.approx(120 * 80 * image, rel=1e-2)
     assert "x 5,000 images on the way" in str(cost)
+
+
+def test_measuring_is_compared_with_what_routing_leaves_of_training() -> None:
+    """JiT-B with half of the tokens routed for three quarters of its images."""
+    config = load_config(CONFIGS / "jit_b_256.yaml", ["model.route_share=0.5", "run.route_until_images=576525150"])
+    whole = load_config(CONFIGS / "jit_b_256.yaml")
+    cost, without = measuring_cost(config), measuring_cost(whole)
+    assert without.trained == images_of_run(whole)
+    assert cost.trained == pytest.approx(without.trained * (0.75 * 0.686 + 0.25), rel=1e-3)
+    assert (cost.sweep, cost.final) == (without.sweep, without.final)
 
 
 def test_the_sweep_counts_shared_steps_once() -> None:

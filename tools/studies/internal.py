@@ -78,7 +78,9 @@ def draw(summary: Summary, path: Path) -> None:
             axis.axhline(without, color="black", linewidth=0.8, linestyle=":", label="no middle layer")
             evaluations = summary["evaluations"][str(HEADS[-1])][way(1.0, scale)][0]
             axis.set(xlabel="internal guidance w", ylabel="glyphs-FID")
-            axis.set_title(f"guidance {scale:g}, {evaluations} evaluations")
+            guided = "no classifier-free guidance" if scale == 1.0 else f"classifier-free guidance {scale:g}"
+            axis.set_title(f"{guided}, {evaluations} evaluations", fontsize=9)
+            axis.margins(y=0.25)
         plain = {scale: fid["0"][way(1.0, scale)] for scale in (1.0, *SCALES)}
         curve_over(axes[0], plain, "classifier-free guidance, its scale", 0, linestyle="--")
         for axis in axes:

@@ -142,14 +142,14 @@ for _stage in (1, 2, 3):
     reductions(_stage)
 
 
-def full(name: str, size: str, settings: Sequence[str], purpose: str) -> None:
+def full(name: str, recipe: str, settings: Sequence[str], purpose: str) -> None:
     """Add the slow check of a whole step of one of the recipes: 64 images at 256 px, compiled, one rank."""
 
     def run(bench: Bench) -> Outcome:
         once = [*QUIET, "data.batch_size=64", "run.max_images=null", f"run.max_steps={STEP + 1}"]
         once += ["evaluation.grid_every_images=0", "evaluation.at_end=false", "evaluation.every_images=0"]
         # The last save would write 15 GB of zeros for H: the run ends itself at the recorded step.
-        config = f"configs/jit_{size}_256.yaml"
+        config = f"configs/jit_{recipe}.yaml"
         done = bench.train(name, [*once, *settings], {"NULLCUDA_STOP": "1"}, small=False, config=config)
         if done.step is None:
             return Outcome(False, unrecorded(done))
@@ -167,5 +167,6 @@ def full(name: str, size: str, settings: Sequence[str], purpose: str) -> None:
 
 
 for _size in ("b", "l", "h"):
-    full(f"full_{_size}", _size, [], f"A step of JiT-{_size.upper()} at full size: what the host starts.")
-    full(f"full_{_size}_kernels", _size, ["engine.cuda_graphs=false"], "The same without CUDA graphs.")
+    full(f"full_{_size}", f"{_size}_256", [], f"A step of JiT-{_size.upper()} at full size: what the host starts.")
+    full(f"full_{_size}_kernels", f"{_size}_256", ["engine.cuda_graphs=false"], "The same without CUDA graphs.")
+    full(f"full_{_size}_plus", f"{_size}_256_plus", [], "The same with the additions.")
