@@ -14,14 +14,17 @@ def cautions(config: Config, images: int) -> list[str]:
         limit = f"is more than the {images} images of the run: the learning rate never reaches optim.lr"
         found.append(f"optim.warmup_images={config.optim.warmup_images} {limit}")
     if model.depth >= LARGE_DEPTH and model.hidden_size >= LARGE_WIDTH:
-        named = " and ".join(f"model.{name}" for name in ("attn_dropout", "proj_dropout") if getattr(model, name) == 0)
-        if named:
+        # Rank-asymmetric prediction was published without dropout in attention (arXiv 2605.12964).
+        wanted = ("proj_dropout",) if config.diffusion.prediction == "asym" else ("attn_dropout", "proj_dropout")
+        if named := " and ".join(f"model.{name}" for name in wanted if getattr(model, name) == 0):
             found.append(f"{named} of 0: the paper trains networks of JiT-H's size and larger with 0.2")
     diffusion, until = config.diffusion, config.run.route_until_images
     if diffusion.subspace is not None and diffusion.prediction != "asym":
         found.append(f"diffusion.subspace={diffusion.subspace} does nothing without diffusion.prediction=asym")
     if until is not None and model.route_share == 0:
         found.append(f"run.route_until_images={until} does nothing without model.route_share")
+    elif until is not None and until >= images:
+        found.append(f"run.route_until_images={until} is not before the end of the run, at {images} images")
     return found
 
 

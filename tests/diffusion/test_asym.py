@@ -45,7 +45,7 @@ def test_the_ends_of_the_ranks_are_x_and_v_prediction(rank: int, plain: str, los
         torch.testing.assert_close(one, other, rtol=1e-6, atol=3e-5 if basis == "turned" else 1e-6)  # over 0.05
 
 
-@pytest.mark.parametrize(("method", "steps"), [("heun", 50), ("euler", 20)])
+@pytest.mark.parametrize(("method", "steps"), [("heun", 50), ("euler", 20), ("2m", 20), ("ab2", 20)])
 @pytest.mark.parametrize(("rank", "plain"), [(0, "x"), (48, "v")])
 def test_a_network_at_the_ends_samples_as_one_of_x_or_v(rank: int, plain: str, method: str, steps: int) -> None:
     """With guidance, and with times above 0.95, where the clamp acts."""

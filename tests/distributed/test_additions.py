@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+import jitscale
 from jitscale.checkpoints.format import Checkpoint
 from tests.support.runs import BATCH, STEPS, Job, losses, same_state
+from tests.support.tools import run_tool
 
 # Without dropout, which is drawn by rank. Class tokens enter inside the route, and the middle layer lies in it too.
 ALL_FOUR = (
@@ -17,6 +19,7 @@ ALL_FOUR = (
     *("model.middle_head=3", "evaluation.internal_guidance=1.5"),
     *("model.route_share=0.5", "model.route_blocks=[1,-1]", f"run.route_until_images={20 * BATCH}"),
     *("evaluation.method=ab2", "evaluation.time_shift=1.5", "evaluation.steps=4", "evaluation.guidance_scale=1.5"),
+    *("ema.power_widths=[0.1,0.2]", f"ema.snapshot_every_images={6 * BATCH}"),
 )
 MEASURED = ("evaluation.at_end=true", "evaluation.features=digits", "evaluation.num_images=10")
 HALF = STEPS // 2
@@ -74,6 +77,22 @@ def test_a_resume_in_another_world_and_stage(
     before, after = Checkpoint(last(job, "unbroken")), Checkpoint(last(job, name))
     for weights in after.weight_sets:
         assert torch.equal(after.tensor(weights, "subspace"), before.tensor("model", "subspace"))
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_post_hoc_averages_have_both_layers_and_the_subspace(job: Job) -> None:
+    done = run_tool("posthoc_ema", "--run", job.folder / "unbroken", "--widths", 0.15, "--output", job.folder / "mixed")
+    assert done.code == 0, done.err
+    mixed = jitscale.load_model(job.folder / "mixed/power_0.150.safetensors")
+    end = Checkpoint(last(job, "unbroken"))
+    assert mixed.subspace is not None
+    assert torch.equal(mixed.subspace, end.tensor("model", "subspace"))
+    for name, found in mixed.state_dict().items():
+        if name.startswith(("final_layer", "middle_layer")):
+            weights = end.tensor("model", name)
+            assert 0 < float((found - weights).norm()) < float(weights.norm()), name
+    images = jitscale.sample(mixed, [1, 2], steps=3, method="ab2", internal_guidance=1.5)
+    assert images.isfinite().all()
 
 
 def test_tokens_are_routed_until_the_configured_image(job: Job, unbroken: list[dict[str, Any]]) -> None:

@@ -231,6 +231,13 @@ def test_the_average_that_is_still_the_start() -> None:
             "run.route_until_images=100",
             "route_until_images=100 does nothing without model.",
         ),
+        (
+            "jit_h_256_plus",
+            "run.max_images=200000000",
+            "route_until_images=614960160 is not before the end of the run, at 200000000 images",
+        ),
+        ("jit_h_256_plus", "model.proj_dropout=0", "model.proj_dropout of 0"),
+        ("jit_h_256_plus", "optim.lr=1e-4", None),
         ("jit_h_256", "optim.lr=1e-4", None),
         ("jit_b_256", "model.attn_dropout=0", None),
     ],

@@ -2,8 +2,7 @@
 
 Letters at 64 px in 64 patches, so that there are tokens to route. Half of them skip the four middle ones of six blocks,
 two thirds of the depth as in JiT-B with the default `model.route_blocks`, to the end of the training or of its first
-80%. The weights are measured, not their average: trainings of equal compute differ in steps, and a fixed average
-remembers more of the start of a shorter one.
+80%.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ from studies.tasks import Outcomes, Shards, Summary, by_seed, difference
 
 SHARDS: Shards = [("glyphs", 64)]
 CONFIG = "glyphs_64.yaml"
-BASE = ("model.patch_size=8", "data.held_out=0.01", "evaluation.weights=model")
+BASE = ("model.patch_size=8", "data.held_out=0.01")
 ROUTED = (*BASE, "model.route_share=0.5", "model.route_blocks=[1,-1]")
 IMAGES, SAMPLES = 24_000, 512
 ENDED = 0.8  # of a training, after which all tokens pass
