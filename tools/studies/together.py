@@ -1,4 +1,4 @@
-"""The paper's recipe against what helped, one by one and together, at equal compute of training.
+"""The paper's recipe against the additions, one by one and together, at equal compute of training.
 
 Letters at 64 px. Every training takes as many floating-point operations as the paper's recipe takes over `IMAGES`.
 """
@@ -16,7 +16,7 @@ CONFIG = "glyphs_64.yaml"
 # Routing changes the number of steps. A short average lets no recipe be judged by what it remembers of its start.
 BASE = ("ema.decays=[0.98]", "evaluation.weights=ema_0.98")
 IMAGES, SAMPLES = 32_000, 384
-# What helped, by sections 11 to 14: settings of training, which are equal in compute, and of sampling.
+# By sections 11 to 14: settings of training, which are equal in compute, and of sampling.
 ADDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rank 8": (("diffusion.prediction=asym", "diffusion.rank=8"), ()),
     "internal guidance": (("model.middle_head=2",), ("evaluation.internal_guidance=2",)),
