@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import fmean
 
 from jitscale.figures import curve_over, figure, plus_minus
-from studies.run import seeded
+from studies.run import SHORT_AVERAGE, seeded
 from studies.tasks import Outcomes, Shards, Summary, Task, difference, ends
 from studies.ways import Measured, of_ways
 
 SHARDS: Shards = [("glyphs", 64)]
 IMAGES, SAMPLES = 32_000, 384
 HEADS = (0, 2, 3, 4)  # blocks before the middle layer; 0: there is none
-INTERNAL = (1.0, 1.25, 1.5, 2.0, 3.0)
+INTERNAL = (1.0, 1.5, 2.0, 3.0)
 SCALES = (1.25, 1.5, 2.0, 3.0)  # of classifier-free guidance, without a middle layer
 SCALE = 1.5  # with one
 # By Heun's method, 29 evaluations each: of 15 steps, or of 8 that are guided outside of the first.
@@ -45,7 +45,7 @@ def ways(head: int) -> dict[str, tuple[str, ...]]:
 
 def tasks(seed: int) -> list[Task]:
     """A training with each middle layer, and the ways to sample from its network."""
-    own = ("model.depth=8", f"evaluation.steps={STEPS}", f"evaluation.num_images={SAMPLES}")
+    own = (*SHORT_AVERAGE, "model.depth=8", f"evaluation.steps={STEPS}", f"evaluation.num_images={SAMPLES}")
     found: list[Task] = []
     for head in HEADS:
         run = seeded(f"head_{head}", seed, "glyphs_64.yaml", IMAGES, *own, f"model.middle_head={head}")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jitscale.figures import UNCONNECTED, curve_over, figure, plus_minus
-from studies.run import Run, flops_of, images_at, seeded
+from studies.run import SHORT_AVERAGE, Run, flops_of, images_at, seeded
 from studies.tasks import Outcomes, Shards, Summary, by_seed, difference
 
 SHARDS: Shards = [("glyphs", 64)]
 CONFIG = "glyphs_64.yaml"
-BASE = ("model.patch_size=8", "data.held_out=0.01")
+BASE = ("model.patch_size=8", "data.held_out=0.01", *SHORT_AVERAGE)
 ROUTED = (*BASE, "model.route_share=0.5", "model.route_blocks=[1,-1]")
-IMAGES, SAMPLES = 24_000, 512
+IMAGES, SAMPLES = 22_400, 400
 ENDED = 0.8  # of a training, after which all tokens pass
 ROWS = {  # of the table: the task, and which of its measurements
     "all tokens": ("all", 0),

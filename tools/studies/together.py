@@ -7,14 +7,12 @@ from pathlib import Path
 from statistics import fmean
 
 from jitscale.figures import COLOURS, figure, mean_and_deviation, plus_minus
-from studies.run import flops_of, images_at, seeded
+from studies.run import SHORT_AVERAGE, flops_of, images_at, seeded
 from studies.tasks import Outcomes, Shards, Summary, Task, by_seed, difference, ends
 from studies.ways import Measured, of_ways
 
 SHARDS: Shards = [("glyphs", 64)]
 CONFIG = "glyphs_64.yaml"
-# Routing changes the number of steps. A short average lets no recipe be judged by what it remembers of its start.
-BASE = ("ema.decays=[0.98]", "evaluation.weights=ema_0.98")
 IMAGES, SAMPLES = 32_000, 384
 # By sections 11 to 14: settings of training, which are equal in compute, and of sampling.
 ADDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -38,11 +36,11 @@ def way(scale: float) -> str:
 
 def tasks(seed: int) -> list[Task]:
     """A training for each recipe that trains otherwise than another one, and the ways to sample."""
-    flops = IMAGES * flops_of(CONFIG, BASE)
+    flops = IMAGES * flops_of(CONFIG, SHORT_AVERAGE)
     found: list[Task] = []
     runs = {}
     for recipe, added in RECIPES.items():
-        training = (*BASE, *(setting for name in added for setting in CHANGES[name][0]))
+        training = (*SHORT_AVERAGE, *(setting for name in added for setting in CHANGES[name][0]))
         if training not in runs:
             until = ROUTED_UNTIL if "routing" in added else 1.0
             images = images_at(flops, CONFIG, training, until)
