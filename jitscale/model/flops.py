@@ -14,6 +14,7 @@ from jitscale.config import (
     routed_blocks,
     routed_part,
     routed_tokens,
+    routes,
 )
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 
@@ -71,6 +72,11 @@ def mean_training_flops(config: Config) -> float:
     """As `training_flops`, the mean over the images of the run, of which the last ones may see all tokens."""
     routed, whole = (training_flops(config.model, routed=routed) for routed in (True, False))
     return whole + routed_part(config) * (routed - whole)
+
+
+def utilisation(config: Config, images: int, rate: float, peak: float) -> float:
+    """The share of a device's `peak` (TFLOP/s) that it uses at `rate` images a second, after `images` of the run."""
+    return rate * training_flops(config.model, routed=routes(config.run, images)) / (peak * 1e12)
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -106,6 +106,27 @@ def test_scale_1_gives_the_samples_of_before(method: str, monkeypatch: pytest.Mo
     assert torch.equal(jitscale.sample(model, [1, 2], **settings, internal_guidance=1.0), before)
 
 
+def test_no_block_of_a_network_computes_more() -> None:
+    """Images that each block and the middle layer saw, without and with internal guidance."""
+    model = network(1)
+    seen: dict[str, int] = {}
+    for name, module in [("middle", model.middle_layer), *model.blocks.named_children()]:
+        seen[name] = 0
+
+        def count(module: torch.nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            seen[name] += len(output)
+
+        module.register_forward_hook(count)
+    found = []
+    for w in (1.0, 1.5):
+        seen.update(dict.fromkeys(seen, 0))
+        jitscale.sample(model, [1, 2], seed=3, method="heun", steps=4, guidance_scale=2.0, internal_guidance=w)
+        found.append(dict(seen))
+    images = 2 * (7 + 6)  # seven evaluations, six of them again without labels
+    assert found[0] == {"middle": 0, **{str(index): images for index in range(MODEL.depth)}}
+    assert found[1] == {**found[0], "middle": images}
+
+
 @pytest.mark.parametrize(("rank", "same"), [(0, "x"), (48, "v")])
 def test_rank_asymmetric_predictions_pass_through(rank: int, same: str) -> None:
     """Its two ends are x- and v-prediction: with the middle layer, guidance and a multistep method too."""

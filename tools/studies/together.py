@@ -17,7 +17,7 @@ IMAGES, SAMPLES = 32_000, 384
 # By sections 11 to 14: settings of training, which are equal in compute, and of sampling.
 ADDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rank 8": (("diffusion.prediction=asym", "diffusion.rank=8"), ()),
-    "internal guidance": (("model.middle_head=2",), ("evaluation.internal_guidance=2",)),
+    "internal guidance": (("model.middle_head=3",), ("evaluation.internal_guidance=3",)),
     "routing": (("model.route_share=0.5", "model.route_blocks=[1,-1]"), ()),
     "ab2": ((), ("evaluation.method=ab2", "evaluation.steps=20")),
 }
