@@ -74,8 +74,8 @@ def mean_training_flops(config: Config) -> float:
     return whole + routed_part(config) * (routed - whole)
 
 
-def utilisation(config: Config, images: int, rate: float, peak: float) -> float:
-    """The share of a device's `peak` (TFLOP/s) that it uses at `rate` images a second, after `images` of the run."""
+def model_flops_utilisation(config: Config, images: int, rate: float, peak: float) -> float:
+    """The MFU of a device that trains `rate` images a second and can do `peak` TFLOP/s, after `images` of the run."""
     return rate * training_flops(config.model, routed=routes(config.run, images)) / (peak * 1e12)
 
 

@@ -22,7 +22,7 @@ from jitscale.data.workers import naming_dead_workers
 from jitscale.errors import ExitCode
 from jitscale.keyed_random import Purpose, generator_seeds
 from jitscale.model.execution import REMEDY
-from jitscale.model.flops import peak_tflops, utilisation
+from jitscale.model.flops import model_flops_utilisation, peak_tflops
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 from jitscale.run_folder import Claim, after_the_end, claim
@@ -256,7 +256,7 @@ class Trainer:
         if config.model.middle_head > 0:
             values["middle_loss"] = agreed.middle_loss
         if (peak := peak_tflops(self.world.device)) is not None:
-            values["mfu"] = utilisation(config, state.images, rate / self.world.size, peak)
+            values["mfu"] = model_flops_utilisation(config, state.images, rate / self.world.size, peak)
         with self.part("tracking"):
             self.tracker.log(values)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jitscale.config import Config
-from jitscale.model.flops import peak_tflops, utilisation
+from jitscale.model.flops import model_flops_utilisation, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ def test_the_peak_is_that_of_the_board(monkeypatch: pytest.MonkeyPatch, name: st
 def test_utilisation_counts_the_tokens_that_pass() -> None:
     """JiT-B/16 at 256 px: half of the tokens in eight of twelve blocks leave 0.69 of a step's work, until all pass."""
     config = Config()
-    plain = utilisation(config, 100, 1000.0, 989.0)
+    plain = model_flops_utilisation(config, 100, 1000.0, 989.0)
     assert plain == pytest.approx(1000 * 3 * 2 * 25.1e9 / 989e12, rel=0.01)
     config.model.route_share, config.run.route_until_images = 0.5, 100
-    assert utilisation(config, 100, 1000.0, 989.0) == pytest.approx(0.69 * plain, rel=0.01)
-    assert utilisation(config, 101, 1000.0, 989.0) == plain
+    assert model_flops_utilisation(config, 100, 1000.0, 989.0) == pytest.approx(0.69 * plain, rel=0.01)
+    assert model_flops_utilisation(config, 101, 1000.0, 989.0) == plain

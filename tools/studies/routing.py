@@ -1,8 +1,7 @@
 """Token routing at equal images and at equal compute.
 
-Letters at 64 px in 64 patches, so that there are tokens to route. Half of them skip the four middle ones of six blocks,
-two thirds of the depth as in JiT-B with the default `model.route_blocks`, to the end of the training or of its first
-80%.
+Letters at 64 px in 64 patches, so that there are tokens to route. Half of them skip the four middle blocks of six, two
+thirds of the depth as in JiT-B with the default `model.route_blocks`, throughout or in the first 80% of the training.
 """
 
 from pathlib import Path

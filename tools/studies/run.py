@@ -29,7 +29,7 @@ from studies.tasks import Task
 
 ROOT = Path(__file__).parents[2]
 ALL = 10**9
-# Trainings of few or different numbers of steps are not to be judged by what the average remembers of their start.
+# A long average of a short training still holds its start, the more the fewer the steps: that would decide comparisons.
 SHORT_AVERAGE = ("ema.decays=[0.98]", "evaluation.weights=ema_0.98")
 SAMPLING_COST = 10  # about as many images are trained while one is sampled and measured
 

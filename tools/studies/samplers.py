@@ -23,8 +23,8 @@ from studies.ways import Measured, Ways, of_ways, sampler_of
 SHARDS: Shards = [("digits", 32), ("glyphs", 64)]
 METHODS = ("euler", "heun", "2m", "ab2")
 EVALUATIONS = (11, 21, 31, 51, 99)  # odd, so that Heun's method can use all of them; the paper's is Heun with 99
-MOST = EVALUATIONS[-1]
-SCALE, GUIDED = 1.5, (11, 51)  # guidance, and of these evaluations those with it, each of which takes another
+PAPER = EVALUATIONS[-1]  # of the paper's sampler
+SCALE, GUIDED = 1.5, (11, 51)  # with guidance fewer, because each evaluation takes another one without the label
 SHIFTS, SHIFTED = (0.5, 2.0), 21  # time shifts besides 1, all at so many evaluations
 EXACT = ("evaluation.method=ab2", "evaluation.steps=1000", "evaluation.time_shift=1.0")
 ALIKE = 0.05  # of the distance of the paper's sampler: a loss that nobody would notice
@@ -60,10 +60,10 @@ class Errors(Ways):
 
 
 def evaluations_of(method: str, scale: float) -> tuple[int, ...]:
-    """Those of a method that are measured: with guidance fewer, but the paper's sampler."""
+    """The numbers of evaluations at which a method is measured."""
     if scale == 1.0:
         return EVALUATIONS
-    return (*GUIDED, MOST) if method == "heun" else GUIDED
+    return (*GUIDED, PAPER) if method == "heun" else GUIDED
 
 
 def way(method: str, evaluations: int, scale: float = 1.0, shift: float = 1.0) -> str:
@@ -141,7 +141,7 @@ def describe(summary: Summary) -> list[str]:
     for data in DATA:
         found = summary[data]
         lines.append(f"{data}: FID of {found['samples']} samples (floor {found['floor']:.2f}), and error")
-        columns = [*((n, 1.0, 1.0) for n in EVALUATIONS), *((n, SCALE, 1.0) for n in (*GUIDED, MOST))]
+        columns = [*((n, 1.0, 1.0) for n in EVALUATIONS), *((n, SCALE, 1.0) for n in (*GUIDED, PAPER))]
         columns += [(SHIFTED, 1.0, shift) for shift in SHIFTS]
         lines.append(f"{'evaluations, scale, shift':26}" + "".join(f"{method:>24}" for method in METHODS))
         for column in columns:
@@ -158,10 +158,10 @@ def describe(summary: Summary) -> list[str]:
 
 
 def _verdict(fid: dict[str, list[float]], method: str, scale: float) -> str:
-    """The fewest evaluations with which a method is as good as Heun's with the most, and what it then loses."""
-    paper = fid[way("heun", MOST, scale)]
+    """The fewest evaluations with which a method is as good as the paper's sampler, and what it then loses."""
+    paper = fid[way("heun", PAPER, scale)]
     for evaluations in evaluations_of(method, scale):
         mean, error = difference(paper, fid[way(method, evaluations, scale)])
         if mean <= ALIKE * fmean(paper):
-            return f"scale {scale:g}: {method} needs {evaluations}: {mean:+.2f} ±{error:.2f} to heun with {MOST}"
-    return f"scale {scale:g}: {method} never comes within {ALIKE:.0%} of heun with {MOST}"
+            return f"scale {scale:g}: {method} needs {evaluations}: {mean:+.2f} ±{error:.2f} to heun with {PAPER}"
+    return f"scale {scale:g}: {method} never comes within {ALIKE:.0%} of heun with {PAPER}"
