@@ -40,10 +40,11 @@ from jitscale.command import Parser, natural, part_of, path_text
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.preparation.forms.search import FindOptions
 from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
 
 BAD_SHOWN = 10
-NAMES_SHOWN = 5
+NAMES_SHOWN = 3  # at each end
 
 
 class Stopped(BaseException):
@@ -59,7 +60,14 @@ def main() -> int:
         resolution=given.resolution,
         samples_per_shard=given.samples_per_shard,
         seed=given.seed,
-        class_names=None if given.class_names is None else read_class_names(given.class_names),
+        finding=FindOptions(
+            class_names=None if given.class_names is None else read_class_names(given.class_names),
+            split=given.split,
+            labels=given.labels,
+            label_key=given.label_key,
+            label_column=given.label_column,
+            ground_truth=given.ground_truth,
+        ),
     )
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -143,15 +151,24 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
     inputs = job.inputs
     classes = f"{inputs.num_classes} classes" if inputs.num_classes else "no labels"
     if names := inputs.class_names:
-        classes += f" ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''}, in this order)"
+        classes += f" ({described_names(names)})"
     print(
         f"{job.folder}: {len(inputs)} images, {classes}, {len(job.shards)} shards"
         + (f"; part {part[0]}/{part[1]}" if part[1] > 1 else "")
         + (f"; going on after {done} finished shards" if done else "")
     )
+    for note in inputs.notes:
+        print(f"{job.folder}: {note}")
     if inputs.ignored:
         print(f"{job.folder}: {inputs.ignored.total()} other files ignored ({described_kinds(inputs.ignored)})")
     sys.stdout.flush()
+
+
+def described_names(names: list[str]) -> str:
+    """The first and the last classes, each with its number."""
+    numbered = [f"{number} {name}" for number, name in enumerate(names)]
+    few = numbered if len(names) <= 2 * NAMES_SHOWN else [*numbered[:NAMES_SHOWN], "...", *numbered[-NAMES_SHOWN:]]
+    return ", ".join(few)
 
 
 def _check_space(job: PackingJob) -> None:
@@ -192,6 +209,14 @@ def parser() -> Parser:
     found.add_number("--seed", 0, "of the order", int)
     names = "names by line; their order gives the labels (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
+    found.add_argument("--split", metavar="NAME", help="the part of a data set with several, such as train")
+    labels = "folders: as the names of folders, though a file of labels lies there; or the file that holds them"
+    found.add_argument("--labels", metavar="folders|FILE", help=labels)
+    key = "what holds a webdataset sample's label: cls (default), or a field of its json, as json:label"
+    found.add_argument("--label-key", metavar="KEY", help=key)
+    found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
+    truth = "ImageNet's validation labels: the devkit's text, or Kaggle's LOC_val_solution.csv"
+    found.add_argument("--ground-truth", metavar="FILE", help=truth)
     found.add_workers()
     found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
     most = "images that may be unusable (default: 10, or 0.01%% if more)"

@@ -1,27 +1,19 @@
 """Writing one shard: a tar by webdataset, with its index and keys beside it."""
 
-import errno
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 from jitscale.data import images, tar_index
 from jitscale.data.images import ImageError
 from jitscale.data.manifest import BadInput, ShardRecord
-from jitscale.data.tar_index import NO_LABEL, OffsetReader
-from jitscale.errors import DataError, StorageError, is_wrong_path
+from jitscale.data.tar_index import NO_LABEL
+from jitscale.errors import DataError
 from jitscale.files import atomic_write, sha256_of
-from jitscale.preparation.sources import WHOLE_FILE, Source
+from jitscale.preparation.reading import SourceReader
+from jitscale.preparation.sources import Source
 
 ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
-
-_MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
-_MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
-# The process is at fault, not the file: going on would drop good images.
-_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Sample = dict[str, "str | bytes"]  # as webdataset writes it: __key__, the image under its extension, and maybe cls
 
@@ -91,11 +83,11 @@ def pack_shard(task: ShardTask) -> PackedShard:
 
     def samples() -> Iterator[Sample]:
         nonlocal enlarged
-        open_file = lru_cache(_MOST_OPEN_FILES)(partial(_open, task.root))
+        reader = SourceReader(task.root)
         for number, source in task.sources.items():
             try:
-                data = _read(source, open_file)
-                image = images.decode(data, source.extension)
+                data, extension = reader.read(source)
+                image = images.decode(data, extension)
                 if task.codec == ORIGINAL:
                     extension = images.content_extension(data)
                 else:
@@ -115,33 +107,3 @@ def pack_shard(task: ShardTask) -> PackedShard:
             yield sample
 
     return PackedShard(write_shard(task.path, samples()), enlarged, bad)
-
-
-def _read(source: Source, open_file: Callable[[str], OffsetReader]) -> bytes:
-    """The bytes of one image. An `ImageError` is its fault, a StorageError the disk's, a DataError this process's."""
-    try:
-        file = open_file(source.path)
-        size = file.status().st_size if source.size == WHOLE_FILE else source.size
-        if size > _MOST_BYTES:
-            raise ImageError(f"has {size} bytes; the limit is {_MOST_BYTES}")
-        return file.read(source.offset, size)
-    except tar_index.ShortReadError as error:
-        raise ImageError(str(error)) from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        if error.errno in _OUR_FAULT:
-            remedy = "raise the limits of the process, or use fewer workers"
-            raise DataError(f"{source.place}: {what}; {remedy}") from error
-        if not is_wrong_path(error):  # good images must not be left out because a file server was away
-            remedy = "give the same command when the storage works; a file that is removed is listed as a bad image"
-            raise StorageError.of(error, f"{source.place}: {what}; {remedy}") from error
-        raise ImageError(what) from error
-
-
-def _open(root: str, path: str) -> OffsetReader:
-    if "\0" in path:
-        raise ImageError("has a name that no file can have")
-    file = OffsetReader(os.path.join(root, path))
-    if not stat.S_ISREG(file.status().st_mode):
-        raise ImageError("is no regular file")
-    return file

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError, data_error
 from jitscale.files import aside_pattern, atomic_write, sha256_of
-from jitscale.keyed_random import Int64Array, Purpose, permutation
+from jitscale.keyed_random import Int64Array
 from jitscale.preparation import packing
+from jitscale.preparation.finding import OnFound, find_sources
+from jitscale.preparation.forms.search import FindOptions
 from jitscale.preparation.packing import ORIGINAL, PackedShard, ShardTask, shard_name, shard_number
 from jitscale.preparation.processes import WorkerDiedError, in_processes
-from jitscale.preparation.sources import WHOLE_FILE, OnFound, SourceTable, find_sources
+from jitscale.preparation.sources import SourceTable, Storage
 
 PACKING_CODECS = (*CODECS, ORIGINAL)
 
@@ -57,7 +59,7 @@ class PackingOptions:
     resolution: int  # pixels a side
     samples_per_shard: int
     seed: int  # of the order
-    class_names: list[str] | None  # as the user gave them
+    finding: FindOptions = field(default_factory=FindOptions)  # what the user says about the input
 
     def __post_init__(self) -> None:
         """Raises a DataError at an unknown codec, or a number out of its range."""
@@ -90,7 +92,7 @@ class PackingJob:
         self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all
         self._most_bad = default_most_bad(len(self.inputs)) if most_bad is None else most_bad
         self._root: str = plan["root"]
-        self._order = permutation(len(self.inputs), options.seed, Purpose.PACKING_ORDER)
+        self._order = self.inputs.order(options.seed)
         self._packed: dict[int, PackedShard] = {}
         self._bad: list[BadInput] = []  # left out of the shards written so far
         self._refresh()
@@ -157,7 +159,7 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        _write_json(self.folder / _PACKED, {"options": _from_root(asdict(self.options), self._root), "root": "/"})
+        _write_json(self.folder / _PACKED, {"options": _from_root(_recorded(self.options), self._root), "root": "/"})
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
@@ -192,7 +194,7 @@ class PackingJob:
             source = self.inputs[int(number)]
             try:
                 path = os.path.join(self._root, source.path)
-                sizes.append(os.stat(path).st_size if source.size == WHOLE_FILE else source.size)
+                sizes.append(os.stat(path).st_size if source.storage == Storage.FILE else source.size)
             except (OSError, ValueError):  # it will be met as a bad input
                 continue
         return int(np.mean(sizes)) if sizes else 0
@@ -235,7 +237,7 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
         "--codec": (manifest.codec, options.codec),
         "--resolution": (manifest.resolution, None if options.codec == ORIGINAL else options.resolution),
         "--samples-per-shard": (shards, -(-images // options.samples_per_shard)),
-        "--class-names": (manifest.class_names, options.class_names or manifest.class_names),
+        "--class-names": (manifest.class_names, options.finding.class_names or manifest.class_names),
     }
     other = [name for name, (found, wanted) in there.items() if found != wanted]
     if other:
@@ -278,19 +280,20 @@ def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None
     with scratch:
         if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
             raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
-        inputs = find_sources(options.input, options.class_names, on_found)
+        inputs = find_sources(options.input, options.finding, on_found)
         aside = Path(scratch.name) / _FOLDER
         try:
             aside.mkdir()
             with atomic_write(aside / _INPUTS) as file:
                 inputs.write(file)
             plan = {
-                "options": asdict(options),
+                "options": _recorded(options),
                 "root": os.getcwd(),
                 "images": len(inputs),
                 "num_classes": inputs.num_classes,
                 "class_names": inputs.class_names,
                 "ignored": dict(inputs.ignored),
+                "notes": inputs.notes,
                 "inputs_sha256": sha256_of(aside / _INPUTS),
             }
             _write_json(aside / _PLAN, plan)
@@ -317,6 +320,7 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
             raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
         inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
         inputs.ignored.update(plan["ignored"])
+        inputs.notes.extend(plan["notes"])
         plan["options"] = _from_root(plan["options"], plan["root"])
     except (OSError, *_DAMAGED_JSON) as error:
         lost = isinstance(error, FileNotFoundError)
@@ -328,12 +332,18 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
 
 
 def _refuse_other_options(folder: Path, options: PackingOptions, begun: dict[str, Any]) -> None:
-    given = _from_root(asdict(options), os.getcwd())
+    given = _from_root(_recorded(options), os.getcwd())
     flags = {key: f"--{key.replace('_', '-')}" for key in given if begun.get(key) != given[key]}
     if flags:
         was = " ".join(f"{flag} {_shown(begun.get(key))}" for key, flag in flags.items())
         now = " ".join(f"{flag} {_shown(given[key])}" for key, flag in flags.items())
         raise DataError(f"{folder}: was begun with {was}, not with {now}; give the same options or another --output")
+
+
+def _recorded(options: PackingOptions) -> dict[str, Any]:
+    """The options by the names of their flags, with `_` for `-`."""
+    values = asdict(options)
+    return {**values, **values.pop("finding")}
 
 
 def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:

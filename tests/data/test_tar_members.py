@@ -16,7 +16,7 @@ from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import survey_tar
 from jitscale.data.tar_members import LOST_LINK
 from jitscale.errors import DataError
-from jitscale.preparation.sources import find_sources
+from jitscale.preparation.finding import find_sources
 from jitscale.preparation.survey import survey
 from jitscale.preparation.verification import verify
 from tests.support.pictures import number_of, numbered_png, samples_of, write_tar

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jitscale.errors import DataError
-from jitscale.preparation.sources import find_sources
+from jitscale.preparation.finding import find_sources
+from jitscale.preparation.forms.search import FindOptions
 
 CONTENT = b"not looked at"
 
@@ -20,5 +21,5 @@ def tree(folder: Path, *names: str) -> Path:
 
 def refused(message: str, *sources: Path | str, names: list[str] | None = None) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        find_sources([str(source) for source in sources], names)
+        find_sources([str(source) for source in sources], FindOptions(names))
     assert "\n" not in str(caught.value)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jitscale.data.tar_members import holds_labels
-from jitscale.preparation.sources import find_sources
+from jitscale.preparation.finding import find_sources
+from jitscale.preparation.forms.search import FindOptions
 from tests.preparation.inputs import CONTENT, refused, tree
 from tests.support.pictures import tar_bytes, write_tar
 
@@ -111,7 +112,7 @@ def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
 def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
     tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
     refused(f"would become classes; give one of them, such as {tmp_path}/(train|Train|TEST|testA)", tmp_path)
-    assert find_sources([str(tmp_path)], splits).class_names == splits  # on purpose
+    assert find_sources([str(tmp_path)], FindOptions(splits)).class_names == splits  # on purpose
     assert find_sources([str(tmp_path / splits[0])]).class_names == ["cat", "dog"]
 
 
@@ -133,7 +134,7 @@ def test_images_beside_folders_of_labels_are_no_class(tmp_path: Path, images: st
     tree(tmp_path, f"{images}/a.png", *others)
     refused(f": {images} and .* are parts of a data set, .* such as {tmp_path}/{images};", tmp_path)
     assert find_sources([str(tmp_path / images)]).num_classes == 0
-    assert find_sources([str(tmp_path)], [images]).class_names == [images]
+    assert find_sources([str(tmp_path)], FindOptions([images])).class_names == [images]
     tree(tmp_path, "cat/a.png")
     assert find_sources([str(tmp_path)]).class_names == sorted([images, "cat"])
 
@@ -146,7 +147,7 @@ def test_one_class_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert said.startswith(f"{tmp_path}: all images are taken for one class, 'ILSVRC', ")
     assert said.endswith(f"give {tmp_path / 'ILSVRC'}")
     caplog.clear()
-    find_sources([str(tmp_path)], ["ILSVRC"])  # on purpose
+    find_sources([str(tmp_path)], FindOptions(["ILSVRC"]))  # on purpose
     find_sources([str(tmp_path / "ILSVRC" / "Data")])
     assert caplog.messages == []
 

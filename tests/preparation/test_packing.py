@@ -18,9 +18,9 @@ from jitscale.data.manifest import BadInput, Manifest
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError, StorageError
 from jitscale.keyed_random import Purpose, permutation
+from jitscale.preparation.finding import find_sources
 from jitscale.preparation.packing import ShardTask, pack_shard
 from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
-from jitscale.preparation.sources import find_sources
 from tests.preparation.packing_jobs import (
     CLASSES,
     PER_CLASS,
@@ -257,7 +257,7 @@ def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x.png,1\n")
     assert "no/where: there is no such file or folder" in refused(*command("no/where", output))
-    assert "empty: holds neither images" in refused(*command(tmp_path / "empty", output))
+    assert "empty: no image in it" in refused(*command(tmp_path / "empty", output))
     assert "line 1: no column 'path'" in refused(*command(tmp_path / "a.csv", output))
     assert "'0/4' is not I/N" in refused(*command(tree, output, "--part", "0/4"))
     assert "'5/4' is not I/N" in refused(*command(tree, output, "--part", "5/4"))
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tree: Path, tmp_path:
     (tmp_path / "a.csv").write_text("path\n" + "x.png\n" * 20_000)
     message = refused(*command(tmp_path / "a.csv", tmp_path / "out", "--resolution", "13000"))
     assert "10.1TB to write" in message
-    options = PackingOptions([str(tmp_path / "in")], "raw", RESOLUTION, PER_SHARD, 0, None)
+    options = PackingOptions([str(tmp_path / "in")], "raw", RESOLUTION, PER_SHARD, 0)
     write_tree(tmp_path / "in", dirty=False)
     job = PackingJob(tmp_path / "exact", options, most_bad=0)
     needed = job.bytes_to_write()

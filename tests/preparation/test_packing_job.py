@@ -20,8 +20,9 @@ from jitscale.data.manifest import Manifest
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
 from jitscale.preparation import packing_job, processes
+from jitscale.preparation.finding import find_sources
 from jitscale.preparation.packing_job import PackingJob, PackingOptions
-from jitscale.preparation.sources import SourceTable, find_sources
+from jitscale.preparation.sources import SourceTable
 from tests.preparation.packing_jobs import (
     PER_SHARD,
     RESOLUTION,
@@ -106,7 +107,7 @@ def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("content", ["", '{"a"', "5", "[" * 200_000, '{"options": {"input": 1}, "root": "/"}'])
 def test_damaged_files_of_a_job_are_said(tree: Path, tmp_path: Path, content: str) -> None:
-    options = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0, None)
+    options = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0)
     PackingJob(tmp_path, options)
     (tmp_path / ".packing" / "plan.json").write_text(content)
     with pytest.raises(DataError, match=r"\.packing: cannot be read \(.*\); remove it and start again"):
@@ -143,7 +144,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> 
 
 
 def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0, None)
+    ours = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0)
     theirs = replace(ours, seed=5)
     for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
         output = tmp_path / str(number)

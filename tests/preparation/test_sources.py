@@ -9,7 +9,9 @@ import webdataset
 from jitscale.data.manifest import read_class_names
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.errors import DataError
-from jitscale.preparation.sources import WHOLE_FILE, Source, SourceTable, find_sources
+from jitscale.preparation.finding import find_sources
+from jitscale.preparation.forms.search import FindOptions
+from jitscale.preparation.sources import Source, SourceTable
 from tests.preparation.inputs import CONTENT, refused, tree
 from tests.support.pictures import tar_bytes, write_tar
 
@@ -45,7 +47,7 @@ def test_first_folders_are_classes_in_sorted_order(tmp_path: Path) -> None:
         ("cat/deep/er/2.webp", 2),
     ]
     assert (inputs.num_classes, inputs.class_names) == (3, ["ant", "bird", "cat"])
-    assert inputs[1] == Source(str(tmp_path / "bird/1.JPEG"), 0, WHOLE_FILE, "jpeg", 1)
+    assert inputs[1] == Source(str(tmp_path / "bird/1.JPEG"), "jpeg", 1)
     assert dict(inputs.ignored) == {"txt": 1}
 
 
@@ -62,7 +64,7 @@ def test_folders_are_names_even_if_they_look_like_numbers(tmp_path: Path) -> Non
     inputs = find_sources([str(tmp_path)])
     assert inputs.class_names == ["2", "10"]
     assert found(inputs, tmp_path) == [("10/a.png", 1), ("2/a.png", 0)]
-    assert find_sources([str(tmp_path)], ["2", "10"]).table["label"].tolist() == [1, 0]
+    assert find_sources([str(tmp_path)], FindOptions(["2", "10"])).table["label"].tolist() == [1, 0]
 
 
 def test_several_folders_share_their_classes(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_mixture_is_refused(tmp_path: Path) -> None:
     refused(r"holds folders of classes \(2\) and images without a class \(1\); keep one kind", tmp_path)
     (tmp_path / "2.png").unlink()
     write_tar(tmp_path / "x.tar", ("k.png", CONTENT))
-    refused(r"holds folders of classes \(2\) and tars \(1\)", tmp_path)
+    refused(r"holds images, such as .*a/1.png, and tars \(1\)", tmp_path)
 
 
 def test_numbers_as_names_are_numbered_in_their_order_and_others_are_sorted(tmp_path: Path) -> None:
@@ -175,14 +177,14 @@ def test_webdataset_tars_with_numbers(tmp_path: Path, pattern: str) -> None:
     assert texts == [b"image 0", b"image 1", b"image 2"]
     assert [(source.label, source.extension) for source in sources] == [(7, "jpg"), (0, "jpg"), (3, "jpg")]
     assert (inputs.num_classes, inputs.class_names) == (8, None)
-    named = find_sources([str(folder / pattern)], list("abcdefghij"))
+    named = find_sources([str(folder / pattern)], FindOptions(list("abcdefghij")))
     assert (named.num_classes, named.class_names) == (10, list("abcdefghij"))
 
 
 def test_webdataset_tars_with_names_and_without_labels(tmp_path: Path) -> None:
     names = written_by_webdataset(tmp_path / "names", ["dog", "cat", "dog"])
     assert find_sources([str(names)]).table["label"].tolist() == [1, 0, 1]
-    assert find_sources([str(names)], ["dog", "ant", "cat"]).table["label"].tolist() == [0, 2, 0]
+    assert find_sources([str(names)], FindOptions(["dog", "ant", "cat"])).table["label"].tolist() == [0, 2, 0]
     none = find_sources([str(written_by_webdataset(tmp_path / "none", [None, None]))])
     assert (none.table["label"].tolist(), none.num_classes) == ([NO_LABEL] * 2, 0)
 
@@ -202,7 +204,7 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         inputs = find_sources([str(tmp_path / name)])
         assert [inputs[0].path, inputs[1].path] == [str(tmp_path / "x/1.png"), "/far/2.JPG"]
         assert (inputs.table["label"].tolist(), inputs.class_names) == ([1, 0], ["cat", "dog"])
-        assert inputs[1] == Source("/far/2.JPG", 0, WHOLE_FILE, "jpg", 0)
+        assert inputs[1] == Source("/far/2.JPG", "jpg", 0)
     (tmp_path / "c.jsonl").write_text('{"path": "1.png", "label": 4}\n{"path": "2.png", "label": "2"}\n')
     assert find_sources([str(tmp_path / "c.jsonl")]).table["label"].tolist() == [4, 2]
     (tmp_path / "d.csv").write_text("path\n1.png\n")
@@ -274,12 +276,13 @@ def test_json_lines_that_make_no_sense_are_refused(tmp_path: Path, text: str, me
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
     refused("no/where: there is no such file or folder; give a folder of images, tars", "no/where")
-    refused("holds neither images .* nor tars", tmp_path)
+    refused("no image in it; give a folder of images, tars", tmp_path)
     refused(r"\*.tar: matches no file", tmp_path / "*.tar")
-    refused(r"a-1.tar: there is no such file, a pattern names tars only", tmp_path / "a-{1..2}.tar")
+    refused(r"a-1.tar: there is no such file; correct the pattern", tmp_path / "a-{1..2}.tar")
     refused("unbalanced braces", tmp_path / "a-{1..2.tar")
     tree(tmp_path, "x.tar.gz", "x.png", "sub/y.png")
-    refused(r"x.tar.gz: is neither.*unpack it into a plain .tar", tmp_path / "x.tar.gz")
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(CONTENT))
+    refused(r"x.tar.gz: is compressed with gzip; gunzip it", tmp_path / "x.tar.gz")
     refused("x.png: is neither", tmp_path / "x.png")
     refused(r"is given twice", tmp_path / "sub", tmp_path / "sub" / ".." / "sub")
     (tmp_path / "a.tar").write_bytes(b"")
@@ -332,4 +335,4 @@ def test_inputs_are_stored_in_few_bytes_and_come_back(tmp_path: Path) -> None:
     (tmp_path / "one").rename(tmp_path / "one.npz")
     again = SourceTable.read(tmp_path / "one.npz", inputs.num_classes, inputs.class_names)
     assert [again[number] for number in range(2)] == [inputs[number] for number in range(2)]
-    assert inputs.table.itemsize == 28
+    assert inputs.table.itemsize == 33

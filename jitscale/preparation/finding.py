@@ -1,0 +1,135 @@
+"""Finds the images in a user's input, whatever form it has (`forms`), and numbers their classes.
+
+Nothing is unpacked and no image is opened here. The order depends on names and contents alone.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from jitscale.data.find import paths_of
+from jitscale.data.tar_members import described_kinds
+from jitscale.errors import DataError
+from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.kinds import Kind, kind_of
+from jitscale.preparation.forms.listing import Listing, listing_of
+from jitscale.preparation.forms.search import FORMS_REMEDY, FindOptions, Images, Search
+from jitscale.preparation.forms.tables import images_in_table
+from jitscale.preparation.forms.tars import has_tars, images_in_folder_of_tars, images_in_tar
+from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code
+from jitscale.preparation.sources import SourcePaths, SourceTable, rows_of
+
+# What is in a file of each kind.
+FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
+    Kind.TAR: images_in_tar,
+    Kind.TABLE: images_in_table,
+}
+# What a folder is: the first whose sign is there; else images, or folders of classes.
+FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
+    (has_tars, images_in_folder_of_tars),
+]
+
+_CHUNK = 1000  # images between two reports
+
+OnFound = Callable[[int], object]
+
+
+def find_sources(
+    inputs: Sequence[str], options: FindOptions | None = None, on_found: OnFound = lambda count: None
+) -> SourceTable:
+    """Find all images of `inputs`.
+
+    An input is recognised by what it is; docs/data.md lists the forms. Hidden files are passed over. The labels of all
+    inputs mean the same.
+
+    Class names that the user or the inputs give name labels that are numbers, and number labels that are names; without
+    them names are numbered in sorted order, and by number if all are numbers. `on_found` is called with a number of
+    images, now and then. Raises a DataError if an input is missing, damaged or of no known form, holds no images, or
+    its labels make no sense.
+    """
+    _refuse_twice([Path(name) for name in inputs])
+    search, paths = Search(options or FindOptions()), SourcePaths()
+    images = chain.from_iterable(_images_of(search, name) for name in inputs)
+    names: dict[str, int] = {}
+    places: dict[int, str] = {}  # of the first label with each code
+    chunks = []
+    while chunk := list(islice(images, _CHUNK)):
+        rows = []
+        for image in chunk:
+            code = label_code(image.label, names)
+            places.setdefault(code, image.place)
+            extension = image.extension.encode()
+            number = paths.number(image.path)
+            rows.append((number, image.offset, image.size, code, extension, image.storage, image.group))
+        chunks.append(rows_of(rows))
+        on_found(len(chunk))
+    if not chunks:
+        instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
+        where = "it" if len(inputs) == 1 else "them"
+        raise DataError(f"{', '.join(inputs)}: no image in {where}{instead}; {FORMS_REMEDY}")
+    table = np.concatenate(chunks)
+    labels = CodedLabels(table["label"].copy(), list(names))
+    class_names = search.names if search.options.class_names is None else search.options.class_names
+    classes = find_classes([labels], class_names)
+    _refuse_wrong(labels, classes, places)
+    table["label"] = labels.numbers(classes)
+    return SourceTable(table, *paths.arrays(), classes.number, classes.names, search.ignored, search.notes)
+
+
+def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str]) -> None:
+    """Refuse labels of several kinds, and unknown classes; `places` are those of the first label with each code."""
+    usual = labels.kinds() == classes.kind
+    for row, what, remedy in labels.wrong(classes):
+        place = places[int(labels.codes[row])]
+        if not usual.any():
+            raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
+        like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
+        raise DataError(f"{place}: {what}{like}; {remedy}")
+
+
+def _refuse_twice(paths: list[Path]) -> None:
+    first: dict[str, Path] = {}
+    for path in paths:
+        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
+            raise DataError(f"{path}: is given twice (as {other} too); every image must come once, remove one")
+
+
+def _images_of(search: Search, name: str) -> Images:
+    """All images of the input `name`; refuses it as `find_sources` says."""
+    path = Path(name)
+    if path.is_dir():
+        yield from _images_in_folder(search, listing_of(path))
+    elif path.exists():
+        yield from _images_in_file(search, path)
+    else:
+        for file in _files_of(name):
+            yield from _images_in_file(search, file)
+
+
+def _images_in_file(search: Search, path: Path) -> Images:
+    yield from FILE_FORMS[kind_of(path)](search, path)
+
+
+def _images_in_folder(search: Search, listing: Listing) -> Images:
+    for is_form, images in FOLDER_FORMS:
+        if is_form(listing):
+            yield from images(search, listing)
+            return
+    yield from images_in_folder(search, listing)
+
+
+def _files_of(pattern: str) -> list[Path]:
+    """The files of a glob or brace pattern."""
+    paths = paths_of(pattern)
+    if paths == [Path(pattern)] and not paths[0].exists():
+        raise DataError(f"{pattern}: there is no such file or folder; {FORMS_REMEDY}")
+    if not paths:
+        raise DataError(f"{pattern}: matches no file; {FORMS_REMEDY}")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file; correct the pattern")
+    _refuse_twice(paths)
+    return paths

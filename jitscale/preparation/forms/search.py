@@ -1,0 +1,90 @@
+"""What all forms share: the images that they find, and the search that they are found in."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from jitscale.data.tar_index import LARGEST_LABEL
+from jitscale.errors import DataError
+from jitscale.preparation.labels import parse_label
+from jitscale.preparation.sources import NO_GROUP, Storage
+
+PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions of images in folders, zips and tars of tars
+FORMS_REMEDY = "give a folder of images, tars or a pattern of them, or a .csv or .jsonl with paths"
+
+Label = int | str | None  # a class number, a class name, or none
+
+
+@dataclass(frozen=True)
+class FindOptions:
+    """What a user says about an input that does not say it itself."""
+
+    class_names: list[str] | None = None  # in the order of their numbers
+    split: str | None = None  # the part of a data set, such as train
+    labels: str | None = None  # `folders`, or the file that holds them
+    label_key: str | None = None  # of webdataset samples: cls, or json:FIELD
+    label_column: str | None = None  # of tables
+    ground_truth: str | None = None  # file of the labels of ImageNet's validation images
+
+
+class Found(NamedTuple):
+    """One image that was found."""
+
+    path: str  # of the file that it is, or lies in
+    extension: str  # as of `Source`
+    label: Label
+    place: str  # of the label, for a message
+    offset: int = 0
+    size: int = 0
+    storage: Storage = Storage.FILE
+    group: int = NO_GROUP  # from `Search.new_group`
+
+
+@dataclass
+class Search:
+    """One search for the images of some inputs."""
+
+    options: FindOptions
+    ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
+    notes: list[str] = field(default_factory=list)  # what the user should know, in lines
+    names: list[str] | None = None  # of the classes, where an input says them and the user did not
+    _named_by: str = ""
+    _groups: int = 0
+
+    @property
+    def known(self) -> set[str]:
+        """The class names that the user gave."""
+        return set(self.options.class_names or ())
+
+    def new_group(self) -> int:
+        """A number for images that are read together, see `SourceTable.order`."""
+        self._groups += 1
+        return self._groups - 1
+
+    def name_classes(self, names: list[str], place: str) -> None:
+        """Note the class names that the input `place` says, in the order of their numbers.
+
+        Raises a DataError if another input says others.
+        """
+        if self.names is not None and self.names != names:
+            remedy = "a label must mean one thing; pack them apart, or name the classes with --class-names"
+            raise DataError(f"{place}: names other classes than {self._named_by}; {remedy}")
+        self.names, self._named_by = names, self._named_by or place
+
+    def label(self, text: str | None, place: str) -> Label:
+        """The label that `text` is; refuses an empty one, and a number that no class can have."""
+        label = parse_label(text)
+        if label is None and text is not None and text not in self.known:
+            number = f"a class number, an integer in 0..{LARGEST_LABEL}"
+            raise DataError(f"{place}: label {text!r} is neither {number}, nor a name; correct it")
+        return text if label is None else label
+
+
+Images = Iterator[Found]
+
+
+def extension_of(name: str) -> str:
+    """`a.b.JPEG` -> `jpeg`."""
+    return PurePosixPath(name).suffix[1:].lower()

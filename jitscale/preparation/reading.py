@@ -1,0 +1,89 @@
+"""The bytes of one image, however it is stored."""
+
+import errno
+import os
+import stat
+import zlib
+from functools import lru_cache
+from math import isqrt
+
+import numpy as np
+
+from jitscale.data import tar_index
+from jitscale.data.images import ImageError, content_extension, encode
+from jitscale.data.tar_index import OffsetReader
+from jitscale.errors import DataError, StorageError, is_wrong_path
+from jitscale.preparation.sources import Source, Storage
+
+MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
+
+_MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
+# The process is at fault, not the file: going on would drop good images.
+_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class SourceReader:
+    """Reads images one after the other. Neighbours in a row group are cheap, see `SourceTable.order`."""
+
+    def __init__(self, root: str) -> None:
+        """Relative paths of sources start at `root`."""
+        self._root = root
+        self._open_file = lru_cache(_MOST_OPEN_FILES)(self._opened)
+
+    def read(self, source: Source) -> tuple[bytes, str]:
+        """The bytes of an image and its extension, one of EXTENSIONS.
+
+        An `ImageError` is its fault, a StorageError the disk's, a DataError this process's.
+        """
+        try:
+            data = self._stored(source)
+        except tar_index.ShortReadError as error:
+            raise ImageError(str(error)) from error
+        except OSError as error:
+            what = f"cannot be read ({error.strerror})"
+            if error.errno in _OUR_FAULT:
+                remedy = "raise the limits of the process, or use fewer workers"
+                raise DataError(f"{source.place}: {what}; {remedy}") from error
+            if not is_wrong_path(error):  # good images must not be left out because a file server was away
+                remedy = "give the same command when the storage works; a file that is removed is listed as a bad image"
+                raise StorageError.of(error, f"{source.place}: {what}; {remedy}") from error
+            raise ImageError(what) from error
+        if source.storage == Storage.PLANES:
+            extension, data = _from_planes(data)
+            return data, extension
+        return data, source.extension or content_extension(data)
+
+    def _stored(self, source: Source) -> bytes:
+        file = self._open_file(source.path)
+        size = file.status().st_size if source.storage == Storage.FILE else source.size
+        if size > MOST_BYTES:
+            raise ImageError(f"has {size} bytes; the limit is {MOST_BYTES}")
+        data = file.read(source.offset, size)
+        return _inflated(data) if source.storage == Storage.DEFLATED else data
+
+    def _opened(self, path: str) -> OffsetReader:
+        if "\0" in path:
+            raise ImageError("has a name that no file can have")
+        file = OffsetReader(os.path.join(self._root, path))
+        if not stat.S_ISREG(file.status().st_mode):
+            raise ImageError("is no regular file")
+        return file
+
+
+def _inflated(data: bytes) -> bytes:
+    """What a zip stores as `data`."""
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = stream.decompress(data, MOST_BYTES)
+    except zlib.error as error:
+        raise ImageError(f"cannot be inflated ({error})") from error
+    if not stream.eof:
+        raise ImageError(f"has more than {MOST_BYTES} bytes, or its compressed bytes end too early")
+    return inflated
+
+
+def _from_planes(data: bytes) -> tuple[str, bytes]:
+    """Bytes of three planes, as `encode` gives the image."""
+    side = isqrt(len(data) // 3)
+    planes = np.frombuffer(data, np.uint8).reshape(3, side, side)
+    return encode(planes.transpose(1, 2, 0), "raw")
