@@ -23,6 +23,7 @@ from typing import TextIO
 import installed
 
 from jitscale.command import Parser, path_text
+from jitscale.data.background import parse_background
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.tar_index import Defect
@@ -44,17 +45,19 @@ def main() -> int:
     again = "index again although there is a manifest; a manifest of packing is kept"
     parser.add_argument("--force", action="store_true", help=again)
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="names in the order of their numbers, by line")
+    behind = "what transparent pixels show: white, black, R,G,B, or drop (hidden colours); kept in the manifest"
+    parser.add_argument("--background", metavar="COLOUR", help=f"{behind} (default: white)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
     parser.add_workers()
     options = parser.parse_args()
-    if options.verify and (options.force or options.class_names):
-        parser.error("--verify writes nothing: it takes neither --force nor --class-names")
+    if options.verify and (options.force or options.class_names or options.background):
+        parser.error("--verify writes nothing: it takes neither --force nor --class-names nor --background")
 
     tars = find_tars(options.shards)
     if options.verify:
         return _verify(tars, options)
     if tars.manifest is not None and not options.force:
-        return _indexed_before(tars, tars.manifest)
+        return _indexed_before(tars, tars.manifest, options)
     return _index(tars, options)
 
 
@@ -62,7 +65,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     if not os.access(tars.folder, os.W_OK):
         raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
-    found = survey(tars, class_names, options.workers)
+    background = None if options.background is None else parse_background(options.background)
+    found = survey(tars, class_names, options.workers, background)
     _report(found.defects, options.report, sys.stderr)
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
@@ -81,7 +85,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _indexed_before(tars: Tars, manifest: Manifest) -> int:
+def _indexed_before(tars: Tars, manifest: Manifest, options: argparse.Namespace) -> int:
     named = {record.name: record.bytes for record in manifest.shards}
     there = {path.name: path.stat().st_size for path in tars.paths}
     differing = [name for name in there if named.get(name) != there[name]]
@@ -91,6 +95,9 @@ def _indexed_before(tars: Tars, manifest: Manifest) -> int:
         what = f"{len(differing)} tars are missing, not named or of another size ({min(differing)}, ...)"
         remedy = "look with --verify, or index again with --force"
         raise DataError(f"{tars.folder / MANIFEST}: is there, but {what}; {remedy}")
+    if options.background is not None and str(parse_background(options.background)) != manifest.background:
+        what = f"says --background {manifest.background}, not {options.background}; --force changes it"
+        raise DataError(f"{tars.folder / MANIFEST}: {what}")
     print(f"{tars.folder}: is indexed already, {_many(len(named), 'shard')} with {_many(manifest.total, 'image')}")
     return ExitCode.DONE
 

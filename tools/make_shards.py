@@ -10,7 +10,8 @@ in place), webdataset tars (a file, a folder of them, a quoted glob or brace pat
 maybe label. Class names are numbered in sorted order, and by number if all are numbers.
 
 Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
-smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset tars as
+smallest but changes pixels; original keeps the files, and training crops the images. Transparent images are composited
+over --background, originals when they are read. To train on webdataset tars as
 they are, index them instead: tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
 
 If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
@@ -37,6 +38,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jitscale.command import Parser, natural, part_of, path_text
+from jitscale.data.background import WHITE, parse_background
+from jitscale.data.images import CHANNELS, RGB
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
@@ -60,6 +63,8 @@ def main() -> int:
         resolution=given.resolution,
         samples_per_shard=given.samples_per_shard,
         seed=given.seed,
+        background=str(parse_background(given.background)),
+        channels=given.channels,
         finding=FindOptions(
             class_names=None if given.class_names is None else read_class_names(given.class_names),
             split=given.split,
@@ -188,8 +193,17 @@ def _described(manifest: Manifest) -> str:
     smaller = "enlarged" if manifest.resolution else "smaller than --resolution"
     return (
         f"{manifest.total} images in {len(manifest.shards)} shards, {_bytes(size)}; "
-        f"{manifest.enlarged} {smaller}, {len(manifest.bad)} bad"
+        f"{manifest.enlarged} {smaller}, {len(manifest.bad)} bad{_described_transparency(manifest)}"
     )
+
+
+def _described_transparency(manifest: Manifest) -> str:
+    if not manifest.transparent:
+        return ""
+    many = f"{manifest.transparent} image{'s' if manifest.transparent > 1 else ''} with transparency"
+    if parse_background(manifest.background).colour is None:
+        return f"; {many}, whose hidden colours show (--background drop)"
+    return f"; {many}, over a {manifest.background} background (--background)"
 
 
 def _bytes(number: int) -> str:
@@ -205,6 +219,12 @@ def parser() -> Parser:
     found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
+    behind = (
+        "what transparent pixels show: white, black or R,G,B; drop shows their hidden colours, as ADM's recipe does"
+    )
+    found.add_argument("--background", default=str(WHITE), metavar="COLOUR", help=f"{behind} (default: white)")
+    kept = "1 stores grey images: colours become luma (default: 3)"
+    found.add_argument("--channels", type=int, choices=CHANNELS, default=RGB, help=kept)
     found.add_number("--samples-per-shard", 1000, "images of a shard")
     found.add_number("--seed", 0, "of the order", int)
     names = "names by line; their order gives the labels (default: sorted, 2 before 10)"

@@ -1,22 +1,25 @@
 """One image between bytes and pixels: the stored forms, and the crop of the recipe.
 
-Shapes: H rows, W columns; an image is uint8 (H, W, 3), RGB.
+Shapes: H rows, W columns, C channels; an image is uint8 (H, W, C), RGB or grey.
 """
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from jitscale.data.background import OPAQUE, WHITE, Background
 from jitscale.errors import DataError
 
 UInt8Array = npt.NDArray[np.uint8]
 
+GREY, RGB = 1, 3  # channels of an image
+CHANNELS = (GREY, RGB)
 EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # members of a shard that are read as its images
 # The extension of each form that is written. All but jpeg are lossless.
 CODECS = {"raw": "npy", "png": "png", "webp": "webp", "jpeg": "jpg"}
@@ -37,16 +40,25 @@ _TRAILING_BYTES = "extraneous bytes before marker 0xd9"  # of libjpeg: left over
 _LONGEST_SIDE = 16  # times the short side, of what is resized: ordinary pictures have less
 _ANCILLARY = 0x20  # bit of the first letter of a PNG's chunk that holds no pixels
 _CHUNK_HEAD, _CHUNK_CHECKSUM = 8, 4  # bytes of a PNG's chunk besides its content
+_PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 
 
 class ImageError(DataError):
     """An image that cannot be decoded. The rest of its shard may be sound."""
 
 
-def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
-    """The extension and the bytes of `image` (H, W, 3) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
+class Decoded(NamedTuple):
+    """What a file holds."""
 
-    Raises a DataError at an unknown codec, or an array that is no RGB image.
+    image: UInt8Array  # (H, W, C); may be read-only
+    transparent: bool  # whether the background shows through a pixel, or would if alpha were not dropped
+
+
+def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
+    """The extension and the bytes of `image` (H, W, C) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
+
+    Grey images become grey files. WebP has no grey: it stores three equal channels, which cost little. Raises a
+    DataError at an unknown codec, or an array that is no image.
     """
     if codec not in CODECS:
         raise DataError(f"codec {codec!r}: is unknown; choose one of {', '.join(CODECS)}")
@@ -55,25 +67,34 @@ def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
     if codec == "raw":
         np.lib.format.write_array(stream, np.ascontiguousarray(image), allow_pickle=False)
     elif codec == "jpeg":
+        space, sampling = ("GRAY", "Gray") if image.shape[2] == GREY else ("RGB", "444")
         pixels = np.ascontiguousarray(image)
-        return CODECS[codec], simplejpeg.encode_jpeg(pixels, _JPEG_QUALITY, colorsubsampling="444", fastdct=False)
+        return CODECS[codec], simplejpeg.encode_jpeg(pixels, _JPEG_QUALITY, space, sampling, fastdct=False)
     else:
-        Image.fromarray(image).save(stream, codec, **_SAVE_OPTIONS[codec])
+        _picture_of(image).save(stream, codec, **_SAVE_OPTIONS[codec])
     return CODECS[codec], stream.getvalue()
 
 
-def decode(data: bytes, extension: str) -> UInt8Array:
-    """The image (H, W, 3) in `data`; the array may be read-only. Grey, palette, alpha and CMYK become RGB.
+def decode(data: bytes, extension: str, *, background: Background = WHITE, channels: int = RGB) -> UInt8Array:
+    """The image of `decode_file`."""
+    return decode_file(data, extension, background=background, channels=channels).image
 
-    An EXIF orientation is ignored, as ADM did. Nothing is unpickled. Raises an ImageError at damaged data, at pixels
-    that do not fit into 8 bits, or more than `MOST_PIXELS` of them; a DataError at an extension not in `EXTENSIONS`.
+
+def decode_file(data: bytes, extension: str, *, background: Background = WHITE, channels: int = RGB) -> Decoded:
+    """The image in `data`, with `channels` of `CHANNELS`. Grey, palette and CMYK become RGB.
+
+    Transparent pixels are composited over `background`. Then one channel is the luma of ITU-R 601, as of Pillow's
+    mode L, and three of a grey image are equal. An EXIF orientation is ignored, as ADM did. Nothing is unpickled.
+    Raises an ImageError at damaged data, at pixels that do not fit into 8 bits, or more than `MOST_PIXELS` of them; a
+    DataError at an extension not in `EXTENSIONS`.
     """
+    assert channels in CHANNELS
     if extension not in EXTENSIONS:
         raise DataError(f"extension {extension!r} is not an image's; expected one of {', '.join(EXTENSIONS)}")
     with _decoding(extension):
-        image = _decode_npy(data) if extension == "npy" else _decode_picture(data)
+        image, transparent = (_decode_npy(data), False) if extension == "npy" else _decode_picture(data, background)
         _check_pixels(image)
-    return image
+    return Decoded(_with_channels(image, channels), transparent)
 
 
 def content_extension(data: bytes) -> str:
@@ -97,7 +118,7 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
 
 
 def center_crop(image: UInt8Array, size: int) -> UInt8Array:
-    """The central (size, size, 3) of `image` at the scale where its short side is `size`, as ADM crops.
+    """The central (size, size, C) of `image` at the scale where its short side is `size`, as ADM crops.
 
     The image is halved with a box filter while its short side is at least twice the target, then resized by bicubic
     interpolation (arXiv 2105.05233, their image_datasets.py; the JiT recipe uses the same crop). Smaller images are
@@ -106,7 +127,7 @@ def center_crop(image: UInt8Array, size: int) -> UInt8Array:
     """
     if image.shape[:2] == (size, size):
         return image
-    picture = Image.fromarray(image)
+    picture = _picture_of(image)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     left, top = (max(side - _LONGEST_SIDE * min(picture.size), 0) // 2 for side in picture.size)
@@ -114,7 +135,7 @@ def center_crop(image: UInt8Array, size: int) -> UInt8Array:
         picture = picture.crop((left, top, picture.width - left, picture.height - top))
     scale = size / min(picture.size)
     scaled = (round(picture.width * scale), round(picture.height * scale))
-    pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
+    pixels = _pixels_of(picture.resize(scaled, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 
@@ -130,18 +151,55 @@ def _decode_npy(data: bytes) -> UInt8Array:
     return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape)
 
 
-def _decode_picture(data: bytes) -> UInt8Array:
+def _decode_picture(data: bytes, background: Background) -> Decoded:
     if data.startswith(_JPEG_MAGIC):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MOST_PIXELS:
             raise ImageError(f"has {width} x {height} pixels; the limit is {MOST_PIXELS} in all")
         if colours in ("YCbCr", "Gray"):
-            return _decode_jpeg(data)
+            return Decoded(_decode_jpeg(data), transparent=False)
     with _open_picture(data) as picture:
         if picture.mode.startswith(_DEEP_MODES):
             # Pillow's conversion would clip: a 16-bit grey image comes out white.
             raise ImageError(f"has pixels of mode {picture.mode}; convert it to 8 bits a channel")
-        return np.asarray(picture.convert("RGB"))
+        if picture.mode == "P" and picture.palette is None:
+            raise ImageError("has no palette, and pixels that need one; copy it again")
+        if not picture.has_transparency_data:
+            return Decoded(np.asarray(picture.convert("RGB")), transparent=False)
+        pixels = _with_alpha(picture, data)
+    image, alpha = np.ascontiguousarray(pixels[..., :RGB]), pixels[..., RGB]
+    if alpha.min() == OPAQUE:
+        return Decoded(image, transparent=False)
+    return Decoded(background.behind(image, alpha), transparent=True)
+
+
+def _with_alpha(picture: Image.Image, data: bytes) -> UInt8Array:
+    """(H, W, 4) of a picture that has alpha or a transparent colour; `data` is its file."""
+    if picture.mode in ("L", "RGB") and data.startswith(_MAGIC["png"]):
+        # Pillow scales pixels of other depths to 8 bits, but not the transparent colour.
+        depth, colour = data[_PNG_DEPTH], picture.info["transparency"]
+        if picture.mode == "L" and depth < 8:
+            picture.info["transparency"] = colour * (255 // (2**depth - 1))
+        elif picture.mode == "RGB" and depth > 8:
+            picture.info["transparency"] = tuple(value >> (depth - 8) for value in colour)
+    return np.asarray(picture.convert("RGBA"))
+
+
+def _with_channels(image: UInt8Array, channels: int) -> UInt8Array:
+    if image.shape[2] == channels:
+        return image
+    return np.repeat(image, RGB, axis=2) if channels == RGB else _pixels_of(_picture_of(image).convert("L"))
+
+
+def _picture_of(image: UInt8Array) -> Image.Image:
+    """(H, W, C) as Pillow's picture of mode L or RGB."""
+    return Image.fromarray(image[..., 0] if image.shape[2] == GREY else image)
+
+
+def _pixels_of(picture: Image.Image) -> UInt8Array:
+    """Pillow's picture of mode L or RGB as (H, W, C)."""
+    pixels = np.asarray(picture)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _decode_jpeg(data: bytes) -> UInt8Array:
@@ -208,7 +266,7 @@ def _pixel_chunks(data: bytes) -> bytes:
         if not kind.isalpha() or kind == b"IEND":
             break
         end = at + _CHUNK_HEAD + length + _CHUNK_CHECKSUM
-        if not kind[0] & _ANCILLARY or kind == b"tRNS":  # Pillow notices a palette's damage by its transparency
+        if not kind[0] & _ANCILLARY or kind == b"tRNS":  # which is alpha
             kept.append(data[at:end])
         at = end
     return b"".join([*kept, data[at:]])
@@ -228,5 +286,5 @@ def _decoding(extension: str) -> Iterator[None]:
 
 
 def _check_pixels(image: UInt8Array) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ImageError(f"has shape {image.shape} and type {image.dtype}; expected uint8 (height, width, 3)")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in CHANNELS or 0 in image.shape:
+        raise ImageError(f"has shape {image.shape} and type {image.dtype}; expected uint8 (height, width, 1 or 3)")

@@ -1,6 +1,6 @@
 """Micro-batches of one rank, from any position of the global sequence on.
 
-Shapes: B images of a micro-batch, H rows, W columns. G is the global batch, R the number of ranks.
+Shapes: B images of a micro-batch, H rows, W columns, C channels. G is the global batch, R the number of ranks.
 """
 
 import shutil
@@ -31,7 +31,7 @@ _MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are bro
 class Batch(NamedTuple):
     """What one forward pass takes, as stored: pixels travel in 8 bits and become numbers on the device."""
 
-    images: torch.Tensor  # uint8 (B, H, W, 3)
+    images: torch.Tensor  # uint8 (B, H, W, C)
     labels: torch.Tensor  # int64 (B,)
     positions: torch.Tensor  # int64 (B,), in the global sequence
     bad_samples: list[str]  # why each undecodable sample was replaced
@@ -105,7 +105,7 @@ class ShardLoader:
         """
         if self.num_workers:
             check_socket_folder()
-        batch = self.micro_batch_size * (self.shard_set.image_size**2 * 3 + 16)
+        batch = self.micro_batch_size * (self.shard_set.image_size**2 * self.shard_set.channels + 16)
         needed = local_ranks * self.num_workers * (BATCHES_AHEAD + 1) * batch
         free = shutil.disk_usage(SHARED_MEMORY).free if needed and SHARED_MEMORY.exists() else needed
         if needed > free:
@@ -123,7 +123,8 @@ class _MicroBatches(Dataset["Batch | DataError"]):
 
     def __getitem__(self, positions: Int64Array) -> Batch | DataError:
         size = self.shards.image_size
-        images, labels = np.empty((len(positions), size, size, 3), np.uint8), np.empty(len(positions), np.int64)
+        images = np.empty((len(positions), size, size, self.shards.channels), np.uint8)
+        labels = np.empty(len(positions), np.int64)
         bad_samples: list[str] = []
         try:
             for row, (position, shard, index) in enumerate(zip(positions, *self.order.locate(positions), strict=True)):

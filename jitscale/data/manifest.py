@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jitscale.data.background import WHITE, Background, parse_background
+from jitscale.data.images import CHANNELS, RGB
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 
@@ -48,6 +50,9 @@ class Manifest:
     enlarged: int = 0  # images whose short side was smaller than `resolution`
     bad: list[BadInput] = field(default_factory=list)
     class_counts: list[int] | None = field(default=None, compare=False)  # samples of each class; None: not counted
+    background: str = "white"  # that transparent images are composited over, as `parse_background` reads it
+    transparent: int | None = None  # images with transparent pixels; None: not counted
+    channels: int = RGB  # of every image, unless the codec is original or foreign
 
     @classmethod
     def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
@@ -86,6 +91,12 @@ def _wrong_value(manifest: Manifest) -> str:
     def is_list(values: object, is_sound: Callable[[Any], bool]) -> bool:
         return values is None or (isinstance(values, list) and all(map(is_sound, values)))
 
+    def is_background(value: object) -> bool:
+        try:
+            return isinstance(value, str) and bool(parse_background(value))
+        except DataError:
+            return False
+
     sound = {
         "num_classes": (is_count(manifest.num_classes), "a number of things"),
         "total": (is_count(manifest.total), "a number of things"),
@@ -94,6 +105,9 @@ def _wrong_value(manifest: Manifest) -> str:
         "codec": (isinstance(manifest.codec, str), "a name"),
         "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
         "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
+        "background": (is_background(manifest.background), "white, black, drop or R,G,B"),
+        "transparent": (manifest.transparent is None or is_count(manifest.transparent), "a number of things or null"),
+        "channels": (is_count(manifest.channels) and manifest.channels in CHANNELS, "1 or 3"),
     }
     for name, (is_sound, expected) in sound.items():
         if not is_sound:
@@ -131,7 +145,19 @@ def read_class_names(path: Path) -> list[str]:
     return names
 
 
-def content_hash(shards: Sequence[ShardRecord]) -> str:
-    """A sha256 over what identifies the samples and their order: name, samples, bytes, maybe sha256 of each shard."""
-    identity = [[shard.name, shard.samples, shard.bytes, shard.sha256 or None] for shard in shards]
+def content_hash(shards: Iterable[tuple[ShardRecord, Background]]) -> str:
+    """A sha256 over what identifies the samples and their order.
+
+    That is name, samples, bytes, and maybe sha256 of each shard, and another background than white.
+    """
+    identity = [
+        [
+            shard.name,
+            shard.samples,
+            shard.bytes,
+            shard.sha256 or None,
+            *([] if background == WHITE else [str(background)]),
+        ]
+        for shard, background in shards
+    ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

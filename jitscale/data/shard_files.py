@@ -10,6 +10,7 @@ import numpy as np
 
 from jitscale.addresses import split_query
 from jitscale.data import tar_index
+from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.find import find_remote_shards, find_shards
 from jitscale.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardRecord
 from jitscale.data.remote import is_remote, read_remote
@@ -31,6 +32,7 @@ class ShardRequest:
     setting: str  # that gave the pattern, for messages
     size_setting: str  # that gave the image size, for messages
     all_classes: bool  # manifests must not hold fewer classes than `num_classes`
+    channels: int  # of the images as they are read
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ShardFile:
     location: str  # a path, or a URL
     record: ShardRecord  # of the manifest; without one, what a scan found, and no sha256
     index: tar_index.IndexArray | None  # of a scan; None: the index lies next to the tar
+    background: Background  # of its manifest; white without one
 
     def identities(self) -> Iterator[object]:
         """What two names of the same shard have in common: file, and hash in a manifest; nothing without samples."""
@@ -88,6 +91,7 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
     manifests = list(found.values())
     _check_manifests(wanted, manifests)
     records = {folder / record.name: record for folder, manifest in found.items() for record in manifest.shards}
+    backgrounds = {folder: parse_background(manifest.background) for folder, manifest in found.items()}
     unindexed = {path for path in paths if path not in records or not tar_index.index_path(path).exists()}
     if unindexed:
         logger.info("%s: %d of %d shards have no index; scanning their headers", pattern, len(unindexed), len(paths))
@@ -95,6 +99,7 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
     shards = []
     for path in paths:
         size, record, scan = path.stat().st_size, records.get(path), path in unindexed
+        background = WHITE if record is None else backgrounds[path.parent]
         if record is not None and size != record.bytes:
             raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
         if scan:
@@ -106,7 +111,7 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
             if not len(index):
                 raise DataError(f"{path}: holds no samples; remove it or write it again")
         check_index(str(path), index, record, num_classes)
-        shards.append(ShardFile(str(path), record, index if scan else None))
+        shards.append(ShardFile(str(path), record, index if scan else None, background))
     return shards, manifests
 
 
@@ -120,7 +125,9 @@ def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]
     unknown = [name for name in names or [] if name not in records]
     if unknown:
         raise DataError(f"{folder}/{unknown[0]}: is not in the manifest of its folder; correct {wanted.setting}")
-    return [ShardFile(f"{folder}/{name}{query}", records[name], None) for name in names or records], [manifest]
+    background = parse_background(manifest.background)
+    shards = [ShardFile(f"{folder}/{name}{query}", records[name], None, background) for name in names or records]
+    return shards, [manifest]
 
 
 def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord, num_classes: int) -> None:

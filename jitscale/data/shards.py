@@ -27,7 +27,7 @@ import numpy as np
 from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
-from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
+from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote
@@ -72,7 +72,9 @@ class ShardSet:
         }
         self.is_hashed = all(shard.record.sha256 for shard in shards)  # manifests vouch for the content of all
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
-        self.manifest_hash = content_hash([shard.record for shard in shards])  # says which samples, in which order
+        # Says which samples, in which order, and what shows through them.
+        self.manifest_hash = content_hash((shard.record, shard.background) for shard in shards)
+        self.channels = wanted.channels  # of the images as they are read
         self.image_size = wanted.image_size or 0
         self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
 
@@ -88,6 +90,7 @@ class ShardSet:
         setting: str = "data.shards",
         size_setting: str = "model.image_size",
         all_classes: bool = False,
+        channels: int = RGB,
     ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
 
@@ -106,8 +109,9 @@ class ShardSet:
             cache_bytes: its capacity.
             setting: the one that gave the pattern, for messages; `size_setting` gave the image size.
             all_classes: refuse a manifest with fewer classes than `num_classes`.
+            channels: 3, or 1 for luma. Shards of either kind are read as both, see `decode_file`.
         """
-        wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting, all_classes)
+        wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting, all_classes, channels)
         cache, find = None, local_shards
         if is_remote(wanted.pattern):
             folder = usual_cache_folder() if cache_dir is None else Path(cache_dir)
@@ -200,8 +204,9 @@ class ShardSet:
     def read(self, shard: int, index: int) -> tuple[UInt8Array, int]:
         """Sample `index` of this set's part of `shard`: its image and its label.
 
-        The image is uint8 (image_size, image_size, 3), and may be read-only. Raises a DataError if the shard cannot be
-        read, an ImageError if the image cannot be decoded, or is smaller than the image size; others may be sound.
+        The image is uint8 (image_size, image_size, channels), and may be read-only. Raises a DataError if the shard
+        cannot be read, an ImageError if the image cannot be decoded, or is smaller than the image size; others may be
+        sound.
         """
         rows, tar = self._open(shard)
         row = index
@@ -259,7 +264,8 @@ class ShardSet:
             what = f"has {len(data)} bytes, the index says {size}; check the shard with tools/index_shards.py --verify"
             raise DataError(f"{self.place(shard, row)} {what}")
         try:
-            image = decode(data, extension.decode(errors="replace"))
+            background = self._shards[shard].background
+            image = decode(data, extension.decode(errors="replace"), background=background, channels=self.channels)
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
                 what = f"is {width} x {height} pixels, smaller than the image size {self.image_size}"

@@ -22,7 +22,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> UInt8Array:
-        """One image, uint8 (R, R, 3)."""
+        """One image, uint8 (R, R, C), with 3 channels or 1."""
 
 
 def write_shards(
@@ -40,7 +40,7 @@ def write_shards(
     Raises a DataError if labels, images and class names do not fit together, or the folder already holds a manifest.
 
     Args:
-        images: all of one resolution.
+        images: all of one resolution and with as many channels.
         labels: one class an image, counted from 0.
         output: a folder, made if it is not there.
         codec: the stored form, one of `CODECS`.
@@ -62,16 +62,16 @@ def write_shards(
             raise DataError(f"image {number}: label {label} is not in 0..{limit}; correct it or the class names")
     with data_error(f"{folder}: cannot be made", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    resolution = len(images[0])
+    shape = images[0].shape
     order = permutation(len(images), seed, Purpose.PACKING_ORDER)
 
     def samples(sources: Int64Array) -> Iterator[Sample]:
         for source in sources:
             image = images[source]
             progress.update()
-            if image.shape[:2] != (resolution, resolution):
-                shapes = f"has shape {image.shape}, the first one {images[0].shape}"
-                raise DataError(f"image {source}: {shapes}; crop all of them to squares of one size")
+            if image.shape != shape or shape[0] != shape[1]:
+                shapes = f"has shape {image.shape}, the first one {shape}"
+                raise DataError(f"image {source}: {shapes}; crop all of them to squares of one size and channels")
             extension, data = encode(image, codec)
             yield {"__key__": f"{source:09d}", extension: data, "cls": str(int(labels[source]))}
 
@@ -82,7 +82,9 @@ def write_shards(
         ]
     num_classes = int(np.max(labels)) + 1 if class_names is None else len(class_names)
     counts = np.bincount(np.asarray(labels), minlength=num_classes).tolist() if num_classes else None
-    manifest = Manifest(codec, resolution, num_classes, class_names, len(order), records, class_counts=counts)
+    manifest = Manifest(
+        codec, shape[0], num_classes, class_names, len(order), records, class_counts=counts, channels=shape[2]
+    )
     manifest.write(folder / MANIFEST)
     return manifest
 

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.find import Tars
-from jitscale.data.images import UInt8Array, center_crop, decode
+from jitscale.data.images import RGB, UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
 from jitscale.errors import DataError, data_error
@@ -26,7 +27,7 @@ from jitscale.preparation.survey import by_place, scan_shards
 Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
 
 # Of one image: its size in pixels; of each channel, in [0, 255], the mean and the mean square; whether all are equal.
-IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", 3), ("square", "<f8", 3), ("grey", "?")])
+IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", RGB), ("square", "<f8", RGB), ("grey", "?")])
 
 SHEET_TILES = 8  # a side of the contact sheet
 TILE = 80  # pixels a side
@@ -45,6 +46,7 @@ class Collection:
 
     paths: list[Path]  # of the tars that are there
     indices: list[IndexArray]  # one a tar
+    backgrounds: list[Background]  # of transparent images, one a tar
     bytes: int
     manifest: Manifest  # where the folder has none, the classes of a scan, and an empty codec
     manifest_hash: str  # as `ShardSet` computes it
@@ -93,12 +95,15 @@ def collect(tars: Tars, workers: int) -> Collection:
         ShardRecord(path.name, len(indices[path]), path.stat().st_size, records[path].sha256 if path in records else "")
         for path in paths
     ]
+    behind = WHITE if manifest is None else parse_background(manifest.background)
+    backgrounds = [behind if path in records else WHITE for path in paths]
     return Collection(
         paths,
         [indices[path] for path in paths],
+        backgrounds,
         sum(record.bytes for record in found),
         manifest or Manifest("", None, classes.number, classes.names, 0, []),
-        content_hash(found),
+        content_hash(zip(found, backgrounds, strict=True)),
         by_place([*defects, *wrong]),
     )
 
@@ -138,14 +143,18 @@ def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
     """
     chosen = random_positions(collection.samples, count, seed)
     tasks = [
-        (collection.paths[shard], collection.indices[shard][rows[first : first + _CHUNK]].tolist())
+        (
+            collection.paths[shard],
+            collection.backgrounds[shard],
+            collection.indices[shard][rows[first : first + _CHUNK]].tolist(),
+        )
         for shard, _, rows in _by_shard(collection, chosen)
         for first in range(0, len(rows), _CHUNK)
     ]
     looks: dict[int, Look] = {}
     with tqdm(total=len(chosen), unit="img", desc="decode") as progress:
         for number, looks[number] in in_processes(_look_at, tasks, workers):
-            progress.update(len(tasks[number][1]))
+            progress.update(len(tasks[number][2]))
     in_order = [looks[number] for number in range(len(tasks))]
     found = np.concatenate([np.empty(0, IMAGE), *(one.found for one in in_order)])
     return Look(found, [defect for one in in_order for defect in one.undecodable])
@@ -197,7 +206,9 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
             left, top = _GAP + column * wide, _GAP + row * high
             caption = collection.class_text(record[2]) if record[2] >= 0 else ""
             try:
-                sheet.paste(Image.fromarray(center_crop(_read(tar, record), TILE)), (left, top))
+                sheet.paste(
+                    Image.fromarray(center_crop(_read(tar, record, collection.backgrounds[shard]), TILE)), (left, top)
+                )
             except DataError:
                 caption = "undecodable"
                 draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), _MISSING)
@@ -213,9 +224,9 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
             file.write(stream.getvalue())
 
 
-def _look_at(task: tuple[Path, list[Record]]) -> Look:
+def _look_at(task: tuple[Path, Background, list[Record]]) -> Look:
     """Some images of one shard, in any process."""
-    path, records = task
+    path, background, records = task
     images, undecodable = [], []
     levels = np.arange(256)
     try:
@@ -224,25 +235,25 @@ def _look_at(task: tuple[Path, list[Record]]) -> Look:
         return Look(np.empty(0, IMAGE), [Defect(path, None, f"cannot be read ({error})")])
     for record in records:
         try:
-            image = _read(file, record)
+            image = _read(file, record, background)
         except DataError as error:
             undecodable.append(Defect(path, record[0], str(error)))
             continue
         height, width = image.shape[:2]
-        histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
+        histograms = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(RGB)]
         shares = np.array(histograms) / (height * width)
         images.append((width, height, shares @ levels, shares @ levels**2, (image == image[..., :1]).all()))
     return Look(np.array(images, IMAGE), undecodable)
 
 
-def _read(file: OffsetReader, record: Record) -> UInt8Array:
-    """The image of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index lies."""
+def _read(file: OffsetReader, record: Record, background: Background) -> UInt8Array:
+    """The image (H, W, 3) of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index lies."""
     offset, size, _, extension = record
     try:
         data = file.read(offset, size)
     except OSError as error:
         raise DataError(f"cannot be read ({error})") from error
-    return decode(data, extension.decode(errors="replace"))
+    return decode(data, extension.decode(errors="replace"), background=background)
 
 
 def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int, Int64Array, Int64Array]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jitscale.data import images, tar_index
+from jitscale.data.background import WHITE, Background
 from jitscale.data.images import ImageError
 from jitscale.data.manifest import BadInput, ShardRecord
 from jitscale.data.tar_index import NO_LABEL
@@ -28,6 +29,8 @@ class ShardTask:
     codec: str  # one of CODECS, or ORIGINAL
     resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
     most_bad: int  # inputs that may be bad
+    background: Background = WHITE  # of transparent images
+    channels: int = images.RGB  # of the images that are stored
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PackedShard:
 
     record: ShardRecord
     enlarged: int  # images whose short side was smaller than the resolution
+    transparent: int  # images with transparent pixels
     bad: list[BadInput]  # left out
 
 
@@ -79,15 +83,17 @@ def pack_shard(task: ShardTask) -> PackedShard:
     this process, such as too little memory.
     """
     bad: list[BadInput] = []
-    enlarged = 0
+    enlarged = transparent = 0
 
     def samples() -> Iterator[Sample]:
-        nonlocal enlarged
+        nonlocal enlarged, transparent
         reader = SourceReader(task.root)
         for number, source in task.sources.items():
             try:
                 data, extension = reader.read(source)
-                image = images.decode(data, extension)
+                image, see_through = images.decode_file(
+                    data, extension, background=task.background, channels=task.channels
+                )
                 if task.codec == ORIGINAL:
                     extension = images.content_extension(data)
                 else:
@@ -101,9 +107,10 @@ def pack_shard(task: ShardTask) -> PackedShard:
                 remedy = "give the same command with fewer --workers"
                 raise DataError(f"{source.place}: takes more memory than there is; {remedy}") from error
             enlarged += min(image.shape[:2]) < task.resolution
+            transparent += see_through
             sample: Sample = {"__key__": f"{number:09d}", extension: data}
             if source.label != NO_LABEL:
                 sample["cls"] = str(source.label)
             yield sample
 
-    return PackedShard(write_shard(task.path, samples()), enlarged, bad)
+    return PackedShard(write_shard(task.path, samples()), enlarged, transparent, bad)

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from jitscale.data.images import CODECS, MOST_PIXELS
+from jitscale.data.background import WHITE, parse_background
+from jitscale.data.images import CHANNELS, CODECS, MOST_PIXELS, RGB
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError, data_error
@@ -59,10 +60,13 @@ class PackingOptions:
     resolution: int  # pixels a side
     samples_per_shard: int
     seed: int  # of the order
+    background: str = str(WHITE)  # of transparent images, as `parse_background` reads it
+    channels: int = RGB  # of the images that are stored
     finding: FindOptions = field(default_factory=FindOptions)  # what the user says about the input
 
     def __post_init__(self) -> None:
-        """Raises a DataError at an unknown codec, or a number out of its range."""
+        """Raises a DataError at an unknown codec or background, or a number out of its range."""
+        parse_background(self.background)
         if self.codec not in PACKING_CODECS:
             raise DataError(f"codec {self.codec!r}: is unknown; choose one of {', '.join(PACKING_CODECS)}")
         most = math.isqrt(MOST_PIXELS)
@@ -70,6 +74,11 @@ class PackingOptions:
             raise DataError(f"resolution {self.resolution}: is not in 1..{most} pixels a side")
         if self.samples_per_shard < 1:
             raise DataError(f"samples per shard {self.samples_per_shard}: at least 1 is needed; the default is 1000")
+        if self.channels not in CHANNELS:
+            raise DataError(f"channels {self.channels}: choose 1 (grey) or 3")
+        if self.codec == ORIGINAL and self.channels != RGB:
+            remedy = "leave out --channels: training reads the files with as many channels as its model has"
+            raise DataError(f"channels {self.channels}: codec {ORIGINAL} keeps the files as they are; {remedy}")
 
 
 class PackingJob:
@@ -156,6 +165,9 @@ class PackingJob:
             enlarged=sum(one.enlarged for one in packed),
             bad=bad,
             class_counts=count_classes(indexes, self.inputs.num_classes),
+            background=self.options.background,
+            transparent=sum(one.transparent for one in packed),
+            channels=self.options.channels,
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
@@ -166,7 +178,7 @@ class PackingJob:
 
     def bytes_to_write(self) -> int:
         """Bytes that the missing tars will take; exact for raw if no input is bad, elsewhere an estimate."""
-        cropped = _NPY_HEADER + 3 * self.options.resolution**2
+        cropped = _NPY_HEADER + self.options.channels * self.options.resolution**2
         image = self._mean_size() if self.options.codec == ORIGINAL else cropped
         sample = _TAR_BLOCK + _padded(image, _TAR_BLOCK)
         if self.inputs.num_classes:
@@ -202,8 +214,9 @@ class PackingJob:
     def _task(self, shard: int) -> ShardTask:
         sources = {number: self.inputs[number] for number in self._slice(shard).tolist()}
         path, options = self.folder / shard_name(shard), self.options
-        most_bad = self._most_bad - len(self._bad)
-        return ShardTask(path, self._root, sources, options.codec, options.resolution, most_bad)
+        background, most_bad = parse_background(options.background), self._most_bad - len(self._bad)
+        kept = options.codec, options.resolution
+        return ShardTask(path, self._root, sources, *kept, most_bad, background, options.channels)
 
     def _slice(self, shard: int) -> Int64Array:
         size = self.options.samples_per_shard
@@ -236,6 +249,8 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
     there = {
         "--codec": (manifest.codec, options.codec),
         "--resolution": (manifest.resolution, None if options.codec == ORIGINAL else options.resolution),
+        "--background": (manifest.background, options.background),
+        "--channels": (manifest.channels, options.channels),
         "--samples-per-shard": (shards, -(-images // options.samples_per_shard)),
         "--class-names": (manifest.class_names, options.finding.class_names or manifest.class_names),
     }
@@ -380,7 +395,8 @@ def _read_record(path: Path) -> PackedShard | None:
     try:
         values = json.loads(path.read_bytes())
         bad = [BadInput(**one) for one in values["bad"]]
-        return PackedShard(ShardRecord(**values["record"]), int(values["enlarged"]), bad)
+        counts = {name: int(values[name]) for name in ("enlarged", "transparent")}
+        return PackedShard(ShardRecord(**values["record"]), bad=bad, **counts)
     except _DAMAGED_JSON:
         return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jitscale.data import tar_index
+from jitscale.data.background import Background
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -92,19 +93,22 @@ def scan_shards(
     return scans, classes, defects
 
 
-def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
+def survey(tars: Tars, class_names: list[str] | None, workers: int, background: Background | None = None) -> Survey:
     """Scan `tars` for what makes them shards; nothing is written. Mistakes in tars and labels are among the defects.
 
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
-    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. Raises a
-    DataError if there is no sample at all, class names come with a packing, or a process died.
+    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. `background`
+    is that of transparent images; None: as the manifest that is there says, or white. Raises a DataError if there is no
+    sample at all, class names or a background come with a packing, or a process died.
     """
     packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
-        if class_names is not None:
-            raise DataError(
-                f"{tars.folder / MANIFEST}: came from packing, which named the classes; leave out --class-names"
-            )
+        for given, option, fact in (
+            (class_names, "--class-names", "named the classes"),
+            (background, "--background", "chose the background"),
+        ):
+            if given is not None:
+                raise DataError(f"{tars.folder / MANIFEST}: came from packing, which {fact}; leave out {option}")
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
     scans, classes, defects = scan_shards(tars.paths, class_names, workers)
@@ -122,6 +126,10 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int) -> Survey:
     resolution = width if width == height else None
     counts = tar_index.count_classes((scan.index for scan in scans), classes.number)
     manifest = Manifest(FOREIGN, resolution, classes.number, classes.names, total, records, class_counts=counts)
+    if tars.manifest is not None:
+        manifest = replace(manifest, background=tars.manifest.background)
+    if background is not None:
+        manifest = replace(manifest, background=str(background))
     return Survey(tars, manifest, scans, by_place(defects))
 
 

@@ -293,12 +293,12 @@ def test_help_shows_the_usual_commands() -> None:
 
 
 def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*arguments: object) -> None:
+    def exhausted(*arguments: object, **options: object) -> None:
         raise MemoryError
 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "large.png").write_bytes(file_bytes(noise(1)))
-    monkeypatch.setattr("jitscale.data.images.decode", exhausted)
+    monkeypatch.setattr("jitscale.data.images.decode_file", exhausted)
     task = ShardTask(tmp_path / "a.tar", "/", {0: find_sources([str(tmp_path / "in")])[0]}, "raw", 8, 0)
     with pytest.raises(DataError, match=r"in/large.png: takes more memory than there is; .* fewer --workers"):
         pack_shard(task)
