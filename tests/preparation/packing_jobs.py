@@ -6,6 +6,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 from jitscale.data.manifest import Manifest
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, noise
@@ -15,15 +17,19 @@ RESOLUTION = 16
 CLASSES = ["ant", "bee", "cat"]
 PER_CLASS = 14
 PER_SHARD = 4
+TRANSPARENT = 9  # the number of an image in its class
 SLOW = ("--samples-per-shard", "2")
 
 
 def write_tree(folder: Path, *, dirty: bool, size: int = 20) -> Path:
-    """Images in folders of classes; of the dirty ones two cannot be used."""
+    """Images in folders of classes; one of each class is transparent, and of the dirty ones two cannot be used."""
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for number in range(PER_CLASS):
             image = noise(label * PER_CLASS + number, size, size + number)
+            if number == TRANSPARENT:
+                image = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+                image[: size // 2, :, 3] = 0
             (folder / name / f"{number:02d}.png").write_bytes(file_bytes(image))
     if dirty:
         (folder / "ant" / "03.png").write_bytes(file_bytes(noise(3))[:100])
