@@ -17,7 +17,7 @@ from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.preparation.array_shards import write_shards
-from tests.preparation.surveying import change_manifest, defects
+from tests.preparation.surveying import defects
 from tests.support.pictures import noise
 
 
@@ -91,11 +91,3 @@ def test_images_of_both_kinds_are_refused(tmp_path: Path) -> None:
         write_shards([grey(1, 8, 8), noise(2, 8, 8)], [0, 0], tmp_path)
     with pytest.raises(DataError, match=r"has shape \(8, 8, 2\).*expected uint8 \(height, width, 1 or 3\)"):
         encode(noise(1, 8, 8)[..., :2], "raw")
-
-
-@pytest.mark.parametrize(("field", "value"), [("channels", 2), ("channels", True), ("background", "red")])
-def test_a_manifest_with_wrong_values_is_refused(tmp_path: Path, field: str, value: object) -> None:
-    write_shards(noise(1, 8, 8)[None], [0], tmp_path)
-    change_manifest(tmp_path, **{field: value})
-    with pytest.raises(DataError, match=rf"manifest.json: {field} is {value!r}, not .*; write it again"):
-        ShardSet.open(tmp_path, 1)
