@@ -95,14 +95,10 @@ def damaged_npy() -> bytes:
     return data.replace(b"'descr': '|u1'", b"'descr': [|u1'")
 
 
-def cut_out(mode: str) -> Image.Image:
-    """The picture with a transparent lower half."""
-    alpha = np.repeat([[255], [0]], SIZE // 2, axis=0) * np.ones((1, SIZE))
-    shown = Image.fromarray(np.dstack([picture(), alpha.astype(np.uint8)]))
-    return shown.quantize(256) if mode == "P" else shown
-
-
-OVER_WHITE = np.concatenate([picture()[: SIZE // 2], np.full((SIZE // 2, SIZE, 3), 255, np.uint8)])
+# Half of the picture, and one colour of its palette, are transparent.
+CUT_OUT = np.dstack([picture(), np.repeat(np.uint8([255, 0]), SIZE * SIZE // 2).reshape(SIZE, SIZE)])
+CUT_OUT_OVER_WHITE = np.where(CUT_OUT[..., 3:] == 0, np.uint8(255), picture())
+PALETTE_OVER_WHITE = np.where(np.asarray(PALETTE)[..., None] == 0, 255, np.asarray(PALETTE.convert("RGB")))
 
 
 @dataclass(frozen=True)
@@ -217,8 +213,10 @@ CASES = [
     Case("PNG that is called JPEG", image(PNG, "jpg"), pixels=picture()),
     Case("grey", image(file_bytes(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
     Case("palette", image(file_bytes(PALETTE, "PNG"), "png"), pixels=np.asarray(PALETTE.convert("RGB"))),
-    Case("alpha", image(file_bytes(cut_out("RGBA")), "png"), pixels=OVER_WHITE),
-    Case("palette with transparent colours", image(file_bytes(cut_out("P")), "png"), pixels=OVER_WHITE),
+    Case("alpha", image(file_bytes(CUT_OUT), "png"), pixels=CUT_OUT_OVER_WHITE),
+    Case(
+        "palette with transparent colours", image(file_bytes(PALETTE, transparency=0), "png"), pixels=PALETTE_OVER_WHITE
+    ),
     Case("opaque alpha", image(file_bytes(RGB.convert("RGBA")), "png"), pixels=picture()),
     Case(".npy of one channel", image(encode(picture()[..., :1], "raw")[1], "npy"), pixels=picture()[..., [0, 0, 0]]),
     Case("CMYK", image(file_bytes(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0), "jpg"), pixels=picture()),
