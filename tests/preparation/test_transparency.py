@@ -108,10 +108,10 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["raw", "png", "webp", "jpeg"])
 def test_grey_data_stays_grey(tmp_path: Path, codec: str) -> None:
     """Colours become luma, after what is transparent was composited."""
-    source, output = write_emoji(tmp_path / "in", count=3), tmp_path / "out"
+    source, output = write_emoji(tmp_path / "in", count=20), tmp_path / "out"
     options = PackingOptions([str(source)], "raw", RESOLUTION, 100, 0, channels=1)
     manifest = packed(source, output, "--channels", "1", "--samples-per-shard", "100", codec=codec)
-    assert (manifest.channels, manifest.transparent) == (1, 3)
+    assert (manifest.channels, manifest.transparent) == (1, 20)
     for number, sample in samples(output).items():
         ((extension, data),) = sample.items()
         file = sorted(source.iterdir())[number].read_bytes()
