@@ -16,7 +16,7 @@ from jitscale.errors import DataError, data_error
 from jitscale.preparation.array_rows import ArrayHeader, header_of, offset_of
 from jitscale.preparation.forms.batches import images_in_split
 from jitscale.preparation.forms.imagenet import CLASSES, wnids_of_ids
-from jitscale.preparation.forms.kinds import Kind, kind_of
+from jitscale.preparation.forms.kinds import Kind, is_kind
 from jitscale.preparation.forms.listing import Listing
 from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Search, extension_of
 from jitscale.preparation.sources import NO_GROUP, Storage
@@ -51,7 +51,8 @@ def images_in_arrays(search: Search, path: Path) -> Images:
         start = offset_of(path, info, header)
         given = np.load(archive.open("labels.npy"), allow_pickle=False) if "labels.npy" in names else None
     if not header.is_images:
-        raise DataError(f"{path}: data is {header.dtype} {header.shape}; write {_EXPECTED}")
+        order = " in column order" if header.column_major else ""
+        raise DataError(f"{path}: data is {header.dtype} {header.shape}{order}; write {_EXPECTED}")
     is_stored = info.compress_type == zipfile.ZIP_STORED and header.has_planes
     if is_stored and info.file_size < header.size + header.count * header.row_bytes:
         raise DataError(f"{path}: data has fewer bytes than its {header.count} images take; copy it again")
@@ -63,7 +64,7 @@ def images_in_arrays(search: Search, path: Path) -> Images:
 
 def _arrays(listing: Listing) -> list[str]:
     names = [name for name in listing.files if extension_of(name) == "npz"]
-    return [name for name in names if kind_of(listing.folder / name) == Kind.NPZ]
+    return [name for name in names if is_kind(listing.folder / name, Kind.NPZ)]
 
 
 def _split_of(name: str) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 from jitscale.data.images import UInt8Array
 from jitscale.errors import DataError, data_error
 from jitscale.preparation.forms.batches import images_in_split
-from jitscale.preparation.forms.kinds import CIFAR_RECORDS, Kind, kind_of
+from jitscale.preparation.forms.kinds import CIFAR_RECORDS, Kind, is_kind
 from jitscale.preparation.forms.listing import Listing
-from jitscale.preparation.forms.search import Found, Images, Search, extension_of
+from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
 from jitscale.preparation.sources import Storage
 
 _PIXELS = 3 * 32 * 32  # bytes
@@ -30,8 +30,8 @@ _CIFAR_100 = (_Labels("coarse", 20, "coarse_label_names.txt"), _Labels("fine", 1
 
 
 def has_batches(listing: Listing) -> bool:
-    """Whether a folder holds batches of CIFAR."""
-    return bool(_batches(listing))
+    """Whether a folder holds batches of CIFAR, and neither images nor folders."""
+    return not listing.folders and not listing.paths(*PICTURES) and bool(_batches(listing))
 
 
 def images_in_folder_of_batches(search: Search, listing: Listing) -> Images:
@@ -65,7 +65,7 @@ def images_in_batch(search: Search, path: Path) -> Images:
 
 def _batches(listing: Listing) -> list[str]:
     names = [name for name in listing.files if extension_of(name) == "bin"]
-    return [name for name in names if kind_of(listing.folder / name) == Kind.CIFAR]
+    return [name for name in names if is_kind(listing.folder / name, Kind.CIFAR)]
 
 
 def _split_of(name: str) -> str:

@@ -7,6 +7,7 @@ another order, in which no class keeps that number.
 import csv
 import os
 import re
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -197,11 +198,11 @@ def _id_rows(path: Path) -> Iterator[tuple[int, str]]:
 
 def _rows_of_meta(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        from scipy.io import loadmat  # noqa: PLC0415 (optional)
+        from scipy.io.matlab import MatReadError, loadmat  # noqa: PLC0415 (optional)
     except ImportError as error:
         remedy = f"pip install scipy, or put {_IDS} of a later devkit beside it"
         raise DataError(f"{path}: scipy, which reads it, is not installed; {remedy}") from error
-    damage = (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError)
+    damage = (OSError, ValueError, TypeError, KeyError, NotImplementedError, MatReadError, zlib.error)
     with data_error(f"{path}: cannot be read as the devkit's table of classes", "copy it again", damage):
         for synset in loadmat(path, squeeze_me=True)["synsets"]:
             number, wnid, _, _, children = synset.item()[:5]

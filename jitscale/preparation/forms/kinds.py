@@ -61,10 +61,24 @@ _LMDB = (16, b"\xde\xc0\xef\xbe")  # byte where its magic stands
 
 def kind_of(path: Path) -> Kind:
     """What the file `path` is. Raises a DataError if it cannot be read, or is of a kind that is not read."""
-    head = _head_of(path)
+    kind = _kind_by(path, head := _head_of(path))
+    if kind is None:
+        _refuse(path, head)
+        raise DataError(f"{path}: is neither a folder, a .tar, a .csv nor a .jsonl; {FORMS_REMEDY}")
+    return kind
+
+
+def is_kind(path: Path, kind: Kind) -> bool:
+    """Whether the file `path` is one of these. Raises a DataError if it cannot be read."""
+    return path.is_file() and _kind_by(path, _head_of(path)) == kind
+
+
+def _kind_by(path: Path, head: bytes) -> Kind | None:
+    """What a file that begins with `head` is; None if it is not read."""
     if head[_USTAR : _USTAR + 5] == b"ustar":
         return Kind.TAR  # a damaged one is met when it is read
-    _refuse(path, head)
+    if _refusal(path, head):
+        return None
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return Kind.NPZ if kind == Kind.ZIP and _is_npz(path, head) else kind
@@ -76,7 +90,7 @@ def kind_of(path: Path) -> Kind:
     size = path.stat().st_size
     if suffix == ".bin" and size and any(size % record == 0 for record in CIFAR_RECORDS):
         return Kind.CIFAR
-    raise DataError(f"{path}: is neither a folder, a .tar, a .csv nor a .jsonl; {FORMS_REMEDY}")
+    return None
 
 
 def refuse_unread_files(folder: Path) -> None:
@@ -96,26 +110,33 @@ def _head_of(path: Path) -> bytes:
 
 def _refuse(path: Path, head: bytes) -> None:
     """Raise a DataError if a file that begins with `head` is of a kind that is not read."""
+    if refusal := _refusal(path, head):
+        raise DataError(f"{path}: {refusal}")
+
+
+def _refusal(path: Path, head: bytes) -> str:
+    """What a file that begins with `head` is, and the remedy, if it is of a kind that is not read; else empty."""
     for magic, what, remedy in _REFUSED:
         if head.startswith(magic):
-            raise DataError(f"{path}: {what}; {remedy}")
+            return f"{what}; {remedy}"
     if (head.startswith(b"RIFF") and head[8:12] == b"WEBP") or (head.startswith(b"BM") and head[6:10] == bytes(4)):
-        raise DataError(f"{path}: {'; '.join(_ONE_PICTURE)}")
+        return "; ".join(_ONE_PICTURE)
     if head.startswith(LFS_POINTER):
-        raise DataError(f"{path}: is a git-lfs pointer of {len(head)} bytes, not the data; run git lfs pull")
+        return f"is a git-lfs pointer of {len(head)} bytes, not the data; run git lfs pull"
     if head.startswith(_PICKLES):
         stem = path.name.rstrip("0123456789").rstrip("_")
         known = [remedy for names, remedy in _KNOWN_PICKLES.items() if stem in names]
         remedy = known[0] if known else _AS_ARRAYS
-        raise DataError(f"{path}: is a pickle, which can run any code and is never opened; {remedy}")
+        return f"is a pickle, which can run any code and is never opened; {remedy}"
     if head.startswith(b"PK\x03\x04") and _first_member(head).endswith(b"/data.pkl"):
-        raise DataError(f"{path}: is a file of PyTorch, a pickle, which is never opened; {_AS_ARRAYS}")
+        return f"is a file of PyTorch, a pickle, which is never opened; {_AS_ARRAYS}"
     if head[_LMDB[0] :].startswith(_LMDB[1]):
         remedy = "export its images with fyu/lsun's data.py export --flat, and give a folder of a folder for each class"
-        raise DataError(f"{path}: is an LMDB database, as LSUN has them, which is not read; {remedy}")
+        return f"is an LMDB database, as LSUN has them, which is not read; {remedy}"
     if _is_tfrecord(head):
         remedy = "write its images as files, or as webdataset tars"
-        raise DataError(f"{path}: is a TFRecord file, which is not read; {remedy}")
+        return f"is a TFRecord file, which is not read; {remedy}"
+    return ""
 
 
 def _first_member(head: bytes) -> bytes:
