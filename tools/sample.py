@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = choose_device(options.device)
     model = ready_to_sample(stored.network(weights, device), stored.config, device)
     sampler = configured_sampler(evaluation, model.diffusion)
-    guide = read_guide(replace(stored.config, evaluation=evaluation), device=device)
+    guide = read_guide(replace(stored.config, evaluation=evaluation), stored.class_names, device=device)
     if guide is not None:
         guide = ready_to_sample(guide, stored.config, device)
     drawn: list[torch.Tensor] = []

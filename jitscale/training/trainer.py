@@ -72,7 +72,7 @@ class Trainer:
     def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim | None = None) -> None:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
-        guide = parallel.raise_together(lambda: read_guide(config, world))
+        guide = parallel.raise_together(lambda: read_guide(config, shards.class_names, world))
         checkpoint = persistence.newest_sound_checkpoint(Path(config.run.dir), world)
         if checkpoint is not None:
             persistence.check_resumable(checkpoint, config)
