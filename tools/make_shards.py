@@ -7,7 +7,7 @@
 
 An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
 in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label. Class names are numbered in sorted order, and by number if all are numbers.
+maybe label; docs/data.md lists all forms. Class names are numbered in sorted order, and by number if all are numbers.
 
 Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
 smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset tars as

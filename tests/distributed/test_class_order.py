@@ -18,6 +18,7 @@ from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.digits import digit_images
 from tests.support.processes import run_ranks
 from tests.support.tiny import model_yaml
+from tools.convert_checkpoint import main as convert
 from tools.sample import main as sample
 
 CONFIG = f"""
@@ -114,6 +115,12 @@ def test_weights_of_other_classes_may_begin_a_run_and_it_is_said(runs: Runs) -> 
     said = runs.train(f"run.dir={runs.folder / 'tuned'}", f"run.init_from={runs.run}", shards="swapped")
     assert "its class 3 is 'three', that of data.shards is 'four'" in said
     assert newest(runs.folder / "tuned").class_names == SWAPPED
+
+
+def test_a_run_made_of_a_run_keeps_the_names(runs: Runs, tmp_path: Path) -> None:
+    command = ["--checkpoint", str(runs.run), "--to", "run", "--output", str(tmp_path / "copy")]
+    assert convert([*command, "--config", str(runs.run / "config.yaml")]) == 0
+    assert newest(tmp_path / "copy").class_names == NAMES
 
 
 def test_images_by_name_need_no_shards(runs: Runs, tmp_path: Path) -> None:
