@@ -1,5 +1,6 @@
 """Kinds of files that are not read: each is named by its first bytes, with a remedy."""
 
+import bz2
 import gzip
 import lzma
 from pathlib import Path
@@ -21,6 +22,7 @@ TFRECORD = bytes.fromhex("0500000000000000eab2043e") + b"hello" + bytes(4)
     ("content", "message"),
     [
         (gzip.compress(b"x"), "is compressed with gzip; gunzip it"),
+        (bz2.compress(b"x"), "is compressed with bzip2; bunzip2 it"),
         (lzma.compress(b"x"), "is compressed with xz; unxz it"),
         (b"\x28\xb5\x2f\xfdx", "is compressed with zstd; unzstd it"),
         (b"\x04\x22\x4d\x18x", "is compressed with lz4; unlz4 it"),
