@@ -140,7 +140,7 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> Conversion
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
     config = _predicting_x_at_own_positions(stored, "the authors' code")
-    sets = [stored.choose("model"), options.ema1, options.ema2, *stored.moments]
+    sets = list(dict.fromkeys([stored.choose("model"), options.ema1, options.ema2, *stored.moments]))
     check_finite(stored, sets)
     evaluation = stored.config.evaluation
     if evaluation.method not in METHODS or evaluation.time_shift != 1.0:
