@@ -16,7 +16,7 @@ _FETCHED = ("*.json", "*.safetensors", "*.pth")
 
 def is_hub_address(path: str | Path) -> bool:
     """Whether `path` is an address on the Hugging Face hub."""
-    return str(path).startswith(("hf:/",))
+    return str(path).startswith("hf:/")
 
 
 def fetched(address: str | Path) -> Path:
@@ -26,7 +26,7 @@ def fetched(address: str | Path) -> Path:
     repository, revision or file, a StorageError if the hub cannot be reached.
     """
     found = _ADDRESS.fullmatch(str(address))
-    if found is None:
+    if found is None or ".." in str(address).split("/"):
         wanted = "hf://OWNER/NAME, hf://OWNER/NAME@REVISION or hf://OWNER/NAME/FOLDER"
         raise UserError(f"{address}: is no address on the Hugging Face hub; write {wanted}")
     try:
