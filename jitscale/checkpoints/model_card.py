@@ -105,9 +105,10 @@ class Card:
             f"{model.num_classes} classes (class-conditional)" if model.num_classes else "no classes (unconditional)"
         )
         return (
-            f"A JiT ([Back to Basics: Let Denoising Generative Models Denoise]({PAPER})), a plain transformer on "
-            f"pixels:\n{model.depth} blocks of width {model.hidden_size}, patches of {model.patch_size} pixels, "
-            f"{classes}, noise scale\n{diffusion.noise_scale:g}. These are the weights `{self.weights}`.\n"
+            f"A JiT ([Back to Basics: Let Denoising Generative Models Denoise]({PAPER})),\n"
+            f"a plain transformer on pixels: {model.depth} blocks of width {model.hidden_size}, patches of "
+            f"{model.patch_size} pixels,\n{classes}, noise scale {diffusion.noise_scale:g}. "
+            f"These are the weights `{self.weights}`.\n"
         )
 
     def _use(self) -> str:
@@ -122,12 +123,14 @@ class Card:
             first, last = evaluation.internal_interval
             settings += [f"internal_guidance={evaluation.internal_guidance:g}"]
             settings += [f"internal_interval=({first:g}, {last:g})"]
-        labels = [0, classes - 1] if classes > 1 else [0, 0]
+        settings.append(f"seed={evaluation.seed}")
+        labels = list(range(min(classes, 4))) or [0, 0]  # class i belongs to image i of an evaluation
         return (
             "## Use\n\n```python\nimport jitscale\n\n"
             'model = jitscale.load_model("hf://OWNER/NAME")  # this repository, or a folder with its files\n'
             f"images = jitscale.sample(model, labels={labels}, {', '.join(settings)})\n"
-            'jitscale.to_pil(images)[0].save("sample.png")\n```\n'
+            'jitscale.to_pil(images)[0].save("sample.png")\n```\n\n'
+            f"These are images 0 to {len(labels) - 1} of our evaluation; image i has the label i modulo the classes.\n"
         )
 
     def _protocol(self) -> str:
@@ -171,11 +174,11 @@ diffusers 0.42.1 has no JiT class, so `DiffusionPipeline.from_pretrained` does n
 yet. Keys and config names follow the proposal (huggingface/diffusers pull request 13098, names since
 2026-06-28), which may still change. `FlowMatchEulerDiscreteScheduler` opens `scheduler/`.
 
-- **Always pass `noise_scale={diffusion.noise_scale:g}`**. Without it the pipeline takes sample_size / 256,
-  here {model.image_size / 256:g}.
+- **Always pass `noise_scale={diffusion.noise_scale:g}`**. Without it the pipeline takes sample_size / 256, here
+  {model.image_size / 256:g}.
 - Its images are not those of our FID. Its time grid ends with a step from 0.001 to 0, it guides at all
   times, and it clamps differently; ours are {self.config.evaluation.steps} equal steps with guidance in an interval.
-  The lines above make the same images as our measurements.
+  The lines under "Use" make the images that we measure.
 - `transformer/config.json` has a key `jitscale` with what the form cannot say: noise scale, `t_eps`, the
   distribution of times, the name of the weight set. diffusers ignores it with a warning, and keeps it.
 """

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,20 @@ def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) 
         assert "\n" not in str(error.value)
         assert "weights_only" not in str(error.value)
         assert "options" not in str(error.value), "torch's advice to execute the file"
+
+
+def test_a_number_of_numpy_1_is_read(config: Path, tmp_path: Path) -> None:
+    """numpy 2 writes another module's name than numpy 1, which most of the authors' files come from."""
+    content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
+    torch.save({**content, "epoch": np.int64(3)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            found = new.read(name)
+            if name.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in found
+                found = found.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(name, found)
+    assert open_weights(tmp_path / "old.pth", config).weight_sets == ["model", "ema_0.9999", "ema_0.9996"]
 
 
 @pytest.mark.parametrize("step", [float("inf"), float("nan"), -5.0, [1.0, 2.0]])
