@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from jitscale.checkpoints.model_card import Card
 from jitscale.config import Config, DiffusionConfig, ModelConfig
+from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 
 
@@ -21,6 +22,18 @@ class HubJiT(JiT, PyTorchModelHubMixin):
         """`weights` is the name of the weight set, for the record."""
         super().__init__(model, diffusion)
         self.weights = weights
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HubJiT":
+        """As the mixin's, whose default leaves a tensor that the file lacks at its random start.
+
+        Raises a CheckpointError if the file's tensors are not those of its config.json.
+        """
+        try:
+            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        except RuntimeError as error:
+            what = f"{model_id}: the weights do not fit the network of its config.json ({' '.join(str(error).split())})"
+            raise CheckpointError(f"{what}; give the folder as it was written") from error
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """What `save_pretrained` and `push_to_hub` write where the folder has no card yet."""

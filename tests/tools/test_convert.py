@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import jitscale
 import jitscale.config
@@ -157,6 +157,11 @@ def test_hugging_face_folder(authors_file: Path, config: Path, tmp_path: Path) -
     network.save_pretrained(tmp_path / "saved_again")
     assert (tmp_path / "saved_again/config.json").read_text() == (folder / "config.json").read_text()
     assert "library_name: jitscale" in (folder / "README.md").read_text()
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("t_embedder.mlp.0.bias")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"do not fit.*config\.json.*t_embedder\.mlp\.0\.bias"):
+        HubJiT.from_pretrained(folder)
 
 
 def test_refusals(authors_file: Path, config: Path, tmp_path: Path) -> None:
