@@ -5,17 +5,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from jitscale.checkpoints import upgrade
 from jitscale.checkpoints.checked import checked_output
+from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.opening import open_weights
+from jitscale.checkpoints.power_averages import Reconstruction
 from jitscale.checkpoints.weights import StoredWeights, description, write_safetensors
 from jitscale.config import Config, load_config
 from jitscale.errors import CheckpointError
 from tests.support.weights import SETS, run_of, settings
+from tools import posthoc_ema
 from tools.convert_checkpoint import FORMS, main
 
 BROKEN = "blocks.1.mlp.w3.bias"
@@ -67,6 +71,15 @@ def test_an_upgrade_that_is_not_sound_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=NOT_FINITE):
         upgrade.write_upgraded(stored, target, upgrade.plan_upgrade(stored.config, target))
     assert not (tmp_path / "high").exists()
+
+
+def test_averages_that_are_not_sound_leave_nothing(tmp_path: Path) -> None:
+    """Coefficients that overflow float32, of snapshots that are sound."""
+    snapshot = Checkpoint(next((run_of(tmp_path / "run", settings()) / "checkpoints").iterdir()))
+    solution = Reconstruction(np.full((1, 1), 1e300), np.zeros(1), np.zeros(1))
+    with pytest.raises(CheckpointError, match=r"of the set power_0\.100 holds values that are not finite"):
+        posthoc_ema.write([tmp_path / "out/power_0.100.safetensors"], [(snapshot, "model")], [0.1], solution)
+    assert not list(tmp_path.rglob("power*"))
 
 
 @pytest.mark.parametrize(
