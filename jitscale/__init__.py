@@ -40,7 +40,8 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     not fit.
 
     Args:
-        path: a run folder, a step folder, a .safetensors file or the authors' .pth file.
+        path: a run folder, a step folder, a .safetensors file, a folder of safetensors files, of Hugging Face or of
+            diffusers, the authors' .pth file, or one of these at hf://OWNER/NAME[@REVISION][/FOLDER].
         weights: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, or the authors'
             model_ema1.
         config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields

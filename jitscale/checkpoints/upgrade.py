@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from jitscale.checkpoints.checked import checked_output
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import (
@@ -45,7 +46,6 @@ from jitscale.checkpoints.weights import (
 )
 from jitscale.config import Config, has_fitted_subspace, network_differences, patch_elements, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
-from jitscale.files import atomic_write
 
 PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_LAYERS = ("final_layer.linear", "middle_layer.linear")
@@ -163,7 +163,7 @@ def write_upgraded(
     checkpoint's folder, and the names of the sets in it, moments included.
 
     Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged, not
-    finite or not the network of its config, there is no room, or the target cannot be written.
+    finite or not the network of its config, there is no room, or the target cannot be written or is not sound.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
@@ -183,10 +183,10 @@ def write_upgraded(
                 return torch.zeros(new[parameter])
             return upgrade.tensor(parameter, stored.tensor(set_name, parameter))
 
-        folder = write_streamed(step_folder(run_dir, 0), progress, target, new, sets, tensor)
-    with atomic_write(run_dir / "config.yaml") as file:
-        file.write(to_yaml(target).encode())
-    return folder, sets
+        with checked_output(run_dir, target, sets) as staged:
+            write_streamed(step_folder(staged, 0), progress, target, new, sets, tensor)
+            (staged / "config.yaml").write_text(to_yaml(target))
+    return step_folder(run_dir, 0), sets
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
