@@ -15,6 +15,7 @@ averages and moments of the source; a middle output layer that the source lacks 
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import installed
@@ -112,10 +113,11 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
         if name not in averages:
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
-    prediction, grid = stored.config.diffusion.prediction, stored.config.model.position_grid
-    if prediction != "x" or grid is not None:
-        own = f"diffusion.prediction={prediction}" if prediction != "x" else f"model.position_grid={grid}"
-        what = f"{stored.path}: {own}, and the authors' code predicts x, with positions of the network's own grid"
+    named = {key: attrgetter(key) for key in ("diffusion.prediction", "model.position_grid", "model.in_channels")}
+    unlike = [f"{key}={of(stored.config)}" for key, of in named.items() if of(stored.config) != of(Config())]
+    if unlike:
+        theirs = "predicts x of RGB images, with positions of the network's own grid"
+        what = f"{stored.path}: {', '.join(unlike)}, and the authors' code {theirs}"
         raise CheckpointError(f"{what}; convert this network --to safetensors")
     check_finite(stored, [stored.choose("model"), options.ema1, options.ema2, *stored.moments])
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jitscale.config import RGB
 from jitscale.data import images, tar_index
 from jitscale.data.background import WHITE, Background
 from jitscale.data.images import ImageError
@@ -30,7 +31,7 @@ class ShardTask:
     resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
     most_bad: int  # inputs that may be bad
     background: Background = WHITE  # of transparent images
-    channels: int = images.RGB  # of the images that are stored
+    channels: int = RGB  # of the images that are stored
 
 
 @dataclass(frozen=True)
