@@ -72,7 +72,7 @@ def check_measurable(config: Config, world: World, points: Sequence[SweepPoint])
             purpose = "computing the statistics of the real images takes"
             _check_room(folder, needed, f"{folder}", purpose, "set evaluation.cache_dir")
         else:
-            read_statistics(source, files)
+            read_statistics(source, files, config.model.in_channels)
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
             raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")
