@@ -38,8 +38,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jitscale.command import Parser, natural, part_of, path_text
-from jitscale.config import CHANNELS, RGB
 from jitscale.data.background import WHITE, parse_background
+from jitscale.data.images import CHANNELS, RGB
 from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message

@@ -233,7 +233,7 @@ def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
 def _on_both_axes(rows: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
     """Rows (P * P * A, ...) in the order row, column, channel, each axis multiplied by `axis` (Q, P)."""
     patch = axis.shape[1]
-    resized = torch.einsum("ijd,qi,rj->qrd", rows.view(patch, patch, -1), axis, axis)
+    resized = torch.einsum("ijd,qi,rj->qrd", rows.reshape(patch, patch, -1), axis, axis)
     return resized.reshape(-1, *rows.shape[1:])
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from jitscale.config.schema import (
     CHANNELS,
     CHOICES,
-    GREY,
     RGB,
     SETTINGS,
     WIDEST_POWER,
@@ -47,7 +46,7 @@ from jitscale.config.shapes import (
 if TYPE_CHECKING:
     from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
 
-__all__ = ["CHANNELS", "CHOICES", "GREY", "RGB", "SETTINGS", "WIDEST_POWER"]
+__all__ = ["CHANNELS", "CHOICES", "RGB", "SETTINGS", "WIDEST_POWER"]
 __all__ += ["Config", "EvaluationConfig", "ModelConfig", "ProgressiveConfig"]
 __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
 __all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]

@@ -12,8 +12,8 @@ WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the 
 LARGEST_SEED = 2**63 - 1
 # Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
-GREY, RGB = 1, 3
-CHANNELS = (GREY, RGB)  # that an image may have
+RGB = 3
+CHANNELS = (1, RGB)  # that an image may have: grey has one
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
 # Beyond these, times of a grid would fall together in float32.

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jitscale.config import CHANNELS, RGB
 from jitscale.data.background import WHITE, Background, parse_background
+from jitscale.data.images import CHANNELS, RGB
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 

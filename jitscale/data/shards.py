@@ -24,10 +24,10 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from jitscale.config import RGB, Config, held_out_fraction
+from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
-from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
+from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
 from jitscale.data.remote import is_remote

@@ -13,10 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from jitscale.config import RGB
 from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.find import Tars
-from jitscale.data.images import UInt8Array, center_crop, decode
+from jitscale.data.images import RGB, UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
 from jitscale.errors import DataError, data_error

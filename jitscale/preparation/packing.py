@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jitscale.config import RGB
 from jitscale.data import images, tar_index
 from jitscale.data.background import WHITE, Background
 from jitscale.data.images import ImageError
@@ -31,7 +30,7 @@ class ShardTask:
     resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
     most_bad: int  # inputs that may be bad
     background: Background = WHITE  # of transparent images
-    channels: int = RGB  # of the images that are stored
+    channels: int = images.RGB  # of the images that are stored
 
 
 @dataclass(frozen=True)

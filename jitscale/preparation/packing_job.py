@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from jitscale.config import CHANNELS, RGB
 from jitscale.data.background import WHITE, parse_background
-from jitscale.data.images import CODECS, MOST_PIXELS
+from jitscale.data.images import CHANNELS, CODECS, MOST_PIXELS, RGB
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError, data_error

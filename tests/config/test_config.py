@@ -25,6 +25,7 @@ NUMBERS = sorted(key for key, types in TYPES.items() if types & {int, float})
 LIMITS = """
 none: diffusion.mu evaluation.guidance_scale model.route_blocks
 one of 0, 1, 2, 3: engine.zero_stage
+one of 1, 3: model.in_channels
 at least 0: data.num_workers engine.activation_checkpointing evaluation.every_images evaluation.grid_every_images
 at least 0: diffusion.middle_weight diffusion.rank evaluation.held_out_every_images evaluation.internal_guidance
 at least 0: model.in_context_start model.middle_head run.route_until_images
