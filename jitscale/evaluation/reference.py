@@ -100,6 +100,7 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
             floors[name] = float(facts["floors"][name])
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
-    said = {key: main[key] for key in ("manifest", "images", "image_size", "channels", "crop", "stored") if key in main}
+    known = ("manifest", "images", "image_size", "channels", "crop", "stored")
+    said: dict[str, Any] = {key: main[key] for key in known if key in main}
     facts = {**said, "source": masked(source), **identity_of([images.file for images in kept])}
     return Reference(statistics, features, floors, facts)
