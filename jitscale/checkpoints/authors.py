@@ -256,13 +256,12 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
 
 
 def _sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]], image_size: int, in_context_start: int) -> ModelConfig:
-    bottleneck_dim, in_channels, patch_size, _ = shapes["x_embedder.proj1.weight"]
+    bottleneck_dim, _, patch_size, _ = shapes["x_embedder.proj1.weight"]
     num_labels, hidden_size = shapes["y_embedder.embedding_table.weight"]
     context = shapes.get("in_context_posemb")
     return ModelConfig(
         image_size=image_size,
         patch_size=patch_size,
-        in_channels=in_channels,
         hidden_size=hidden_size,
         depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         num_heads=hidden_size // shapes["blocks.0.attn.q_norm.weight"][0],

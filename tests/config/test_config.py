@@ -208,6 +208,7 @@ def test_all_refusals_come_in_one_message() -> None:
             "names no block of model.depth=4; for example [2,4]",
         ),
         ("diffusion.prediction=asym diffusion.rank=769", "must be in [0, 768], the numbers of a patch of 16 pixels"),
+        ("diffusion.prediction=asym model.in_channels=1 diffusion.rank=257", "must be in [0, 256], the numbers of"),
         (
             "evaluation.internal_guidance=1.5",
             "guides away from a middle output layer, and model.middle_head=0 has none",
