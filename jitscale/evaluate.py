@@ -87,8 +87,8 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
     tracked = described and is_end and is_own and config.tracking.wandb != "off"
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
-        guide = parallel.raise_together(lambda: read_guide(config, world, world.device))
-        check_measurable(config, world, points)
+        guide = parallel.raise_together(lambda: read_guide(config, stored.class_names, world, world.device))
+        check_measurable(config, world, points, stored.class_names)
         if world.is_main:
             for caution in filter(None, map(stored.caution, dict.fromkeys(point.weights for point in points))):
                 logger.warning("%s", caution)

@@ -147,7 +147,8 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     check_finite(stored, [begin, *averages, *moments])
     if not moments:
         print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
-    progress = Progress(0, options.images, stored.optimizer_step if moments else 0, None)
+    steps = stored.optimizer_step if moments else 0
+    progress = Progress(0, options.images, steps, None, class_names=stored.class_names)
     names = {"model": begin, **{name: name for name in (*averages, *moments)}}
 
     def read(name: str, parameter: str) -> Tensor:

@@ -6,9 +6,9 @@
 
 Indexing reads all tars of one folder. It writes an index and the keys next to each tar, and a manifest.json. Labels are
 the `cls` members, if there are any: numbers, or names, which are numbered in sorted order or in that of --class-names.
-If there is any defect, nothing is written. Verifying compares with the manifest (size, sha256, samples, index, keys,
-labels) and decodes every image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound;
-2: defects.
+Transparent images are read over --background, which the manifest keeps. If there is any defect, nothing is written.
+Verifying compares with the manifest (size, sha256, samples, index, keys, labels) and decodes every image. Every defect
+is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2: defects.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
 from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.errors import CheckpointError, ConfigError, UserError, first_line, unreadable
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
@@ -61,11 +62,17 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
-def read_guide(config: Config, world: World | None = None, device: str | torch.device = "cpu") -> JiT | None:
+def read_guide(
+    config: Config,
+    class_names: Sequence[str] | None,
+    world: World | None = None,
+    device: str | torch.device = "cpu",
+) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on `device`; None where there is none.
 
-    The ranks of a `world` verify a share of its files each, so they must call this in `parallel.raise_together`.
-    Raises a CheckpointError if it cannot be read, a ConfigError if images, classes or noise are not those of `config`.
+    `class_names` are those of the network that it guides, if known. The ranks of a `world` verify a share of its files
+    each, so they must call this in `parallel.raise_together`. Raises a CheckpointError if it cannot be read, a
+    ConfigError if images, classes or noise are not those of `config`, a DataError if its classes have other numbers.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
@@ -84,6 +91,8 @@ def read_guide(config: Config, world: World | None = None, device: str | torch.d
     differing = [f"{key}: {its} there, {own} here" for key, its, own in compared if its != own]
     if differing:
         raise ConfigError(f"evaluation.guide={evaluation.guide}: cannot guide this network ({'; '.join(differing)})")
+    place, remedy = f"evaluation.guide={evaluation.guide}", "give a guide that was trained on the same shards"
+    refuse_other_classes(place, stored.class_names, "the network", class_names, remedy)
     return guide
 
 

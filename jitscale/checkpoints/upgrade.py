@@ -173,7 +173,8 @@ def write_upgraded(
     sets = [*stored.weight_sets, *moments]
     check_finite(stored, sets)
     new = shapes_of(target)
-    progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
+    steps, names = stored.optimizer_step if moments else 0, stored.class_names
+    progress = Progress(step=0, images=0, optimizer_step=steps, data=None, class_names=names)
     with tqdm(total=sum(len(names_in(name, new)) for name in sets), unit="tensor", desc="upgrade") as bar:
 
         def tensor(set_name: str, parameter: str) -> torch.Tensor:

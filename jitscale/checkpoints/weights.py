@@ -39,6 +39,7 @@ class StoredWeights(ABC):
     shapes: dict[str, tuple[int, ...]]  # by parameter, `FIXED` buffers included
     weight_sets: list[str]  # their names
     default: str  # the set that is meant when none is named
+    class_names: list[str] | None = None  # of the data that they were trained on; None: not known
     optimizer_step: int = 0  # updates that the stored moments have seen; 0 where there are none
 
     @property

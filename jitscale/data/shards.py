@@ -27,6 +27,7 @@ import numpy as np
 from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
@@ -167,9 +168,8 @@ class ShardSet:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
                 remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
-        if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
-            remedy = "a label must mean one thing, so write its shards with the same class names"
-            raise DataError(f"data.held_out: its manifest names other classes than that of data.shards; {remedy}")
+        remedy = "a label must mean one thing, so write its shards with the same class names"
+        refuse_other_classes("data.held_out", held_out.class_names, "data.shards", self.class_names, remedy)
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""

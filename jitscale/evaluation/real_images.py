@@ -123,6 +123,7 @@ class RealImages:
     def __init__(self, file: NetworkFile, shards: ShardSet, folders: Sequence[Path]) -> None:
         """Find what is kept of `shards` in the network `file`, in `folders` from `cache_folders`; a collective call."""
         self.file, self._shards, self._images = file, shards, range(shards.num_samples)
+        self.class_names = shards.class_names
         self._main = next(iter(file.sizes))  # the array whose features are kept
         self.identity: dict[str, Any] = {
             **pixels_of(shards),

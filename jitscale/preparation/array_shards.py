@@ -69,7 +69,7 @@ def write_shards(
         for source in sources:
             image = images[source]
             progress.update()
-            if image.shape != shape or shape[0] != shape[1]:
+            if image.shape != shape or shape[:1] != shape[1:2]:
                 shapes = f"has shape {image.shape}, the first one {shape}"
                 raise DataError(f"image {source}: {shapes}; crop all of them to squares of one size and channels")
             extension, data = encode(image, codec)

@@ -13,8 +13,11 @@ import numpy as np
 from jitscale.data.find import paths_of
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError
+from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, images_in_folder_of_arrays
+from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
 from jitscale.preparation.forms.folders import images_in_folder
-from jitscale.preparation.forms.kinds import Kind, kind_of
+from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
+from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
 from jitscale.preparation.forms.listing import Listing, listing_of
 from jitscale.preparation.forms.search import FORMS_REMEDY, FindOptions, Images, Search
 from jitscale.preparation.forms.tables import images_in_table
@@ -26,10 +29,16 @@ from jitscale.preparation.sources import SourcePaths, SourceTable, rows_of
 FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.TAR: images_in_tar,
     Kind.TABLE: images_in_table,
+    Kind.NPZ: images_in_arrays,
+    Kind.CIFAR: images_in_batch,
 }
 # What a folder is: the first whose sign is there; else images, or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
+    (is_tree, images_in_tree),
     (has_tars, images_in_folder_of_tars),
+    (has_arrays, images_in_folder_of_arrays),
+    (has_batches, images_in_folder_of_batches),
+    (is_flat_folder, images_in_flat_folder),
 ]
 
 _CHUNK = 1000  # images between two reports
@@ -67,9 +76,12 @@ def find_sources(
         chunks.append(rows_of(rows))
         on_found(len(chunk))
     if not chunks:
+        for folder in filter(Path.is_dir, map(Path, inputs)):
+            refuse_unread_files(folder)
         instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
         where = "it" if len(inputs) == 1 else "them"
         raise DataError(f"{', '.join(inputs)}: no image in {where}{instead}; {FORMS_REMEDY}")
+    search.refuse_unused(", ".join(inputs))
     table = np.concatenate(chunks)
     labels = CodedLabels(table["label"].copy(), list(names))
     class_names = search.names if search.options.class_names is None else search.options.class_names

@@ -214,9 +214,16 @@ class PackingJob:
     def _task(self, shard: int) -> ShardTask:
         sources = {number: self.inputs[number] for number in self._slice(shard).tolist()}
         path, options = self.folder / shard_name(shard), self.options
-        background, most_bad = parse_background(options.background), self._most_bad - len(self._bad)
-        kept = options.codec, options.resolution
-        return ShardTask(path, self._root, sources, *kept, most_bad, background, options.channels)
+        return ShardTask(
+            path,
+            self._root,
+            sources,
+            options.codec,
+            options.resolution,
+            self._most_bad - len(self._bad),
+            parse_background(options.background),
+            options.channels,
+        )
 
     def _slice(self, shard: int) -> Int64Array:
         size = self.options.samples_per_shard

@@ -14,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from jitscale.data import tar_index
-from jitscale.data.background import parse_background
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
@@ -102,7 +101,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
                 defects.append(Defect(path, None, what))
             defects += _index_defects(path, tar_index.index_of(scan.samples, labels), list(wrong_labels))
             defects += _key_defects(path, scan.samples)
-        defects += _image_defects(path, manifest, scan.samples, remedy)
+        defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
         defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
     return samples, size, defects, skipped
@@ -167,13 +166,11 @@ def _entry(record: tuple[int, int, int, bytes]) -> str:
     return f"{size} bytes of {extension.decode(errors='replace')} at {offset}, label {label}"
 
 
-def _image_defects(path: Path, manifest: Manifest, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
-    file, resolution = tar_index.OffsetReader(path), manifest.resolution
-    background = parse_background(manifest.background)
+def _image_defects(path: Path, resolution: int | None, samples: list[TarSample], remedy: str) -> Iterator[Defect]:
+    file = tar_index.OffsetReader(path)
     for row, sample in enumerate(samples):
         try:
-            data = file.read(sample.offset, sample.size)
-            height, width = decode(data, sample.extension, background=background).shape[:2]
+            height, width = decode(file.read(sample.offset, sample.size), sample.extension).shape[:2]
         except ImageError as error:
             yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue

@@ -280,7 +280,7 @@ def run_with_moments(tmp_path: Path, config: Config) -> Path:
     if SUBSPACE in state:
         sets["ema_0.9"][SUBSPACE] = state[SUBSPACE]
     shapes = {name: tuple(p.shape) for name, p in state.items()}
-    progress = Progress(7, 84, 7, None)
+    progress = Progress(7, 84, 7, None, class_names=["a", "b"])
     folder = step_folder(tmp_path / "low", 7)
     write_streamed(folder, progress, config, shapes, list(sets), lambda name, key: sets[name][key])
     return tmp_path / "low"
@@ -310,7 +310,7 @@ def test_the_tool_writes_a_run(low: Path, tmp_path: Path, capsys: pytest.Capture
             assert all(float(number.rstrip(",")) < 1e-5 for number in line.split() if "e-" in number), line
     assert Image.open(picture).size == (8 * 32, 3 * 32), "before, after pooled, after"
     before, after = open_weights(low), open_weights(high)
-    assert after.optimizer_step == 7
+    assert (after.optimizer_step, after.class_names) == (7, ["a", "b"])
     plan = plan_upgrade(settings(4), settings(8), "nearest")
     for name in ("model", "ema_0.9", *MOMENTS):
         for key in before.shapes:

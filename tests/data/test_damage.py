@@ -95,6 +95,12 @@ def damaged_npy() -> bytes:
     return data.replace(b"'descr': '|u1'", b"'descr': [|u1'")
 
 
+# Half of the picture, and one colour of its palette, are transparent.
+CUT_OUT = np.dstack([picture(), np.repeat(np.uint8([255, 0]), SIZE * SIZE // 2).reshape(SIZE, SIZE)])
+CUT_OUT_OVER_WHITE = np.where(CUT_OUT[..., 3:] == 0, np.uint8(255), picture())
+PALETTE_OVER_WHITE = np.where(np.asarray(PALETTE)[..., None] == 0, 255, np.asarray(PALETTE.convert("RGB")))
+
+
 @dataclass(frozen=True)
 class Case:
     """A folder that someone might point `data.shards` at, and what comes of it."""
@@ -207,7 +213,12 @@ CASES = [
     Case("PNG that is called JPEG", image(PNG, "jpg"), pixels=picture()),
     Case("grey", image(file_bytes(RGB.convert("L"), "PNG"), "png"), pixels=np.asarray(RGB.convert("L").convert("RGB"))),
     Case("palette", image(file_bytes(PALETTE, "PNG"), "png"), pixels=np.asarray(PALETTE.convert("RGB"))),
-    Case("alpha", image(file_bytes(RGB.convert("RGBA"), "PNG"), "png"), pixels=picture()),
+    Case("alpha", image(file_bytes(CUT_OUT), "png"), pixels=CUT_OUT_OVER_WHITE),
+    Case(
+        "palette with transparent colours", image(file_bytes(PALETTE, transparency=0), "png"), pixels=PALETTE_OVER_WHITE
+    ),
+    Case("opaque alpha", image(file_bytes(RGB.convert("RGBA")), "png"), pixels=picture()),
+    Case(".npy of one channel", image(encode(picture()[..., :1], "raw")[1], "npy"), pixels=picture()[..., [0, 0, 0]]),
     Case("CMYK", image(file_bytes(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0), "jpg"), pixels=picture()),
     Case(
         "16 bits", image(file_bytes(Image.new("I;16", (16, 16), 999), "PNG"), "png"), replaced="mode I;16; convert it"
@@ -237,6 +248,8 @@ CASES = [
     Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),
     Case("manifest that is no JSON", lambda f: (f / "manifest.json").write_text("{"), "cannot be read as a manifest"),
     Case("manifest with wrong types", lying(lambda m: m.update(num_classes="3")), "num_classes is '3'"),
+    Case("manifest with an unknown background", lying(lambda m: m.update(background="red")), "background is 'red'"),
+    Case("manifest with two channels", lying(lambda m: m.update(channels=2)), "channels is 2, not 1 or 3"),
     Case("manifest with a shard without name", lying(lambda m: m["shards"][0].update(name=5)), "a shard's name is 5"),
     Case("manifest with half a sample", lying(lambda m: m["shards"][0].update(samples=4.5)), "4.5 samples"),
     Case(

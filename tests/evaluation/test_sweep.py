@@ -12,7 +12,7 @@ from jitscale.checkpoints.opening import read_guide
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.config import Config, DiffusionConfig, image_shape, load_config
 from jitscale.diffusion.sampler import Sampler
-from jitscale.errors import ConfigError, UserError
+from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.sweep import sharing_steps, sweep_points
@@ -173,12 +173,17 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
     its.evaluation.weights, its.ema.decays, its.run.max_steps = "model", [], 1
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     folder = step_folder(tmp_path, 1)
-    write_streamed(folder, Progress(1, 8, 0, None), its, shapes, ["model"], lambda _, name: state[name])
-    assert read_guide(config) is None
+    write_streamed(
+        folder, Progress(1, 8, 0, None, class_names=["a", "b"]), its, shapes, ["model"], lambda _, name: state[name]
+    )
+    assert read_guide(config, None) is None
     config.evaluation.guide = str(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.image_size: 16 there, 256 here; model\.num_classes: 10 there"):
-        read_guide(config)
-    found = read_guide(replace(config, model=its.model))
+        read_guide(config, None)
+    config = replace(config, model=its.model)
+    with pytest.raises(DataError, match=r"evaluation.guide=.*: its class 1 is 'b', that of the network is 'c'; give a"):
+        read_guide(config, ["a", "c"])
+    found = read_guide(config, ["a", "b"])
     assert found is not None
     assert torch.equal(found.state_dict()["x_embedder.proj1.weight"], state["x_embedder.proj1.weight"])
 

@@ -46,7 +46,7 @@ def test_folders_become_shards(tree: Path, clean: Path) -> None:
     total = len(CLASSES) * PER_CLASS
     assert (manifest.codec, manifest.resolution, manifest.crop) == ("raw", RESOLUTION, "adm")
     assert (manifest.num_classes, manifest.class_names, manifest.enlarged) == (3, CLASSES, 1)
-    assert manifest.total == total - 2
+    assert (manifest.total, manifest.transparent, manifest.background) == (total - 2, 3, "white")
     assert manifest.bad == [
         BadInput(f"{tree}/ant/03.png", manifest.bad[0].reason),
         BadInput(f"{tree}/cat/05.png", "cannot be decoded as png (none of PNG, WEBP, JPEG)"),
@@ -55,7 +55,9 @@ def test_folders_become_shards(tree: Path, clean: Path) -> None:
     assert sorted(written) == [number for number in range(total) if number not in (3, 2 * PER_CLASS + 5)]
     for number, sample in written.items():
         file = tree / CLASSES[number // PER_CLASS] / f"{number % PER_CLASS:02d}.png"
-        np.testing.assert_array_equal(decode(sample["npy"], "npy"), center_crop(np.array(Image.open(file)), RESOLUTION))
+        picture = Image.open(file).convert("RGBA")
+        shown = np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[..., :3]
+        np.testing.assert_array_equal(decode(sample["npy"], "npy"), center_crop(shown, RESOLUTION))
         assert sample["cls"] == str(number // PER_CLASS).encode()
     ends = (".tar", ".index.npy", ".keys.npy")
     expected = {f"shard-{shard:06d}{end}" for shard in range(-(-total // PER_SHARD)) for end in ends}

@@ -1,7 +1,9 @@
 """Images whose pixels a test knows, in files and in tars."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,16 @@ def file_bytes(picture: Image.Image | npt.NDArray[np.uint8], form: str = "PNG", 
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     image.save(stream, form, **options)
     return stream.getvalue()
+
+
+def png_bytes(depth: int, colours: int, row: bytes, *chunks: tuple[bytes, bytes], width: int) -> bytes:
+    """A PNG of one row of any bit depth and colour type, with `chunks` before its pixels; Pillow writes few of them."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colours, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    written = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
 def tar_bytes(*members: tuple[str, bytes]) -> bytes:
