@@ -121,7 +121,10 @@ class Tracker:
             self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
-        """Record a picture (height, width, 3) taken after `images` images seen, as a PNG in the run's folder too."""
+        """Record a picture taken after `images` images seen, as a PNG in the run's folder too.
+
+        It is (height, width, 3), or a grey one (height, width).
+        """
         if not self._active:
             return
         path = self._metrics.parent / name / f"images_{images:012d}.png"

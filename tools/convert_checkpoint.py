@@ -20,6 +20,7 @@ What was written is opened again and compared with its config, before it gets it
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import installed
@@ -118,7 +119,7 @@ def to_diffusers(stored: StoredWeights, options: argparse.Namespace) -> Conversi
     """The folder of the pull request, and a model card."""
     chosen = stored.choose(_one_set(options, "a folder of diffusers holds one weight set"))
     refuse_existing(options.output / "model_index.json", options.output / "transformer", options.output / "scheduler")
-    config = _predicting_x_at_own_positions(stored, "JiT in diffusers")
+    config = _known_to_others(stored, "JiT in diffusers")
     check_finite(stored, [chosen])
 
     def write(folder: Path) -> None:
@@ -139,7 +140,7 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> Conversion
         if name not in averages:
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
-    config = _predicting_x_at_own_positions(stored, "the authors' code")
+    config = _known_to_others(stored, "the authors' code", "model.in_channels")
     sets = list(dict.fromkeys([stored.choose("model"), options.ema1, options.ema2, *stored.moments]))
     check_finite(stored, sets)
     evaluation = stored.config.evaluation
@@ -229,16 +230,19 @@ def _one_set(options: argparse.Namespace, why: str) -> str | None:
     return options.weights[0] if options.weights else None
 
 
-def _predicting_x_at_own_positions(stored: StoredWeights, whose: str) -> Config:
-    """The config of `stored`, whose network must be one that the code of others has too. Raises a CheckpointError."""
-    prediction, model = stored.config.diffusion.prediction, at_own_positions(stored.config.model)
-    if prediction != "x" or model.position_grid is not None:
-        own = (
-            f"diffusion.prediction={prediction}" if prediction != "x" else f"model.position_grid={model.position_grid}"
-        )
-        what = f"{stored.path}: {own}, and {whose} predicts x, with positions of the network's own grid"
-        raise CheckpointError(f"{what}; convert this network --to safetensors")
-    return replace(stored.config, model=model)
+def _known_to_others(stored: StoredWeights, whose: str, *more: str) -> Config:
+    """The config of `stored`, whose network must be one that the code of others has too. Raises a CheckpointError.
+
+    That code knows neither other predictions than x, nor stretched positions; `more` settings must have their defaults.
+    """
+    config = replace(stored.config, model=at_own_positions(stored.config.model))
+    keys = ("diffusion.prediction", "model.position_grid", *more)
+    unlike = [f"{key}={of(config)}" for key in keys if (of := attrgetter(key))(config) != of(Config())]
+    if unlike:
+        grey = " of RGB images" if "model.in_channels" in more else ""
+        what = f"{', '.join(unlike)}, and {whose} predicts x{grey}, with positions of the network's own grid"
+        raise CheckpointError(f"{stored.path}: {what}; convert this network --to safetensors")
+    return config
 
 
 def _write_card(

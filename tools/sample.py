@@ -14,7 +14,6 @@ from pathlib import Path
 
 import installed
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from jitscale.command import Parser, natural, path_text, positive
 from jitscale.config import CHOICES, SETTINGS, Config, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.class_names import class_numbers
-from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.features import as_pictures, to_uint8
 from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.parallel import choose_device
 
@@ -86,10 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         for start in range(0, len(ids), options.batch):
             part = ids[start : start + options.batch]
             images = to_uint8(generate(model, sampler, part, evaluation.seed, guide), part).cpu()
-            for image, number in zip(images, part, strict=True):
+            for picture, number in zip(as_pictures(images), part, strict=True):
                 label = number % max(1, model.config.num_classes)
-                pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-                Image.fromarray(pixels).save(options.output / f"class_{label:04d}_id_{number:08d}.png")
+                Image.fromarray(picture).save(options.output / f"class_{label:04d}_id_{number:08d}.png")
             drawn.append(images)
             progress.update(len(part))
     grid = options.output / "grid.png"

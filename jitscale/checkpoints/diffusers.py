@@ -38,6 +38,7 @@ _VERSION = "0.42.1"  # of diffusers, whose files these are like
 _FIELDS = {
     "sample_size": "image_size",
     "patch_size": "patch_size",
+    "in_channels": "in_channels",
     "hidden_size": "hidden_size",
     "num_layers": "depth",
     "num_attention_heads": "num_heads",
@@ -48,7 +49,7 @@ _FIELDS = {
     "attention_dropout": "attn_dropout",
     "dropout": "proj_dropout",
 }
-_FIXED = {"in_channels": 3, "mlp_ratio": 4.0, "norm_eps": NORM_EPS}  # of every network here
+_FIXED = {"mlp_ratio": 4.0, "norm_eps": NORM_EPS}  # of every network here
 # Of the flat form: key, and what its code called it before; one that is not null wins over the key.
 _FLAT = {
     "model_type": "model_name",

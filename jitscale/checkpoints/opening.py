@@ -88,6 +88,7 @@ def read_guide(
     guide = stored.network(evaluation.guide_weights, device)
     compared = [
         ("model.image_size", guide.config.image_size, config.model.image_size),
+        ("model.in_channels", guide.config.in_channels, config.model.in_channels),
         ("model.num_classes", guide.config.num_classes, config.model.num_classes),
         ("diffusion.prediction", guide.diffusion.prediction, config.diffusion.prediction),
         ("diffusion.noise_scale", guide.diffusion.noise_scale, config.diffusion.noise_scale),

@@ -7,6 +7,7 @@ of them is refused already, the rule is skipped. It may also name what `load_con
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -95,9 +96,9 @@ def _tokens_to_keep(share: float, image_size: int, patch_size: int) -> Faults:
             yield f"is less than one of the {tokens} tokens of an image", "raise it, or set model.route_share=0"
 
 
-@rule("diffusion.rank", "diffusion.prediction", "model.patch_size")
-def _rank_of_a_patch(rank: int, prediction: str, patch_size: int) -> Faults:
-    most = patch_elements(ModelConfig(patch_size=patch_size))
+@rule("diffusion.rank", "diffusion.prediction", "model.patch_size", "model.in_channels")
+def _rank_of_a_patch(rank: int, prediction: str, patch_size: int, channels: int) -> Faults:
+    most = patch_elements(ModelConfig(patch_size=patch_size, in_channels=channels))
     if prediction == "asym" and rank > most:
         yield f"must be in [0, {most}], the numbers of a patch of {patch_size} pixels a side", "for example 8"
 
@@ -238,15 +239,18 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
         yield limit, "set model.position_grid=null"
 
 
-@rule("progressive.resolutions", "model.image_size", "model.patch_size", "diffusion.prediction", "diffusion.rank")
+@rule(
+    *("progressive.resolutions", "model.image_size", "model.patch_size", "model.in_channels"),
+    *("diffusion.prediction", "diffusion.rank"),
+)
 def _subspace_of_resolutions(
-    resolutions: list[int], image_size: int, patch_size: int, prediction: str, rank: int
+    resolutions: list[int], image_size: int, patch_size: int, channels: int, prediction: str, rank: int
 ) -> Faults:
     """What checkpoints/upgrade.py would refuse after the first stage."""
-    whole = ModelConfig(patch_size=patch_size)
+    whole = ModelConfig(patch_size=patch_size, in_channels=channels)
     if prediction != "asym" or not 0 < rank < patch_elements(whole) or not resolutions or min(resolutions) < 1:
         return
-    lowest = patch_elements(ModelConfig(patch_size=patch_size * min(resolutions) // image_size))
+    lowest = patch_elements(replace(whole, patch_size=patch_size * min(resolutions) // image_size))
     if rank >= lowest:
         limit = f"would have patches of {lowest} numbers, and a subspace of diffusion.rank={rank} is a part of them"
         yield limit, "begin at a higher resolution, or lower diffusion.rank"

@@ -12,6 +12,8 @@ WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the 
 LARGEST_SEED = 2**63 - 1
 # Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
+RGB = 3
+CHANNELS = (1, RGB)  # that an image may have: grey has one
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
 # Beyond these, times of a grid would fall together in float32.
@@ -46,6 +48,7 @@ class ModelConfig:
     patch_size: int = setting(
         16, "side of the patch that becomes a token", unit="pixels", at_least=1, at_most=LARGEST_SIDE
     )
+    in_channels: int = setting(RGB, "channels of an image: 3 is RGB, 1 grey; shards are read as both", choices=CHANNELS)
     hidden_size: int = setting(768, "elements of a token", at_least=1, at_most=WIDEST)
     depth: int = setting(12, "transformer blocks", at_least=1, at_most=DEEPEST)
     num_heads: int = setting(12, "attention heads", at_least=1, at_most=WIDEST)

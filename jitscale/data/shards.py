@@ -364,6 +364,7 @@ def open_setting(config: Config, setting: str, num_classes: int, size_setting: s
             setting=setting,
             size_setting=size_setting,
             all_classes=setting == "data.shards" and config.data.classes == "all",
+            channels=config.model.in_channels,
         )
     except DataError as error:
         if setting == "data.shards":  # where users look for shards first

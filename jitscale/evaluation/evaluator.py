@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
 from jitscale.evaluation import generate
@@ -115,7 +115,7 @@ class Evaluator:
         def blocks(missing: Sequence[Missing]) -> Iterator[FeatureArrays]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
-            noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
+            noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, image_shape(model.config))
             for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
                 labels, chosen = self._labels(ids), [samplers[index] for index in block.points]
                 with generate.autocast(self.config, self.world.device):

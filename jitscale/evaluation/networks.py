@@ -122,7 +122,7 @@ class Embedder:
         self._device, self._stop = world.device, stop
 
     def __call__(self, images: torch.Tensor) -> FeatureArrays:
-        """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
+        """What the networks say about uint8 `images` (B, A, height, width): (B, width) float32 each, and `logits`."""
         said = [self.arrays_of(number, images) for number in range(len(self.files))]
         return {name: values for arrays in said for name, values in arrays.items()}
 

@@ -47,7 +47,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     source = reference_source(config)
     kept = open_real_images(embedder.files, config, world, run_dir)
     if not kept:
-        return parallel.raise_together(lambda: _of_file(source, embedder.files) if world.is_main else None)
+        return parallel.raise_together(lambda: _of_file(source, config, embedder.files) if world.is_main else None)
     for number, images in enumerate(kept):
         images.compute_once(partial(embedder.arrays_of, number), world, config.data.num_workers)
     return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
@@ -85,8 +85,8 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
     return [RealImages(file, shards, folders) for file in files]
 
 
-def _of_file(source: str, files: Sequence[NetworkFile]) -> Reference:
-    statistics, floors, facts = read_statistics(source, files)
+def _of_file(source: str, config: Config, files: Sequence[NetworkFile]) -> Reference:
+    statistics, floors, facts = read_statistics(source, files, config.model.in_channels)
     return Reference(statistics, None, floors, facts)
 
 
@@ -100,6 +100,7 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
             floors[name] = float(facts["floors"][name])
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
-    said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
+    known = ("manifest", "images", "image_size", "channels", "crop", "stored")
+    said: dict[str, Any] = {key: main[key] for key in known if key in main}
     facts = {**said, "source": masked(source), **identity_of([images.file for images in kept])}
     return Reference(statistics, features, floors, facts)

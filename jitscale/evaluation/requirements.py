@@ -76,7 +76,7 @@ def check_measurable(
             purpose = "computing the statistics of the real images takes"
             _check_room(folder, needed, f"{folder}", purpose, "set evaluation.cache_dir")
         else:
-            read_statistics(source, files)
+            read_statistics(source, files, config.model.in_channels)
         check_order(config, class_names, kept[0].class_names if kept else None)
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":

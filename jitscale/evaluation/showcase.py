@@ -43,7 +43,10 @@ def draw_samples(stored: StoredWeights, set_name: str, config: Config, count: in
     if count == 0:
         return []
     model = ready_to_sample(stored.network(set_name, device), config, device)
-    sampler, guide = configured_sampler(evaluation, model.diffusion), read_guide(config, device=device)
+    sampler, guide = (
+        configured_sampler(evaluation, model.diffusion),
+        read_guide(config, stored.class_names, device=device),
+    )
     parts: list[torch.Tensor] = []
     with torch.no_grad(), autocast(config, device):
         for first in range(0, count, TOGETHER):

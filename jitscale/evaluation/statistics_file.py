@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from jitscale.config import RGB
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError, data_error
 from jitscale.evaluation.blocks import DAMAGED
@@ -66,11 +67,11 @@ def write_statistics(path: Path, stored: StoredStatistics) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatistics:
+def read_statistics(source: str, files: Sequence[NetworkFile], channels: int = RGB) -> StoredStatistics:
     """The statistics in the file `source`, of those arrays of the networks, the main one first, that it has.
 
-    Raises a DataError if it is no such file, is of other networks or lacks one that is asked for, or if its numbers
-    cannot be a mean and a covariance.
+    Raises a DataError if it is no such file, is of other networks or lacks one that is asked for, if it says that its
+    images had not so many `channels`, or if its numbers cannot be a mean and a covariance.
     """
     place, sizes = f"evaluation.reference={source}", sizes_of(files)
     _refuse_other_kinds(source, place)
@@ -97,6 +98,10 @@ def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatisti
         if facts.get(key, expected) != expected:
             known, needed = str(facts[key])[:40], f"evaluation.features={files[0].name} has {str(expected)[:40]}"
             raise DataError(f"{place}: made with {key}={known}, {needed}; make it again")
+    stored_channels = facts.get("channels", RGB) if "manifest" in facts else channels  # files of others do not say
+    if stored_channels != channels:
+        what = f"made of images of {stored_channels} channels, and model.in_channels={channels}"
+        raise DataError(f"{place}: {what}; make it again with that setting, or name shards")
     checked = {name: _checked(place, wanted[name], *found) for name, found in statistics.items()}
     return StoredStatistics(checked, floors, {**facts, "file_sha256": sha256_of(Path(source))})
 

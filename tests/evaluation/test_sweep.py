@@ -10,7 +10,7 @@ import jitscale
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import read_guide
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DiffusionConfig, load_config
+from jitscale.config import Config, DiffusionConfig, image_shape, load_config
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
@@ -122,7 +122,7 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     separately = sum(seen)
     seen.clear()
     together = list(
-        generate_by_scale(model, samplers, labels_of(range(4), 10), noise_of(7, range(4), model.config.image_size))
+        generate_by_scale(model, samplers, labels_of(range(4), 10), noise_of(7, range(4), image_shape(model.config)))
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
@@ -191,6 +191,6 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
 def test_noise_drawn_ahead_is_the_noise() -> None:
     """Of the blocks of one rank of three, and of none."""
     blocks = [range(0, 4), range(12, 16), range(24, 28)]
-    for ids, noise in zip(blocks, noise_ahead(3, blocks, 8), strict=True):
-        assert torch.equal(noise, noise_of(3, ids, 8))
-    assert not list(noise_ahead(3, [], 8))
+    for ids, noise in zip(blocks, noise_ahead(3, blocks, (3, 8, 8)), strict=True):
+        assert torch.equal(noise, noise_of(3, ids, (3, 8, 8)))
+    assert not list(noise_ahead(3, [], (3, 8, 8)))
