@@ -41,7 +41,7 @@ class _ListSettings(argparse.Action):
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
     parser = train_parser(__doc__)
-    parser.add_argument("--list-settings", action=_ListSettings, nargs=0, help="print what settings there are, and stop")
+    parser.add_argument("--list-settings", action=_ListSettings, nargs=0, help="print every setting there is, and stop")
     options = parser.parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
     world_size = adopt_launcher_environment()
