@@ -15,7 +15,7 @@ import installed
 
 import torch
 
-from jitscale.command import Parser, path_text, refuse_existing
+from jitscale.command import Parser, path_text, positive, refuse_existing
 from jitscale.config import load_config
 from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.errors import DataError, ExitCode, UserError, data_error, exit_with_message
@@ -33,11 +33,11 @@ def main() -> int:
     sizes = "of the network (default: by the machine and the number of pictures)"
     parser.add_argument("--size", choices=list(SIZES), help=sizes)
     own = "pixels a side, for shards with pictures of their own sizes"
-    parser.add_argument("--resolution", type=int, metavar="N", help=own)
+    parser.add_argument("--resolution", type=positive, metavar="N", help=own)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_number("--gpus", None, "GPUs, for --device cuda elsewhere; None: those of this machine")
-    memory = "of a GPU in 10^9 bytes; None: as the GPU here says, or 24"
-    parser.add_number("--gpu-memory", None, memory)
+    parser.add_argument("--gpus", type=positive, metavar="N", help="(default: those of this machine, or 1)")
+    memory = f"of a GPU in 10^9 bytes (default: as the GPU here says, or {USUAL_MEMORY})"
+    parser.add_argument("--gpu-memory", type=positive, metavar="GB", help=memory)
     options = parser.parse_args()
     if options.output.suffix != ".yaml":
         parser.error(f"--output {options.output}: must be called .yaml")

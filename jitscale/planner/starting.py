@@ -128,7 +128,7 @@ def starting_lines(pictures: Pictures, machine: Machine, run_dir: str, size: str
         Line("evaluation.held_out_every_images", part if held_out else 0, "rises when pictures are learned by heart"),
         Line("tracking.log_every_steps", min(100, max(1, steps // 100)), "a hundred points of the loss at least"),
         Line("run.dir", run_dir, "checkpoints, samples and numbers"),
-        Line("run.max_images", images, f"{steps:,} steps, {images / pictures.count:.3g} epochs; raise it to go on"),
+        Line("run.max_images", images, f"{steps:,} steps, {images / pictures.count:,.0f} epochs; raise it to go on"),
         Line("run.device", "cuda" if on_gpu else "cpu", f"{machine.gpus} GPUs" if on_gpu else "no GPU, or not wanted"),
     ]
 
