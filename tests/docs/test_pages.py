@@ -6,21 +6,49 @@ from pathlib import Path
 
 import pytest
 
+from jitscale.data.manifest import Manifest
+from jitscale.planner.starting import Machine, Pictures, as_yaml, starting_lines
+from jitscale.preparation.glyphs import GLYPH_CLASSES
 from tests.support import ROOT
 from tests.support.pages import Block, Miniature, blocks_of, run_page
 
+SHORT = "run.max_images=64 data.batch_size=16 model.depth=3 evaluation.steps=2 evaluation.num_images=20"
+OFTEN = "checkpoint.every_images=32 evaluation.grid_every_images=32 evaluation.held_out_every_images=64"
 OWN_IMAGES = Miniature(
     smaller={
-        "make_pictures.py": "make_pictures.py --count 240 --resolution 20",
-        "128": "16",
-        "train --config runs/letters.yaml run.max_images=512000": "train --config runs/letters.yaml run.max_images=1280",
+        "make_pictures.py": "make_pictures.py --count 240 --resolution 40",
+        "128": "32",
+        "--config runs/letters.yaml": f"--config runs/letters.yaml {SHORT} {OFTEN} evaluation.block_size=8",
+        "run.max_images=512000": "run.max_images=128",
     }
 )
 
 
 def test_own_images(tmp_path: Path) -> None:
-    printed = run_page(ROOT / "docs/own-images.md", tmp_path, OWN_IMAGES)
-    assert printed
+    """And what the page says of each command is what lies there then."""
+    page = (ROOT / "docs/own-images.md").read_text()
+    run_page(ROOT / "docs/own-images.md", tmp_path, OWN_IMAGES)
+    assert (tmp_path / "runs/pictures/letters/B/000001.png").exists()
+    manifest = Manifest.read(tmp_path / "runs/shards/letters_32/manifest.json")
+    assert (manifest.total, manifest.class_names, manifest.resolution) == (240, GLYPH_CLASSES, 32)
+    run = tmp_path / "runs/letters"
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        f"images_{images:012d}.png" for images in (32, 64, 96, 128)
+    }
+    assert len(list((run / "drawn").glob("class_*.png"))) == 16
+    (result,) = (json.loads(path.read_text()) for path in (run / "results").iterdir())
+    assert (result["num_images"], result["protocol"]["features"]) == (20, "glyphs")
+    for file in re.findall(r"`(runs/\S+\.(?:png|html|json|yaml))`", page):
+        assert (tmp_path / file).exists(), file
+
+
+def test_the_configuration_that_the_page_shows_is_that_of_its_pictures() -> None:
+    """The page's pictures at the page's size: lines that it shows, and numbers that it says."""
+    lines = starting_lines(Pictures("runs/shards/letters_128", 3000, 10, 128), Machine(0), "runs/letters")
+    written = as_yaml(lines, "")
+    shown = [block.text for block in blocks_of((ROOT / "docs/own-images.md").read_text()) if "ema:" in block.text]
+    assert len(shown) == 1
+    assert shown[0] in written
 
 
 PAGE = """

@@ -18,7 +18,7 @@ from tests.support import ROOT
 from tests.support.forking import Process
 
 CHECKOUT = ("configs", "docs", "jitscale", "tools")  # what commands of pages name besides their own files
-LONGEST = 120  # seconds of a command
+LONGEST = 60  # seconds of a command
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -94,5 +94,8 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=LONGEST, check=False)
         return done.returncode, done.stdout + done.stderr
     process = Process(words[1:], cwd=folder)
-    output, _ = process.communicate(timeout=LONGEST)
+    try:
+        output, _ = process.communicate(timeout=LONGEST)
+    finally:
+        process.kill()
     return process.wait(), output
