@@ -49,7 +49,10 @@ def main() -> int:
     head = f"A first run on {options.shards}, written by tools/new_config.py. docs/settings.md explains every setting."
     text = as_yaml(lines, head)
     _check(text, machine)
-    with data_error(f"{options.output}: cannot be written", "choose another --output"), atomic_write(options.output) as f:
+    with (
+        data_error(f"{options.output}: cannot be written", "choose another --output"),
+        atomic_write(options.output) as f,
+    ):
         f.write(text.encode())
     given = {line.key: line.value for line in lines}
     network = f"{given['model.hidden_size']} wide, {given['model.depth']} blocks"

@@ -28,7 +28,7 @@ def settings_page() -> str:
     """Markdown that reads as plain text too: a section for each group, an entry for each setting."""
     sections = [HEAD]
     for group in fields(Config):
-        summary = (group.default_factory.__doc__ or "").strip()  # type: ignore[union-attr]
+        summary = (group.default_factory.__doc__ or "").strip()
         names = [name for name in SETTINGS if name.startswith(f"{group.name}.")]
         entries = "\n".join(_entry(name) for name in names)
         sections.append(f"## {group.name}\n\n{fill(summary, WIDTH)}\n\n{entries}\n")

@@ -56,6 +56,7 @@ def test_the_machine_and_the_number_of_pictures_decide(tmp_path: Path) -> None:
     assert (config(3000, CPU).model.patch_size, config(3000, ONE_GPU).model.patch_size) == (16, 8)
     assert config(3000, ONE_GPU, 28).model.patch_size == 2, "14 tokens a side: 16 do not divide 28"
     assert [config(3000, ONE_GPU, size).diffusion.noise_scale for size in (64, 256, 512)] == [1, 1, 2]
+    assert [config(3000, CPU, size).diffusion.noise_scale for size in (28, 32, 128)] == [1, 1, 4]
     assert config(100, CPU).data.held_out is None
     assert float(config(3000, ONE_GPU).data.held_out or 0) == 0.05
     assert config(3000, CPU).run.device == "cpu"
@@ -102,6 +103,8 @@ def test_the_file_has_a_group_once_and_a_reason_in_every_line(tmp_path: Path) ->
 
 
 def test_the_command_that_starts_it() -> None:
-    assert start_command("a.yaml", CPU) == start_command("a.yaml", ONE_GPU) == "python -m jitscale.train --config a.yaml"
+    assert (
+        start_command("a.yaml", CPU) == start_command("a.yaml", ONE_GPU) == "python -m jitscale.train --config a.yaml"
+    )
     assert start_command("a.yaml", Machine(4)) == "torchrun --nproc-per-node 4 -m jitscale.train --config a.yaml"
     assert set(SIZES) == {"tiny", "small", "medium", "b"}

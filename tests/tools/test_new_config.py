@@ -70,9 +70,7 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
         (["--output", "own.txt"], "--output own.txt: must be called .yaml"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(
-    options: list[str], said: str, shards: Path, tmp_path: Path
-) -> None:
+def test_mistakes_are_one_line_and_write_nothing(options: list[str], said: str, shards: Path, tmp_path: Path) -> None:
     refused = run_tool("new_config", "--shards", shards, "--output", tmp_path / "own.yaml", *options)
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert said in refused.err
