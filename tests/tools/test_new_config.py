@@ -77,6 +77,16 @@ def test_mistakes_are_one_line_and_write_nothing(options: list[str], said: str, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_is_read_as_a_run_reads_it_before_it_is_written(shards: Path, tmp_path: Path) -> None:
+    """A run evaluates this name, and then finds nothing there."""
+    (tmp_path / "odd${model.depth}").symlink_to(shards)
+    options = ("--output", tmp_path / "own.yaml", "--device", "cpu")
+    refused = run_tool("new_config", "--shards", tmp_path / "odd${model.depth}", *options)
+    assert refused.code == 2
+    assert refused.err.endswith("odd6: missing (1 of 1 shards are); copy it again or correct data.shards\n")
+    assert not (tmp_path / "own.yaml").exists()
+
+
 def test_shards_that_do_not_say_what_they_hold(shards: Path, tmp_path: Path) -> None:
     for file in shards.glob("*.tar"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
