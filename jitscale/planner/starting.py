@@ -122,7 +122,7 @@ def starting_lines(pictures: Pictures, machine: Machine, run_dir: str, size: str
         Line("tracking.log_every_steps", min(100, max(1, steps // 100)), "a hundred points of the loss at least"),
         Line("run.dir", run_dir, "checkpoints, samples and numbers"),
         Line("run.max_images", images, f"{steps:,} steps, {images / pictures.count:,.0f} epochs; raise it to go on"),
-        Line("run.device", "cuda" if on_gpu else "cpu", f"{machine.gpus} GPUs" if on_gpu else "no GPU, or not wanted"),
+        Line("run.device", "cuda" if on_gpu else "cpu", _device_reason(machine)),
     ]
 
 
@@ -140,6 +140,12 @@ def start_command(config: str, machine: Machine) -> str:
     """The command that starts the run, on one machine."""
     launcher = f"torchrun --nproc-per-node {machine.gpus}" if machine.gpus > 1 else "python"
     return f"{launcher} -m jitscale.train --config {config}"
+
+
+def _device_reason(machine: Machine) -> str:
+    if not machine.gpus:
+        return "no GPU, or not wanted"
+    return "one GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
 
 
 def _size_for(count: int, on_gpu: bool) -> str:
