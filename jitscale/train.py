@@ -3,6 +3,7 @@
 The same command resumes the run from its newest checkpoint. It may be started as one process, by torchrun, or by srun.
 """
 
+import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
+from jitscale.config.listing import settings_page
 from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
@@ -28,9 +30,19 @@ from jitscale.training.trainer import train
 logger = logging.getLogger(__name__)
 
 
+class _ListSettings(argparse.Action):
+    """Acts while the command line is parsed, as --help does: it needs no --config."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(settings_page(), end="")
+        parser.exit()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
-    options = train_parser(__doc__).parse_intermixed_args(arguments)
+    parser = train_parser(__doc__)
+    parser.add_argument("--list-settings", action=_ListSettings, nargs=0, help="print every setting there is, and stop")
+    options = parser.parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
     world_size = adopt_launcher_environment()
     make_kernel_caches()

@@ -75,7 +75,7 @@ def remedy_of_unknown(key: str) -> str:
     if group in groups:
         names = [name for name in SETTINGS if name.startswith(f"{group}.")]
         return f"{group} has {', '.join(name.partition('.')[2] for name in names)}"
-    return f"the groups are {', '.join(groups)}; --print-config shows all settings"
+    return f"the groups are {', '.join(groups)}; --list-settings shows all settings"
 
 
 def meant_elsewhere(problem: Problem) -> Problem:

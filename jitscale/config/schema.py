@@ -187,7 +187,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Sampling and the metrics taken from samples."""
 
-    weights: str = setting("ema_0.9999", "weight set that is sampled from: model, ema_<decay> or power_<width>")
+    weights: str = setting("ema_0.9999", "weight set that is sampled from: model, ema_DECAY or power_WIDTH")
     method: str = setting(
         "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
     )
