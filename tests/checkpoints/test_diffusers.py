@@ -30,6 +30,7 @@ NETWORKS: dict[str, ModelConfig] = {
     "no class tokens": replace(MODEL, in_context_len=0),
     "its own grid": replace(MODEL, position_grid=4),
     "dropout": replace(MODEL, attn_dropout=0.1, proj_dropout=0.2),
+    "grey": replace(MODEL, in_channels=1),
     "heads of G": WIDE,
 }
 
@@ -190,7 +191,7 @@ def test_another_table_of_positions_is_refused(run: Path, tmp_path: Path) -> Non
     [
         ({"mlp_ratio": 3.0}, r"config\.json: mlp_ratio=3\.0, and networks here have 4"),
         ({"norm_eps": 1e-5}, r"norm_eps=1e-05, and networks here have 1e-06"),
-        ({"in_channels": 1}, "in_channels=1, and networks here have 3"),
+        ({"in_channels": 2}, r"model\.in_channels=2"),
         ({"qk_norm": False}, "qk_norm=False is no key of the form"),
         ({"_class_name": "FluxTransformer2DModel"}, "describes a FluxTransformer2DModel, no JiTTransformer2DModel"),
         ({"hidden_size": "wide"}, "hidden_size"),
