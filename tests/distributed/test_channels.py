@@ -86,7 +86,7 @@ def test_weights_of_other_channels_are_another_network(job: Job, run: Path) -> N
     colour = load_config(job.folder / "config.yaml")
     colour.evaluation = EvaluationConfig(guide=str(run))
     with pytest.raises(ConfigError, match=r"cannot guide this network .*model.in_channels: 1 there, 3 here"):
-        read_guide(colour)
+        read_guide(colour, None)
     where = ["--checkpoint", run, "--to", job.folder / "config.yaml", "--output", job.folder / "colour"]
     done = run_tool("upgrade_resolution", *where, *GREY, "model.in_channels=3")
     assert done.code == 2
