@@ -65,10 +65,11 @@ def test_noise_has_the_shape_of_the_images() -> None:
 
 
 def test_grids_of_grey_images_are_grey() -> None:
-    grey = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    grey = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8)
     found, colour = tile(grey, 2), tile(grey.repeat(1, 3, 1, 1), 2)
-    assert found.shape == (20, 20)
+    assert found.shape == (30, 20)
     assert (found[..., None] == colour).all()
+    assert (found[1:9, 11:19] == grey[1, 0].numpy()).all(), "the second one lies beside the first one"
 
 
 def test_channels_make_another_network() -> None:
