@@ -23,7 +23,7 @@ from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 from jitscale.tracking import read_evaluations
 from tests.support.processes import run_ranks
 from tests.support.tiny import model_yaml
-from tools import make_reference
+from tools import make_reference, submit
 
 FETCH = "on a machine with a network: python tools/fetch_weights.py --output"
 
@@ -181,6 +181,17 @@ def test_settings_that_do_not_go_with_it(folder: Path) -> None:
         configured(folder, "evaluation.features_file=w.pth")
     with pytest.raises(ConfigError, match=r"names the network of evaluation\.features=dinov2 again"):
         configured(folder, "evaluation.features=dinov2", "evaluation.more_features=[dinov2]")
+
+
+def test_a_submission_says_it_before_a_job_waits(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = [f"--config={folder / 'config.yaml'}", "--tasks-per-node=1", f"--folder={folder / 'jobs'}", "--dry-run"]
+    assert submit.main(command) == 0
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"so there is no FID; {FETCH} {folder / 'weights'} inception; then " in said
+    put(folder, "inception")
+    caplog.clear()
+    assert submit.main(command) == 0
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("small_dinov2")
