@@ -44,16 +44,16 @@ CURVES = {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning
 PICTURE = re.compile(r"images_(\d+)\.png")  # as training names pictures of samples
 SCORES = ("inception_score", "kid", "precision", "recall", "label_agreement")
 LARGEST = 1e300  # larger numbers are no measurements, and cannot be drawn
-MEASURED = re.compile(
-    r"(fid|fd_\w+?|inception_score)(_\d+k?)?"
-)  # names of measurements on few images end with their number
+# Names of measurements on few images end with their number.
+MEASURED = re.compile(r"(fid|fd_\w+?|inception_score)(_\d+k?)?")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
 figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
 figcaption { color: #666; font-size: 13px; }
 img, svg { max-width: 100%; height: auto; } img.grid { image-rendering: pixelated; width: 20rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
+table { border-collapse: collapse; } td, th { vertical-align: bottom; }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
 td:first-child, th:first-child { text-align: left; } pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
 div.wide { overflow-x: auto; margin: 0 0 1rem 0; } tr.best td { background: #e8f3ee; font-weight: 600; }
 summary { cursor: pointer; margin: 1rem 0; } img.sheet { width: 42.25rem; }
@@ -118,7 +118,15 @@ def results(named: Mapping[str, Path]) -> str:
     distances = [key for key in named_metrics if re.fullmatch(r"(fid|fd_\w+?)(_floor)?", key)]
     distances.sort(key=lambda key: not key.startswith("fid"))  # the order of the files otherwise: a distance, its floor
     shown = [*distances, *(key for key in SCORES if key in named_metrics)]
-    head = ("run", "features", "weights", "guidance", "internal guidance", "num_images", *shown)
+    head = (
+        "run",
+        "features",
+        "weights",
+        "guidance",
+        "internal guidance",
+        "images",
+        *(key.replace("_", " ") for key in shown),
+    )
     rows = []
     for name, result in found.items():
         best, protocol = _part(result, "best"), _part(result, "protocol")
@@ -146,10 +154,12 @@ def sweep(run: Path) -> str:
     parts.append(f"<p>evaluation.sweep: {html.escape(axes)}</p>" if axes else "")
     distance = distance_of(result)
     rows.sort(key=lambda row: (-_sortable(row.get("num_images"), 0), _sortable(row.get(distance), LARGEST)))
-    columns = {key: key.replace("_", " ") for key in (*TRIED, "num_images")}
+    columns = {key: key.replace("_", " ").removeprefix("num ") for key in (*TRIED, "num_images")}
     if all(row.get("internal_guidance", 1.0) == 1.0 for row in rows):
         columns = {key: name for key, name in columns.items() if "internal" not in key}
-    columns |= {distance: distance_title(distance), "inception_score": "IS"}
+    columns[distance] = distance_title(distance)
+    if any("inception_score" in row for row in rows):
+        columns["inception_score"] = "IS"
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
     marked = next((n for n, row in enumerate(rows) if all(row.get(key) == best[key] for key in best)), None)
     head = [*columns.values()]
@@ -233,7 +243,7 @@ def _held_out(named: Mapping[str, Path]) -> str | None:
             name = key.removeprefix(HELD_OUT)
             if "/" not in name:  # a name with / is the loss at one of the times
                 found[name if len(named) == 1 else f"{run_name}: {name}"] = _points(lines, key)
-    return _figure(found, "held-out loss", log=False)
+    return _figure(found, "held-out loss", log=True)
 
 
 def _points_of(lines: Mapping[str, list[dict[str, Any]]], key: str) -> dict[str, list[tuple[float, float]]]:

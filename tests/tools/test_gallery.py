@@ -140,7 +140,7 @@ def test_the_sweep_is_a_table_with_the_best_setting_marked(tmp_path: Path) -> No
     text = sweep(folder)
     head, best, *others = cells_of(text)
     intervals, guidances = ["guidance interval", "internal interval"], ["guidance scale", "internal guidance"]
-    assert head == ["weights", guidances[0], intervals[0], guidances[1], intervals[1], "num images", "FID", "IS"]
+    assert head == ["weights", guidances[0], intervals[0], guidances[1], intervals[1], "images", "FID", "IS"]
     assert best == ["ema_0.9", "1.75", "0.1:1", "1.5", "0:0.8", "1,000", "2.5", "2"]
     assert re.findall(r'<tr class="best"[^>]*><td>.*?<td>1,000</td>', text), "the best one alone"
     assert text.count('class="best"') == 1
@@ -160,7 +160,7 @@ def test_the_sweep_is_a_table_with_the_best_setting_marked(tmp_path: Path) -> No
     result = {"best": result["best"], "fd_dinov2": 1.0, "table": dino}
     (folder / "result.json").write_text(json.dumps(result))
     head, *_ = cells_of(sweep(folder))
-    assert head == ["weights", "guidance scale", "guidance interval", "num images", "FD dinov2", "IS"]
+    assert head == ["weights", "guidance scale", "guidance interval", "images", "FD dinov2"]
     hostile = [7, {"weights": HOSTILE, "fid": [HOSTILE], "num_images": "x"}, {"guidance_interval": [HOSTILE, 1]}]
     (folder / "result.json").write_text(json.dumps({"table": hostile, "best": HOSTILE}))
     assert "<script" not in sweep(folder)
