@@ -18,6 +18,7 @@ from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
 from jitscale.config.listing import settings_page
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.evaluation.choice import settle_for_training
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
 from jitscale.parallel import World
@@ -59,12 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device), config.run.hang_timeout) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
-        measured = measurable_config(config, world)
+        settled, missing = settle_for_training(config)
+        measured = measurable_config(settled, world)
         with ExitStack() as held:
             code = _train_through(stages_of(measured), world, held)
             if code == ExitCode.DONE:
                 complete = partial(mark_complete, Path(config.run.dir), "train", config)
                 code = after_the_end(lambda: parallel.on_main(complete))
+                if missing and world.is_main:
+                    logger.warning("%s", missing)
         return code
 
 

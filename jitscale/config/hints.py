@@ -83,8 +83,7 @@ def meant_elsewhere(problem: Problem) -> Problem:
     own, group = CHOICES.get(problem.key, ()), problem.key.partition(".")[0]
     for other, choices in CHOICES.items():
         if own and other.startswith(f"{group}.") and set(own) < set(choices) and problem.value in choices:
-            value = f"[{problem.value}]" if isinstance(SETTINGS[other].default, list) else problem.value
-            return problem._replace(remedy=f"write {other}={value} ({SETTINGS[other].meaning})")
+            return problem._replace(remedy=f"write {other}={problem.value} ({SETTINGS[other].meaning})")
     return problem
 
 

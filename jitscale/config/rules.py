@@ -13,6 +13,7 @@ from typing import Any
 
 from jitscale.config.limits import Faults, Problem
 from jitscale.config.schema import (
+    AUTO,
     CHOICES,
     SETTINGS,
     Config,
@@ -208,6 +209,18 @@ def _features_to_measure(features: str | None, at_end: bool, every: int) -> Faul
         asking = "evaluation.at_end=true" if at_end else f"evaluation.every_images={every}"
         remedy = f"set it to one of {', '.join(CHOICES['evaluation.features'])}, or measure nothing"
         yield f"is no feature network, and {asking} needs one", remedy
+
+
+@rule("evaluation.features_file", "evaluation.features")
+def _network_of_the_file(file: str | None, features: str | None) -> Faults:
+    if file is not None and features == AUTO:
+        yield "holds weights of a network that evaluation.features=auto does not name", "set evaluation.features"
+
+
+@rule("evaluation.more_features", "evaluation.features")
+def _further_networks(further: list[str], features: str | None) -> Faults:
+    if features in further:
+        yield f"names the network of evaluation.features={features} again", "remove it"
 
 
 @rule("evaluation.held_out_every_images", "data.held_out")

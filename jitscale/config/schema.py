@@ -22,7 +22,8 @@ PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
 _OF_TRAINING_ALONE = ("attn_dropout", "proj_dropout", "route_share", "route_blocks")  # fields of ModelConfig
-WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
+NETWORKS = ("digits", "glyphs", "inception", "dinov2")  # that embed images for the metrics
+AUTO = "auto"  # as `evaluation.features`: evaluation/choice.py names the network
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 
@@ -204,9 +205,11 @@ class EvaluationConfig:
     t_eps: float | None = setting(None, "as diffusion.t_eps, while sampling; null: training's", above=0)
     labels: str = setting("balanced", "classes; data: as in data.shards", choices=("balanced", "random", "data"))
     seed: int = setting(0, "for noise and random labels", at_least=0, at_most=LARGEST_SEED)
-    features: str | None = setting(None, "network of FID and Inception Score; null: none", choices=WITH_LOGITS)
+    features: str | None = setting(
+        None, "network of FID and Inception Score; auto: one at hand that fits; null: none", choices=(AUTO, *NETWORKS)
+    )
     features_file: str | None = setting(None, "its weights, of the same shape; null: the published ones", path=True)
-    more_features: list[str] = setting([], "for the Fréchet distance alone", choices=(*WITH_LOGITS, "dinov2"))
+    more_features: list[str] = setting([], "for the Fréchet distance alone", choices=NETWORKS, check=distinct)
     features_dir: str | None = setting(
         None, "folder of published feature networks; null: torch hub's folder", path=True
     )

@@ -68,6 +68,8 @@ class ShardSet:
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
         self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
+        datasets = {manifest.dataset for manifest in manifests}
+        self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }

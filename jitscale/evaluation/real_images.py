@@ -130,6 +130,7 @@ class RealImages:
             "network": file.name,
             "network_sha256": file.sha256,
             "crop": "adm",  # how images are brought to that size while they are read
+            **({"arrays": list(file.sizes)} if file.suffix else {}),  # other ones than those of the main network
         }
         places = [folder / f"{file.name}_{digest_of(self.identity)}" for folder in folders]
         complete = parallel.on_main(lambda: [place for place in places if (place / "facts.json").exists()])

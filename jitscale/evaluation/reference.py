@@ -1,6 +1,5 @@
 """Real images to compare with: what is kept of shards, or a file of statistics that others have computed."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +16,9 @@ from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
-from jitscale.evaluation.small_networks import TRAINED_ON
 from jitscale.evaluation.statistics_file import FeatureStatistics, is_statistics, read_statistics
 from jitscale.node import once_a_node
 from jitscale.parallel import World
-
-logger = logging.getLogger(__name__)
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
 
@@ -61,6 +57,12 @@ def reference_source(config: Config) -> str:
     return source
 
 
+def reference_setting(config: Config) -> tuple[str, int, str]:
+    """The arguments with which `open_setting` opens the shards of `reference_source`; their labels do not matter."""
+    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
+    return setting, 0, "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
+
+
 def open_real_images(files: Sequence[NetworkFile], config: Config, world: World, run_dir: Path) -> list[RealImages]:
     """The real images as each network sees them, none if the reference is a file of statistics; a collective call.
 
@@ -70,17 +72,10 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
     source = reference_source(config)
     if is_statistics(source):
         return []
-    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
-    size_setting = "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
-    shards = once_a_node(world, lambda: open_setting(config, setting, 0, size_setting))
+    shards = once_a_node(world, lambda: open_setting(config, *reference_setting(config)))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
         raise ConfigError(f"evaluation.reference={source}: {fault}")
-    for name in {file.name for file in files} & TRAINED_ON.keys() if world.is_main else ():
-        known, names = TRAINED_ON[name], shards.class_names
-        if names != known and (names is not None or shards.classes not in (None, len(known))):
-            what = f"this small network knows {name} only, and {setting} has other classes"
-            logger.warning("%s: %s, so its numbers mean nothing; set evaluation.features=inception", name, what)
     folders = cache_folders(config, shards, run_dir, world)
     return [RealImages(file, shards, folders) for file in files]
 

@@ -18,7 +18,7 @@ from jitscale.config import RGB
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError, data_error
 from jitscale.evaluation.blocks import DAMAGED
-from jitscale.evaluation.networks import NetworkFile, identity_of, sizes_of
+from jitscale.evaluation.networks import FEATURE_NETWORKS, NetworkFile, identity_of, sizes_of
 from jitscale.files import atomic_write, sha256_of
 
 ZIP, ARRAY, PICKLES = b"PK", b"\x93NUMPY", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files begin
@@ -104,6 +104,23 @@ def read_statistics(source: str, files: Sequence[NetworkFile], channels: int = R
         raise DataError(f"{place}: {what}; make it again with that setting, or name shards")
     checked = {name: _checked(place, wanted[name], *found) for name, found in statistics.items()}
     return StoredStatistics(checked, floors, {**facts, "file_sha256": sha256_of(Path(source))})
+
+
+def network_of_statistics(source: str) -> str:
+    """The main feature network of the statistics in the file `source`: as the file says, or by their width.
+
+    Raises a DataError if it is no such file, or its numbers may be those of any network.
+    """
+    place = f"evaluation.reference={source}"
+    _refuse_other_kinds(source, place)
+    with data_error(f"{place}: no statistics of features", REMEDY, UNREADABLE), np.load(source) as content:
+        said = json.loads(str(content["facts"])).get("features") if "facts" in content.files else None
+        width = len(content["mu"])
+    wide = [name for name, network in FEATURE_NETWORKS.items() if network.num_features == width]
+    fitting = [said] if said in FEATURE_NETWORKS else wide
+    if len(fitting) != 1:
+        raise DataError(f"{place}: does not say of which network its {width} features are; set evaluation.features")
+    return fitting[0]
 
 
 def _start_of(path: Path) -> bytes:

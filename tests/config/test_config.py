@@ -295,8 +295,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_choices_match_what_exists() -> None:
     assert set(CHOICES["evaluation.more_features"]) == set(FEATURE_NETWORKS)
-    with_logits = {name for name, network in FEATURE_NETWORKS.items() if network.num_logits}
-    assert set(CHOICES["evaluation.features"]) == with_logits
+    assert set(CHOICES["evaluation.features"]) == {*FEATURE_NETWORKS, "auto"}
 
 
 def test_importing_config_does_not_import_torch() -> None:
