@@ -72,6 +72,7 @@ def main() -> int:
             label_key=given.label_key,
             label_column=given.label_column,
             ground_truth=given.ground_truth,
+            image_column=given.image_column,
         ),
     )
     try:
@@ -230,11 +231,12 @@ def parser() -> Parser:
     names = "names by line; their order gives the labels (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
     found.add_argument("--split", metavar="NAME", help="the part of a data set with several, such as train")
-    labels = "folders: as the names of folders, though a file of labels lies there; or the file that holds them"
-    found.add_argument("--labels", metavar="folders|FILE", help=labels)
+    labels = "folders: as the names of folders, though a file of labels lies there; none: no labels; or their file"
+    found.add_argument("--labels", metavar="folders|none|FILE", help=labels)
     key = "what holds a webdataset sample's label: cls (default), or a field of its json, as json:label"
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
+    found.add_argument("--image-column", metavar="NAME", help="the column of a Parquet or Arrow file with the images")
     truth = "ImageNet's validation labels: the devkit's text, or Kaggle's LOC_val_solution.csv"
     found.add_argument("--ground-truth", metavar="FILE", help=truth)
     found.add_workers()

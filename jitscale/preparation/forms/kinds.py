@@ -17,11 +17,17 @@ class Kind(Enum):
     ZIP = auto()  # also .npz
     PARQUET = auto()
     ARROW_STREAM = auto()
+    ARROW_FILE = auto()  # with a footer; also .feather
     TABLE = auto()  # .csv, .jsonl
     CIFAR = auto()
 
 
-_MAGIC = {b"PK\x03\x04": Kind.ZIP, b"PAR1": Kind.PARQUET, b"\xff\xff\xff\xff": Kind.ARROW_STREAM}
+_MAGIC = {
+    b"PK\x03\x04": Kind.ZIP,
+    b"PAR1": Kind.PARQUET,
+    b"\xff\xff\xff\xff": Kind.ARROW_STREAM,
+    b"ARROW1": Kind.ARROW_FILE,
+}
 # Kinds that are refused: how their bytes begin, what they are, the remedy.
 _REFUSED = [
     (b"\x1f\x8b", "is compressed with gzip", "gunzip it: images are read by offset"),
