@@ -176,6 +176,7 @@ class _ParquetRows(RowFile):
         rows = self._starts[batch.group + 1] - self._starts[batch.group]
         counts = chunk.statistics
         empty = counts is not None and counts.has_null_count and counts.null_count == rows
+        empty = empty or chunk.physical_type != "BYTE_ARRAY"  # of a column in which pandas met no value
         return empty, chunk.total_uncompressed_size // rows
 
 
@@ -304,7 +305,8 @@ def _column(kind: Any) -> Column:
 
     if types.is_struct(kind):
         fields = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
-        return Column.STRUCT if _is_binary(fields.get(_BYTES)) else Column.OTHER
+        unfilled = _PATH in fields and types.is_null(fields.get(_BYTES, kind))  # all images are named by path
+        return Column.STRUCT if unfilled or _is_binary(fields.get(_BYTES)) else Column.OTHER
     if _is_binary(kind):
         return Column.BINARY
     numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)

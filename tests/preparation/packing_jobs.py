@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from jitscale.data.images import decode
 from jitscale.data.manifest import Manifest
 from tests.support import ROOT
 from tests.support.pictures import file_bytes, noise
@@ -110,3 +113,20 @@ def committed(output: Path) -> dict[str, int]:
     records = output.glob(".packing/shard-*.json")
     tars = [output / f"{record.stem}.tar" for record in records]
     return {tar.name: tar.stat().st_mtime_ns for tar in tars}
+
+
+def refused_input(*arguments: object) -> str:
+    """The one line that an input with these options gets."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        finished = run_tool("make_shards", "--output", output, "--codec", "raw", "--resolution", "8", *arguments)
+    (line,) = said(finished.err).splitlines()
+    assert finished.code == 2, line
+    return line
+
+
+def images_and_labels(folder: Path) -> tuple[npt.NDArray[np.uint8], list[int | None]]:
+    """The pixels, (images, R, R, 3), and labels of raw shards, in the order of the input."""
+    found = [sample for _, sample in sorted(samples(folder).items())]
+    pixels = np.stack([decode(sample["npy"], "npy") for sample in found])
+    return pixels, [int(sample["cls"]) if "cls" in sample else None for sample in found]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from jitscale.data.images import EXTENSIONS, ImageError, content_extension
-from jitscale.errors import DataError, data_error
+from jitscale.errors import DataError, data_error, first_line
 from jitscale.preparation.forms.search import Search, extension_of
 from jitscale.preparation.row_files import Column, RowFile
 
@@ -134,8 +134,10 @@ def names_of_card(text: str, place: str, configuration: str) -> Names:
     found = re.match(r"---\s*\n(.*?\n)---", text, re.DOTALL)
     if found is None:
         return {}
-    with data_error(f"{place}: its head is no YAML", "correct it, or remove it", yaml.YAMLError):
+    try:
         head = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        raise DataError(f"{place}: its head is no YAML ({first_line(error)}); correct it, or remove it") from error
     infos = head.get("dataset_info") if isinstance(head, dict) else None
     infos = [info for info in (infos if isinstance(infos, list) else [infos]) if isinstance(info, dict)]
     wanted = [info for name in (configuration, "default") for info in infos if info.get("config_name") == name]

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from jitscale.errors import DataError
 from jitscale.preparation.forms.search import Search
+from jitscale.preparation.sources import is_address
 
 _NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{16})?")
 _WORDS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
@@ -24,7 +25,7 @@ class _Part:
     """What the name of a file says."""
 
     path: str
-    configuration: str
+    configuration: str  # the folder of all its splits
     split: str  # empty: nothing
     number: int = 0  # among the files of its split
     count: int = 0  # of the files of its split; 0: nothing
@@ -37,7 +38,7 @@ def files_of_split(search: Search, place: str, files: Sequence[str], *, whole: b
     If `whole`, the input `place` should hold all files of a split. Raises a DataError if the split is not clear, if
     files are missing, or if they belong to several configurations.
     """
-    parts = _parts_of(files)
+    parts = [_part_of(path) for path in files]
     splits = sorted({part.split for part in parts})
     chosen = _chosen(search, place, splits)
     parts = [part for part in parts if part.split == chosen]
@@ -54,34 +55,26 @@ def files_of_split(search: Search, place: str, files: Sequence[str], *, whole: b
     return [part.path for part in parts], PurePosixPath(configurations[0]).name
 
 
-def _parts_of(files: Sequence[str]) -> list[_Part]:
-    """What the name of each file says, with the names of folders from that on that holds the folder of all."""
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
-    start = len(PurePosixPath(os.path.dirname(common)).parts)
-    return [_part_of(path, PurePosixPath(os.path.abspath(path)).parts[start:]) for path in files]
-
-
-def _part_of(path: str, names: Sequence[str]) -> _Part:
-    folders = [name for name in names[:-1] if name != _DATA]
-    stem = PurePosixPath(names[-1]).stem
+def _part_of(path: str) -> _Part:
+    folder, _, name = (path if is_address(path) else os.path.abspath(path)).rpartition("/")
+    is_data = folder.endswith(f"/{_DATA}")
+    outer, _, inner = folder.rpartition("/")
+    above = "" if is_data else inner.removeprefix(_PARTIAL)
+    stem = PurePosixPath(name).stem
     if numbered := _NUMBERED.fullmatch(stem):
         stem = numbered["name"]
     split = stem.rpartition("-")[2]  # NAME-train in a cache of `datasets`
-    is_partial = bool(folders) and folders[-1].startswith(_PARTIAL)
-    above = folders[-1].removeprefix(_PARTIAL) if folders else ""
     if split not in _SPLITS:
-        words = [word for word in re.split(r"[-._ \d]+", stem) if word in _SPLITS]
-        if not numbered and len(set(words)) == 1:
-            split = words[0]
-        elif above in _SPLITS or (stem.isdigit() and folders and names[-2] != _DATA):
+        words = {word for word in re.split(r"[-._ \d]+", stem) if word in _SPLITS}
+        if not numbered and len(words) == 1:
+            split = words.pop()
+        elif above in _SPLITS or (stem.isdigit() and above):
             split = above
-            folders.pop()
         elif not numbered:
             split = ""
-    elif above in (split, *_SPLITS):
-        folders.pop()
+    configuration = outer if is_data or above == split else folder
     counts = (int(numbered["number"]), int(numbered["count"])) if numbered else (0, 0)
-    return _Part(path, "/".join(folders), split, *counts, is_partial)
+    return _Part(path, configuration, split, *counts, is_partial=inner.startswith(_PARTIAL))
 
 
 def _chosen(search: Search, place: str, splits: list[str]) -> str:

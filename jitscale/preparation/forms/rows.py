@@ -26,7 +26,7 @@ CARD = "README.md"  # of a data set on the hub
 _ROWS = ("parquet", "arrow", "feather")  # extensions of such files
 _TABLE = "metadata.parquet"  # of an image folder, beside the images
 _CACHED = "cache-"  # results of map and filter, beside a data set in a cache of `datasets`
-_LEVELS = 3  # of folders, above the files: CONFIG/SPLIT/0000.parquet
+_LEVELS = 3  # of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
 _BATCH = 8192  # rows without their images
 
 
@@ -51,7 +51,9 @@ def has_rows(listing: Listing) -> bool:
     """Whether files of rows lie in a folder, or in its folders as the hub has them."""
     if listing.paths(*PICTURES):
         return False
-    return bool(_row_files(listing)) or any(_begins_with_rows(listing.folder / name, 2) for name in listing.folders)
+    return bool(_row_files(listing)) or any(
+        _begins_with_rows(listing.folder / name, _LEVELS) for name in listing.folders
+    )
 
 
 def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
