@@ -72,6 +72,7 @@ def main() -> int:
             label_key=given.label_key,
             label_column=given.label_column,
             ground_truth=given.ground_truth,
+            image_column=given.image_column,
         ),
     )
     try:
@@ -236,6 +237,7 @@ def parser() -> Parser:
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
     truth = "ImageNet's validation labels (the devkit's text, LOC_val_solution.csv); of .npz files map_clsloc.txt"
+    found.add_argument("--image-column", metavar="NAME", help="the column of a Parquet or Arrow file with the images")
     found.add_argument("--ground-truth", metavar="FILE", help=truth)
     found.add_workers()
     found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")

@@ -129,7 +129,7 @@ def _refusal(url: str, error: Exception) -> str | None:
     """The message about an error that waiting does not mend; None for other errors."""
     status = getattr(error, "status", None)  # aiohttp.ClientResponseError has one
     if isinstance(error, ImportError):
-        extra = {"s3": "s3", "gs": "gcs"}.get(url.partition("://")[0])
+        extra = {"s3": "s3", "gs": "gcs", "hf": "hub"}.get(url.partition("://")[0])
         package = f"jitscale[{extra}]" if extra else "fsspec[http]"
         return f"{url}: the package that reads it is not installed ({_text(error)}); pip install '{package}'"
     if isinstance(error, FileNotFoundError):

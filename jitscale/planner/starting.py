@@ -273,7 +273,7 @@ def _evaluation_lines(
         Line("evaluation.weights", weights, "the longest average; tools/sample.py --weights tries others"),
         Line("evaluation.steps", *steps),
         Line("evaluation.guidance_scale", *guidance),
-        Line("evaluation.features", None, "no FID on the way; docs/own-images.md says how to measure afterwards"),
+        Line("evaluation.features", "auto", "Inception or DINOv2 if its weights are at hand; docs/own-images.md"),
         Line("evaluation.num_images", _measured(pictures.count, on_gpu), "of a FID; compare equal numbers only"),
         Line("evaluation.grid_every_images", every, "look at RUN/samples/ while it trains"),
         Line("evaluation.held_out_every_images", every if held_out else 0, learning),

@@ -16,14 +16,23 @@ from jitscale.errors import DataError
 from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, images_in_folder_of_arrays
 from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
 from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.hub import images_at_address, snapshot_of
 from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
 from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
 from jitscale.preparation.forms.listing import Listing, listing_of
+from jitscale.preparation.forms.rows import (
+    ROW_KINDS,
+    has_rows,
+    images_in_folder_of_rows,
+    images_in_row_file,
+    images_in_row_files,
+)
+from jitscale.preparation.forms.saved import images_in_saved, is_saved
 from jitscale.preparation.forms.search import FORMS_REMEDY, FindOptions, Images, Search
 from jitscale.preparation.forms.tables import images_in_table
 from jitscale.preparation.forms.tars import has_tars, images_in_folder_of_tars, images_in_tar
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code
-from jitscale.preparation.sources import SourcePaths, SourceTable, rows_of
+from jitscale.preparation.sources import SourcePaths, SourceTable, is_address, rows_of
 
 # What is in a file of each kind.
 FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
@@ -31,6 +40,7 @@ FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.TABLE: images_in_table,
     Kind.NPZ: images_in_arrays,
     Kind.CIFAR: images_in_batch,
+    **dict.fromkeys(ROW_KINDS, images_in_row_file),
 }
 # What a folder is: the first whose sign is there; else images, or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
@@ -39,6 +49,8 @@ FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], 
     (has_arrays, images_in_folder_of_arrays),
     (has_batches, images_in_folder_of_batches),
     (is_flat_folder, images_in_flat_folder),
+    (is_saved, images_in_saved),
+    (has_rows, images_in_folder_of_rows),
 ]
 
 _CHUNK = 1000  # images between two reports
@@ -59,7 +71,7 @@ def find_sources(
     images, now and then. Raises a DataError if an input is missing, damaged or of no known form, holds no images, or
     its labels make no sense.
     """
-    _refuse_twice([Path(name) for name in inputs])
+    _refuse_twice(inputs)
     search, paths = Search(options or FindOptions()), SourcePaths()
     images = chain.from_iterable(_images_of(search, name) for name in inputs)
     names: dict[str, int] = {}
@@ -102,23 +114,38 @@ def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str])
         raise DataError(f"{place}: {what}{like}; {remedy}")
 
 
-def _refuse_twice(paths: list[Path]) -> None:
-    first: dict[str, Path] = {}
+def _refuse_twice(paths: Sequence[str]) -> None:
+    first: dict[str, str] = {}
     for path in paths:
-        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
-            raise DataError(f"{path}: is given twice (as {other} too); every image must come once, remove one")
+        real = path.rstrip("/") if is_address(path) else os.path.realpath(path)
+        if real in first:
+            raise DataError(f"{path}: is given twice (as {first[real]} too); every image must come once, remove one")
+        first[real] = path
 
 
 def _images_of(search: Search, name: str) -> Images:
     """All images of the input `name`; refuses it as `find_sources` says."""
     path = Path(name)
-    if path.is_dir():
-        yield from _images_in_folder(search, listing_of(path))
+    if is_address(name):
+        yield from images_at_address(search, name)
+    elif path.is_dir():
+        yield from _images_in_folder(search, listing_of(snapshot_of(path)))
     elif path.exists():
         yield from _images_in_file(search, path)
     else:
-        for file in _files_of(name):
-            yield from _images_in_file(search, file)
+        yield from _images_in_files(search, name, _files_of(name))
+
+
+def _images_in_files(search: Search, pattern: str, files: Sequence[Path]) -> Images:
+    """The images of the files of a pattern; of files of rows only those of one split."""
+    rows = [file for file in files if kind_of(file) in ROW_KINDS]
+    if rows and len(rows) < len(files):
+        raise DataError(f"{pattern}: names Parquet or Arrow files ({len(rows)}) and others; keep one kind in a pattern")
+    if rows:
+        yield from images_in_row_files(search, pattern, rows)
+        return
+    for file in files:
+        yield from _images_in_file(search, file)
 
 
 def _images_in_file(search: Search, path: Path) -> Images:
@@ -143,5 +170,5 @@ def _files_of(pattern: str) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file; correct the pattern")
-    _refuse_twice(paths)
+    _refuse_twice([str(path) for path in paths])
     return paths

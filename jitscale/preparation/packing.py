@@ -31,6 +31,7 @@ class ShardTask:
     most_bad: int  # inputs that may be bad
     background: Background = WHITE  # of transparent images
     channels: int = images.RGB  # of the images that are stored
+    image_column: str | None = None  # of inputs with several
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
 
     def samples() -> Iterator[Sample]:
         nonlocal enlarged, transparent
-        reader = SourceReader(task.root)
+        reader = SourceReader(task.root, task.image_column)
         for number, source in task.sources.items():
             try:
                 data, extension = reader.read(source)

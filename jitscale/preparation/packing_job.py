@@ -36,7 +36,7 @@ from jitscale.preparation.finding import OnFound, find_sources
 from jitscale.preparation.forms.search import FindOptions
 from jitscale.preparation.packing import ORIGINAL, PackedShard, ShardTask, shard_name, shard_number
 from jitscale.preparation.processes import WorkerDiedError, in_processes
-from jitscale.preparation.sources import SourceTable, Storage
+from jitscale.preparation.sources import SourceTable, Storage, is_address, located
 
 PACKING_CODECS = (*CODECS, ORIGINAL)
 
@@ -205,7 +205,7 @@ class PackingJob:
         for number in np.linspace(0, len(self.inputs) - 1, min(_SIZES_LOOKED_AT, len(self.inputs)), dtype=np.int64):
             source = self.inputs[int(number)]
             try:
-                path = os.path.join(self._root, source.path)
+                path = located(source.path, self._root)
                 sizes.append(os.stat(path).st_size if source.storage == Storage.FILE else source.size)
             except (OSError, ValueError):  # it will be met as a bad input
                 continue
@@ -223,6 +223,7 @@ class PackingJob:
             self._most_bad - len(self._bad),
             parse_background(options.background),
             options.channels,
+            options.finding.image_column,
         )
 
     def _slice(self, shard: int) -> Int64Array:
@@ -370,7 +371,9 @@ def _recorded(options: PackingOptions) -> dict[str, Any]:
 
 def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
     """`options` with the paths of the input, which are relative to `folder`, as absolute ones."""
-    return {**options, "input": [os.path.normpath(os.path.join(folder, path)) for path in options["input"]]}
+    paths = options["input"]
+    absolute = [path if is_address(path) else os.path.normpath(os.path.join(folder, path)) for path in paths]
+    return {**options, "input": absolute}
 
 
 def _shown(value: object) -> str:

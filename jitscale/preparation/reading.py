@@ -1,7 +1,6 @@
 """The bytes of one image, however it is stored."""
 
 import errno
-import os
 import stat
 import zipfile
 import zlib
@@ -13,10 +12,12 @@ import numpy as np
 from jitscale.data import tar_index
 from jitscale.data.images import ImageError, content_extension, encode
 from jitscale.data.tar_index import OffsetReader
-from jitscale.errors import DataError, StorageError, is_wrong_path
+from jitscale.errors import DataError, StorageError, first_line, is_wrong_path
 from jitscale.preparation.array_rows import ArrayRows
+from jitscale.preparation.forms.columns import image_column
 from jitscale.preparation.forms.kinds import LFS_POINTER
-from jitscale.preparation.sources import Source, Storage
+from jitscale.preparation.row_files import ImageRows, open_rows
+from jitscale.preparation.sources import Source, Storage, located
 
 MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
 
@@ -29,9 +30,10 @@ _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class SourceReader:
     """Reads images one after the other. Neighbours in a row group are cheap, see `SourceTable.order`."""
 
-    def __init__(self, root: str) -> None:
-        """Relative paths of sources start at `root`."""
+    def __init__(self, root: str, image_column: str | None = None) -> None:
+        """Relative paths of sources start at `root`; `image_column` is that of files with several."""
         self._root = root
+        self._image_column = image_column
         self._open_file = lru_cache(_MOST_OPEN_FILES)(self._opened)
         self._open_arrays = lru_cache(1)(self._opened_arrays)
 
@@ -50,7 +52,7 @@ class SourceReader:
         except _DAMAGED_ARRAYS as error:
             raise ImageError(f"cannot be read ({error})") from error
         except OSError as error:
-            what = f"cannot be read ({error.strerror})"
+            what = f"cannot be read ({error.strerror or first_line(error)})"
             if error.errno in _OUR_FAULT:
                 remedy = "raise the limits of the process, or use fewer workers"
                 raise DataError(f"{source.place}: {what}; {remedy}") from error
@@ -66,6 +68,8 @@ class SourceReader:
         return data, source.extension or content_extension(data)
 
     def _stored(self, source: Source) -> bytes:
+        if source.storage in (Storage.PARQUET, Storage.ARROW):
+            return _image_rows(located(source.path, self._root), source.storage, self._image_column).read(source.offset)
         file = self._open_file(source.path)
         size = file.status().st_size if source.storage == Storage.FILE else source.size
         if size > MOST_BYTES:
@@ -74,15 +78,22 @@ class SourceReader:
         return _inflated(data) if source.storage == Storage.DEFLATED else data
 
     def _opened_arrays(self, path: str) -> ArrayRows:
-        return ArrayRows(os.path.join(self._root, path))
+        return ArrayRows(located(path, self._root))
 
     def _opened(self, path: str) -> OffsetReader:
         if "\0" in path:
             raise ImageError("has a name that no file can have")
-        file = OffsetReader(os.path.join(self._root, path))
+        file = OffsetReader(located(path, self._root))
         if not stat.S_ISREG(file.status().st_mode):
             raise ImageError("is no regular file")
         return file
+
+
+@lru_cache(1)
+def _image_rows(path: str, storage: Storage, chosen: str | None) -> ImageRows:
+    """Of the whole process: a shard goes on in the row group in which the one before it ended."""
+    file = open_rows(path, storage)
+    return ImageRows(file, image_column(file, chosen))
 
 
 def _inflated(data: bytes) -> bytes:

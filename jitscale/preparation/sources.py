@@ -35,11 +35,24 @@ class Storage(IntEnum):
     DEFLATED = 2  # likewise, compressed as a member of a zip
     PLANES = 3  # likewise, a square uint8 image: all of red, then green, then blue
     PARQUET = 4  # row `offset`
-    ARROW = 5  # row `offset` of a stream
+    ARROW = 5  # row `offset` of a stream, or of a file with a footer
     ARRAY = 6  # row `offset` of `data` in a compressed .npz
 
 
 _ROWS = (Storage.PARQUET, Storage.ARROW, Storage.ARRAY)
+
+
+_ADDRESS = "hf://"  # what begins the path of a file on the Hugging Face hub
+
+
+def is_address(path: str) -> bool:
+    """Whether `path` is an address on the Hugging Face hub, not a path of this machine."""
+    return path.startswith(_ADDRESS)
+
+
+def located(path: str, root: str) -> str:
+    """`path`, which starts at `root` if it is relative; an address stays what it is."""
+    return path if is_address(path) else os.path.join(root, path)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Source:
     extension: str  # one of EXTENSIONS, as the name has it; empty: the first bytes tell
     label: int  # NO_LABEL without one
     offset: int = 0
-    size: int = 0  # bytes; of files and rows it is met when they are read
+    size: int = 0  # bytes; of a row the mean of those near it, of a file it is met when that is read
     storage: Storage = Storage.FILE
 
     @property

@@ -25,14 +25,20 @@ class Kind(Enum):
     NPZ = auto()  # a zip of numpy arrays
     PARQUET = auto()
     ARROW_STREAM = auto()
+    ARROW_FILE = auto()  # with a footer; also .feather
     TABLE = auto()  # .csv, .jsonl
     CIFAR = auto()
 
 
-_MAGIC = {b"PK\x03\x04": Kind.ZIP, b"PAR1": Kind.PARQUET, b"\xff\xff\xff\xff": Kind.ARROW_STREAM}
 _BY_OFFSET = "images are read by offset"
 _ONE_PICTURE = ("is one picture", "give its folder")
 _AS_ARRAYS = "load its images and write them with numpy.savez('images.npz', data=..., labels=...), or as files"
+_MAGIC = {
+    b"PK\x03\x04": Kind.ZIP,
+    b"PAR1": Kind.PARQUET,
+    b"\xff\xff\xff\xff": Kind.ARROW_STREAM,
+    b"ARROW1": Kind.ARROW_FILE,
+}
 # Kinds that are refused: how their bytes begin, what they are, the remedy.
 _REFUSED = [
     (b"\x1f\x8b", "is compressed with gzip", f"gunzip it: {_BY_OFFSET}"),

@@ -27,6 +27,7 @@ class FindOptions:
     label_key: str | None = None  # of webdataset samples: cls, or json:FIELD
     label_column: str | None = None  # of tables
     ground_truth: str | None = None  # file of the labels of ImageNet's validation images
+    image_column: str | None = None  # of Parquet and Arrow files
 
 
 class Found(NamedTuple):
@@ -76,7 +77,7 @@ class Search:
 
     def refuse_unused(self, place: str) -> None:
         """Raise a DataError if the user has given an option that no input needed; `place` names them all."""
-        for name in ("split", "labels", "label_key", "label_column", "ground_truth"):
+        for name in ("split", "labels", "label_key", "label_column", "ground_truth", "image_column"):
             value = getattr(self.options, name)
             if value is not None and name not in self._used:
                 flag = f"--{name.replace('_', '-')} {value}"

@@ -1,0 +1,207 @@
+"""Files of rows, each with an image: Parquet and Arrow, alone, in a folder, or as the Hugging Face hub stores them."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jitscale.data.tar_index import LARGEST_LABEL
+from jitscale.errors import DataError, data_error
+from jitscale.preparation.forms.columns import Columns, Names, columns_of, names_of_card, names_of_info
+from jitscale.preparation.forms.file_names import files_of_split
+from jitscale.preparation.forms.kinds import Kind, kind_of
+from jitscale.preparation.forms.listing import Listing, listing_of
+from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Search, extension_of
+from jitscale.preparation.forms.wnids import WnidCheck
+from jitscale.preparation.row_files import Batch, RowFile, damage, open_rows
+from jitscale.preparation.sources import Storage, is_address
+
+ROW_KINDS = {
+    Kind.PARQUET: Storage.PARQUET,
+    Kind.ARROW_STREAM: Storage.ARROW,
+    Kind.ARROW_FILE: Storage.ARROW,
+}
+CARD = "README.md"  # of a data set on the hub
+
+_ROWS = ("parquet", "arrow", "feather")  # extensions of such files
+_TABLE = "metadata.parquet"  # of an image folder, beside the images
+_CACHED = "cache-"  # results of map and filter, beside a data set in a cache of `datasets`
+_LEVELS = 3  # of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
+_BATCH = 8192  # rows without their images
+
+
+def images_in_row_file(search: Search, path: Path) -> Images:
+    """The images of one file."""
+    yield from images_in_row_files(search, str(path), [path])
+
+
+def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, whole: bool = False) -> Images:
+    """The images of those `files` of the input `place` that hold the split that the user wants.
+
+    If `whole`, `place` should hold all files of a split.
+    """
+    chosen, configuration = files_of_split(search, place, [str(path) for path in files], whole=whole)
+    paths = [Path(path) for path in chosen]
+    yield from images_in_rows(
+        search, [(str(path), ROW_KINDS[_row_kind(path)]) for path in paths], _described(paths[0], configuration)
+    )
+
+
+def has_rows(listing: Listing) -> bool:
+    """Whether files of rows lie in a folder, or in its folders as the hub has them."""
+    if listing.paths(*PICTURES):
+        return False
+    return bool(_row_files(listing)) or any(
+        _begins_with_rows(listing.folder / name, _LEVELS) for name in listing.folders
+    )
+
+
+def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
+    """The images of one split of the files of rows of a folder, among which no other images may lie."""
+    files = list(_files_below(search, listing, _LEVELS))
+    yield from images_in_row_files(search, str(listing.folder), files, whole=True)
+
+
+def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], described: Names) -> Images:
+    """The images of all rows of `files`, which have the same columns.
+
+    `described` are names of classes, by column, that are said beside the files.
+    """
+    check = WnidCheck()
+    rows = labelled = 0
+    columns: Columns | None = None
+    for path, storage in files:
+        file = open_rows(path, storage)
+        with damage(path):
+            found = columns_of(search, file, described)
+        columns = columns or found
+        if (found.image, found.label) != (columns.image, columns.label):
+            what = f"has its images and labels in {found.image} and {found.label}"
+            other = f"{columns.image} and {columns.label} as {files[0][0]} has"
+            raise DataError(f"{path}: {what}, not in {other}; pack them apart")
+        for image in _images_of(search, file, storage, found, check):
+            if isinstance(image.label, int) and found.names is not None:
+                search.name_classes(found.names, path)
+            rows += 1
+            labelled += image.label is not None
+            yield image
+    check.finish()
+    if columns is not None and not labelled and not search.without_labels():
+        why = f"no column of labels beside {columns.image}"
+        why = why if columns.label is None else f"{columns.label} is -1 or empty in all of them, as in a test split"
+        search.note(f"{files[0][0]}: {rows} images without classes: {why}")
+
+
+def _images_of(search: Search, file: RowFile, storage: Storage, columns: Columns, check: WnidCheck) -> Images:
+    path_of = file.path_of(columns.image)
+    asked = [name for name in (path_of, columns.label) if name]
+    last = group = -1
+    for batch in _batches(file, asked):
+        if batch.group != last:
+            last, group = batch.group, search.new_group()
+        empty, mean = file.stored(columns.image, batch)
+        labels = [None] * batch.rows if columns.label is None else batch.values(columns.label)
+        for row, (value, path) in enumerate(zip(labels, batch.paths(columns.image), strict=True), start=batch.first):
+            place = f"{file.path}: row {row}"
+            label = _label(search, value, place, columns)
+            if isinstance(label, int) and path and search.options.class_names is None:
+                check.see(path, label, place)
+            if empty:
+                yield _named(file.path, row, path, label, place)
+            else:
+                yield Found(file.path, "", label, place, row, mean, storage, group)
+
+
+def _batches(file: RowFile, columns: Sequence[str]) -> Iterator[Batch]:
+    batches = file.batches(columns, _BATCH)
+    while True:
+        with damage(file.path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        if batch.rows:
+            yield batch
+
+
+def _label(search: Search, value: object, place: str, columns: Columns) -> Label:
+    """The label that the value of a column is; -1 and nothing are none."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if value is None or value == -1:
+        return None
+    if isinstance(value, str):
+        return search.label(value.strip(), place)
+    if isinstance(value, int) and 0 <= value <= LARGEST_LABEL:
+        return value
+    what = f"{columns.label} is {value!r}, neither a class number in 0..{LARGEST_LABEL} nor a name"
+    raise DataError(f"{place}: {what}; correct it, or pass another --label-column")
+
+
+def _named(file: str, row: int, path: str | None, label: Label, place: str) -> Found:
+    """The file that a row names in place of its image; refuses one that is not here."""
+    if path is None:
+        raise DataError(f"{place}: has neither the bytes of an image nor its path; remove the row")
+    there = os.path.join(os.path.dirname(file), path)
+    if is_address(file) or not os.path.exists(there):
+        remedy = "push_to_hub and save_to_disk embed the images"
+        raise DataError(f"{file}: row {row} names {path}, which is not here, and holds no image; {remedy}")
+    return Found(there, "", label, place)
+
+
+# Files in folders
+
+
+def _row_kind(path: Path) -> Kind:
+    kind = kind_of(path)
+    if kind not in ROW_KINDS:
+        raise DataError(f"{path}: is no Parquet or Arrow file by its first bytes; download it again or rename it")
+    return kind
+
+
+def _row_files(listing: Listing) -> list[Path]:
+    return [Path(path) for path in listing.paths(*_ROWS) if not path.endswith(f"/{_TABLE}")]
+
+
+def _begins_with_rows(folder: Path, levels: int) -> bool:
+    """Whether files of rows lie in `folder` or below it, and not images, of which there may be a million."""
+    folders = []
+    with data_error(f"{folder}: cannot be listed", "make it readable or move it away"), os.scandir(folder) as entries:
+        for entry in entries:
+            extension = "" if entry.name.startswith(".") else extension_of(entry.name)
+            if extension in _ROWS and entry.name != _TABLE:
+                return True
+            if extension in PICTURES:
+                return False
+            if entry.is_dir() and not entry.name.startswith("."):
+                folders.append(entry.path)
+    return levels > 1 and any(_begins_with_rows(Path(path), levels - 1) for path in folders)
+
+
+def _files_below(search: Search, listing: Listing, levels: int) -> Iterator[Path]:
+    """The files of rows of a folder and those in it, sorted."""
+    if pictures := listing.paths(*PICTURES):
+        what = f"holds images, such as {pictures[0]}, among files of rows"
+        raise DataError(f"{listing.folder}: {what}; keep one kind in a folder")
+    files = _row_files(listing)
+    cached = [path for path in files if path.name.startswith(_CACHED)]
+    if cached:
+        search.note(f"{listing.folder}: passed over: {cached[0].name} and the like, results of map and filter")
+    others = [name for name in listing.files if listing.folder / name not in files]
+    search.ignored.update(map(extension_of, others))
+    yield from (path for path in files if path not in cached)
+    for name in listing.folders if levels else ():
+        yield from _files_below(search, listing_of(listing.folder / name), levels - 1)
+
+
+def _described(path: Path, configuration: str) -> Names:
+    """The class names that files near `path` say: those of `datasets`, or the README.md of a data set on the hub."""
+    if names := names_of_info(path.parent / "dataset_info.json"):
+        return names
+    for folder in list(Path(os.path.abspath(path)).parents)[:_LEVELS]:
+        card = folder / CARD
+        if card.is_file():
+            with data_error(
+                f"{card}: cannot be read", "make it readable or move it away", (OSError, UnicodeDecodeError)
+            ):
+                return names_of_card(card.read_text(encoding="utf-8"), str(card), configuration)
+    return {}

@@ -1,0 +1,120 @@
+"""Arrow files: what `save_to_disk` and the cache of the library `datasets` hold, and files of others."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import feather, ipc
+
+from jitscale.preparation.sources import Storage
+from tests.preparation.packing_jobs import alone, command, finish, images_and_labels, refused_input, start
+from tests.preparation.row_inputs import NAMES, SIZE, data_set, found, labels_of, pictures, rows, stored
+from tests.support.pictures import file_bytes
+
+LABELS = [2, 0, 1, 0, 2, 1, 1]
+
+
+def saved(folder: Path) -> Path:
+    data_set(LABELS).save_to_disk(str(folder), num_shards=2)
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def write_stream(table: pa.Table, path: Path, rows_of_batch: int | None = None) -> Path:
+    with pa.OSFile(str(path), "wb") as file, ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, rows_of_batch)
+    return path
+
+
+def test_a_saved_data_set_is_packed_by_worker_processes(tmp_path: Path) -> None:
+    source = saved(tmp_path / "saved")
+    more = ["--resolution", str(SIZE), "--samples-per-shard", "3"]
+    code, out, err = finish(start(command(source, tmp_path / "out", *more)))
+    assert (code, err) == (0, "")
+    assert "7 images, 3 classes (0 zebra, 1 ant, 2 moth), 3 shards" in out
+    images, labels = images_and_labels(tmp_path / "out")
+    assert np.array_equal(images, pictures(7))
+    assert labels == LABELS
+
+
+def test_the_order_of_the_files_is_that_of_the_state(tmp_path: Path) -> None:
+    source = saved(tmp_path / "saved")
+    files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in (1, 0)]
+    change(source / "state.json", _data_files=files)
+    assert labels_of(source) == [*LABELS[4:], *LABELS[:4]]
+    (source / "data-00001-of-00002.arrow").unlink()
+    assert "data-00001-of-00002.arrow: is missing, though state.json names it" in refused_input("--input", source)
+
+
+def test_one_split_of_a_dictionary_is_asked_for(tmp_path: Path) -> None:
+    source = tmp_path / "saved"
+    datasets.DatasetDict(test=data_set([1]), train=data_set(LABELS)).save_to_disk(str(source))
+    assert refused_input("--input", source).endswith("saved: holds the splits test, train; pass --split train")
+    assert "test, train, not dev; pass" in refused_input("--input", source, "--split", "dev")
+    inputs = found(source, split="train")
+    assert stored(inputs) == [file_bytes(image) for image in pictures(7)]
+    assert inputs.notes == [f"{source}: the split train of test, train"]
+    assert labels_of(source / "test") == [1]
+
+
+def test_saves_of_the_past(tmp_path: Path) -> None:
+    source = saved(tmp_path / "saved")
+    change(source / "state.json", _indices_data_files=[{"filename": "indices.arrow"}])
+    line = refused_input("--input", source)
+    assert "the order of the rows lies in another file (_indices_data_files), which is not read" in line
+    change(source / "state.json", _indices_data_files=[], _data_files=[])
+    write_stream(rows(2, label=[1, 0]), source / "dataset.arrow")
+    assert labels_of(source) == [1, 0]
+    assert found(source).class_names == NAMES  # of dataset_info.json
+    (source / "state.json").write_text("[]")
+    assert "state.json: is no object of JSON; copy the whole folder again" in refused_input("--input", source)
+
+
+def test_the_cache_of_the_library_is_read(tmp_path: Path) -> None:
+    for split, labels in (("train", LABELS), ("test", [1])):
+        data_set(labels).to_parquet(tmp_path / f"{split}.parquet")
+    names = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
+    cache = tmp_path / "cache"
+    loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=str(cache))
+    loaded["train"].filter(lambda row: row["label"] == 0)  # writes cache-HASH.arrow
+    assert "holds the splits test, train by the names" in refused_input("--input", cache / "parquet")
+    inputs = found(cache / "parquet", split="train")
+    assert inputs.table["label"].tolist() == LABELS
+    assert inputs.class_names == NAMES
+    assert stored(inputs) == [file_bytes(image) for image in pictures(7)]
+    assert any("passed over: cache-" in note for note in inputs.notes)
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "zstd"])
+def test_arrow_files_with_a_footer(tmp_path: Path, compression: str) -> None:
+    feather.write_feather(rows(9, label=["b", "a", "c"] * 3), tmp_path / "a.feather", compression, chunksize=4)
+    inputs = found(tmp_path / "a.feather")
+    assert inputs.class_names == ["a", "b", "c"]
+    assert stored(inputs) == [file_bytes(image) for image in pictures(9)]
+    assert alone(tmp_path, tmp_path / "out", "--resolution", str(SIZE)).code == 0
+    assert images_and_labels(tmp_path / "out")[1] == [1, 0, 2] * 3
+
+
+def test_rows_of_a_batch_stay_neighbours_and_are_read_in_any_order(tmp_path: Path) -> None:
+    inputs = found(write_stream(rows(30, label=[0] * 30), tmp_path / "a.arrow", 5))
+    order = inputs.order(seed=1)
+    assert [inputs[int(number)].offset % 5 for number in order] == [0, 1, 2, 3, 4] * 6
+    assert inputs[0].storage == Storage.ARROW
+    contents = stored(inputs)
+    assert contents == [file_bytes(image) for image in pictures(30)]
+
+
+def test_damaged_streams_are_refused(tmp_path: Path) -> None:
+    whole = write_stream(rows(30, label=[0] * 30), tmp_path / "a.arrow", 5).read_bytes()
+    (tmp_path / "a.arrow").write_bytes(whole[:-8])
+    assert "a.arrow: ends without the end of an Arrow stream; copy or write" in refused_input("--input", tmp_path)
+    (tmp_path / "a.arrow").write_bytes(whole[:-5000] + whole[-8:])
+    assert "a.arrow: " in refused_input("--input", tmp_path)
+    (tmp_path / "a.arrow").write_bytes(b"no arrow")
+    assert "a.arrow: " in refused_input("--input", tmp_path)
