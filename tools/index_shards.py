@@ -2,10 +2,12 @@
 
     python tools/index_shards.py /data/imagenet_wds
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
+    python tools/index_shards.py /data/from_the_hub --label-key json:label
     python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
 
 Indexing reads all tars of one folder. It writes an index and the keys next to each tar, and a manifest.json. Labels are
-the `cls` members, if there are any: numbers, or names, which are numbered in sorted order or in that of --class-names.
+the `cls` members, if there are any, or what --label-key names: numbers, or names, which are numbered in sorted order or
+in that of --class-names.
 If there is any defect, nothing is written. Verifying compares with the manifest (size, sha256, samples, index, keys,
 labels) and decodes every image. Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or sound;
 2: defects.
@@ -26,6 +28,7 @@ from jitscale.command import Parser, path_text
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.tar_index import Defect
+from jitscale.data.tar_labels import LabelKey
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
@@ -44,17 +47,19 @@ def main() -> int:
     again = "index again although there is a manifest; a manifest of packing is kept"
     parser.add_argument("--force", action="store_true", help=again)
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="names in the order of their numbers, by line")
+    key = "what holds a sample's label: cls (default), a field of its json, as json:label, or none for no labels"
+    parser.add_argument("--label-key", metavar="KEY", help=key)
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
     parser.add_workers()
     options = parser.parse_args()
-    if options.verify and (options.force or options.class_names):
-        parser.error("--verify writes nothing: it takes neither --force nor --class-names")
+    if options.verify and (options.force or options.class_names or options.label_key):
+        parser.error("--verify writes nothing: it takes neither --force nor --class-names nor --label-key")
 
     tars = find_tars(options.shards)
     if options.verify:
         return _verify(tars, options)
     if tars.manifest is not None and not options.force:
-        return _indexed_before(tars, tars.manifest)
+        return _indexed_before(tars, tars.manifest, options.label_key)
     return _index(tars, options)
 
 
@@ -62,7 +67,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     if not os.access(tars.folder, os.W_OK):
         raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
-    found = survey(tars, class_names, options.workers)
+    found = survey(tars, class_names, options.workers, LabelKey.parse(options.label_key))
     _report(found.defects, options.report, sys.stderr)
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
@@ -81,7 +86,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _indexed_before(tars: Tars, manifest: Manifest) -> int:
+def _indexed_before(tars: Tars, manifest: Manifest, label_key: str | None) -> int:
     named = {record.name: record.bytes for record in manifest.shards}
     there = {path.name: path.stat().st_size for path in tars.paths}
     differing = [name for name in there if named.get(name) != there[name]]
@@ -91,6 +96,9 @@ def _indexed_before(tars: Tars, manifest: Manifest) -> int:
         what = f"{len(differing)} tars are missing, not named or of another size ({min(differing)}, ...)"
         remedy = "look with --verify, or index again with --force"
         raise DataError(f"{tars.folder / MANIFEST}: is there, but {what}; {remedy}")
+    if label_key not in (None, manifest.label_key):
+        what = f"its labels are those of {manifest.label_key}, not of {label_key}"
+        raise DataError(f"{tars.folder / MANIFEST}: {what}; --force indexes again")
     print(f"{tars.folder}: is indexed already, {_many(len(named), 'shard')} with {_many(manifest.total, 'image')}")
     return ExitCode.DONE
 

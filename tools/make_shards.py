@@ -5,9 +5,10 @@
     python tools/make_shards.py --input 'old-{0000..0127}.tar' --output new --resolution 256 --codec png
     python tools/make_shards.py --input list.csv --output listed --resolution 256 --codec original
 
-An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
-in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label. Class names are numbered in sorted order, and by number if all are numbers.
+An input is a folder or a zip with a folder of images for each class (or images alone: no labels), or with EDM's
+dataset.json or a metadata.csv, .jsonl or .parquet; ImageNet's tar of tars; webdataset tars (a file, a folder of them, a
+quoted glob or brace pattern); or a .csv or .jsonl with path and maybe label. Archives are read in place. Class names
+are numbered in sorted order, and by number if all are numbers.
 
 Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
 smallest but changes pixels; original keeps the files, and training crops the images. To train on webdataset tars as
@@ -210,9 +211,9 @@ def parser() -> Parser:
     names = "names by line; their order gives the labels (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
     found.add_argument("--split", metavar="NAME", help="the part of a data set with several, such as train")
-    labels = "folders: as the names of folders, though a file of labels lies there; or the file that holds them"
-    found.add_argument("--labels", metavar="folders|FILE", help=labels)
-    key = "what holds a webdataset sample's label: cls (default), or a field of its json, as json:label"
+    labels = "folders: as the names of folders, though a file of labels lies there; none: no labels; or their file"
+    found.add_argument("--labels", metavar="folders|none|FILE", help=labels)
+    key = "what holds a webdataset sample's label: cls (default), a field of its json, as json:label, or none"
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
     truth = "ImageNet's validation labels: the devkit's text, or Kaggle's LOC_val_solution.csv"

@@ -48,6 +48,7 @@ class Manifest:
     enlarged: int = 0  # images whose short side was smaller than `resolution`
     bad: list[BadInput] = field(default_factory=list)
     class_counts: list[int] | None = field(default=None, compare=False)  # samples of each class; None: not counted
+    label_key: str = "cls"  # what holds the labels of the samples, as of `LabelKey`
 
     @classmethod
     def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
@@ -92,6 +93,7 @@ def _wrong_value(manifest: Manifest) -> str:
         "enlarged": (is_count(manifest.enlarged), "a number of things"),
         "resolution": (manifest.resolution is None or is_count(manifest.resolution, 1), "a number of pixels or null"),
         "codec": (isinstance(manifest.codec, str), "a name"),
+        "label_key": (isinstance(manifest.label_key, str), "a name"),
         "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
         "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
     }

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
+from jitscale.data.tar_labels import CLS, LabelError, LabelKey
 from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, split_name, unread_labels
 from jitscale.errors import DataError, StorageError, data_error
 from jitscale.files import atomic_write
@@ -38,6 +39,7 @@ _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)  # POSIX.1-2001, pax: two blocks 
 _CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there are less than 10 KiB
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
+_LONGEST_JSON = 1 << 24  # bytes
 # What numpy raises at a damaged .npy: it parses the header as Python.
 _DAMAGED_NPY = (
     *(OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError),
@@ -53,7 +55,7 @@ class TarSample:
     offset: int  # of the image's bytes in the tar
     size: int
     extension: str
-    label: str | None  # the text of its `cls` member, None without one
+    label: str | None  # the text of its `cls` member, or what another `LabelKey` says; None without one
     label_offset: int
 
 
@@ -132,9 +134,9 @@ def scan_tar(path: Path) -> list[TarSample]:
     return scan.samples
 
 
-def sound_scan(path: Path) -> TarScan:
+def sound_scan(path: Path, key: LabelKey = CLS) -> TarScan:
     """`survey_tar` that raises as `scan_tar` does."""
-    scan = survey_tar(path)
+    scan = survey_tar(path, key)
     if scan.failure is not None:
         raise StorageError.of(scan.failure, str(scan.defects[-1]))
     if scan.defects:
@@ -142,15 +144,15 @@ def sound_scan(path: Path) -> TarScan:
     return scan
 
 
-def survey_tar(path: Path) -> TarScan:
-    """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
+def survey_tar(path: Path, key: LabelKey = CLS) -> TarScan:
+    """`scan_tar` that goes on behind a defect as far as it can, and lists them all; `key` says where labels are."""
     scan = TarScan(path)
     try:
         with path.open("rb") as file:
             members = _read_members(scan, file)
-            for key, parts in members.items():
-                _add_sample(scan, file, key, parts)
-            if scan.samples and all(sample.label is None for sample in scan.samples):
+            for name, parts in members.items():
+                _add_sample(scan, file, name, parts, key)
+            if key == CLS and scan.samples and all(sample.label is None for sample in scan.samples):
                 scan.unread_labels = unread_labels(file, members, {one.key: None for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
@@ -158,7 +160,9 @@ def survey_tar(path: Path) -> TarScan:
     return scan
 
 
-def _add_sample(scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfile.TarInfo]) -> None:
+def _add_sample(
+    scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfile.TarInfo], label_key: LabelKey
+) -> None:
     """Note the sample of a key, its defect, or its members that are none."""
     found = [extension for extension in parts if extension in EXTENSIONS]
     dotted = [extension for extension in parts if extension.rpartition(".")[2] in EXTENSIONS]
@@ -173,11 +177,21 @@ def _add_sample(scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfi
         scan.refuse(min(part.offset for part in parts.values()), f"{what}, {remedy}")
         return
     image, label, label_offset = parts[found[0]], None, 0
-    if "cls" in parts:
-        label_offset = parts["cls"].offset_data
-        size = min(parts["cls"].size, _LONGEST_LABEL)
-        label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
-    scan.skipped.update(extension for extension in parts if extension not in ("cls", found[0]))
+    holder, name = label_key.extension, f"{key}.{label_key.extension}"
+    if holder in parts:
+        label_offset = parts[holder].offset_data
+        size = min(parts[holder].size, _LONGEST_JSON if label_key.fields else _LONGEST_LABEL)
+        text = os.pread(file.fileno(), size, label_offset).decode(errors="replace")
+        try:
+            label = label_key.label(name, text)
+        except LabelError as error:
+            scan.refuse(parts[holder].offset, str(error))
+            return
+    elif label_key.fields:
+        what = f"sample {key!r} has no {name}, which --label-key {label_key} reads; write the shard again"
+        scan.refuse(image.offset, what)
+        return
+    scan.skipped.update(extension for extension in parts if extension not in (holder, found[0]))
     scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
 
 

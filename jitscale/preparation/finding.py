@@ -4,6 +4,7 @@ Nothing is unpacked and no image is opened here. The order depends on names and 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -13,10 +14,10 @@ import numpy as np
 from jitscale.data.find import paths_of
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError
-from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.folders import has_zips, images_in_folder, images_in_folder_of_zips, images_in_zip
 from jitscale.preparation.forms.kinds import Kind, kind_of
 from jitscale.preparation.forms.listing import Listing, listing_of
-from jitscale.preparation.forms.search import FORMS_REMEDY, FindOptions, Images, Search
+from jitscale.preparation.forms.search import FORMS_REMEDY, UNREAD_PICTURES, FindOptions, Images, Search
 from jitscale.preparation.forms.tables import images_in_table
 from jitscale.preparation.forms.tars import has_tars, images_in_folder_of_tars, images_in_tar
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code
@@ -26,13 +27,16 @@ from jitscale.preparation.sources import SourcePaths, SourceTable, rows_of
 FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.TAR: images_in_tar,
     Kind.TABLE: images_in_table,
+    Kind.ZIP: images_in_zip,
 }
 # What a folder is: the first whose sign is there; else images, or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
     (has_tars, images_in_folder_of_tars),
+    (has_zips, images_in_folder_of_zips),
 ]
 
 _CHUNK = 1000  # images between two reports
+_SKIPPED_SHOWN = 5  # folders
 
 OnFound = Callable[[int], object]
 
@@ -70,12 +74,16 @@ def find_sources(
         instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
         where = "it" if len(inputs) == 1 else "them"
         raise DataError(f"{', '.join(inputs)}: no image in {where}{instead}; {FORMS_REMEDY}")
+    search.refuse_unused(", ".join(inputs))
     table = np.concatenate(chunks)
     labels = CodedLabels(table["label"].copy(), list(names))
     class_names = search.names if search.options.class_names is None else search.options.class_names
     classes = find_classes([labels], class_names)
     _refuse_wrong(labels, classes, places)
     table["label"] = labels.numbers(classes)
+    if class_names is None:
+        _say_numbered(search, classes.names or [])
+    _say_passed_over(search)
     return SourceTable(table, *paths.arrays(), classes.number, classes.names, search.ignored, search.notes)
 
 
@@ -88,6 +96,27 @@ def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str])
             raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
         like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
         raise DataError(f"{place}: {what}{like}; {remedy}")
+
+
+def _say_numbered(search: Search, names: list[str]) -> None:
+    """Note what class names that are numbers become: they need not be the numbers of the classes."""
+    if names and all(name.isascii() and name.isdigit() for name in names):
+        if [int(name) for name in names] == list(range(len(names))):
+            search.note(f"the folders are called 0 to {len(names) - 1}: each is the class of that number")
+        else:
+            order = f"class 0 is {names[0]}, class {len(names) - 1} is {names[-1]}"
+            what = "the names of the classes are numbers, but not 0, 1, 2, ..."
+            search.note(f"warning: {what}: {order}; if these are labels, pass all classes by --class-names")
+
+
+def _say_passed_over(search: Search) -> None:
+    """Note images of kinds that are not read, and folders that are no classes."""
+    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
+    if unread:
+        search.note(f"not read: {described_kinds(unread)}; convert these images to .png to use them")
+    if skipped := search.skipped:
+        more = f" and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+        search.note(f"skipped: {', '.join(skipped[:_SKIPPED_SHOWN])}{more}")
 
 
 def _refuse_twice(paths: list[Path]) -> None:

@@ -12,6 +12,7 @@ from jitscale.preparation.labels import parse_label
 from jitscale.preparation.sources import NO_GROUP, Storage
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions of images in folders, zips and tars of tars
+UNREAD_PICTURES = ("bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "heic", "jfif", "jp2")  # of images, likewise
 FORMS_REMEDY = "give a folder of images, tars or a pattern of them, or a .csv or .jsonl with paths"
 
 Label = int | str | None  # a class number, a class name, or none
@@ -23,7 +24,7 @@ class FindOptions:
 
     class_names: list[str] | None = None  # in the order of their numbers
     split: str | None = None  # the part of a data set, such as train
-    labels: str | None = None  # `folders`, or the file that holds them
+    labels: str | None = None  # `folders`, `none`, or the file that holds them
     label_key: str | None = None  # of webdataset samples: cls, or json:FIELD
     label_column: str | None = None  # of tables
     ground_truth: str | None = None  # file of the labels of ImageNet's validation images
@@ -48,15 +49,40 @@ class Search:
 
     options: FindOptions
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
+    skipped: list[str] = field(default_factory=list)  # folders that are passed over, with the reason
     notes: list[str] = field(default_factory=list)  # what the user should know, in lines
     names: list[str] | None = None  # of the classes, where an input says them and the user did not
     _named_by: str = ""
     _groups: int = 0
+    _used: set[str] = field(default_factory=set)  # options that an input needed
 
     @property
     def known(self) -> set[str]:
         """The class names that the user gave."""
         return set(self.options.class_names or ())
+
+    def note(self, line: str) -> None:
+        """Tell the user `line`, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def option(self, name: str) -> str | None:
+        """What the user said by the field `name` of the options, which an input needs."""
+        self._used.add(name)
+        value: str | None = getattr(self.options, name)
+        return value
+
+    def without_labels(self) -> bool:
+        """Whether the user gives up the labels of an input that has some, or should."""
+        return self.options.labels == "none" and self.option("labels") is not None
+
+    def refuse_unused(self, place: str) -> None:
+        """Raise a DataError if the user has given an option that no input needed; `place` names them all."""
+        for name in ("split", "labels", "label_key", "label_column", "ground_truth"):
+            value = getattr(self.options, name)
+            if value is not None and name not in self._used:
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise DataError(f"{place}: {flag} says nothing about this form of data; leave it away")
 
     def new_group(self) -> int:
         """A number for images that are read together, see `SourceTable.order`."""
