@@ -45,7 +45,7 @@ class Branch:
 
     @property
     def place(self) -> str:
-        return f"{self.path}: {self.inside}" if self.inside else str(self.path)
+        return os.path.join(self.path, self.inside).rstrip("/")
 
     @property
     def folders(self) -> Sequence[str]:
@@ -59,7 +59,7 @@ class Branch:
         return self.branches[name]
 
     def path_of(self, name: str) -> str:
-        return f"{self.path}: {self.inside}{name}"
+        return os.path.join(self.path, self.inside, name)
 
     def image(self, name: str) -> Found:
         member = self.members[name]
@@ -102,7 +102,12 @@ def tree_of_tar(search: Search, path: Path) -> Branch:
 
 
 def unwrapped(search: Search, tree: Tree) -> Tree:
-    """What lies in the folder around everything, as archives often have one; else `tree` itself."""
+    """What lies in the folder around everything, as archives often have one; else `tree` itself.
+
+    A file of labels that the user names has the paths of the whole archive.
+    """
+    if search.options.labels not in (None, "none", "folders"):
+        return tree
     while len(tree.folders) == 1 and not any(map(_says_something, tree.files)):
         inner = tree.below(tree.folders[0])
         if any(extension_of(name) in PICTURES for name in inner.files):

@@ -108,9 +108,13 @@ def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
     here = list(_files(search, tree, "", PICTURES, refuse_labels=not trusted))
     classes = set()
     for name in tree.folders:
-        for _, found in _pictures(search, tree.below(name), refuse_labels=not trusted):
-            classes.add(name)
-            yield found._replace(label=name)
+        try:
+            for _, found in _pictures(search, tree.below(name), refuse_labels=not trusted):
+                classes.add(name)
+                yield found._replace(label=name)
+        except DataError:  # such as a file of labels; that of a split is no fault once the split is chosen
+            refuse_splits(tree.place, tree.folders, search.known)
+            raise
         if name not in classes:
             search.skipped.append(f"{tree.path_of(name)}/ (no image)")
     if classes and here:

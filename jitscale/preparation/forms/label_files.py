@@ -135,6 +135,9 @@ def labelled_by(search: Search, tree: Tree, pictures: Sequence[Picture], path: P
 
     Its names are paths below the folder of the images or that of the file, names of files, or those without extension.
     """
+    if search.labels_read:
+        raise DataError(f"{path}: holds the labels of one folder or archive; pass each --input in a command of its own")
+    search.labels_read = True
     content = _content(path)
     if extension_of(path.name) == "json":
         file = read_edm(search, str(path), content)

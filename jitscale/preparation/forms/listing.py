@@ -27,7 +27,7 @@ class Tree(Protocol):
 
     @property
     def hidden(self) -> Sequence[str]:
-        """The names of folders that are passed over."""
+        """The names of folders that are passed over, as they are met."""
 
     def below(self, name: str) -> "Tree":
         """One of the folders. Raises a DataError if it cannot be listed, or holds itself."""

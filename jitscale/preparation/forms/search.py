@@ -54,6 +54,7 @@ class Search:
     names: list[str] | None = None  # of the classes, where an input says them and the user did not
     _named_by: str = ""
     _groups: int = 0
+    labels_read: bool = False  # the file that the user named; it is for one folder or archive
     _used: set[str] = field(default_factory=set)  # options that an input needed
 
     @property

@@ -4,7 +4,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from jitscale.data.tar_index import sound_scan
-from jitscale.data.tar_labels import LabelKey
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.data.tar_members import LOST_LINK, is_hidden
 from jitscale.errors import DataError
 from jitscale.preparation.forms.archives import tree_of_tar, unwrapped
@@ -72,6 +72,8 @@ def images_in_tar(search: Search, path: Path) -> Images:
     if scan.unread_labels:
         raise DataError(f"{path}: {scan.unread_labels}")
     search.ignored.update(scan.skipped)
+    if (there := scan.skipped["json"]) and key == CLS and all(sample.label is None for sample in scan.samples):
+        search.note(f"{path}: {there} members .json, none .cls; --label-key json:KEY reads labels from a field of them")
     for sample in scan.samples:
         place = f"{path}: byte {sample.offset if sample.label is None else sample.label_offset}"
         label = search.label(sample.label, place)
