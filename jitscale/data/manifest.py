@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 
@@ -87,13 +89,18 @@ def _wrong_value(manifest: Manifest) -> str:
     def is_list(values: object, is_sound: Callable[[Any], bool]) -> bool:
         return values is None or (isinstance(values, list) and all(map(is_sound, values)))
 
+    def is_label_key(value: object) -> bool:
+        with suppress(DataError):
+            return isinstance(value, str) and bool(LabelKey.parse(value))
+        return False
+
     sound = {
         "num_classes": (is_count(manifest.num_classes), "a number of things"),
         "total": (is_count(manifest.total), "a number of things"),
         "enlarged": (is_count(manifest.enlarged), "a number of things"),
         "resolution": (manifest.resolution is None or is_count(manifest.resolution, 1), "a number of pixels or null"),
         "codec": (isinstance(manifest.codec, str), "a name"),
-        "label_key": (isinstance(manifest.label_key, str), "a name"),
+        "label_key": (is_label_key(manifest.label_key), "cls, json:FIELD or none"),
         "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
         "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
     }
@@ -113,6 +120,11 @@ def _wrong_value(manifest: Manifest) -> str:
         seen.add(record.name)
     counted = sum(record.samples for record in manifest.shards)
     return "" if counted == manifest.total else f"its shards hold {counted} samples, its total says {manifest.total}"
+
+
+def label_key(manifest: Manifest | None) -> LabelKey:
+    """Where the labels of shards are, by their manifest or without one."""
+    return CLS if manifest is None else LabelKey.parse(manifest.label_key)
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -29,10 +29,11 @@ from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
 from jitscale.data.images import ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
-from jitscale.data.manifest import Manifest, content_hash
+from jitscale.data.manifest import Manifest, content_hash, label_key
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.data.tar_members import is_image_header
 from jitscale.errors import DataError, StorageError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
@@ -66,6 +67,7 @@ class ShardSet:
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
+        self._label_key = label_key(manifests[0] if manifests else None) if wanted.num_classes else NOWHERE
         self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
@@ -314,7 +316,7 @@ class ShardSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         at = self._shards[shard]
         if self._cache is not None:
-            index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
+            index = self._cache.index(at.location, at.record, self.class_names, self._label_key)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
         with data_error(f"{at.location}: cannot be opened any more", "restore it"):

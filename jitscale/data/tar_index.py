@@ -119,8 +119,8 @@ class TarScan:
         self.defects.append(Defect(self.path, byte, what))
 
 
-def scan_tar(path: Path) -> list[TarSample]:
-    """The samples of one tar in its order.
+def scan_tar(path: Path, key: LabelKey = CLS) -> list[TarSample]:
+    """The samples of one tar in its order; `key` says where their labels are.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
     base name. One of them is the image; `cls` is the label; others are ignored, and so are keys with neither. A link
@@ -128,7 +128,7 @@ def scan_tar(path: Path) -> list[TarSample]:
     if the tar is empty, compressed, truncated or damaged, a key comes twice, a sample has no image or several, or its
     image or label is sparse; a StorageError if it cannot be read.
     """
-    scan = sound_scan(path)
+    scan = sound_scan(path, key)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
         logger.warning("%s: %d images or labels are links to no earlier member, and left out", path, lost)
     return scan.samples
@@ -145,7 +145,7 @@ def sound_scan(path: Path, key: LabelKey = CLS) -> TarScan:
 
 
 def survey_tar(path: Path, key: LabelKey = CLS) -> TarScan:
-    """`scan_tar` that goes on behind a defect as far as it can, and lists them all; `key` says where labels are."""
+    """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
     scan = TarScan(path)
     try:
         with path.open("rb") as file:
@@ -195,18 +195,18 @@ def _add_sample(
     scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
 
 
-def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
+def index_tar(path: Path, key: LabelKey = CLS, class_names: list[str] | None = None) -> IndexArray:
     """One `INDEX` record of each sample that `scan_tar` finds.
 
-    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`. Raises as `scan_tar`, and a
-    DataError if a label is neither a class number in decimal nor one of `class_names`.
+    A sample without a label has `NO_LABEL`. Raises as `scan_tar`, and a DataError if a label is neither a class number
+    in decimal nor one of `class_names`.
     """
-    samples, labels = scan_tar(path), []
+    samples, labels = scan_tar(path, key), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
     for sample in samples:
-        label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
+        label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
         if label is None:
-            holds = f"{sample.key}.cls holds {sample.label!r}"
+            holds = f"{sample.key}.{key.extension} holds {sample.label!r}"
             what = f"{holds}, neither an integer in 0..{LARGEST_LABEL} nor a known class name"
             remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
             raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")

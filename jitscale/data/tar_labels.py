@@ -61,6 +61,7 @@ class LabelKey:
 
 
 CLS = LabelKey()  # as webdataset has it
+NOWHERE = LabelKey("")  # labels are not read
 
 
 def fields_of(value: dict[str, object]) -> str:

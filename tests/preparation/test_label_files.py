@@ -146,6 +146,7 @@ def test_metadata_without_labels_and_with_others(tmp_path: Path) -> None:
     assert inputs_of(tmp_path, labels="none").num_classes == 0
     metadata(tmp_path / "metadata.jsonl", [{"file_name": "a.png"}])
     refused("holds metadata.csv and metadata.jsonl; pass --labels FILE", tmp_path)
+    assert inputs_of(tmp_path, labels=str(table), label_column="breed").class_names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

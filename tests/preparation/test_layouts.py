@@ -150,6 +150,7 @@ def test_splits_inside_of_classes(tmp_path: Path) -> None:
     assert [inputs[row].path for row in range(2)] == [f"{tmp_path}/{label}/train/a.png" for label in ("cat", "dog")]
     assert inputs.class_names == ["cat", "dog"]
     assert len(inputs_of(tmp_path, labels="folders")) == 4
+    refused("each folder in it holds test, train", tmp_path, labels="none")  # which would be mixed
 
 
 def test_folders_that_hold_the_same_folders_are_asked_about(tmp_path: Path) -> None:

@@ -39,12 +39,15 @@ def images_in_folder(search: Search, tree: Tree) -> Images:
     Their labels are those of a file that the user names, of EDM's dataset.json or of a metadata file; else the names of
     the first folders; and none where the images lie in the folder itself, or in numbered buckets.
     """
-    labels, metadata = search.option("labels"), metadata_in(tree)
+    labels = search.option("labels")
+    metadata = metadata_in(tree) if labels is None else None
     whole, (tree, part) = tree, part_of(search, tree, has_labels=EDM in tree.files or metadata is not None)
     if labels == "folders":
         yield from _in_classes(search, tree, trusted=True)
         return
-    if labels is None and EDM not in tree.files and metadata is None and (metadata := metadata_in(tree)) is None:
+    if labels is None and metadata is None:
+        metadata = metadata_in(tree)
+    if labels is None and metadata is None and EDM not in tree.files:
         if not are_buckets(tree):
             yield from _in_classes(search, tree, trusted=False)
             return

@@ -58,13 +58,13 @@ def part_of(search: Search, tree: Tree, *, has_labels: bool) -> tuple[Tree, str]
     inside = bool(alike) and all(map(_SPLIT.fullmatch, alike))
     parts = alike if inside else _parts(tree.folders, ()) or (list(tree.folders) if alike else [])
     if split is None or not parts:
-        is_said = has_labels or search.options.labels == "folders" or set(tree.folders) <= search.known
+        says_nothing = (None, "none") if inside else (None,)  # without labels, the images of all splits would be mixed
+        is_said = has_labels or search.options.labels not in says_nothing or set(tree.folders) <= search.known
         if alike and not is_said and not _parts(tree.folders, search.known):
             remedy = f"pass --split {parts[0]} for one of these"
             if inside:
-                raise DataError(
-                    f"{tree.place}: each folder in it holds {_listed(alike)}, splits of a data set; {remedy}"
-                )
+                what = f"each folder in it holds {_listed(alike)}, splits of a data set"
+                raise DataError(f"{tree.place}: {what}; {remedy}")
             what = f"the folders {_listed(tree.folders)} hold the same folders ({_listed(alike)})"
             raise DataError(f"{tree.place}: {what}; {remedy}, or --labels folders to take them for classes")
         return tree, ""

@@ -114,6 +114,10 @@ def _csv_rows(file: IO[str], place: str) -> Iterator[Row]:
     for row in reader:
         values = {name: row[name] or None for name in reader.fieldnames}
         yield Row(f"{place}: line {reader.line_num}", dict(values), header)
+    if reader.line_num == 1:
+        columns = ", ".join(map(repr, reader.fieldnames))
+        what = f"has no lines with images below the columns {columns}"
+        raise DataError(f"{place}: {what}; begin it with the line path,label, then one line an image")
 
 
 def _json_rows(file: IO[str], place: str) -> Iterator[Row]:
