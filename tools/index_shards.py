@@ -67,7 +67,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     if not os.access(tars.folder, os.W_OK):
         raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
-    found = survey(tars, class_names, options.workers, LabelKey.parse(options.label_key))
+    found = survey(tars, class_names, options.workers, key=LabelKey.parse(options.label_key))
     _report(found.defects, options.report, sys.stderr)
     if found.defects:
         damaged = len({defect.path for defect in found.defects})

@@ -101,7 +101,7 @@ def scan_shards(
     return scans, classes, defects
 
 
-def survey(tars: Tars, class_names: list[str] | None, workers: int, key: LabelKey = CLS) -> Survey:
+def survey(tars: Tars, class_names: list[str] | None, workers: int, *, key: LabelKey = CLS) -> Survey:
     """Scan `tars` for what makes them shards; nothing is written. Mistakes in tars and labels are among the defects.
 
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.

@@ -191,11 +191,11 @@ def test_index_is_scanned_once(storage: Storage, tmp_path: Path, monkeypatch: py
 def _index(shards: ShardCache, url: str, record: ShardRecord, barrier: object) -> None:
     scanned = index_tar
 
-    def counted(path: Path, **options: object) -> object:
+    def counted(path: Path, *options: object) -> object:
         with Path(f"{path}.scans").open("a") as file:
             file.write("x")
         time.sleep(0.2)
-        return scanned(path, **options)  # type: ignore[arg-type]
+        return scanned(path, *options)  # type: ignore[arg-type]
 
     cache.index_tar = counted  # type: ignore[assignment]
     barrier.wait(PATIENCE)  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def hub_tar(path: Path, *values: Any, first: int = 0) -> Path:
 
 
 def surveyed(folder: Path, key: str) -> Survey:
-    found = survey(find_tars(str(folder)), None, 1, LabelKey.parse(key))
+    found = survey(find_tars(str(folder)), None, 1, key=LabelKey.parse(key))
     if not found.defects:
         found.write()
     return found
