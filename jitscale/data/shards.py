@@ -30,10 +30,11 @@ from jitscale.data.cache_folder import usual_cache_folder
 from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
-from jitscale.data.manifest import Manifest, content_hash
+from jitscale.data.manifest import Manifest, content_hash, label_key
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.data.tar_members import is_image_header
 from jitscale.errors import DataError, StorageError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
@@ -67,6 +68,7 @@ class ShardSet:
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
+        self._label_key = label_key(manifests[0] if manifests else None) if wanted.num_classes else NOWHERE
         self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
         datasets = {manifest.dataset for manifest in manifests}
         self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
@@ -322,7 +324,7 @@ class ShardSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         at = self._shards[shard]
         if self._cache is not None:
-            index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
+            index = self._cache.index(at.location, at.record, self.class_names, self._label_key)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
         with data_error(f"{at.location}: cannot be opened any more", "restore it"):

@@ -14,6 +14,7 @@ from jitscale.data import cache
 from jitscale.data.cache import ShardCache
 from jitscale.data.manifest import ShardRecord
 from jitscale.data.tar_index import index_tar
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.errors import DataError
 from tests.data.caching import Context, content, joined, names
 from tests.support.pictures import tar_bytes
@@ -190,11 +191,11 @@ def test_index_is_scanned_once(storage: Storage, tmp_path: Path, monkeypatch: py
 def _index(shards: ShardCache, url: str, record: ShardRecord, barrier: object) -> None:
     scanned = index_tar
 
-    def counted(path: Path, **options: object) -> object:
+    def counted(path: Path, *options: object) -> object:
         with Path(f"{path}.scans").open("a") as file:
             file.write("x")
         time.sleep(0.2)
-        return scanned(path, **options)  # type: ignore[arg-type]
+        return scanned(path, *options)  # type: ignore[arg-type]
 
     cache.index_tar = counted  # type: ignore[assignment]
     barrier.wait(PATIENCE)  # type: ignore[attr-defined]
@@ -219,7 +220,7 @@ def test_indexes_by_class_names_are_told_apart(storage: Storage, tmp_path: Path)
     assert shards.index(url, record, ["cat", "dog"])["label"].tolist() == [0, 1, 0]
     assert shards.index(url, record, ["dog", "cat"])["label"].tolist() == [1, 0, 1]
     assert shards.index(url, record, ["cat", "dog"])["label"].tolist() == [0, 1, 0]
-    assert shards.index(url, record, None, with_labels=False)["label"].tolist() == [-1, -1, -1]
+    assert shards.index(url, record, None, NOWHERE)["label"].tolist() == [-1, -1, -1]
     assert len(names(tmp_path, ".index.npy")) == 3
     with pytest.raises(DataError, match=f"{url}: cannot be indexed.*'cat'"):
         shards.index(url, record, None)

@@ -260,7 +260,9 @@ def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x.png,1\n")
     assert "no/where: there is no such file or folder" in refused(*command("no/where", output))
     assert "empty: no image in it" in refused(*command(tmp_path / "empty", output))
-    assert "line 1: no column 'path'" in refused(*command(tmp_path / "a.csv", output))
+    assert "a.csv: has no lines with images below the columns 'x.png', '1'; begin it" in refused(
+        *command(tmp_path / "a.csv", output)
+    )
     assert "'0/4' is not I/N" in refused(*command(tree, output, "--part", "0/4"))
     assert "'5/4' is not I/N" in refused(*command(tree, output, "--part", "5/4"))
     assert "'gif' (choose from" in refused(*command(tree, output, codec="gif"))

@@ -259,7 +259,7 @@ def test_tables_that_make_no_sense_are_refused(
         ('{"path": "a.png", "label": ' + "1" * 5000 + "}", "line 1: no JSON"),
         ('{"path": "a.png", "label": "' + "1" * 5000 + '"}', "line 1: label '1+' is neither a class number"),
         ('["a.png"]\n', "line 1: no object; write"),
-        ('{"label": 1}\n', "line 1: has no path"),
+        ('{"label": 1}\n', "line 1: no column 'path' among 'label'; begin"),
         ('{"path": "a.png", "class": 1}\n', "line 1: no 'label' among 'path', 'class'"),
         ('{"path": "a.png", "label": 1.5}\n', "line 1: label 1.5 is neither an integer nor a name"),
         ('{"path": "a.png", "label": true}\n', "line 1: label True is neither"),
