@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu lint format install clean
+.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu lint format docs install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -43,6 +43,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+# The pages that the code writes.
+docs: $(INSTALLED)
+	$(RUN) -m jitscale.train --list-settings > docs/settings.md
 
 install: $(INSTALLED)
 

@@ -40,12 +40,13 @@ def load_model(path: str | Path, weights: str | None = None, config: ConfigSourc
     not fit.
 
     Args:
-        path: a run folder, a step folder, a .safetensors file or the authors' .pth file.
+        path: a run folder, a step folder, a .safetensors file, a folder of safetensors files, of Hugging Face or of
+            diffusers, the authors' .pth file, or one of these at hf://OWNER/NAME[@REVISION][/FOLDER].
         weights: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, or the authors'
             model_ema1.
         config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields
-            (image_size, patch_size, hidden_size, depth, num_heads, bottleneck_dim, in_context_len, in_context_start,
-            num_classes) with an optional noise_scale.
+            (image_size, patch_size, in_channels, hidden_size, depth, num_heads, bottleneck_dim, in_context_len,
+            in_context_start, num_classes) with an optional noise_scale.
     """
     from jitscale.checkpoints.opening import open_weights  # noqa: PLC0415
 
@@ -73,7 +74,7 @@ def sample(
     internal_guidance: float = 1.0,
     internal_interval: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
-    """Images for `labels`, (B, 3, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
+    """Images for `labels`, (B, channels, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
     Raises a ValueError if labels are no list of integers in [0, num_classes] or there are none, at a seed below 0,
     noise of another shape, an unknown method or a shift out of range, and at internal guidance of a network without a
@@ -82,7 +83,7 @@ def sample(
     Args:
         model: from `load_model`.
         labels: B class indices; `model.null_label` for no class.
-        noise: (B, 3, image_size, image_size) standard normal; None draws image i from (seed, i).
+        noise: (B, channels, image_size, image_size) standard normal; None draws image i from (seed, i).
         seed: of the noise, where none is given.
         noise_scale: None for the one the checkpoint was trained with.
         method: "heun" (2 `steps` - 1 evaluations of the network), or "euler", "2m" or "ab2" (`steps` evaluations; the
@@ -96,6 +97,7 @@ def sample(
             `model` alone. It takes no evaluations of its own.
         internal_interval: times between which internal guidance acts.
     """
+    from jitscale.config import image_shape  # noqa: PLC0415
     from jitscale.config.schema import LARGEST_SEED  # noqa: PLC0415
     from jitscale.diffusion.sampler import Sampler  # noqa: PLC0415
     from jitscale.evaluation.generate import checked_labels, noise_of, sample_images  # noqa: PLC0415
@@ -115,20 +117,19 @@ def sample(
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed: must be in [0, {LARGEST_SEED}], got {seed}")
     if noise is None:
-        noise = noise_of(seed, range(len(labels)), model.config.image_size)
+        noise = noise_of(seed, range(len(labels)), image_shape(model.config))
     scale = trained.noise_scale if noise_scale is None else noise_scale
     return sample_images(model, sampler, scale * noise, labels, guide)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures of `images` (B, 3, height, width) as `sample` returns them: clamped to [-1, 1] and rounded.
+    """RGB or grey pictures of `images` (B, 3 or 1, height, width) of `sample`: clamped to [-1, 1] and rounded.
 
     Raises a ValueError at another shape, at integers, and at values that are not finite.
     """
     import torch  # noqa: PLC0415
     from PIL import Image  # noqa: PLC0415
 
-    from jitscale.evaluation.features import to_uint8  # noqa: PLC0415
+    from jitscale.evaluation.features import as_pictures, to_uint8  # noqa: PLC0415
 
-    pixels = to_uint8(torch.as_tensor(images)).permute(0, 2, 3, 1).contiguous().cpu()
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return [Image.fromarray(picture) for picture in as_pictures(to_uint8(torch.as_tensor(images)))]

@@ -20,6 +20,7 @@ from jitscale.checkpoints.weights import StoredWeights
 from jitscale.command import complete_source, evaluate_parser
 from jitscale.config import Config, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
+from jitscale.evaluation.choice import settle_features
 from jitscale.evaluation.evaluator import Evaluator
 from jitscale.evaluation.final import is_configured_end, run_evaluation
 from jitscale.evaluation.generate import ready_on_all_ranks
@@ -83,12 +84,15 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
     config.evaluation.weights = stored.choose(weights)
     points = sweep_points(config, stored.weight_sets)
     run_dir = Path(config.run.dir)
-    is_end, is_own = _is_end(stored, run_dir), is_configured_end(run_dir, config)
-    tracked = described and is_end and is_own and config.tracking.wandb != "off"
+    is_end = _is_end(stored, run_dir)
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
         parallel.raise_together(lambda: stored.verify(world.rank, world.size))
-        guide = parallel.raise_together(lambda: read_guide(config, world, world.device))
-        check_measurable(config, world, points)
+        config, missing = settle_features(config)
+        if missing:
+            raise ConfigError(missing)
+        guide = parallel.raise_together(lambda: read_guide(config, stored.class_names, world, world.device))
+        check_measurable(config, world, points, stored.class_names)
+        is_own = is_configured_end(run_dir, config)
         if world.is_main:
             for caution in filter(None, map(stored.caution, dict.fromkeys(point.weights for point in points))):
                 logger.warning("%s", caution)
@@ -101,7 +105,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
 
         def finish() -> None:
             mark_complete(run_dir, "evaluate")
-            if tracked:
+            if described and is_end and is_own and config.tracking.wandb != "off":
                 _track(config, run_dir, result)
             print(table_of(result))
 

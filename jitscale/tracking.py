@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from mmap import MAP_PRIVATE, PROT_READ, mmap
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # keys of a result that are no metrics
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
 WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a job that was asked to stop must end by itself
-SWEEP_COLUMNS = (
+SWEEP_COLUMNS = (  # with the distance and perhaps the Inception Score after them
     *("weights", "guidance_scale", "guidance_interval", "internal_guidance", "internal_interval"),
-    *("num_images", "fid", "inception_score"),
+    "num_images",
 )
 LONGEST_LINE = 2**20  # bytes; a longer one is none of ours
 HELD_OUT = "held_out/"  # prefix of the numbers of a held-out loss
@@ -121,7 +121,10 @@ class Tracker:
             self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
-        """Record a picture (height, width, 3) taken after `images` images seen, as a PNG in the run's folder too."""
+        """Record a picture taken after `images` images seen, as a PNG in the run's folder too.
+
+        It is (height, width, 3), or a grey one (height, width).
+        """
         if not self._active:
             return
         path = self._metrics.parent / name / f"images_{images:012d}.png"
@@ -149,7 +152,7 @@ class Tracker:
         """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
 
         `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale and so on); and `table`,
-        a row of SWEEP_COLUMNS for each measured setting, where FID and Inception Score may be None.
+        a row of SWEEP_COLUMNS for each measured setting, whose distance and Inception Score may be None.
         """
         self._to_wandb(lambda record: _send_final(record, result))
 
@@ -357,20 +360,22 @@ def _send_image(record: Any, name: str, image: npt.NDArray[np.uint8], images: in
 def _send_final(record: Any, result: dict[str, Any]) -> None:
     import wandb  # noqa: PLC0415
 
-    rows = result["table"]
+    rows, distance = result["table"], distance_of(result)
     if len(rows) > 1:
-        data = [[_cell(row.get(column)) for column in SWEEP_COLUMNS] for row in rows]
-        record.log({"sweep": wandb.Table(columns=[*SWEEP_COLUMNS], data=data)})
+        scores = ["inception_score"] if "inception_score" in rows[0] else []
+        columns: list[str | int] = [*SWEEP_COLUMNS, distance, *scores]
+        data = [[_cell(row.get(str(column))) for column in columns] for row in rows]
+        record.log({"sweep": wandb.Table(columns=columns, data=data)})
         along, lines = sweep_lines(rows)
         if lines:
             curve = wandb.plot.line_series(
                 xs=[[row[along] for row in line] for line in lines.values()],
-                ys=[[row["fid"] for row in line] for line in lines.values()],
+                ys=[[row[distance] for row in line] for line in lines.values()],
                 keys=list(lines),
-                title=f"FID over {along.replace('_', ' ')}",
+                title=f"{distance_title(distance)} over {along.replace('_', ' ')}",
                 xname=along,
             )
-            record.log({"fid_over_guidance": curve})
+            record.log({f"{distance}_over_guidance": curve})
     best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
     record.summary.update(_known({**_numbers(result), **best}))
 
@@ -385,13 +390,23 @@ def _cell(value: Any) -> Any:
     return ":".join(f"{end:g}" for end in value) if isinstance(value, list | tuple) else value
 
 
+def distance_of(measured: Mapping[str, Any]) -> str:
+    """The name of the distance that ranks settings: `fid`, or else `fd_<network>` of the main network."""
+    return "fid" if "fid" in measured else next((key for key in measured if key.startswith("fd_")), "fid")
+
+
+def distance_title(distance: str) -> str:
+    """The name of a distance for people: FID only where it is one."""
+    return distance.upper() if distance == "fid" else distance.replace("fd_", "FD ")
+
+
 def sweep_lines(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
     """The coarse part of a sweep as lines: the setting that varies along them, and the rows of each, by its name.
 
     That setting is the guidance scale, or internal guidance where only that one is swept. A line is named by its
-    weights, and by the other settings that differ. Rows without FID are left out.
+    weights, and by the other settings that differ. Rows without a distance are left out.
     """
-    measured = [row for row in rows if row.get("fid") is not None]
+    measured = [row for row in rows if row.get(distance_of(row)) is not None]
     fewest = min((row["num_images"] for row in measured), default=0)
     coarse = [row for row in measured if row["num_images"] == fewest]
     texts = {"guidance_interval": "", "internal_guidance": "internal ", "internal_interval": "internal in "}

@@ -3,6 +3,7 @@
 The same command resumes the run from its newest checkpoint. It may be started as one process, by torchrun, or by srun.
 """
 
+import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,9 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.upgrade import plan_upgrade, write_upgraded
 from jitscale.command import train_parser
 from jitscale.config import Config, explained_yaml, load_config
+from jitscale.config.listing import settings_page
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.evaluation.choice import settle_for_training
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, make_kernel_caches
 from jitscale.parallel import World
@@ -28,9 +31,19 @@ from jitscale.training.trainer import train
 logger = logging.getLogger(__name__)
 
 
+class _ListSettings(argparse.Action):
+    """Acts while the command line is parsed, as --help does: it needs no --config."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(settings_page(), end="")
+        parser.exit()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
-    options = train_parser(__doc__).parse_intermixed_args(arguments)
+    parser = train_parser(__doc__)
+    parser.add_argument("--list-settings", action=_ListSettings, nargs=0, help="print every setting there is, and stop")
+    options = parser.parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
     world_size = adopt_launcher_environment()
     make_kernel_caches()
@@ -47,12 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device), config.run.hang_timeout) as world:
         parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
-        measured = measurable_config(config, world)
+        settled, missing = settle_for_training(config)
+        measured = measurable_config(settled, world)
         with ExitStack() as held:
             code = _train_through(stages_of(measured), world, held)
             if code == ExitCode.DONE:
                 complete = partial(mark_complete, Path(config.run.dir), "train", config)
                 code = after_the_end(lambda: parallel.on_main(complete))
+                if missing and world.is_main:
+                    logger.warning("%s", missing)
         return code
 
 

@@ -75,6 +75,13 @@ def test_folders_of_a_run(tmp_path: Path) -> None:
             r"patches of 12 numbers, and a subspace of diffusion\.rank=12.*begin at a higher resolution",
         ),
         (
+            [
+                *("progressive.resolutions=[32]", "progressive.images=[1]", "model.in_channels=1"),
+                *("diffusion.prediction=asym", "diffusion.rank=4"),
+            ],
+            r"patches of 4 numbers, and a subspace of diffusion\.rank=4",
+        ),
+        (
             ["progressive.resolutions=[64,96]", "progressive.images=[1,1]", "diffusion.prediction=asym"],
             r"must grow by whole numbers.*for example \[64,128\]",
         ),

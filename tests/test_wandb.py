@@ -19,7 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from jitscale.config import Config, DataConfig, TrackingConfig
 from jitscale.errors import ConfigError
-from jitscale.tracking import Tracker, _own_id, check_wandb, read_metrics, sweep_lines
+from jitscale.tracking import Tracker, _own_id, check_wandb, distance_of, read_metrics, sweep_lines
 from tests.support import ROOT
 
 KEY = "0" * 40
@@ -214,6 +214,10 @@ def test_a_sweep_of_internal_guidance_has_it_along_its_lines() -> None:
         *("model, internal 1.8, internal in 0:0.8", "model, internal 1.4, internal in 0:1"),
     ]
     assert sweep_lines([sweep_row("model", 1.0, 100, None)]) == ("guidance_scale", {})
+    other = [{("fd_dinov2" if key == "fid" else key): value for key, value in row.items()} for row in rows]
+    assert list(sweep_lines(other)[1]) == list(sweep_lines(rows)[1]), "the distance of a network without FID"
+    assert distance_of({"num_images": 1, "fd_dinov2": 1.0, "fd_dinov2_floor": 0.5, "fd_inception": 2.0}) == "fd_dinov2"
+    assert distance_of({"fd_dinov2": 1.0, "fid": 2.0}) == "fid"
 
 
 def test_secrets_are_in_no_file_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

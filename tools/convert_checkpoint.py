@@ -1,20 +1,26 @@
-"""Turn weights from one form into another, bit by bit the same.
+"""Turn weights from one form into another, bit by bit the same (docs/weights.md).
 
     python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to safetensors --output exported/
     python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to huggingface --weights ema_0.9999 --output hub/
+    python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to diffusers --output diffusers/
     python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to authors --output checkpoint-last.pth
     python tools/convert_checkpoint.py --checkpoint checkpoint-last.pth --to run --output runs/continued \\
         --config configs/jit_h_256.yaml
 
 safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
-`jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). authors: their `checkpoint-last.pth`, with the
-optimizer's moments, without the middle output layer. run: a checkpoint that `jitscale.train` continues, with the
-averages and moments of the source; a middle output layer that the source lacks begins with a prediction of zero.
+`jitscale.load_model` and `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). diffusers: a folder
+in the form of its open pull request. Both folders have a model card with samples. authors: their `checkpoint-last.pth`,
+with the optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the
+source. The authors' and the diffusers' network has no middle output layer: it is left out. One that the source of a run
+lacks begins with a prediction of zero.
+
+What was written is opened again and compared with its config, before it gets its name.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import installed
@@ -23,8 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jitscale.checkpoints.authors import METHODS, write_authors_file
+from jitscale.checkpoints.checked import checked_output
+from jitscale.checkpoints.diffusers import LARGEST_FILE, at_own_positions, write_diffusers
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.middle_layer import with_middle_layer_of
+from jitscale.checkpoints.model_card import Card
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import (
@@ -38,55 +47,54 @@ from jitscale.checkpoints.weights import (
 from jitscale.command import Parser, natural, refuse_existing
 from jitscale.config import Config, ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.evaluation.showcase import SAMPLES, as_measured, draw_samples, measured
 
 AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be written: `write` writes it to a path, as weight sets `sets` of the network of `config`."""
+
+    config: Config
+    sets: Sequence[str]
+    write: Callable[[Path], None]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and convert."""
-    parser = Parser(__doc__)
-    sources = "a run or step folder, .safetensors files, a Hugging Face folder, the authors' .pth"
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help=sources)
-    parser.add_argument("--to", required=True, choices=WRITERS, help="the new form")
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
-    sets = "such as model ema_0.9999 (default: all; huggingface: the one that the run samples from; run: model)"
-    parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="run; else the network if PATH does not say it")
-    for number, decay in enumerate(AUTHORS_DECAYS, 1):
-        meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
-        parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)
-    parser.add_number("--epoch", 0, "authors: the last complete one", int)
-    parser.add_number("--images", 0, "run: images that the weights have seen", natural)
-    options = parser.parse_args(arguments)
-
+    options = _parser().parse_args(arguments)
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
-    if options.to in ("run", "authors"):  # the authors' network has no middle output layer, as the default
+    if options.to in ("run", "authors", "diffusers"):  # theirs have no middle output layer, as the default
         stored, change = with_middle_layer_of(stored, _config_of_run(options) if options.to == "run" else Config())
         if change:
             print(change)
     check_tensors(stored)
-    try:
-        written = WRITERS[options.to](stored, options)
-    except OSError as error:
-        raise CheckpointError(f"{options.output}: cannot be written ({error}); choose another --output") from error
-    print("\n".join([f"{stored.path}: read", "written:", *(f"  {path}" for path in written)]))
+    conversion = FORMS[options.to](stored, options)
+    with checked_output(options.output, conversion.config, conversion.sets) as staged:
+        conversion.write(staged)
+        names = [path.relative_to(staged) for path in ([staged] if staged.is_file() else sorted(staged.rglob("*")))]
+    written = [options.output / name for name in names]
+    print("\n".join([f"{stored.path}: read", "written:", *(f"  {path}" for path in written if path.is_file())]))
     return ExitCode.DONE
 
 
-def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
     """One file a weight set."""
     names = [stored.choose(name) for name in options.weights or stored.weight_sets]
-    files = [options.output / f"{name}.safetensors" for name in names]
-    refuse_existing(*files)
+    refuse_existing(*(options.output / f"{name}.safetensors" for name in names))
     check_finite(stored, names)
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name, file in zip(tqdm(names, unit="set", desc="write"), files, strict=True):
-        write_safetensors(file, stored, name)
-    return files
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name in tqdm(names, unit="set", desc="write"):
+            write_safetensors(folder / f"{name}.safetensors", stored, name)
+
+    return Conversion(stored.config, names, write)
 
 
-def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
     """config.json, model.safetensors and a model card."""
     try:
         from jitscale.checkpoints.hub import HubJiT  # noqa: PLC0415
@@ -95,14 +103,34 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> list[P
     chosen = stored.choose(_one_set(options, "a Hugging Face folder holds one weight set"))
     refuse_existing(options.output / "model.safetensors", options.output / "config.json")
     check_finite(stored, [chosen])
-    # The folder holds the subspace, wherever it came from.
-    network = HubJiT(stored.config.model, replace(stored.config.diffusion, subspace=None), chosen)
-    stored.load_into(network, chosen)
-    network.save_pretrained(options.output)
-    return [options.output / name for name in ("config.json", "model.safetensors", "README.md")]
+
+    def write(folder: Path) -> None:
+        # The folder holds the subspace, wherever it came from.
+        network = HubJiT(stored.config.model, replace(stored.config.diffusion, subspace=None), chosen)
+        stored.load_into(network, chosen)
+        folder.mkdir()
+        _write_card(stored, chosen, options, folder)  # before save_pretrained, which writes one only where none is
+        network.save_pretrained(folder)
+
+    return Conversion(stored.config, [chosen], write)
 
 
-def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+def to_diffusers(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
+    """The folder of the pull request, and a model card."""
+    chosen = stored.choose(_one_set(options, "a folder of diffusers holds one weight set"))
+    refuse_existing(options.output / "model_index.json", options.output / "transformer", options.output / "scheduler")
+    config = _known_to_others(stored, "JiT in diffusers")
+    check_finite(stored, [chosen])
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        _write_card(stored, chosen, options, folder, is_diffusers=True)
+        write_diffusers(folder, stored, chosen, options.max_shard_bytes)
+
+    return Conversion(config, [chosen], write)
+
+
+def to_authors(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
     """The authors' `checkpoint-last.pth`."""
     if options.weights is not None:
         raise UserError("--weights: the authors' file holds the model and two averages; choose by --ema1 and --ema2")
@@ -112,14 +140,9 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
         if name not in averages:
             choice = ", ".join(averages) or "none: the authors format needs an exponential average"
             raise UserError(f"--{option} {name}: not among the averages of {stored.path}; choose one of {choice}")
-    prediction, grid = stored.config.diffusion.prediction, stored.config.model.position_grid
-    if prediction != "x" or grid is not None:
-        own = f"diffusion.prediction={prediction}" if prediction != "x" else f"model.position_grid={grid}"
-        what = f"{stored.path}: {own}, and the authors' code predicts x, with positions of the network's own grid"
-        raise CheckpointError(f"{what}; convert this network --to safetensors")
-    check_finite(stored, [stored.choose("model"), options.ema1, options.ema2, *stored.moments])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_authors_file(options.output, stored, options.ema1, options.ema2, options.epoch)
+    config = _known_to_others(stored, "the authors' code", "model.in_channels")
+    sets = list(dict.fromkeys([stored.choose("model"), options.ema1, options.ema2, *stored.moments]))
+    check_finite(stored, sets)
     evaluation = stored.config.evaluation
     if evaluation.method not in METHODS or evaluation.time_shift != 1.0:
         own = f"evaluation.method={evaluation.method} evaluation.time_shift={evaluation.time_shift:g}"
@@ -128,10 +151,12 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> list[Path]
         )
     if stored.optimizer_step == 0:
         print(f"{stored.path}: has no moments of the optimizer; those in the new file are empty")
-    return [options.output]
+    return Conversion(
+        config, sets, lambda path: write_authors_file(path, stored, options.ema1, options.ema2, options.epoch)
+    )
 
 
-def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
+def to_run(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
     """A checkpoint at step 0 of a run."""
     config = _config_of_run(options)
     check_fits(stored, config)
@@ -145,23 +170,52 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> list[Path]:
     check_finite(stored, [begin, *averages, *moments])
     if not moments:
         print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
-    progress = Progress(0, options.images, stored.optimizer_step if moments else 0, None)
+    steps = stored.optimizer_step if moments else 0
+    progress = Progress(0, options.images, steps, None, class_names=stored.class_names)
     names = {"model": begin, **{name: name for name in (*averages, *moments)}}
 
     def read(name: str, parameter: str) -> Tensor:
         return stored.tensor(names[name], parameter)
 
-    folder = write_streamed(step_folder(options.output, 0), progress, config, stored.shapes, list(names), read)
-    (options.output / "config.yaml").write_text(to_yaml(config))
-    return [folder]
+    def write(run_dir: Path) -> None:
+        write_streamed(step_folder(run_dir, 0), progress, config, stored.shapes, list(names), read)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+
+    return Conversion(config, list(names), write)
 
 
-WRITERS: dict[str, Callable[[StoredWeights, argparse.Namespace], list[Path]]] = {
+FORMS: dict[str, Callable[[StoredWeights, argparse.Namespace], Conversion]] = {
     "safetensors": to_safetensors,
     "huggingface": to_huggingface,
+    "diffusers": to_diffusers,
     "authors": to_authors,
     "run": to_run,
 }
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    sources = (
+        "a run or step folder, .safetensors, a folder of Hugging Face or diffusers, hf://OWNER/NAME, authors' .pth"
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help=sources)
+    parser.add_argument("--to", required=True, choices=FORMS, help="the new form")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
+    sets = "such as model ema_0.9999 (default: safetensors: all; run: model; else the one that the run samples from)"
+    parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="run; else the network if PATH does not say it")
+    for number, decay in enumerate(AUTHORS_DECAYS, 1):
+        meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
+        parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)
+    parser.add_number("--epoch", 0, "authors: the last complete one", int)
+    parser.add_number("--images", 0, "run: images that the weights have seen", natural)
+    samples = f"images in the model card; default: {SAMPLES}, or 0 where that takes long without a GPU"
+    parser.add_argument("--samples", type=natural, metavar="N", help=samples)
+    of_card = "of the weights, for the model card, such as mit; default: the card says that none is stated"
+    parser.add_argument("--license", metavar="ID", help=of_card)
+    size = "diffusers: larger sets are split over several files"
+    parser.add_number("--max-shard-bytes", LARGEST_FILE, size)
+    return parser
 
 
 def _config_of_run(options: argparse.Namespace) -> Config:
@@ -174,6 +228,38 @@ def _one_set(options: argparse.Namespace, why: str) -> str | None:
     if options.weights is not None and len(options.weights) > 1:
         raise UserError(f"--weights {' '.join(options.weights)}: {why}; name one")
     return options.weights[0] if options.weights else None
+
+
+def _known_to_others(stored: StoredWeights, whose: str, *more: str) -> Config:
+    """The config of `stored`, whose network must be one that the code of others has too. Raises a CheckpointError.
+
+    That code knows neither other predictions than x, nor stretched positions; `more` settings must have their defaults.
+    """
+    config = replace(stored.config, model=at_own_positions(stored.config.model))
+    keys = ("diffusion.prediction", "model.position_grid", *more)
+    unlike = [f"{key}={of(config)}" for key in keys if (of := attrgetter(key))(config) != of(Config())]
+    if unlike:
+        grey = " of RGB images" if "model.in_channels" in more else ""
+        what = f"{', '.join(unlike)}, and {whose} predicts x{grey}, with positions of the network's own grid"
+        raise CheckpointError(f"{stored.path}: {what}; convert this network --to safetensors")
+    return config
+
+
+def _write_card(
+    stored: StoredWeights, set_name: str, options: argparse.Namespace, folder: Path, *, is_diffusers: bool = False
+) -> None:
+    """README.md in `folder`, with a picture of samples and what the run has measured, if anything."""
+    config = stored.config
+    if options.config is not None:
+        config = replace(load_config(options.config), model=config.model, diffusion=config.diffusion)
+    result = measured(stored, set_name)
+    if result is not None:
+        config = as_measured(config, result)
+    picture = draw_samples(stored, set_name, config, options.samples, folder)
+    count = SAMPLES if options.samples is None else options.samples
+    name = picture[0].name if picture else None
+    card = Card(config, set_name, name, count, result, options.license, is_diffusers)
+    (folder / "README.md").write_text(card.text)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def _settings(output: Path, resolution: int, images: int | None, options: argpar
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
     digits, labels = digit_images(resolution)
-    said = write_shards_once(digits, shards, labels=labels, class_names=DIGIT_CLASSES, samples_per_shard=256)
+    known = {"class_names": DIGIT_CLASSES, "dataset": "digits"}
+    said = write_shards_once(digits, shards, labels=labels, samples_per_shard=256, **known)
     print(said, flush=True)
     samples, steps = options.samples, options.sampler_steps
     block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)  # two processes

@@ -11,8 +11,9 @@ from pathlib import Path
 import installed
 
 from jitscale.command import Parser
-from jitscale.config import EvaluationConfig, load_config
+from jitscale.config import AUTO, EvaluationConfig, load_config
 from jitscale.errors import ExitCode, exit_with_message
+from jitscale.evaluation.choice import PREFERRED
 from jitscale.evaluation.networks import PUBLISHED
 from jitscale.evaluation.published import fetch, published_folder
 
@@ -23,16 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, metavar="FILE", help="a run's; its evaluation.features_dir is the folder")
     where.add_argument("--output", type=Path, metavar="DIR", help="the folder; default: torch hub's")
-    names = f"one of {', '.join(PUBLISHED)} (default: those that --config needs, or all)"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
+    known = f"one of {', '.join(PUBLISHED)} (default: those that --config needs, or all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PUBLISHED)
     if unknown:
         parser.error(f"no weights called {', '.join(sorted(unknown))}; there are {', '.join(PUBLISHED)}")
     evaluation = load_config(options.config).evaluation if options.config else EvaluationConfig()
     folder = options.output or published_folder(evaluation)
-    main_network = [] if evaluation.features_file is not None else [evaluation.features]
-    needed = [name for name in (*main_network, *evaluation.more_features) if name in PUBLISHED]
+    main_network = PREFERRED[0] if evaluation.features == AUTO else evaluation.features
+    names = [*([main_network] if evaluation.features_file is None else []), *evaluation.more_features]
+    needed = [name for name in dict.fromkeys(names) if name in PUBLISHED]
     if options.config and not options.names and not needed:
         print(f"{options.config}: needs no published weights")
     for name in options.names or (needed if options.config else PUBLISHED):

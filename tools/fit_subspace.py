@@ -15,6 +15,7 @@ import installed
 
 from jitscale import parallel
 from jitscale.command import Parser, markdown, natural, path_text, positive, refuse_existing
+from jitscale.config import CHANNELS, RGB
 from jitscale.data.shards import ShardSet
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.training.subspace import (
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=path_text, required=True, metavar="PATTERN", help=shards_help)
     parser.add_argument("--image-size", type=positive, required=True, metavar="N", help="as model.image_size")
     parser.add_argument("--patch-size", type=positive, required=True, metavar="N", help="as model.patch_size")
+    channels_help = "as model.in_channels; default: %(default)s"
+    parser.add_argument("--channels", type=int, choices=CHANNELS, default=RGB, help=channels_help)
     parser.add_argument("--rank", type=positive, required=True, metavar="R", help="as diffusion.rank")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     parser.add_number("--images", IMAGES, "training images, chosen at random")
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     size, patch, rank, output = options.image_size, options.patch_size, options.rank, options.output
-    elements = 3 * patch**2
+    elements = options.channels * patch**2
     if size % patch:
         raise UserError(f"--patch-size {patch}: does not divide --image-size {size}; choose a divisor")
     if rank >= elements:
@@ -55,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--output {output}: must end in .safetensors")
     refuse_existing(output)
     pattern = options.shards.replace("{resolution}", str(size))
-    shards = ShardSet.open(pattern, 0, size, setting="--shards", size_setting="--image-size")
+    channels = options.channels
+    shards = ShardSet.open(pattern, 0, size, setting="--shards", size_setting="--image-size", channels=channels)
     device = parallel.choose_device("auto")
     gram, images = gram_matrix(shards, patch, options.images, options.seed, options.workers, device)
     if options.random is None:

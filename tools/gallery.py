@@ -1,9 +1,9 @@
-"""One page to look at a run: curves, samples by step, sweep and settings, in a single HTML file without links.
+"""One page to look at a run: results, curves, samples by step, sweep, data, settings, in one HTML file without links.
 
     python tools/gallery.py runs/h                 # writes runs/h/gallery.html
     python tools/gallery.py runs/a runs/b --output compare.html
 
-The runs may be still training.
+The runs may be still training. The data's contact sheet needs the run's shards on this machine, with a manifest.
 """
 
 import base64
@@ -22,23 +22,41 @@ import installed
 import yaml
 
 from jitscale.command import Parser
-from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.data.find import find_tars
+from jitscale.errors import CheckpointError, DataError, ExitCode, UserError, exit_with_message
+from jitscale.evaluation.sweep import TRIED
 from jitscale.files import atomic_write
-from jitscale.tracking import BEST_SAMPLES, HELD_OUT, SAMPLES, read_evaluations, read_held_out, read_metrics
+from jitscale.preparation.inspection import collect, contact_sheet
+from jitscale.tracking import (
+    BEST_SAMPLES,
+    HELD_OUT,
+    SAMPLES,
+    distance_of,
+    distance_title,
+    read_evaluations,
+    read_held_out,
+    read_metrics,
+)
 
 MOST_GRIDS = 12  # of a run, evenly over its steps
+MOST_ROWS = 10  # of a sweep that are seen at once
 CURVES = {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images/s"}
 PICTURE = re.compile(r"images_(\d+)\.png")  # as training names pictures of samples
+SCORES = ("inception_score", "kid", "precision", "recall", "label_agreement")
 LARGEST = 1e300  # larger numbers are no measurements, and cannot be drawn
-MEASURED = re.compile(r"(fid|inception_score)(_\d+k?)?")  # names of measurements on few images end with their number
+# Names of measurements on few images end with their number.
+MEASURED = re.compile(r"(fid|fd_\w+?|inception_score)(_\d+k?)?")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
 figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
 figcaption { color: #666; font-size: 13px; }
 img, svg { max-width: 100%; height: auto; } img.grid { image-rendering: pixelated; width: 20rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
+table { border-collapse: collapse; } td, th { vertical-align: bottom; }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
 td:first-child, th:first-child { text-align: left; } pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
+div.wide { overflow-x: auto; margin: 0 0 1rem 0; } tr.best td { background: #e8f3ee; font-weight: 600; }
+summary { cursor: pointer; margin: 1rem 0; } img.sheet { width: 42.25rem; }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>\
@@ -80,11 +98,12 @@ def page_of(runs: Sequence[Path]) -> str:
         if (run / BEST_SAMPLES).exists():
             parts += [f"<h2>Samples of the best setting: {name}</h2>", grids(run / BEST_SAMPLES, most=1)]
         parts += [f"<h2>Samples: {name}</h2>", grids(run / SAMPLES, most=MOST_GRIDS)]
-        if (run / "sweep.svg").exists():  # as an image: a script in it does not run
-            parts += [
-                f"<h2>Sweep: {name}</h2>",
-                f"<figure>{_image(run / 'sweep.svg', 'svg+xml', 'the sweep')}</figure>",
-            ]
+        if tried := sweep(run):
+            parts += [f"<h2>Sweep: {name}</h2>", tried]
+    for pattern, names in _by_shards(named).items():
+        parts += [f"<h2>Data: {html.escape(', '.join(names))}</h2>", data(pattern)]
+    for text, run in named.items():
+        name = html.escape(text)
         settings = html.escape((run / "config.yaml").read_text(errors="replace"))
         parts.append(f"<details><summary>Settings: {name}</summary><pre>{settings}</pre></details>")
     return PAGE.format(title=title, style=STYLE, body="\n".join(parts))
@@ -92,21 +111,90 @@ def page_of(runs: Sequence[Path]) -> str:
 
 def results(named: Mapping[str, Path]) -> str:
     """A table of the final evaluations: by which features, which weights and how many images, then the metrics."""
-    keys = ("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "label_agreement")
     found = {name: _json(run / "result.json") for name, run in named.items() if (run / "result.json").exists()}
     if not found:
         return "<p>no result.json yet</p>"
-    shown = [key for key in keys if any(key in result for result in found.values())]
-    head = "".join(f"<th>{key}</th>" for key in ("run", "features", "weights", "guidance", "num_images", *shown))
+    named_metrics = list(dict.fromkeys(key for result in found.values() for key in result))
+    distances = [key for key in named_metrics if re.fullmatch(r"(fid|fd_\w+?)(_floor)?", key)]
+    distances.sort(key=lambda key: not key.startswith("fid"))  # the order of the files otherwise: a distance, its floor
+    shown = [*distances, *(key for key in SCORES if key in named_metrics)]
+    head = (
+        "run",
+        "features",
+        "weights",
+        "guidance",
+        "internal guidance",
+        "images",
+        *(key.replace("_", " ") for key in shown),
+    )
     rows = []
     for name, result in found.items():
         best, protocol = _part(result, "best"), _part(result, "protocol")
         cells = [name, _text(protocol.get("features")), _text(best.get("weights")), _number(best.get("guidance_scale"))]
+        cells.append(_number(best.get("internal_guidance")))
         cells += [_number(result.get(key)) for key in ("num_images", *shown)]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        rows.append(cells)
     unread = [name for name, result in found.items() if not result]
     note = f"<p>result.json cannot be read: {html.escape(', '.join(unread))}</p>" if unread else ""
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>{note}"
+    return _table(head, rows) + note
+
+
+def sweep(run: Path) -> str:
+    """What the final evaluation has tried: its figure, and a table with the best setting first; empty without one."""
+    parts = []
+    if (run / "sweep.svg").exists():  # as an image: a script in it does not run
+        parts.append(f"<figure>{_image((run / 'sweep.svg').read_bytes(), 'svg+xml', 'the sweep')}</figure>")
+    result = _json(run / "result.json")
+    table, best = result.get("table"), {**_part(result, "best"), "num_images": result.get("num_images")}
+    rows = [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
+    if len(rows) < 2:
+        return "\n".join(parts)
+    asked = _part(_settings(run), "evaluation").get("sweep")
+    axes = ", ".join(map(_text, asked)) if isinstance(asked, list) else ""
+    parts.append(f"<p>evaluation.sweep: {html.escape(axes)}</p>" if axes else "")
+    distance = distance_of(result)
+    rows.sort(key=lambda row: (-_sortable(row.get("num_images"), 0), _sortable(row.get(distance), LARGEST)))
+    columns = {key: key.replace("_", " ").removeprefix("num ") for key in (*TRIED, "num_images")}
+    if all(row.get("internal_guidance", 1.0) == 1.0 for row in rows):
+        columns = {key: name for key, name in columns.items() if "internal" not in key}
+    columns[distance] = distance_title(distance)
+    if any("inception_score" in row for row in rows):
+        columns["inception_score"] = "IS"
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    marked = next((n for n, row in enumerate(rows) if all(row.get(key) == best[key] for key in best)), None)
+    head = [*columns.values()]
+    parts.append(_table(head, cells[:MOST_ROWS], marked))
+    if len(rows) > MOST_ROWS:
+        hidden = _table(head, cells[MOST_ROWS:])
+        parts.append(f"<details><summary>{len(rows) - MOST_ROWS} further settings</summary>{hidden}</details>")
+    return "\n".join(parts)
+
+
+def data(pattern: str) -> str:
+    """The contact sheet of the shards `pattern`, or why there is none."""
+    if not pattern:
+        return "<p>no contact sheet: the settings name no data.shards</p>"
+    try:
+        tars = find_tars(pattern)
+        if tars.manifest is None:
+            raise DataError(f"{pattern}: has no manifest; tools/index_shards.py writes one")
+        sheet = contact_sheet(collect(tars, workers=1), seed=0)
+    except (DataError, OSError) as error:
+        return f"<p>no contact sheet: {html.escape(str(error))}</p>"
+    caption = f"{tars.manifest.total:,} images, {tars.manifest.num_classes:,} classes: {pattern}"
+    picture = _image(sheet, "png", "images of the data", look="sheet")
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _by_shards(named: Mapping[str, Path]) -> dict[str, list[str]]:
+    """The runs that read the same shards, by the pattern."""
+    found: dict[str, list[str]] = {}
+    for name, run in named.items():
+        settings = _settings(run)
+        size = _number(_part(settings, "model").get("image_size")).replace(",", "")
+        pattern = _text(_part(settings, "data").get("shards")).replace("{resolution}", size)
+        found.setdefault(pattern, []).append(name)
+    return found
 
 
 def curves(named: Mapping[str, Path]) -> str:
@@ -116,7 +204,7 @@ def curves(named: Mapping[str, Path]) -> str:
     measured = _measured(named)
     for key in sorted({key for own in measured.values() for line in own for key in line if MEASURED.fullmatch(key)}):
         points = {label: points for label, points in _points_of(measured, key).items() if points}
-        drawn.append(_figure(points, key.replace("_", " "), log=key.startswith("fid"), always_labelled=True))
+        drawn.append(_figure(points, key.replace("_", " "), log=key.startswith(("fid", "fd")), always_labelled=True))
     drawn.append(_held_out(named))
     return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
 
@@ -125,7 +213,7 @@ def _measured(named: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """The lines of evaluations.jsonl that belong to one curve, by what makes their numbers comparable."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, run in named.items():
-        features = _features(run)
+        features = _text(_part(_settings(run), "evaluation").get("features"))
         for line in read_evaluations(run):
             said = [features, _text(line.get("weights")), f"{_number(line.get('num_images')) or '?'} images"]
             label = ", ".join(filter(None, said))
@@ -141,7 +229,8 @@ def grids(folder: Path, most: int) -> str:
     shown = []
     for file in files[:: -math.ceil(len(files) / most)][::-1]:
         images = int(file.stem.rpartition("_")[2])
-        shown.append(f"<figure>{_image(file, 'png', 'samples')}<figcaption>{images:,} images</figcaption></figure>")
+        picture = _image(file.read_bytes(), "png", "samples", look="grid")
+        shown.append(f"<figure>{picture}<figcaption>{images:,} images</figcaption></figure>")
     return "\n".join(shown)
 
 
@@ -154,7 +243,7 @@ def _held_out(named: Mapping[str, Path]) -> str | None:
             name = key.removeprefix(HELD_OUT)
             if "/" not in name:  # a name with / is the loss at one of the times
                 found[name if len(named) == 1 else f"{run_name}: {name}"] = _points(lines, key)
-    return _figure(found, "held-out loss", log=False)
+    return _figure(found, "held-out loss", log=True)
 
 
 def _points_of(lines: Mapping[str, list[dict[str, Any]]], key: str) -> dict[str, list[tuple[float, float]]]:
@@ -200,18 +289,18 @@ def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is none."""
     try:
         found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _features(run: Path) -> str:
-    """The network with which a run measures itself, as its settings name it."""
+def _settings(run: Path) -> dict[str, Any]:
+    """The settings of a run; empty if they cannot be read."""
     try:
         settings = yaml.safe_load((run / "config.yaml").read_text(errors="replace"))
     except (yaml.YAMLError, ValueError, RecursionError):
-        return ""
-    return _text(_part(settings if isinstance(settings, dict) else {}, "evaluation").get("features"))
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _part(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -219,10 +308,19 @@ def _part(values: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _image(file: Path, kind: str, alternative: str) -> str:
-    """The picture as a part of the page."""
-    content, look = base64.b64encode(file.read_bytes()).decode(), ' class="grid"' if kind == "png" else ""
-    return f'<img{look} alt="{alternative}" src="data:image/{kind};base64,{content}">'
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
+    """A table of texts, with the row of the number `best` marked."""
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    looks = ["", *(' class="best" title="the best setting"' if n == best else "" for n in range(len(rows)))]
+    body = "".join(f"<tr{look}>{line}</tr>" for look, line in zip(looks, lines, strict=True))
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def _image(content: bytes, kind: str, alternative: str, look: str = "") -> str:
+    """A picture as a part of the page."""
+    encoded = base64.b64encode(content).decode()
+    return f'<img class="{look}" alt="{alternative}" src="data:image/{kind};base64,{encoded}">'
 
 
 def _text(value: object) -> str:
@@ -234,6 +332,17 @@ def _number(value: object) -> str:
     if not _is_number(value):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _cell(value: object) -> str:
+    """A name, a number or an interval as text; empty where there is none."""
+    if isinstance(value, list):
+        return ":".join(map(_number, value))
+    return _text(value) or _number(value)
+
+
+def _sortable(value: object, otherwise: float) -> float:
+    return value if _is_number(value) else otherwise
 
 
 def _is_number(value: object) -> TypeGuard[float]:

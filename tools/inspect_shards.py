@@ -15,7 +15,8 @@ import installed
 
 from jitscale.command import Parser, markdown, path_text
 from jitscale.data.find import find_tars
-from jitscale.errors import DataError, ExitCode, exit_with_message
+from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
+from jitscale.files import atomic_write
 from jitscale.preparation.inspection import balance, collect, contact_sheet, extensions, look, statistics
 
 MOST_NAMED = 5  # classes or bad inputs that the table names
@@ -64,7 +65,11 @@ def main() -> int:
         **statistics(seen),
     }
     if options.contact_sheet is not None:
-        contact_sheet(collection, options.contact_sheet, options.seed)
+        sheet, path = contact_sheet(collection, options.seed), options.contact_sheet
+        with data_error(f"{path}: cannot be written", "choose another file"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(sheet)
     print(json.dumps(result) if options.json else markdown(_lines(result, manifest.class_names)))
     return ExitCode.DONE
 

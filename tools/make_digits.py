@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_number("--samples-per-shard", 256, "images of a shard")
     options = vars(parser.parse_args())
     images, labels = digit_images(options.pop("resolution"))
-    print(write_shards_once(images, labels=labels, class_names=DIGIT_CLASSES, **options))
+    print(write_shards_once(images, labels=labels, class_names=DIGIT_CLASSES, dataset="digits", **options))
     return ExitCode.DONE
 
 

@@ -28,7 +28,8 @@ def main() -> int:
     parser.add_number("--samples-per-shard", 1000, "images of a shard")
     options = vars(parser.parse_args())
     glyphs = Glyphs(options.pop("count"), options.pop("resolution"), options.pop("seed"))
-    print(write_shards_once(glyphs, labels=glyphs.labels, class_names=GLYPH_CLASSES, **options))
+    options |= {"class_names": GLYPH_CLASSES, "dataset": "glyphs"}
+    print(write_shards_once(glyphs, labels=glyphs.labels, **options))
     return ExitCode.DONE
 
 

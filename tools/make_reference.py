@@ -19,6 +19,7 @@ from jitscale import parallel
 from jitscale.command import Parser, refuse_existing
 from jitscale.config import load_config
 from jitscale.errors import ConfigError, ExitCode, UserError, exit_with_message
+from jitscale.evaluation.choice import settle_features
 from jitscale.evaluation.networks import Embedder
 from jitscale.evaluation.reference import reference_of
 from jitscale.evaluation.statistics_file import StoredStatistics, is_statistics, write_statistics
@@ -35,16 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     adopt_launcher_environment()
     config = load_config(options.config, options.overrides)
-    evaluation = config.evaluation
-    source = evaluation.reference or config.data.shards
-    if evaluation.features is None:
+    source = config.evaluation.reference or config.data.shards
+    if config.evaluation.features is None:
         raise ConfigError("evaluation.features is null; name the network, such as inception")
     if options.output.suffix != ".npz" or is_statistics(source):
         raise UserError(f"--output {options.output}: must end in .npz, and be made from shards (data.shards={source})")
     refuse_existing(options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:
-        reference = reference_of(Embedder(evaluation, world), config, world, Path(config.run.dir))
+        config, missing = settle_features(config)
+        if missing:
+            raise ConfigError(missing)
+        reference = reference_of(Embedder(config.evaluation, world), config, world, Path(config.run.dir))
 
         def write() -> None:
             assert reference is not None, "rank 0 has it"

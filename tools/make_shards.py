@@ -7,7 +7,7 @@
 
 An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
 in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label. Class names are numbered in sorted order, and by number if all are numbers.
+maybe label; docs/data.md lists all forms. Class names are numbered in sorted order, and by number if all are numbers.
 
 Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
 smallest but changes pixels; original keeps the files, and training crops the images. Transparent images are composited
@@ -236,8 +236,8 @@ def parser() -> Parser:
     key = "what holds a webdataset sample's label: cls (default), or a field of its json, as json:label"
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
+    truth = "ImageNet's validation labels (the devkit's text, LOC_val_solution.csv); of .npz files map_clsloc.txt"
     found.add_argument("--image-column", metavar="NAME", help="the column of a Parquet or Arrow file with the images")
-    truth = "ImageNet's validation labels: the devkit's text, or Kaggle's LOC_val_solution.csv"
     found.add_argument("--ground-truth", metavar="FILE", help=truth)
     found.add_workers()
     found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")

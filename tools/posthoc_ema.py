@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from jitscale.checkpoints.checked import checked_output
 from jitscale.checkpoints.format import Checkpoint
 from jitscale.checkpoints.power_averages import Reconstruction, solve
 from jitscale.checkpoints.saving import complete_snapshots
@@ -139,18 +140,19 @@ def write(
 ) -> None:
     """Mix the stored sets, block by block of each parameter, into one file for each width; all files appear together.
 
-    Raises a CheckpointError if a snapshot is damaged, or the output cannot be written.
+    They were compared with their config then. Raises a CheckpointError if a snapshot is damaged, or the output cannot
+    be written or is not sound.
     """
     newest = inputs[-1][0]
     coefficients = torch.from_numpy(solution.coefficients)
-    try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
+    with checked_output(files[0].parent, newest.config, [power_name(width) for width in widths]) as folder:
+        folder.mkdir()
         with ExitStack() as stack:
             appends = []
             for file, width, error in zip(files, widths, solution.errors, strict=True):
                 source = {"images": newest.progress.images, "width": width, "expected_error": float(error)}
                 metadata = {**description(power_name(width), newest.config), "posthoc": json.dumps(source)}
-                appends.append(stack.enter_context(atomic_safetensors(file, newest.shapes, metadata)))
+                appends.append(stack.enter_context(atomic_safetensors(folder / file.name, newest.shapes, metadata)))
             bar = tqdm(total=elements(newest.shapes), unit="elements", unit_scale=True, desc="mix")
             progress = stack.enter_context(bar)
             for parameter, shape in newest.shapes.items():
@@ -162,8 +164,6 @@ def write(
                     for append, values in zip(appends, mixed.float(), strict=True):
                         append(values)
                     progress.update(high - low)
-    except OSError as error:
-        raise CheckpointError(f"{files[0].parent}: cannot be written ({error}); choose another --output") from error
 
 
 if __name__ == "__main__":

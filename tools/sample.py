@@ -14,7 +14,6 @@ from pathlib import Path
 
 import installed
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from jitscale.command import Parser, natural, path_text, positive
 from jitscale.config import CHOICES, SETTINGS, Config, EvaluationConfig
 from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.class_names import class_numbers
-from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.features import as_pictures, to_uint8
 from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.parallel import choose_device
 
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
     evaluation = evaluation_of(options, stored.config)
-    ids = ids_of(options.classes, options.per_class, options.first, stored.config)
+    ids = ids_of(options.classes, options.per_class, options.first, stored.config, stored.class_names)
     weights = stored.choose(options.weights)
     _make_empty(options.output)
     if caution := stored.caution(weights):
@@ -78,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = choose_device(options.device)
     model = ready_to_sample(stored.network(weights, device), stored.config, device)
     sampler = configured_sampler(evaluation, model.diffusion)
-    guide = read_guide(replace(stored.config, evaluation=evaluation), device=device)
+    guide = read_guide(replace(stored.config, evaluation=evaluation), stored.class_names, device=device)
     if guide is not None:
         guide = ready_to_sample(guide, stored.config, device)
     drawn: list[torch.Tensor] = []
@@ -86,10 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         for start in range(0, len(ids), options.batch):
             part = ids[start : start + options.batch]
             images = to_uint8(generate(model, sampler, part, evaluation.seed, guide), part).cpu()
-            for image, number in zip(images, part, strict=True):
+            for picture, number in zip(as_pictures(images), part, strict=True):
                 label = number % max(1, model.config.num_classes)
-                pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-                Image.fromarray(pixels).save(options.output / f"class_{label:04d}_id_{number:08d}.png")
+                Image.fromarray(picture).save(options.output / f"class_{label:04d}_id_{number:08d}.png")
             drawn.append(images)
             progress.update(len(part))
     grid = options.output / "grid.png"
@@ -109,10 +107,15 @@ def _make_empty(folder: Path) -> None:
         raise UserError(f"{folder}: holds files already; choose another --output")
 
 
-def ids_of(texts: list[str] | None, per_class: int, first: int, config: Config) -> list[int]:
-    """Ids of images of these classes, class by class. Raises a UserError at an unknown class or an impossible id."""
+def ids_of(
+    texts: list[str] | None, per_class: int, first: int, config: Config, class_names: list[str] | None
+) -> list[int]:
+    """Ids of images of these classes, class by class; `class_names` are those of the weights, if known.
+
+    Raises a UserError at an unknown class or an impossible id.
+    """
     classes = max(1, config.model.num_classes)  # a network without classes counts as one of a single class
-    wanted = range(min(10, classes)) if texts is None else class_numbers(texts, classes, config)
+    wanted = range(min(10, classes)) if texts is None else class_numbers(texts, classes, config, class_names)
     if (last := (first + per_class) * classes) > LARGEST_ID:
         raise UserError(f"--first {first} --per-class {per_class}: ids up to {last}, the largest is {LARGEST_ID}")
     if (count := per_class * len(wanted)) > MOST_IMAGES:

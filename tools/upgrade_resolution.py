@@ -21,9 +21,10 @@ from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.weights import MOMENTS, SUBSPACE, StoredWeights, check_fits, elements
 from jitscale.command import Parser
-from jitscale.config import Config, load_config
+from jitscale.config import Config, image_shape, load_config
 from jitscale.diffusion.objective import project, to_spaces
 from jitscale.errors import ExitCode, UserError, exit_with_message
+from jitscale.evaluation.features import as_pictures
 from jitscale.model.jit import JiT, network_holding
 
 LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is checked as a whole: twice 0.8 GB
@@ -101,7 +102,7 @@ def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.U
     enter = plan.enter.float()
     old_patch, new_patch = enter.shape
     embedding = stored.tensor(name, upgrade.PATCH_EMBEDDING)
-    patches = torch.randn(16, 3, new_patch, new_patch)
+    patches = torch.randn(16, embedding.shape[1], new_patch, new_patch)
     embedded = torch.einsum("bcqr,dcqr->bd", patches, plan.tensor(upgrade.PATCH_EMBEDDING, embedding))
     entering = _difference(embedded, torch.einsum("bcij,dcij->bd", plan.pool(patches), embedding))
     found = [f"patch embedding {entering:.1e}"]
@@ -120,10 +121,10 @@ def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade
     weight, bias = (stored.tensor(name, f"{layer}.{part}") for part in ("weight", "bias"))
     enter, leave = plan.enter.float(), plan.leave.float()
     old_patch, new_patch = enter.shape
-    hidden = torch.randn(16, weight.shape[1])
-    before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, 3)
+    channels, hidden = len(weight) // old_patch**2, torch.randn(16, weight.shape[1])
+    before = (hidden @ weight.T + bias).view(-1, old_patch, old_patch, channels)
     after = hidden @ plan.tensor(f"{layer}.weight", weight).T + plan.tensor(f"{layer}.bias", bias)
-    after = after.view(-1, new_patch, new_patch, 3)
+    after = after.view(-1, new_patch, new_patch, channels)
     if new_patch >= old_patch:  # pooling reverses the new layer
         return _difference(torch.einsum("bqrc,iq,jr->bijc", after, enter, enter), before)
     return _difference(after, torch.einsum("bijc,qi,rj->bqrc", before, leave, leave))
@@ -135,7 +136,8 @@ def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> flo
     after = plan.tensor(SUBSPACE, before)
     orthonormal = _difference(after.double().T @ after.double(), torch.eye(after.shape[1], dtype=torch.float64))
     old_patch, new_patch = plan.enter.shape
-    patches = torch.randn(16, 3, max(old_patch, new_patch), max(old_patch, new_patch))
+    largest = max(old_patch, new_patch)
+    patches = torch.randn(16, stored.config.model.in_channels, largest, largest)
     large, small = (after, before) if new_patch >= old_patch else (before, after)
     pool = plan.enter.float() if new_patch >= old_patch else plan.leave.float()
 
@@ -148,8 +150,8 @@ def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> flo
 def _of_velocities(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> float:
     """How far the new network's velocities, pooled, are from the old network's at the same times; of all outputs."""
     old, new = stored.network(name), upgraded_network(stored, name, target, plan)
-    size, old_settings = target.model.image_size, stored.config.diffusion
-    z, t = target.diffusion.noise_scale * torch.randn(2, 3, size, size), torch.tensor([0.2, 0.7])
+    shape, old_settings = image_shape(target.model), stored.config.diffusion
+    z, t = target.diffusion.noise_scale * torch.randn(2, *shape), torch.tensor([0.2, 0.7])
     y = torch.tensor([0, old.null_label])
 
     def velocities(network: JiT, z: torch.Tensor) -> list[torch.Tensor]:
@@ -174,8 +176,8 @@ def preview(path: Path, stored: StoredWeights, target: Config, plan: upgrade.Upg
     """Draw samples of the old network, of the new one pooled, and of the new one, from the same noise."""
     name = stored.default
     new = upgraded_network(stored, name, target, plan)
-    size = target.model.image_size
-    noise = torch.randn(PREVIEW_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shape = image_shape(target.model)
+    noise = torch.randn(PREVIEW_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     labels = [index % max(1, target.model.num_classes) for index in range(PREVIEW_IMAGES)]
     after = jitscale.sample(new, labels, noise=noise, steps=PREVIEW_STEPS)
     rows = [after]
@@ -183,9 +185,9 @@ def preview(path: Path, stored: StoredWeights, target: Config, plan: upgrade.Upg
         seen = plan.pool(target.diffusion.noise_scale * noise)
         before = jitscale.sample(stored.network(name), labels, noise=seen, noise_scale=1.0, steps=PREVIEW_STEPS)
         rows = [before, plan.pool(after), after]
-    shown = [torch.nn.functional.interpolate(row, size=(size, size), mode="nearest") for row in rows]
+    shown = [torch.nn.functional.interpolate(row, size=shape[1:], mode="nearest") for row in rows]
     grid = torch.cat([torch.cat(list(row), dim=2) for row in shown], dim=1)
-    pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    pixels = as_pictures(((grid.clamp(-1, 1) + 1) * 127.5).round().byte()[None])[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

@@ -1,28 +1,32 @@
 """The authors' `checkpoint-last.pth` (repository LTH14/JiT): {model, model_ema1, model_ema2, optimizer, epoch, args}.
 
-Only tensors, plain containers and the file's argparse namespace are unpickled. Keys have the prefix `net.`, the weights
-include the fixed position table, and the optimizer counts parameters in the order of the authors' modules: first those
-without weight decay, then the others.
+Only tensors, plain containers, numpy's numbers and the file's argparse namespace are unpickled. Keys have the prefix
+`net.`, the weights include the fixed position table, and the optimizer counts parameters in the order of the authors'
+modules: first those without weight decay, then the others. An average may also be a list in the order of the model's
+tensors, as the authors' code holds it while it trains.
 """
 
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from jitscale.checkpoints.names import POSITIONS, own_names
 from jitscale.checkpoints.weights import (
     MOMENTS,
     StoredWeights,
+    check_positions,
     check_tensors,
+    is_position_table,
     plain,
     shape_differences,
     shapes_of,
-    unwrapped,
 )
 from jitscale.config import (
     Config,
@@ -41,6 +45,15 @@ from jitscale.model.layers import sincos_position_table
 IN_CONTEXT_START = {"JiT-B": 4, "JiT-L": 8, "JiT-H": 10, "JiT-G": 10}
 _SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # by depth and width
 METHODS = ("euler", "heun")  # of sampling, at uniform times
+# What numpy's numbers are pickled as, by numpy 2 and 1; dtypes of numbers alone, so no object can hide in one.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]
 _MODULES = ("in_context_posemb", "t_embedder.", "y_embedder.", "x_embedder.", "blocks.", "final_layer.")
 
 
@@ -60,7 +73,7 @@ class AuthorsWeights(StoredWeights):
             if not all(0 <= decay <= 1 for decay in decays):
                 raise ValueError(f"its averages have the decays {decays}")
             keys = {"model": "model", ema_name(decays[0]): "model_ema1", ema_name(decays[1]): "model_ema2"}
-            self._sets = {name: _own_names(path, content, key) for name, key in keys.items()}
+            self._sets = {name: _own_tensors(path, content, key) for name, key in keys.items()}
             diffusion = DiffusionConfig(
                 noise_scale=float(args.noise_scale),
                 mu=float(args.P_mean),
@@ -74,6 +87,7 @@ class AuthorsWeights(StoredWeights):
         except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
             raise _other_format(path, error) from error
         self.weight_sets, self.default = list(keys), ema_name(decays[0])
+        tables = {key: self._sets[name].pop(POSITIONS, None) for name, key in keys.items()}
         self.shapes = _shapes(self._sets["model"])
         for name, key in keys.items():
             if differing := shape_differences(_shapes(self._sets[name]), self.shapes):
@@ -82,7 +96,7 @@ class AuthorsWeights(StoredWeights):
         size = named.split("/", maxsplit=1)[0]
         if size in IN_CONTEXT_START:
             try:
-                model = _sizes_from_shapes(self.shapes, image_size, IN_CONTEXT_START[size])
+                model = sizes_from_shapes(self.shapes, image_size, IN_CONTEXT_START[size])
             except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
                 raise _other_format(path, error) from error
             model.attn_dropout, model.proj_dropout = dropout["attn_dropout"], dropout["proj_dropout"]
@@ -92,6 +106,12 @@ class AuthorsWeights(StoredWeights):
         check_model_config(model, str(path), diffusion)
         self.config = Config(model=model, diffusion=diffusion, ema=EmaConfig(decays=decays))
         check_tensors(self)
+        for key, table in tables.items():
+            if table is not None:
+                if not is_position_table(tuple(table.shape), self.config):
+                    what = f"{path}: {POSITIONS} of {key} has the shape {tuple(table.shape)}"
+                    raise CheckpointError(f"{what}, another number of positions than the network; give its config")
+                check_positions(path, table.float(), self.config)
         self._index = {name: index for index, name in enumerate(optimizer_order(self.shapes))}
         try:
             self._moments, self.optimizer_step = _moments_in(content, self._index, self.shapes)
@@ -136,7 +156,7 @@ def _unpickled(path: Path) -> Any:
     Raises a CheckpointError if the file holds anything else, a StorageError if its storage fails.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle's documentation: a damaged pickle may raise any type
         # torch's own message advises to load with weights_only=False, which executes what the file says.
@@ -166,17 +186,36 @@ def _arguments_in(content: Any) -> argparse.Namespace:
     return argparse.Namespace(**args) if isinstance(args, dict) else args
 
 
-def _own_names(path: Path, content: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
-    """Without the prefixes of the authors and of wrappers, and without the fixed position table."""
+def _own_tensors(path: Path, content: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
+    """By our names: without the prefixes of the authors and of wrappers; the position table is among them."""
     stored = content[key]
+    if isinstance(stored, list | tuple):
+        stored = _named_as(content["model"], stored, key)
     if not isinstance(stored, dict):
         raise TypeError(f"{key} is a {type(stored).__name__}, not tensors by name")
     if wrong := [
         name for name, value in stored.items() if not isinstance(value, torch.Tensor) or type(name) is not str
     ]:
         raise TypeError(f"{key} holds {wrong[0]!r}, which is no tensor with a name")
-    names = unwrapped(path, stored)
-    return {name.removeprefix("net."): stored[full] for name, full in names.items() if not name.endswith("pos_embed")}
+    found = own_names(path, stored)
+    return {
+        name: torch.cat([stored[part] for part in parts]) if len(parts) > 1 else stored[parts[0]]
+        for name, parts in found.items()
+    }
+
+
+def _named_as(model: Any, values: Sequence[Any], key: str) -> dict[str, Any]:
+    """A list of tensors with the names of `model`, which are in the order of the network's parameters.
+
+    The position table is a parameter in the authors' code; a list may leave it out. Raises a TypeError if the list has
+    another length; whether the shapes agree is compared with the other sets.
+    """
+    names = list(model) if isinstance(model, dict) else []
+    learned = [name for name in names if not str(name).endswith(POSITIONS)]
+    chosen = names if len(values) == len(names) else learned
+    if len(values) != len(chosen):
+        raise TypeError(f"{key} is a list of {len(values)} tensors, and the model has {len(names)}")
+    return dict(zip(chosen, values, strict=True))
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -203,7 +242,7 @@ def _moments_in(
 def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor]:
     model = stored.config.model
     table = sincos_position_table(model.hidden_size, model.image_size // model.patch_size)
-    tensors = {"net.pos_embed": table.reshape(1, *table.shape[-2:])}
+    tensors = {f"net.{POSITIONS}": table[None]}
     return tensors | {f"net.{name}": stored.tensor(set_name, name) for name in stored.shapes}
 
 
@@ -228,7 +267,7 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
     """The authors' command line for this network."""
     model, diffusion, optim, evaluation = config.model, config.diffusion, config.optim, config.evaluation
     size = _SIZES.get((model.depth, model.hidden_size))
-    named = size and _sizes_from_shapes(shapes_of(config), model.image_size, IN_CONTEXT_START[size])
+    named = size and sizes_from_shapes(shapes_of(config), model.image_size, IN_CONTEXT_START[size])
     # A size's name says the rest of the network too, so another network must not have it.
     if not named or network_differences(Config(model=named), Config(model=model)):
         size = f"JiT-{model.depth}x{model.hidden_size}"
@@ -255,7 +294,11 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
     )
 
 
-def _sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]], image_size: int, in_context_start: int) -> ModelConfig:
+def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]], image_size: int, in_context_start: int) -> ModelConfig:
+    """The network whose parameters have these shapes; `in_context_start` is what no shape says.
+
+    Raises a KeyError, a ValueError, an IndexError or a ZeroDivisionError if these are no shapes of a JiT.
+    """
     bottleneck_dim, _, patch_size, _ = shapes["x_embedder.proj1.weight"]
     num_labels, hidden_size = shapes["y_embedder.embedding_table.weight"]
     context = shapes.get("in_context_posemb")

@@ -63,6 +63,7 @@ class Progress:
     bad_samples: int = 0  # images that could not be decoded, and were replaced by others
     skipped_steps: int = 0  # whose gradients were not finite
     skipped_images: int = 0  # jumped over after roll-backs
+    class_names: list[str] | None = None  # of the training data, in the order of their numbers; None: not known
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -103,6 +104,7 @@ class Checkpoint(StoredWeights):
             self.progress = Progress(**index.progress)
         except TypeError as error:
             raise self._damaged("index.json", error) from error
+        self.class_names = self.progress.class_names
         self.sets = index.sets  # moments included
         self.weight_sets = [name for name in self.sets if name not in MOMENTS]
         self.shapes, self._fragments = index.shapes, index.fragments

@@ -5,23 +5,36 @@ Needs the extra `jitscale[hub]`. The folder that `save_pretrained` writes holds 
 
 # No `from __future__ import annotations`: the mixin reads the types of the arguments to rebuild them from JSON.
 
-from huggingface_hub import PyTorchModelHubMixin
+from typing import Any
 
-from jitscale.config import DiffusionConfig, ModelConfig
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+
+from jitscale.checkpoints.model_card import Card
+from jitscale.config import Config, DiffusionConfig, ModelConfig
+from jitscale.errors import CheckpointError
 from jitscale.model.jit import JiT
 
 
-class HubJiT(
-    JiT,
-    PyTorchModelHubMixin,
-    library_name="jitscale",
-    pipeline_tag="unconditional-image-generation",
-    paper_url="https://arxiv.org/abs/2511.13720",
-    tags=["jit", "diffusion"],
-):
+class HubJiT(JiT, PyTorchModelHubMixin):
     """A JiT that loads from, and is stored in, a Hugging Face repository or folder; `jitscale.sample` takes it."""
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig, weights: str = "model") -> None:
         """`weights` is the name of the weight set, for the record."""
         super().__init__(model, diffusion)
         self.weights = weights
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HubJiT":
+        """As the mixin's, whose default leaves a tensor that the file lacks at its random start.
+
+        Raises a CheckpointError if the file's tensors are not those of its config.json.
+        """
+        try:
+            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        except RuntimeError as error:
+            what = f"{model_id}: the weights do not fit the network of its config.json ({' '.join(str(error).split())})"
+            raise CheckpointError(f"{what}; give the folder as it was written") from error
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """What `save_pretrained` and `push_to_hub` write where the folder has no card yet."""
+        return ModelCard(Card(Config(model=self.config, diffusion=self.diffusion), self.weights).text)

@@ -57,6 +57,9 @@ def parse_index(text: str, folder: Path, known_format: int) -> Index:
         for name, value in _checked(progress["data"], dict, "progress.data").items():
             if type(value) not in (int, str):
                 raise ValueError(f"progress.data.{name} is {value!r}")
+    if progress.get("class_names") is not None:
+        for name in _checked(progress["class_names"], list, "progress.class_names"):
+            _checked(name, str, "a class name")
     files = _checked(content.get("files"), dict, "files")
     for name, size in files.items():
         _number(size, f"the size of {name}")

@@ -1,27 +1,32 @@
 """From a path to the weights behind it, whichever program wrote them."""
 
 import json
-import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jitscale.checkpoints import diffusers
 from jitscale.checkpoints.authors import AuthorsWeights
 from jitscale.checkpoints.format import Checkpoint, latest_checkpoint
+from jitscale.checkpoints.hub_download import fetched, is_hub_address
+from jitscale.checkpoints.names import own_names
+from jitscale.checkpoints.split import tensor_files
+from jitscale.checkpoints.streams import TensorFile
 from jitscale.checkpoints.weights import SafetensorsWeights, StoredWeights, open_safetensors
 from jitscale.config import Config, ModelConfig, check_model_config, from_dict, load_config
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.errors import CheckpointError, ConfigError, UserError, first_line, unreadable
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
 
 ConfigSource = str | Path | Config | ModelConfig | Mapping[str, Any]
 
-HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # names that huggingface_hub fixes
-_SPLIT = re.compile(r"-\d+-of-\d+\.safetensors$|\.safetensors\.index\.json$")  # as transformers and diffusers split
+HUB_CONFIG = "config.json"  # a name that huggingface_hub and diffusers fix
+HUB_WEIGHTS = "model"  # without .safetensors
 # Settings that may stand beside the model fields in a flat mapping; they do not describe the network.
 _SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interval"}
 
@@ -30,14 +35,15 @@ def open_weights(path: str | Path, config: ConfigSource | None = None) -> Stored
     """The weights at `path`, in any form.
 
     That is a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face folder, a
-    .safetensors file, or the authors' .pth file. Where the file does not say the sizes, and for safetensors the
-    diffusion settings, `config` does: a YAML file, a config object, or a mapping of model fields.
+    folder of diffusers, a .safetensors file, the authors' .pth file, or one of these at hf://OWNER/NAME, an address on
+    the Hugging Face hub. Where the file does not say the sizes, and for safetensors the diffusion settings, `config`
+    does: a YAML file, a config object, or a mapping of model fields.
 
     Every form but a checkpoint of this project lacks hashes, so flipped bits in it are only met if they break the file.
     A checkpoint's file is verified before its first read. Raises a CheckpointError if nothing readable is there or a
     config is needed, a StorageError if the storage fails, a ConfigError at impossible sizes.
     """
-    path = Path(path)
+    path = fetched(path) if is_hub_address(path) else Path(path)
     try:
         return _open(path, config)
     except OSError as error:
@@ -53,7 +59,7 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
     if not path.is_file():
         raise CheckpointError(f"{path}: is a device or a pipe; give a run folder, a step folder or a weights file")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, [path], config)
+        return _open_safetensors(path, [open_safetensors(path)], config)
     path.open("rb").close()  # is_zipfile takes every error for another format
     if not zipfile.is_zipfile(path):
         what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save (a zip archive)"
@@ -61,11 +67,17 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
-def read_guide(config: Config, world: World | None = None, device: str | torch.device = "cpu") -> JiT | None:
+def read_guide(
+    config: Config,
+    class_names: Sequence[str] | None,
+    world: World | None = None,
+    device: str | torch.device = "cpu",
+) -> JiT | None:
     """The network of `evaluation.guide`, in eval mode on `device`; None where there is none.
 
-    The ranks of a `world` verify a share of its files each, so they must call this in `parallel.raise_together`.
-    Raises a CheckpointError if it cannot be read, a ConfigError if images, classes or noise are not those of `config`.
+    `class_names` are those of the network that it guides, if known. The ranks of a `world` verify a share of its files
+    each, so they must call this in `parallel.raise_together`. Raises a CheckpointError if it cannot be read, a
+    ConfigError if images, classes or noise are not those of `config`, a DataError if its classes have other numbers.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
@@ -76,6 +88,7 @@ def read_guide(config: Config, world: World | None = None, device: str | torch.d
     guide = stored.network(evaluation.guide_weights, device)
     compared = [
         ("model.image_size", guide.config.image_size, config.model.image_size),
+        ("model.in_channels", guide.config.in_channels, config.model.in_channels),
         ("model.num_classes", guide.config.num_classes, config.model.num_classes),
         ("diffusion.prediction", guide.diffusion.prediction, config.diffusion.prediction),
         ("diffusion.noise_scale", guide.diffusion.noise_scale, config.diffusion.noise_scale),
@@ -83,35 +96,59 @@ def read_guide(config: Config, world: World | None = None, device: str | torch.d
     differing = [f"{key}: {its} there, {own} here" for key, its, own in compared if its != own]
     if differing:
         raise ConfigError(f"evaluation.guide={evaluation.guide}: cannot guide this network ({'; '.join(differing)})")
+    place, remedy = f"evaluation.guide={evaluation.guide}", "give a guide that was trained on the same shards"
+    refuse_other_classes(place, stored.class_names, "the network", class_names, remedy)
     return guide
 
 
 def _open_folder(folder: Path, config: ConfigSource | None) -> StoredWeights:
     if (folder / "index.json").exists():
         return Checkpoint(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    split = [file.name for file in folder.iterdir() if _SPLIT.search(file.name)]
-    if split:
-        what = f"{folder}: one weight set is split over several files ({min(split)}), which is not read"
-        raise CheckpointError(f"{what}; store it in one file, as save_pretrained(..., max_shard_size='1TB') does")
+    if (folder / diffusers.FOLDER / HUB_CONFIG).exists():
+        return _open_folder(folder / diffusers.FOLDER, config)
+    files = tensor_files(folder)
     if not files:
         if (newest := latest_checkpoint(folder)) is not None:
             return newest
         raise CheckpointError(f"{folder}: no complete checkpoint there; give a run folder or a step folder")
-    if not (folder / HUB_CONFIG).exists() or folder / HUB_WEIGHTS not in files:
+    source = folder / HUB_CONFIG
+    described = _json(source) if source.exists() else {}
+    if diffusers.is_diffusers(described):
+        return _open_diffusers(folder, files, described, config)
+    if not source.exists() or HUB_WEIGHTS not in [file.stem for file in files]:
         return _open_safetensors(folder, files, config)
+    network = _described(described, source)
+    weights = next(file for file in files if file.stem == HUB_WEIGHTS)
+    return SafetensorsWeights(folder, {str(described.get("weights", "model")): weights}, network)
+
+
+def _open_diffusers(
+    folder: Path, files: list[TensorFile], described: dict[str, Any], config: ConfigSource | None
+) -> StoredWeights:
+    source, given = folder / HUB_CONFIG, None if config is None else _interpret(config)
+    shapes = {own: files[0].shapes()[parts[0]] for own, parts in own_names(files[0].path, files[0].shapes()).items()}
     try:
-        described = json.loads((folder / HUB_CONFIG).read_text())
-        name = str(described.get("weights", "model"))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise _undescribed(folder / HUB_CONFIG, error) from error
-    network = _described(described, folder / HUB_CONFIG)
-    return SafetensorsWeights(folder, {name: open_safetensors(folder / HUB_WEIGHTS)}, network)
+        network, name = diffusers.network_of(described, source, shapes, given)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise _undescribed(source, error) from error
+    check_model_config(network.model, str(source), network.diffusion)
+    return SafetensorsWeights(folder, diffusers.named_sets(files, name), network)
 
 
-def _open_safetensors(path: Path, paths: list[Path], config: ConfigSource | None) -> StoredWeights:
-    files = [open_safetensors(file) for file in paths]
-    named = {file.metadata.get("weights", "model" if len(files) == 1 else file.path.stem): file for file in files}
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"its content is a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _undescribed(path, error) from error
+    return found
+
+
+def _open_safetensors(path: Path, files: list[TensorFile], config: ConfigSource | None) -> StoredWeights:
+    named = {file.metadata.get("weights", "model" if len(files) == 1 else file.stem): file for file in files}
     if len(named) < len(files):
         raise CheckpointError(f"{path}: several files hold the same weight set; keep each set once")
     named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))  # `model` first, as in a checkpoint

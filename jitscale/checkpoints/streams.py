@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,20 @@ from safetensors import safe_open
 from jitscale.files import atomic_write
 
 MOST_MAPPED = 2**30  # bytes
+
+
+class TensorFile(Protocol):
+    """Named tensors of one weight set, in one file or several. Methods raise an OSError or a SafetensorError."""
+
+    path: Path
+    stem: str  # the file's name without .safetensors
+    metadata: dict[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One whole tensor, a copy, in its own precision."""
 
 
 class MappedSafetensors:
@@ -24,18 +38,18 @@ class MappedSafetensors:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stem = path, path.stem
         self._mapped = 0
         path.open("rb").close()  # safe_open says "No such file" of every error
         self._file = safe_open(path, framework="pt")
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape."""
+        """See `TensorFile`."""
         return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One whole tensor, a copy, in its own precision."""
+        """See `TensorFile`."""
         return self._copied(self._file.get_tensor(name))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ orthonormal only if P has no detail within the new pixels, as a P that was lifte
 
 An upgrade is linear in the weights, so it applies to every average too. The checkpoint is written tensor by tensor.
 
-Shapes: P old patch, Q new patch (pixels a side), C hidden size, R rank of the subspace.
+Shapes: A channels of an image, P old patch, Q new patch (pixels a side), C hidden size, R rank of the subspace.
 """
 
 import math
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from jitscale.checkpoints.checked import checked_output
 from jitscale.checkpoints.format import Progress, complete_checkpoints, step_folder
 from jitscale.checkpoints.saving import write_streamed
 from jitscale.checkpoints.weights import (
@@ -45,7 +46,6 @@ from jitscale.checkpoints.weights import (
 )
 from jitscale.config import Config, has_fitted_subspace, network_differences, patch_elements, to_yaml
 from jitscale.errors import CheckpointError, ConfigError, UserError
-from jitscale.files import atomic_write
 
 PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_LAYERS = ("final_layer.linear", "middle_layer.linear")
@@ -72,8 +72,8 @@ class Upgrade:
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor `name` of the new network, in the precision of the old one, `tensor`; sums are in float64.
 
-        It may be the patch embedding (bottleneck, 3, P, P), an output layer's weight (P * P * 3, C) or bias
-        (P * P * 3,), or the subspace (P * P * 3, R), with rows in the order row, column, channel. Every other tensor is
+        It may be the patch embedding (bottleneck, A, P, P), an output layer's weight (P * P * A, C) or bias
+        (P * P * A,), or the subspace (P * P * A, R), with rows in the order row, column, channel. Every other tensor is
         returned as it is. Raises a CheckpointError if the new subspace is not orthonormal.
         """
         if name not in self.resized:
@@ -88,7 +88,7 @@ class Upgrade:
         return resized.to(tensor.dtype)
 
     def _subspace(self, old: torch.Tensor) -> torch.Tensor:
-        """`old` (P * P * 3, R) seen through pooling, (Q * Q * 3, R)."""
+        """`old` (P * P * A, R) seen through pooling, (Q * Q * A, R)."""
         grows, scale = self.ratio > 1, float(max(self.ratio, 1 / self.ratio))
         new = scale * _on_both_axes(old, self.enter.T if grows else self.leave)
         deviation = float((new.T @ new - torch.eye(new.shape[1], dtype=new.dtype)).abs().max())
@@ -100,11 +100,11 @@ class Upgrade:
         return new
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of the new resolution as the old network would see them: (B, 3, H, W), patch by patch."""
+        """Images of the new resolution as the old network would see them: (B, A, H, W), patch by patch."""
         if self.mode == "tokens":
             return images
         old, new = self.enter.shape
-        patches = images.unflatten(3, (-1, new)).unflatten(2, (-1, new))  # (B, 3, G, Q, G, Q)
+        patches = images.unflatten(3, (-1, new)).unflatten(2, (-1, new))  # (B, A, G, Q, G, Q)
         enter = self.enter.to(images.dtype)
         pooled = torch.einsum("bcgqhr,iq,jr->bcgihj", patches, enter, enter)
         return pooled.reshape(*images.shape[:2], images.shape[2] // new * old, images.shape[3] // new * old)
@@ -163,7 +163,7 @@ def write_upgraded(
     checkpoint's folder, and the names of the sets in it, moments included.
 
     Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged, not
-    finite or not the network of its config, there is no room, or the target cannot be written.
+    finite or not the network of its config, there is no room, or the target cannot be written or is not sound.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
@@ -173,7 +173,8 @@ def write_upgraded(
     sets = [*stored.weight_sets, *moments]
     check_finite(stored, sets)
     new = shapes_of(target)
-    progress = Progress(step=0, images=0, optimizer_step=stored.optimizer_step if moments else 0, data=None)
+    steps, names = stored.optimizer_step if moments else 0, stored.class_names
+    progress = Progress(step=0, images=0, optimizer_step=steps, data=None, class_names=names)
     with tqdm(total=sum(len(names_in(name, new)) for name in sets), unit="tensor", desc="upgrade") as bar:
 
         def tensor(set_name: str, parameter: str) -> torch.Tensor:
@@ -182,10 +183,10 @@ def write_upgraded(
                 return torch.zeros(new[parameter])
             return upgrade.tensor(parameter, stored.tensor(set_name, parameter))
 
-        folder = write_streamed(step_folder(run_dir, 0), progress, target, new, sets, tensor)
-    with atomic_write(run_dir / "config.yaml") as file:
-        file.write(to_yaml(target).encode())
-    return folder, sets
+        with checked_output(run_dir, target, sets) as staged:
+            write_streamed(step_folder(staged, 0), progress, target, new, sets, tensor)
+            (staged / "config.yaml").write_text(to_yaml(target))
+    return step_folder(run_dir, 0), sets
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,9 +232,9 @@ def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
 
 
 def _on_both_axes(rows: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
-    """Rows (P * P * 3, ...) in the order row, column, channel, each axis multiplied by `axis` (Q, P)."""
+    """Rows (P * P * A, ...) in the order row, column, channel, each axis multiplied by `axis` (Q, P)."""
     patch = axis.shape[1]
-    resized = torch.einsum("ijcd,qi,rj->qrcd", rows.view(patch, patch, 3, -1), axis, axis)
+    resized = torch.einsum("ijd,qi,rj->qrd", rows.reshape(patch, patch, -1), axis, axis)
     return resized.reshape(-1, *rows.shape[1:])
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from jitscale.checkpoints.streams import MappedSafetensors, atomic_safetensors
+from jitscale.checkpoints.names import POSITIONS, own_names
+from jitscale.checkpoints.streams import MappedSafetensors, TensorFile, atomic_safetensors
 from jitscale.config import Config, network_differences, to_dict
 from jitscale.errors import CheckpointError, unreadable
 from jitscale.model.jit import JiT, network_holding
+from jitscale.model.layers import sincos_position_table
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
 SUBSPACE = "subspace"
 FIXED = (SUBSPACE,)  # buffers of the network that every weight set holds, and no optimizer moves: without moments
 FAR_FROM_ORTHONORMAL = 1e-4  # largest deviation of a subspace's P^T P from 1; float32 files deviate by 1e-7
+POSITION_ERROR = 4e-3  # largest difference between position tables; bfloat16 rounds sines by 2e-3
 
-
-# What torch.compile and DistributedDataParallel put before the names of the module that they wrap.
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,6 +39,7 @@ class StoredWeights(ABC):
     shapes: dict[str, tuple[int, ...]]  # by parameter, `FIXED` buffers included
     weight_sets: list[str]  # their names
     default: str  # the set that is meant when none is named
+    class_names: list[str] | None = None  # of the data that they were trained on; None: not known
     optimizer_step: int = 0  # updates that the stored moments have seen; 0 where there are none
 
     @property
@@ -96,32 +97,49 @@ class StoredWeights(ABC):
 class SafetensorsWeights(StoredWeights):
     """safetensors files, one a set."""
 
-    def __init__(self, path: Path, files: Mapping[str, MappedSafetensors], config: Config) -> None:
+    def __init__(self, path: Path, files: Mapping[str, TensorFile], config: Config) -> None:
         """The sets in `files` (set name -> file, the first one is the default) at `path`, of the network in `config`.
 
-        Raises a CheckpointError if the files hold different networks.
+        Raises a CheckpointError if the files hold different networks, or position tables other than this network's.
         """
         self.path, self.config, self._files = path, config, files
         self.weight_sets = list(files)
         if wrong := [name for name in files if not is_set_name(name)]:
             what = f"{files[wrong[0]].path}: {wrong[0]!r} is no name of a weight set"
             raise CheckpointError(f"{what}; give model, ema_<decay>, power_<width> or a name of letters and digits")
-        self.default, first = next(iter(files.items()))
-        self._stored_names = unwrapped(path, first.shapes())
-        self.shapes = {name: first.shapes()[stored] for name, stored in self._stored_names.items()}
-        for file in files.values():
-            if differing := shape_differences(file.shapes(), first.shapes()):
-                text = f"{file.path}: another network than {first.path} ({differing})"
+        self.default = self.weight_sets[0]
+        self._parts = {name: own_names(file.path, file.shapes()) for name, file in files.items()}
+        shapes = {name: self._shapes_in(name) for name in files}
+        for name, found in shapes.items():
+            if is_position_table(found.get(POSITIONS), config):
+                check_positions(files[name].path, self.tensor(name, POSITIONS), config)
+                del found[POSITIONS]
+        self.shapes = shapes[self.default]
+        for name, found in shapes.items():
+            if differing := shape_differences(found, self.shapes):
+                text = f"{files[name].path}: another network than {files[self.default].path} ({differing})"
                 raise CheckpointError(f"{text}; keep the sets of one network in a folder")
+
+    def _shapes_in(self, set_name: str) -> dict[str, tuple[int, ...]]:
+        stored = self._files[set_name].shapes()
+        joined = {}
+        for name, parts in self._parts[set_name].items():
+            if len({stored[part] for part in parts}) > 1:
+                what = f"{self._files[set_name].path}: {', '.join(parts)} have different shapes"
+                raise CheckpointError(f"{what}; give a sound file")
+            shape = stored[parts[0]]
+            joined[name] = (len(parts) * shape[0], *shape[1:]) if len(parts) > 1 and shape else shape
+        return joined
 
     def tensor(self, set_name: str, parameter: str) -> torch.Tensor:
         """See `StoredWeights`."""
+        file = self._files[set_name]
         try:
-            tensor = self._files[set_name].tensor(self._stored_names[parameter])
+            parts = [file.tensor(part) for part in self._parts[set_name][parameter]]
         except (SafetensorError, OSError) as error:
-            damage = f"{self.path}: {parameter} cannot be read ({error}); the file is damaged"
-            raise unreadable(self._files[set_name].path, error, damage) from error
-        return plain(tensor, self.path, parameter)
+            damage = f"{file.path}: {parameter} cannot be read ({error}); the file is damaged"
+            raise unreadable(file.path, error, damage) from error
+        return plain(torch.cat(parts) if len(parts) > 1 else parts[0], file.path, parameter)
 
 
 def open_safetensors(path: Path) -> MappedSafetensors:
@@ -142,17 +160,22 @@ def is_average(name: str) -> bool:
     return re.fullmatch(r"(ema|power)_\d+(\.\d+)?(e-?\d+)?", name, re.ASCII) is not None
 
 
-def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """The names of tensors in the file `path`, by the names that they have without the prefixes of wrappers.
+def is_position_table(shape: tuple[int, ...] | None, config: Config) -> bool:
+    """Whether a tensor of this shape can be the stored position table of the network; None: there is none."""
+    side = config.model.image_size // config.model.patch_size
+    return shape == (1, side * side, config.model.hidden_size)
 
-    Raises a CheckpointError if two tensors have the same name then.
+
+def check_positions(path: Path, table: torch.Tensor, config: Config) -> None:
+    """Refuse a stored position table, (1, N, C), that is not the one which `config` determines.
+
+    Raises a CheckpointError. Tables that were stored in 16 bits are compared as precisely as these are.
     """
-    stored = list(names)
-    by_name = {_WRAPPERS.sub("", name): name for name in stored}
-    if len(by_name) < len(stored):
-        what = f"{path}: holds the same tensors with and without the prefixes module. or _orig_mod."
-        raise CheckpointError(f"{what}; store the weights of one of the two modules")
-    return by_name
+    model = config.model
+    own = sincos_position_table(model.hidden_size, model.image_size // model.patch_size, model.position_grid)
+    if not torch.allclose(table[0], own, rtol=0, atol=POSITION_ERROR):
+        what = f"{path}: {POSITIONS} is another table of positions than this network's"
+        raise CheckpointError(f"{what}; give the model.image_size and model.position_grid that it was trained with")
 
 
 def plain(tensor: torch.Tensor, path: Path, parameter: str) -> torch.Tensor:

@@ -7,7 +7,10 @@ schema does without it.
 from typing import TYPE_CHECKING, Any
 
 from jitscale.config.schema import (
+    AUTO,
+    CHANNELS,
     CHOICES,
+    RGB,
     SETTINGS,
     WIDEST_POWER,
     CheckpointConfig,
@@ -31,6 +34,7 @@ from jitscale.config.schema import (
 )
 from jitscale.config.shapes import (
     has_fitted_subspace,
+    image_shape,
     image_tokens,
     middle_is_routed,
     patch_elements,
@@ -43,11 +47,13 @@ from jitscale.config.shapes import (
 if TYPE_CHECKING:
     from jitscale.config.loading import check_model_config, explained_yaml, from_dict, load_config, to_dict, to_yaml
 
-__all__ = ["CHOICES", "SETTINGS", "WIDEST_POWER", "Config", "EvaluationConfig", "ModelConfig", "ProgressiveConfig"]
+__all__ = ["AUTO", "CHANNELS", "CHOICES", "RGB", "SETTINGS", "WIDEST_POWER"]
+__all__ += ["Config", "EvaluationConfig", "ModelConfig"]
 __all__ += ["CheckpointConfig", "DataConfig", "DiffusionConfig", "EmaConfig", "EngineConfig", "OptimConfig"]
-__all__ += ["RunConfig", "TrackingConfig", "check_model_config", "explained_yaml", "from_dict", "load_config"]
+__all__ += ["ProgressiveConfig", "RunConfig", "TrackingConfig", "check_model_config", "explained_yaml"]
+__all__ += ["from_dict", "load_config"]
 __all__ += ["ema_name", "held_out_fraction", "images_of_run", "network_differences", "power_name", "to_dict", "to_yaml"]
-__all__ += ["has_fitted_subspace", "image_tokens", "middle_is_routed", "patch_elements", "routed_blocks"]
+__all__ += ["has_fitted_subspace", "image_shape", "image_tokens", "middle_is_routed", "patch_elements", "routed_blocks"]
 __all__ += ["routed_part", "routed_tokens", "routes", "weight_set_names"]
 
 

@@ -75,7 +75,7 @@ def remedy_of_unknown(key: str) -> str:
     if group in groups:
         names = [name for name in SETTINGS if name.startswith(f"{group}.")]
         return f"{group} has {', '.join(name.partition('.')[2] for name in names)}"
-    return f"the groups are {', '.join(groups)}; --print-config shows all settings"
+    return f"the groups are {', '.join(groups)}; --list-settings shows all settings"
 
 
 def meant_elsewhere(problem: Problem) -> Problem:
@@ -83,8 +83,7 @@ def meant_elsewhere(problem: Problem) -> Problem:
     own, group = CHOICES.get(problem.key, ()), problem.key.partition(".")[0]
     for other, choices in CHOICES.items():
         if own and other.startswith(f"{group}.") and set(own) < set(choices) and problem.value in choices:
-            value = f"[{problem.value}]" if isinstance(SETTINGS[other].default, list) else problem.value
-            return problem._replace(remedy=f"write {other}={value} ({SETTINGS[other].meaning})")
+            return problem._replace(remedy=f"write {other}={problem.value} ({SETTINGS[other].meaning})")
     return problem
 
 

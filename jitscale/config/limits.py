@@ -101,7 +101,7 @@ def shown(value: Any) -> str:
     return text if all(line == text for line in text.splitlines()) else repr(text)
 
 
-def distinct(values: list[float]) -> Faults:
+def distinct(values: list[Any]) -> Faults:
     """The check of a list that must not name a value twice."""
     for value in sorted({value for value in values if values.count(value) > 1}):
         yield f"names {value} twice", "remove one"

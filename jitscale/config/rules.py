@@ -7,11 +7,13 @@ of them is refused already, the rule is skipped. It may also name what `load_con
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from jitscale.config.limits import Faults, Problem
 from jitscale.config.schema import (
+    AUTO,
     CHOICES,
     SETTINGS,
     Config,
@@ -95,9 +97,9 @@ def _tokens_to_keep(share: float, image_size: int, patch_size: int) -> Faults:
             yield f"is less than one of the {tokens} tokens of an image", "raise it, or set model.route_share=0"
 
 
-@rule("diffusion.rank", "diffusion.prediction", "model.patch_size")
-def _rank_of_a_patch(rank: int, prediction: str, patch_size: int) -> Faults:
-    most = patch_elements(ModelConfig(patch_size=patch_size))
+@rule("diffusion.rank", "diffusion.prediction", "model.patch_size", "model.in_channels")
+def _rank_of_a_patch(rank: int, prediction: str, patch_size: int, channels: int) -> Faults:
+    most = patch_elements(ModelConfig(patch_size=patch_size, in_channels=channels))
     if prediction == "asym" and rank > most:
         yield f"must be in [0, {most}], the numbers of a patch of {patch_size} pixels a side", "for example 8"
 
@@ -209,6 +211,18 @@ def _features_to_measure(features: str | None, at_end: bool, every: int) -> Faul
         yield f"is no feature network, and {asking} needs one", remedy
 
 
+@rule("evaluation.features_file", "evaluation.features")
+def _network_of_the_file(file: str | None, features: str | None) -> Faults:
+    if file is not None and features == AUTO:
+        yield "holds weights of a network that evaluation.features=auto does not name", "set evaluation.features"
+
+
+@rule("evaluation.more_features", "evaluation.features")
+def _further_networks(further: list[str], features: str | None) -> Faults:
+    if features in further:
+        yield f"names the network of evaluation.features={features} again", "remove it"
+
+
 @rule("evaluation.held_out_every_images", "data.held_out")
 def _held_out_samples(every: int, held_out: str | None) -> Faults:
     if every > 0 and held_out is None:
@@ -238,15 +252,18 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
         yield limit, "set model.position_grid=null"
 
 
-@rule("progressive.resolutions", "model.image_size", "model.patch_size", "diffusion.prediction", "diffusion.rank")
+@rule(
+    *("progressive.resolutions", "model.image_size", "model.patch_size", "model.in_channels"),
+    *("diffusion.prediction", "diffusion.rank"),
+)
 def _subspace_of_resolutions(
-    resolutions: list[int], image_size: int, patch_size: int, prediction: str, rank: int
+    resolutions: list[int], image_size: int, patch_size: int, channels: int, prediction: str, rank: int
 ) -> Faults:
     """What checkpoints/upgrade.py would refuse after the first stage."""
-    whole = ModelConfig(patch_size=patch_size)
+    whole = ModelConfig(patch_size=patch_size, in_channels=channels)
     if prediction != "asym" or not 0 < rank < patch_elements(whole) or not resolutions or min(resolutions) < 1:
         return
-    lowest = patch_elements(ModelConfig(patch_size=patch_size * min(resolutions) // image_size))
+    lowest = patch_elements(replace(whole, patch_size=patch_size * min(resolutions) // image_size))
     if rank >= lowest:
         limit = f"would have patches of {lowest} numbers, and a subspace of diffusion.rank={rank} is a part of them"
         yield limit, "begin at a higher resolution, or lower diffusion.rank"

@@ -12,6 +12,8 @@ WIDEST_POWER = 12**-0.5  # relative standard deviation of a plain mean over the 
 LARGEST_SEED = 2**63 - 1
 # Far beyond what anybody trains; with more, counting shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
+RGB = 3
+CHANNELS = (1, RGB)  # that an image may have: grey has one
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
 # Beyond these, times of a grid would fall together in float32.
@@ -20,7 +22,8 @@ PRECISIONS = ("fp32", "autocast", "bf16")
 FUSED_KERNELS = ("auto", "triton", "torch")
 KERNELS = ("auto", "flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa", "reference")
 _OF_TRAINING_ALONE = ("attn_dropout", "proj_dropout", "route_share", "route_blocks")  # fields of ModelConfig
-WITH_LOGITS = ("digits", "glyphs", "inception")  # feature networks of which there is an Inception Score
+NETWORKS = ("digits", "glyphs", "inception", "dinov2")  # that embed images for the metrics
+AUTO = "auto"  # as `evaluation.features`: evaluation/choice.py names the network
 SPLITS = "fewer is too few for the 10 splits of the Inception Score"
 
 
@@ -46,6 +49,7 @@ class ModelConfig:
     patch_size: int = setting(
         16, "side of the patch that becomes a token", unit="pixels", at_least=1, at_most=LARGEST_SIDE
     )
+    in_channels: int = setting(RGB, "channels of an image: 3 is RGB, 1 grey; shards are read as both", choices=CHANNELS)
     hidden_size: int = setting(768, "elements of a token", at_least=1, at_most=WIDEST)
     depth: int = setting(12, "transformer blocks", at_least=1, at_most=DEEPEST)
     num_heads: int = setting(12, "attention heads", at_least=1, at_most=WIDEST)
@@ -184,7 +188,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Sampling and the metrics taken from samples."""
 
-    weights: str = setting("ema_0.9999", "weight set that is sampled from: model, ema_<decay> or power_<width>")
+    weights: str = setting("ema_0.9999", "weight set that is sampled from: model, ema_DECAY or power_WIDTH")
     method: str = setting(
         "heun", "heun: steps - 1 Heun steps, then one Euler step; 2m, ab2: one evaluation a step", choices=METHODS
     )
@@ -201,9 +205,11 @@ class EvaluationConfig:
     t_eps: float | None = setting(None, "as diffusion.t_eps, while sampling; null: training's", above=0)
     labels: str = setting("balanced", "classes; data: as in data.shards", choices=("balanced", "random", "data"))
     seed: int = setting(0, "for noise and random labels", at_least=0, at_most=LARGEST_SEED)
-    features: str | None = setting(None, "network of FID and Inception Score; null: none", choices=WITH_LOGITS)
+    features: str | None = setting(
+        None, "network of FID and Inception Score; auto: one at hand that fits; null: none", choices=(AUTO, *NETWORKS)
+    )
     features_file: str | None = setting(None, "its weights, of the same shape; null: the published ones", path=True)
-    more_features: list[str] = setting([], "for the Fréchet distance alone", choices=(*WITH_LOGITS, "dinov2"))
+    more_features: list[str] = setting([], "for the Fréchet distance alone", choices=NETWORKS, check=distinct)
     features_dir: str | None = setting(
         None, "folder of published feature networks; null: torch hub's folder", path=True
     )

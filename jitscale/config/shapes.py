@@ -8,9 +8,14 @@ def image_tokens(model: ModelConfig) -> int:
     return (model.image_size // model.patch_size) ** 2
 
 
+def image_shape(model: ModelConfig) -> tuple[int, int, int]:
+    """Channels, height and width of an image, as the network takes it."""
+    return model.in_channels, model.image_size, model.image_size
+
+
 def patch_elements(model: ModelConfig) -> int:
     """Numbers in a patch: pixels times channels."""
-    return model.patch_size**2 * 3
+    return model.patch_size**2 * model.in_channels
 
 
 def has_fitted_subspace(model: ModelConfig, diffusion: DiffusionConfig) -> bool:

@@ -30,6 +30,7 @@ _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*([^{}:]*)(:?)")
 
 
 _WANTED = {int: "not an integer", float: "not a number", bool: "neither true nor false", list: "not a list"}
+_KINDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
 _MISSING = "???"  # OmegaConf's mark of a value that somebody must give
 
 
@@ -147,6 +148,14 @@ def wrong_type(key: str, value: Any) -> WrongValueError:
     elif kind is int and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
     return WrongValueError(f"has the wrong type ({_WANTED.get(kind, 'not text')})", remedy)
+
+
+def kind_of(key: str) -> str:
+    """The type of the setting `key` in words, such as "list of numbers" or "integer or null"."""
+    kind = _TYPES[key]
+    elements = get_args(kind)
+    name = f"list of {_KINDS[elements[0]]}s" if elements else _KINDS[kind]
+    return f"{name} or null" if key in _OPTIONAL else name
 
 
 def usual(key: str) -> str:

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from jitscale.config import schema
 from jitscale.data.background import OPAQUE, WHITE, Background
 from jitscale.errors import DataError
 
 UInt8Array = npt.NDArray[np.uint8]
 
-GREY, RGB = 1, 3  # channels of an image
-CHANNELS = (GREY, RGB)
+GREY, RGB = CHANNELS = schema.CHANNELS  # of an image
 EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # members of a shard that are read as its images
 # The extension of each form that is written. All but jpeg are lossless.
 CODECS = {"raw": "npy", "png": "png", "webp": "webp", "jpeg": "jpg"}

@@ -53,6 +53,8 @@ class Manifest:
     background: str = "white"  # that transparent images are composited over, as `parse_background` reads it
     transparent: int | None = None  # images with transparent pixels; None: not counted
     channels: int = RGB  # of every image, unless the codec is original or foreign
+    # digits, glyphs: this project's own images, as their tools wrote them; None: others.
+    dataset: str | None = field(default=None, compare=False)
 
     @classmethod
     def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
@@ -103,6 +105,7 @@ def _wrong_value(manifest: Manifest) -> str:
         "enlarged": (is_count(manifest.enlarged), "a number of things"),
         "resolution": (manifest.resolution is None or is_count(manifest.resolution, 1), "a number of pixels or null"),
         "codec": (isinstance(manifest.codec, str), "a name"),
+        "dataset": (manifest.dataset is None or isinstance(manifest.dataset, str), "a name or null"),
         "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
         "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
         "background": (is_background(manifest.background), "white, black, drop or R,G,B"),

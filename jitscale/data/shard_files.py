@@ -11,6 +11,7 @@ import numpy as np
 from jitscale.addresses import split_query
 from jitscale.data import tar_index
 from jitscale.data.background import WHITE, Background, parse_background
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.find import find_remote_shards, find_shards
 from jitscale.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardRecord
 from jitscale.data.remote import is_remote, read_remote
@@ -150,6 +151,9 @@ def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord,
 
 def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> None:
     pattern, num_classes, image_size = wanted.pattern, wanted.num_classes, wanted.image_size
+    for manifest in manifests[1:]:
+        names, others = manifest.class_names, manifests[0].class_names
+        refuse_other_classes(pattern, others, "another of its folders", names, "a label must mean one thing, open one")
     if any(manifest.class_names != manifests[0].class_names for manifest in manifests):
         raise DataError(f"{pattern}: its folders name different classes; a label must mean one thing, open one folder")
     for manifest in manifests:

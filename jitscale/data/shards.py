@@ -27,6 +27,7 @@ import numpy as np
 from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash
@@ -67,6 +68,8 @@ class ShardSet:
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
         self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
+        datasets = {manifest.dataset for manifest in manifests}
+        self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
@@ -167,9 +170,8 @@ class ShardSet:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
                 remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
-        if self.class_names and held_out.class_names and self.class_names != held_out.class_names:
-            remedy = "a label must mean one thing, so write its shards with the same class names"
-            raise DataError(f"data.held_out: its manifest names other classes than that of data.shards; {remedy}")
+        remedy = "a label must mean one thing, so write its shards with the same class names"
+        refuse_other_classes("data.held_out", held_out.class_names, "data.shards", self.class_names, remedy)
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
@@ -364,6 +366,7 @@ def open_setting(config: Config, setting: str, num_classes: int, size_setting: s
             setting=setting,
             size_setting=size_setting,
             all_classes=setting == "data.shards" and config.data.classes == "all",
+            channels=config.model.in_channels,
         )
     except DataError as error:
         if setting == "data.shards":  # where users look for shards first

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import tarfile
+import threading
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,8 @@ _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)  # POSIX.1-2001, pax: two blocks 
 _CHUNK = 1 << 20  # bytes looked at together behind the end; ordinarily there are less than 10 KiB
 _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
+# numpy reads a header by the parser of Python, which miscounts its depth in several threads (CPython 3.11, gh-106905).
+_PARSING = threading.Lock()
 # What numpy raises at a damaged .npy: it parses the header as Python.
 _DAMAGED_NPY = (
     *(OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError),
@@ -267,7 +270,7 @@ def parse_keys(content: bytes, source: str, samples: int) -> UInt64Array:
     Raises a DataError if it is damaged, or is of another number of samples.
     """
     remedy = "write it again with tools/index_shards.py --force"
-    with data_error(f"{source}: cannot be read", remedy, _DAMAGED_NPY):
+    with _PARSING, data_error(f"{source}: cannot be read", remedy, _DAMAGED_NPY):
         keys = np.load(io.BytesIO(content), allow_pickle=False)
     if keys.dtype != np.uint64 or keys.shape != (samples,):
         raise DataError(f"{source}: holds {keys.dtype} {keys.shape}, not the keys of {samples} samples; {remedy}")

@@ -8,7 +8,8 @@ A network may also predict x - S e, where S = P P^T projects each patch on a sub
 prediction, arXiv 2605.12964): inside it that is v, outside of it x. Of rank 0 it is x-prediction, of full rank
 v-prediction.
 
-Shapes: B batch, N patches of an image, D numbers of a patch, R rank; images are (B, 3, height, width); times (B,).
+Shapes: B batch, A channels, N patches of an image, D numbers of a patch, R rank; images are (B, A, height, width);
+times (B,).
 """
 
 import math
@@ -21,7 +22,7 @@ from jitscale.config import DiffusionConfig
 
 
 class Spaces(NamedTuple):
-    """One prediction expressed in all three spaces, (B, 3, height, width) each."""
+    """One prediction expressed in all three spaces, (B, A, height, width) each."""
 
     x: Tensor
     e: Tensor
@@ -40,14 +41,14 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
 
 
 def patches_of(images: Tensor, patch: int) -> Tensor:
-    """Patches of `patch` pixels a side, (B, N, D): (B, 3, height, width) in the order row, column, channel."""
-    blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, rows, P, columns, P)
+    """Patches of `patch` pixels a side, (B, N, D): (B, A, height, width) in the order row, column, channel."""
+    blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, A, rows, P, columns, P)
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def images_of(patches: Tensor, patch: int, height: int) -> Tensor:
     """The inverse of `patches_of`, for images of this height."""
-    blocks = patches.unflatten(2, (patch, patch, 3)).unflatten(1, (height // patch, -1))
+    blocks = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, -1))
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
@@ -56,7 +57,7 @@ def project(images: Tensor, subspace: Tensor) -> Tensor:
 
     In float32 also where autocast is on: what is predicted is divided by 1 - t.
     """
-    patch = math.isqrt(subspace.shape[0] // 3)
+    patch = math.isqrt(subspace.shape[0] // images.shape[1])
     with torch.autocast(images.device.type, enabled=False):
         patches = patches_of(images, patch)
         return images_of(patches @ subspace @ subspace.T, patch, images.shape[2])

@@ -1,6 +1,6 @@
 """Sampling: steps along the network's velocity with guidance inside an interval (arXiv 2511.13720, section 4, table 9).
 
-Shapes: B batch; images are (B, 3, height, width).
+Shapes: B batch, A channels; images are (B, A, height, width).
 """
 
 import math
@@ -95,7 +95,7 @@ class Sampler:
         The state stays in float32 whatever the network computes in. `network(z, t, y)` sees conditional and
         unconditional images in one batch of 2 B where guidance acts, and B images where it does not. With a `guide`,
         a smaller or less trained network, `network` sees B images, and so does the guide where guidance acts. Returns
-        (B, 3, height, width) float32, nominally in [-1, 1]; not clamped.
+        (B, A, height, width) float32, nominally in [-1, 1]; not clamped.
         """
         return self.carry(network, State(noise.float()), labels, null_label, range(self.steps), guide).z
 

@@ -5,7 +5,7 @@ that a step of second order costs one evaluation. Where the velocity is smooth, 
 `euler` by 2 and that of the others by 4. On the whole range, where the last steps meet `t_eps`, `heun` and `ab2` keep
 that, and `2m` divides by about 3 (tests/diffusion/test_steps.py).
 
-Shapes: states and velocities are (B, 3, height, width).
+Shapes: B batch, A channels; states and velocities are (B, A, height, width).
 """
 
 import math

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from jitscale.config import Config
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.find import find_shards
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError, UserError
@@ -24,13 +25,31 @@ def class_names_of(config: Config) -> list[str] | None:
     return next((manifest.class_names for manifest in manifests.values()), None)
 
 
-def class_numbers(texts: Sequence[str], num_classes: int, config: Config) -> list[int]:
+def check_order(config: Config, trained: Sequence[str] | None, reference: Sequence[str] | None) -> None:
+    """Raise a DataError if the data of an evaluation number their classes otherwise than the training did.
+
+    `trained` are the names that the weights know, `reference` those of the real images; None: not known.
+    """
+    if config.model.num_classes == 0:
+        return
+    here = class_names_of(config)
+    remedy = "a label must mean one thing; give the shards of the training, or pack these with its --class-names"
+    refuse_other_classes("data.shards", here, "the weights", trained, remedy)
+    known, place = (here, "data.shards") if trained is None else (trained, "the weights")
+    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
+    refuse_other_classes(setting, reference, place, known, remedy)
+
+
+def class_numbers(
+    texts: Sequence[str], num_classes: int, config: Config, trained: Sequence[str] | None = None
+) -> list[int]:
     """The classes, of `num_classes`, that `texts` mean: numbers, or names in any case.
 
-    A text of digits is always a number. Raises a UserError at a number that the network does not have, and at a name
-    that is unknown or that several classes have.
+    The names are those that the weights know, `trained`, else those at `data.shards`. A text of digits is always a
+    number. Raises a UserError at a number that the network does not have, and at a name that is unknown or that several
+    classes have.
     """
-    names = None if all(map(_is_number, texts)) else class_names_of(config)
+    names = None if all(map(_is_number, texts)) else trained or class_names_of(config)
     return [_number(text, num_classes) if _is_number(text) else _named(text, names, num_classes) for text in texts]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
 from jitscale.evaluation import generate
@@ -86,11 +86,13 @@ class Evaluator:
         how many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
         computed, which take the longest; without `keep_blocks`, no files are written: for few images.
 
-        Returns on every rank for each point: `fid`, `inception_score`, `num_images`, `protocol`, `reference`; `sfid` if
-        the feature network has spatial features; `fd_<name>` of further networks; `kid`, `precision` and `recall` with
-        `neighbours` and where features of real images are at hand, not only statistics; for each distance
-        `<distance>_floor`, of one half of the real images to the other, where it is known; `label_agreement` if the
-        feature network has the model's number of classes. Raises a UserError at images that are not finite.
+        Returns on every rank for each point: `num_images`, `protocol`, `reference`; `fid` and `inception_score`, or
+        `fd_<name>` alone if the feature network gives no logits; `sfid` if it has spatial features; `fd_<name>` of
+        further networks; `kid` (or `kd_<name>`), `precision` and `recall` with `neighbours` and where features of real
+        images are at hand, not only statistics; for each distance `<distance>_floor`, of one half of the real images
+        to the other, where it is known; `label_agreement` if the feature network has the model's number of classes.
+        The distance that ranks settings is the first one (`tracking.distance_of`). Raises a UserError at images that
+        are not finite.
         """
         samplers = [generate.configured_sampler(point, model.diffusion) for point in points]
         evaluation, size = points[0], points[0].block_size
@@ -115,7 +117,7 @@ class Evaluator:
         def blocks(missing: Sequence[Missing]) -> Iterator[FeatureArrays]:
             # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
             ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
-            noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, model.config.image_size)
+            noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, image_shape(model.config))
             for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
                 labels, chosen = self._labels(ids), [samplers[index] for index in block.points]
                 with generate.autocast(self.config, self.world.device):
@@ -137,9 +139,9 @@ class Evaluator:
 
         generated = samples["features"]
         result: dict[str, Any] = {"num_images": len(generated), "reference": reference.facts}
+        names = {array: name for file in self.embedder.files for array, name in file.distances.items()}
         for array, statistics in reference.statistics.items():
-            # Fréchet distances: fid, sfid, and fd_<name> of further networks.
-            name = {"features": "fid", "spatial": "sfid"}.get(array, array.replace("features", "fd"))
+            name = names[array]
             if array not in self._distances:
                 self._distances[array] = metrics.FrechetDistance.from_statistics(*statistics)
             distance = self._distances[array]
@@ -150,14 +152,16 @@ class Evaluator:
                 result[f"{name}_floor"] = reference.floors[array]
         if "images" in reference.facts:
             result["num_real_images"] = reference.facts["images"]
-        result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
+        if "logits" in samples:
+            result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
         if neighbours and reference.features is not None:
             real = reference.features  # in a random order, so that the first ones are a fair choice
-            result["kid"], result["kid_std"] = metrics.kernel_distance(real, generated)
+            kernel = "kid" if names["features"] == "fid" else names["features"].replace("fd_", "kd_")
+            result[kernel], result[f"{kernel}_std"] = metrics.kernel_distance(real, generated)
             found = metrics.precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
             result["precision"], result["recall"] = found
-            result["kid_floor"] = reference.floors["kid"]
-        if self.embedder.networks[0].num_logits == model.config.num_classes:
+            result[f"{kernel}_floor"] = reference.floors["kid"]
+        if "logits" in samples and samples["logits"].shape[1] == model.config.num_classes:
             result["label_agreement"] = metrics.label_agreement(samples["logits"], samples["labels"])
         return result
 

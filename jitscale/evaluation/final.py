@@ -20,7 +20,7 @@ from typing import Any
 
 from jitscale import parallel
 from jitscale.addresses import masked
-from jitscale.config import Config, load_config
+from jitscale.config import AUTO, Config, load_config
 from jitscale.data.remote import is_remote
 from jitscale.errors import data_error
 from jitscale.evaluation.blocks import digest_of
@@ -30,6 +30,7 @@ from jitscale.evaluation.sweep import TRIED, SweepPoint, sharing_steps, sweep_im
 from jitscale.files import atomic_write
 from jitscale.model.jit import JiT
 from jitscale.parallel import World
+from jitscale.tracking import distance_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ def run_evaluation(
             logger.info("sweep: %d settings, %d images each", len(points), few)
         tried = [replace(point, num_images=few) for point in points]
         coarse = measure_points(tried, network, evaluator, neighbours=False)
-        best = sorted(range(len(points)), key=lambda index: _fid(coarse[index]))[: evaluation.sweep_keep]
+        best = sorted(range(len(points)), key=lambda index: _distance(coarse[index]))[: evaluation.sweep_keep]
         chosen = [points[index] for index in sorted(best)]  # those of one network together
-    precise = sorted(measure_points(chosen, network, evaluator, neighbours=True), key=_fid)
+    precise = sorted(measure_points(chosen, network, evaluator, neighbours=True), key=_distance)
     # With as many images, the best points are rows of the sweep.
     rows = coarse if coarse and few == evaluation.num_images else [*coarse, *precise]
-    said = ("num_images", "fid", "inception_score")
-    table = [{**_tried(point), **{key: metrics[key] for key in said}} for point, metrics in rows]
+    said = ("num_images", distance_of(precise[0][1]), "inception_score")
+    table = [{**_tried(point), **{key: metrics[key] for key in said if key in metrics}} for point, metrics in rows]
     point, metrics = precise[0]
     result = {"best": _tried(point), **metrics, "table": table}
     parallel.on_main(lambda: _write_result(run_dir, result, evaluator.config, is_end=is_end))
@@ -109,8 +110,8 @@ def _tried(point: SweepPoint) -> dict[str, Any]:
     return {name: getattr(point, name) for name in TRIED}
 
 
-def _fid(measured: Measured) -> float:
-    return float(measured[1]["fid"])
+def _distance(measured: Measured) -> float:
+    return float(measured[1][distance_of(measured[1])])
 
 
 def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
@@ -135,9 +136,18 @@ def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_e
 
 
 def is_configured_end(run_dir: Path, config: Config) -> bool:
-    """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run."""
+    """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run.
+
+    A run whose settings say `evaluation.features=auto` takes any network: none was at hand at its start.
+    """
     path = run_dir / "config.yaml"
-    return not path.exists() or _identity(config) == _identity(load_config(path, stored=True))
+    if not path.exists():
+        return True
+    asked = load_config(path, stored=True)
+    if asked.evaluation.features == AUTO:
+        asked.evaluation.features = config.evaluation.features
+        asked.evaluation.more_features = config.evaluation.more_features
+    return _identity(config) == _identity(asked)
 
 
 def _identity(config: Config) -> tuple[Any, ...]:

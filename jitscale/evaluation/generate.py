@@ -3,7 +3,7 @@
 Noise and label of an image are functions of (seed, id) alone; by default the label is id mod classes. Images are made
 in blocks of a fixed size, so that the arithmetic is the same whatever the world size.
 
-Shapes: B images, S image size.
+Shapes: B images, A channels, S image size.
 """
 
 import logging
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from jitscale import parallel
-from jitscale.config import Config, DiffusionConfig, EvaluationConfig
+from jitscale.config import Config, DiffusionConfig, EvaluationConfig, image_shape
 from jitscale.diffusion.sampler import Sampler
 from jitscale.diffusion.steps import State
 from jitscale.errors import ConfigError
-from jitscale.evaluation.features import to_uint8
+from jitscale.evaluation.features import as_pictures, to_uint8
 from jitscale.keyed_random import Purpose, uniform
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import REMEDY, Execution, prepare
@@ -35,20 +35,19 @@ logger = logging.getLogger(__name__)
 GRID_COLUMNS, GRID_ROWS = 8, 10  # of a picture of samples
 
 
-def noise_of(seed: int, ids: Sequence[int], image_size: int) -> torch.Tensor:
-    """Standard normal noise, (B, 3, S, S) float32, drawn on the CPU by Philox with key (seed, id).
+def noise_of(seed: int, ids: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Standard normal noise for images of `shape` (A, S, S): (B, A, S, S) float32, by Philox with key (seed, id).
 
-    On the CPU because a GPU's random numbers depend on its number of multiprocessors.
+    Drawn on the CPU because a GPU's random numbers depend on its number of multiprocessors.
     """
-    shape = (3, image_size, image_size)
     draws = [np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape, np.float32) for i in ids]
     return torch.from_numpy(np.stack(draws))
 
 
-def noise_ahead(seed: int, blocks: Sequence[Sequence[int]], image_size: int) -> Iterator[torch.Tensor]:
+def noise_ahead(seed: int, blocks: Sequence[Sequence[int]], shape: tuple[int, int, int]) -> Iterator[torch.Tensor]:
     """`noise_of` the ids of each block, drawn by a thread while the device is busy with the block before."""
     with ThreadPoolExecutor(1) as thread:
-        draws = (thread.submit(noise_of, seed, ids, image_size) for ids in blocks)  # none before it is asked for
+        draws = (thread.submit(noise_of, seed, ids, shape) for ids in blocks)  # none before it is asked for
         ahead = next(draws, None)
         while ahead is not None:
             noise, ahead = ahead.result(), next(draws, None)
@@ -150,8 +149,8 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide: JiT | None = None) -> torch.Tensor:
-    """The images of `ids`, (B, 3, S, S) float32, on the model's device, not clamped."""
-    noise = model.diffusion.noise_scale * noise_of(seed, ids, model.config.image_size)
+    """The images of `ids`, (B, A, S, S) float32, on the model's device, not clamped."""
+    noise = model.diffusion.noise_scale * noise_of(seed, ids, image_shape(model.config))
     return sample_images(model, sampler, noise, labels_of(ids, model.config.num_classes), guide)
 
 
@@ -160,7 +159,7 @@ def generate_by_scale(
 ) -> Iterator[torch.Tensor]:
     """The images of `labels` by each sampler, which differ in their guidance scale alone: steps before it are shared.
 
-    Each is bitwise what `generate` gives, with labels_of(ids, classes) and noise_of(seed, ids, size).
+    Each is bitwise what `generate` gives, with labels_of(ids, classes) and noise_of(seed, ids, shape).
     """
     first = samplers[0]
     assert all(replace(sampler, guidance_scale=first.guidance_scale) == first for sampler in samplers)
@@ -175,20 +174,20 @@ def generate_by_scale(
 def sample_images(
     model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, guide: JiT | None = None
 ) -> torch.Tensor:
-    """Carry `noise` (B, 3, S, S), already times the noise scale, to images of `labels` (B,).
+    """Carry `noise` (B, A, S, S), already times the noise scale, to images of `labels` (B,).
 
     Raises a ValueError as `checked_labels` does, at noise of another shape, and at internal guidance of a network
     without a middle output layer.
     """
-    size, device = model.config.image_size, model.pos_embed.device
+    shape, device = image_shape(model.config), model.pos_embed.device
     if sampler.internal_guidance != 1.0 and model.config.middle_head == 0:
         raise ValueError(
             f"internal_guidance: need a network with a middle output layer (model.middle_head) for "
             f"{sampler.internal_guidance}; give 1.0"
         )
     labels = checked_labels(labels, model.null_label)
-    if noise.shape != (len(labels), 3, size, size):
-        raise ValueError(f"noise: need shape {(len(labels), 3, size, size)}, got {tuple(noise.shape)}")
+    if noise.shape != (len(labels), *shape):
+        raise ValueError(f"noise: need shape {(len(labels), *shape)}, got {tuple(noise.shape)}")
     return sampler.sample(model, noise.to(device), labels.to(device), model.null_label, guide)
 
 
@@ -199,7 +198,7 @@ def grid_ids(num_classes: int) -> list[int]:
 
 
 def sample_grid(model: JiT, sampler: Sampler, seed: int, most: int, guide: JiT | None = None) -> npt.NDArray[np.uint8]:
-    """A picture of samples, uint8 (height, width, 3): one row a class, the first `GRID_ROWS` classes.
+    """A picture of samples, as `tile` makes it: one row a class, the first `GRID_ROWS` classes.
 
     At most `most` images go through the network together. Raises a UserError at values that are not finite.
     """
@@ -211,9 +210,8 @@ def sample_grid(model: JiT, sampler: Sampler, seed: int, most: int, guide: JiT |
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:
-    """(B, 3, S, S) uint8 images in rows of `columns`, with grey lines between: uint8 (height, width, 3)."""
+    """(B, A, S, S) uint8 images in rows of `columns`, with grey lines between: one of `as_pictures`."""
     line = max(1, images.shape[-1] // 32)
     framed = F.pad(images, (line, line, line, line), value=128)
-    size = framed.shape[-1]
-    grid = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
-    return np.ascontiguousarray(grid.reshape(-1, columns * size, 3).cpu().numpy())
+    rows = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (A, rows, S, columns, S)
+    return as_pictures(rows.flatten(3).flatten(1, 2)[None])[0]

@@ -13,19 +13,20 @@ import safetensors.torch
 import torch
 
 from jitscale import parallel
-from jitscale.config import EvaluationConfig
+from jitscale.config import AUTO, EvaluationConfig
 from jitscale.errors import ConfigError, DataError, UserError, data_error, first_line
 from jitscale.evaluation.blocks import FeatureArrays
 from jitscale.evaluation.dinov2 import DinoV2
 from jitscale.evaluation.features import FeatureNetwork
 from jitscale.evaluation.inception import Inception
 from jitscale.evaluation.published import Published, fetch, published_folder, verify
-from jitscale.evaluation.small_networks import DigitsFeatures, GlyphFeatures
+from jitscale.evaluation.small_networks import SMALL_NETWORKS
 from jitscale.files import sha256_of
 from jitscale.parallel import World
 
 FEATURE_NETWORKS: dict[str, type[FeatureNetwork]] = {
-    network.name: network for network in (DigitsFeatures, GlyphFeatures, Inception, DinoV2)
+    **SMALL_NETWORKS,
+    **{network.name: network for network in (Inception, DinoV2)},
 }
 NOT_A_STATE = (RuntimeError, TypeError, KeyError, AttributeError, ValueError)  # what load_state_dict raises of others
 PUBLISHED = {name: n.weights for name, n in FEATURE_NETWORKS.items() if isinstance(n.weights, Published)}
@@ -46,6 +47,16 @@ class NetworkFile:
         network = FEATURE_NETWORKS[self.name]
         spatial = {"spatial": network.num_spatial} if network.num_spatial and not self.suffix else {}
         return {f"features{self.suffix}": network.num_features, **spatial}
+
+    @property
+    def distances(self) -> dict[str, str]:
+        """Names of the Fréchet distances of the arrays of `sizes`.
+
+        Only the main network's is called FID, and only if it gives logits, of which there is an Inception Score.
+        """
+        is_fid = not self.suffix and FEATURE_NETWORKS[self.name].num_logits > 0
+        names = {"spatial": "sfid"} if "spatial" in self.sizes else {}
+        return {f"features{self.suffix}": "fid" if is_fid else f"fd_{self.name}", **names}
 
     def load(self, device: torch.device | str) -> FeatureNetwork:
         """The network on `device`, in evaluation mode and without gradients.
@@ -73,10 +84,12 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
     """The networks that `evaluation` names, the main one first, their files found; a collective call.
 
     Published weights that are missing are downloaded, by one rank of every folder. Raises a ConfigError if no network
-    is configured, a DataError on every rank if weights are missing and cannot be downloaded, or are another file.
+    is settled, a DataError on every rank if weights are missing and cannot be downloaded, or are another file.
     """
     if evaluation.features is None:
         raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
+    if evaluation.features == AUTO:
+        raise ConfigError("evaluation.features=auto: names no network here; name one, such as inception")
     names = [evaluation.features, *evaluation.more_features]
     folder = published_folder(evaluation)
 
@@ -122,7 +135,7 @@ class Embedder:
         self._device, self._stop = world.device, stop
 
     def __call__(self, images: torch.Tensor) -> FeatureArrays:
-        """What the networks say about uint8 `images` (B, 3, height, width): (B, width) float32 each, and `logits`."""
+        """What the networks say about uint8 `images` (B, A, height, width): (B, width) float32 each, and `logits`."""
         said = [self.arrays_of(number, images) for number in range(len(self.files))]
         return {name: values for arrays in said for name, values in arrays.items()}
 

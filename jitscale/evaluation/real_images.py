@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import RGB, Config
 from jitscale.data.passes import read_once
 from jitscale.data.shards import ShardSet
 from jitscale.data.workers import naming_dead_workers
@@ -110,19 +110,27 @@ def finished_parts(config: Config) -> int:
     return len(sums) + len(list(own.glob(SAMPLE_BLOCKS)))
 
 
+def pixels_of(shards: ShardSet) -> dict[str, Any]:
+    """What decides the pixels of all images of `shards`, in what they are read as."""
+    # What was kept before grey images could be read is of three channels, and is still found.
+    grey = {} if shards.channels == RGB else {"channels": shards.channels}
+    return {"manifest": shards.manifest_hash, "image_size": shards.image_size, **grey}
+
+
 class RealImages:
     """Statistics and features of the images of some shards in one network: computed by all ranks of a run, and kept."""
 
     def __init__(self, file: NetworkFile, shards: ShardSet, folders: Sequence[Path]) -> None:
         """Find what is kept of `shards` in the network `file`, in `folders` from `cache_folders`; a collective call."""
         self.file, self._shards, self._images = file, shards, range(shards.num_samples)
+        self.class_names = shards.class_names
         self._main = next(iter(file.sizes))  # the array whose features are kept
         self.identity: dict[str, Any] = {
-            "manifest": shards.manifest_hash,
+            **pixels_of(shards),
             "network": file.name,
             "network_sha256": file.sha256,
-            "image_size": shards.image_size,
             "crop": "adm",  # how images are brought to that size while they are read
+            **({"arrays": list(file.sizes)} if file.suffix else {}),  # other ones than those of the main network
         }
         places = [folder / f"{file.name}_{digest_of(self.identity)}" for folder in folders]
         complete = parallel.on_main(lambda: [place for place in places if (place / "facts.json").exists()])
@@ -146,7 +154,7 @@ class RealImages:
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
         """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
 
-        `network` maps uint8 images (B, 3, height, width) to their feature arrays; `num_workers` processes of this rank
+        `network` maps uint8 images (B, A, height, width) to their feature arrays; `num_workers` processes of this rank
         decode them. Raises a DataError on every rank if an image cannot be read, or the cache cannot be written.
         """
         with ExitStack() as held:

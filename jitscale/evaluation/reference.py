@@ -1,6 +1,5 @@
 """Real images to compare with: what is kept of shards, or a file of statistics that others have computed."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +16,9 @@ from jitscale.data.shards import open_setting
 from jitscale.errors import ConfigError
 from jitscale.evaluation.networks import Embedder, NetworkFile, identity_of
 from jitscale.evaluation.real_images import RealImages, cache_folders
-from jitscale.evaluation.small_networks import TRAINED_ON
 from jitscale.evaluation.statistics_file import FeatureStatistics, is_statistics, read_statistics
 from jitscale.node import once_a_node
 from jitscale.parallel import World
-
-logger = logging.getLogger(__name__)
 
 FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
 
@@ -47,7 +43,7 @@ def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path
     source = reference_source(config)
     kept = open_real_images(embedder.files, config, world, run_dir)
     if not kept:
-        return parallel.raise_together(lambda: _of_file(source, embedder.files) if world.is_main else None)
+        return parallel.raise_together(lambda: _of_file(source, config, embedder.files) if world.is_main else None)
     for number, images in enumerate(kept):
         images.compute_once(partial(embedder.arrays_of, number), world, config.data.num_workers)
     return parallel.raise_together(lambda: _combined(kept, source) if world.is_main else None)
@@ -61,6 +57,12 @@ def reference_source(config: Config) -> str:
     return source
 
 
+def reference_setting(config: Config) -> tuple[str, int, str]:
+    """The arguments with which `open_setting` opens the shards of `reference_source`; their labels do not matter."""
+    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
+    return setting, 0, "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
+
+
 def open_real_images(files: Sequence[NetworkFile], config: Config, world: World, run_dir: Path) -> list[RealImages]:
     """The real images as each network sees them, none if the reference is a file of statistics; a collective call.
 
@@ -70,23 +72,16 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
     source = reference_source(config)
     if is_statistics(source):
         return []
-    setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
-    size_setting = "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
-    shards = once_a_node(world, lambda: open_setting(config, setting, 0, size_setting))
+    shards = once_a_node(world, lambda: open_setting(config, *reference_setting(config)))
     if shards.num_samples < FEWEST_REAL_IMAGES:
         fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
         raise ConfigError(f"evaluation.reference={source}: {fault}")
-    for name in {file.name for file in files} & TRAINED_ON.keys() if world.is_main else ():
-        known, names = TRAINED_ON[name], shards.class_names
-        if names != known and (names is not None or shards.classes not in (None, len(known))):
-            what = f"this small network knows {name} only, and {setting} has other classes"
-            logger.warning("%s: %s, so its numbers mean nothing; set evaluation.features=inception", name, what)
     folders = cache_folders(config, shards, run_dir, world)
     return [RealImages(file, shards, folders) for file in files]
 
 
-def _of_file(source: str, files: Sequence[NetworkFile]) -> Reference:
-    statistics, floors, facts = read_statistics(source, files)
+def _of_file(source: str, config: Config, files: Sequence[NetworkFile]) -> Reference:
+    statistics, floors, facts = read_statistics(source, files, config.model.in_channels)
     return Reference(statistics, None, floors, facts)
 
 
@@ -100,6 +95,7 @@ def _combined(kept: Sequence[RealImages], source: str) -> Reference:
             floors[name] = float(facts["floors"][name])
     _, features, main = contents[0]
     floors |= {name: float(main["floors"][name]) for name in ("kid", "kid_std")}
-    said = {key: main[key] for key in ("manifest", "images", "image_size", "crop", "stored")}
+    known = ("manifest", "images", "image_size", "channels", "crop", "stored")
+    said: dict[str, Any] = {key: main[key] for key in known if key in main}
     facts = {**said, "source": masked(source), **identity_of([images.file for images in kept])}
     return Reference(statistics, features, floors, facts)

@@ -10,6 +10,7 @@ from jitscale import parallel
 from jitscale.config import Config, EvaluationConfig, weight_set_names
 from jitscale.errors import ConfigError, DataError
 from jitscale.evaluation.blocks import SAMPLE_BLOCKS
+from jitscale.evaluation.class_names import check_order
 from jitscale.evaluation.cost import measuring_cost, percent
 from jitscale.evaluation.evaluator import configured_labels
 from jitscale.evaluation.networks import FEATURE_NETWORKS, network_files, sizes_of
@@ -53,11 +54,14 @@ def measurable_config(config: Config, world: World) -> Config:
     return config
 
 
-def check_measurable(config: Config, world: World, points: Sequence[SweepPoint]) -> None:
+def check_measurable(
+    config: Config, world: World, points: Sequence[SweepPoint], class_names: Sequence[str] | None = None
+) -> None:
     """Feature networks, real images, labels and room are there; a collective call.
 
-    The final evaluation tries `points`; without any, there are measurements on few images alone. Raises on every rank
-    a ConfigError if no feature network or reference is configured, or there is no room, and a DataError if weights are
+    The final evaluation tries `points`; without any, there are measurements on few images alone. `class_names` are
+    those that the weights know, None for weights that are to be trained, or do not say. Raises on every rank a
+    ConfigError if no feature network or reference is configured, or there is no room, and a DataError if weights are
     missing and cannot be downloaded now, or are no such network, or the reference does not open or fit.
     """
     evaluation, run_dir = config.evaluation, Path(config.run.dir)
@@ -72,7 +76,8 @@ def check_measurable(config: Config, world: World, points: Sequence[SweepPoint])
             purpose = "computing the statistics of the real images takes"
             _check_room(folder, needed, f"{folder}", purpose, "set evaluation.cache_dir")
         else:
-            read_statistics(source, files)
+            read_statistics(source, files, config.model.in_channels)
+        check_order(config, class_names, kept[0].class_names if kept else None)
         configured_labels(config)
         if evaluation.cuda_graphs and parallel.choose_device(config.run.device).type != "cuda":
             raise ConfigError("evaluation.cuda_graphs=true: there is no GPU here; set it to false")

@@ -13,7 +13,6 @@ from torch import nn
 
 from jitscale.evaluation.features import Embedding, FeatureNetwork
 
-TRAINED_ON = {"digits": list("0123456789"), "glyphs": list("ABCDEFGHIJ")}  # network to the classes that it knows
 DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
 
 
@@ -67,3 +66,6 @@ class GlyphFeatures(_PooledConvolutions):
     input_size = 128
     channels = (3, 16, 32, 48)
     strides = (2, 2, 2, 2)
+
+
+SMALL_NETWORKS = {network.name: network for network in (DigitsFeatures, GlyphFeatures)}  # by `Manifest.dataset` too

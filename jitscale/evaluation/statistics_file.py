@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from jitscale.config import RGB
 from jitscale.data.remote import is_remote
 from jitscale.errors import DataError, data_error
 from jitscale.evaluation.blocks import DAMAGED
-from jitscale.evaluation.networks import NetworkFile, identity_of, sizes_of
+from jitscale.evaluation.networks import FEATURE_NETWORKS, NetworkFile, identity_of, sizes_of
 from jitscale.files import atomic_write, sha256_of
 
 ZIP, ARRAY, PICKLES = b"PK", b"\x93NUMPY", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files begin
@@ -66,11 +67,11 @@ def write_statistics(path: Path, stored: StoredStatistics) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatistics:
+def read_statistics(source: str, files: Sequence[NetworkFile], channels: int = RGB) -> StoredStatistics:
     """The statistics in the file `source`, of those arrays of the networks, the main one first, that it has.
 
-    Raises a DataError if it is no such file, is of other networks or lacks one that is asked for, or if its numbers
-    cannot be a mean and a covariance.
+    Raises a DataError if it is no such file, is of other networks or lacks one that is asked for, if it says that its
+    images had not so many `channels`, or if its numbers cannot be a mean and a covariance.
     """
     place, sizes = f"evaluation.reference={source}", sizes_of(files)
     _refuse_other_kinds(source, place)
@@ -97,8 +98,29 @@ def read_statistics(source: str, files: Sequence[NetworkFile]) -> StoredStatisti
         if facts.get(key, expected) != expected:
             known, needed = str(facts[key])[:40], f"evaluation.features={files[0].name} has {str(expected)[:40]}"
             raise DataError(f"{place}: made with {key}={known}, {needed}; make it again")
+    stored_channels = facts.get("channels", RGB) if "manifest" in facts else channels  # files of others do not say
+    if stored_channels != channels:
+        what = f"made of images of {stored_channels} channels, and model.in_channels={channels}"
+        raise DataError(f"{place}: {what}; make it again with that setting, or name shards")
     checked = {name: _checked(place, wanted[name], *found) for name, found in statistics.items()}
     return StoredStatistics(checked, floors, {**facts, "file_sha256": sha256_of(Path(source))})
+
+
+def network_of_statistics(source: str) -> str:
+    """The main feature network of the statistics in the file `source`: as the file says, or by their width.
+
+    Raises a DataError if it is no such file, or its numbers may be those of any network.
+    """
+    place = f"evaluation.reference={source}"
+    _refuse_other_kinds(source, place)
+    with data_error(f"{place}: no statistics of features", REMEDY, UNREADABLE), np.load(source) as content:
+        said = json.loads(str(content["facts"])).get("features") if "facts" in content.files else None
+        width = len(content["mu"])
+    wide = [name for name, network in FEATURE_NETWORKS.items() if network.num_features == width]
+    fitting = [said] if said in FEATURE_NETWORKS else wide
+    if len(fitting) != 1:
+        raise DataError(f"{place}: does not say of which network its {width} features are; set evaluation.features")
+    return fitting[0]
 
 
 def _start_of(path: Path) -> bytes:

@@ -30,6 +30,7 @@ from jitscale.command import Parser, path_text
 from jitscale.config import Config, load_config, to_yaml
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, StorageError, UserError, exit_with_message, first_line, is_wrong_path
+from jitscale.evaluation.choice import settle_for_training
 from jitscale.evaluation.requirements import measurable_config
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 from jitscale.parallel import World
@@ -104,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     if problems:
         return ExitCode.FAILED
     if options.work == "train":  # an evaluation checks by itself what it needs
-        measurable_config(config, World(rank, world_size, int(os.environ["LOCAL_RANK"]), torch.device("cpu")))
+        world = World(rank, world_size, int(os.environ["LOCAL_RANK"]), torch.device("cpu"))
+        settled, _ = settle_for_training(config)
+        measurable_config(settled, world)
     slowest = min(parallel.gather_objects(_bandwidth(parallel.choose_device(config.run.device), limit)))
     if rank == 0:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"

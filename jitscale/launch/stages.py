@@ -10,9 +10,10 @@ from pathlib import Path
 
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.command import call_python
-from jitscale.config import load_config
+from jitscale.config import AUTO, load_config
 from jitscale.data.shards import open_training_shards
 from jitscale.errors import ExitCode, UserError
+from jitscale.evaluation.choice import settle_for_training
 from jitscale.launch.slurm import SlurmJob
 from jitscale.launch.supervisor import Supervisor, work_of
 from jitscale.run_folder import Attempts, forget_completion, is_complete
@@ -60,7 +61,8 @@ class Stage:
     def check(self, tasks: int) -> None:
         """Refuse what can be known to fail before anything is queued.
 
-        Raises a UserError if the configuration is impossible, its shards are not there, or W&B has no key.
+        Raises a UserError if the configuration is impossible, its shards are not there, or W&B has no key. Warns if
+        `evaluation.features=auto` finds no network here.
         """
         trains = self.kind == "train"
         config = load_config(self.config, self.settings, world_size=tasks, needs_shards=trains)
@@ -68,6 +70,8 @@ class Stage:
             open_training_shards(config)
             if not {"JITSCALE_SETUP", "JITSCALE_RANK_PYTHON"} & os.environ.keys():  # either may set the job's key
                 check_wandb(config)
+            if config.evaluation.features == AUTO:
+                settle_for_training(config)
 
     def __call__(self) -> str:
         """Do the work to its end; returns what was done. Raises a UserError if it has failed."""

@@ -1,6 +1,6 @@
 """A network's forward pass as one CUDA graph for each batch size: the host starts it whole, not kernel by kernel.
 
-Shapes: B images of a batch, S image size.
+Shapes: B images of a batch, A channels, S image size.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ class CudaGraphs:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, y: Tensor, *, middle: bool = False) -> Tensor:
-        """The prediction (B, 3, S, S) for z (B, 3, S, S), t and y (B,), in memory of its own.
+        """The prediction (B, A, S, S) for z (B, A, S, S), t and y (B,), in memory of its own.
 
-        With `middle`, (2, B, 3, S, S): that of the middle output layer too.
+        With `middle`, (2, B, A, S, S): that of the middle output layer too.
         """
         key = (len(z), middle, torch.is_autocast_enabled("cuda"))
         if key not in self._recorded:

@@ -1,7 +1,7 @@
 """The JiT network: a plain Vision Transformer on pixels (arXiv 2511.13720).
 
-Shapes: B batch, N tokens, K of them kept in routed blocks, C hidden size, P patch size, D = P * P * 3 numbers of a
-patch, R rank of a subspace, G = image_size / P tokens a side.
+Shapes: B batch, N tokens, K of them kept in routed blocks, C hidden size, A channels of an image, P patch size,
+D = P * P * A numbers of a patch, R rank of a subspace, G = image_size / P tokens a side.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from jitscale.config import DiffusionConfig, ModelConfig, has_fitted_subspace, patch_elements, routed_blocks
+from jitscale.config import (
+    DiffusionConfig,
+    ModelConfig,
+    has_fitted_subspace,
+    image_shape,
+    patch_elements,
+    routed_blocks,
+)
 from jitscale.model import layers
 
 
@@ -40,7 +47,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Normalise, modulate and project every token to its P * P * 3 pixels (order: row, column, channel)."""
+    """Normalise, modulate and project every token to the D numbers of its patch (order: row, column, channel)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,7 +58,7 @@ class FinalLayer(nn.Module):
         self.kernels: layers.ResidualKernels | None = None  # as in a block
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, C), (B, C) -> (B, N, P * P * 3)"""
+        """(B, N, C), (B, C) -> (B, N, D)"""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         if self.kernels is not None:
             return self.linear(self.kernels.modulated_norm(x, self.norm_final.weight, shift, scale))
@@ -76,7 +83,8 @@ class JiT(nn.Module):
         self.config = config
         self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
         width = config.hidden_size
-        self.x_embedder = layers.BottleneckPatchEmbed(config.patch_size, config.bottleneck_dim, width)
+        patch = (config.in_channels, config.patch_size)
+        self.x_embedder = layers.BottleneckPatchEmbed(*patch, config.bottleneck_dim, width)
         self.t_embedder = layers.TimestepEmbedder(width)
         self.y_embedder = layers.LabelEmbedder(config.num_classes, width)
         if config.in_context_len > 0:
@@ -148,10 +156,10 @@ class JiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if self.subspace is not None and self.subspace.shape[1] < len(self.subspace):
-            weight = self.x_embedder.proj1.weight  # (bottleneck, 3, P, P)
+            weight = self.x_embedder.proj1.weight  # (bottleneck, A, P, P)
             numbers, rows = len(self.subspace), min(self.subspace.shape[1], len(weight))
             scale = (2 * numbers / (numbers + len(weight))) ** 0.5
-            patches = self.subspace.T[:rows].unflatten(1, (self.config.patch_size, self.config.patch_size, 3))
+            patches = self.subspace.T[:rows].unflatten(1, (self.config.patch_size, self.config.patch_size, -1))
             weight[:rows] = scale * patches.permute(0, 3, 1, 2)
 
     @property
@@ -160,12 +168,12 @@ class JiT(nn.Module):
         return self.config.num_classes
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None, *, middle: bool = False) -> Tensor:
-        """Predict (B, 3, image_size, image_size) from noisy images `z` of that shape.
+        """Predict (B, A, image_size, image_size) from noisy images `z` of that shape.
 
         Their times `t` (B,) lie in [0, 1], where 1 is clean; the integer labels `y` (B,) are `null_label` for no class.
         The image's tokens that `kept` (B, K) numbers pass through all blocks, and the others skip the routed ones
         (`model.route_blocks`; TREAD, arXiv 2501.04765). With `middle`, the prediction of the middle output layer is
-        returned too, (2, B, 3, image_size, image_size), and is zero for tokens that this layer has not seen. Raises a
+        returned too, (2, B, A, image_size, image_size), and is zero for tokens that this layer has not seen. Raises a
         ValueError if the network has no such layer, or routes no tokens and `kept` is given.
         """
         config, prefix = self.config, self.config.in_context_len
@@ -209,11 +217,11 @@ class JiT(nn.Module):
         return torch.cat([classes, tables], dim=2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, P * P * 3) -> (B, 3, G P, G P)"""
-        size, patch = self.config.image_size, self.config.patch_size
-        grid = size // patch
-        images = patches.view(-1, grid, grid, patch, patch, 3)
-        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
+        """(B, N, D) -> (B, A, G P, G P)"""
+        shape, patch = image_shape(self.config), self.config.patch_size
+        grid = self.config.image_size // patch
+        images = patches.view(-1, grid, grid, patch, patch, self.config.in_channels)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, *shape)
 
 
 def _taken(x: Tensor, tokens: Tensor) -> Tensor:

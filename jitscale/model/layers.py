@@ -1,6 +1,7 @@
 """The parts of the network: norms, rotary positions, embedders, attention and feed-forward layers.
 
-Shapes: B batch, N tokens, H heads, D head dim, C hidden size, G tokens a side of the image.
+Shapes: B batch, N tokens, H heads, D head dim, C hidden size, A channels of an image, P patch size, G tokens a side of
+the image.
 Parameter names are those of the authors' checkpoints, so that their files load as they are.
 """
 
@@ -111,18 +112,18 @@ class PatchProduct(nn.Conv2d):
 
 
 class BottleneckPatchEmbed(nn.Module):
-    """Patches through a low-rank bottleneck (arXiv 2511.13720, section 4.3): P x P x 3 -> bottleneck -> C."""
+    """Patches through a low-rank bottleneck (arXiv 2511.13720, section 4.3): P x P x A -> bottleneck -> C."""
 
-    def __init__(self, patch_size: int, bottleneck_dim: int, hidden_size: int) -> None:
+    def __init__(self, in_channels: int, patch_size: int, bottleneck_dim: int, hidden_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj1 = PatchProduct(3, bottleneck_dim, patch_size, bias=False)
+        self.proj1 = PatchProduct(in_channels, bottleneck_dim, patch_size, bias=False)
         self.proj2 = PatchProduct(bottleneck_dim, hidden_size, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, G P, G P) -> (B, N, C)"""
+        """(B, A, G P, G P) -> (B, N, C)"""
         patch = self.patch_size
-        patches = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, G, P, G, P)
+        patches = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, A, G, P, G, P)
         return self.proj2(self.proj1(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)))
 
 

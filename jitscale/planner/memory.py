@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jitscale.config import Config, ModelConfig, image_tokens, routed_part
+from jitscale.config import Config, ModelConfig, image_shape, image_tokens, routed_part
 from jitscale.model.execution import wants_graphs
 from jitscale.model.flops import block_tokens
 from jitscale.model.jit import JiT, parameter_kind
@@ -137,7 +137,7 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
             recomputed = max(recomputed, block)
         else:
             kept += block
-    pixels = 3 * model.image_size**2
+    pixels = math.prod(image_shape(model))
     kept += a * (pixels + tokens * model.bottleneck_dim)  # inputs of the two convolutions of the patch embedding
     kept += _layer_bytes(model, block_tokens(model, model.depth - 1), a)  # final layer
     if model.middle_head > 0:
@@ -154,7 +154,7 @@ def objective_bytes(model: ModelConfig, micro_batch: int) -> float:
 
     The middle layer has a prediction, a target and a difference of its own.
     """
-    return micro_batch * (9 if model.middle_head > 0 else 6) * FP32 * 3 * model.image_size**2
+    return micro_batch * (9 if model.middle_head > 0 else 6) * FP32 * math.prod(image_shape(model))
 
 
 @functools.lru_cache

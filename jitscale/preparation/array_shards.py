@@ -34,6 +34,7 @@ def write_shards(
     samples_per_shard: int = 1000,
     class_names: list[str] | None = None,
     seed: int = 0,
+    dataset: str | None = None,
 ) -> Manifest:
     """Write `images` in a random order as shards with indexes and a manifest. Equal input gives equal bytes.
 
@@ -47,6 +48,7 @@ def write_shards(
         samples_per_shard: samples of every shard but the last.
         class_names: the names of the classes, recorded in the manifest.
         seed: of the order. Keys remain the indices into `images`.
+        dataset: what the images are, see `Manifest.dataset`.
     """
     folder = Path(output)
     if (folder / MANIFEST).exists():
@@ -83,7 +85,15 @@ def write_shards(
     num_classes = int(np.max(labels)) + 1 if class_names is None else len(class_names)
     counts = np.bincount(np.asarray(labels), minlength=num_classes).tolist() if num_classes else None
     manifest = Manifest(
-        codec, shape[0], num_classes, class_names, len(order), records, class_counts=counts, channels=shape[2]
+        codec,
+        shape[0],
+        num_classes,
+        class_names,
+        len(order),
+        records,
+        class_counts=counts,
+        channels=shape[2],
+        dataset=dataset,
     )
     manifest.write(folder / MANIFEST)
     return manifest

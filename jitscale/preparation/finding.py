@@ -13,9 +13,12 @@ import numpy as np
 from jitscale.data.find import paths_of
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError
+from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, images_in_folder_of_arrays
+from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
 from jitscale.preparation.forms.folders import images_in_folder
 from jitscale.preparation.forms.hub import images_at_address, snapshot_of
-from jitscale.preparation.forms.kinds import Kind, kind_of
+from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
+from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
 from jitscale.preparation.forms.listing import Listing, listing_of
 from jitscale.preparation.forms.rows import (
     ROW_KINDS,
@@ -35,11 +38,17 @@ from jitscale.preparation.sources import SourcePaths, SourceTable, is_address, r
 FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.TAR: images_in_tar,
     Kind.TABLE: images_in_table,
+    Kind.NPZ: images_in_arrays,
+    Kind.CIFAR: images_in_batch,
     **dict.fromkeys(ROW_KINDS, images_in_row_file),
 }
 # What a folder is: the first whose sign is there; else images, or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
+    (is_tree, images_in_tree),
     (has_tars, images_in_folder_of_tars),
+    (has_arrays, images_in_folder_of_arrays),
+    (has_batches, images_in_folder_of_batches),
+    (is_flat_folder, images_in_flat_folder),
     (is_saved, images_in_saved),
     (has_rows, images_in_folder_of_rows),
 ]
@@ -79,6 +88,8 @@ def find_sources(
         chunks.append(rows_of(rows))
         on_found(len(chunk))
     if not chunks:
+        for folder in filter(Path.is_dir, map(Path, inputs)):
+            refuse_unread_files(folder)
         instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
         where = "it" if len(inputs) == 1 else "them"
         raise DataError(f"{', '.join(inputs)}: no image in {where}{instead}; {FORMS_REMEDY}")

@@ -18,8 +18,7 @@ from jitscale.data.find import Tars
 from jitscale.data.images import RGB, UInt8Array, center_crop, decode
 from jitscale.data.manifest import Manifest, ShardRecord, content_hash
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
-from jitscale.errors import DataError, data_error
-from jitscale.files import atomic_write
+from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array, Purpose, hash64
 from jitscale.preparation.processes import in_processes
 from jitscale.preparation.survey import by_place, scan_shards
@@ -186,15 +185,15 @@ def statistics(seen: Look) -> dict[str, Any]:
     }
 
 
-def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
-    """Write a PNG of `SHEET_TILES` x `SHEET_TILES` images, of classes at equal distances, with the class below each.
+def contact_sheet(collection: Collection, seed: int) -> bytes:
+    """A PNG of `SHEET_TILES` x `SHEET_TILES` images, of classes at equal distances, with the class below each.
 
     With fewer classes than tiles, several images of each; without classes, random images. Raises a DataError if there
-    are no samples, or the file cannot be written.
+    are no samples.
     """
     chosen = _for_the_sheet(collection, seed)
     if not len(chosen):
-        raise DataError(f"{path}: there is no sample to put on a contact sheet; choose other shards")
+        raise DataError("there is no sample to put on a contact sheet; choose other shards")
     wide, high = TILE + _GAP, TILE + CAPTION + _GAP
     sheet = Image.new("RGB", (SHEET_TILES * wide + _GAP, SHEET_TILES * high + _GAP), _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -218,10 +217,7 @@ def contact_sheet(collection: Collection, path: Path, seed: int) -> None:
     if stream.tell() > _LARGEST_SHEET:
         stream = io.BytesIO()
         sheet.quantize(256).save(stream, "PNG", optimize=True)
-    with data_error(f"{path}: cannot be written", "choose another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(stream.getvalue())
+    return stream.getvalue()
 
 
 def _look_at(task: tuple[Path, Background, list[Record]]) -> Look:

@@ -2,6 +2,7 @@
 
 import errno
 import stat
+import zipfile
 import zlib
 from functools import lru_cache
 from math import isqrt
@@ -12,13 +13,16 @@ from jitscale.data import tar_index
 from jitscale.data.images import ImageError, content_extension, encode
 from jitscale.data.tar_index import OffsetReader
 from jitscale.errors import DataError, StorageError, first_line, is_wrong_path
+from jitscale.preparation.array_rows import ArrayRows
 from jitscale.preparation.forms.columns import image_column
+from jitscale.preparation.forms.kinds import LFS_POINTER
 from jitscale.preparation.row_files import ImageRows, open_rows
 from jitscale.preparation.sources import Source, Storage, located
 
 MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
 
 _MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
+_DAMAGED_ARRAYS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError)
 # The process is at fault, not the file: going on would drop good images.
 _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -31,6 +35,7 @@ class SourceReader:
         self._root = root
         self._image_column = image_column
         self._open_file = lru_cache(_MOST_OPEN_FILES)(self._opened)
+        self._open_arrays = lru_cache(1)(self._opened_arrays)
 
     def read(self, source: Source) -> tuple[bytes, str]:
         """The bytes of an image and its extension, one of EXTENSIONS.
@@ -38,9 +43,14 @@ class SourceReader:
         An `ImageError` is its fault, a StorageError the disk's, a DataError this process's.
         """
         try:
+            if source.storage == Storage.ARRAY:
+                extension, data = encode(self._open_arrays(source.path).image(source.offset), "raw")
+                return data, extension
             data = self._stored(source)
         except tar_index.ShortReadError as error:
             raise ImageError(str(error)) from error
+        except _DAMAGED_ARRAYS as error:
+            raise ImageError(f"cannot be read ({error})") from error
         except OSError as error:
             what = f"cannot be read ({error.strerror or first_line(error)})"
             if error.errno in _OUR_FAULT:
@@ -53,6 +63,8 @@ class SourceReader:
         if source.storage == Storage.PLANES:
             extension, data = _from_planes(data)
             return data, extension
+        if data.startswith(LFS_POINTER):
+            raise ImageError(f"is a git-lfs pointer of {len(data)} bytes, not the data; run git lfs pull")
         return data, source.extension or content_extension(data)
 
     def _stored(self, source: Source) -> bytes:
@@ -64,6 +76,9 @@ class SourceReader:
             raise ImageError(f"has {size} bytes; the limit is {MOST_BYTES}")
         data = file.read(source.offset, size)
         return _inflated(data) if source.storage == Storage.DEFLATED else data
+
+    def _opened_arrays(self, path: str) -> ArrayRows:
+        return ArrayRows(located(path, self._root))
 
     def _opened(self, path: str) -> OffsetReader:
         if "\0" in path:

@@ -3,7 +3,7 @@
 Every draw is a function of the run's seed and a sample's position in the global sequence, so that a resumed run repeats
 nothing and skips nothing, on any number of ranks.
 
-Shapes: B images of a micro-batch, S pixels a side, K tokens that pass through the routed blocks.
+Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config, image_tokens, routed_blocks, routed_tokens
+from jitscale.config import Config, image_shape, image_tokens, routed_blocks, routed_tokens
 from jitscale.data.loader import Batch, ShardLoader
 from jitscale.data.order import EpochOrder
 from jitscale.data.shards import ShardSet, open_training_shards
@@ -31,9 +31,9 @@ T = TypeVar("T")
 class MicroBatch:
     """What one forward and backward pass takes, on the device."""
 
-    x: torch.Tensor  # float32 (B, 3, S, S), clean images in [-1, 1]
-    e: torch.Tensor  # float32 (B, 3, S, S), scaled noise
-    z: torch.Tensor  # float32 (B, 3, S, S), t x + (1 - t) e
+    x: torch.Tensor  # float32 (B, A, S, S), clean images in [-1, 1]
+    e: torch.Tensor  # float32 (B, A, S, S), scaled noise
+    z: torch.Tensor  # float32 (B, A, S, S), t x + (1 - t) e
     t: torch.Tensor  # float32 (B,) in [0, 1]
     labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
     kept: torch.Tensor | None  # int64 (B, K), rising: the tokens that are not routed; None if all pass
@@ -107,7 +107,7 @@ class Feed:
             batch, (images, labels, flip, normal_numbers, kept) = next(self._prepared)
         t = times_from_normal(normal_numbers, config.diffusion)
         seeds = generator_seeds(config.run.seed, Purpose.NOISE, batch.positions.numpy())
-        noise = seeded_noise(seeds, config.model.image_size, self._generator)
+        noise = seeded_noise(seeds, image_shape(config.model), self._generator)
         x, e, z = self._add_noise(images, flip, noise, t, config.diffusion.noise_scale)
         return MicroBatch(x, e, z, t, labels, kept if kept.shape[1] else None, batch.bad_samples)
 
@@ -132,7 +132,7 @@ _Prepared = tuple[Batch, tuple[torch.Tensor, ...]]  # a batch, and what `_with_d
 def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
     """The images and random draws, except the noise, which is drawn on the device.
 
-    They are images, uint8 (B, S, S, 3); labels, int64 (B,), the null label where the class is dropped; whether to flip,
+    They are images, uint8 (B, S, S, A); labels, int64 (B,), the null label where the class is dropped; whether to flip,
     bool (B,); normal numbers, float32 (B,), from which times are made; and the tokens that are not routed, int64
     (B, K), of which there are none if all pass.
     """

@@ -4,7 +4,7 @@ The training loss changes with the times and the noise of every batch, and falls
 Here the samples, their times and their noise are the same at every measurement and for every weight set. So the numbers
 can be compared within a run and between runs: they tell whether the network generalises, and which average is best.
 
-Shapes: B samples of a block, K times, H rows, W columns.
+Shapes: B samples of a block, K times, A channels, H rows, W columns.
 """
 
 import logging
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.data.images import ImageError, UInt8Array
 from jitscale.data.shards import ShardSet
 from jitscale.diffusion.objective import sample_loss
@@ -42,7 +42,7 @@ class _Block:
     """Samples that go through the network together."""
 
     ids: Int64Array  # (B,), numbers of held-out samples; the last block is filled up with numbers of none
-    images: UInt8Array  # (B, H, W, 3)
+    images: UInt8Array  # (B, H, W, A)
     labels: Int64Array  # (B,)
     sound: list[int]  # the rows that hold a sample whose image could be decoded
     bad: list[str]  # what is wrong with the others
@@ -110,7 +110,7 @@ class HeldOutLoss:
     def _read(self, number: int) -> _Block:
         samples, size = self.samples, self.config.evaluation.block_size
         ids = np.arange(number * size, (number + 1) * size)
-        images = np.zeros((size, samples.image_size, samples.image_size, 3), np.uint8)
+        images = np.zeros((size, samples.image_size, samples.image_size, samples.channels), np.uint8)
         labels, sound, bad = np.zeros(size, np.int64), [], []
         for row, sample in enumerate(ids[ids < samples.num_samples].tolist()):
             try:
@@ -136,7 +136,7 @@ class HeldOutLoss:
         for number, time_of_all in enumerate(TIMES):
             t = torch.full((len(images),), time_of_all, device=device)
             seeds = generator_seeds(config.evaluation.seed, Purpose.HELD_OUT_NOISE, block.ids, number)
-            noise = seeded_noise(seeds, config.model.image_size, generator)
+            noise = seeded_noise(seeds, image_shape(config.model), generator)
             x, e, z = add_noise(images, unflipped, noise, t, config.diffusion.noise_scale)
             with autocast(config, device):
                 prediction = network(z, t, labels)

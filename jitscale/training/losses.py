@@ -1,6 +1,6 @@
 """The losses of a step: of the output layer, and of the middle one where the network has it.
 
-Shapes: B images of a micro-batch, S pixels a side, K tokens that pass through the routed blocks.
+Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
 """
 
 import torch
@@ -30,7 +30,7 @@ class Losses:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The losses (B,) of both layers, from what the network returned.
 
-        That is (B, 3, S, S), or (2, B, 3, S, S) with a middle layer. If that layer lies among routed blocks, it has
+        That is (B, A, S, S), or (2, B, A, S, S) with a middle layer. If that layer lies among routed blocks, it has
         seen the tokens `kept` (B, K), and only their pixels count.
         """
         truth = (x, e, z, t, self._diffusion, self._subspace)

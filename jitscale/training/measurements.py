@@ -21,7 +21,14 @@ from jitscale.evaluation.generate import autocast, configured_sampler, ready_on_
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.model.jit import JiT, network_holding
 from jitscale.parallel import World
-from jitscale.tracking import BEST_SAMPLES, Tracker, evaluations_after, held_out_after
+from jitscale.tracking import (
+    BEST_SAMPLES,
+    Tracker,
+    distance_of,
+    distance_title,
+    evaluations_after,
+    held_out_after,
+)
 from jitscale.training.ema import ShardedEma
 from jitscale.training.engine import ZeroEngine
 from jitscale.training.held_out import HeldOutLoss
@@ -116,7 +123,9 @@ class Measurements:
             (result,) = evaluator.measure(network, [point], neighbours=False, keep_blocks=False)
         if self.world.is_main:
             self.tracker.log_few(result, state.step, state.images)
-            logger.info("%d images: FID %.4g on %d samples", state.images, result["fid"], result["num_images"])
+            distance = distance_of(result)
+            said = f"{distance_title(distance)} {result[distance]:.4g}"
+            logger.info("%d images: %s on %d samples", state.images, said, result["num_images"])
         parallel.barrier()
 
     def on_held_out(self) -> None:
@@ -138,7 +147,9 @@ class Measurements:
             result = run_evaluation(self._network, points, evaluator, run_dir, is_end=True)
         self.grid(BEST_SAMPLES, replace(self.config.evaluation, **result["best"]))
         recorded = parallel.on_main(lambda: evaluations_after(run_dir, state.step - 1))
-        if not any(all(line.get(key) == result[key] for key in ("fid", "num_images")) for line in recorded):
+        if not any(
+            all(line.get(key) == result[key] for key in (distance_of(result), "num_images")) for line in recorded
+        ):
             self.tracker.log_result(result, state.step, state.images)
         self.tracker.log_final(result)
 

@@ -22,6 +22,7 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import Save, prune, remove_snapshots_after, snapshot_folder, write_folder
 from jitscale.checkpoints.weights import MOMENTS, StoredWeights, check_finite, check_fits
 from jitscale.config import Config, held_out_fraction, to_yaml
+from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.shards import ShardSet
 from jitscale.errors import CheckpointError, DataError, StorageError, UserError
 from jitscale.files import atomic_write
@@ -60,6 +61,7 @@ class Persistence:
     bad_samples: BadSamples  # their count is saved
     faults: FaultInjection
     data: DataIdentity
+    class_names: list[str] | None  # of the training data; None: not known
     claim: Claim
     saved_step: int | None = None
     _saving: Save | None = field(default=None, init=False)
@@ -229,7 +231,7 @@ class Persistence:
     def _progress(self, bad_samples: int) -> Progress:
         state, updates = self.state, self.engine.optimizer_step()
         skipped = state.skipped_steps, state.skipped_images
-        return Progress(state.step, state.images, updates, self.data, bad_samples, *skipped)
+        return Progress(state.step, state.images, updates, self.data, bad_samples, *skipped, self.class_names)
 
     @contextmanager
     def _tolerated_failures(self, *, last: bool = False) -> Iterator[None]:
@@ -334,6 +336,29 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
         raise DataError(f"{checkpoint.path}: the data or its order changed ({changes}); {remedy}, {other}")
     logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
     return {**now, "origin": progress.images + progress.skipped_images}
+
+
+def trained_classes(
+    config: Config, shards: ShardSet, checkpoint: Checkpoint | None, initial: StoredWeights | None
+) -> list[str] | None:
+    """The names of the classes that the run learns; None where they are not known, or there are no classes.
+
+    Raises a DataError if those of `checkpoint` have other numbers in `shards`, also if new shards are accepted. Weights
+    that a run begins with may be of other classes: a warning says so.
+    """
+    if config.model.num_classes == 0:
+        return None
+    remedy = "restore data.shards, or write them with the old --class-names"
+    if checkpoint is not None:
+        learnt = checkpoint.class_names
+        refuse_other_classes(str(checkpoint.path), learnt, "data.shards", shards.class_names, remedy)
+        return shards.class_names or learnt
+    if initial is not None:
+        try:
+            refuse_other_classes(str(initial.path), initial.class_names, "data.shards", shards.class_names, remedy)
+        except DataError as error:
+            logger.warning("run.init_from: %s, unless the run shall learn other classes", error)
+    return shards.class_names
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:

@@ -3,7 +3,8 @@
 It is spanned by the first eigenvectors of the Gram matrix of the training images' patches in [-1, 1], whose mean is not
 subtracted. A run computes it once, before its first step; afterwards it belongs to the weights.
 
-Shapes: B images of a block, S pixels a side, D numbers of a patch in the order row, column, channel, R rank.
+Shapes: B images of a block, A channels, S pixels a side, D numbers of a patch in the order row, column,
+channel, R rank.
 """
 
 import json
@@ -30,7 +31,7 @@ from jitscale.data.workers import naming_dead_workers, start_workers
 from jitscale.diffusion.objective import patches_of
 from jitscale.errors import CheckpointError, ConfigError, DataError, data_error
 from jitscale.evaluation.blocks import digest_of
-from jitscale.evaluation.real_images import cache_folders
+from jitscale.evaluation.real_images import cache_folders, pixels_of
 from jitscale.keyed_random import Int64Array, Purpose, normal, permutation
 from jitscale.parallel import World
 
@@ -53,7 +54,7 @@ def gram_matrix(
     if shards.image_size % patch_size:
         raise DataError(f"images of {shards.image_size} pixels a side are not made of patches of {patch_size}")
     chosen = np.sort(permutation(shards.num_samples, seed, Purpose.SUBSPACE_IMAGES)[:images])
-    elements, found = 3 * patch_size**2, 0
+    elements, found = shards.channels * patch_size**2, 0
     gram = torch.zeros(elements, elements, dtype=torch.float64, device=device)
     workers = num_workers if len(chosen) >= FEWEST_FOR_WORKERS else 0
     reading, bar = start_workers(_Blocks(shards, chosen), workers), tqdm(total=len(chosen), unit="img", desc="subspace")
@@ -70,7 +71,7 @@ def gram_matrix(
 
 
 class _Blocks(Dataset[UInt8Array | DataError]):
-    """Blocks of the chosen images, uint8 (B, S, S, 3), without those that cannot be decoded."""
+    """Blocks of the chosen images, uint8 (B, S, S, A), without those that cannot be decoded."""
 
     def __init__(self, shards: ShardSet, chosen: Int64Array) -> None:
         self._shards = shards
@@ -81,7 +82,7 @@ class _Blocks(Dataset[UInt8Array | DataError]):
 
     def __getitem__(self, number: int) -> UInt8Array | DataError:
         size = self._shards.image_size
-        images = [np.empty((0, size, size, 3), np.uint8)]
+        images = [np.empty((0, size, size, self._shards.channels), np.uint8)]
         for sample in self._blocks[number].tolist():
             try:
                 images.append(self._shards.read(*self._shards.shard_and_index(sample))[0][None])
@@ -142,7 +143,7 @@ def read_subspace(path: Path, model: ModelConfig, diffusion: DiffusionConfig) ->
     """
     file, what = open_safetensors(path), f"diffusion.subspace={path}"
     wanted = (patch_elements(model), diffusion.rank)
-    asked = f"--patch-size {model.patch_size} --rank {diffusion.rank}"
+    asked = f"--patch-size {model.patch_size} --channels {model.in_channels} --rank {diffusion.rank}"
     remedy = f"make it with tools/fit_subspace.py {asked}"
     if (shape := file.shapes().get(SUBSPACE)) != wanted:
         found = "no tensor subspace" if shape is None else f"a subspace of shape {shape}"
@@ -221,8 +222,7 @@ def _fitted(config: Config, shards: ShardSet, folders: list[Path], device: torch
 def facts_of(shards: ShardSet, patch_size: int, rank: int, images: int, seed: int) -> dict[str, Any]:
     """What decides a fitted subspace."""
     return {
-        "manifest": shards.manifest_hash,
-        "image_size": shards.image_size,
+        **pixels_of(shards),
         "patch_size": patch_size,
         "rank": rank,
         "images": min(images, shards.num_samples),

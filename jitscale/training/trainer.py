@@ -72,12 +72,13 @@ class Trainer:
     def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim | None = None) -> None:
         """Build the network and its engine, and load what the run goes on from or begins with."""
         self.config, self.world, self.state = config, world, RunState()
-        guide = parallel.raise_together(lambda: read_guide(config, world))
+        guide = parallel.raise_together(lambda: read_guide(config, shards.class_names, world))
         checkpoint = persistence.newest_sound_checkpoint(Path(config.run.dir), world)
-        data = persistence.data_identity(config, shards, checkpoint)
         if checkpoint is not None:
             persistence.check_resumable(checkpoint, config)
         initial = persistence.initial_weights(config, world) if checkpoint is None else None
+        class_names = persistence.trained_classes(config, shards, checkpoint, initial)
+        data = persistence.data_identity(config, shards, checkpoint)
         subspace = subspace_of_run(config, world, shards, checkpoint, initial)
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion, subspace).train(), config, world)
@@ -93,7 +94,7 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
         saved, claimed = (self.engine, self.ema, self.state, self.bad_samples), claimed or Claim(Path(config.run.dir))
-        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data, claimed)
+        self.persistence = persistence.Persistence(config, world, *saved, self.faults, data, class_names, claimed)
         if checkpoint is not None:
             self.persistence.load(checkpoint)
         elif initial is not None:

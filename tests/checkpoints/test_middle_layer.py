@@ -237,7 +237,8 @@ def test_the_authors_format_refuses_another_prediction(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["safetensors", "huggingface"])
 def test_exports_keep_the_layer_and_the_subspace(form: str, tmp_path: Path) -> None:
     source = written(tmp_path / "run", settings(2, replace(ASYM, subspace="/home/somebody/p.safetensors")))
-    folder = convert(source.path, form, tmp_path / "out", "--weights", "ema_0.9")
+    more = ("--samples", 0) if form == "huggingface" else ()  # these weights are far too large to sample from
+    folder = convert(source.path, form, tmp_path / "out", "--weights", "ema_0.9", *more)
     loaded: list[Any] = [jitscale.load_model(folder, weights="ema_0.9")]
     if form == "huggingface":
         loaded.append(HubJiT.from_pretrained(folder).eval())

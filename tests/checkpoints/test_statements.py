@@ -219,7 +219,7 @@ def test_every_reader_verifies(tmp_path: Path) -> None:
             jitscale.load_model(path)
         guided = Config(model=TINY, evaluation=EvaluationConfig(guide=str(path)))
         with pytest.raises(CheckpointError, match=message):
-            read_guide(guided)
+            read_guide(guided, None)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(folder).tensor("model", FIRST)
 

@@ -24,7 +24,7 @@ from jitscale.checkpoints.upgrade import (
     plan_upgrade,
 )
 from jitscale.checkpoints.weights import MOMENTS, check_fits, names_in
-from jitscale.config import Config, DiffusionConfig, ModelConfig, has_fitted_subspace, load_config, to_yaml
+from jitscale.config import Config, DiffusionConfig, ModelConfig, has_fitted_subspace, image_shape, load_config, to_yaml
 from jitscale.diffusion.objective import project, to_spaces
 from jitscale.errors import CheckpointError, ConfigError, UserError
 from jitscale.model.jit import JiT
@@ -61,7 +61,8 @@ def perturbed(config: Config) -> JiT:
 
 
 def both(new: Config, kernel: str = KERNELS[0], old_rank: int | None = None) -> tuple[JiT, JiT, Upgrade]:
-    low = settings(MODEL.patch_size, rank=old_rank, middle_head=new.model.middle_head)
+    kept = {name: getattr(new.model, name) for name in ("middle_head", "in_channels")}
+    low = settings(MODEL.patch_size, rank=old_rank, **kept)
     old = perturbed(low)
     upgrade = plan_upgrade(low, new, kernel)
     network = JiT(new.model, new.diffusion).eval()
@@ -69,13 +70,13 @@ def both(new: Config, kernel: str = KERNELS[0], old_rank: int | None = None) -> 
     return old, network, upgrade
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("patch", [6, 8, 12, 16])
-def test_the_function_is_preserved(patch: int, kernel: str) -> None:
+def test_the_function_is_preserved(patch: int, kernel: str, channels: int) -> None:
     """k = 3/2, 2, 3, 4."""
-    old, new, upgrade = both(settings(patch), kernel)
-    size = new.config.image_size
-    z, t, y = torch.randn(3, 3, size, size), torch.rand(3), torch.tensor([0, 5, 10])
+    old, new, upgrade = both(settings(patch, in_channels=channels), kernel)
+    z, t, y = torch.randn(3, *image_shape(new.config)), torch.rand(3), torch.tensor([0, 5, 10])
     with torch.no_grad():
         expected = old(upgrade.pool(z), t, y)
         found = upgrade.pool(new(z, t, y))
@@ -279,7 +280,7 @@ def run_with_moments(tmp_path: Path, config: Config) -> Path:
     if SUBSPACE in state:
         sets["ema_0.9"][SUBSPACE] = state[SUBSPACE]
     shapes = {name: tuple(p.shape) for name, p in state.items()}
-    progress = Progress(7, 84, 7, None)
+    progress = Progress(7, 84, 7, None, class_names=["a", "b"])
     folder = step_folder(tmp_path / "low", 7)
     write_streamed(folder, progress, config, shapes, list(sets), lambda name, key: sets[name][key])
     return tmp_path / "low"
@@ -309,7 +310,7 @@ def test_the_tool_writes_a_run(low: Path, tmp_path: Path, capsys: pytest.Capture
             assert all(float(number.rstrip(",")) < 1e-5 for number in line.split() if "e-" in number), line
     assert Image.open(picture).size == (8 * 32, 3 * 32), "before, after pooled, after"
     before, after = open_weights(low), open_weights(high)
-    assert after.optimizer_step == 7
+    assert (after.optimizer_step, after.class_names) == (7, ["a", "b"])
     plan = plan_upgrade(settings(4), settings(8), "nearest")
     for name in ("model", "ema_0.9", *MOMENTS):
         for key in before.shapes:

@@ -25,6 +25,7 @@ NUMBERS = sorted(key for key, types in TYPES.items() if types & {int, float})
 LIMITS = """
 none: diffusion.mu evaluation.guidance_scale model.route_blocks
 one of 0, 1, 2, 3: engine.zero_stage
+one of 1, 3: model.in_channels
 at least 0: data.num_workers engine.activation_checkpointing evaluation.every_images evaluation.grid_every_images
 at least 0: diffusion.middle_weight diffusion.rank evaluation.held_out_every_images evaluation.internal_guidance
 at least 0: model.in_context_start model.middle_head run.route_until_images
@@ -207,6 +208,7 @@ def test_all_refusals_come_in_one_message() -> None:
             "names no block of model.depth=4; for example [2,4]",
         ),
         ("diffusion.prediction=asym diffusion.rank=769", "must be in [0, 768], the numbers of a patch of 16 pixels"),
+        ("diffusion.prediction=asym model.in_channels=1 diffusion.rank=257", "must be in [0, 256], the numbers of"),
         (
             "evaluation.internal_guidance=1.5",
             "guides away from a middle output layer, and model.middle_head=0 has none",
@@ -293,8 +295,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_choices_match_what_exists() -> None:
     assert set(CHOICES["evaluation.more_features"]) == set(FEATURE_NETWORKS)
-    with_logits = {name for name, network in FEATURE_NETWORKS.items() if network.num_logits}
-    assert set(CHOICES["evaluation.features"]) == with_logits
+    assert set(CHOICES["evaluation.features"]) == {*FEATURE_NETWORKS, "auto"}
 
 
 def test_importing_config_does_not_import_torch() -> None:

@@ -170,6 +170,14 @@ def test_network_takes_uint8_only(network: FeatureNetwork) -> None:
         network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
 
 
+def test_a_network_sees_the_one_channel_of_grey_images_three_times(network: FeatureNetwork) -> None:
+    grey = torch.randint(256, (4, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found, expected = network(grey), network(grey.repeat(1, 3, 1, 1))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"or \(B, 1, height, width\) uint8, got \(4, 2, 20, 20\)"):
+        network(grey.repeat(1, 2, 1, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_to_uint8_undoes_the_scaling_and_rounds(dtype: torch.dtype) -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)

@@ -21,12 +21,10 @@ from jitscale.evaluation.generate import random_labels
 from jitscale.evaluation.metrics import FrechetDistance
 from jitscale.evaluation.real_images import cache_folders, finished_parts
 from jitscale.evaluation.requirements import measurable_config
-from jitscale.evaluation.small_networks import TRAINED_ON
 from jitscale.evaluation.sweep import sweep_points
 from jitscale.parallel import World
 from jitscale.preparation.array_shards import write_shards
-from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
-from jitscale.preparation.glyphs import GLYPH_CLASSES
+from jitscale.preparation.digits import digit_images
 from jitscale.progressive import stages_of
 from tests.support import ROOT
 
@@ -167,21 +165,6 @@ def test_what_is_missing_is_known_beforehand(tmp_path: Path, overrides: list[str
     config.evaluation.at_end = False
     assert measurable_config(config, world) == config, "nothing is asked for where nothing is measured"
     assert not (tmp_path / "run").exists()
-
-
-def test_digits_network_on_other_data_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images, labels = digits(20)
-    (tmp_path / "config.yaml").write_text("run: {max_images: 400}")
-    settings = ["model.image_size=8", "model.patch_size=4", "evaluation.features=digits", "evaluation.num_images=64"]
-    settings.append("evaluation.at_end=true")
-    for names, warned in ((list("0123456789"), False), (list("abcdefghij"), True), (None, False)):
-        folder = tmp_path / ("none" if names is None else names[0])
-        write_shards(images, labels, folder, class_names=names)
-        config = load_config(tmp_path / "config.yaml", [*settings, f"evaluation.reference={folder}"])
-        caplog.clear()
-        measurable_config(config, World(0, 1, 0, torch.device("cpu")))
-        assert ("digits: this small network knows digits only" in caplog.text) == warned, names
-    assert TRAINED_ON == {"digits": DIGIT_CLASSES, "glyphs": GLYPH_CLASSES}
 
 
 def test_few_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,11 +25,14 @@ def url(tmp_path: Path) -> Iterator[str]:
         yield f"{address}/weights.pth"
 
 
-def test_it_is_downloaded_once_and_compared(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("features", ["inception", "auto"])
+def test_it_is_downloaded_once_and_compared(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str
+) -> None:
     monkeypatch.setitem(PUBLISHED, "inception", Published(url, SHA256[:8]))
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"run: {{max_steps: 1}}\nevaluation: {{features: inception, features_dir: {tmp_path / 'weights'}}}\n"
+        f"run: {{max_steps: 1}}\nevaluation: {{features: {features}, features_dir: {tmp_path / 'weights'}}}\n"
     )
     assert main(["--config", str(config)]) == 0
     file = tmp_path / "weights/weights.pth"

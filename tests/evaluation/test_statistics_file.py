@@ -55,6 +55,21 @@ def test_files_of_others_are_read(tmp_path: Path, digits: list[NetworkFile]) -> 
     assert read_statistics(str(tmp_path / "imagenet_stats"), digits).statistics
 
 
+@pytest.mark.parametrize(("said", "channels"), [({}, 3), ({"channels": 1}, 1)])
+def test_files_of_ours_are_of_as_many_channels_as_the_network(
+    tmp_path: Path, digits: list[NetworkFile], said: dict[str, int], channels: int
+) -> None:
+    """Those without a word are of three; what others have written may be of either."""
+    facts = json.dumps({"manifest": "0" * 64, **said})
+    for name, more in (("ours.npz", {"facts": np.array(facts)}), ("theirs.npz", {})):
+        np.savez(tmp_path / name, mu=MU, sigma=SIGMA, **more)
+        assert read_statistics(str(tmp_path / name), digits, channels).statistics
+    assert read_statistics(str(tmp_path / "theirs.npz"), digits, 4 - channels).statistics
+    refused = rf"ours.npz: made of images of {channels} channels, and model.in_channels={4 - channels}; make it again"
+    with pytest.raises(DataError, match=refused):
+        read_statistics(str(tmp_path / "ours.npz"), digits, 4 - channels)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

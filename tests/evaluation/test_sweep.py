@@ -10,9 +10,9 @@ import jitscale
 from jitscale.checkpoints.format import Progress, step_folder
 from jitscale.checkpoints.opening import read_guide
 from jitscale.checkpoints.saving import write_streamed
-from jitscale.config import Config, DiffusionConfig, load_config
+from jitscale.config import Config, DiffusionConfig, image_shape, load_config
 from jitscale.diffusion.sampler import Sampler
-from jitscale.errors import ConfigError, UserError
+from jitscale.errors import ConfigError, DataError, UserError
 from jitscale.evaluation.generate import generate, generate_by_scale, labels_of, noise_ahead, noise_of
 from jitscale.evaluation.report import table_of
 from jitscale.evaluation.sweep import sharing_steps, sweep_points
@@ -122,7 +122,7 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     separately = sum(seen)
     seen.clear()
     together = list(
-        generate_by_scale(model, samplers, labels_of(range(4), 10), noise_of(7, range(4), model.config.image_size))
+        generate_by_scale(model, samplers, labels_of(range(4), 10), noise_of(7, range(4), image_shape(model.config)))
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
@@ -173,12 +173,17 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
     its.evaluation.weights, its.ema.decays, its.run.max_steps = "model", [], 1
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     folder = step_folder(tmp_path, 1)
-    write_streamed(folder, Progress(1, 8, 0, None), its, shapes, ["model"], lambda _, name: state[name])
-    assert read_guide(config) is None
+    write_streamed(
+        folder, Progress(1, 8, 0, None, class_names=["a", "b"]), its, shapes, ["model"], lambda _, name: state[name]
+    )
+    assert read_guide(config, None) is None
     config.evaluation.guide = str(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.image_size: 16 there, 256 here; model\.num_classes: 10 there"):
-        read_guide(config)
-    found = read_guide(replace(config, model=its.model))
+        read_guide(config, None)
+    config = replace(config, model=its.model)
+    with pytest.raises(DataError, match=r"evaluation.guide=.*: its class 1 is 'b', that of the network is 'c'; give a"):
+        read_guide(config, ["a", "c"])
+    found = read_guide(config, ["a", "b"])
     assert found is not None
     assert torch.equal(found.state_dict()["x_embedder.proj1.weight"], state["x_embedder.proj1.weight"])
 
@@ -186,6 +191,6 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
 def test_noise_drawn_ahead_is_the_noise() -> None:
     """Of the blocks of one rank of three, and of none."""
     blocks = [range(0, 4), range(12, 16), range(24, 28)]
-    for ids, noise in zip(blocks, noise_ahead(3, blocks, 8), strict=True):
-        assert torch.equal(noise, noise_of(3, ids, 8))
-    assert not list(noise_ahead(3, [], 8))
+    for ids, noise in zip(blocks, noise_ahead(3, blocks, (3, 8, 8)), strict=True):
+        assert torch.equal(noise, noise_of(3, ids, (3, 8, 8)))
+    assert not list(noise_ahead(3, [], (3, 8, 8)))

@@ -36,9 +36,10 @@ def read(mutator: Mutator, path: Path) -> Command:
 
 def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
     """Written again in another form, all tensors included."""
-    form = mutator.random.choice(["safetensors", "run", "authors", "huggingface"])
+    form = mutator.random.choice(["safetensors", "run", "authors", "huggingface", "diffusers"])
     more = ["--config", str(fuzz.folder / "inputs/config.yaml")] if form == "run" else []
     averages = ["--ema1=ema_0.9", "--ema2=ema_0.99"] if form == "authors" else []
+    more += ["--samples", "0"] if form in ("huggingface", "diffusers") else []
     output = fuzz.output / "x.pth" if form == "authors" else fuzz.output
     words = ["--checkpoint", str(path), "--to", form, "--output", str(output), *more, *averages]
     convert = tool("convert_checkpoint", words)

@@ -19,6 +19,7 @@ from jitscale.config import (
     EngineConfig,
     ModelConfig,
     OptimConfig,
+    image_shape,
     images_of_run,
     load_config,
     routed_blocks,
@@ -132,7 +133,7 @@ def kept_bytes(model: ModelConfig, batch: int, precision: str, *, routed: bool =
     network = JiT(model).train()
     if precision == "bf16":
         network = network.bfloat16()
-    z = torch.randn(batch, 3, model.image_size, model.image_size).to(next(network.parameters()).dtype)
+    z = torch.randn(batch, *image_shape(model)).to(next(network.parameters()).dtype)
     with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         tokens = torch.arange(routed_tokens(model)).expand(batch, -1) if routed and routed_blocks(model) else None
         output = network(
@@ -150,6 +151,7 @@ def kept_bytes(model: ModelConfig, batch: int, precision: str, *, routed: bool =
         (TINY, 6),
         (replace(TINY, in_context_len=0, depth=2), 3),
         (replace(TINY, hidden_size=192, num_heads=2, patch_size=16), 8),
+        (replace(TINY, patch_size=16, in_channels=1, depth=3), 8),
     ],
 )
 def test_activations_are_what_autograd_keeps(model: ModelConfig, batch: int, precision: str) -> None:
@@ -183,8 +185,9 @@ def test_activations_of_routed_tokens_and_of_a_middle_layer(changes: dict[str, A
 
 
 def test_a_middle_layer_has_a_loss_of_its_own() -> None:
-    sizes = [objective_bytes(replace(TINY, middle_head=block), 2) for block in (0, 2)]
-    assert sizes == [2 * 4 * 3 * 64**2 * tensors for tensors in (6, 9)]
+    for channels in (1, 3):
+        sizes = [objective_bytes(replace(TINY, middle_head=block, in_channels=channels), 2) for block in (0, 2)]
+        assert sizes == [2 * 4 * channels * 64**2 * tensors for tensors in (6, 9)]
 
 
 def counted_flops(model: ModelConfig) -> int:
@@ -193,9 +196,9 @@ def counted_flops(model: ModelConfig) -> int:
     for block in network.blocks:
         block.attn.kernel = unfused  # torch does not count the fused one of CPUs
     kept = torch.arange(routed_tokens(model))[None] if routed_blocks(model) else None
-    size = model.image_size
+    z = torch.randn(1, *image_shape(model))
     with FlopCounterMode(display=False) as counter:
-        out = network(torch.randn(1, 3, size, size), torch.rand(1), torch.zeros(1, dtype=torch.long), kept, middle=True)
+        out = network(z, torch.rand(1), torch.zeros(1, dtype=torch.long), kept, middle=True)
         forward = counter.get_total_flops()
         out.square().mean().backward()
     assert counter.get_total_flops() > 2 * forward
@@ -211,6 +214,7 @@ def counted_flops(model: ModelConfig) -> int:
         {"middle_head": 6, "route_blocks": [0, 6]},
         {"route_share": 0.3, "in_context_start": 0},
         {"in_context_len": 0},
+        {"in_channels": 1},
     ],
 )
 def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:

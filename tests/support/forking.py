@@ -46,25 +46,32 @@ WARM = (
 
 
 class Process:
-    """A fork that runs `python COMMAND...` in the project's root; used like `subprocess.Popen`.
+    """A fork that runs `python COMMAND...`; used like `subprocess.Popen`.
 
     Args:
         command: the interpreter's arguments: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
         env: the whole environment; None for this process's.
+        cwd: where it runs.
         start_new_session: the process leads a session of its own.
 
     `stdout` has its standard output and its standard error.
     """
 
     def __init__(
-        self, command: Sequence[str], env: dict[str, str] | None = None, *, start_new_session: bool = False
+        self,
+        command: Sequence[str],
+        env: dict[str, str] | None = None,
+        *,
+        cwd: Path = ROOT,
+        start_new_session: bool = False,
     ) -> None:
         self.args = list(command)
         self.returncode: int | None = None
         read, write = os.pipe()
         self._status, theirs = socket.socketpair()
         environment = {**os.environ, "PYTHONPATH": PYTHONPATH} if env is None else env
-        request = json.dumps({"command": self.args, "env": environment, "new_session": start_new_session}).encode()
+        wanted = {"command": self.args, "env": environment, "cwd": str(cwd), "new_session": start_new_session}
+        request = json.dumps(wanted).encode()
         assert len(request) <= MESSAGE_BYTES, "a larger request than a datagram holds"
         rights = array.array("i", [theirs.fileno(), write])
         _server().sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
@@ -227,8 +234,9 @@ def _fork(status: int, output: int, *, new_session: bool) -> None:
         os.setsid()
 
 
-def _run(command: list[str], env: dict[str, str]) -> None:
+def _run(command: list[str], env: dict[str, str], cwd: str) -> None:
     """What `python COMMAND...` does with its arguments."""
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     # The program's folder, then PYTHONPATH, of which this process has the root, from `_server`.
@@ -248,7 +256,7 @@ def _run(command: list[str], env: dict[str, str]) -> None:
 
 def _main() -> NoReturn:
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
-    _run(request["command"], request["env"])  # type: ignore[arg-type]
+    _run(request["command"], request["env"], request["cwd"])  # type: ignore[arg-type]
     sys.exit()
 
 

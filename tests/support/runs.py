@@ -10,6 +10,7 @@ import torch
 
 from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.checkpoints.weights import names_in
+from jitscale.config import RGB
 from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support.forking import Process
@@ -33,9 +34,9 @@ run: {{max_steps: {STEPS}, device: cpu}}
 class Job:
     """One configuration of the tiny run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, channels: int = RGB) -> None:
         self.folder = folder
-        images = np.random.default_rng(0).integers(0, 256, (75, 16, 16, 3), np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (75, 16, 16, channels), np.uint8)
         write_shards(images, np.arange(75) % 10, folder / "shards", samples_per_shard=20)
         (folder / "config.yaml").write_text(CONFIG)
 

@@ -1,11 +1,14 @@
 """The page about a run: complete in one file, whatever the run has so far."""
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,11 @@ from PIL import Image
 from jitscale.config import Config, to_yaml
 from jitscale.errors import CheckpointError, UserError
 from jitscale.evaluation.report import draw_sweep
+from jitscale.evaluation.sweep import TRIED
+from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker
-from tools.gallery import curves, main
+from tests.support.pictures import numbered
+from tools.gallery import curves, data, main, sweep
 
 MARKER = 'stroke: #0072b2"/>\n    </defs>'  # of a point in the first colour
 
@@ -82,7 +88,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert "224 images" in text, "the newest"
     assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
     assert "<!-- digits, model, 5,000 images -->" in text, "beside every distance"
-    assert ", ".join(re.findall(r"<td>([^<]*)</td>", text)[i] for i in (1, 2, 4)) == "digits, ema_0.9999, 50,000", (
+    assert ", ".join(re.findall(r"<td>([^<]*)</td>", text)[i] for i in (1, 2, 5)) == "digits, ema_0.9999, 50,000", (
         "beside every distance"
     )
     assert {"3.25", "0.5", "50,000", "ema_0.9999", "2"} <= set(re.findall(r"<td>([^<]*)</td>", text))
@@ -106,6 +112,83 @@ def bare(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text("run: {}\n")
     return folder
+
+
+def swept(folder: Path, scales: int) -> list[dict[str, Any]]:
+    """Rows of a sweep in a run's result: every guidance scale, half of them with internal guidance, then the best."""
+    row = {"weights": "ema_0.9", "guidance_interval": [0.1, 1.0], "internal_interval": [0.0, 0.8], "num_images": 100}
+    rows = [
+        {**row, "guidance_scale": 1 + n / 4, "internal_guidance": 1 + n % 2 / 2, "fid": 9.0 - n, "inception_score": 2.0}
+        for n in range(scales)
+    ]
+    best = {**rows[-1], "num_images": 1000, "fid": 2.5}
+    tried = {key: best[key] for key in TRIED}
+    result = {"best": tried, "fid": 2.5, "num_images": 1000, "table": [*rows, best], "protocol": {"features": "digits"}}
+    (folder / "result.json").write_text(json.dumps(result))
+    return rows
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of every row of a table."""
+    return [re.findall(r"<t[dh]>([^<]*)</t[dh]>", row) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text)]
+
+
+def test_the_sweep_is_a_table_with_the_best_setting_marked(tmp_path: Path) -> None:
+    folder = bare(tmp_path / "first")
+    (folder / "config.yaml").write_text('evaluation: {sweep: ["guidance=1:4:0.25", "internal=1,1.5"]}\n')
+    rows = swept(folder, 4)
+    text = sweep(folder)
+    head, best, *others = cells_of(text)
+    intervals, guidances = ["guidance interval", "internal interval"], ["guidance scale", "internal guidance"]
+    assert head == ["weights", guidances[0], intervals[0], guidances[1], intervals[1], "images", "FID", "IS"]
+    assert best == ["ema_0.9", "1.75", "0.1:1", "1.5", "0:0.8", "1,000", "2.5", "2"]
+    assert re.findall(r'<tr class="best"[^>]*><td>.*?<td>1,000</td>', text), "the best one alone"
+    assert text.count('class="best"') == 1
+    assert [row[6] for row in others] == ["6", "7", "8", "9"], "the smallest distance first"
+    assert "guidance=1:4:0.25, internal=1,1.5" in text
+    assert "<details>" not in text
+    swept(folder, 14)
+    text = sweep(folder)
+    assert "<summary>5 further settings</summary>" in text
+    assert len(cells_of(text)) == 1 + 10 + 1 + 5
+    result = json.loads((folder / "result.json").read_text())
+    plain = [{**row, "internal_guidance": 1.0} for row in rows]
+    dino = [
+        {"fd_dinov2": row["fid"], **{k: v for k, v in row.items() if k not in ("fid", "inception_score")}}
+        for row in plain
+    ]
+    result = {"best": result["best"], "fd_dinov2": 1.0, "table": dino}
+    (folder / "result.json").write_text(json.dumps(result))
+    head, *_ = cells_of(sweep(folder))
+    assert head == ["weights", "guidance scale", "guidance interval", "images", "FD dinov2"]
+    hostile = [7, {"weights": HOSTILE, "fid": [HOSTILE], "num_images": "x"}, {"guidance_interval": [HOSTILE, 1]}]
+    (folder / "result.json").write_text(json.dumps({"table": hostile, "best": HOSTILE}))
+    assert "<script" not in sweep(folder)
+    (folder / "result.json").write_text(json.dumps({"table": rows[:1], "best": rows[0]}))
+    assert sweep(folder) == "", "one setting is no sweep"
+
+
+def test_the_data_is_a_contact_sheet_or_a_word(tmp_path: Path) -> None:
+    """Once for all runs that read the same shards."""
+    write_shards(numbered(40, size=8) + 60, np.arange(40) % 4, tmp_path / "shards_8")
+    folders = [bare(tmp_path / name) for name in ("first", "second", "third")]
+    for folder in folders[:2]:
+        shards = f"data: {{shards: '{tmp_path}/shards_{{resolution}}'}}\nmodel: {{image_size: 8}}\n"
+        (folder / "config.yaml").write_text(shards)
+    assert main([*map(str, folders)]) == 0
+    text = (folders[0] / "gallery.html").read_text()
+    assert text.count('class="sheet"') == 1
+    assert "<h2>Data: first, second</h2>" in text
+    assert f"40 images, 4 classes: {tmp_path / 'shards_8'}" in text
+    assert "no contact sheet: the settings name no data.shards" in text
+    (encoded,) = re.findall(r'class="sheet".*?base64,([^"]*)"', text)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
+    assert {tuple(colour) for colour in sheet[::4, ::4].reshape(-1, 3)} >= {(60 + n, 60, 60) for n in range(40)}
+    (tmp_path / "shards_8/manifest.json").unlink()
+    assert "has no manifest; tools/index_shards.py writes one" in data(str(tmp_path / "shards_8"))
+    assert "no contact sheet: s3://bucket/x: only local folders are surveyed" in data("s3://bucket/x")
+    assert "&lt;script&gt;" in data(f"/{HOSTILE}")
+    assert "<script>" not in data(f"/{HOSTILE}")
 
 
 HOSTILE = "<script>alert('seen')</script>"
@@ -132,7 +215,7 @@ def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
     assert text.count("data:image/svg+xml;base64,") == 1
     cells = re.findall(r"<td>([^<]*)</td>", text)
     escaped = "&lt;script&gt;alert(&#x27;seen&#x27;)&lt;/script&gt;"
-    assert cells == ["a $x$ &amp; &lt;b&gt;", escaped, escaped, "", "", "", "2", "", "", ""]
+    assert cells == ["a $x$ &amp; &lt;b&gt;", escaped, escaped, "", "", "", "", "2", "", "", ""]
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'"text"'])
@@ -147,7 +230,15 @@ def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
     folder = bare(tmp_path / "first")
     (folder / "result.json").write_text(json.dumps({"best": None, "protocol": "inception", "fid": 2.5}))
     assert main([str(folder)]) == 0
-    assert re.findall(r"<td>([^<]*)</td>", (folder / "gallery.html").read_text()) == ["first", "", "", "", "", "2.5"]
+    assert re.findall(r"<td>([^<]*)</td>", (folder / "gallery.html").read_text()) == [
+        "first",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "2.5",
+    ]
 
 
 def test_a_single_point_is_drawn(tmp_path: Path) -> None:

@@ -74,7 +74,12 @@ def test_multistep_internally_guided_on_a_shifted_grid(tmp_path: Path) -> None:
     folder, network = written(tmp_path / "run", replace(MODEL, middle_head=1))
     options = ["--method", "ab2", "--time-shift", "1.5", "--internal", "1.8", "--internal-interval", "0", "0.7"]
     found = drawn(folder, tmp_path / "a", "--classes", "7", "--per-class", "1", *options)
-    settings: dict[str, Any] = {"method": "ab2", "steps": 3, "guidance_scale": 2.0, "noise": noise_of(5, [7], 16)}
+    settings: dict[str, Any] = {
+        "method": "ab2",
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "noise": noise_of(5, [7], (3, 16, 16)),
+    }
     settings |= {"time_shift": 1.5, "internal_guidance": 1.8, "internal_interval": (0.0, 0.7)}
     with torch.autocast("cpu", torch.bfloat16):
         expected = np.asarray(jitscale.to_pil(jitscale.sample(network, [7], **settings))[0]).astype(int)

@@ -159,7 +159,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent.safetensors: not a readable safetensors file"):
         read_subspace(tmp_path / "absent.safetensors", MODEL, ASYM)
     wrong = {
-        r"of shape \(48, 3\), this network needs \(48, 2\); .*--patch-size 4 --rank 2": random_subspace(NUMBERS, 3, 0),
+        r"of shape \(48, 3\), this network needs \(48, 2\); .*4 --channels 3 --rank 2": random_subspace(NUMBERS, 3, 0),
         r"of shape \(12, 2\), this network needs \(48, 2\)": random_subspace(12, 2, 0),
         "not finite and orthonormal": sound * 1.001,
         r"orthonormal \(off by nan\)": sound.clone().index_fill(0, torch.tensor([3]), torch.nan),

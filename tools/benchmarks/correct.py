@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import measuring
 from benchmarks.suite_items import CONFIGS, SMALL_NETWORK
-from jitscale.config import CHOICES, Config, EngineConfig
+from jitscale.config import CHOICES, Config, EngineConfig, image_shape
 from jitscale.errors import ConfigError, UserError, first_line
 from jitscale.model.attention import KERNELS, choose_kernel
 from jitscale.model.execution import prepare
@@ -159,7 +159,7 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
     torch.manual_seed(0)
     exact = random_network(replace(config, model=model)).to(device)
     stored = {name: value.clone() for name, value in exact.state_dict().items()}
-    z, gradient = (torch.randn(batch, 3, model.image_size, model.image_size, device=device) for _ in range(2))
+    z, gradient = (torch.randn(batch, *image_shape(model), device=device) for _ in range(2))
     t, y = torch.rand(batch, device=device), torch.randint(model.num_classes, (batch,), device=device)
     for block in exact.blocks:
         block.attn.kernel = exact_attention  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from benchmarks.correct import (
     random_network,
     result_of,
 )
-from jitscale.config import Config, ModelConfig
+from jitscale.config import Config, ModelConfig, image_shape
 from jitscale.errors import UserError, first_line
 from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
@@ -127,8 +127,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def _inputs(model: ModelConfig, batch: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z (B, 3, S, S), t and y (B,), whatever the default generators are at."""
+    """z (B, A, S, S), t and y (B,), whatever the default generators are at."""
     draws = torch.Generator().manual_seed(seed)
-    z = torch.randn(batch, 3, model.image_size, model.image_size, generator=draws)
+    z = torch.randn(batch, *image_shape(model), generator=draws)
     t, y = torch.rand(batch, generator=draws), torch.randint(model.num_classes, (batch,), generator=draws)
     return z.to(device), t.to(device), y.to(device)

@@ -84,9 +84,9 @@ def _plainly(device: torch.device, size: str) -> list[float]:
 
 
 def _noised(images: torch.Tensor, diffusion: DiffusionConfig, draws: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Image, noise and mixture (B, 3, S, S) each, and times (B,), of images (B, S, S, 3)."""
-    batch, size = images.shape[:2]
-    noise = torch.randn(batch, 3, size, size, generator=draws)
+    """Image, noise and mixture (B, A, S, S) each, and times (B,), of images (B, S, S, A)."""
+    batch, height, width, channels = images.shape
+    noise = torch.randn(batch, channels, height, width, generator=draws)
     t = times_from_normal(torch.randn(batch, generator=draws), diffusion)
     return *add_noise(images, torch.zeros(batch, dtype=torch.bool), noise, t, diffusion.noise_scale), t
 

@@ -139,7 +139,7 @@ def _stock(folder: Path, resolution: int) -> Iterator[None]:
 
 
 def _ours(shards: ShardSet) -> Iterator[None]:
-    row = np.empty((shards.image_size, shards.image_size, 3), np.uint8)
+    row = np.empty((shards.image_size, shards.image_size, shards.channels), np.uint8)
     order = EpochOrder(shards.samples_per_shard, seed=0)
     for where in cycle(zip(*order.locate(np.arange(shards.num_samples)), strict=True)):
         row[:], _ = shards.read(int(where[0]), int(where[1]))

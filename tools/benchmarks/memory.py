@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import CPU, Table, measured_config
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.errors import UserError
 from jitscale.model.jit import JiT
 from jitscale.planner.memory import BUCKET_ELEMENTS, state_memory
@@ -50,12 +50,11 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
     """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there."""
     before = _storages()  # of engines that are gone, and torch's own
     torch.manual_seed(0)
-    size = config.model.image_size
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     if engine.micro_batches != MICRO_BATCHES:
         raise UserError(f"{engine.micro_batches} micro-batches a step; the measurement takes {MICRO_BATCHES}")
     ema = ShardedEma(config.ema, engine.masters())
-    z, t, y = torch.randn(1, 3, size, size), torch.rand(1), torch.zeros(1, dtype=torch.long)
+    z, t, y = torch.randn(1, *image_shape(config.model)), torch.rand(1), torch.zeros(1, dtype=torch.long)
     held: dict[int, int] = {}
     for step in range(2):
         for micro_batch in range(MICRO_BATCHES):

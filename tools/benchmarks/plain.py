@@ -7,7 +7,7 @@ from itertools import count
 import torch
 
 from benchmarks.measuring import Stopwatch
-from jitscale.config import Config, image_tokens, routed_blocks, routed_tokens
+from jitscale.config import Config, image_shape, image_tokens, routed_blocks, routed_tokens
 from jitscale.diffusion.objective import times_from_normal
 from jitscale.evaluation.generate import autocast
 from jitscale.model.execution import Execution, prepare
@@ -21,21 +21,22 @@ Training = tuple[Callable[[], None], Execution]  # a step, and how its network c
 
 
 class RandomBatch:
-    """A batch on the device: the same images (B, S, S, 3), flipped and noised anew each time."""
+    """A batch on the device: the same images (B, S, S, A), flipped and noised anew each time."""
 
     def __init__(
         self, config: Config, device: torch.device, subspace: torch.Tensor | None = None, *, compiled: bool = False
     ) -> None:
         """For networks with this `subspace`."""
         self._config, self._device = config, device
-        batch, size = config.data.batch_size, config.model.image_size
-        self._images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+        channels, *sides = image_shape(config.model)
+        batch = config.data.batch_size
+        self._images = torch.randint(256, (batch, *sides, channels), dtype=torch.uint8, device=device)
         self.labels = torch.randint(max(1, config.model.num_classes), (batch,), device=device)
         self._add_noise = torch.compile(add_noise) if compiled else add_noise
         self._losses = Losses(config.model, config.diffusion, subspace, compiled=compiled)
 
     def noised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The images, noise and their mixture, all (B, 3, S, S), and the times (B,)."""
+        """The images, noise and their mixture, all (B, A, S, S), and the times (B,)."""
         batch, height, width, channels = self._images.shape
         noise = torch.randn(batch, channels, height, width, device=self._device)
         t = times_from_normal(torch.randn(batch, device=self._device), self._config.diffusion)

@@ -58,7 +58,7 @@ def reference_step(config: Config, device: torch.device, batch: RandomBatch, wat
 
 @torch.no_grad()
 def reference_sample(network: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, S, S) from `noise`, which is multiplied by the noise scale already."""
+    """Images (B, A, S, S) from `noise`, which is multiplied by the noise scale already."""
 
     def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.expand(len(z))

@@ -11,7 +11,7 @@ from tqdm import trange
 
 from benchmarks import measuring
 from benchmarks.reference import reference_network, reference_sample
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import UserError
 from jitscale.evaluation import generate
@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         known = "Euler and Heun steps at uniform times, without internal guidance"
         raise UserError(f"--compare reference: the authors have {known}; leave it out for {sampler}")
     ids = range(options.batch)
-    noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, config.model.image_size).to(device)
+    noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, image_shape(config.model)).to(device)
     labels = generate.labels_of(ids, config.model.num_classes).to(device)
     with generate.autocast(config, device), torch.no_grad():
         network = generate.ready_to_sample(_drawn(config), config, device)

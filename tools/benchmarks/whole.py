@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from benchmarks.measuring import Stopwatch
 from benchmarks.plain import Training
 from jitscale import parallel
-from jitscale.config import Config
+from jitscale.config import Config, image_shape
 from jitscale.data.shards import open_training_shards
 from jitscale.preparation.array_shards import write_shards
 from jitscale.training.trainer import Trainer
@@ -40,9 +40,9 @@ def whole_training(config: Config, device: torch.device, watch: Stopwatch) -> It
 
 def write_random_shards(config: Config) -> None:
     """Make the folders of a `config` with `settings_in`, and write the shards."""
-    batch, size = config.data.batch_size, config.model.image_size
+    batch, (channels, size, _) = config.data.batch_size, image_shape(config.model)
     count = max(IMAGES_AT_LEAST, 2 * batch)
-    noise = np.random.default_rng(0).integers(256, size=(size + count - 1, size, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(256, size=(size + count - 1, size, channels), dtype=np.uint8)
     images = sliding_window_view(noise, size, axis=0).transpose(0, 3, 1, 2)  # each begins a row below the one before
     labels = np.arange(count) % max(1, config.model.num_classes)
     write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))

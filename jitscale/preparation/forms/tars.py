@@ -7,6 +7,7 @@ from jitscale.data.tar_index import sound_scan
 from jitscale.data.tar_members import LOST_LINK, is_hidden
 from jitscale.errors import DataError
 from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.imagenet import described_wnids, is_flat, labels_of_flat
 from jitscale.preparation.forms.layouts import refuse_splits, refuse_tars_of_splits
 from jitscale.preparation.forms.listing import Listing
 from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
@@ -40,9 +41,11 @@ def images_in_tar(search: Search, path: Path) -> Images:
     if scan.unread_labels:
         raise DataError(f"{path}: {scan.unread_labels}")
     search.ignored.update(scan.skipped)
+    unlabelled = [sample.key for sample in scan.samples if sample.label is None]
+    label_of = labels_of_flat(search, path, unlabelled) if is_flat(unlabelled) else lambda key: None
     for sample in scan.samples:
         place = f"{path}: byte {sample.offset if sample.label is None else sample.label_offset}"
-        label = search.label(sample.label, place)
+        label = label_of(sample.key) if sample.label is None else search.label(sample.label, place)
         yield Found(str(path), sample.extension, label, place, sample.offset, sample.size, Storage.BYTES)
 
 
@@ -59,6 +62,7 @@ def _in_tar_of_tars(search: Search, path: Path) -> Images:
                 raise DataError(f"{path}: {what}; a tar of tars holds one .tar a class and nothing else")
             inner.append((PurePosixPath(member.name).stem, content.offset_data, content.size))
         refuse_splits(path, {label for label, _, _ in inner}, search.known)
+        search.note(f"{path}: {described_wnids([label for label, _, _ in inner])}")
         for label, start, length in sorted(inner):
             pictures = []
             for member, content in members_within(file, path, start, length):

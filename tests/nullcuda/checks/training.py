@@ -63,6 +63,7 @@ def resume(bench: Bench) -> Outcome:
 
 
 trains("evaluation", [*EAGER, *MEASURE], "Sampling and FID at the end of a run.")
+trains("grey", [*EAGER, *MEASURE, "model.in_channels=1"], "Images of one channel, through training to FID.")
 trains("graphs", [*EAGER, *MEASURE, "evaluation.cuda_graphs=true"], "The same, with the network as CUDA graphs.")
 
 

@@ -1,0 +1,242 @@
+"""ImageNet (ILSVRC 2012) as people have it: flat images whose classes lie in another file, and Kaggle's tree.
+
+Classes are numbered by sorted WNID, as in the training set's tar of tars and its folders. The devkit's IDs are in
+another order, in which no class keeps that number.
+"""
+
+import csv
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from jitscale.errors import DataError, data_error
+from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.layouts import refuse_label_file
+from jitscale.preparation.forms.listing import Listing, listing_of
+from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Search, extension_of
+
+CLASSES = 1000
+
+# By the name of a flat image: of the validation and test sets, and of the hub's older tars, which end in the WNID.
+_FLAT = re.compile(r"ILSVRC2012_(?P<split>val|test)_\d{8}|.*_(?P<wnid>n\d{8})")
+_WNID = re.compile(r"n\d{8}")
+_KAGGLE, _DEVKIT = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
+_IDS, _META = "map_clsloc.txt", "meta.mat"  # tables of the devkit's IDs
+_TREE = PurePosixPath("ILSVRC/Data/CLS-LOC")
+_SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+
+
+def described_wnids(names: Sequence[str]) -> str:
+    """What a tar of one tar for each class holds: other sets of ImageNet look like its training set."""
+    said = f"a tar of {len(names)} tars, each a class"
+    if len(names) != CLASSES and all(map(_WNID.fullmatch, names)):
+        said += f"; ImageNet's training set has {CLASSES}, ILSVRC2012_img_train_t3.tar has 120 (dogs)"
+    return said
+
+
+# Flat images
+
+
+def is_flat(names: Collection[str]) -> bool:
+    """Whether most of the images of these `names` are called like ImageNet's flat ones."""
+    return sum(_FLAT.fullmatch(_stem(name)) is not None for name in names) * 2 > len(names)
+
+
+def is_flat_folder(listing: Listing) -> bool:
+    """Whether a folder holds ImageNet's flat images."""
+    return not listing.folders and is_flat(listing.paths(*PICTURES))
+
+
+def images_in_flat_folder(search: Search, listing: Listing) -> Images:
+    """The images of such a folder, of which the labels may lie there too, or at the root of Kaggle's tree."""
+    folder, pictures = listing.folder, listing.paths(*PICTURES)
+    others = [name for name in listing.files if extension_of(name) not in PICTURES]
+    search.ignored.update(extension_of(name) for name in others if name not in (_KAGGLE, _DEVKIT))
+    label_of = labels_of_flat(search, folder, pictures)
+    for name in others:
+        if name not in (_KAGGLE, _DEVKIT) and search.options.ground_truth is None and not search.without_labels():
+            refuse_label_file(str(folder / name), pictures)
+    for path in pictures:
+        yield Found(path, extension_of(path), label_of(path), path)
+
+
+def labels_of_flat(search: Search, place: Path, names: Sequence[str]) -> Callable[[str], Label]:
+    """The class of each image of `place` by its name, one of `names`.
+
+    Raises a DataError, at once or when the class is asked for, if it follows neither from the name nor from a file.
+    """
+    splits = {match["split"] for match in map(_FLAT.fullmatch, map(_stem, names)) if match}
+    if search.without_labels():
+        return lambda name: None
+    if "test" in splits:
+        what = "holds images of ImageNet's test set, whose labels are not published"
+        raise DataError(f"{place}: {what}; pass --labels none to use them without labels")
+    truth = _truth_of(search, place, len(names)) if "val" in splits else None
+    if truth is None:
+        search.note(f"{place}: the class of each image is the WNID at the end of its name")
+
+    def label_of(name: str) -> Label:
+        match = _FLAT.fullmatch(_stem(name))
+        if match is None:
+            remedy = "move it away, or pass --labels none for no labels"
+            raise DataError(f"{place}: {PurePosixPath(name).name} is not called like the other images; {remedy}")
+        if match["wnid"]:
+            return match["wnid"]
+        assert truth is not None
+        if (wnid := truth.wnids.get(match[0])) is None:
+            what = f"holds {match[0]}, which is none of the {len(truth.wnids)} images of {truth.path}"
+            raise DataError(f"{place}: {what}; pass the --ground-truth of these images")
+        return wnid
+
+    return label_of
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).name.partition(".")[0]
+
+
+# The classes of the validation images
+
+
+@dataclass(frozen=True)
+class _Truth:
+    path: Path
+    wnids: dict[str, str]  # by the name of the image, without extension
+
+
+def _truth_of(search: Search, place: Path, images: int) -> _Truth:
+    """The classes of the validation images, and all class names noted, as the user says or a file near `place` does."""
+    given = search.option("ground_truth")
+    path = _truth_beside(place) if given is None else Path(given)
+    if path is None:
+        what = f"holds {images} images of ImageNet's validation set, whose names say no class"
+        files = f"Kaggle's {_KAGGLE}, or the devkit's {_DEVKIT} beside {_IDS} or {_META}"
+        raise DataError(f"{place}: {what}; pass --ground-truth with {files}; or --labels none for no labels")
+    with data_error(f"{path}: cannot be read", "correct --ground-truth", (OSError, UnicodeDecodeError)):
+        text = path.read_text(encoding="utf-8-sig")
+    if "," in text.partition("\n")[0]:
+        wnids = _from_kaggle(path, text)
+        names = sorted(set(wnids.values()))
+    else:
+        wnids, names = _from_devkit(path, text)
+    search.name_classes(names, str(path))
+    search.note(f"{place}: the classes are those of {path}, numbered by sorted WNID")
+    return _Truth(path, wnids)
+
+
+def _truth_beside(place: Path) -> Path | None:
+    """A file of the labels in the folder `place`, or at the root of the tree that it lies in."""
+    absolute = Path(os.path.abspath(place))
+    folders = [absolute] if place.is_dir() else []
+    if absolute.parent.parts[-len(_TREE.parts) :] == _TREE.parts:
+        folders.append(absolute.parents[len(_TREE.parts)])
+    return next((folder / name for folder in folders for name in (_KAGGLE, _DEVKIT) if (folder / name).exists()), None)
+
+
+def _from_kaggle(path: Path, text: str) -> dict[str, str]:
+    """The WNID of each image: that of the first box in a line."""
+    wnids: dict[str, str] = {}
+    with data_error(f"{path}: cannot be read as a table", "download it again", csv.Error):
+        rows = csv.DictReader(text.splitlines(), strict=True)
+        for row in rows:
+            name, wnid = row.get("ImageId"), (row.get("PredictionString") or "").partition(" ")[0]
+            if not name or not _WNID.fullmatch(wnid):
+                what = f"has no ImageId and PredictionString that begins with a WNID, as {_KAGGLE} has"
+                raise DataError(f"{path}: line {rows.line_num}: {what}; pass that file")
+            wnids[name] = wnid
+    return wnids
+
+
+def _from_devkit(path: Path, text: str) -> tuple[dict[str, str], list[str]]:
+    """The WNID of each image by its number, which is its line; and all WNIDs, sorted."""
+    lines = text.split()
+    if wrong := next((line for line in lines if not line.isdecimal()), "" if lines else "no line"):
+        what = f"holds {wrong!r}, where {_DEVKIT} has one ID of a class in a line"
+        raise DataError(f"{path}: {what}; pass that file or {_KAGGLE}")
+    table = wnids_of_ids(path)
+    wnids = {}
+    for number, line in enumerate(lines, start=1):
+        if int(line) not in table:
+            raise DataError(f"{path}: line {number}: no class has the ID {line}; it is in 1..{len(table)}")
+        wnids[f"ILSVRC2012_val_{number:08d}"] = table[int(line)]
+    return wnids, sorted(table.values())
+
+
+def wnids_of_ids(path: Path) -> dict[int, str]:
+    """The WNID of each of the devkit's IDs, from 1, by `path` (map_clsloc.txt or meta.mat) or such a file near it.
+
+    Raises a DataError if neither is one.
+    """
+    near = [path.parent, path.parent / "data", path.parent.parent / "data"]
+    candidates = [path, *(folder / name for folder in near for name in (_IDS, _META))]
+    for candidate in candidates:
+        if candidate.exists() and (table := dict(_id_rows(candidate))):
+            if sorted(table) != list(range(1, len(table) + 1)) or len(set(table.values())) != len(table):
+                remedy = "copy it again"
+                raise DataError(f"{candidate}: its IDs are not 1..{len(table)}, each with a WNID of its own; {remedy}")
+            return table
+    what = "the devkit's IDs of classes need a table of their WNIDs"
+    raise DataError(f"{path}: {what}; put {_IDS} (of a later devkit) or {_META} beside it, or pass {_KAGGLE}")
+
+
+def _id_rows(path: Path) -> Iterator[tuple[int, str]]:
+    """ID and WNID of each class; none if the file is no such table."""
+    if path.suffix == ".mat":
+        yield from _rows_of_meta(path)
+        return
+    with data_error(f"{path}: cannot be read", "copy it again", (OSError, UnicodeDecodeError)):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for line in lines:
+        wnid, number, *_ = [*line.split(), "", ""]
+        if not _WNID.fullmatch(wnid) or not number.isdecimal():
+            return
+        yield int(number), wnid
+
+
+def _rows_of_meta(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        from scipy.io.matlab import MatReadError, loadmat  # noqa: PLC0415 (optional)
+    except ImportError as error:
+        remedy = f"pip install scipy, or put {_IDS} of a later devkit beside it"
+        raise DataError(f"{path}: scipy, which reads it, is not installed; {remedy}") from error
+    damage = (OSError, ValueError, TypeError, KeyError, NotImplementedError, MatReadError, zlib.error)
+    with data_error(f"{path}: cannot be read as the devkit's table of classes", "copy it again", damage):
+        for synset in loadmat(path, squeeze_me=True)["synsets"]:
+            number, wnid, _, _, children = synset.item()[:5]
+            if children == 0:
+                yield int(number), str(wnid)
+
+
+# Kaggle's tree
+
+
+def is_tree(listing: Listing) -> bool:
+    """Whether a folder is Kaggle's, or one of those around its splits."""
+    return _splits_folder(listing) is not None
+
+
+def images_in_tree(search: Search, listing: Listing) -> Images:
+    """The images of one split of Kaggle's tree."""
+    folder = _splits_folder(listing)
+    assert folder is not None
+    there = [name for name in listing_of(folder).folders if name in _SPLITS]
+    split = search.option("split")
+    if split is None or _SPLITS.get(split) not in there:
+        given = "" if split is None else f", not {split}"
+        raise DataError(f"{listing.folder}: holds the splits {', '.join(there)} of ImageNet{given}; pass --split train")
+    part = listing_of(folder / _SPLITS[split])
+    yield from images_in_folder(search, part) if part.folders else images_in_flat_folder(search, part)
+
+
+def _splits_folder(listing: Listing) -> Path | None:
+    """The folder of train, val and test, of which `listing` may be the folder itself or one above."""
+    for above in range(len(_TREE.parts) + 1):
+        rest = _TREE.parts[above:]
+        folder = listing.folder.joinpath(*rest)
+        is_there = rest[0] in listing.folders if rest else os.path.abspath(folder).endswith(str(_TREE))
+        if is_there and any((folder / split).is_dir() for split in _SPLITS):
+            return folder
+    return None

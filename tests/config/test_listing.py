@@ -1,0 +1,38 @@
+"""`--list-settings` and docs/settings.md: the same page, with everything that the schema says."""
+
+import pytest
+
+from jitscale.config import CHOICES, SETTINGS, load_config
+from jitscale.config.listing import WIDTH, settings_page
+from jitscale.errors import ConfigError
+from jitscale.train import main
+from tests.support import ROOT
+
+
+def test_the_page_in_the_documentation_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--list-settings"])
+    assert end.value.code == 0, "it needs no --config"
+    assert (ROOT / "docs/settings.md").read_text() == capsys.readouterr().out, "run: make docs"
+
+
+def test_every_setting_is_listed_with_all_that_the_schema_says() -> None:
+    page = settings_page()
+    assert max(map(len, page.splitlines())) <= WIDTH
+    entries = [" ".join(entry.split()) for entry in page.split("\n- `")[1:]]
+    assert [entry.partition("=")[0] for entry in entries] == list(SETTINGS)
+    for entry, (key, known) in zip(entries, SETTINGS.items(), strict=True):
+        assert all(part in entry for part in (known.meaning, known.unit, known.limit, *map(str, CHOICES.get(key, ()))))
+    assert "model.hidden_size=768`: elements of a token (integer; in [1, 131072])" in entries
+    assert any(entry.startswith("ema.decays=[0.9996,0.9998,0.9999]`: per step (list of numbers;") for entry in entries)
+    assert any("(integer or null; at least 1)" in entry for entry in entries)
+    assert any("(true or false)" in entry for entry in entries)
+    assert any(entry.startswith("evaluation.features_dir=null`") and "(text or null)" in entry for entry in entries)
+
+
+def test_the_default_of_every_entry_is_accepted_as_it_is_written() -> None:
+    """As an override: lists without spaces, null where a setting may have none."""
+    written = [line.partition("`")[2].partition("`")[0] for line in settings_page().splitlines() if line[:3] == "- `"]
+    load_config(ROOT / "configs/demo.yaml", [*written, "run.max_steps=1"])
+    with pytest.raises(ConfigError, match="--list-settings shows all settings"):
+        load_config(ROOT / "configs/demo.yaml", ["qqqqq.zzzz=1"])
