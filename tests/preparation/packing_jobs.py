@@ -47,9 +47,9 @@ def command(source: Path | str, output: Path, *more: str, codec: str = "raw") ->
     return [*tool, "--codec", codec, *sizes, *more]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], python_path: str = str(ROOT)) -> subprocess.Popen[str]:
     """In a process group of its own, as a shell or a scheduler starts it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path}
     pipe = subprocess.PIPE
     return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 

@@ -1,0 +1,140 @@
+"""Data sets at hf:// addresses, which a local file system of the same interface answers here, and the hub's cache."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.preparation.packing_jobs import command, finish, images_and_labels, refused_input, start
+from tests.preparation.row_inputs import NAMES, SIZE, data_set, found, labels_of, pictures, rows, write
+from tests.support import ROOT
+from tests.support.local_hub import bytes_read, environment_of
+from tests.support.pictures import file_bytes
+
+ROWS = 2000
+CARD = """---
+dataset_info:
+  features:
+  - name: label
+    dtype: {class_label: {names: {'0': zebra, '1': ant, '2': moth}}}
+---
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that stands for the hub, with one data set."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in environment_of(tmp_path / "hub", tmp_path / "packages").items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "hub" / "datasets" / "we" / "letters"
+    train = rows(ROWS, label=[0, 1, 2, 1] * (ROWS // 4))
+    write(train, folder / "data" / "train-00000-of-00001.parquet", row_group_size=100)
+    write(rows(1, label=[0]), folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+def test_an_address_is_packed_by_worker_processes(hub: Path, tmp_path: Path) -> None:
+    more = ["--resolution", str(SIZE), "--samples-per-shard", "450", "--split", "train"]
+    arguments = command("hf://datasets/we/letters", tmp_path / "out", *more)
+    code, out, err = finish(start(arguments, os.environ["PYTHONPATH"]))
+    assert (code, err) == (0, "")
+    assert "2000 images, 3 classes (0 zebra, 1 ant, 2 moth), 5 shards" in out
+    images, labels = images_and_labels(tmp_path / "out")
+    assert np.array_equal(images, pictures(ROWS))
+    assert labels == [0, 1, 2, 1] * (ROWS // 4)
+    # Every row group is read once, or twice if two shards share it, and the end of the file by three processes.
+    size = (hub / "data" / "train-00000-of-00001.parquet").stat().st_size
+    assert bytes_read(tmp_path / "packages") < 2 * size
+    code, out, err = finish(start(arguments, os.environ["PYTHONPATH"]))
+    assert "is there already" in out, err
+
+
+def in_process(code: str, *arguments: str) -> str:
+    """What Python says last, in a process that finds the hub of the test."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+FIND = """
+import sys
+from jitscale.preparation.finding import find_sources
+from jitscale.preparation.forms.search import FindOptions
+for address in sys.argv[2:]:
+    table = find_sources([address], FindOptions(split=sys.argv[1] or None))
+    print(len(table), table.class_names, table.notes, table[0].path, end="|")
+"""
+
+
+def test_addresses(hub: Path) -> None:
+    train = "data/train-00000-of-00001.parquet"
+    name = "hf://datasets/we/letters"
+    for address in (name, f"{name}/data", f"{name}/data/*.parquet", f"{name}/{train}"):
+        said = in_process(FIND, "train", address)
+        assert said.startswith(f"{ROWS} {NAMES} ")
+        assert said.endswith(f" {name}/{train}|")
+    assert "/data/*.parquet: holds the splits test, train" in in_process(FIND, "", f"{name}/data/*.parquet")
+    hub.rename(hub.parent / "letters@1a2b")
+    assert in_process(FIND, "test", f"{name}@1a2b").startswith(f"1 {NAMES} ")
+
+
+def test_addresses_that_are_refused(hub: Path) -> None:
+    assert "hf://we/letters: is no data set's address; write hf://datasets/OWNER/NAME" in in_process(
+        FIND, "", "hf://we/letters"
+    )
+    assert "hf://datasets/we/none: there is no such file; correct" in in_process(FIND, "", "hf://datasets/we/none")
+    (hub.parent / "tars").mkdir()
+    (hub.parent / "tars" / "a.tar").write_bytes(b"x")
+    line = in_process(FIND, "", "hf://datasets/we/tars")
+    download = "hf download we/tars --repo-type dataset --local-dir FOLDER"
+    assert f"holds no Parquet files, but .tar 1; download it ({download}) and give the folder" in line
+    mine = hub / "mine.png"
+    mine.write_bytes(file_bytes(pictures(1)[0]))
+    far = pa.table({"image": [{"bytes": None, "path": str(mine)}]})
+    write(far, hub.parent / "far" / "a.parquet")
+    assert f"row 0 names {mine}, which is not here" in in_process(FIND, "", "hf://datasets/we/far")
+    twice = "find_sources(['hf://datasets/we/letters', 'hf://datasets/we/letters/'])"
+    assert "is given twice" in in_process(f"from jitscale.preparation.finding import find_sources; {twice}")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "huggingface_hub.py").write_text("raise ModuleNotFoundError('none', name='huggingface_hub')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    line = in_process(FIND, "", "hf://datasets/we/letters")
+    assert "hf://datasets/we/letters: the package that reads it is not installed" in line
+    assert line.endswith("pip install 'jitscale[hub]'")
+
+
+# The cache
+
+
+def cached(folder: Path, revisions: list[str], main: str | None) -> Path:
+    """Trees of links, as huggingface_hub writes them."""
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    data_set([2, 0, 1]).to_parquet(folder / "blobs" / "0f1e2d")
+    for revision in revisions:
+        data = folder / "snapshots" / revision / "data"
+        data.mkdir(parents=True)
+        (data / "train-00000-of-00001.parquet").symlink_to("../../../blobs/0f1e2d")
+    if main is not None:
+        (folder / "refs" / "main").write_text(main)
+    return folder
+
+
+def test_the_cache_of_the_hub_is_followed(tmp_path: Path) -> None:
+    assert labels_of(cached(tmp_path / "datasets--we--one", ["1a2b"], None)) == [2, 0, 1]
+    two = cached(tmp_path / "datasets--we--two", ["1a2b", "3c4d"], "3c4d")
+    inputs = found(two)
+    assert inputs[0].path == str(two / "snapshots" / "3c4d" / "data" / "train-00000-of-00001.parquet")
+    assert inputs.class_names == NAMES
+    assert labels_of(two / "snapshots" / "1a2b") == [2, 0, 1]
+    lost = cached(tmp_path / "datasets--we--lost", ["1a2b", "3c4d"], "9f9f")
+    line = refused_input("--input", lost)
+    assert f"holds 2 revisions, of which none is main; give one of them: {lost}/snapshots/REVISION" in line
