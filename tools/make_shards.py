@@ -45,7 +45,8 @@ from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.forms.search import FindOptions
-from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
+from jitscale.preparation.packing_job import PackingJob, finished, remove_leftovers
+from jitscale.preparation.packing_plan import PACKING_CODECS, PackingOptions
 
 BAD_SHOWN = 10
 NAMES_SHOWN = 3  # at each end

@@ -20,7 +20,8 @@ from jitscale.errors import DataError, StorageError
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.preparation.finding import find_sources
 from jitscale.preparation.packing import ShardTask, pack_shard
-from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
+from jitscale.preparation.packing_job import PackingJob, default_most_bad
+from jitscale.preparation.packing_plan import PackingOptions
 from tests.preparation.packing_jobs import (
     CLASSES,
     PER_CLASS,

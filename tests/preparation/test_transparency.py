@@ -14,7 +14,8 @@ from jitscale.data.manifest import Manifest
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.preparation.inspection import TILE, collect, contact_sheet, look, statistics
-from jitscale.preparation.packing_job import PackingJob, PackingOptions
+from jitscale.preparation.packing_job import PackingJob
+from jitscale.preparation.packing_plan import PackingOptions
 from tests.preparation.packing_jobs import (
     RESOLUTION,
     alone,
