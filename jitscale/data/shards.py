@@ -28,7 +28,7 @@ from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
 from jitscale.data.class_order import refuse_other_classes
-from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
+from jitscale.data.images import GREY, RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
 from jitscale.data.manifest import Manifest, content_hash, label_key
 from jitscale.data.remote import is_remote
@@ -80,6 +80,8 @@ class ShardSet:
         # Says which samples, in which order, and what shows through them.
         self.manifest_hash = content_hash((shard.record, shard.background) for shard in shards)
         self.channels = wanted.channels  # of the images as they are read
+        kept = {manifest.channels for manifest in manifests if manifest.resolution is not None}
+        self.stored_channels = kept.pop() if len(kept) == 1 else None  # of the images as packed; None: not known
         self.image_size = wanted.image_size or 0
         self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
 
@@ -174,6 +176,14 @@ class ShardSet:
                 raise DataError(f"data.held_out: {what}; {remedy}")
         remedy = "a label must mean one thing, so write its shards with the same class names"
         refuse_other_classes("data.held_out", held_out.class_names, "data.shards", self.class_names, remedy)
+
+    def caution(self) -> str | None:
+        """A line if the images are stored with other channels than they are read with."""
+        if self.stored_channels in (None, self.channels):
+            return None
+        said = {GREY: "grey, and are read as RGB with three equal channels", RGB: "RGB, and are read as grey"}
+        what = f"{self._wanted.pattern}: the images are {said[self.stored_channels]}"
+        return f"{what}; model.in_channels={self.stored_channels} reads them as they are"
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
