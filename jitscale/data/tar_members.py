@@ -106,9 +106,9 @@ def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str
     A table or list is read: `read` gives its beginning, of at most so many bytes. Its first column may hold the names
     of `images` without folder and extension, where each has a name of its own. Raises what `read` raises.
     """
-    if _LABEL_FILE.fullmatch(name):
-        return True
     suffix = posixpath.splitext(name)[1].lower()
+    if _LABEL_FILE.fullmatch(name) or suffix == ".parquet":
+        return True
     if suffix not in _TABLES and not _TEXT.fullmatch(name):
         return False
     beginning = read(_BEGINNING)

@@ -143,6 +143,11 @@ def test_metadata_without_labels_and_with_others(tmp_path: Path) -> None:
     refused("line 1: no 'label' among 'image_file_name', 'breed'; pass --label-column", tmp_path)
     refused("line 1: no 'colour' among 'image_file_name', 'breed'", tmp_path, label_column="colour")
     assert read(tmp_path, label_column="breed") == {0: 0, 1: 1}
+    metadata(tmp_path / "two.csv", [{"image_file_name": "a.png", "mask_file_name": "b.png"}])
+    message = (
+        r"line 1: several columns name files \(image_file_name, mask_file_name\); call that of the images file_name"
+    )
+    refused(message, tmp_path, labels=str(tmp_path / "two.csv"))
     assert inputs_of(tmp_path, labels="none").num_classes == 0
     metadata(tmp_path / "metadata.jsonl", [{"file_name": "a.png"}])
     refused("holds metadata.csv and metadata.jsonl; pass --labels FILE", tmp_path)

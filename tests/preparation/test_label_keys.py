@@ -13,10 +13,11 @@ from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import NO_LABEL
 from jitscale.data.tar_labels import LabelKey
 from jitscale.errors import DataError
+from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.survey import Survey, survey
 from tests.preparation.inputs import inputs_of, read, refused
 from tests.preparation.surveying import defects
-from tests.support.pictures import numbered_png, samples_of, write_tar
+from tests.support.pictures import numbered, numbered_png, samples_of, write_tar
 from tests.support.tools import run_tool
 
 
@@ -89,6 +90,12 @@ def test_labels_in_json_that_make_no_sense(tmp_path: Path, value: Any, what: str
     assert defect.byte is not None
     assert re.search(what, str(defect))
     assert not (tmp_path / "w" / "manifest.json").exists()
+
+
+def test_packed_shards_have_no_other_key(tmp_path: Path) -> None:
+    write_shards(numbered(2), [0, 1], tmp_path / "w")
+    with pytest.raises(DataError, match="came from packing, which wrote cls; leave out --label-key"):
+        surveyed(tmp_path / "w", "json:label")
 
 
 def test_a_sample_without_json_is_refused(tmp_path: Path) -> None:

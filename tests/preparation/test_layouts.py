@@ -19,6 +19,7 @@ from tests.support.pictures import tar_bytes, write_tar
         "00000/Labels.TXT",
         "image_class_labels.txt",
         "train-annotations.parquet",
+        "train-00000-of-00001.parquet",
         "train.csv",
         "LOC_val_solution.csv",
         "list_attr_celeba.csv",

@@ -207,6 +207,9 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         assert inputs[1] == Source("/far/2.JPG", "jpg", 0)
     (tmp_path / "c.jsonl").write_text('{"path": "1.png", "label": 4}\n{"path": "2.png", "label": "2"}\n')
     assert find_sources([str(tmp_path / "c.jsonl")]).table["label"].tolist() == [4, 2]
+    (tmp_path / "e.csv").write_text("file_name,breed\n1.png,cat\n2.png,dog\n")
+    assert find_sources([str(tmp_path / "e.csv")], FindOptions(label_column="breed")).class_names == ["cat", "dog"]
+    assert find_sources([str(tmp_path / "e.csv")], FindOptions(labels="none")).num_classes == 0
     (tmp_path / "d.csv").write_text("path\n1.png\n")
     assert find_sources([str(tmp_path / "d.csv")]).num_classes == 0
 

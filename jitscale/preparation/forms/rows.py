@@ -48,12 +48,14 @@ def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, wh
 
 
 def has_rows(listing: Listing) -> bool:
-    """Whether files of rows lie in a folder, or in its folders as the hub has them."""
+    """Whether files of rows lie in a folder, or in its folders as the hub has them.
+
+    One beside folders of images is a table of these images.
+    """
     if listing.paths(*PICTURES):
         return False
-    return bool(_row_files(listing)) or any(
-        _begins_with_rows(listing.folder / name, _LEVELS) for name in listing.folders
-    )
+    below = {_begins_with_rows(listing.folder / name, _LEVELS) for name in listing.folders}
+    return True in below or (bool(_row_files(listing)) and False not in below)
 
 
 def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
@@ -162,8 +164,8 @@ def _row_files(listing: Listing) -> list[Path]:
     return [Path(path) for path in listing.paths(*_ROWS) if not path.endswith(f"/{_TABLE}")]
 
 
-def _begins_with_rows(folder: Path, levels: int) -> bool:
-    """Whether files of rows lie in `folder` or below it, and not images, of which there may be a million."""
+def _begins_with_rows(folder: Path, levels: int) -> bool | None:
+    """Whether files of rows lie in `folder` or below it, or images, of which there may be a million; None: neither."""
     folders = []
     with data_error(f"{folder}: cannot be listed", "make it readable or move it away"), os.scandir(folder) as entries:
         for entry in entries:
@@ -174,7 +176,8 @@ def _begins_with_rows(folder: Path, levels: int) -> bool:
                 return False
             if entry.is_dir() and not entry.name.startswith("."):
                 folders.append(entry.path)
-    return levels > 1 and any(_begins_with_rows(Path(path), levels - 1) for path in folders)
+    below = {_begins_with_rows(Path(path), levels - 1) for path in folders} if levels > 1 else set()
+    return next((kind for kind in (True, False) if kind in below), None)
 
 
 def _files_below(search: Search, listing: Listing, levels: int) -> Iterator[Path]:
