@@ -1,5 +1,6 @@
 """Data sets at hf:// addresses, which a local file system of the same interface answers here, and the hub's cache."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def test_an_address_is_packed_by_worker_processes(hub: Path, tmp_path: Path) -> 
     # Every row group is read once, or twice if two shards share it, and the end of the file by three processes.
     size = (hub / "data" / "train-00000-of-00001.parquet").stat().st_size
     assert bytes_read(tmp_path / "packages") < 2 * size
+    packing = json.loads((tmp_path / "out" / "packing.json").read_text())
+    assert packing["options"]["input"] == ["hf://datasets/we/letters"]
     code, out, err = finish(start(arguments, os.environ["PYTHONPATH"]))
     assert "is there already" in out, err
 
@@ -135,6 +138,9 @@ def test_the_cache_of_the_hub_is_followed(tmp_path: Path) -> None:
     assert inputs[0].path == str(two / "snapshots" / "3c4d" / "data" / "train-00000-of-00001.parquet")
     assert inputs.class_names == NAMES
     assert labels_of(two / "snapshots" / "1a2b") == [2, 0, 1]
+    (two / "blobs" / "0f1e2d").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    line = "train-00000-of-00001.parquet: is a git-lfs pointer of 63 bytes, not the data; run git lfs pull"
+    assert refused_input("--input", two).endswith(line)
     lost = cached(tmp_path / "datasets--we--lost", ["1a2b", "3c4d"], "9f9f")
     line = refused_input("--input", lost)
     assert f"holds 2 revisions, of which none is main; give one of them: {lost}/snapshots/REVISION" in line

@@ -179,7 +179,7 @@ def test_other_images_in_the_folder_are_refused(tmp_path: Path) -> None:
     write(rows(1, label=[0]), tmp_path / "a" / "b.parquet")
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "c.png").write_bytes(b"x")
-    assert "z/c.png, among files of rows; keep one kind in a folder" in refused_input("--input", tmp_path)
+    assert "z/c.png, near Parquet or Arrow files; give a folder with one kind" in refused_input("--input", tmp_path)
 
 
 # Columns

@@ -51,7 +51,8 @@ def image_column(file: RowFile, chosen: str | None) -> str:
         return found[0]
     if not found:
         what = f"no column holds images: {_listed(file)}"
-        raise DataError(f"{file.path}: {what}; give files with a column of the bytes of JPEG, PNG or WebP images")
+        remedy = "give files with the bytes of JPEG, PNG or WebP images in a column, or a .csv with their paths"
+        raise DataError(f"{file.path}: {what}; {remedy}")
     what = f"images are in the columns {', '.join(found)}" + (f", not in {chosen}" if chosen else "")
     raise DataError(f"{file.path}: {what}; pass --image-column {found[0]}")
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from jitscale.data.tar_index import LARGEST_LABEL
 from jitscale.errors import DataError, data_error
@@ -48,14 +49,11 @@ def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, wh
 
 
 def has_rows(listing: Listing) -> bool:
-    """Whether files of rows lie in a folder, or in its folders as the hub has them.
-
-    One beside folders of images is a table of these images.
-    """
+    """Whether files of rows lie in a folder, or in its folders as the hub has them, and are no tables of images."""
     if listing.paths(*PICTURES):
         return False
-    below = {_begins_with_rows(listing.folder / name, _LEVELS) for name in listing.folders}
-    return True in below or (bool(_row_files(listing)) and False not in below)
+    below = (_first_kind(listing.folder / name, _LEVELS) for name in listing.folders)
+    return "images" not in below if _row_files(listing) else "rows" in below
 
 
 def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
@@ -164,27 +162,27 @@ def _row_files(listing: Listing) -> list[Path]:
     return [Path(path) for path in listing.paths(*_ROWS) if not path.endswith(f"/{_TABLE}")]
 
 
-def _begins_with_rows(folder: Path, levels: int) -> bool | None:
-    """Whether files of rows lie in `folder` or below it, or images, of which there may be a million; None: neither."""
+def _first_kind(folder: Path, levels: int) -> Literal["rows", "images"] | None:
+    """Which are met first in `folder` or below it; a folder that begins with an image may hold a million more."""
     folders = []
     with data_error(f"{folder}: cannot be listed", "make it readable or move it away"), os.scandir(folder) as entries:
         for entry in entries:
             extension = "" if entry.name.startswith(".") else extension_of(entry.name)
             if extension in _ROWS and entry.name != _TABLE:
-                return True
+                return "rows"
             if extension in PICTURES:
-                return False
+                return "images"
             if entry.is_dir() and not entry.name.startswith("."):
                 folders.append(entry.path)
-    below = {_begins_with_rows(Path(path), levels - 1) for path in folders} if levels > 1 else set()
-    return next((kind for kind in (True, False) if kind in below), None)
+    below = (_first_kind(Path(path), levels - 1) for path in sorted(folders) if levels > 1)
+    return next(filter(None, below), None)
 
 
 def _files_below(search: Search, listing: Listing, levels: int) -> Iterator[Path]:
     """The files of rows of a folder and those in it, sorted."""
     if pictures := listing.paths(*PICTURES):
-        what = f"holds images, such as {pictures[0]}, among files of rows"
-        raise DataError(f"{listing.folder}: {what}; keep one kind in a folder")
+        what = f"holds images, such as {pictures[0]}, near Parquet or Arrow files"
+        raise DataError(f"{listing.folder}: {what}; give a folder with one kind, such as data")
     files = _row_files(listing)
     cached = [path for path in files if path.name.startswith(_CACHED)]
     if cached:
