@@ -32,6 +32,7 @@ from jitscale.data.tar_labels import LabelKey
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
+from jitscale.preparation.labels import described_names
 from jitscale.preparation.survey import survey
 from jitscale.preparation.verification import verify
 
@@ -83,7 +84,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     side = manifest.resolution
     size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
     counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
-    print(f"{tars.folder}: indexed {counts} {size}, {classes}")
+    named = f" ({described_names(manifest.class_names)})" if manifest.class_names else ""
+    print(f"{tars.folder}: indexed {counts} {size}, {classes}{named}")
     _say_skipped(found.skipped)
     if undecodable := sum(scan.undecodable for scan in found.scans):
         print(f"{_many(undecodable, 'image')} cannot be decoded; training replaces them, --verify lists them")

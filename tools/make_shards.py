@@ -45,11 +45,11 @@ from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.forms.search import FindOptions
+from jitscale.preparation.labels import described_names
 from jitscale.preparation.packing_job import PackingJob, finished, remove_leftovers
 from jitscale.preparation.packing_plan import PACKING_CODECS, PackingOptions
 
 BAD_SHOWN = 10
-NAMES_SHOWN = 3  # at each end
 
 
 class Stopped(BaseException):
@@ -170,13 +170,6 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
     if inputs.ignored:
         print(f"{job.folder}: {inputs.ignored.total()} other files ignored ({described_kinds(inputs.ignored)})")
     sys.stdout.flush()
-
-
-def described_names(names: list[str]) -> str:
-    """The first and the last classes, each with its number."""
-    numbered = [f"{number} {name}" for number, name in enumerate(names)]
-    few = numbered if len(names) <= 2 * NAMES_SHOWN else [*numbered[:NAMES_SHOWN], "...", *numbered[-NAMES_SHOWN:]]
-    return ", ".join(few)
 
 
 def _check_space(job: PackingJob) -> None:

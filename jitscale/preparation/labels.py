@@ -14,6 +14,7 @@ from jitscale.keyed_random import Int64Array
 REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label, of which somebody else tells the user
 
 _FIRST_NAME = NO_LABEL - 1
+_NAMES_SHOWN = 3  # at each end
 _LIKE_A_NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?")
 
 
@@ -113,3 +114,10 @@ def find_classes(parts: Sequence[CodedLabels], class_names: list[str] | None) ->
 def _in_order(names: set[str]) -> list[str]:
     numeric = all(name.isascii() and name.isdigit() for name in names)
     return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
+
+
+def described_names(names: list[str]) -> str:
+    """The first and the last classes, each with its number."""
+    numbered = [f"{number} {name}" for number, name in enumerate(names)]
+    few = numbered if len(names) <= 2 * _NAMES_SHOWN else [*numbered[:_NAMES_SHOWN], "...", *numbered[-_NAMES_SHOWN:]]
+    return ", ".join(few)

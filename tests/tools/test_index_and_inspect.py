@@ -15,13 +15,15 @@ from tests.preparation.surveying import NAMES, theirs, tool
 from tests.support import ROOT
 from tests.support.pictures import numbered_png, write_tar
 
+NUMBERED = ", ".join(f"{number} {name}" for number, name in enumerate(NAMES))
+
 
 def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
     """Index, be told that it is done, verify, inspect: with names, in several processes."""
     theirs(tmp_path, lambda number: {"cls": NAMES[number % 3]})
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     done = tool("index_shards", tmp_path, "--class-names", tmp_path / "names.txt", "--workers", "2")
-    assert done.stdout == f"{tmp_path}: indexed 3 shards with 10 images of 8 x 8 pixels, 3 classes\n"
+    assert done.stdout == f"{tmp_path}: indexed 3 shards with 10 images of 8 x 8 pixels, 3 classes ({NUMBERED})\n"
     assert "scan: 100%" in done.stderr
     done = tool("index_shards", tmp_path)
     assert done.stdout == f"{tmp_path}: is indexed already, 3 shards with 10 images\n"
