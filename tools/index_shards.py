@@ -2,11 +2,12 @@
 
     python tools/index_shards.py /data/imagenet_wds
     python tools/index_shards.py '/data/imagenet_wds/train-*.tar' --class-names wnids.txt
+    python tools/index_shards.py /data/from_the_hub --label-key json:label
     python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
 
 Indexing reads all tars of one folder. It writes an index and the keys next to each tar, and a manifest.json. Labels are
-the `cls` members, if there are any: numbers, or names, which are numbered in sorted order or in that of --class-names.
-Transparent images are read over --background, which the manifest keeps. If there is any defect, nothing is written.
+the `cls` members, if there are any, or what --label-key names: numbers, or names, which are numbered in sorted order or
+in that of --class-names. Transparent images are read over --background. If there is any defect, nothing is written.
 Verifying compares with the manifest (size, sha256, samples, index, keys, labels) and decodes every image. Every defect
 is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2: defects.
 """
@@ -27,6 +28,7 @@ from jitscale.data.background import parse_background
 from jitscale.data.find import Tars, find_tars
 from jitscale.data.manifest import MANIFEST, Manifest, read_class_names
 from jitscale.data.tar_index import Defect
+from jitscale.data.tar_labels import LabelKey
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, data_error, exit_with_message
 from jitscale.files import atomic_write
@@ -47,11 +49,13 @@ def main() -> int:
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="names in the order of their numbers, by line")
     behind = "what transparent pixels show: white, black, R,G,B, or drop (hidden colours); kept in the manifest"
     parser.add_argument("--background", metavar="COLOUR", help=f"{behind} (default: white)")
+    key = "what holds a sample's label: cls (default), a field of its json, as json:label, or none for no labels"
+    parser.add_argument("--label-key", metavar="KEY", help=key)
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
     parser.add_workers()
     options = parser.parse_args()
-    if options.verify and (options.force or options.class_names or options.background):
-        parser.error("--verify writes nothing: it takes neither --force nor --class-names nor --background")
+    if options.verify and (options.force or options.class_names or options.background or options.label_key):
+        parser.error("--verify writes nothing: it takes no --force, --class-names, --background or --label-key")
 
     tars = find_tars(options.shards)
     if options.verify:
@@ -66,7 +70,8 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
         raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
     background = None if options.background is None else parse_background(options.background)
-    found = survey(tars, class_names, options.workers, background)
+    key = LabelKey.parse(options.label_key)
+    found = survey(tars, class_names, options.workers, key=key, background=background)
     _report(found.defects, options.report, sys.stderr)
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
@@ -98,6 +103,9 @@ def _indexed_before(tars: Tars, manifest: Manifest, options: argparse.Namespace)
     if options.background is not None and str(parse_background(options.background)) != manifest.background:
         what = f"says --background {manifest.background}, not {options.background}; --force changes it"
         raise DataError(f"{tars.folder / MANIFEST}: {what}")
+    if options.label_key not in (None, manifest.label_key):
+        what = f"its labels are those of {manifest.label_key}, not of {options.label_key}"
+        raise DataError(f"{tars.folder / MANIFEST}: {what}; --force indexes again")
     print(f"{tars.folder}: is indexed already, {_many(len(named), 'shard')} with {_many(manifest.total, 'image')}")
     return ExitCode.DONE
 

@@ -5,14 +5,15 @@
     python tools/make_shards.py --input 'old-{0000..0127}.tar' --output new --resolution 256 --codec png
     python tools/make_shards.py --input list.csv --output listed --resolution 256 --codec original
 
-An input is a folder with a folder of images for each class (or images alone: no labels), ImageNet's tar of tars (read
-in place), webdataset tars (a file, a folder of them, a quoted glob or brace pattern), or a .csv or .jsonl with path and
-maybe label; docs/data.md lists all forms. Class names are numbered in sorted order, and by number if all are numbers.
+An input is a folder or a zip with a folder of images for each class (or images alone: no labels), or with EDM's
+dataset.json or a metadata.csv, .jsonl or .parquet; Parquet or Arrow files; webdataset tars (a file, a folder of them, a
+quoted glob or brace pattern); ImageNet's files; or a .csv or .jsonl with path and maybe label. docs/data.md lists all
+forms. Archives are read in place. Class names are numbered in sorted order, and by number if all are numbers.
 
 Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
 smallest but changes pixels; original keeps the files, and training crops the images. Transparent images are composited
-over --background, originals when they are read. To train on webdataset tars as
-they are, index them instead: tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
+over --background, originals when they are read. To train on webdataset tars as they are, index them instead:
+tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
 
 If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
 machines, give a part to each, for example in a Slurm array
@@ -44,7 +45,8 @@ from jitscale.data.manifest import Manifest, read_class_names
 from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError, ExitCode, exit_with_message
 from jitscale.preparation.forms.search import FindOptions
-from jitscale.preparation.packing_job import PACKING_CODECS, PackingJob, PackingOptions, finished, remove_leftovers
+from jitscale.preparation.packing_job import PackingJob, finished, remove_leftovers
+from jitscale.preparation.packing_plan import PACKING_CODECS, PackingOptions
 
 BAD_SHOWN = 10
 NAMES_SHOWN = 3  # at each end
@@ -233,7 +235,7 @@ def parser() -> Parser:
     found.add_argument("--split", metavar="NAME", help="the part of a data set with several, such as train")
     labels = "folders: as the names of folders, though a file of labels lies there; none: no labels; or their file"
     found.add_argument("--labels", metavar="folders|none|FILE", help=labels)
-    key = "what holds a webdataset sample's label: cls (default), or a field of its json, as json:label"
+    key = "what holds a webdataset sample's label: cls (default), a field of its json, as json:label, or none"
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
     truth = "ImageNet's validation labels (the devkit's text, LOC_val_solution.csv); of .npz files map_clsloc.txt"

@@ -16,7 +16,7 @@ import installed
 import torch
 
 from jitscale.command import Parser, path_text, positive, refuse_existing
-from jitscale.config import load_config
+from jitscale.config import RGB, load_config
 from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.errors import DataError, ExitCode, UserError, data_error, exit_with_message
 from jitscale.files import atomic_write
@@ -84,7 +84,8 @@ def _pictures(pattern: str, resolution: int | None) -> Pictures:
         raise DataError(f"{pattern}: there is no manifest, which says how many classes there are; {remedy}")
     if shards.stored["resolution"] is None and resolution is None:
         raise DataError(f"{pattern}: its pictures have sizes of their own; give --resolution, for example 256")
-    return Pictures(pattern, shards.num_samples, shards.classes, shards.image_size)
+    channels = shards.stored_channels or RGB
+    return Pictures(pattern, shards.num_samples, shards.classes, shards.image_size, channels)
 
 
 def _check(text: str, machine: Machine) -> None:

@@ -30,6 +30,7 @@ from jitscale.addresses import masked
 from jitscale.data.manifest import ShardRecord
 from jitscale.data.remote import WrongContentError, read_in_chunks, retried
 from jitscale.data.tar_index import IndexArray, index_tar, map_index, save_array
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.errors import DataError, data_error
 from jitscale.files import sha256_of
 
@@ -114,11 +115,9 @@ class ShardCache:
             path.unlink(missing_ok=True)
         return True
 
-    def index(
-        self, url: str, record: ShardRecord, class_names: list[str] | None, *, with_labels: bool = True
-    ) -> IndexArray:
+    def index(self, url: str, record: ShardRecord, class_names: list[str] | None, key: LabelKey = CLS) -> IndexArray:
         """The shard's index; one process fetches the shard if necessary, and scans. See `fetch` and `index_tar`."""
-        meaning = hashlib.sha256(json.dumps([class_names, with_labels]).encode()).hexdigest()[:8]
+        meaning = hashlib.sha256(json.dumps([class_names, str(key)]).encode()).hexdigest()[:8]
         path = self._file(record, f".{meaning}.index.npy")
         index = self._load_index(path, record)
         if index is not None:
@@ -128,7 +127,7 @@ class ShardCache:
             if index is None:
                 self._fetch_locked(url, record)
                 try:
-                    index = index_tar(self._file(record, _TAR), with_labels=with_labels, class_names=class_names)
+                    index = index_tar(self._file(record, _TAR), key, class_names)
                 except DataError as error:
                     raise DataError(f"{url}: cannot be indexed; its copy {error}") from error
                 with self._writing(url, index.nbytes):

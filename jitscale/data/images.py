@@ -1,6 +1,6 @@
 """One image between bytes and pixels: the stored forms, and the crop of the recipe.
 
-Shapes: H rows, W columns, C channels; an image is uint8 (H, W, C), RGB or grey.
+Shapes: H rows, W columns, A channels; an image is uint8 (H, W, A), RGB or grey.
 """
 
 import io
@@ -50,12 +50,12 @@ class ImageError(DataError):
 class Decoded(NamedTuple):
     """What a file holds."""
 
-    image: UInt8Array  # (H, W, C); may be read-only
+    image: UInt8Array  # (H, W, A); may be read-only
     transparent: bool  # whether the background shows through a pixel, or would if alpha were not dropped
 
 
 def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
-    """The extension and the bytes of `image` (H, W, C) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
+    """The extension and the bytes of `image` (H, W, A) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
 
     Grey images become grey files. WebP has no grey: it stores three equal channels, which cost little. Raises a
     DataError at an unknown codec, or an array that is no image.
@@ -118,7 +118,7 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
 
 
 def center_crop(image: UInt8Array, size: int) -> UInt8Array:
-    """The central (size, size, C) of `image` at the scale where its short side is `size`, as ADM crops.
+    """The central (size, size, A) of `image` at the scale where its short side is `size`, as ADM crops.
 
     The image is halved with a box filter while its short side is at least twice the target, then resized by bicubic
     interpolation (arXiv 2105.05233, their image_datasets.py; the JiT recipe uses the same crop). Smaller images are
@@ -192,12 +192,12 @@ def _with_channels(image: UInt8Array, channels: int) -> UInt8Array:
 
 
 def _picture_of(image: UInt8Array) -> Image.Image:
-    """(H, W, C) as Pillow's picture of mode L or RGB."""
+    """(H, W, A) as Pillow's picture of mode L or RGB."""
     return Image.fromarray(image[..., 0] if image.shape[2] == GREY else image)
 
 
 def _pixels_of(picture: Image.Image) -> UInt8Array:
-    """Pillow's picture of mode L or RGB as (H, W, C)."""
+    """Pillow's picture of mode L or RGB as (H, W, A)."""
     pixels = np.asarray(picture)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 

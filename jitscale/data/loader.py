@@ -1,6 +1,6 @@
 """Micro-batches of one rank, from any position of the global sequence on.
 
-Shapes: B images of a micro-batch, H rows, W columns, C channels. G is the global batch, R the number of ranks.
+Shapes: B images of a micro-batch, H rows, W columns, A channels. G is the global batch, R the number of ranks.
 """
 
 import shutil
@@ -31,7 +31,7 @@ _MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are bro
 class Batch(NamedTuple):
     """What one forward pass takes, as stored: pixels travel in 8 bits and become numbers on the device."""
 
-    images: torch.Tensor  # uint8 (B, H, W, C)
+    images: torch.Tensor  # uint8 (B, H, W, A)
     labels: torch.Tensor  # int64 (B,)
     positions: torch.Tensor  # int64 (B,), in the global sequence
     bad_samples: list[str]  # why each undecodable sample was replaced

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.images import CHANNELS, RGB
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.errors import DataError, data_error
 from jitscale.files import atomic_write
 
@@ -55,6 +57,7 @@ class Manifest:
     channels: int = RGB  # of every image, unless the codec is original or foreign
     # digits, glyphs: this project's own images, as their tools wrote them; None: others.
     dataset: str | None = field(default=None, compare=False)
+    label_key: str = "cls"  # what holds the labels of the samples, as of `LabelKey`
 
     @classmethod
     def read(cls, source: Path | str, content: bytes | None = None) -> Manifest:
@@ -99,6 +102,11 @@ def _wrong_value(manifest: Manifest) -> str:
         except DataError:
             return False
 
+    def is_label_key(value: object) -> bool:
+        with suppress(DataError):
+            return isinstance(value, str) and bool(LabelKey.parse(value))
+        return False
+
     sound = {
         "num_classes": (is_count(manifest.num_classes), "a number of things"),
         "total": (is_count(manifest.total), "a number of things"),
@@ -106,6 +114,7 @@ def _wrong_value(manifest: Manifest) -> str:
         "resolution": (manifest.resolution is None or is_count(manifest.resolution, 1), "a number of pixels or null"),
         "codec": (isinstance(manifest.codec, str), "a name"),
         "dataset": (manifest.dataset is None or isinstance(manifest.dataset, str), "a name or null"),
+        "label_key": (is_label_key(manifest.label_key), "cls, json:FIELD or none"),
         "class_names": (is_list(manifest.class_names, lambda name: isinstance(name, str)), "a list of names"),
         "class_counts": (is_list(manifest.class_counts, is_count), "a list of numbers of things"),
         "background": (is_background(manifest.background), "white, black, drop or R,G,B"),
@@ -128,6 +137,11 @@ def _wrong_value(manifest: Manifest) -> str:
         seen.add(record.name)
     counted = sum(record.samples for record in manifest.shards)
     return "" if counted == manifest.total else f"its shards hold {counted} samples, its total says {manifest.total}"
+
+
+def label_key(manifest: Manifest | None) -> LabelKey:
+    """Where the labels of shards are, by their manifest or without one."""
+    return CLS if manifest is None else LabelKey.parse(manifest.label_key)
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 Training reads by position instead (`loader`), and packing by offset, since their order is another. So does --verify,
 which goes on behind damage, names bytes, and must not wait for torch, which webdataset imports.
 
-Shapes: B images of a block, S pixels a side, C channels.
+Shapes: B images of a block, S pixels a side, A channels.
 """
 
 import tarfile
@@ -27,7 +27,7 @@ _DAMAGE = (OSError, tarfile.TarError)
 
 
 def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) -> Generator[UInt8Array, None, None]:
-    """The images of one or more `samples`, in order, as blocks uint8 (B, S, S, C); all but the last have `block`.
+    """The images of one or more `samples`, in order, as blocks uint8 (B, S, S, A); all but the last have `block`.
 
     Samples are counted over all `shards` in turn; these have all samples of their tars. `num_workers` processes decode
     them if there are many. Raises a DataError if an image cannot be decoded, a tar does not hold what its index says,
@@ -48,7 +48,7 @@ def _own_blocks(blocks: list[range]) -> list[range]:
 
 
 def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
-    """(B, S, S, C), as an array: that goes through a pipe, where a tensor would need shared memory."""
+    """(B, S, S, A), as an array: that goes through a pipe, where a tensor would need shared memory."""
     images: list[UInt8Array] = []
     try:
         while samples:

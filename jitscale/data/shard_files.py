@@ -13,8 +13,9 @@ from jitscale.data import tar_index
 from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.class_order import refuse_other_classes
 from jitscale.data.find import find_remote_shards, find_shards
-from jitscale.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardRecord
+from jitscale.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardRecord, label_key
 from jitscale.data.remote import is_remote, read_remote
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.errors import DataError, data_error
 from jitscale.keyed_random import UInt64Array
 
@@ -104,7 +105,8 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
         if record is not None and size != record.bytes:
             raise DataError(f"{path}: has {size} bytes, the manifest says {record.bytes}; copy it again")
         if scan:
-            index = tar_index.index_tar(path, with_labels=num_classes > 0, class_names=names)
+            key = label_key(found.get(path.parent)) if num_classes else NOWHERE
+            index = tar_index.index_tar(path, key, names)
         else:
             index = tar_index.map_index(tar_index.index_path(path))
         if record is None:

@@ -28,12 +28,13 @@ from jitscale.config import Config, held_out_fraction
 from jitscale.data.cache import ShardCache
 from jitscale.data.cache_folder import usual_cache_folder
 from jitscale.data.class_order import refuse_other_classes
-from jitscale.data.images import RGB, ImageError, UInt8Array, center_crop, decode
+from jitscale.data.images import GREY, RGB, ImageError, UInt8Array, center_crop, decode
 from jitscale.data.lru import LRUCache
-from jitscale.data.manifest import Manifest, content_hash
+from jitscale.data.manifest import Manifest, content_hash, label_key
 from jitscale.data.remote import is_remote
 from jitscale.data.shard_files import ShardFile, ShardRequest, check_index, local_shards, remote_shards
 from jitscale.data.tar_index import IndexArray, OffsetReader, ShortReadError, count_classes
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.data.tar_members import is_image_header
 from jitscale.errors import DataError, StorageError, data_error
 from jitscale.keyed_random import Int64Array, Purpose, uniform
@@ -67,6 +68,7 @@ class ShardSet:
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
         self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
+        self._label_key = label_key(manifests[0] if manifests else None) if wanted.num_classes else NOWHERE
         self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
         datasets = {manifest.dataset for manifest in manifests}
         self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
@@ -78,6 +80,8 @@ class ShardSet:
         # Says which samples, in which order, and what shows through them.
         self.manifest_hash = content_hash((shard.record, shard.background) for shard in shards)
         self.channels = wanted.channels  # of the images as they are read
+        kept = {manifest.channels for manifest in manifests if manifest.resolution is not None}
+        self.stored_channels = kept.pop() if len(kept) == 1 else None  # of the images as packed; None: not known
         self.image_size = wanted.image_size or 0
         self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
 
@@ -172,6 +176,14 @@ class ShardSet:
                 raise DataError(f"data.held_out: {what}; {remedy}")
         remedy = "a label must mean one thing, so write its shards with the same class names"
         refuse_other_classes("data.held_out", held_out.class_names, "data.shards", self.class_names, remedy)
+
+    def caution(self) -> str | None:
+        """A line if the images are stored with other channels than they are read with."""
+        if self.stored_channels in (None, self.channels):
+            return None
+        said = {GREY: "grey, and are read as RGB with three equal channels", RGB: "RGB, and are read as grey"}
+        what = f"{self._wanted.pattern}: the images are {said[self.stored_channels]}"
+        return f"{what}; model.in_channels={self.stored_channels} reads them as they are"
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
@@ -322,7 +334,7 @@ class ShardSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         at = self._shards[shard]
         if self._cache is not None:
-            index = self._cache.index(at.location, at.record, self.class_names, with_labels=self._num_classes > 0)
+            index = self._cache.index(at.location, at.record, self.class_names, self._label_key)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
         with data_error(f"{at.location}: cannot be opened any more", "restore it"):

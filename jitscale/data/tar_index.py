@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jitscale.data.images import EXTENSIONS
+from jitscale.data.tar_labels import CLS, LabelError, LabelKey
 from jitscale.data.tar_members import LOST_LINK, SPARSE, contents, split_name, unread_labels
 from jitscale.errors import DataError, StorageError, data_error
 from jitscale.files import atomic_write
@@ -41,6 +42,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_LABEL = 256  # bytes of a class name
 # numpy reads a header by the parser of Python, which miscounts its depth in several threads (CPython 3.11, gh-106905).
 _PARSING = threading.Lock()
+_LONGEST_JSON = 1 << 24  # bytes
 # What numpy raises at a damaged .npy: it parses the header as Python.
 _DAMAGED_NPY = (
     *(OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError),
@@ -56,7 +58,7 @@ class TarSample:
     offset: int  # of the image's bytes in the tar
     size: int
     extension: str
-    label: str | None  # the text of its `cls` member, None without one
+    label: str | None  # the text of its `cls` member, or what another `LabelKey` says; None without one
     label_offset: int
 
 
@@ -120,8 +122,8 @@ class TarScan:
         self.defects.append(Defect(self.path, byte, what))
 
 
-def scan_tar(path: Path) -> list[TarSample]:
-    """The samples of one tar in its order.
+def scan_tar(path: Path, key: LabelKey = CLS) -> list[TarSample]:
+    """The samples of one tar in its order; `key` says where their labels are.
 
     Members belong to one sample as webdataset groups them: neighbours with the same name up to the first dot of the
     base name. One of them is the image; `cls` is the label; others are ignored, and so are keys with neither. A link
@@ -129,15 +131,15 @@ def scan_tar(path: Path) -> list[TarSample]:
     if the tar is empty, compressed, truncated or damaged, a key comes twice, a sample has no image or several, or its
     image or label is sparse; a StorageError if it cannot be read.
     """
-    scan = sound_scan(path)
+    scan = sound_scan(path, key)
     if lost := sum(number for kind, number in scan.skipped.items() if kind.endswith(LOST_LINK)):
         logger.warning("%s: %d images or labels are links to no earlier member, and left out", path, lost)
     return scan.samples
 
 
-def sound_scan(path: Path) -> TarScan:
+def sound_scan(path: Path, key: LabelKey = CLS) -> TarScan:
     """`survey_tar` that raises as `scan_tar` does."""
-    scan = survey_tar(path)
+    scan = survey_tar(path, key)
     if scan.failure is not None:
         raise StorageError.of(scan.failure, str(scan.defects[-1]))
     if scan.defects:
@@ -145,15 +147,15 @@ def sound_scan(path: Path) -> TarScan:
     return scan
 
 
-def survey_tar(path: Path) -> TarScan:
+def survey_tar(path: Path, key: LabelKey = CLS) -> TarScan:
     """`scan_tar` that goes on behind a defect as far as it can, and lists them all."""
     scan = TarScan(path)
     try:
         with path.open("rb") as file:
             members = _read_members(scan, file)
-            for key, parts in members.items():
-                _add_sample(scan, file, key, parts)
-            if scan.samples and all(sample.label is None for sample in scan.samples):
+            for name, parts in members.items():
+                _add_sample(scan, file, name, parts, key)
+            if key == CLS and scan.samples and all(sample.label is None for sample in scan.samples):
                 scan.unread_labels = unread_labels(file, members, {one.key: None for one in scan.samples})
     except OSError as error:
         scan.refuse(None, f"cannot be read ({error}); correct the path or mend the storage")
@@ -161,7 +163,9 @@ def survey_tar(path: Path) -> TarScan:
     return scan
 
 
-def _add_sample(scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfile.TarInfo]) -> None:
+def _add_sample(
+    scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfile.TarInfo], label_key: LabelKey
+) -> None:
     """Note the sample of a key, its defect, or its members that are none."""
     found = [extension for extension in parts if extension in EXTENSIONS]
     dotted = [extension for extension in parts if extension.rpartition(".")[2] in EXTENSIONS]
@@ -176,26 +180,36 @@ def _add_sample(scan: TarScan, file: IO[bytes], key: str, parts: dict[str, tarfi
         scan.refuse(min(part.offset for part in parts.values()), f"{what}, {remedy}")
         return
     image, label, label_offset = parts[found[0]], None, 0
-    if "cls" in parts:
-        label_offset = parts["cls"].offset_data
-        size = min(parts["cls"].size, _LONGEST_LABEL)
-        label = os.pread(file.fileno(), size, label_offset).decode(errors="replace").strip()
-    scan.skipped.update(extension for extension in parts if extension not in ("cls", found[0]))
+    holder, name = label_key.extension, f"{key}.{label_key.extension}"
+    if holder in parts:
+        label_offset = parts[holder].offset_data
+        size = min(parts[holder].size, _LONGEST_JSON if label_key.fields else _LONGEST_LABEL)
+        text = os.pread(file.fileno(), size, label_offset).decode(errors="replace")
+        try:
+            label = label_key.label(name, text)
+        except LabelError as error:
+            scan.refuse(parts[holder].offset, str(error))
+            return
+    elif label_key.fields:
+        what = f"sample {key!r} has no {name}, which --label-key {label_key} reads; write the shard again"
+        scan.refuse(image.offset, what)
+        return
+    scan.skipped.update(extension for extension in parts if extension not in (holder, found[0]))
     scan.samples.append(TarSample(key, image.offset_data, image.size, found[0], label, label_offset))
 
 
-def index_tar(path: Path, *, with_labels: bool = True, class_names: list[str] | None = None) -> IndexArray:
+def index_tar(path: Path, key: LabelKey = CLS, class_names: list[str] | None = None) -> IndexArray:
     """One `INDEX` record of each sample that `scan_tar` finds.
 
-    A sample without a `cls` member has `NO_LABEL`; all have it without `with_labels`. Raises as `scan_tar`, and a
-    DataError if a label is neither a class number in decimal nor one of `class_names`.
+    A sample without a label has `NO_LABEL`. Raises as `scan_tar`, and a DataError if a label is neither a class number
+    in decimal nor one of `class_names`.
     """
-    samples, labels = scan_tar(path), []
+    samples, labels = scan_tar(path, key), []
     numbers = {name: number for number, name in enumerate(class_names or [])}
     for sample in samples:
-        label = class_number(sample.label, numbers) if with_labels and sample.label is not None else NO_LABEL
+        label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
         if label is None:
-            holds = f"{sample.key}.cls holds {sample.label!r}"
+            holds = f"{sample.key}.{key.extension} holds {sample.label!r}"
             what = f"{holds}, neither an integer in 0..{LARGEST_LABEL} nor a known class name"
             remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
             raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import IO
 
 from jitscale.data.images import EXTENSIONS
+from jitscale.data.tar_labels import fields_of
 
 LOST_LINK = " as a link to no earlier member"  # behind the extension, as a kind of member that is passed over
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
@@ -105,9 +106,9 @@ def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str
     A table or list is read: `read` gives its beginning, of at most so many bytes. Its first column may hold the names
     of `images` without folder and extension, where each has a name of its own. Raises what `read` raises.
     """
-    if _LABEL_FILE.fullmatch(name):
-        return True
     suffix = posixpath.splitext(name)[1].lower()
+    if _LABEL_FILE.fullmatch(name) or suffix == ".parquet":
+        return True
     if suffix not in _TABLES and not _TEXT.fullmatch(name):
         return False
     beginning = read(_BEGINNING)
@@ -128,7 +129,10 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
 
     Empty if nothing does. Raises an OSError if `file` cannot be read.
     """
-    no_labels, remedy = "has no cls members, but", "to train without labels, or write each label as a member KEY.cls"
+    no_labels, unlabelled = (
+        f"{len(keys)} images without classes: has no cls members, but",
+        "--label-key none for no labels",
+    )
 
     def read(member: tarfile.TarInfo, most: int) -> bytes:
         return os.pread(file.fileno(), min(member.size, most), member.offset_data)
@@ -136,30 +140,32 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
     for key, parts in members.items():
         for extension, member in parts.items():
             name = f"{key}.{extension}"
+            what = f"{no_labels} {name}, which seems to hold labels and is not read"
             if key not in keys or extension == "npy":  # labels.npy, which would be an image
-                is_found = holds_labels(posixpath.basename(name), partial(read, member), keys)
-            else:
-                is_found = bool(_LABEL_EXTENSION.fullmatch(extension))
-            if is_found:
-                return f"{no_labels} {name}, which seems to hold labels and is not read; remove it {remedy}"
-    for key in islice((key for key in keys if "json" in members[key]), _MOST_JSON):
-        if field := _label_field(read(members[key]["json"], _LONGEST_JSON)):
-            what = f"{no_labels} {key}.json holds {field!r}, which is not read as a label"
-            return f"{what}; remove that field {remedy}"
+                if holds_labels(posixpath.basename(name), partial(read, member), keys):
+                    remedy = "extract it and pass it to tools/make_shards.py as --labels FILE"
+                    return f"{what}; {remedy}; or pass {unlabelled}"
+            elif _LABEL_EXTENSION.fullmatch(extension):
+                return f"{what}; write each label as a member KEY.cls, or pass {unlabelled}"
+    with_json = [key for key in keys if "json" in members[key]]
+    for key in islice(with_json, _MOST_JSON):
+        values = _json_object(read(members[key]["json"], _LONGEST_JSON))
+        if field := next((field for field in _LABEL_FIELDS if field in values), ""):
+            what = f"{len(with_json)} members .json; {key}.json has the fields {fields_of(values)}"
+            return f"{no_labels} {what}; pass --label-key json:{field} or another of these, or {unlabelled}"
     folders = sorted({posixpath.normpath(posixpath.dirname(key)).strip("/") for key in keys} - {"", "."})
     depths = Counter(folder.count("/") for folder in folders)
     if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, maybe besides test
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
-        what = f"{no_labels} images in {len(folders)} folders ({some}), which are not read as classes"
-        remedy = "unpack it and give tools/make_shards.py the folder of them, or put all into one folder for no labels"
-        return f"{what}; {remedy}"
+        remedy = "pass --labels folders to tools/make_shards.py, which then takes them for classes"
+        return f"{no_labels} images lie in {len(folders)} folders ({some}); {remedy}; or pass {unlabelled}"
     return ""
 
 
-def _label_field(text: bytes) -> str:
-    """The field of a JSON object that seems to hold a label; empty without one."""
+def _json_object(text: bytes) -> dict[str, object]:
+    """The JSON object that `text` is; empty if it is none."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return ""
-    return next((field for field in _LABEL_FIELDS if field in values), "") if isinstance(values, dict) else ""
+        return {}
+    return values if isinstance(values, dict) else {}

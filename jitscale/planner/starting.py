@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from jitscale.config import Config, DataConfig, EmaConfig, ModelConfig, ema_name
+from jitscale.config import RGB, Config, DataConfig, EmaConfig, ModelConfig, ema_name
 from jitscale.errors import ConfigError
 from jitscale.planner.choice import Candidate, recommend
 from jitscale.planner.timing import Cluster
@@ -46,6 +46,7 @@ class Pictures:
     count: int
     classes: int  # 0: they have no labels
     image_size: int  # pixels a side
+    channels: int = RGB
 
 
 class Line(NamedTuple):
@@ -163,7 +164,8 @@ def _model_of(model: ModelConfig, pictures: Pictures, tokens: int) -> ModelConfi
         nearest = max(1, round(size / GPU_TOKENS)) * GPU_TOKENS
         raise ConfigError(f"{pictures.shards}: {size} pixels a side: {fault}; pack with --resolution {nearest}")
     side = min(dividing, key=lambda n: (abs(n - tokens), n))
-    return replace(model, image_size=size, patch_size=size // side, num_classes=pictures.classes)
+    patch, channels = size // side, pictures.channels
+    return replace(model, image_size=size, patch_size=patch, in_channels=channels, num_classes=pictures.classes)
 
 
 def _batch(chosen: _Size, pictures: Pictures, machine: Machine) -> int:
@@ -226,6 +228,7 @@ def _model_lines(model: ModelConfig, name: str, chosen: _Size, pictures: Picture
     return [
         Line("model.image_size", model.image_size, "pixels a side, as the shards hold them"),
         Line("model.patch_size", model.patch_size, tokens),
+        *([Line("model.in_channels", model.in_channels, "the shards are grey")] if model.in_channels != RGB else []),
         Line("model.hidden_size", model.hidden_size, f"{fitting}; {why}"),
         Line("model.depth", model.depth, "blocks"),
         Line("model.num_heads", model.num_heads, f"{model.hidden_size // model.num_heads} numbers each"),

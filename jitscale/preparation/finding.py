@@ -4,6 +4,7 @@ Nothing is unpacked and no image is opened here. The order depends on names and 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from jitscale.data.tar_members import described_kinds
 from jitscale.errors import DataError
 from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, images_in_folder_of_arrays
 from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
-from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.folders import has_zips, images_in_folder, images_in_folder_of_zips, images_in_zip
 from jitscale.preparation.forms.hub import images_at_address, snapshot_of
 from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
 from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
@@ -28,7 +29,7 @@ from jitscale.preparation.forms.rows import (
     images_in_row_files,
 )
 from jitscale.preparation.forms.saved import images_in_saved, is_saved
-from jitscale.preparation.forms.search import FORMS_REMEDY, FindOptions, Images, Search
+from jitscale.preparation.forms.search import FORMS_REMEDY, UNREAD_PICTURES, FindOptions, Images, Search
 from jitscale.preparation.forms.tables import images_in_table
 from jitscale.preparation.forms.tars import has_tars, images_in_folder_of_tars, images_in_tar
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code
@@ -41,6 +42,7 @@ FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.NPZ: images_in_arrays,
     Kind.CIFAR: images_in_batch,
     **dict.fromkeys(ROW_KINDS, images_in_row_file),
+    Kind.ZIP: images_in_zip,
 }
 # What a folder is: the first whose sign is there; else images, or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
@@ -51,9 +53,11 @@ FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], 
     (is_flat_folder, images_in_flat_folder),
     (is_saved, images_in_saved),
     (has_rows, images_in_folder_of_rows),
+    (has_zips, images_in_folder_of_zips),
 ]
 
 _CHUNK = 1000  # images between two reports
+_SKIPPED_SHOWN = 5  # folders
 
 OnFound = Callable[[int], object]
 
@@ -100,6 +104,9 @@ def find_sources(
     classes = find_classes([labels], class_names)
     _refuse_wrong(labels, classes, places)
     table["label"] = labels.numbers(classes)
+    if class_names is None:
+        _say_numbered(search, classes.names or [])
+    _say_passed_over(search)
     return SourceTable(table, *paths.arrays(), classes.number, classes.names, search.ignored, search.notes)
 
 
@@ -112,6 +119,27 @@ def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str])
             raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
         like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
         raise DataError(f"{place}: {what}{like}; {remedy}")
+
+
+def _say_numbered(search: Search, names: list[str]) -> None:
+    """Note what class names that are numbers become: they need not be the numbers of the classes."""
+    if names and all(name.isascii() and name.isdigit() for name in names):
+        if [int(name) for name in names] == list(range(len(names))):
+            search.note(f"the folders are called 0 to {len(names) - 1}: each is the class of that number")
+        else:
+            order = f"class 0 is {names[0]}, class {len(names) - 1} is {names[-1]}"
+            what = "the names of the classes are numbers, but not 0, 1, 2, ..."
+            search.note(f"warning: {what}: {order}; if these are labels, pass all classes by --class-names")
+
+
+def _say_passed_over(search: Search) -> None:
+    """Note images of kinds that are not read, and folders that are no classes."""
+    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
+    if unread:
+        search.note(f"not read: {described_kinds(unread)}; convert these images to .png to use them")
+    if skipped := search.skipped:
+        more = f" and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+        search.note(f"skipped: {', '.join(skipped[:_SKIPPED_SHOWN])}{more}")
 
 
 def _refuse_twice(paths: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jitscale.data.background import WHITE, Background, parse_background
 from jitscale.data.find import Tars
 from jitscale.data.images import RGB, UInt8Array, center_crop, decode
-from jitscale.data.manifest import Manifest, ShardRecord, content_hash
+from jitscale.data.manifest import Manifest, ShardRecord, content_hash, label_key
 from jitscale.data.tar_index import Defect, IndexArray, OffsetReader, count_classes, index_path, map_index
 from jitscale.errors import DataError
 from jitscale.keyed_random import Int64Array, Purpose, hash64
@@ -88,7 +88,7 @@ def collect(tars: Tars, workers: int) -> Collection:
                 defects.append(Defect(path, None, str(error)))
     to_scan = [path for path in paths if path not in indices]
     class_names = None if manifest is None else manifest.class_names
-    scans, classes, wrong = scan_shards(to_scan, class_names, workers, content=False)
+    scans, classes, wrong = scan_shards(to_scan, class_names, workers, content=False, key=label_key(manifest))
     indices.update((scan.path, scan.index) for scan in scans)
     found = [
         ShardRecord(path.name, len(indices[path]), path.stat().st_size, records[path].sha256 if path in records else "")

@@ -1,84 +1,53 @@
 """A packing job: any number of processes write the shards of one input, and any of them may die at any time.
 
     DIR/shard-000000.tar, .index.npy, .keys.npy   as `packing` writes them
-    DIR/manifest.json                    written last
-    DIR/packing.json                     the options of the command; it stays
-    DIR/.packing/plan.json, inputs.npz   what is to be written; the first task makes it, all others read it
-    DIR/.packing/shard-000000.json       commit record: this shard is whole, and what was left out of it
+    DIR/manifest.json                      written last
+    DIR/packing.json, .packing/plan.json   see `packing_plan`
+    DIR/.packing/shard-000000.json         commit record: this shard is whole, and what was left out of it
 
 A shard depends on the plan and its number alone, so that every process writes the same bytes.
 """
 
 import json
-import math
 import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jitscale.data.background import WHITE, parse_background
-from jitscale.data.images import CHANNELS, CODECS, MOST_PIXELS, RGB
+from jitscale.data.background import parse_background
 from jitscale.data.manifest import MANIFEST, BadInput, Manifest, ShardRecord
 from jitscale.data.tar_index import count_classes, index_path, map_index
 from jitscale.errors import DataError, UserError, data_error
-from jitscale.files import aside_pattern, atomic_write, sha256_of
+from jitscale.files import aside_pattern
 from jitscale.keyed_random import Int64Array
 from jitscale.preparation import packing
-from jitscale.preparation.finding import OnFound, find_sources
-from jitscale.preparation.forms.search import FindOptions
+from jitscale.preparation.finding import OnFound
 from jitscale.preparation.packing import ORIGINAL, PackedShard, ShardTask, shard_name, shard_number
+from jitscale.preparation.packing_plan import (
+    DAMAGED_JSON,
+    FOLDER,
+    PackingOptions,
+    make_plan,
+    read_plan,
+    refuse_options_unlike_kept,
+    refuse_other_options,
+    write_json,
+    write_options,
+)
 from jitscale.preparation.processes import WorkerDiedError, in_processes
-from jitscale.preparation.sources import SourceTable, Storage, is_address, located
+from jitscale.preparation.sources import Storage, located
 
-PACKING_CODECS = (*CODECS, ORIGINAL)
-
-_FOLDER = ".packing"
-_PLAN, _INPUTS = "plan.json", "inputs.npz"
-_PACKED = "packing.json"  # stays beside the manifest and holds the options of the command
 _REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
 _NPY_HEADER = 128  # bytes
 _SIZES_LOOKED_AT = 1000  # files
 _FEW = 3  # bad inputs in an error message
-_DAMAGED_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # what it raises
-
-
-@dataclass(frozen=True)
-class PackingOptions:
-    """Options that determine the content of the shards."""
-
-    input: list[str]
-    codec: str  # one of PACKING_CODECS
-    resolution: int  # pixels a side
-    samples_per_shard: int
-    seed: int  # of the order
-    background: str = str(WHITE)  # of transparent images, as `parse_background` reads it
-    channels: int = RGB  # of the images that are stored
-    finding: FindOptions = field(default_factory=FindOptions)  # what the user says about the input
-
-    def __post_init__(self) -> None:
-        """Raises a DataError at an unknown codec or background, or a number out of its range."""
-        parse_background(self.background)
-        if self.codec not in PACKING_CODECS:
-            raise DataError(f"codec {self.codec!r}: is unknown; choose one of {', '.join(PACKING_CODECS)}")
-        most = math.isqrt(MOST_PIXELS)
-        if not 1 <= self.resolution <= most:
-            raise DataError(f"resolution {self.resolution}: is not in 1..{most} pixels a side")
-        if self.samples_per_shard < 1:
-            raise DataError(f"samples per shard {self.samples_per_shard}: at least 1 is needed; the default is 1000")
-        if self.channels not in CHANNELS:
-            raise DataError(f"channels {self.channels}: choose 1 (grey) or 3")
-        if self.codec == ORIGINAL and self.channels != RGB:
-            remedy = "leave out --channels: training reads the files with as many channels as its model has"
-            raise DataError(f"channels {self.channels}: codec {ORIGINAL} keeps the files as they are; {remedy}")
 
 
 class PackingJob:
@@ -92,10 +61,10 @@ class PackingJob:
         `most_bad` inputs may be bad, in this and other tasks' shards. Raises a DataError if the input makes no sense,
         the folder cannot be used, or the job was begun with other options.
         """
-        if not (folder / _FOLDER).exists():
-            _make_plan(folder, options, on_found)
-        plan, self.inputs = _read_plan(folder)
-        _refuse_other_options(folder, options, plan["options"])
+        if not (folder / FOLDER).exists():
+            make_plan(folder, options, on_found)
+        plan, self.inputs = read_plan(folder)
+        refuse_other_options(folder, options, plan["options"])
         self.folder = folder
         self.options = options
         self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all
@@ -171,7 +140,7 @@ class PackingJob:
         )
         if manifest.total == 0:
             raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
-        _write_json(self.folder / _PACKED, {"options": _from_root(_recorded(self.options), self._root), "root": "/"})
+        write_options(self.folder, self.options, self._root)
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
@@ -188,7 +157,7 @@ class PackingJob:
 
     def _refresh(self) -> None:
         """Look for shards that this and other tasks have written."""
-        for path in (self.folder / _FOLDER).iterdir():
+        for path in (self.folder / FOLDER).iterdir():
             if path.match("shard-*.json") and shard_number(path.name) not in self._packed:
                 packed = _read_record(path)
                 if packed is not None and _is_there(self.folder, packed.record):
@@ -268,12 +237,7 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
             f"{folder}: holds {shards} finished shards with another {' and '.join(other)} (codec {manifest.codec}, "
             f"resolution {manifest.resolution}, {images} images); remove the folder or choose another --output"
         )
-    if (folder / _PACKED).exists():
-        remedy = "remove it: the shards do not need it"
-        with data_error(f"{folder / _PACKED}: cannot be read", remedy, (OSError, *_DAMAGED_JSON)):
-            begun = json.loads((folder / _PACKED).read_bytes())
-            begun = _from_root(begun["options"], begun["root"])
-        _refuse_other_options(folder, options, begun)
+    refuse_options_unlike_kept(folder, options)
     lost = [record.name for record in manifest.shards if not _is_there(folder, record)]
     if lost:
         what = f"missing, without its index, or of another size ({len(lost)} of {shards} finished shards are)"
@@ -283,105 +247,12 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove files that a finished job does not need any more; another task may be doing so."""
-    for pattern in (f"{_FOLDER}.*.partial", _FOLDER):
+    for pattern in (f"{FOLDER}.*.partial", FOLDER):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for name in ("shard-*", MANIFEST):
         for path in folder.glob(aside_pattern(name)):
             path.unlink(missing_ok=True)
-
-
-# The plan
-
-
-def _make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
-    """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan."""
-    with data_error(f"{folder}: cannot be written to", "choose another --output"):
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = next(folder.glob("*.tar"), None)
-        scratch = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.", suffix=".partial", dir=folder)
-    with scratch:
-        if foreign is not None and not (folder / _FOLDER).exists():  # another task may just have begun
-            raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
-        inputs = find_sources(options.input, options.finding, on_found)
-        aside = Path(scratch.name) / _FOLDER
-        try:
-            aside.mkdir()
-            with atomic_write(aside / _INPUTS) as file:
-                inputs.write(file)
-            plan = {
-                "options": _recorded(options),
-                "root": os.getcwd(),
-                "images": len(inputs),
-                "num_classes": inputs.num_classes,
-                "class_names": inputs.class_names,
-                "ignored": dict(inputs.ignored),
-                "notes": inputs.notes,
-                "inputs_sha256": sha256_of(aside / _INPUTS),
-            }
-            _write_json(aside / _PLAN, plan)
-            # The rename fails if the folder is there. That decides between tasks, on any file system.
-            aside.rename(folder / _FOLDER)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists():
-                return  # others have finished, and removed this plan as a leftover
-            if not (folder / _FOLDER / _PLAN).exists():
-                what = f"the plan cannot be written ({error.strerror})"
-                raise DataError(f"{folder}: {what}; make room and start again") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
-
-
-def _read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
-    path = folder / _FOLDER
-    try:
-        plan = json.loads((path / _PLAN).read_bytes())
-        if sha256_of(path / _INPUTS) != plan["inputs_sha256"]:
-            raise ValueError(f"{_INPUTS} is not what {_PLAN} describes")
-        inputs = SourceTable.read(path / _INPUTS, plan["num_classes"], plan["class_names"])
-        inputs.ignored.update(plan["ignored"])
-        inputs.notes.extend(plan["notes"])
-        plan["options"] = _from_root(plan["options"], plan["root"])
-    except (OSError, *_DAMAGED_JSON) as error:
-        lost = isinstance(error, FileNotFoundError)
-        if lost and (folder / MANIFEST).exists():
-            raise
-        what = "is not whole" if lost else f"cannot be read ({error})"
-        raise DataError(f"{path}: {what}; remove it and start again, all shards are then written anew") from error
-    return plan, inputs
-
-
-def _refuse_other_options(folder: Path, options: PackingOptions, begun: dict[str, Any]) -> None:
-    given = _from_root(_recorded(options), os.getcwd())
-    flags = {key: f"--{key.replace('_', '-')}" for key in given if begun.get(key) != given[key]}
-    if flags:
-        was = " ".join(f"{flag} {_shown(begun.get(key))}" for key, flag in flags.items())
-        now = " ".join(f"{flag} {_shown(given[key])}" for key, flag in flags.items())
-        raise DataError(f"{folder}: was begun with {was}, not with {now}; give the same options or another --output")
-
-
-def _recorded(options: PackingOptions) -> dict[str, Any]:
-    """The options by the names of their flags, with `_` for `-`."""
-    values = asdict(options)
-    return {**values, **values.pop("finding")}
-
-
-def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
-    """`options` with the paths of the input, which are relative to `folder`, as absolute ones."""
-    paths = options["input"]
-    absolute = [path if is_address(path) else os.path.normpath(os.path.join(folder, path)) for path in paths]
-    return {**options, "input": absolute}
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "absent"
-    if isinstance(value, list):
-        return " ".join(map(str, value[:_FEW])) + (f" ... ({len(value)})" if len(value) > _FEW else "")
-    return str(value)
 
 
 # Commit records, and the shards that they vouch for
@@ -394,7 +265,7 @@ def _pack(task: ShardTask) -> PackedShard:
     try:
         with data_error(f"{task.path}: cannot be written", remedy):
             packed = packing.pack_shard(task)
-            _write_json(task.path.parent / _FOLDER / f"{task.path.stem}.json", asdict(packed))
+            write_json(task.path.parent / FOLDER / f"{task.path.stem}.json", asdict(packed))
             return packed
     except MemoryError as error:
         raise DataError(f"{task.path}: too little memory; give the same command with fewer --workers") from error
@@ -407,7 +278,7 @@ def _read_record(path: Path) -> PackedShard | None:
         bad = [BadInput(**one) for one in values["bad"]]
         counts = {name: int(values[name]) for name in ("enlarged", "transparent")}
         return PackedShard(ShardRecord(**values["record"]), bad=bad, **counts)
-    except _DAMAGED_JSON:
+    except DAMAGED_JSON:
         return None
 
 

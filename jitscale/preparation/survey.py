@@ -16,11 +16,14 @@ from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.tar_index import Defect
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.errors import DataError, data_error
 from jitscale.files import remove_durably, sha256_of
 from jitscale.keyed_random import UInt64Array
+from jitscale.preparation.forms.layouts import splits_of_files
 from jitscale.preparation.labels import REFUSED, Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.preparation.processes import in_processes
+from jitscale.preparation.webdataset_info import counts_of, wrong_count
 
 FOREIGN = "foreign"  # the codec of shards that another program wrote
 
@@ -70,17 +73,23 @@ class Survey:
 
 
 def scan_shards(
-    paths: Sequence[Path], class_names: list[str] | None, workers: int, *, content: bool = True
+    paths: Sequence[Path],
+    class_names: list[str] | None,
+    workers: int,
+    *,
+    content: bool = True,
+    key: LabelKey = CLS,
 ) -> tuple[list[ShardScan], Classes, list[Defect]]:
     """Scan tars in parallel with a progress bar, and give every sample the number of its class, see `find_classes`.
 
     Returns the scans in the order of `paths`, the classes, and the defects of tars and labels. With `content`, sha256
-    and the sizes of the images are read too. Raises a DataError if a process died.
+    and the sizes of the images are read too. `key` says where the labels are. Raises a DataError if a process died.
     """
     found: dict[int, ShardScan] = {}
+    scan_one = partial(_scan, content=content, key=key)
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="scan", disable=not paths) as progress:
-        for number, found[number] in in_processes(partial(_scan, content=content), paths, workers, preload=[__name__]):
+        for number, found[number] in in_processes(scan_one, paths, workers, preload=[__name__]):
             progress.update(sizes[number])
     scans = [found[number] for number in range(len(paths))]
     coded = [CodedLabels(scan.index["label"].copy(), scan.names) for scan in scans]
@@ -93,31 +102,49 @@ def scan_shards(
     return scans, classes, defects
 
 
-def survey(tars: Tars, class_names: list[str] | None, workers: int, background: Background | None = None) -> Survey:
+def survey(
+    tars: Tars,
+    class_names: list[str] | None,
+    workers: int,
+    *,
+    key: LabelKey = CLS,
+    background: Background | None = None,
+) -> Survey:
     """Scan `tars` for what makes them shards; nothing is written. Mistakes in tars and labels are among the defects.
 
     The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
-    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. `background`
-    is that of transparent images; None: as the manifest that is there says, or white. Raises a DataError if there is no
-    sample at all, class names or a background come with a packing, or a process died.
+    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. `key` says
+    where the labels are. `background` is that of transparent images; None: as the manifest that is there says, or
+    white. Raises a DataError if there is no sample at all, class names, a key or a background come with a packing, the
+    tars of a folder are those of several splits, or a process died.
     """
     packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
         for given, option, fact in (
             (class_names, "--class-names", "named the classes"),
             (background, "--background", "chose the background"),
+            (key if key != CLS else None, "--label-key", "wrote cls"),
         ):
             if given is not None:
                 raise DataError(f"{tars.folder / MANIFEST}: came from packing, which {fact}; leave out {option}")
         tars = replace(tars, paths=[tars.folder / record.name for record in packed.shards])
         class_names = packed.class_names
-    scans, classes, defects = scan_shards(tars.paths, class_names, workers)
+    elif tars.whole_folder:
+        splits = splits_of_files([path.name for path in tars.paths])
+        if len(splits) > 1:
+            what = f"holds the tars of several splits ({' and '.join(sorted(splits.values()))})"
+            raise DataError(f"{tars.folder}: {what}; give those of one, for example '{tars.folder}/*train*.tar'")
+    scans, classes, defects = scan_shards(tars.paths, class_names, workers, key=key)
     if packed is not None:
         for scan, record in zip(scans, packed.shards, strict=True):
             if scan.record != record and not scan.defects:
                 defects.append(Defect(scan.path, None, "is not the shard that the manifest names; copy it again"))
         return Survey(tars, packed, scans, by_place(defects))
     records = [scan.record for scan in scans]
+    known = counts_of(tars.folder, {path.name for path in tars.paths}, whole=tars.whole_folder)
+    for scan in scans:
+        if wrong := wrong_count(known, scan.path.name, scan.record.samples):
+            defects.append(Defect(scan.path, None, wrong))
     total = sum(record.samples for record in records)
     if not total and not defects:
         raise DataError(f"{tars.folder}: {len(tars.paths)} tars without a single sample; choose another folder")
@@ -130,6 +157,7 @@ def survey(tars: Tars, class_names: list[str] | None, workers: int, background: 
         manifest = replace(manifest, background=tars.manifest.background)
     if background is not None:
         manifest = replace(manifest, background=str(background))
+    manifest = replace(manifest, label_key=str(key))
     return Survey(tars, manifest, scans, by_place(defects))
 
 
@@ -138,9 +166,9 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
     return sorted(defects, key=lambda defect: (defect.path, -1 if defect.byte is None else defect.byte))
 
 
-def _scan(path: Path, *, content: bool) -> ShardScan:
+def _scan(path: Path, *, content: bool, key: LabelKey) -> ShardScan:
     """One shard, in any process; mistakes in it are defects."""
-    tar = tar_index.survey_tar(path)
+    tar = tar_index.survey_tar(path, key)
     defects = list(tar.defects)
     if tar.unread_labels:
         defects.append(Defect(path, None, tar.unread_labels))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jitscale.data import tar_index
 from jitscale.data.find import Tars
 from jitscale.data.images import ImageError, decode
-from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
+from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord, label_key
 from jitscale.data.tar_index import Defect, TarSample
 from jitscale.errors import DataError
 from jitscale.files import sha256_of
@@ -91,7 +91,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
             defects.append(Defect(path, None, what))
         else:
             remedy = "write the shard again without it, or leave it: training replaces it"
-        scan = tar_index.survey_tar(path)
+        scan = tar_index.survey_tar(path, label_key(manifest))
         samples, skipped = len(scan.samples), scan.skipped
         labels, wrong_labels = _labels(path, manifest, scan.samples)
         defects += scan.defects + list(wrong_labels.values())

@@ -117,7 +117,7 @@ class Trainer:
         measured = (self.engine, self.ema, self.state, self.tracker)
         self.measurements = Measurements(config, world, shards, *measured, guide, self.end, self.stop_signal.check)
         if world.is_main:
-            for caution in cautions(config, self.end):
+            for caution in filter(None, [*cautions(config, self.end), shards.caution()]):
                 logger.warning("%s", caution)
         self.measurements.caution_about_final()
 

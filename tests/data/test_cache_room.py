@@ -12,11 +12,15 @@ import pytest
 
 from jitscale.data import cache
 from jitscale.data.cache import ShardCache
+from jitscale.data.find import find_tars
 from jitscale.data.manifest import ShardRecord
+from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar
+from jitscale.data.tar_labels import NOWHERE, LabelKey
 from jitscale.errors import DataError
+from jitscale.preparation.survey import survey
 from tests.data.caching import Context, content, joined, names
-from tests.support.pictures import tar_bytes
+from tests.support.pictures import numbered_png, samples_of, tar_bytes, write_tar
 from tests.support.servers import PATIENCE, Storage
 
 
@@ -190,11 +194,11 @@ def test_index_is_scanned_once(storage: Storage, tmp_path: Path, monkeypatch: py
 def _index(shards: ShardCache, url: str, record: ShardRecord, barrier: object) -> None:
     scanned = index_tar
 
-    def counted(path: Path, **options: object) -> object:
+    def counted(path: Path, *options: object) -> object:
         with Path(f"{path}.scans").open("a") as file:
             file.write("x")
         time.sleep(0.2)
-        return scanned(path, **options)  # type: ignore[arg-type]
+        return scanned(path, *options)  # type: ignore[arg-type]
 
     cache.index_tar = counted  # type: ignore[assignment]
     barrier.wait(PATIENCE)  # type: ignore[attr-defined]
@@ -219,7 +223,7 @@ def test_indexes_by_class_names_are_told_apart(storage: Storage, tmp_path: Path)
     assert shards.index(url, record, ["cat", "dog"])["label"].tolist() == [0, 1, 0]
     assert shards.index(url, record, ["dog", "cat"])["label"].tolist() == [1, 0, 1]
     assert shards.index(url, record, ["cat", "dog"])["label"].tolist() == [0, 1, 0]
-    assert shards.index(url, record, None, with_labels=False)["label"].tolist() == [-1, -1, -1]
+    assert shards.index(url, record, None, NOWHERE)["label"].tolist() == [-1, -1, -1]
     assert len(names(tmp_path, ".index.npy")) == 3
     with pytest.raises(DataError, match=f"{url}: cannot be indexed.*'cat'"):
         shards.index(url, record, None)
@@ -241,3 +245,14 @@ def test_damaged_index_is_scanned_again(
     np.testing.assert_array_equal(shards.index(url, record, None), index)
     assert path.read_bytes() == whole
     assert "again" in caplog.text
+
+
+def test_labels_are_where_the_manifest_says(storage: Storage, tmp_path: Path) -> None:
+    """Also in a copy of a remote shard, which is scanned."""
+    (tmp_path / "in").mkdir()
+    one = ("0.png", numbered_png(8, 0)), ("0.json", b'{"label": "dog"}')
+    write_tar(tmp_path / "in" / "0.tar", *one, ("1.png", numbered_png(8, 1)), ("1.json", b'{"label": "cat"}'))
+    survey(find_tars(str(tmp_path / "in")), None, 1, key=LabelKey.parse("json:label")).write()
+    for name in ("0.tar", "manifest.json"):
+        storage.add(name, (tmp_path / "in" / name).read_bytes())
+    assert samples_of(ShardSet.open(storage.url, 2, cache_dir=tmp_path / "cache")) == [(0, 1), (1, 0)]

@@ -71,6 +71,10 @@ def test_shards_of_either_kind_are_read_with_either_number_of_channels(tmp_path:
     expected["grey", 3] = np.repeat(colour[..., :1], 3, axis=3)
     for (name, channels), images in expected.items():
         shards = ShardSet.open(tmp_path / name, 1, 8, channels=channels)
+        stored = 1 if name == "grey" else 3
+        caution = shards.caution()
+        assert (caution is None) == (stored == channels)
+        assert caution is None or f"model.in_channels={stored} reads them as they are" in caution
         in_tars = np.concatenate(list(read_once(shards, range(6), 4, 0)))
         assert in_tars.shape == (6, 8, 8, channels)
         assert sorted(map(bytes, in_tars)) == sorted(map(bytes, images))

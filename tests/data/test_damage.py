@@ -248,6 +248,7 @@ CASES = [
     Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),
     Case("manifest that is no JSON", lambda f: (f / "manifest.json").write_text("{"), "cannot be read as a manifest"),
     Case("manifest with wrong types", lying(lambda m: m.update(num_classes="3")), "num_classes is '3'"),
+    Case("manifest with an unknown key of labels", lying(lambda m: m.update(label_key="txt")), "label_key is 'txt'"),
     Case("manifest with an unknown background", lying(lambda m: m.update(background="red")), "background is 'red'"),
     Case("manifest with two channels", lying(lambda m: m.update(channels=2)), "channels is 2, not 1 or 3"),
     Case("manifest with a shard without name", lying(lambda m: m["shards"][0].update(name=5)), "a shard's name is 5"),

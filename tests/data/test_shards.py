@@ -15,6 +15,7 @@ from jitscale.config import load_config
 from jitscale.data.manifest import Manifest
 from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.data.tar_index import NO_LABEL, index_tar
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.errors import DataError
 from jitscale.preparation.array_shards import write_shards
 from tests.support.pictures import number_of, numbered, numbered_png, samples_of, write_tar
@@ -138,7 +139,7 @@ def test_the_hash_says_what_the_shards_hold(tmp_path: Path) -> None:
 def test_without_classes_labels_are_neither_needed_nor_returned(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", ("a.png", numbered_png()), ("b.png", numbered_png()), ("b.cls", b"seven"))
     assert ShardSet.open(tmp_path, 0).read(0, 1)[1] == 0
-    assert index_tar(tmp_path / "a.tar", with_labels=False)["label"].tolist() == [NO_LABEL, NO_LABEL]
+    assert index_tar(tmp_path / "a.tar", NOWHERE)["label"].tolist() == [NO_LABEL, NO_LABEL]
     pack(tmp_path / "labelled")
     assert {label for _, label in samples_of(ShardSet.open(tmp_path / "labelled", 0))} == {0}
 

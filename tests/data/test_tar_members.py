@@ -213,16 +213,16 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
         ([("22.05.png", b"")], r"sample '22' has 0 images among \['05.png'\], .* write 22_05.png for 22.05.png"),
         (
             [("k.png", b""), ("k.json", b'{"label": 3}')],
-            "has no cls members, but k.json holds 'label', which is not read",
+            "1 members .json; k.json has the fields 'label'; pass --label-key json:label",
         ),
         (
             [("n01/1.png", b""), ("n02/2.png", b""), ("README.md", b"x")],
-            r"has no cls members, but images in 2 folders \(n01, n02\), which are not read as classes; unpack it",
+            r"has no cls members, but images lie in 2 folders \(n01, n02\); pass --labels folders",
         ),
         ([("train/cat/1.png", b""), ("val/cat/2.png", b""), ("3.png", b"")], r"2 folders \(train/cat, val/cat\)"),
         (
             [("k.png", b""), ("x/dataset.json", b"{}")],
-            r"but x/dataset.json, which seems to hold .* remove it to train",
+            r"but x/dataset.json, which seems to hold .* as --labels FILE; or pass --label-key none",
         ),
         ([("k.png", b""), ("metadata.csv", b"")], "but metadata.csv, which seems to hold labels"),
         ([("k.png", b""), ("k.label", b"1")], "but k.label, which seems to hold labels"),
@@ -235,8 +235,11 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
         ([("k.png", b""), ("list.jsonl", b'{"image": "k.png", "class": 3}')], "but list.jsonl, which seems"),
         ([("images/k.png", b""), ("val_annotations.txt", b"k.png\tn01\t0\t0\t9\t9")], "but val_annotations.txt, which"),
         ([("k.png", b""), ("labels.npy", b"")], "but labels.npy, which seems"),
-        ([("k.png", b""), ("k.json", b"{}"), ("l.png", b""), ("l.json", b'{"label": 3}')], "but l.json holds 'label'"),
-        ([("train/cat/1.png", b""), ("train/dog/2.png", b""), ("val/3.png", b"")], "but images in 3 folders"),
+        (
+            [("k.png", b""), ("k.json", b"{}"), ("l.png", b""), ("l.json", b'{"label": 3}')],
+            "l.json has the fields 'label'",
+        ),
+        ([("train/cat/1.png", b""), ("train/dog/2.png", b""), ("val/3.png", b"")], "but images lie in 3 folders"),
     ],
 )
 def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:

@@ -11,6 +11,7 @@ import webdataset
 
 from jitscale.data.find import find_tars
 from jitscale.data.tar_index import index_tar
+from jitscale.data.tar_labels import NOWHERE
 from jitscale.preparation.survey import Survey, survey
 from jitscale.preparation.verification import verify
 from tests.support import ROOT
@@ -40,7 +41,7 @@ def defects(folder: Path | str, workers: int = 1) -> list[str]:
 
 
 def offset(path: Path, row: int) -> int:
-    return int(index_tar(path, with_labels=False)[row]["offset"])
+    return int(index_tar(path, NOWHERE)[row]["offset"])
 
 
 def flip(path: Path, position: int) -> None:

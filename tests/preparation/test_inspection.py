@@ -13,6 +13,7 @@ from jitscale.data.images import encode
 from jitscale.data.manifest import BadInput
 from jitscale.data.shards import ShardSet
 from jitscale.data.tar_index import index_tar, save_array
+from jitscale.data.tar_labels import LabelKey
 from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.inspection import (
     CAPTION,
@@ -26,6 +27,7 @@ from jitscale.preparation.inspection import (
     random_positions,
     statistics,
 )
+from jitscale.preparation.survey import survey
 from tests.preparation.surveying import change_manifest
 from tests.support.pictures import number_of, numbered, numbered_png, write_tar
 
@@ -37,6 +39,14 @@ def photographs() -> list[npt.NDArray[np.uint8]]:
         random.integers(low, 256, (*shape, 3), np.uint8) for low, shape in zip((0, 50, 100, 0), shapes, strict=True)
     ]
     return [*images[:3], np.repeat(images[3][..., :1], 3, axis=-1)]
+
+
+def test_labels_are_where_the_manifest_says(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ("a.png", numbered_png()), ("a.json", b'{"x": 2}'))
+    survey(find_tars(str(tmp_path)), None, 1, key=LabelKey.parse("json:x")).write()
+    (tmp_path / "a.index.npy").unlink()
+    collection = collect(find_tars(str(tmp_path)), 1)
+    assert [index["label"].tolist() for index in collection.indices] == [[2]]
 
 
 def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from jitscale.errors import DataError, StorageError
 from jitscale.keyed_random import Purpose, permutation
 from jitscale.preparation.finding import find_sources
 from jitscale.preparation.packing import ShardTask, pack_shard
-from jitscale.preparation.packing_job import PackingJob, PackingOptions, default_most_bad
+from jitscale.preparation.packing_job import PackingJob, default_most_bad
+from jitscale.preparation.packing_plan import PackingOptions
 from tests.preparation.packing_jobs import (
     CLASSES,
     PER_CLASS,
@@ -260,7 +261,9 @@ def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x.png,1\n")
     assert "no/where: there is no such file or folder" in refused(*command("no/where", output))
     assert "empty: no image in it" in refused(*command(tmp_path / "empty", output))
-    assert "line 1: no column 'path'" in refused(*command(tmp_path / "a.csv", output))
+    assert "a.csv: has no lines with images below the columns 'x.png', '1'; begin it" in refused(
+        *command(tmp_path / "a.csv", output)
+    )
     assert "'0/4' is not I/N" in refused(*command(tree, output, "--part", "0/4"))
     assert "'5/4' is not I/N" in refused(*command(tree, output, "--part", "5/4"))
     assert "'gif' (choose from" in refused(*command(tree, output, codec="gif"))

@@ -19,9 +19,10 @@ import pytest
 from jitscale.data.manifest import Manifest
 from jitscale.data.tar_index import scan_tar
 from jitscale.errors import DataError
-from jitscale.preparation import packing_job, processes
+from jitscale.preparation import packing_job, packing_plan, processes
 from jitscale.preparation.finding import find_sources
-from jitscale.preparation.packing_job import PackingJob, PackingOptions
+from jitscale.preparation.packing_job import PackingJob
+from jitscale.preparation.packing_plan import PackingOptions
 from jitscale.preparation.sources import SourceTable
 from tests.preparation.packing_jobs import (
     PER_SHARD,
@@ -141,7 +142,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> 
         action()
         return find_sources(*arguments)
 
-    monkeypatch.setattr(packing_job, "find_sources", find)
+    monkeypatch.setattr(packing_plan, "find_sources", find)
 
 
 def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

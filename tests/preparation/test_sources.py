@@ -207,6 +207,9 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         assert inputs[1] == Source("/far/2.JPG", "jpg", 0)
     (tmp_path / "c.jsonl").write_text('{"path": "1.png", "label": 4}\n{"path": "2.png", "label": "2"}\n')
     assert find_sources([str(tmp_path / "c.jsonl")]).table["label"].tolist() == [4, 2]
+    (tmp_path / "e.csv").write_text("file_name,breed\n1.png,cat\n2.png,dog\n")
+    assert find_sources([str(tmp_path / "e.csv")], FindOptions(label_column="breed")).class_names == ["cat", "dog"]
+    assert find_sources([str(tmp_path / "e.csv")], FindOptions(labels="none")).num_classes == 0
     (tmp_path / "d.csv").write_text("path\n1.png\n")
     assert find_sources([str(tmp_path / "d.csv")]).num_classes == 0
 
@@ -259,7 +262,7 @@ def test_tables_that_make_no_sense_are_refused(
         ('{"path": "a.png", "label": ' + "1" * 5000 + "}", "line 1: no JSON"),
         ('{"path": "a.png", "label": "' + "1" * 5000 + '"}', "line 1: label '1+' is neither a class number"),
         ('["a.png"]\n', "line 1: no object; write"),
-        ('{"label": 1}\n', "line 1: has no path"),
+        ('{"label": 1}\n', "line 1: no column 'path' among 'label'; begin"),
         ('{"path": "a.png", "class": 1}\n', "line 1: no 'label' among 'path', 'class'"),
         ('{"path": "a.png", "label": 1.5}\n', "line 1: label 1.5 is neither an integer nor a name"),
         ('{"path": "a.png", "label": true}\n', "line 1: label True is neither"),

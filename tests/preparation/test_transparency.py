@@ -14,7 +14,8 @@ from jitscale.data.manifest import Manifest
 from jitscale.data.shards import ShardSet
 from jitscale.errors import DataError
 from jitscale.preparation.inspection import TILE, collect, contact_sheet, look, statistics
-from jitscale.preparation.packing_job import PackingJob, PackingOptions
+from jitscale.preparation.packing_job import PackingJob
+from jitscale.preparation.packing_plan import PackingOptions
 from tests.preparation.packing_jobs import (
     RESOLUTION,
     alone,
@@ -67,7 +68,7 @@ def test_hidden_colours_stay_hidden(tmp_path: Path, codec: str, background: str)
     assert defects(output) == []
     collection = collect(find_tars(str(output)), 1)
     assert collection.manifest_hash == shards.manifest_hash
-    contact_sheet(collection, tmp_path / "sheet.png", 0)
+    (tmp_path / "sheet.png").write_bytes(contact_sheet(collection, 0))
     with Image.open(tmp_path / "sheet.png") as sheet:
         tiles = np.asarray(sheet.convert("RGB"))[4 + TILE // 2, 4 + TILE * 3 // 4 :: TILE + 4][:6]
     assert sorted(map(tuple, tiles.tolist())) == sorted([COLOURS.get(background, (0, 255, 0))] * 5 + [(0, 255, 0)])

@@ -43,6 +43,13 @@ def test_a_configuration_from_the_manifest(shards: Path, tmp_path: Path) -> None
     assert "insects.yaml: exists already; remove it or choose another --output" in refused.err
 
 
+def test_grey_shards_get_a_grey_network(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 1), np.uint8)
+    write_shards(images, np.arange(COUNT) % 3, tmp_path / "grey")
+    config = made(tmp_path / "grey", tmp_path / "grey.yaml", "--device", "cpu")
+    assert config.model.in_channels == 1
+
+
 def test_for_another_machine_with_gpus(shards: Path, tmp_path: Path) -> None:
     options = ("--device", "cuda", "--gpus", 8, "--gpu-memory", 80, "--size", "medium")
     config = made(shards, tmp_path / "cluster.yaml", *options)

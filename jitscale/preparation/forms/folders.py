@@ -1,46 +1,173 @@
-"""Folders of images: a folder for each class, or images without classes."""
+"""Folders of images, and archives as if they were folders: classes by folder or by a file of labels, or none."""
 
-import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+from jitscale.data.images import EXTENSIONS
 from jitscale.errors import DataError
-from jitscale.preparation.forms.layouts import refuse_label_file, refuse_splits, say_if_one_class
-from jitscale.preparation.forms.listing import Listing, entries_of, is_folder
-from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
+from jitscale.preparation.forms.archives import tree_of_zip, unwrapped
+from jitscale.preparation.forms.label_files import (
+    EDM,
+    Picture,
+    equal_buckets,
+    labelled,
+    labelled_by,
+    metadata_in,
+    read_edm,
+    read_metadata,
+)
+from jitscale.preparation.forms.layouts import (
+    are_buckets,
+    of_one_split,
+    part_of,
+    refuse_label_file,
+    refuse_splits,
+    say_if_one_class,
+)
+from jitscale.preparation.forms.listing import Listing, Tree
+from jitscale.preparation.forms.search import PICTURES, Images, Search, extension_of
+
+_LATENTS = re.compile(r"img-mean-std-\d+\.npy")  # of EDM2's encoder
+_LARGEST_EDM = 1 << 30  # bytes
 
 
-def images_in_folder(search: Search, listing: Listing) -> Images:
-    """The images of a folder: those below each of its folders, which is their class, or its own, without classes."""
-    folder, pictures = listing.folder, listing.paths(*PICTURES)
-    others = [name for name in listing.files if extension_of(name) not in PICTURES]
-    search.ignored.update(map(extension_of, others))
-    for name in others:
-        refuse_label_file(str(folder / name), pictures)
+def images_in_folder(search: Search, tree: Tree) -> Images:
+    """The images of a folder.
+
+    Their labels are those of a file that the user names, of EDM's dataset.json or of a metadata file; else the names of
+    the first folders; and none where the images lie in the folder itself, or in numbered buckets.
+    """
+    labels = search.option("labels")
+    metadata = metadata_in(tree) if labels is None else None
+    whole, (tree, part) = tree, part_of(search, tree, has_labels=EDM in tree.files or metadata is not None)
+    if labels == "folders":
+        yield from _in_classes(search, tree, trusted=True)
+        return
+    if labels is None and metadata is None:
+        metadata = metadata_in(tree)
+    if labels is None and metadata is None and EDM not in tree.files:
+        if not are_buckets(tree):
+            yield from _in_classes(search, tree, trusted=False)
+            return
+        what = f"the folders {tree.folders[0]} to {tree.folders[-1]} hold a thousand images each by number"
+        search.note(f"{tree.place}: {what}, and are no classes; --labels folders takes them for classes")
+    refuse_splits(tree.place, tree.folders, search.known)
+    pictures = _pictures(search, tree, extensions=EXTENSIONS if EDM in tree.files else PICTURES)
+    if labels not in (None, "none"):
+        yield from labelled_by(search, tree, list(pictures), Path(labels))
+    elif labels is None and EDM in tree.files:
+        yield from _of_edm(search, tree, pictures)
+    elif labels is None and metadata is not None:
+        holder, inside = (whole, part) if metadata in whole.files else (tree, "")
+        yield from labelled(search, pictures, read_metadata(search, holder, metadata, inside))
+    else:
+        yield from (found for _, found in pictures)
+
+
+def first_image(tree: Tree) -> str | None:
+    """The path of an image in `tree`, or the folders in it."""
+    for name in tree.files:
+        if extension_of(name) in PICTURES:
+            return tree.path_of(name)
+    return next((path for name in tree.folders if (path := first_image(tree.below(name))) is not None), None)
+
+
+def has_zips(listing: Listing) -> bool:
+    """Whether a folder holds zips, and neither images nor folders."""
+    return bool(listing.paths("zip")) and not listing.folders and not listing.paths(*PICTURES)
+
+
+def images_in_folder_of_zips(search: Search, listing: Listing) -> Images:
+    """The images of all zips of a folder, of one split."""
+    for path in of_one_split(search, listing.folder, listing.paths("zip")):
+        yield from images_in_zip(search, Path(path))
+
+
+def images_in_zip(search: Search, path: Path) -> Images:
+    """The images of a zip, which lie in it as in a folder."""
+    yield from images_in_folder(search, unwrapped(search, tree_of_zip(path)))
+
+
+def _of_edm(search: Search, tree: Tree, pictures: Iterator[Picture]) -> Images:
+    """The images beside EDM's dataset.json."""
+    file = read_edm(search, tree.path_of(EDM), tree.read(EDM, _LARGEST_EDM))
+    if file is not None and equal_buckets(tree, file):
+        what = "classes are the folders of a thousand images each, as of EDM's FFHQ, and are none"
+        search.note(f"{file.place}: {what}; --labels {file.place} takes them for classes")
+        file = replace(file, labels={name: (None, place) for name, (_, place) in file.labels.items()})
+    if file is None:
+        yield from (found for _, found in pictures)
+    else:
+        yield from labelled(search, pictures, file, strict=True)
+
+
+def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
+    """The images below each folder, which is their class, or those of `tree` itself, without classes.
+
+    Files that look like labels are refused, unless the user trusts the folders.
+    """
+    here = list(_files(search, tree, "", PICTURES, refuse_labels=not trusted))
     classes = set()
-    for name in listing.folders:
-        for path in _pictures_below(search, str(folder / name)):
-            classes.add(name)
-            yield Found(path, extension_of(path), name, path)
-    if classes and pictures:
-        found = f"folders of classes ({len(classes)}) and images without a class ({len(pictures)})"
-        raise DataError(f"{folder}: holds {found}; keep one kind in a folder")
-    refuse_splits(folder, classes, search.known, listing.folders)
-    say_if_one_class(folder, classes, search.known)
-    for path in pictures:
-        yield Found(path, extension_of(path), None, path)
+    for name in tree.folders:
+        try:
+            for _, found in _pictures(search, tree.below(name), refuse_labels=not trusted):
+                classes.add(name)
+                yield found._replace(label=name)
+        except DataError:  # such as a file of labels; that of a split is no fault once the split is chosen
+            refuse_splits(tree.place, tree.folders, search.known)
+            raise
+        if name not in classes:
+            search.skipped.append(f"{tree.path_of(name)}/ (no image)")
+    if classes and here:
+        found_both = f"folders of classes ({len(classes)}) and images without a class ({len(here)})"
+        raise DataError(f"{tree.place}: holds {found_both}; keep one kind in a folder")
+    if trusted and not classes:
+        raise DataError(f"{tree.place}: no folder in it holds images, which --labels folders needs; leave it away")
+    refuse_splits(tree.place, classes, search.known, tree.folders)
+    say_if_one_class(tree.place, classes, search.known)
+    yield from (found for _, found in here)
 
 
-def _pictures_below(search: Search, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths of the images in `folder` and the folders in it; `above` are those that led here."""
-    here = os.path.realpath(folder)
-    for entry in entries_of(folder):
-        if is_folder(entry):
-            real = os.path.realpath(entry.path)
-            if entry.is_symlink() and ((here + "/").startswith(real + "/") or real in above):
-                raise DataError(f"{entry.path}: is a link to a folder that holds it, without end; remove it")
-            yield from _pictures_below(search, entry.path, (*above, here))
-        elif (extension := extension_of(entry.name)) in PICTURES:
-            yield entry.path  # packing lists it as a bad input if it cannot be read
-        else:
-            refuse_label_file(entry.path)
-            search.ignored[extension] += 1
+def _pictures(
+    search: Search,
+    tree: Tree,
+    above: str = "",
+    *,
+    extensions: tuple[str, ...] = PICTURES,
+    refuse_labels: bool = False,
+) -> Iterator[Picture]:
+    """The images in `tree` and the folders in it; other files are counted. `above` leads to `tree`, with a slash."""
+    yield from _files(search, tree, above, extensions, refuse_labels=refuse_labels)
+    for name in tree.folders:
+        below = tree.below(name)
+        yield from _pictures(search, below, f"{above}{name}/", extensions=extensions, refuse_labels=refuse_labels)
+
+
+def _files(
+    search: Search, tree: Tree, above: str, extensions: tuple[str, ...], *, refuse_labels: bool
+) -> Iterator[Picture]:
+    """The images in `tree` itself."""
+    search.skipped += [f"{tree.path_of(name)} (hidden)" for name in tree.hidden]
+    pictures = [name for name in tree.files if extension_of(name) in extensions]
+    for name in tree.files:
+        if extension_of(name) in extensions:
+            if _LATENTS.fullmatch(name):
+                _refuse_latents(tree, name)
+            yield above + name, tree.image(name)
+            continue
+        if _LATENTS.fullmatch(name):
+            _refuse_latents(tree, name)
+        if refuse_labels:
+            _refuse_label_file(tree, name, pictures)
+        search.ignored[extension_of(name)] += 1
+
+
+def _refuse_label_file(tree: Tree, name: str, pictures: list[str]) -> None:
+    refuse_label_file(tree.path_of(name), pictures, lambda most: tree.read(name, most))
+
+
+def _refuse_latents(tree: Tree, name: str) -> None:
+    what = "holds VAE latents of EDM2, not pixels"
+    raise DataError(f"{tree.path_of(name)}: {what}; give the zip or folder that they were made from")

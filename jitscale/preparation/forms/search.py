@@ -12,7 +12,8 @@ from jitscale.preparation.labels import parse_label
 from jitscale.preparation.sources import NO_GROUP, Storage
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions of images in folders, zips and tars of tars
-FORMS_REMEDY = "give a folder of images, tars or a pattern of them, or a .csv or .jsonl with paths"
+UNREAD_PICTURES = ("bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "heic", "jfif", "jp2")  # of images, likewise
+FORMS_REMEDY = "give a folder of images, tars or a pattern of them, a .zip, or a .csv or .jsonl with paths"
 
 Label = int | str | None  # a class number, a class name, or none
 
@@ -49,10 +50,12 @@ class Search:
 
     options: FindOptions
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
+    skipped: list[str] = field(default_factory=list)  # folders that are passed over, with the reason
     notes: list[str] = field(default_factory=list)  # what the user should know, in lines
     names: list[str] | None = None  # of the classes, where an input says them and the user did not
     _named_by: str = ""
     _groups: int = 0
+    labels_read: bool = False  # the file that the user named; it is for one folder or archive
     _used: set[str] = field(default_factory=set)  # options that an input needed
 
     @property

@@ -1,18 +1,21 @@
-"""webdataset tars, and tars of tars as ImageNet is published; both are read in place."""
+"""webdataset tars, tars of folders, and tars of tars as ImageNet is published; all are read in place."""
 
 import os
 from pathlib import Path, PurePosixPath
 
 from jitscale.data.tar_index import sound_scan
+from jitscale.data.tar_labels import CLS, LabelKey
 from jitscale.data.tar_members import LOST_LINK, is_hidden
 from jitscale.errors import DataError
-from jitscale.preparation.forms.folders import images_in_folder
+from jitscale.preparation.forms.archives import tree_of_tar, unwrapped
+from jitscale.preparation.forms.folders import first_image, images_in_folder
 from jitscale.preparation.forms.imagenet import described_wnids, is_flat, labels_of_flat
-from jitscale.preparation.forms.layouts import refuse_splits, refuse_tars_of_splits
+from jitscale.preparation.forms.layouts import of_one_split, refuse_label_file, refuse_splits
 from jitscale.preparation.forms.listing import Listing
 from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
 from jitscale.preparation.forms.tars_of_tars import is_tar_of_tars, members_within
 from jitscale.preparation.sources import Storage
+from jitscale.preparation.webdataset_info import INFO, counts_of, wrong_count
 
 
 def has_tars(listing: Listing) -> bool:
@@ -21,15 +24,40 @@ def has_tars(listing: Listing) -> bool:
 
 
 def images_in_folder_of_tars(search: Search, listing: Listing) -> Images:
-    """The images of all tars of a folder, beside which no others may lie."""
+    """The images of all tars of a folder, beside which no others may lie; of one split."""
     folder, tars = listing.folder, listing.paths("tar")
-    others = Listing(folder, listing.folders, [name for name in listing.files if extension_of(name) in PICTURES])
-    if (image := next(images_in_folder(search, others), None)) is not None:
-        what = f"holds images, such as {image.path}, and tars ({len(tars)})"
+    if (image := first_image(listing)) is not None:
+        what = f"holds images, such as {image}, and tars ({len(tars)})"
         raise DataError(f"{folder}: {what}; keep one kind in a folder")
-    refuse_tars_of_splits(folder, tars)
-    for path in tars:
-        yield from images_in_tar(search, Path(path))
+    others = _others(search, listing)
+    tars = of_one_split(search, folder, tars)
+    counts = counts_of(folder, {PurePosixPath(path).name for path in tars}, whole=True)
+    labelled = False
+    for path in map(Path, tars):
+        found = 0
+        for one in images_in_tar(search, path):
+            labelled |= one.label is not None
+            found += 1
+            yield one
+        if wrong := wrong_count(counts, path.name, found):
+            raise DataError(f"{path}: {wrong}")
+    if not labelled and search.options.labels is None and search.options.label_key is None:
+        for name in others:
+            refuse_label_file(str(folder / name))
+
+
+def _others(search: Search, listing: Listing) -> list[str]:
+    """The files beside the tars, but for those that describe them; all are passed over, and counted."""
+    stems = {PurePosixPath(name).stem for name in listing.files if extension_of(name) == "tar"}
+    others = [name for name in listing.files if extension_of(name) != "tar" and name != INFO]
+    described = [name for name in others if PurePosixPath(name).stem.removesuffix("_stats") in stems]
+    metadata = [name for name in described if extension_of(name) in ("parquet", "json")]
+    if metadata:
+        what = f"{len(metadata)} files such as {metadata[0]} describe the tars, as of img2dataset, and are passed over"
+        search.note(f"{listing.folder}: {what}")
+    rest = [name for name in others if name not in set(described)]
+    search.ignored.update(map(extension_of, rest))
+    return rest
 
 
 def images_in_tar(search: Search, path: Path) -> Images:
@@ -37,12 +65,18 @@ def images_in_tar(search: Search, path: Path) -> Images:
     if is_tar_of_tars(path):
         yield from _in_tar_of_tars(search, path)
         return
-    scan = sound_scan(path)
+    if search.options.labels not in (None, "none"):
+        yield from images_in_folder(search, unwrapped(search, tree_of_tar(search, path)))
+        return
+    key = LabelKey.parse("none" if search.without_labels() else search.option("label_key"))
+    scan = sound_scan(path, key)
     if scan.unread_labels:
         raise DataError(f"{path}: {scan.unread_labels}")
     search.ignored.update(scan.skipped)
     unlabelled = [sample.key for sample in scan.samples if sample.label is None]
     label_of = labels_of_flat(search, path, unlabelled) if is_flat(unlabelled) else lambda key: None
+    if (there := scan.skipped["json"]) and key == CLS and all(sample.label is None for sample in scan.samples):
+        search.note(f"{path}: {there} members .json, none .cls; --label-key json:KEY reads labels from a field of them")
     for sample in scan.samples:
         place = f"{path}: byte {sample.offset if sample.label is None else sample.label_offset}"
         label = label_of(sample.key) if sample.label is None else search.label(sample.label, place)
