@@ -4,6 +4,7 @@
     python tools/make_shards.py --input photos/ --output photos_512 --resolution 512 --codec webp
     python tools/make_shards.py --input 'old-{0000..0127}.tar' --output new --resolution 256 --codec png
     python tools/make_shards.py --input list.csv --output listed --resolution 256 --codec original
+    python tools/make_shards.py --input hub_data/ --split train --output hub_256 --resolution 256 --codec webp
 
 An input is a folder or a zip with a folder of images for each class (or images alone: no labels), or with EDM's
 dataset.json or a metadata.csv, .jsonl or .parquet; Parquet or Arrow files; webdataset tars (a file, a folder of them, a

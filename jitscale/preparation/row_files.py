@@ -1,7 +1,7 @@
 """Files whose rows hold images, Parquet and Arrow. All that is asked of pyarrow, an extra, is here.
 
 Rows come in batches, in the order of the file, and only the columns that are asked for are read: memory stays bounded.
-Rows of a group, a row group of Parquet or a batch of Arrow, lie together.
+Rows of a group lie together: a row group of Parquet, or all rows of an Arrow file.
 """
 
 import io
@@ -23,6 +23,9 @@ from jitscale.preparation.sources import Storage, is_address
 
 _IMAGES = 64  # rows with images of one batch
 _BUFFER = 1 << 20  # bytes that are read at once; without it pyarrow holds the images of a whole row group
+_MAPPED = 100  # rows of a mapped stream that are read one after the other
+_DECODED = 1000  # likewise of a row group, since to begin within it all before has to be decoded
+_PASSED_OVER = 8 << 30  # bytes of one row group that may be decoded so
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _FILE_MAGIC = b"ARROW1"  # of an Arrow file with a footer
 _BYTES, _PATH = "bytes", "path"  # fields of an image's struct, as the Hugging Face hub has it
@@ -69,6 +72,15 @@ class Batch:
         return array.field(fields[name]) if name in fields else None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How the images of a group lie there."""
+
+    without_bytes: bool  # all of them, as far as is known: a path at most
+    mean: int  # bytes of an image
+    together: int  # so many rows should be read one after the other
+
+
 class RowFile(ABC):
     """An open file of rows."""
 
@@ -84,8 +96,8 @@ class RowFile(ABC):
         """
 
     @abstractmethod
-    def stored(self, image: str, batch: Batch) -> tuple[bool, int]:
-        """Whether the images near `batch` are known to have no bytes, but a path at most, and their mean bytes."""
+    def stored(self, image: str, batch: Batch) -> Stored:
+        """How the images of the column `image` lie in the group of `batch`."""
 
     @abstractmethod
     def end_of_way(self, batch: Batch) -> int:
@@ -171,13 +183,16 @@ class _ParquetRows(RowFile):
     def end_of_way(self, batch: Batch) -> int:
         return self._starts[batch.group + 1]
 
-    def stored(self, image: str, batch: Batch) -> tuple[bool, int]:
+    def stored(self, image: str, batch: Batch) -> Stored:
         chunk = self._file.metadata.row_group(batch.group).column(self._numbers[self.bytes_of(image)])
         rows = self._starts[batch.group + 1] - self._starts[batch.group]
         counts = chunk.statistics
         empty = counts is not None and counts.has_null_count and counts.null_count == rows
         empty = empty or chunk.physical_type != "BYTE_ARRAY"  # of a column in which pandas met no value
-        return empty, chunk.total_uncompressed_size // rows
+        size = max(chunk.total_uncompressed_size, 1)
+        blocks = min(-(-rows // _DECODED), max(_PASSED_OVER // size, 1))
+        together = -(-rows // blocks)
+        return Stored(empty, size // rows, together)
 
 
 class _ArrowRows(RowFile):
@@ -196,20 +211,22 @@ class _ArrowRows(RowFile):
 
     def batches(self, columns: Sequence[str], rows: int = 0, start: int = 0) -> Iterator[Batch]:
         first = 0
-        for group, batch in enumerate(self._all_batches()):
+        for batch in self._all_batches():
             if first + len(batch) > start:
                 size = rows or len(batch) or 1
                 for at in range(0, len(batch), size):
                     part = batch.slice(at, size)
-                    yield Batch(first + at, group, len(part), part)
+                    yield Batch(first + at, 0, len(part), part)
             first += len(batch)
 
     def end_of_way(self, batch: Batch) -> int:
         return sys.maxsize  # batches that are passed over are only mapped
 
-    def stored(self, image: str, batch: Batch) -> tuple[bool, int]:
+    def stored(self, image: str, batch: Batch) -> Stored:
         found = batch.images(image)
-        return found.null_count == batch.rows, found.nbytes // batch.rows
+        # Batches of a file with a footer may be compressed: they are read in turn. Those of a stream hardly ever are.
+        together = sys.maxsize if self._has_footer else _MAPPED
+        return Stored(found.null_count == batch.rows, found.nbytes // batch.rows, together)
 
     def _all_batches(self) -> Iterator[Any]:
         reader = self._reader()

@@ -59,57 +59,63 @@ def test_an_address_is_packed_by_worker_processes(hub: Path, tmp_path: Path) -> 
     assert "is there already" in out, err
 
 
-def in_process(code: str, *arguments: str) -> str:
-    """What Python says last, in a process that finds the hub of the test."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    return (done.stdout + done.stderr).strip().splitlines()[-1]
-
-
 FIND = """
 import sys
+from jitscale.errors import DataError
 from jitscale.preparation.finding import find_sources
 from jitscale.preparation.forms.search import FindOptions
-for address in sys.argv[2:]:
-    table = find_sources([address], FindOptions(split=sys.argv[1] or None))
-    print(len(table), table.class_names, table.notes, table[0].path, end="|")
+for pair in sys.argv[1:]:
+    split, _, addresses = pair.partition("|")
+    try:
+        table = find_sources(addresses.split(), FindOptions(split=split or None))
+        print(len(table), table.class_names, table[0].path)
+    except DataError as error:
+        print(error)
 """
 
 
+def said_of(*pairs: str) -> list[str]:
+    """What is found at each SPLIT|ADDRESSES, or the refusal, by a process that finds the hub of the test."""
+    done = subprocess.run([sys.executable, "-c", FIND, *pairs], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(pairs), done.stderr
+    return lines
+
+
 def test_addresses(hub: Path) -> None:
-    train = "data/train-00000-of-00001.parquet"
-    name = "hf://datasets/we/letters"
-    for address in (name, f"{name}/data", f"{name}/data/*.parquet", f"{name}/{train}"):
-        said = in_process(FIND, "train", address)
-        assert said.startswith(f"{ROWS} {NAMES} ")
-        assert said.endswith(f" {name}/{train}|")
-    assert "/data/*.parquet: holds the splits test, train" in in_process(FIND, "", f"{name}/data/*.parquet")
+    name, train = "hf://datasets/we/letters", "data/train-00000-of-00001.parquet"
+    found = f"{ROWS} {NAMES} {name}/{train}"
+    places = ("", "/data", "/data/*.parquet", f"/{train}")
+    *said, asked = said_of(*(f"train|{name}{place}" for place in places), f"|{name}/data/*.parquet")
+    assert said == [found] * 4
+    assert f"{name}/data/*.parquet: holds the splits test, train by the names of its files; pass --split" in asked
     hub.rename(hub.parent / "letters@1a2b")
-    assert in_process(FIND, "test", f"{name}@1a2b").startswith(f"1 {NAMES} ")
+    assert said_of(f"test|{name}@1a2b") == [f"1 {NAMES} {name}@1a2b/data/test-00000-of-00001.parquet"]
 
 
 def test_addresses_that_are_refused(hub: Path) -> None:
-    assert "hf://we/letters: is no data set's address; write hf://datasets/OWNER/NAME" in in_process(
-        FIND, "", "hf://we/letters"
-    )
-    assert "hf://datasets/we/none: there is no such file; correct" in in_process(FIND, "", "hf://datasets/we/none")
     (hub.parent / "tars").mkdir()
     (hub.parent / "tars" / "a.tar").write_bytes(b"x")
-    line = in_process(FIND, "", "hf://datasets/we/tars")
-    download = "hf download we/tars --repo-type dataset --local-dir FOLDER"
-    assert f"holds no Parquet files, but .tar 1; download it ({download}) and give the folder" in line
     mine = hub / "mine.png"
     mine.write_bytes(file_bytes(pictures(1)[0]))
-    far = pa.table({"image": [{"bytes": None, "path": str(mine)}]})
-    write(far, hub.parent / "far" / "a.parquet")
-    assert f"row 0 names {mine}, which is not here" in in_process(FIND, "", "hf://datasets/we/far")
-    twice = "find_sources(['hf://datasets/we/letters', 'hf://datasets/we/letters/'])"
-    assert "is given twice" in in_process(f"from jitscale.preparation.finding import find_sources; {twice}")
+    write(pa.table({"image": [{"bytes": None, "path": str(mine)}]}), hub.parent / "far" / "a.parquet")
+    places = ["hf://we/letters", *(f"hf://datasets/we/{name}" for name in ("none", "tars", "far"))]
+    twice = "hf://datasets/we/letters hf://datasets/we/letters/"
+    model, none, tars, far, same = said_of(*(f"|{place}" for place in (*places, twice)))
+    assert "hf://we/letters: is no data set's address; write hf://datasets/OWNER/NAME" in model
+    assert "hf://datasets/we/none: there is no such file; correct" in none
+    download = "hf download we/tars --repo-type dataset --local-dir FOLDER"
+    assert f"holds no Parquet files, but .tar 1; download it ({download}) and give the folder" in tars
+    assert (
+        f"row 0 names {mine}, which is not here" in far
+    )  # though it is: another machine may not name files of this one
+    assert "is given twice" in same
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "huggingface_hub.py").write_text("raise ModuleNotFoundError('none', name='huggingface_hub')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    line = in_process(FIND, "", "hf://datasets/we/letters")
+    (line,) = said_of("|hf://datasets/we/letters")
     assert "hf://datasets/we/letters: the package that reads it is not installed" in line
     assert line.endswith("pip install 'jitscale[hub]'")
 

@@ -13,7 +13,7 @@ import pytest
 from jitscale.data.manifest import Manifest
 from jitscale.data.tar_index import LARGEST_LABEL, NO_LABEL
 from jitscale.preparation.reading import SourceReader
-from jitscale.preparation.sources import Storage
+from jitscale.preparation.sources import SourceTable, Storage
 from tests.preparation.packing_jobs import alone, command, finish, images_and_labels, refused_input, start
 from tests.preparation.row_inputs import (
     NAMES,
@@ -63,13 +63,28 @@ def test_what_the_library_writes_is_packed_by_worker_processes(tmp_path: Path) -
     assert Manifest.read(tmp_path / "out" / "manifest.json").class_names == NAMES
 
 
+def runs(table: SourceTable) -> list[int]:
+    """How many rows stay neighbours in a random order, block by block."""
+    rows = np.array([table[int(number)].offset for number in table.order(seed=1)])
+    assert sorted(rows) == list(range(len(rows)))
+    ends = np.flatnonzero(np.diff(rows, append=-2) != 1)
+    return np.diff(ends, prepend=-1).tolist()
+
+
 def test_rows_of_a_group_stay_neighbours(tmp_path: Path) -> None:
     table = found(write(rows(30, label=[0] * 30), tmp_path / "a.parquet", row_group_size=5))
-    order = table.order(seed=1)
-    assert [table[int(number)].offset % 5 for number in order] == [0, 1, 2, 3, 4] * 6
-    assert order.tolist() != list(range(30))
+    assert all(length % 5 == 0 for length in runs(table))
+    assert len(runs(table)) > 3
     assert {table[0].storage, table[29].storage} == {Storage.PARQUET}
     assert table[7].place == f"{tmp_path}/a.parquet: row 7"
+
+
+def test_a_large_row_group_of_small_images_is_cut_into_blocks(tmp_path: Path) -> None:
+    images = [{"bytes": file_bytes(pictures(1)[0]), "path": None}] * 9500
+    table = found(write(pa.table({"image": images, "label": [0] * 9500}), tmp_path / "a.parquet"))
+    assert len(runs(table)) > 5
+    assert all(length % 950 == 0 for length in runs(table))
+    assert table.notes == []
 
 
 def test_rows_are_read_in_any_order(tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(damaged)
         assert "a.parquet: is damaged, or written as pyarrow cannot read" in refused_input("--input", tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    assert "a.parquet: " in refused_input("--input", tmp_path / "a.parquet")
+    line = "a.parquet: is neither a folder, a .tar, a .parquet, a .csv nor a .jsonl by its first bytes"
+    assert line in refused_input("--input", tmp_path)
+    assert line in refused_input("--input", tmp_path / "a.parquet")
 
 
 def test_a_damaged_row_group_costs_its_images_only(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def kind_of(path: Path) -> Kind:
     kind = _kind_by(path, head := _head_of(path))
     if kind is None:
         _refuse(path, head)
-        raise DataError(f"{path}: is neither a folder, a .tar, a .parquet, a .csv nor a .jsonl; {FORMS_REMEDY}")
+        raise DataError(
+            f"{path}: is neither a folder, a .tar, a .parquet, a .csv nor a .jsonl by its first bytes; {FORMS_REMEDY}"
+        )
     return kind
 
 

@@ -28,6 +28,7 @@ _ROWS = ("parquet", "arrow", "feather")  # extensions of such files
 _TABLE = "metadata.parquet"  # of an image folder, beside the images
 _CACHED = "cache-"  # results of map and filter, beside a data set in a cache of `datasets`
 _LEVELS = 3  # of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
+_LONG = 2000  # rows that are too many to stay in their order: training mixes neighbours in a window
 _BATCH = 8192  # rows without their images
 
 
@@ -95,21 +96,27 @@ def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], describ
 def _images_of(search: Search, file: RowFile, storage: Storage, columns: Columns, check: WnidCheck) -> Images:
     path_of = file.path_of(columns.image)
     asked = [name for name in (path_of, columns.label) if name]
-    last = group = -1
+    group = first = last = -1  # the group of `file` and its first row; the last block of rows within it
     for batch in _batches(file, asked):
-        if batch.group != last:
-            last, group = batch.group, search.new_group()
-        empty, mean = file.stored(columns.image, batch)
+        if batch.group != group:
+            group, first, last = batch.group, batch.first, -1
+        stored = file.stored(columns.image, batch)
         labels = [None] * batch.rows if columns.label is None else batch.values(columns.label)
         for row, (value, path) in enumerate(zip(labels, batch.paths(columns.image), strict=True), start=batch.first):
             place = f"{file.path}: row {row}"
             label = _label(search, value, place, columns)
             if isinstance(label, int) and path and search.options.class_names is None:
                 check.see(path, label, place)
-            if empty:
+            if stored.without_bytes:
                 yield _named(file.path, row, path, label, place)
-            else:
-                yield Found(file.path, "", label, place, row, mean, storage, group)
+                continue
+            block, at = divmod(row - first, stored.together)
+            if block != last:
+                last, together = block, search.new_group()
+            if at == _LONG:
+                what = "many rows stay in their order, which costs least to read; if they are sorted by class"
+                search.note(f"{file.path}: {what}, write it again as Parquet with row_group_size=100")
+            yield Found(file.path, "", label, place, row, stored.mean, storage, together)
 
 
 def _batches(file: RowFile, columns: Sequence[str]) -> Iterator[Batch]:
