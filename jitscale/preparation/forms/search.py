@@ -13,7 +13,9 @@ from jitscale.preparation.sources import NO_GROUP, Storage
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions of images in folders, zips and tars of tars
 UNREAD_PICTURES = ("bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "heic", "jfif", "jp2")  # of images, likewise
-FORMS_REMEDY = "give a folder of images, tars or a pattern of them, a .zip, or a .csv or .jsonl with paths"
+FORMS_REMEDY = (
+    "give a folder of images, tars or a pattern of them, a .zip, Parquet files, or a .csv or .jsonl with paths"
+)
 
 Label = int | str | None  # a class number, a class name, or none
 

@@ -150,7 +150,7 @@ def _parquet_rows(file: IO[bytes], place: str) -> Iterator[Row]:
         from pyarrow import ArrowException  # noqa: PLC0415  # an extra
         from pyarrow.parquet import ParquetFile  # noqa: PLC0415
     except ImportError as error:
-        raise DataError(f"{place}: pyarrow reads it and is missing; pip install 'jitscale[parquet]'") from error
+        raise DataError(f"{place}: needs {error.name}, which is missing; pip install 'jitscale[parquet]'") from error
     number = 0
     with data_error(f"{place}: cannot be read as parquet", "write it again", (OSError, ArrowException)):
         for batch in ParquetFile(file).iter_batches(batch_size=_BATCH):
