@@ -18,7 +18,8 @@ from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, imag
 from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
 from jitscale.preparation.forms.folders import has_zips, images_in_folder, images_in_folder_of_zips, images_in_zip
 from jitscale.preparation.forms.hub import images_at_address, snapshot_of
-from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
+from jitscale.preparation.forms.imagenet import images_in_flat_folder, is_flat_folder
+from jitscale.preparation.forms.kaggle import images_in_tree, is_tree
 from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
 from jitscale.preparation.forms.listing import Listing, listing_of
 from jitscale.preparation.forms.rows import (

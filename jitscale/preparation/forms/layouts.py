@@ -149,6 +149,12 @@ def refuse_splits(
         raise DataError(f"{place}: {what}, and would become classes; {remedy}")
 
 
+def holds_splits(paths: Iterable[str]) -> bool:
+    """Whether all images of an archive lie in folders that are splits, by their `paths`."""
+    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
+    return bool(_parts(tops, ()))
+
+
 def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> list[str]:
     """Which of the `classes` and `folders` are parts of a data set, see `refuse_splits`; none if they are classes."""
     folders = sorted(set(folders) - set(classes))

@@ -137,7 +137,11 @@ def _json_rows(file: IO[str], place: str) -> Iterator[Row]:
 def _text_rows(file: IO[str], place: str) -> Iterator[Row]:
     for line, text in enumerate(file, start=1):
         here = f"{place}: line {line}"
-        path, _, label = text.strip().replace("\t", " ").rpartition(" ")
+        path, tab, rest = text.strip().partition("\t")
+        # Between tabs, more columns may follow, such as the boxes of tiny-imagenet's val_annotations.txt.
+        label = rest.partition("\t")[0].strip()
+        if not tab:
+            path, _, label = text.strip().rpartition(" ")
         if not text.strip():
             continue
         if not path:
