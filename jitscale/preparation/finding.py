@@ -126,7 +126,7 @@ def _say_numbered(search: Search, names: list[str]) -> None:
     """Note what class names that are numbers become: they need not be the numbers of the classes."""
     if names and all(name.isascii() and name.isdigit() for name in names):
         if [int(name) for name in names] == list(range(len(names))):
-            search.note(f"the folders are called 0 to {len(names) - 1}: each is the class of that number")
+            search.note(f"the classes are called 0 to {len(names) - 1}, and each has that number")
         else:
             order = f"class 0 is {names[0]}, class {len(names) - 1} is {names[-1]}"
             what = "the names of the classes are numbers, but not 0, 1, 2, ..."

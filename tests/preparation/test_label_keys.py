@@ -192,3 +192,5 @@ def test_tars_of_folders(tmp_path: Path) -> None:
     splits = write_tar(tmp_path / "c.tar", ("train/cat/0.png", numbered_png()), ("val/cat/1.png", numbered_png()))
     refused("c.tar: train and val are parts of a data set.*; pass --split train", splits, labels="folders")
     assert read(splits, labels="folders", split="train") == {0: 0}
+    refused("c.tar: train and val are parts of a data set.*; pass --split train", splits, labels="none")
+    assert read(splits, labels="none", split="train") == {0: NO_LABEL}
