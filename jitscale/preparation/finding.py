@@ -21,6 +21,7 @@ from jitscale.preparation.forms.hub import images_at_address, snapshot_of
 from jitscale.preparation.forms.imagenet import images_in_flat_folder, is_flat_folder
 from jitscale.preparation.forms.kaggle import images_in_tree, is_tree
 from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
+from jitscale.preparation.forms.layouts import of_one_split, splits_of_files
 from jitscale.preparation.forms.listing import Listing, listing_of
 from jitscale.preparation.forms.rows import (
     ROW_KINDS,
@@ -166,15 +167,22 @@ def _images_of(search: Search, name: str) -> Images:
 
 
 def _images_in_files(search: Search, pattern: str, files: Sequence[Path]) -> Images:
-    """The images of the files of a pattern; of files of rows only those of one split."""
+    """The images of the files of a pattern; of one split if the user says which."""
     rows = [file for file in files if kind_of(file) in ROW_KINDS]
     if rows and len(rows) < len(files):
         raise DataError(f"{pattern}: names Parquet or Arrow files ({len(rows)}) and others; keep one kind in a pattern")
     if rows:
         yield from images_in_row_files(search, pattern, rows)
         return
-    for file in files:
-        yield from _images_in_file(search, file)
+    paths = [str(file) for file in files]
+    splits = sorted(splits_of_files([file.name for file in files]).values())
+    if len(splits) > 1 and search.options.split is None:
+        what = f"names the files of several splits ({' and '.join(splits)}), which become one set"
+        search.note(f"warning: {pattern}: {what}; pass --split train for one")
+    else:
+        paths = of_one_split(search, pattern, paths)
+    for path in paths:
+        yield from _images_in_file(search, Path(path))
 
 
 def _images_in_file(search: Search, path: Path) -> Images:

@@ -143,6 +143,10 @@ def test_info_is_a_check_of_counts(tmp_path: Path) -> None:
     refused(r"several splits \(x-train-0000.tar and x-validation-00.tar\); pass --split train", folder, label_key=key)
     assert sorted(read(folder, label_key=key, split="train")) == [0, 1, 2]
     assert sorted(read(folder, label_key=key, split="val")) == [3]
+    whole = inputs_of(folder / "x-*.tar", label_key=key)
+    what = "names the files of several splits (x-train-0000.tar and x-validation-00.tar), which become one set"
+    assert whole.notes == [f"warning: {folder}/x-*.tar: {what}; pass --split train for one"]
+    assert sorted(read(folder / "x-*.tar", label_key=key, split="train")) == [0, 1, 2]
     with pytest.raises(DataError, match=r"several splits .*; give those of one, for example '.*/\*train\*.tar'"):
         surveyed(folder, key)
     assert surveyed(folder / "*train*.tar", key).manifest.total == 3
