@@ -119,7 +119,7 @@ def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
 )
 def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
     tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
-    refused("would become classes; pass --split (train|Train|TEST|testA) for one of them; if they are", tmp_path)
+    refused("would become classes; pass --split (train|Train|TRAIN|TEST|trainA) for one of them; if they are", tmp_path)
     refused("are parts of a data set|is a split", tmp_path, labels="none")
     assert inputs_of(tmp_path, class_names=splits).class_names == splits  # on purpose
     assert inputs_of(tmp_path / splits[0]).class_names == ["cat", "dog"]

@@ -194,7 +194,7 @@ def are_buckets(tree: Tree) -> bool:
 
 
 def of_one_split(search: Search, folder: Path | str, paths: Sequence[str]) -> list[str]:
-    """Those of the archives in `folder`, or of a pattern, that belong to the split that the user has chosen, by their names.
+    """Those of the archives in `folder`, or of a pattern, that belong by their names to the split that the user wants.
 
     Raises a DataError if they belong to several, or none of them to that one.
     """
