@@ -93,7 +93,11 @@ def find_sources(
             rows.append((number, image.offset, image.size, code, extension, image.storage, image.group))
         chunks.append(rows_of(rows))
         on_found(len(chunk))
+    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
     if not chunks:
+        if unread:
+            what = f"no image of a kind that is read, but {described_kinds(unread)}"
+            raise DataError(f"{', '.join(inputs)}: {what}; convert these images to .png")
         for folder in filter(Path.is_dir, map(Path, inputs)):
             refuse_unread_files(folder)
         instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
@@ -108,7 +112,7 @@ def find_sources(
     table["label"] = labels.numbers(classes)
     if class_names is None:
         _say_numbered(search, classes.names or [])
-    _say_passed_over(search)
+    _say_passed_over(search, unread)
     return SourceTable(table, *paths.arrays(), classes.number, classes.names, search.ignored, search.notes)
 
 
@@ -134,9 +138,8 @@ def _say_numbered(search: Search, names: list[str]) -> None:
             search.note(f"warning: {what}: {order}; if these are labels, pass all classes by --class-names")
 
 
-def _say_passed_over(search: Search) -> None:
-    """Note images of kinds that are not read, and folders that are no classes."""
-    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
+def _say_passed_over(search: Search, unread: Counter[str]) -> None:
+    """Note images of kinds that are not read, by extension, and folders that are no classes."""
     if unread:
         search.note(f"not read: {described_kinds(unread)}; convert these images to .png to use them")
     if skipped := search.skipped:
