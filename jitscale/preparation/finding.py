@@ -18,8 +18,10 @@ from jitscale.preparation.forms.arrays import has_arrays, images_in_arrays, imag
 from jitscale.preparation.forms.cifar import has_batches, images_in_batch, images_in_folder_of_batches
 from jitscale.preparation.forms.folders import has_zips, images_in_folder, images_in_folder_of_zips, images_in_zip
 from jitscale.preparation.forms.hub import images_at_address, snapshot_of
-from jitscale.preparation.forms.imagenet import images_in_flat_folder, images_in_tree, is_flat_folder, is_tree
+from jitscale.preparation.forms.imagenet import images_in_flat_folder, is_flat_folder
+from jitscale.preparation.forms.kaggle import images_in_tree, is_tree
 from jitscale.preparation.forms.kinds import Kind, kind_of, refuse_unread_files
+from jitscale.preparation.forms.layouts import of_one_split, splits_of_files
 from jitscale.preparation.forms.listing import Listing, listing_of
 from jitscale.preparation.forms.rows import (
     ROW_KINDS,
@@ -91,7 +93,11 @@ def find_sources(
             rows.append((number, image.offset, image.size, code, extension, image.storage, image.group))
         chunks.append(rows_of(rows))
         on_found(len(chunk))
+    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
     if not chunks:
+        if unread:
+            what = f"no image of a kind that is read, but {described_kinds(unread)}"
+            raise DataError(f"{', '.join(inputs)}: {what}; convert these images to .png")
         for folder in filter(Path.is_dir, map(Path, inputs)):
             refuse_unread_files(folder)
         instead = f", but {described_kinds(search.ignored)}" if search.ignored else ""
@@ -106,7 +112,7 @@ def find_sources(
     table["label"] = labels.numbers(classes)
     if class_names is None:
         _say_numbered(search, classes.names or [])
-    _say_passed_over(search)
+    _say_passed_over(search, unread)
     return SourceTable(table, *paths.arrays(), classes.number, classes.names, search.ignored, search.notes)
 
 
@@ -125,16 +131,15 @@ def _say_numbered(search: Search, names: list[str]) -> None:
     """Note what class names that are numbers become: they need not be the numbers of the classes."""
     if names and all(name.isascii() and name.isdigit() for name in names):
         if [int(name) for name in names] == list(range(len(names))):
-            search.note(f"the folders are called 0 to {len(names) - 1}: each is the class of that number")
+            search.note(f"the classes are called 0 to {len(names) - 1}, and each has that number")
         else:
             order = f"class 0 is {names[0]}, class {len(names) - 1} is {names[-1]}"
             what = "the names of the classes are numbers, but not 0, 1, 2, ..."
             search.note(f"warning: {what}: {order}; if these are labels, pass all classes by --class-names")
 
 
-def _say_passed_over(search: Search) -> None:
-    """Note images of kinds that are not read, and folders that are no classes."""
-    unread = Counter({kind: count for kind, count in search.ignored.items() if kind in UNREAD_PICTURES})
+def _say_passed_over(search: Search, unread: Counter[str]) -> None:
+    """Note images of kinds that are not read, by extension, and folders that are no classes."""
     if unread:
         search.note(f"not read: {described_kinds(unread)}; convert these images to .png to use them")
     if skipped := search.skipped:
@@ -165,15 +170,22 @@ def _images_of(search: Search, name: str) -> Images:
 
 
 def _images_in_files(search: Search, pattern: str, files: Sequence[Path]) -> Images:
-    """The images of the files of a pattern; of files of rows only those of one split."""
+    """The images of the files of a pattern; of one split if the user says which."""
     rows = [file for file in files if kind_of(file) in ROW_KINDS]
     if rows and len(rows) < len(files):
         raise DataError(f"{pattern}: names Parquet or Arrow files ({len(rows)}) and others; keep one kind in a pattern")
     if rows:
         yield from images_in_row_files(search, pattern, rows)
         return
-    for file in files:
-        yield from _images_in_file(search, file)
+    paths = [str(file) for file in files]
+    splits = sorted(splits_of_files([file.name for file in files]).values())
+    if len(splits) > 1 and search.options.split is None:
+        what = f"names the files of several splits ({' and '.join(splits)}), which become one set"
+        search.note(f"warning: {pattern}: {what}; pass --split train for one")
+    else:
+        paths = of_one_split(search, pattern, paths)
+    for path in paths:
+        yield from _images_in_file(search, Path(path))
 
 
 def _images_in_file(search: Search, path: Path) -> Images:

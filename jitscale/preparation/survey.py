@@ -17,10 +17,12 @@ from jitscale.data.images import ImageError, dimensions
 from jitscale.data.manifest import MANIFEST, Manifest, ShardRecord
 from jitscale.data.tar_index import Defect
 from jitscale.data.tar_labels import CLS, LabelKey
+from jitscale.data.tar_members import holds_labels
 from jitscale.errors import DataError, data_error
 from jitscale.files import remove_durably, sha256_of
 from jitscale.keyed_random import UInt64Array
 from jitscale.preparation.forms.layouts import splits_of_files
+from jitscale.preparation.forms.listing import beginning_of
 from jitscale.preparation.labels import REFUSED, Classes, CodedLabels, find_classes, label_code, parse_label
 from jitscale.preparation.processes import in_processes
 from jitscale.preparation.webdataset_info import counts_of, wrong_count
@@ -140,6 +142,8 @@ def survey(
             if scan.record != record and not scan.defects:
                 defects.append(Defect(scan.path, None, "is not the shard that the manifest names; copy it again"))
         return Survey(tars, packed, scans, by_place(defects))
+    if not classes.number and key == CLS and tars.whole_folder:
+        _refuse_labels_beside(tars.folder)
     records = [scan.record for scan in scans]
     known = counts_of(tars.folder, {path.name for path in tars.paths}, whole=tars.whole_folder)
     for scan in scans:
@@ -159,6 +163,19 @@ def survey(
         manifest = replace(manifest, background=str(background))
     manifest = replace(manifest, label_key=str(key))
     return Survey(tars, manifest, scans, by_place(defects))
+
+
+def _refuse_labels_beside(folder: Path) -> None:
+    """Raise a DataError if a file in `folder`, whose tars hold no labels, seems to hold them."""
+    stems = {path.stem for path in folder.glob("*.tar")}
+    for path in sorted(folder.iterdir()):
+        describes_tar = path.stem.removesuffix("_stats") in stems  # as files of img2dataset do
+        if describes_tar or path.name.startswith(".") or not path.is_file():
+            continue
+        if holds_labels(path.name, partial(beginning_of, str(path))):
+            what = "seems to hold labels, and the tars beside it have no cls members"
+            remedy = "write each label as a member KEY.cls, or pass --label-key none for no labels"
+            raise DataError(f"{path}: {what}; {remedy}")
 
 
 def by_place(defects: Iterable[Defect]) -> list[Defect]:

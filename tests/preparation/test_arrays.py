@@ -19,6 +19,7 @@ from jitscale.preparation.forms.search import FindOptions
 from jitscale.preparation.reading import SourceReader
 from jitscale.preparation.sources import Storage
 from tests.preparation.imagenet_files import SORTED, WNIDS, write_devkit
+from tests.preparation.inputs import inputs_of
 from tests.preparation.packing_jobs import images_and_labels, packed, refused_input
 from tests.support.pictures import noise
 
@@ -185,6 +186,8 @@ def test_cifar_10(tmp_path: Path) -> None:
     assert "--label-column fine says nothing" in refused_input(
         "--input", folder / "test_batch.bin", "--label-column", "fine"
     )
+    in_order = inputs_of(folder, split="train", class_names=TEN[::-1])  # a class keeps its name, not its number
+    assert in_order.table["label"].tolist() == [6, 0, 9, 8] * 2
     (folder / "batches.meta.txt").write_text("airplane\n")
     assert "batches.meta.txt: names 1 classes, not 10" in refused_input("--input", folder / "test_batch.bin")
 

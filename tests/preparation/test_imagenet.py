@@ -1,11 +1,13 @@
 """ImageNet as people have it: its tars, flat validation images with the labels of another file, Kaggle's tree."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 
+from jitscale.data.tar_index import NO_LABEL
 from jitscale.preparation.finding import find_sources
 from jitscale.preparation.forms.search import FindOptions
 from tests.preparation.imagenet_files import (
@@ -42,12 +44,27 @@ def test_flat_validation_images_with_the_devkits_labels(tmp_path: Path, form: st
     assert labels == LABELS[order]
 
 
+def test_flat_validation_images_in_a_zip_or_a_split(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        for name, content in validation_images():
+            archive.writestr(name, content)
+    write_validation(tmp_path / "tree" / "val")
+    truth = str(write_devkit(tmp_path / "devkit"))
+    said = "holds 6 images of ImageNet's validation set, whose names say no class; pass --ground-truth"
+    for source, split in ((tmp_path / "val.zip", []), (tmp_path / "tree", ["--split", "val"])):
+        assert said in refused_input("--input", source, *split)
+    assert labels_of(tmp_path / "val.zip", ground_truth=truth) == (LABELS, SORTED)
+    assert labels_of(tmp_path / "tree", ground_truth=truth, split="val") == (LABELS, SORTED)
+    assert set(labels_of(tmp_path / "val.zip", labels="none")[0]) == {NO_LABEL}
+
+
 def test_numbers_of_classes_are_those_of_the_training_tar(tmp_path: Path) -> None:
     """So that one can be trained on and the other held out."""
     inner = [(f"{wnid}.tar", tar_bytes((f"{wnid}_1.JPEG", CONTENT))) for wnid in WNIDS]
     found = find_sources([str(write_tar(tmp_path / "ILSVRC2012_img_train.tar", *inner))])
     truth = write_devkit(tmp_path / "devkit")
     assert labels_of(write_validation(tmp_path / "val"), ground_truth=str(truth)) == (LABELS, found.class_names)
+    assert labels_of(tmp_path / "ILSVRC2012_img_train.tar", labels="none") == ([NO_LABEL] * len(WNIDS), None)
     (note,) = found.notes
     assert note.endswith("a tar of 4 tars, each a class; ImageNet's training set has 1000, "
                          "ILSVRC2012_img_train_t3.tar has 120 (dogs)")  # fmt: skip

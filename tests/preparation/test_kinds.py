@@ -54,6 +54,13 @@ def test_kinds_that_are_not_read(tmp_path: Path, content: bytes, message: str) -
     assert f"{path}: {message}" in refused_input("--input", tmp_path / "in")
 
 
+def test_a_folder_of_pictures_that_are_not_read(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/a.bmp", "dog/b.bmp", "dog/c.tif")
+    (tmp_path / "cat" / "a.bmp").write_bytes(file_bytes(noise(0), "BMP"))
+    line = refused_input("--input", tmp_path)
+    assert f"{tmp_path}: no image of a kind that is read, but .bmp 2, .tif 1; convert these images to .png" in line
+
+
 def test_a_file_like_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     for content in (b"", b"BMI,height\n", TFRECORD[:11] + b"x", bytes(3072)):

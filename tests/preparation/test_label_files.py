@@ -154,6 +154,15 @@ def test_metadata_without_labels_and_with_others(tmp_path: Path) -> None:
     assert inputs_of(tmp_path, labels=str(table), label_column="breed").class_names == ["cat", "dog"]
 
 
+def test_a_text_of_several_columns_between_tabs(tmp_path: Path) -> None:
+    """As val_annotations.txt of tiny-imagenet, where a box follows the class."""
+    pictures(tmp_path / "val", "images/val_0.png", "images/val_1.png")
+    text = tmp_path / "val" / "val_annotations.txt"
+    text.write_text("val_0.png\tn02\t0\t32\t44\t62\nval_1.png\tn01\t52\t55\t57\t59\n")
+    refused("val_annotations.txt: lies among the images and seems to hold labels", tmp_path / "val")
+    assert read(tmp_path / "val", labels=str(text)) == {0: 1, 1: 0}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -143,6 +143,10 @@ def test_info_is_a_check_of_counts(tmp_path: Path) -> None:
     refused(r"several splits \(x-train-0000.tar and x-validation-00.tar\); pass --split train", folder, label_key=key)
     assert sorted(read(folder, label_key=key, split="train")) == [0, 1, 2]
     assert sorted(read(folder, label_key=key, split="val")) == [3]
+    whole = inputs_of(folder / "x-*.tar", label_key=key)
+    what = "names the files of several splits (x-train-0000.tar and x-validation-00.tar), which become one set"
+    assert whole.notes == [f"warning: {folder}/x-*.tar: {what}; pass --split train for one"]
+    assert sorted(read(folder / "x-*.tar", label_key=key, split="train")) == [0, 1, 2]
     with pytest.raises(DataError, match=r"several splits .*; give those of one, for example '.*/\*train\*.tar'"):
         surveyed(folder, key)
     assert surveyed(folder / "*train*.tar", key).manifest.total == 3
@@ -173,6 +177,9 @@ def test_files_that_describe_tars_are_passed_over_and_said(tmp_path: Path) -> No
     assert inputs.ignored == {"json": 1, "md": 1}
     (tmp_path / "labels.csv").write_bytes(b"x")
     refused("labels.csv: lies among the images and seems to hold labels", tmp_path)
+    with pytest.raises(DataError, match=r"labels.csv: seems to hold labels, and the tars beside it have no cls"):
+        surveyed(tmp_path, "cls")
+    assert surveyed(tmp_path, "none").manifest.num_classes == 0
     assert len(inputs_of(tmp_path, label_key="none")) == 1
 
 
@@ -192,3 +199,5 @@ def test_tars_of_folders(tmp_path: Path) -> None:
     splits = write_tar(tmp_path / "c.tar", ("train/cat/0.png", numbered_png()), ("val/cat/1.png", numbered_png()))
     refused("c.tar: train and val are parts of a data set.*; pass --split train", splits, labels="folders")
     assert read(splits, labels="folders", split="train") == {0: 0}
+    refused("c.tar: train and val are parts of a data set.*; pass --split train", splits, labels="none")
+    assert read(splits, labels="none", split="train") == {0: NO_LABEL}

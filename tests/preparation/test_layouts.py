@@ -119,7 +119,7 @@ def test_other_files_beside_images_are_passed_over(tmp_path: Path) -> None:
 )
 def test_splits_of_a_data_set_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
     tree(tmp_path, *(f"{split}/{label}/a.png" for split in splits for label in ("cat", "dog")))
-    refused("would become classes; pass --split (train|Train|TEST|testA) for one of them; if they are", tmp_path)
+    refused("would become classes; pass --split (train|Train|TRAIN|TEST|trainA) for one of them; if they are", tmp_path)
     refused("are parts of a data set|is a split", tmp_path, labels="none")
     assert inputs_of(tmp_path, class_names=splits).class_names == splits  # on purpose
     assert inputs_of(tmp_path / splits[0]).class_names == ["cat", "dog"]
@@ -229,7 +229,7 @@ def test_tars_of_several_splits(tmp_path: Path) -> None:
 
 def test_numbers_as_names_are_said(tmp_path: Path) -> None:
     inputs = inputs_of(tree(tmp_path / "whole", *(f"{number}/a.png" for number in range(11))))
-    assert inputs.notes == ["the folders are called 0 to 10: each is the class of that number"]
+    assert inputs.notes == ["the classes are called 0 to 10, and each has that number"]
     assert [inputs[row].label for row in range(11)] == [0, 1, 10, *range(2, 10)]
     (note,) = inputs_of(tree(tmp_path / "gaps", "2/a.png", "10/a.png")).notes
     assert "warning: the names of the classes are numbers, but not 0, 1, 2, ...: class 0 is 2, class 1 is 10" in note

@@ -228,7 +228,17 @@ def test_labels_of_a_test_split_are_said_to_be_missing(tmp_path: Path) -> None:
     why = "2 images without classes: label is -1 or empty in all of them, as in a test split"
     assert inputs.notes == [f"{tmp_path}/a.parquet: {why}"]
     inputs = found(write(rows(2), tmp_path / "a.parquet"))
-    assert inputs.notes == [f"{tmp_path}/a.parquet: 2 images without classes: no column of labels beside image"]
+    assert inputs.notes == [
+        f"{tmp_path}/a.parquet: 2 images without classes: no column of numbers or names beside image"
+    ]
+
+
+@pytest.mark.parametrize("label", [[True, False], [[0, 1], [1]]])
+def test_labels_of_another_kind_are_not_passed_over(tmp_path: Path, label: list[object]) -> None:
+    path = write(rows(2, label=label, breed=["x", "y"]), tmp_path / "a.parquet")
+    assert "the column label holds neither numbers nor names" in refused_input("--input", path)
+    assert found(path, label_column="breed").class_names == ["x", "y"]
+    assert labels_of(path, labels="none") == [NO_LABEL] * 2
 
 
 def test_the_label_column_is_asked_for_where_it_is_not_clear(tmp_path: Path) -> None:
@@ -291,11 +301,23 @@ dataset_info:
 """
 
 
+def write_names(path: Path, *names: str) -> Path:
+    path.write_text("\n".join(names))
+    return path
+
+
 def test_class_names_of_the_card_or_the_user(tmp_path: Path) -> None:
     write(rows(2, label=[2, 0]), tmp_path / "plain" / "train" / "0000.parquet")
     assert found(tmp_path).class_names is None
     (tmp_path / "README.md").write_text(CARD)
     assert found(tmp_path).class_names == NAMES
-    assert found(tmp_path, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+    renamed = found(tmp_path, class_names=["a", "b", "c"])
+    assert (renamed.class_names, renamed.table["label"].tolist()) == (["a", "b", "c"], [2, 0])
+    (note,) = renamed.notes
+    assert note.endswith("renames its classes: class 0 is 'zebra' there, and is called 'a' now")
+    in_order = ["ant", "cow", "moth", "zebra"]  # a class keeps its name, not its number
+    assert labels_of(tmp_path, class_names=in_order) == [2, 3]
+    line = refused_input("--input", tmp_path, "--class-names", str(write_names(tmp_path / "names.txt", "ant", "moth")))
+    assert "row 1: has label 'zebra', none of the 2 classes" in line
     (tmp_path / "README.md").write_text("---\na: [\n---\n")
     assert "README.md: its head is no YAML" in refused_input("--input", tmp_path)

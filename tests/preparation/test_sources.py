@@ -245,6 +245,7 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         ("path,label\n,2\n", None, "line 2: has no path"),
         ("path,class\na.png,2\n", None, "line 1: no 'label' among 'path', 'class'"),
         ("path,label\n\xff.png,2\n", None, "cannot be read as a table"),
+        ("path,label\na.png,1\nb.png,0\na.png,0\n", None, "line 4: lists 'a.png' again; every image must come once"),
     ],
 )
 def test_tables_that_make_no_sense_are_refused(

@@ -45,8 +45,9 @@ def images_in_arrays(search: Search, path: Path) -> Images:
     """The images of one .npz file. Those of a compressed one are inflated in their order, see `array_rows`."""
     with data_error(f"{path}: cannot be read as arrays", "copy it again", _DAMAGE), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if "data.npy" not in names:
-            raise DataError(f"{path}: holds {', '.join(names[:5])}, no data.npy; write {_EXPECTED}")
+    if "data.npy" not in names:
+        raise DataError(f"{path}: holds {', '.join(names[:5])}, no data.npy; write {_EXPECTED}")
+    with data_error(f"{path}: cannot be read as arrays", "copy it again", _DAMAGE), zipfile.ZipFile(path) as archive:
         header, info = header_of(archive), archive.getinfo("data.npy")
         start = offset_of(path, info, header)
         given = np.load(archive.open("labels.npy"), allow_pickle=False) if "labels.npy" in names else None

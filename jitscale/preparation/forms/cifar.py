@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 in their binary version: records of one or two labels, then planes of red, green and blue."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jitscale.errors import DataError, data_error
 from jitscale.preparation.forms.batches import images_in_split
 from jitscale.preparation.forms.kinds import CIFAR_RECORDS, Kind, is_kind
 from jitscale.preparation.forms.listing import Listing
-from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
+from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Search, extension_of
 from jitscale.preparation.sources import Storage
 
 _PIXELS = 3 * 32 * 32  # bytes
@@ -55,9 +56,12 @@ def images_in_batch(search: Search, path: Path) -> Images:
         raise DataError(f"{path}: {what}; copy it again, or give another file")
     kinds, labels = found  # labels: (records, kinds)
     column = _column(search, path, kinds)
-    _name_classes(search, path, kinds[column])
+    names = _class_names(search, path, kinds[column])
     record = len(kinds) + _PIXELS
-    known = [None] * len(labels) if search.without_labels() else labels[:, column].tolist()
+    known: Sequence[Label] = [None] * len(labels) if search.without_labels() else labels[:, column].tolist()
+    if names is not None:
+        meanings = search.meanings(names, str(path.parent / kinds[column].names))
+        known = [meanings[number] for number in labels[:, column].tolist()]
     for number, label in enumerate(known):
         start = number * record
         yield Found(str(path), "npy", label, f"{path}: byte {start}", start + len(kinds), _PIXELS, Storage.PLANES)
@@ -100,15 +104,16 @@ def _column(search: Search, path: Path, kinds: tuple[_Labels, ...]) -> int:
     return columns.index(chosen or "fine")
 
 
-def _name_classes(search: Search, path: Path, labels: _Labels) -> None:
+def _class_names(search: Search, path: Path, labels: _Labels) -> list[str] | None:
+    """The class names that lie beside a batch; None without them, or if labels are not wanted."""
     names = path.parent / labels.names
     if search.without_labels():
-        return
+        return None
     if not names.exists():
         search.note(f"{path.parent}: no {labels.names} here, so that classes have no names")
-        return
+        return None
     with data_error(f"{names}: cannot be read", "copy it again", (OSError, UnicodeDecodeError)):
         lines = names.read_text(encoding="utf-8").split()
     if len(lines) != labels.classes:
         raise DataError(f"{names}: names {len(lines)} classes, not {labels.classes}; copy it again, or remove it")
-    search.name_classes(lines, str(names))
+    return lines

@@ -87,6 +87,11 @@ def _label_column(search: Search, file: RowFile, names: Names, image: str) -> st
             what = f"no column {chosen!r} of numbers or names: {_listed(file)}"
             raise DataError(f"{file.path}: {what}; correct --label-column")
         return chosen
+    others = [name for name in _LABELS if file.columns().get(name) == Column.OTHER]
+    if others and not any(name in names for name in columns):
+        what = f"the column {others[0]} holds neither numbers nor names, such as lists or true and false"
+        remedy = "write one class a row as an integer or a text, or pass --label-column or --labels none"
+        raise DataError(f"{file.path}: {what}; {remedy}")
     noted = [name for name in columns if name in names]
     if len(noted) > 1:
         what = f"classes are in the columns {', '.join(noted)}"

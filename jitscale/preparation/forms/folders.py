@@ -8,6 +8,7 @@ from pathlib import Path
 from jitscale.data.images import EXTENSIONS
 from jitscale.errors import DataError
 from jitscale.preparation.forms.archives import tree_of_zip, unwrapped
+from jitscale.preparation.forms.imagenet import is_flat, labels_of_flat
 from jitscale.preparation.forms.label_files import (
     EDM,
     Picture,
@@ -127,7 +128,9 @@ def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
         raise DataError(f"{tree.place}: no folder in it holds images, which --labels folders needs; leave it away")
     refuse_splits(tree.place, classes, search.known, tree.folders)
     say_if_one_class(tree.place, classes, search.known)
-    yield from (found for _, found in here)
+    names = [name for name, _ in here]
+    label_of = labels_of_flat(search, Path(tree.place), names) if is_flat(names) else lambda name: None
+    yield from (found._replace(label=label_of(name)) for name, found in here)
 
 
 def _pictures(

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) as people have it: flat images whose classes lie in another file, and Kaggle's tree.
+"""ImageNet (ILSVRC 2012) as people have it: flat images, whose classes lie in another file or in their names.
 
 Classes are numbered by sorted WNID, as in the training set's tar of tars and its folders. The devkit's IDs are in
 another order, in which no class keeps that number.
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from jitscale.errors import DataError, data_error
-from jitscale.preparation.forms.folders import images_in_folder
 from jitscale.preparation.forms.layouts import refuse_label_file
-from jitscale.preparation.forms.listing import Listing, listing_of
+from jitscale.preparation.forms.listing import Listing
 from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Search, extension_of
 
 CLASSES = 1000
@@ -25,8 +24,7 @@ _FLAT = re.compile(r"ILSVRC2012_(?P<split>val|test)_\d{8}|.*_(?P<wnid>n\d{8})")
 _WNID = re.compile(r"n\d{8}")
 _KAGGLE, _DEVKIT = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
 _IDS, _META = "map_clsloc.txt", "meta.mat"  # tables of the devkit's IDs
-_TREE = PurePosixPath("ILSVRC/Data/CLS-LOC")
-_SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+TREE = PurePosixPath("ILSVRC/Data/CLS-LOC")
 
 
 def described_wnids(names: Sequence[str]) -> str:
@@ -131,8 +129,8 @@ def _truth_beside(place: Path) -> Path | None:
     """A file of the labels in the folder `place`, or at the root of the tree that it lies in."""
     absolute = Path(os.path.abspath(place))
     folders = [absolute] if place.is_dir() else []
-    if absolute.parent.parts[-len(_TREE.parts) :] == _TREE.parts:
-        folders.append(absolute.parents[len(_TREE.parts)])
+    if absolute.parent.parts[-len(TREE.parts) :] == TREE.parts:
+        folders.append(absolute.parents[len(TREE.parts)])
     return next((folder / name for folder in folders for name in (_KAGGLE, _DEVKIT) if (folder / name).exists()), None)
 
 
@@ -208,35 +206,3 @@ def _rows_of_meta(path: Path) -> Iterator[tuple[int, str]]:
             number, wnid, _, _, children = synset.item()[:5]
             if children == 0:
                 yield int(number), str(wnid)
-
-
-# Kaggle's tree
-
-
-def is_tree(listing: Listing) -> bool:
-    """Whether a folder is Kaggle's, or one of those around its splits."""
-    return _splits_folder(listing) is not None
-
-
-def images_in_tree(search: Search, listing: Listing) -> Images:
-    """The images of one split of Kaggle's tree."""
-    folder = _splits_folder(listing)
-    assert folder is not None
-    there = [name for name in listing_of(folder).folders if name in _SPLITS]
-    split = search.option("split")
-    if split is None or _SPLITS.get(split) not in there:
-        given = "" if split is None else f", not {split}"
-        raise DataError(f"{listing.folder}: holds the splits {', '.join(there)} of ImageNet{given}; pass --split train")
-    part = listing_of(folder / _SPLITS[split])
-    yield from images_in_folder(search, part) if part.folders else images_in_flat_folder(search, part)
-
-
-def _splits_folder(listing: Listing) -> Path | None:
-    """The folder of train, val and test, of which `listing` may be the folder itself or one above."""
-    for above in range(len(_TREE.parts) + 1):
-        rest = _TREE.parts[above:]
-        folder = listing.folder.joinpath(*rest)
-        is_there = rest[0] in listing.folders if rest else os.path.abspath(folder).endswith(str(_TREE))
-        if is_there and any((folder / split).is_dir() for split in _SPLITS):
-            return folder
-    return None

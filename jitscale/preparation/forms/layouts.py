@@ -145,8 +145,15 @@ def refuse_splits(
     """
     if parts := _parts(classes, named, folders):
         what = f"{' and '.join(parts)} are parts of a data set" if len(parts) > 1 else f"{parts[0]} is a split"
-        remedy = f"pass --split {parts[0]} for one of them; if they are classes, name them with --class-names"
+        first = next((name for name in parts if _kind_of_split(name) == "train"), parts[0])
+        remedy = f"pass --split {first} for one of them; if they are classes, name them with --class-names"
         raise DataError(f"{place}: {what}, and would become classes; {remedy}")
+
+
+def holds_splits(paths: Iterable[str]) -> bool:
+    """Whether all images of an archive lie in folders that are splits, by their `paths`."""
+    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
+    return bool(_parts(tops, ()))
 
 
 def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> list[str]:
@@ -186,8 +193,8 @@ def are_buckets(tree: Tree) -> bool:
     return True
 
 
-def of_one_split(search: Search, folder: Path, paths: Sequence[str]) -> list[str]:
-    """Those of the archives in `folder` that belong to the split that the user has chosen, by their names.
+def of_one_split(search: Search, folder: Path | str, paths: Sequence[str]) -> list[str]:
+    """Those of the archives in `folder`, or of a pattern, that belong by their names to the split that the user wants.
 
     Raises a DataError if they belong to several, or none of them to that one.
     """

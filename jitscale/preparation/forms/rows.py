@@ -80,15 +80,18 @@ def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], describ
             what = f"has its images and labels in {found.image} and {found.label}"
             other = f"{columns.image} and {columns.label} as {files[0][0]} has"
             raise DataError(f"{path}: {what}, not in {other}; pack them apart")
+        meanings: Sequence[int | str] = ()
         for image in _images_of(search, file, storage, found, check):
-            if isinstance(image.label, int) and found.names is not None:
-                search.name_classes(found.names, path)
+            label = image.label
+            if isinstance(label, int) and found.names is not None:
+                meanings = meanings or search.meanings(found.names, path)
+                label = meanings[label] if label < len(meanings) else label
             rows += 1
-            labelled += image.label is not None
-            yield image
+            labelled += label is not None
+            yield image._replace(label=label)
     check.finish()
     if columns is not None and not labelled and not search.without_labels():
-        why = f"no column of labels beside {columns.image}"
+        why = f"no column of numbers or names beside {columns.image}"
         why = why if columns.label is None else f"{columns.label} is -1 or empty in all of them, as in a test split"
         search.note(f"{files[0][0]}: {rows} images without classes: {why}")
 

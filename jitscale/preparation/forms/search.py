@@ -1,7 +1,7 @@
 """What all forms share: the images that they find, and the search that they are found in."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -102,6 +102,22 @@ class Search:
             remedy = "a label must mean one thing; pack them apart, or name the classes with --class-names"
             raise DataError(f"{place}: names other classes than {self._named_by}; {remedy}")
         self.names, self._named_by = names, self._named_by or place
+
+    def meanings(self, names: list[str], place: str) -> Sequence[int | str]:
+        """The label that each class number of the input `place` means; `names` are its classes in their order.
+
+        If the user gives class names, they decide: a class that is among them has its number there, so the label is its
+        name. If none of `names` is among them, the user gives new names to the classes.
+        """
+        known = self.options.class_names
+        if known is None:
+            self.name_classes(names, place)
+        elif not self.known.isdisjoint(names):
+            return names
+        else:
+            renamed = f"class 0 is {names[0]!r} there, and is called {''.join(known[:1])!r} now"
+            self.note(f"warning: {place}: --class-names holds none of its names, and renames its classes: {renamed}")
+        return range(len(names))
 
     def label(self, text: str | None, place: str) -> Label:
         """The label that `text` is; refuses an empty one, and a number that no class can have."""

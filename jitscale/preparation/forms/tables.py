@@ -29,8 +29,12 @@ class Row(NamedTuple):
 
 def images_in_table(search: Search, table: Path) -> Images:
     """The images of the lines of `table`; relative paths start at its folder."""
+    listed: set[str] = set()
     with data_error(f"{table}: cannot be read as a table", "make it readable"), table.open("rb") as file:
         for place, path, label in labelled_paths(search, rows_of(str(table), file)):
+            if path in listed:
+                raise DataError(f"{place}: lists {path!r} again; every image must come once, remove one of the lines")
+            listed.add(path)
             if extension_of(path) not in EXTENSIONS:
                 raise DataError(f"{place}: {path!r} is no image by its name; expected {', '.join(EXTENSIONS)}")
             yield Found(os.path.join(table.parent, path), extension_of(path), label, place)
@@ -137,7 +141,11 @@ def _json_rows(file: IO[str], place: str) -> Iterator[Row]:
 def _text_rows(file: IO[str], place: str) -> Iterator[Row]:
     for line, text in enumerate(file, start=1):
         here = f"{place}: line {line}"
-        path, _, label = text.strip().replace("\t", " ").rpartition(" ")
+        path, tab, rest = text.strip().partition("\t")
+        # Between tabs, more columns may follow, such as the boxes of tiny-imagenet's val_annotations.txt.
+        label = rest.partition("\t")[0].strip()
+        if not tab:
+            path, _, label = text.strip().rpartition(" ")
         if not text.strip():
             continue
         if not path:

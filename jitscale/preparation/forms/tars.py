@@ -10,7 +10,7 @@ from jitscale.errors import DataError
 from jitscale.preparation.forms.archives import tree_of_tar, unwrapped
 from jitscale.preparation.forms.folders import first_image, images_in_folder
 from jitscale.preparation.forms.imagenet import described_wnids, is_flat, labels_of_flat
-from jitscale.preparation.forms.layouts import of_one_split, refuse_label_file, refuse_splits
+from jitscale.preparation.forms.layouts import holds_splits, of_one_split, refuse_label_file, refuse_splits
 from jitscale.preparation.forms.listing import Listing
 from jitscale.preparation.forms.search import PICTURES, Found, Images, Search, extension_of
 from jitscale.preparation.forms.tars_of_tars import is_tar_of_tars, members_within
@@ -70,6 +70,9 @@ def images_in_tar(search: Search, path: Path) -> Images:
         return
     key = LabelKey.parse("none" if search.without_labels() else search.option("label_key"))
     scan = sound_scan(path, key)
+    if search.without_labels() and holds_splits([sample.key for sample in scan.samples]):
+        yield from images_in_folder(search, unwrapped(search, tree_of_tar(search, path)))
+        return
     if scan.unread_labels:
         raise DataError(f"{path}: {scan.unread_labels}")
     search.ignored.update(scan.skipped)
@@ -97,6 +100,7 @@ def _in_tar_of_tars(search: Search, path: Path) -> Images:
             inner.append((PurePosixPath(member.name).stem, content.offset_data, content.size))
         refuse_splits(path, {label for label, _, _ in inner}, search.known)
         search.note(f"{path}: {described_wnids([label for label, _, _ in inner])}")
+        unlabelled = search.without_labels()
         for label, start, length in sorted(inner):
             pictures = []
             for member, content in members_within(file, path, start, length):
@@ -108,4 +112,5 @@ def _in_tar_of_tars(search: Search, path: Path) -> Images:
                 else:
                     search.ignored[extension] += 1
             for _, offset, size, extension in sorted(pictures):
-                yield Found(str(path), extension, label, f"{path}: byte {offset}", offset, size, Storage.BYTES)
+                place = f"{path}: byte {offset}"
+                yield Found(str(path), extension, None if unlabelled else label, place, offset, size, Storage.BYTES)
