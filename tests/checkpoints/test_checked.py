@@ -70,7 +70,11 @@ def test_a_disk_that_is_full_is_refused_in_one_line(form: str, tmp_path: Path) -
     """Also by the libraries that hide the system's error behind one of their own."""
     run = run_of(tmp_path / "run", settings())
     (config := tmp_path / "config.yaml").write_bytes((run / "checkpoints/step_00000007/config.yaml").read_bytes())
-    more = {"authors": ["--ema1", "ema_0.9", "--ema2", "ema_0.9"], "run": ["--config", config]}.get(form, [])
+    by_form: dict[str, list[object]] = {
+        "authors": ["--ema1", "ema_0.9", "--ema2", "ema_0.9"],
+        "run": ["--config", config],
+    }
+    more = by_form.get(form, [])
     assert main(["--checkpoint", str(run), "--to", "safetensors", "--output", str(tmp_path / "sets")]) == 0
     arguments = ["--checkpoint", tmp_path / "sets", "--to", form, "--samples", "0", "--output", tmp_path / "out", *more]
     before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
