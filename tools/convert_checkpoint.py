@@ -25,6 +25,7 @@ from pathlib import Path
 
 import installed
 
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ from jitscale.checkpoints.weights import (
 )
 from jitscale.command import Parser, natural, refuse_existing
 from jitscale.config import Config, ema_name, load_config, to_yaml
-from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
+from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message, first_line
 from jitscale.evaluation.showcase import SAMPLES, as_measured, draw_samples, measured
 
 AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
@@ -110,7 +111,10 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> Conver
         stored.load_into(network, chosen)
         folder.mkdir()
         _write_card(stored, chosen, options, folder)  # before save_pretrained, which writes one only where none is
-        network.save_pretrained(folder)
+        try:
+            network.save_pretrained(folder)
+        except SafetensorError as error:  # its name for a failed write
+            raise OSError(first_line(error)) from error
 
     return Conversion(stored.config, [chosen], write)
 

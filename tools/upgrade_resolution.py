@@ -8,6 +8,7 @@ folder at step 0, with all weight sets. The optimizer's moments start from zero 
 kept. docs/upgrade.md derives the method.
 """
 
+import shlex
 from pathlib import Path
 
 import installed
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.preview is not None:
         preview(options.preview, stored, target, plan)
         print(f"  {options.preview}: before and after, pooled and as it is")
-    print(f"next: python -m jitscale.train --config {options.to} run.dir={options.output}")
+    settings = [f"run.dir={options.output}", *options.overrides]
+    print(f"next: {shlex.join(['python', '-m', 'jitscale.train', '--config', str(options.to), *settings])}")
     return ExitCode.DONE
 
 

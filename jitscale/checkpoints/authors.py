@@ -136,7 +136,12 @@ def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, 
     content: dict[str, Any] = {key: _with_prefix(stored, stored.choose(name)) for key, name in sets.items()}
     content |= {"optimizer": _optimizer_state(stored), "epoch": epoch, "args": _arguments(stored.config, decays)}
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch ends its archive even after a failed write, which hides the cause
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def optimizer_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

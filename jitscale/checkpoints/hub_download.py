@@ -55,7 +55,7 @@ def fetched(address: str | Path) -> Path:
         what = f"{where}: not in the local cache, and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set)"
         raise StorageError(f"{what}; connect, or download it elsewhere and give the folder") from error
     except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        what = f"{where}: cannot be fetched ({first_line(error)})"
+        what = f"{where}: cannot be fetched ({first_line(error)}); correct the address, or give a downloaded folder"
         raise (StorageError.of(error, what) if isinstance(error, OSError) else CheckpointError(what)) from error
     if not path.exists():
         raise CheckpointError(f"{where}: has no {inside} with weights; look at its files on the hub")

@@ -125,12 +125,13 @@ class Card:
             settings += [f"internal_interval=({first:g}, {last:g})"]
         settings.append(f"seed={evaluation.seed}")
         labels = list(range(min(classes, 4))) or [0, 0]  # class i belongs to image i of an evaluation
+        order = "; image i has the label i modulo the classes" if classes else ""
         return (
             "## Use\n\n```python\nimport jitscale\n\n"
             'model = jitscale.load_model("hf://OWNER/NAME")  # this repository, or a folder with its files\n'
             f"images = jitscale.sample(model, labels={labels}, {', '.join(settings)})\n"
             'jitscale.to_pil(images)[0].save("sample.png")\n```\n\n'
-            f"These are images 0 to {len(labels) - 1} of our evaluation; image i has the label i modulo the classes.\n"
+            f"These are images 0 to {len(labels) - 1} of our evaluation{order}.\n"
         )
 
     def _protocol(self) -> str:
@@ -167,7 +168,8 @@ class Card:
         return text
 
     def _about_diffusers(self) -> str:
-        model, diffusion = self.config.model, self.config.diffusion
+        model, diffusion, evaluation = self.config.model, self.config.diffusion, self.config.evaluation
+        guided = "without guidance" if evaluation.guidance_scale == 1 else "with guidance in an interval"
         return f"""## diffusers
 
 diffusers 0.42.1 has no JiT class, so `DiffusionPipeline.from_pretrained` does not open this folder
@@ -177,7 +179,7 @@ yet. Keys and config names follow the proposal (huggingface/diffusers pull reque
 - **Always pass `noise_scale={diffusion.noise_scale:g}`**. Without it the pipeline takes sample_size / 256, here
   {model.image_size / 256:g}.
 - Its images are not those of our FID. Its time grid ends with a step from 0.001 to 0, it guides at all
-  times, and it clamps differently; ours are {self.config.evaluation.steps} equal steps with guidance in an interval.
+  times, and it clamps differently; ours are {evaluation.steps} equal steps {guided}.
   The lines under "Use" make the images that we measure.
 - `transformer/config.json` has a key `jitscale` with what the form cannot say: noise scale, `t_eps`, the
   distribution of times, the name of the weight set. diffusers ignores it with a warning, and keeps it.

@@ -126,7 +126,8 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
     """
     differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid", "rank")))
     if differing:
-        raise ConfigError(f"an upgrade changes image and patch size only, the target also differs in {differing}")
+        what = f"an upgrade changes image and patch size only, the target also differs in {differing}"
+        raise ConfigError(f"{what}; set there what the old network has")
     old_patch, new_patch = old.model.patch_size, new.model.patch_size
     ratio, patches = Fraction(new.model.image_size, old.model.image_size), Fraction(new_patch, old_patch)
     meant = "patch" if patches == ratio else "tokens" if patches == 1 else None

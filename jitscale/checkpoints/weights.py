@@ -137,7 +137,7 @@ class SafetensorsWeights(StoredWeights):
         try:
             parts = [file.tensor(part) for part in self._parts[set_name][parameter]]
         except (SafetensorError, OSError) as error:
-            damage = f"{file.path}: {parameter} cannot be read ({error}); the file is damaged"
+            damage = f"{file.path}: {parameter} cannot be read ({error}); the file is damaged, copy it again"
             raise unreadable(file.path, error, damage) from error
         return plain(torch.cat(parts) if len(parts) > 1 else parts[0], file.path, parameter)
 
@@ -147,7 +147,8 @@ def open_safetensors(path: Path) -> MappedSafetensors:
     try:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
-        raise unreadable(path, error, f"{path}: not a readable safetensors file ({error})") from error
+        damage = f"{path}: not a readable safetensors file ({error}); copy it again"
+        raise unreadable(path, error, damage) from error
 
 
 def is_set_name(name: str) -> bool:

@@ -1,6 +1,7 @@
 """What a tool has written is opened again before it gets its name: broken output is refused and leaves nothing."""
 
 import argparse
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.power_averages import Reconstruction
 from jitscale.checkpoints.weights import StoredWeights, description, write_safetensors
 from jitscale.config import Config, load_config
-from jitscale.errors import CheckpointError
+from jitscale.errors import CheckpointError, UserError
 from tests.support.weights import SETS, run_of, settings
 from tools import posthoc_ema
 from tools.convert_checkpoint import FORMS, main
@@ -61,6 +62,28 @@ def test_no_form_keeps_an_output_that_is_not_sound(form: str, tmp_path: Path) ->
     ):
         conversion.write(staged)
     assert str(error.value).startswith(f"{options.output}"), "the name that was asked for, not the hidden one"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_disk_that_is_full_is_refused_in_one_line(form: str, tmp_path: Path) -> None:
+    """Also by the libraries that hide the system's error behind one of their own."""
+    run = run_of(tmp_path / "run", settings())
+    (config := tmp_path / "config.yaml").write_bytes((run / "checkpoints/step_00000007/config.yaml").read_bytes())
+    by_form: dict[str, list[object]] = {
+        "authors": ["--ema1", "ema_0.9", "--ema2", "ema_0.9"],
+        "run": ["--config", config],
+    }
+    more = by_form.get(form, [])
+    assert main(["--checkpoint", str(run), "--to", "safetensors", "--output", str(tmp_path / "sets")]) == 0
+    arguments = ["--checkpoint", tmp_path / "sets", "--to", form, "--samples", "0", "--output", tmp_path / "out", *more]
+    before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+    try:
+        with pytest.raises(UserError, match=rf"{tmp_path / 'out'}.* cannot be written \(.*File too large"):
+            main([str(argument) for argument in arguments])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sorted(tmp_path.iterdir()) == before
 
 

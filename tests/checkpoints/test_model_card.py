@@ -14,8 +14,18 @@ from PIL import Image
 import jitscale
 from jitscale import evaluate
 from jitscale.checkpoints.hub import HubJiT
+from jitscale.checkpoints.model_card import Card
 from jitscale.checkpoints.opening import open_weights
-from jitscale.config import Config, DataConfig, DiffusionConfig, EngineConfig, EvaluationConfig, RunConfig, to_yaml
+from jitscale.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    to_yaml,
+)
 from jitscale.evaluation import showcase
 from jitscale.evaluation.features import to_uint8
 from jitscale.preparation.array_shards import write_shards
@@ -115,6 +125,17 @@ def test_unconditional(tmp_path: Path) -> None:
     assert "unconditional" in card.data.tags
     assert "class-conditional" not in card.content
     assert "labels=[0, 0]" in card.text
+
+
+def test_a_card_without_guidance_and_classes_does_not_speak_of_them() -> None:
+    config = Config(model=ModelConfig(num_classes=0))
+    text = Card(config, "model", is_diffusers=True).text
+    assert "equal steps without guidance." in text
+    assert "modulo the classes" not in text
+    config.evaluation.guidance_scale, config.model.num_classes = 2.0, 5
+    text = Card(config, "model", is_diffusers=True).text
+    assert "equal steps with guidance in an interval." in text
+    assert "modulo the classes" in text
 
 
 def test_the_card_of_a_network_that_is_saved_from_python(tmp_path: Path) -> None:

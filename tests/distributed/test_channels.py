@@ -102,6 +102,7 @@ def test_an_upgrade(job: Job, run: Path, mode: str) -> None:
     settings = [*GREY, *resized, "model.image_size=32", "diffusion.noise_scale=2.0"]
     done = run_tool("upgrade_resolution", *where, "--mode", mode, "--preview", preview, *settings)
     assert done.code == 0, done.err
+    assert done.out.rstrip().endswith(" ".join([f"run.dir={job.folder / mode}", *settings])), "the command as it works"
     checks = re.findall(r"self-check of \S+: (.*)", done.out)
     if mode == "patch":
         parts = ("patch embedding", "output layer", "middle output layer", "subspace", "whole network")
