@@ -42,3 +42,11 @@ def test_gpus_are_seen_by_the_tests_that_need_one(
     config: Any = SimpleNamespace(args=arguments)
     conftest.pytest_configure(config)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if visible else "")
+
+
+def test_a_rank_in_the_process_of_the_tests() -> None:
+    os.environ |= {"MASTER_PORT": "1", "RANK": "0"}
+
+
+def test_leaves_nothing_to_the_next_test() -> None:
+    assert not {"MASTER_PORT", "RANK"} & set(os.environ)

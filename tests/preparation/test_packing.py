@@ -279,7 +279,7 @@ def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("path\n" + "x.png\n" * 20_000)
+    (tmp_path / "a.csv").write_text("path\n" + "".join(f"{number}.png\n" for number in range(20_000)))
     message = refused(*command(tmp_path / "a.csv", tmp_path / "out", "--resolution", "13000"))
     assert "10.1TB to write" in message
     options = PackingOptions([str(tmp_path / "in")], "raw", RESOLUTION, PER_SHARD, 0)
