@@ -14,6 +14,7 @@ import yaml
 
 from jitscale.addresses import masked
 from jitscale.config import Config
+from jitscale.tracking import distance_title
 
 PAPER = "https://arxiv.org/abs/2511.13720"
 _METRICS = {  # of a result: the type and the name in the front matter
@@ -163,7 +164,7 @@ class Card:
         metrics = _metrics(self.result).items()
         table = "\n".join(f"| {name} | {self.result[key]:.4g} |" for key, (_, name) in metrics)
         text = f"## Results\n\n| | |\n|---|---|\n{table}\n\nAgainst {_dataset(self.result)}: {said}.\n"
-        if args["features"] != "inception":
+        if args["features"] not in ("inception", "dinov2"):
             text += "The features are those of a small network: do not compare these numbers with published FIDs.\n"
         return text
 
@@ -190,9 +191,10 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Those of `_METRICS` that were measured. A distance in features other than Inception's is not called FID."""
     features = result["protocol"]["features"]
     found = {key: value for key, value in _METRICS.items() if key in result}
-    if features == "inception":
-        return found
-    return {key: (f"{kind}_{features}", f"{name} ({features} features)") for key, (kind, name) in found.items()}
+    if features != "inception":
+        found = {key: (f"{kind}_{features}", f"{name} ({features} features)") for key, (kind, name) in found.items()}
+    named = {key: (key, distance_title(key)) for key in result if key.startswith("fd_")}  # by their networks
+    return found | named
 
 
 def _dataset(result: Mapping[str, Any]) -> str:

@@ -168,14 +168,15 @@ class ShardSet:
 
     def check_apart(self, held_out: ShardSet) -> None:
         """Raise a DataError if a shard of `held_out` is one of these too, or its labels mean other classes."""
-        own = {mark: shard.location for shard in self._shards for mark in shard.identities()}
+        known = {mark: shard.location for shard in self._shards for mark in shard.identities()}
         for shard in held_out._shards:
-            if common := [own[mark] for mark in shard.identities() if mark in own]:
+            if common := [known[mark] for mark in shard.identities() if mark in known]:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
                 remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
         remedy = "a label must mean one thing, so write its shards with the same class names"
-        refuse_other_classes("data.held_out", held_out.class_names, "data.shards", self.class_names, remedy)
+        names, own = held_out.class_names, self.class_names
+        refuse_other_classes("data.held_out", names, "data.shards", own, remedy, whole=True)
 
     def caution(self) -> str | None:
         """A line if the images are stored with other channels than they are read with."""

@@ -18,6 +18,7 @@ from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.generate import autocast, configured_sampler, generate, ready_to_sample, tile
 from jitscale.model.flops import forward_flops
 from jitscale.parallel import choose_device
+from jitscale.tracking import distance_of
 
 SAMPLES = 8  # by default
 COLUMNS, TOGETHER = 4, 8
@@ -77,7 +78,7 @@ def measured(stored: StoredWeights, set_name: str) -> dict[str, Any] | None:
         return None
     digest = weights_digest(stored.network(set_name))
     own = [(path, result) for path, result in results if result["protocol"].get("weights_sha256") == digest]
-    own.sort(key=lambda item: (item[0] != paths[0], -item[1]["num_images"], item[1]["fid"]))
+    own.sort(key=lambda item: (item[0] != paths[0], -item[1]["num_images"], item[1][distance_of(item[1])]))
     return own[0][1] if own else None
 
 
@@ -91,7 +92,7 @@ def as_measured(config: Config, result: dict[str, Any]) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        checked = {key: found[key] for key in ("protocol", "reference", "num_images", "fid")}
+        checked = {key: found[key] for key in ("protocol", "reference", "num_images", distance_of(found))}
         checked["protocol"]["sampler"], checked["protocol"]["features"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{path}: is no result of an evaluation ({first_line(error)})"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,21 @@ def test_of_a_measured_run(form: str, run: Path, tmp_path: Path) -> None:
     for number, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy()):
         drawn = picture[1:17, 18 * number + 1 : 18 * number + 17]
         assert np.abs(drawn.astype(int) - image).max() <= 1, "the lines make the picture, up to a batch's rounding"
+
+
+def test_of_a_run_that_another_network_measured(run: Path, tmp_path: Path) -> None:
+    """DINOv2 gives no FID: its distance keeps its own name."""
+    measured_run = shutil.copytree(run, tmp_path / "run")
+    result = json.loads((measured_run / "result.json").read_text())
+    result["fd_dinov2"] = result.pop("fid")
+    result["protocol"]["features"] = "dinov2"
+    shutil.rmtree(measured_run / "results", ignore_errors=True)
+    (measured_run / "result.json").write_text(json.dumps(result))
+    card = ModelCard.load(convert(measured_run, "huggingface", tmp_path / "out", "--samples", 0) / "README.md")
+    metrics = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert metrics["fd_dinov2"] == result["fd_dinov2"]
+    assert not [name for name in metrics if name.startswith("fid")]
+    assert "small network" not in card.text
 
 
 def test_only_the_numbers_of_the_very_weights(run: Path, tmp_path: Path) -> None:

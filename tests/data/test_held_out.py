@@ -186,19 +186,22 @@ def test_workers_get_no_held_out_samples(folder: Path) -> None:
         ("LINK/shard-000001.tar", r"data.held_out: .*shard-000001.tar is trained on as .*shards/shard-000001.tar"),
         ("COPY/shard-000002.tar", r"data.held_out: .*copy/shard-000002.tar is trained on as .*shards/shard-000002.tar"),
         ("NAMED", r"data.held_out: its class 0 is 'class 1', that of data.shards is 'class 0'; a label must mean"),
+        ("FEW", rf"data.held_out: it names {COUNT - 1} classes, and data.shards names {COUNT}; a label must mean"),
     ],
 )
 def test_refusals(folder: Path, other: Path, tmp_path: Path, held_out: str, message: str) -> None:
-    named = tmp_path / "named"
-    for source, target in ((folder, tmp_path / "shards"), (folder, tmp_path / "copy"), (other, named)):
+    named, few = tmp_path / "named", tmp_path / "few"
+    for source, target in ((folder, tmp_path / "shards"), (folder, tmp_path / "copy"), (other, named), (other, few)):
         shutil.copytree(source, target)
     (tmp_path / "link").mkdir()
     for path in folder.glob("shard-*.tar"):  # no manifest there, and so no hash
         (tmp_path / "link" / path.name).hardlink_to(tmp_path / "shards" / path.name)
-    for number, where in enumerate((tmp_path / "shards", named)):
+    for number, where in ((0, tmp_path / "shards"), (1, named), (0, few)):
         text = (where / MANIFEST).read_text().replace('"class_names": null', f'"class_names": {names(number)}')
         (where / MANIFEST).write_text(text)
-    for short, path in (("SHARDS", "shards"), ("LINK", "link"), ("COPY", "copy"), ("NAMED", "named")):
+    text = (few / MANIFEST).read_text().replace(f', "class {COUNT - 1}"', "")
+    (few / MANIFEST).write_text(text.replace(f'"num_classes": {COUNT}', f'"num_classes": {COUNT - 1}'))
+    for short, path in (("SHARDS", "shards"), ("LINK", "link"), ("COPY", "copy"), ("NAMED", "named"), ("FEW", "few")):
         held_out = held_out.replace(short, str(tmp_path / path))
     with pytest.raises(DataError, match=message) as refused:
         open_training_shards(config_of(tmp_path / "shards", held_out))
