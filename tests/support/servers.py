@@ -17,6 +17,15 @@ PATIENCE = 20  # seconds; a test that waits longer hangs
 
 
 @contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests by `handler`; yields the server's URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
 def serving(folder: Path, fetched: list[str] | None = None, only_with: str = "") -> Iterator[str]:
     """Serve the files of `folder`; yields the server's URL, and appends the path of each GET to `fetched`.
 
@@ -38,10 +47,8 @@ def serving(folder: Path, fetched: list[str] | None = None, only_with: str = "")
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(Handler) as address:
+        yield address
 
 
 class Storage:
