@@ -23,17 +23,17 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "font.size": 9,
     "legend.frameon": False,
-    "svg.hashsalt": "jitscale",  # equal data, equal file
+    "svg.hashsalt": "jitscale",  # equal data give equal files
     "svg.fonttype": "path",
 }
-UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # style of points that no line connects
+UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # for points without a line
 
 
 @contextmanager
 def figure(
     target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4, rows: int = 1
 ) -> Iterator[Sequence[Axes]]:
-    """Panels side by side in `rows`, written at the end to a .svg or .png file, or as SVG into a buffer."""
+    """Panels in `rows` rows, saved at the end of the block to a .svg or .png file, or as SVG into a buffer."""
     with mpl.rc_context(STYLE):
         size = (width * panels, height * rows)
         drawn, axes = plt.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
@@ -48,7 +48,7 @@ def figure(
 def curve(
     axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, number: int = 0, **style: Any
 ) -> None:
-    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars; `number` chooses the look."""
+    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars; `number` selects the look."""
     values = np.asarray(by_seed, float)
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else None
     look = {"color": COLOURS[number], "marker": MARKERS[number], "capsize": 2, "linewidth": 1.2, "markersize": 4}
@@ -56,12 +56,12 @@ def curve(
 
 
 def curve_over(axis: Axes, by_x: Mapping[Any, Sequence[float]], label: str, number: int = 0, **style: Any) -> None:
-    """`curve` of the values of all seeds at each x."""
+    """`curve`, from the values of all seeds at each x."""
     curve(axis, list(by_x), list(zip(*by_x.values(), strict=True)), label, number, **style)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Over seeds; the deviation of one seed is 0."""
+    """The mean and the standard deviation over seeds; the deviation of a single seed is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
@@ -72,7 +72,7 @@ def plus_minus(values: Sequence[float], width: int = 0, digits: int = 2) -> str:
 
 
 def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str], part: float = 1.0) -> None:
-    """Pictures (PNG in base64) below each other, with a label before each; of their width only the first `part`."""
+    """Pictures (PNG in base64) below each other, each with a label on its left; only the left `part` of the width."""
     drawn = [plt.imread(BytesIO(base64.b64decode(picture)), format="png") for picture in pictures]
     drawn = [picture[:, : round(part * picture.shape[1])] for picture in drawn]
     heights = [picture.shape[0] for picture in drawn]

@@ -105,7 +105,7 @@ def test_a_rank_that_another_one_has_left_says_one_line(
     if is_lost:
         assert met.value.code == ExitCode.FAILED
     said = capsys.readouterr().err.splitlines()
-    assert [line[:47] for line in said] == ["error: rank 2: another rank has ended, and this"] * is_lost
+    assert [line[:47] for line in said] == ["error: rank 2: ends because another rank has en"] * is_lost
     assert not (tmp_path / "error.json").exists(), "torchrun names another rank as the cause"
 
 

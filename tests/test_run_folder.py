@@ -53,7 +53,7 @@ def test_a_damaged_record_of_starts_begins_anew(
     (tmp_path / "attempts.json").write_bytes(content)
     assert Attempts.begin(tmp_path, 5).starts == 1
     assert f"{tmp_path}/attempts.json: damaged" in caplog.text
-    assert "the record of starts begins anew" in caplog.text
+    assert "the count of starts begins again" in caplog.text
     assert json.loads((tmp_path / "attempts.json").read_text())["position"] == 5
     assert Attempts.begin(tmp_path, 6).starts == 2
 
@@ -73,7 +73,7 @@ def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptur
 
     assert after_the_end(lambda: None) == ExitCode.DONE
     assert after_the_end(full) == ExitCode.FAILED
-    assert "error: result.json: cannot be written (No space left on device); make room; all that" in caplog.text
+    assert "error: result.json: cannot be written (No space left on device); make room; the trained" in caplog.text
     with pytest.raises(StorageError):
         full()
 

@@ -288,7 +288,7 @@ def test_the_mode_of_the_environment_wins(
     record.log_final(final_result([]))
     record.close()
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == (mode == "offline")
-    assert "because its own settings (WANDB_MODE) say so" in caplog.text
+    assert "its own settings (WANDB_MODE) disable it" in caplog.text
     assert "W&B failed" not in caplog.text
 
 
@@ -333,7 +333,7 @@ def test_a_damaged_id_is_replaced(tmp_path: Path, content: bytes, caplog: pytest
     new = _own_id(path)
     assert len(new) == 8
     assert path.read_text() == new == _own_id(path)
-    assert ("damaged, no id of W&B's" in caplog.text) == bool(content)
+    assert ("damaged, not an id of W&B" in caplog.text) == bool(content)
 
 
 def test_the_id_of_a_sweep_is_said(
@@ -394,7 +394,7 @@ def test_a_key_that_the_server_refuses_falls_back_to_offline(
     server.server_close()
     assert "W&B failed (" in caplog.text
     assert "401" in caplog.text
-    assert "W&B goes on offline" in caplog.text
+    assert "W&B records offline from now on" in caplog.text
     assert [line["step"] for line in recorded(tmp_path)[1]] == [1]
 
 

@@ -151,7 +151,7 @@ def test_refused_values(override: str, expected: str, own: Path) -> None:
         ("checkpoint.xyz=1", "checkpoint has every_images, keep_last, keep_every_images, asynchronous"),
         ("optim.lr", "optim.lr has no '='; write optim.lr=VALUE"),
         ("model=b", "is a group of settings; write model.NAME=value"),
-        ("evaluation.more_features=[auto]", "write evaluation.features=auto (network of FID"),
+        ("evaluation.more_features=[auto]", "write evaluation.features=auto (feature network of FID"),
         ("evaluation.features=other", "give such a value, or null for none"),
     ],
 )

@@ -206,14 +206,14 @@ def test_a_disk_that_fills_costs_measurements_only(evaluation: Evaluation, monke
         assert outputs[0].count("a measurement is left out, training goes on") == 2
         assert outputs[0].count("error: ") == 1
         assert "No space left on device" in outputs[0].splitlines()[-1]
-        assert outputs[0].splitlines()[-1].endswith("all that was trained is saved, and the same command does the rest")
+        assert outputs[0].splitlines()[-1].endswith("start the same command again to do the rest")
         assert [path.name for path in complete_checkpoints(folder)][-1] == "step_00000012"
         assert not (folder / "complete_train.json").exists()
         (cache / "filling").unlink()
         (folder / "complete_train.json").mkdir()
         said = run_ranks(2, *command, expect=1)
         assert (folder / "result.json").exists()
-        assert re.search(r"error: .*complete_train.json.*; all that was trained is saved", said)
+        assert re.search(r"error: .*complete_train.json.*; the trained state is saved", said)
         assert "Traceback" not in said
     finally:
         subprocess.run(["umount", str(cache)], check=True)

@@ -41,7 +41,7 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
         attempts.last_reason = "a rank died"
         attempts.write(tmp_path)
     assert (attempts.starts, attempts.without_progress) == (6, 2)
-    with pytest.raises(UserError, match=r"3 starts in a row have not brought the run beyond 20 \(a rank died\)"):
+    with pytest.raises(UserError, match=r"3 starts in a row brought no progress beyond 20 \(a rank died\)"):
         Attempts.begin(tmp_path, 20, most=3)
     assert Attempts.begin(tmp_path, 20, most=3).without_progress == 0  # a manual restart begins anew
 
