@@ -72,7 +72,7 @@ def test_the_end_of_a_training_is_the_configured_sweep(swept: tuple[Path, list[s
     folder, _, said = swept
     assert "measuring: 2 x 10 images on the way" in said
     assert "4 settings x 16 in a sweep" in said
-    assert "ema_0.9999 after 3 steps is 100% the weights that the run began with" in said
+    assert "after 3 steps, 100% of ema_0.9999 are the initial weights" in said
     assert "evaluation.num_images=70 is fewer" not in said
     result = json.loads((folder / "result.json").read_text())
     assert len(result["table"]) == 4 + 1

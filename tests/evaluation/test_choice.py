@@ -176,7 +176,7 @@ def test_statistics_say_their_network(folder: Path, content: dict[str, Any], cho
 
 def test_settings_that_do_not_go_with_it(folder: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"features_file=w\.pth holds weights of a network that evaluation\.features="
+        ConfigError, match=r"features_file=w\.pth needs the name of its network, and evaluation\.features="
     ):
         configured(folder, "evaluation.features_file=w.pth")
     with pytest.raises(ConfigError, match=r"names the network of evaluation\.features=dinov2 again"):
