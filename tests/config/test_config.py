@@ -221,7 +221,7 @@ def test_all_refusals_come_in_one_message() -> None:
         ("engine.cuda_graphs=true engine.zero_stage=3", "ZeRO stage 3 gathers them at new ones each time; set"),
         (
             "engine.cuda_graphs=true engine.offload_optimizer=true",
-            "the host computes the optimizer step; set one of them to",
+            "host computes the optimizer step; set one of them",
         ),
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
         ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must be in (0, 1)"),

@@ -227,7 +227,7 @@ def test_a_stored_file_is_data(beside: str, tmp_path: Path, monkeypatch: pytest.
         ("data: {shards: 'https://a/${oc.env:TOKEN}'}", "data.shards=https://a/${oc.env:TOKEN} has an interpolation"),
         (
             "evaluation: {sweep: ['${model.depth}']}",
-            "has an interpolation, but a run has written this file, so nothing",
+            "has an interpolation, but a run has written this file, so",
         ),
         ("defaults: [../other]", "has defaults, ['../other'], but a run has written this file"),
         ("defaults: /etc/x", "has defaults, /etc/x, but a run has written this file"),
@@ -268,7 +268,10 @@ def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"run: {seed: 1" + b"0" * 400 + b"}", "must be in [0, 9223372036854775807]"),
         (b"optim: {lr: 1" + b"0" * 400 + b"}", "has the wrong type (not a number)"),
         (b"data: {batch_size: 0064}", "a.yaml: data.batch_size=0064 is not a decimal number; write 64"),
-        (b"progressive: {resolutions: [064, 128]}", "progressive.resolutions=[...] has 064, which is no plain decimal"),
+        (
+            b"progressive: {resolutions: [064, 128]}",
+            "progressive.resolutions=[...] has 064, which is not a decimal number",
+        ),
         (b"run: {seed: 0" + b"1" * 5000 + b"}", "is not a decimal number; the default is 0"),
         (b"run: {dir: 0" + b"1" * 5000 + b"}", "has the wrong type (YAML reads a number here, not text)"),
         (b"5", "cannot be read as YAML: Invalid loaded object type: int"),
