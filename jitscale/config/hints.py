@@ -79,7 +79,7 @@ def remedy_of_unknown(key: str) -> str:
 
 
 def meant_elsewhere(problem: Problem) -> Problem:
-    """`problem`. If another setting of the group has the same choices and also this value, the remedy names that setting."""
+    """`problem`. If a setting of the same group has its choices and also this value, the remedy names that setting."""
     own, group = CHOICES.get(problem.key, ()), problem.key.partition(".")[0]
     for other, choices in CHOICES.items():
         if own and other.startswith(f"{group}.") and set(own) < set(choices) and problem.value in choices:

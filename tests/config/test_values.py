@@ -270,7 +270,7 @@ def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"data: {batch_size: 0064}", "a.yaml: data.batch_size=0064 is not a decimal number; write 64"),
         (
             b"progressive: {resolutions: [064, 128]}",
-            "progressive.resolutions=[...] has 064, which is not a decimal number",
+            "progressive.resolutions=[...] has 064, which is not a decimal",
         ),
         (b"run: {seed: 0" + b"1" * 5000 + b"}", "is not a decimal number; the default is 0"),
         (b"run: {dir: 0" + b"1" * 5000 + b"}", "has the wrong type (YAML reads a number here, not text)"),

@@ -119,7 +119,7 @@ def test_usual_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
     assert cache_folder.usual_cache_folder() == folder
     folder.chmod(0o777)
-    with pytest.raises(DataError, match=rf"may be written by others \(mode 0777\); remove it, or chmod 700 {folder}"):
+    with pytest.raises(DataError, match=rf"can be written by others \(mode 0777\); remove it, or chmod 700 {folder}"):
         cache_folder.usual_cache_folder()
     folder.chmod(0o700)
     monkeypatch.setattr(cache_folder.os, "getuid", lambda: 12345)

@@ -78,9 +78,9 @@ def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
         ("*.tar", r"\*.tar: no tars here"),
         ("{a,b}/x.tar", r"names tars in 2 folders \(.*a, .*b, ...\), and each has a manifest"),
         ("a/x.{tar", "has unbalanced braces"),
-        ("a/*", "a/other.txt: is not called .tar; unpack or rename it"),
-        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: only local folders are surveyed"),
-        ("s3://bucket/a", "s3://bucket/a: only local folders are surveyed; copy the shards or mount"),
+        ("a/*", "a/other.txt: the name does not end in .tar; unpack or rename it"),
+        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: is remote, only local folders are read here"),
+        ("s3://bucket/a", "s3://bucket/a: is remote, only local folders are read here; copy them"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str) -> None:
