@@ -302,7 +302,7 @@ def test_disk_that_refuses_a_file_of_this_size(storage: Storage, tmp_path: Path,
     process = fork.Process(target=_fetch_on_a_small_disk, args=(ShardCache(tmp_path, 400_000), url, record, theirs))
     process.start()
     joined(process)
-    needs = f"{url}: cannot be written to the cache {tmp_path}, where it needs 300000 bytes (File too large)"
+    needs = f"{url}: cannot be written to the cache {tmp_path} (it needs 300000 bytes) (File too large)"
     assert needs in ours.recv()
     assert names(tmp_path, ".partial") == set()
 
@@ -313,7 +313,7 @@ def test_full_disk(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cache, "_write_all", write)
     url, record = storage.shard()
-    with pytest.raises(DataError, match=rf"{tmp_path}, where it needs 300000 bytes \(.*No space left.*\); free space"):
+    with pytest.raises(DataError, match=rf"{tmp_path} \(it needs 300000 bytes\) \(.*No space left.*\); free space"):
         ShardCache(tmp_path, 400_000).fetch(url, record)
     assert storage.gets[record.name] == 1
     assert names(tmp_path, ".partial") == set()

@@ -38,7 +38,7 @@ def test_copy_with_other_content_is_never_read(
     spoil(copy)  # between two processes
     assert content(ShardCache(tmp_path, 400_000), url, record) == storage.files[record.name]
     assert storage.gets[record.name] == 3
-    assert [f"{url}: its copy {copy} is not what the manifest says" in line for line in caplog.messages] == [True] * 3
+    assert [f"{url}: its copy {copy} differs from the manifest" in line for line in caplog.messages] == [True] * 3
 
 
 def test_sound_copy_is_hashed_once_a_node_and_day(

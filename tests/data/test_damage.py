@@ -235,7 +235,11 @@ CASES = [
     Case("JPEG of 200 megapixels", image(jpeg_that_claims(10_000, 20_000), "jpg"), replaced="20000 x 10000 pixels"),
     Case("smaller than the image size", image(file_bytes(Image.new("RGB", (9, 20)), "PNG"), "png"), replaced="9 x 20"),
     # Manifests
-    Case("manifest with another count", lying(lambda m: m["shards"][0].update(samples=3)), "hold 5 samples, its total"),
+    Case(
+        "manifest with another count",
+        lying(lambda m: m["shards"][0].update(samples=3)),
+        "have 5 samples, but its total",
+    ),
     Case(
         "manifest with other counts",
         lying(lambda m: (m["shards"][0].update(samples=3), m["shards"][1].update(samples=3))),

@@ -116,7 +116,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "huggingface_hub.py").write_text("raise ModuleNotFoundError('none', name='huggingface_hub')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     (line,) = said_of("|hf://datasets/we/letters")
-    assert "hf://datasets/we/letters: the package that reads it is not installed" in line
+    assert "hf://datasets/we/letters: a package for this storage is not installed" in line
     assert line.endswith("pip install 'jitscale[hub]'")
 
 

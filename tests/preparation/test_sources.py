@@ -316,7 +316,7 @@ def test_class_names(tmp_path: Path) -> None:
     assert read_class_names(path) == ["tabby cat", "dog"]
     for text, message in [
         ("a\n\nb\n", "line 2: is empty"),
-        ("a\nb\na\n", "line 3: 'a' stands in line 1 too"),
+        ("a\nb\na\n", "line 3: 'a' is in line 1 too"),
         ("", "line 1: is empty"),
     ]:
         path.write_text(text)

@@ -218,8 +218,8 @@ def test_files_of_class_names(tmp_path: Path) -> None:
     assert read_class_names(path) == ["tench", "great white shark", "2"]
     for text, message in [
         ("a\n\nb", "line 2: is empty"),
-        ("a\nb\na", "line 3: 'a' stands in line 1 too"),
-        ("a\n0", "line 2: calls class 1 '0', the number of another"),
+        ("a\nb\na", "line 3: 'a' is in line 1 too"),
+        ("a\n0", "line 2: names class 1 '0', the number of another"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):
