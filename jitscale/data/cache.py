@@ -221,7 +221,8 @@ class ShardCache:
             return
         if record.bytes > self.capacity:
             what = f"has {record.bytes} bytes, but the cache {self._folder} has room for {self.capacity}"
-            remedy = f"raise data.cache_gb to {record.bytes / 1e9:.3g} or more (other shards need room too), or write smaller ones"
+            least = f"{record.bytes / 1e9:.3g} or more (other shards need room too)"
+            remedy = f"raise data.cache_gb to {least}, or write smaller ones"
             raise DataError(f"{url}: {what}; {remedy}")
         tar, partial = self._file(record, _TAR), self._file(record, _PARTIAL)
         start = time.monotonic()

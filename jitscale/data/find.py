@@ -62,7 +62,7 @@ def find_tars(pattern: str) -> Tars:
         folder = folders[0] if folders else folder
         for path in paths:
             if not path.is_file():
-                raise DataError(f"{path}: no such file or folder; correct the path")
+                raise DataError(f"{path}: there is no such file or folder; correct the path")
             if path.suffix != ".tar":
                 raise DataError(f"{path}: the name does not end in .tar; unpack or rename it, or narrow the pattern")
     manifest = manifests_of([folder]).get(folder)

@@ -158,9 +158,7 @@ def read_class_names(path: Path) -> list[str]:
             fault = f"{name!r} is in line {first[name]} too" if name else "is empty"
             raise DataError(f"{path}: line {line}: {fault}; write every class name once, one per line")
         if name.isdecimal() and int(name) != line - 1:
-            raise DataError(
-                f"{path}: line {line}: names class {line - 1} {name!r}, the number of another class; rename it"
-            )
+            raise DataError(f"{path}: line {line}: names class {line - 1} {name!r}, the number of another; rename it")
         first[name] = line
     return names
 

@@ -133,7 +133,7 @@ def _refusal(url: str, error: Exception) -> str | None:
         package = f"jitscale[{extra}]" if extra else "fsspec[http]"
         return f"{url}: a package for this storage is not installed ({_text(error)}); pip install '{package}'"
     if isinstance(error, FileNotFoundError):
-        return f"{url}: no such file; correct the address or upload it"
+        return f"{url}: there is no such file; correct the address or upload it"
     # Compared by name, because botocore may not be installed.
     no_credentials = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
     if isinstance(error, PermissionError) or no_credentials or status in {401, 403}:
@@ -141,7 +141,7 @@ def _refusal(url: str, error: Exception) -> str | None:
         hint = ", for example in ~/.netrc" if url.startswith("http") else hint
         return f"{url}: access is refused ({_text(error)}); give this job credentials that may read it{hint}"
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
-        return f"{url}: the server refuses the request ({_text(error)}); correct the address"
+        return f"{url}: the server refuses it ({_text(error)}); correct the address"
     return None
 
 

@@ -174,20 +174,18 @@ CASES = [
         rewritten(lambda d: d[:SECOND] + bytes([d[SECOND] ^ 1]) + d[SECOND + 1 :]),
         rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
     ),
-    Case("tar without samples", shards(), "holds no samples; remove it"),
-    Case(
-        "two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data behind the end-of-archive block"
-    ),
+    Case("tar without samples", shards(), "has no samples; remove it"),
+    Case("two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data after the end-of-archive block"),
     Case(
         "damaged pax header",
         rewritten(lambda data: damaged_pax(*PAIR)),
-        r"a.tar: byte 0: is no whole tar \(invalid literal",
+        r"a.tar: byte 0: is not a complete tar \(invalid literal",
     ),
     # Members
     Case("sample without image", shards(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
     Case("sample with two images", shards(*PAIR, ("k.jpg", PNG)), r"byte 0: sample 'k' has 2 images among"),
-    Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' comes twice"),
-    Case("key that comes back", shards(*PAIR, ("l.png", PNG), ("k.txt", b"")), r"byte \d+: key 'k' comes twice"),
+    Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' occurs twice"),
+    Case("key that comes back", shards(*PAIR, ("l.png", PNG), ("k.txt", b"")), r"byte \d+: key 'k' occurs twice"),
     Case("dotted key", shards(("v1.0/n.2.png", PNG), ("v1.0/n.png", PNG), ("v1.0/n.cls", b"1")), pixels=picture()),
     Case("label missing", shards(PAIR[0]), r"byte 512: sample 0 has no label, needs one in 0\.\.9"),
     Case(
@@ -238,7 +236,7 @@ CASES = [
     Case(
         "manifest with another count",
         lying(lambda m: m["shards"][0].update(samples=3)),
-        "have 5 samples, but its total",
+        "have 5 samples, but its",
     ),
     Case(
         "manifest with other counts",
@@ -260,7 +258,7 @@ CASES = [
     Case(
         "manifest with too few class names",
         lying(lambda m: m.update(class_names=["a"], num_classes=3)),
-        "names 1 classes and says that there are 3",
+        "names 1 classes, but num_classes is 3",
     ),
     Case(
         "manifest with a shard twice",

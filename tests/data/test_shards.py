@@ -191,7 +191,7 @@ def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp
         ShardSet.open(tmp_path, CLASSES)
     index["offset"][3] = 1 << 40
     np.save(path, index)
-    with pytest.raises(DataError, match=r"index.npy: points behind the tar's \d+ bytes; remove it"):
+    with pytest.raises(DataError, match=r"index.npy: points beyond the tar's \d+ bytes; remove it"):
         ShardSet.open(tmp_path, CLASSES)
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"index.npy: cannot be mapped.*remove it"):

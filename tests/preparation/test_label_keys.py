@@ -74,7 +74,7 @@ def test_a_changed_label_in_json_is_found(tmp_path: Path) -> None:
     ("value", "what"),
     [
         ({"class": 1}, "00001.json has the fields 'class', not 'label'; correct --label-key json:label"),
-        ("[", r"00001.json is no JSON"),
+        ("[", r"00001.json is not JSON"),
         ("[3]", r"00001.json is '\[3\]', not 'label'"),
         ({"label": True}, "00001.json holds True as label, neither an integer nor a name"),
         ({"label": [1]}, r"00001.json holds \[1\] as label, neither"),
@@ -100,7 +100,7 @@ def test_packed_shards_have_no_other_key(tmp_path: Path) -> None:
 
 def test_a_sample_without_json_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", ("k.jpg", numbered_png()), ("k.txt", b"x"))
-    message = "a.tar: byte 0: sample 'k' has no k.json, which --label-key json:label reads"
+    message = "a.tar: byte 0: sample 'k' has no k.json, and --label-key json:label needs it"
     refused(message, tmp_path / "a.tar", label_key="json:label")
 
 

@@ -120,9 +120,9 @@ def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
         f"b.tar: byte {512 + block + 1024}: sample 1 has label '', nothing; write",
         "d.tar: byte 0: sample 'a' has 0 images among ['cls'], needs",
         "d.tar: byte 1024: sample 0 has label '\ufffd', not printable UTF-8",
-        f"d.tar: byte {512 + block + 1024}: key 'b' comes twice",
+        f"d.tar: byte {512 + block + 1024}: key 'b' occurs twice",
         f"e.tar: byte {offset(paths['a'], 1)}: sample 1 has no label where a number is expected; make",
-        f"e.tar: byte {offset(paths['a'], 2) - 512}: is no whole tar (unexpected end of data; it ends at byte",
+        f"e.tar: byte {offset(paths['a'], 2) - 512}: is not a complete tar (unexpected end of data; it ends at byte",
         "f.tar: is empty (0 bytes); copy or write it again",
     ]
     for line, start in zip(map(str, found.defects), expected, strict=True):
