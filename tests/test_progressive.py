@@ -83,7 +83,7 @@ def test_folders_of_a_run(tmp_path: Path) -> None:
         ),
         (
             ["progressive.resolutions=[64,96]", "progressive.images=[1,1]", "diffusion.prediction=asym"],
-            r"must grow by whole numbers.*for example \[64,128\]",
+            r"must grow by whole factors.*for example \[64,128\]",
         ),
         (
             ["progressive.resolutions=[64]", "progressive.images=[1]", "model.position_grid=8"],

@@ -163,7 +163,7 @@ def _decode_picture(data: bytes, background: Background) -> Decoded:
             # Pillow's conversion would clip the values, and a 16-bit grey image would become white.
             raise ImageError(f"has pixels of mode {picture.mode}; convert it to 8 bits a channel")
         if picture.mode == "P" and picture.palette is None:
-            raise ImageError("has pixels that need a palette, and no palette; copy it again")
+            raise ImageError("has no palette, but its pixels need one; copy it again")
         if not picture.has_transparency_data:
             return Decoded(np.asarray(picture.convert("RGB")), transparent=False)
         pixels = _with_alpha(picture, data)

@@ -280,8 +280,8 @@ def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"model: {depth: {a: 1}}", "model.depth={...} has the wrong type"),
         (b"a: &a [x]\nb: &b [*a,*a]\nmodel: {depth: [*b,*b]}", "has the wrong type (a structure)"),
         (b"defaults: x", "defaults: x is not a list"),
-        (b"defaults: [5]", "is no name of a file"),
-        (b"defaults: ['']", "is no name of a file"),
+        (b"defaults: [5]", "is not the name of a file"),
+        (b"defaults: ['']", "is not the name of a file"),
         (b"#" * 2**21, "has more than 1048576 bytes"),
     ],
 )

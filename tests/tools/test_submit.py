@@ -64,7 +64,7 @@ def test_values_become_names_of_folders(text: str, expected: dict[str, tuple[str
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["optim.lr=1e-4,1e-4"], "optim.lr=1e-4 stands there twice"),
+        (["optim.lr=1e-4,1e-4"], "optim.lr=1e-4 occurs twice"),
         (["optim.lr=1e-4,"], "a value is empty"),
         (["optim.lr=1e-4,,2e-4"], "a value is empty"),
         (["optim.lr=1e-4", "optim.lr=2e-4"], "optim.lr is set twice"),
@@ -94,8 +94,8 @@ def test_options_of_sbatch() -> None:
         (["N=2"], "must be a long option"),
         (["account vision"], "must be a long option"),
         (["comment=a\n#SBATCH --nodes=9"], "must be a long option"),
-        (["nodes=2"], "is set by --nodes of this command"),
-        (["--time=5"], "is set by --minutes"),
+        (["nodes=2"], "this command sets it with --nodes"),
+        (["--time=5"], "sets it with --minutes"),
         (["qos=a", "--qos=b"], "--qos is given twice"),
         (["no-requeue"], "conflicts with options that this command sets; leave it out"),
         (["--job-name=x"], "conflicts with options that this command sets"),
@@ -113,9 +113,9 @@ def test_a_chain_goes_through_resolutions() -> None:
     assert stages[1].source == Path("runs/h_256")
     assert stages[2].overrides == ("optim.lr=1e-4", "optim.lr=1e-5")
     for chain, message in (
-        ("train:256,polish", "'polish' is no stage"),
+        ("train:256,polish", "'polish' is not a stage"),
         ("train", "the first stage needs a resolution"),
-        ("train:x", "'x' is no resolution"),
+        ("train:x", "'x' is not a resolution"),
         ("upgrade:512", "needs a stage of another resolution before it"),
         ("train:256,upgrade:300", "no such config file"),
     ):
@@ -162,7 +162,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "and there is none"),
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
         ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
-        (["--sbatch=nodes=2"], "is set by --nodes"),
+        (["--sbatch=nodes=2"], "sets it with --nodes"),
         (["--sbatch", "--account=x"], "begins as an option of this command; write --sbatch=--account=x"),
         (
             ["--set", "data.shards=https://a:s3cret@h/x,https://h/y?t=s3cret"],
