@@ -148,7 +148,7 @@ def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord,
     if num_classes and len(wrong):
         offset, _, label, _ = index[wrong[0]].item()
         found = "no label" if label == tar_index.NO_LABEL else f"label {label}"
-        what = f"sample {wrong[0]} has {found}, but needs one in 0..{num_classes - 1}"
+        what = f"sample {wrong[0]} has {found}, needs one in 0..{num_classes - 1}"
         raise DataError(f"{location}: byte {offset}: {what}; correct model.num_classes or the shard")
 
 
