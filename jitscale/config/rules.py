@@ -207,7 +207,7 @@ def _features_to_measure(features: str | None, at_end: bool, every: int) -> Faul
     if features is None and (at_end or every):
         asking = "evaluation.at_end=true" if at_end else f"evaluation.every_images={every}"
         remedy = f"set it to one of {', '.join(CHOICES['evaluation.features'])}, or measure nothing"
-        yield f"is no feature network, and {asking} needs one", remedy
+        yield f"names no feature network, and {asking} needs one", remedy
 
 
 @rule("evaluation.features_file", "evaluation.features")

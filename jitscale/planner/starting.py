@@ -27,7 +27,7 @@ PARTS = 10  # parts of the run; after each, it saves, draws samples and measures
 LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of averages, in steps; the last is the paper's
 LEAST_SHARE = 16  # pictures per GPU and step, as in the paper on 64 GPUs; with fewer, a GPU waits for its host
 
-NO_CLASSES = "there are no two classes to guide between"
+NO_CLASSES = "guidance needs at least two classes"
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_all_refusals_come_in_one_message() -> None:
         ("model.num_classes=0", "guides towards a class"),
         ("evaluation.guidance_interval=[0.9,0.1]", "must be two times 0 <= low < high <= 1"),
         ("evaluation.labels=even", "must be one of balanced, random, data"),
-        ("evaluation.features=null", "evaluation.features=null is no feature network, and"),
+        ("evaluation.features=null", "evaluation.features=null names no feature network, and"),
         ("run.max_images=null", "run.max_images=null leaves the run without an end"),
         ("run.seed=1.5", "has the wrong type"),
         ("model=5", "is a group of settings"),
