@@ -256,7 +256,7 @@ def buckets(items: Iterable[T], elements: Callable[[T], int], limit: int = 0) ->
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call on every rank. If one fails, all raise the UserError of the first that does, and none waits for a lost rank.
+    """Call on every rank. If a rank fails, all raise the UserError of the first that does, so that none waits for it.
 
     An OSError becomes a StorageError.
     """
