@@ -66,7 +66,7 @@ def shared_gpu() -> str:
     local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not 1 < seen <= local_rank:  # if a task sees one GPU, that GPU is its own
         return ""
-    remedy = f"start {seen} tasks a node (--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
+    remedy = f"start {seen} tasks per node (--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
     return f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; {remedy}"
 
 
