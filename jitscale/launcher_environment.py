@@ -179,6 +179,6 @@ def _checked(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
     ranks = integer(size, found["WORLD_SIZE"], 1)
     for name, value in ((rank, found["RANK"]), (local_rank, found["LOCAL_RANK"])):
         if integer(name, value) >= ranks:
-            raise LauncherError(f"{name}={value} is not below {size}={ranks}; unset variables that another command left")
+            raise LauncherError(f"{name}={value} is not below {size}={ranks}; unset what another command left")
     integer("MASTER_PORT", found["MASTER_PORT"], 1, 65535)
     return found

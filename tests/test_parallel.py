@@ -45,7 +45,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(ConfigError, match="local rank 5 sees 4 GPUs: two ranks would share one; start 4 tasks per node"):
+    with pytest.raises(ConfigError, match=r"local rank 5 sees 4 GPUs: two .* start 4 tasks per node"):
         parallel.choose_device("auto")
 
 

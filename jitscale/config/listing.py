@@ -19,7 +19,8 @@ one run. Limits of several settings together are in
 [jitscale/config/rules.py](../jitscale/config/rules.py). A command that breaks a limit is refused in
 one line with the remedy.
 
-An entry is `group.key=default`: meaning (type; unit; limit). Limits of a list apply to its elements.
+An entry is `group.key=default`: meaning (type; unit; limit). Limits of a list apply to its
+elements.
 """
 
 

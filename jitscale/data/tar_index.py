@@ -209,7 +209,7 @@ def index_tar(path: Path, key: LabelKey = CLS, class_names: list[str] | None = N
     for sample in samples:
         label = NO_LABEL if sample.label is None else class_number(sample.label, numbers)
         if label is None:
-            holds = f"{sample.key}.{key.extension} has {sample.label!r}"
+            holds = f"{sample.key}.{key.extension} holds {sample.label!r}"
             what = f"{holds}, neither an integer in 0..{LARGEST_LABEL} nor a known class name"
             remedy = "write the class number in decimal, or name the classes with tools/index_shards.py"
             raise DataError(f"{path}: byte {sample.label_offset}: {what}; {remedy}")

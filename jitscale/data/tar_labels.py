@@ -55,7 +55,7 @@ class LabelKey:
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, bool) or not isinstance(value, int):
-            what = f"{name} has {str(value)[:40]} as {'.'.join(self.fields)}, neither an integer nor a name"
+            what = f"{name} holds {str(value)[:40]} as {'.'.join(self.fields)}, neither an integer nor a name"
             raise LabelError(f"{what}; correct --label-key {self}, or the shard")
         return str(value)
 

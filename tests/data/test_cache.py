@@ -282,7 +282,7 @@ def test_manifest_does_not_choose_file_names(storage: Storage, tmp_path: Path) -
 
 def test_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/folder: cannot be made .*choose another"):
+    with pytest.raises(DataError, match=r"file/folder: cannot be created .*choose another"):
         ShardCache(tmp_path / "file" / "folder", 1)
     with pytest.raises(DataError, match=r"cache.lock: cannot be written .*choose"):
         ShardCache(Path("/proc"), 1)  # refuses root too

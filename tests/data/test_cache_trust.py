@@ -124,7 +124,7 @@ def test_usual_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.Monke
     folder.chmod(0o700)
     monkeypatch.setattr(cache_folder.os, "getuid", lambda: 12345)
     folder.rename(foreign := tmp_path / "jitscale-shards-12345")
-    with pytest.raises(DataError, match=r"belongs to the user \d+, so that .*; set data.cache_dir"):
+    with pytest.raises(DataError, match=r"belongs to the user \d+, so .*; set data.cache_dir"):
         cache_folder.usual_cache_folder()
     foreign.rename(tmp_path / "real")
     foreign.symlink_to(tmp_path / "real")

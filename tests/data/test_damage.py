@@ -172,7 +172,7 @@ CASES = [
     Case(
         "flipped bit in a header",
         rewritten(lambda d: d[:SECOND] + bytes([d[SECOND] ^ 1]) + d[SECOND + 1 :]),
-        rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
+        rf"byte {SECOND}: is neither a tar header nor the end-of-archive block",
     ),
     Case("tar without samples", shards(), "has no samples; remove it"),
     Case("two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data after the end-of-archive block"),
@@ -313,7 +313,7 @@ def test_a_tar_whose_storage_fails_is_not_damaged(tmp_path: Path, monkeypatch: p
 
     write_tar(tmp_path / "a.tar", *PAIR)
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(StorageError, match=r"a.tar: cannot be read \(.*Input/output error\); .* mend the") as met:
+    with pytest.raises(StorageError, match=r"a.tar: cannot be read \(.*Input/output error\); .* repair the") as met:
         scan_tar(tmp_path / "a.tar")
     assert not met.value.is_wrong
     number = errno.ENOENT
