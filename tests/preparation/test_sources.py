@@ -149,7 +149,7 @@ def test_damaged_tars_of_tars_are_refused(tmp_path: Path) -> None:
             r"cut\.tar: bytes 512\.\.1536: no whole tar",
         ),
         (tar_bytes(("a.tar", inner), ("b.tar", inner[:700])), r"cut\.tar: ends at byte \d+ without an end"),
-        (tar_bytes(("a.tar", gzip.compress(inner, 0))), r"cut\.tar: byte 512: neither a tar header nor"),
+        (tar_bytes(("a.tar", gzip.compress(inner, 0))), r"cut\.tar: byte 512: is neither a tar header nor"),
         (
             tar_bytes(("a.tar", inner), ("b.png", CONTENT)),
             r"cut\.tar: byte \d+: 'b.png' is no tar, but others in it are",
