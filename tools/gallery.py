@@ -1,6 +1,6 @@
 """Write one HTML page to look at a run: results, curves, samples by step, sweep, data and settings.
 
-    python tools/gallery.py runs/h                 # writes runs/h/gallery.html
+    python tools/gallery.py runs/jit_h_256         # writes runs/jit_h_256/gallery.html
     python tools/gallery.py runs/a runs/b --output compare.html
 
 The page needs no other file. The runs may still be training. The contact sheet of the data appears if the run's shards
