@@ -6,13 +6,13 @@ python docs/draw.py job step --output /tmp/figures
 
 from pathlib import Path
 
-from figures import system
+from figures import step, system
 
 from jitscale.command import Parser
 from jitscale.errors import ExitCode, exit_with_message
 
 IMAGES = Path(__file__).parent / "images"
-FIGURES = {"system": system.draw}
+FIGURES = {"system": system.draw, "step": step.draw}
 
 
 def main(arguments: list[str] | None = None) -> int:
