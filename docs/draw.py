@@ -6,13 +6,13 @@ python docs/draw.py job step --output /tmp/figures
 
 from pathlib import Path
 
-from figures import step, system
+from figures import job, step, system, upgrade_patch
 
 from jitscale.command import Parser
 from jitscale.errors import ExitCode, exit_with_message
 
 IMAGES = Path(__file__).parent / "images"
-FIGURES = {"system": system.draw, "step": step.draw}
+FIGURES = {"system": system.draw, "step": step.draw, "upgrade_patch": upgrade_patch.draw, "job": job.draw}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ DPI = 200  # of pages that show a figure about 8 inches wide in 800 to 1600 pixe
 MONO = "DejaVu Sans Mono"
 ROUND, HEAD = 0.06, 0.10  # a corner's radius, an arrow's head
 LINE_HEIGHT = 0.165
+CAPITALS = 0.73  # their height, in sizes of the font
 
 
 def tint(colour: str, share: float = 0.10) -> tuple[float, float, float]:
@@ -49,12 +50,11 @@ class Canvas:
         mono: bool = False,
         align: Literal["left", "center", "right"] = "center",
     ) -> None:
-        """One line or several, centred at the height `y`."""
+        """One line whose capitals have their middle at the height `y`."""
         style: Any = {"family": MONO} if mono else {}
+        below = CAPITALS / 2 * size / 72  # where the letters stand
         weight = "bold" if bold else "normal"
-        self.axes.text(
-            x, y, text, size=size, color=colour, weight=weight, ha=align, va="center_baseline", linespacing=1.3, **style
-        )
+        self.axes.text(x, y + below, text, size=size, color=colour, weight=weight, ha=align, va="baseline", **style)
 
     def frame(
         self, x: float, y: float, width: float, height: float, colour: str = LINE, *, fill: Any = "white",

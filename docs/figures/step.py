@@ -21,7 +21,7 @@ KINDS = {  # label, time, colour, and whether the label stands a line lower, bec
     "copies": (COPIES, LINE, 0.55, True),
 }
 NOTES = (
-    "Measured: the step, and the kernels by kind. Counted: launches and their bound, backward : forward = 2 : 1, buckets.",
+    "Measured: the step, the kernels by kind. Counted: launches and their bound, backward : forward = 2 : 1, buckets.",
     "Not measured: the widths of loader, copy and network.",
 )
 

@@ -1,5 +1,6 @@
 """From images to a result: the parts of the system, and what goes from one to the next."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from figures.canvas import GREEN, LINE, LINE_HEIGHT, ORANGE, QUIET, canvas, tint
@@ -74,7 +75,7 @@ def draw(path: Path) -> None:
         drawing.box(columns[0], ROWS[2], BOX, TALL, "result.json", ["every measure", "and its protocol"], GREEN)
 
         drawing.arrow((LEFT + BOX / 2, ROWS[0] + TALL), (LEFT + BOX / 2, ROWS[1]))
-        for left, right in zip(columns, columns[1:], strict=False):
+        for left, right in pairwise(columns):
             drawing.arrow((left + BOX, second), (right, second))
             drawing.arrow((right, third), (left + BOX, third))
         last, step = columns[3] + BOX / 2, columns[2] + BOX / 2
