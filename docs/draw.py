@@ -13,7 +13,6 @@ Both folders are written by tools/sample.py with --per-class 4 --guidance 2.
 from pathlib import Path
 
 from figures import job, samples, step, system, upgrade_patch
-
 from jitscale.command import Parser
 from jitscale.errors import ExitCode, UserError, exit_with_message
 

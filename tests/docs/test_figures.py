@@ -1,5 +1,6 @@
 """The pictures of the pages: drawn by their scripts, small, true, and each shown by a page."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 import draw
-from figures import samples, upgrade_patch
+from figures import samples, step, upgrade_patch
 from jitscale.checkpoints.upgrade import AREA_MEANS
 from jitscale.errors import UserError
 from tests.support import ROOT
@@ -69,6 +70,15 @@ def test_the_samples_stand_in_the_order_of_their_ids(tmp_path: Path) -> None:
 def test_a_figure_that_is_not_known_is_refused() -> None:
     with pytest.raises(UserError, match="nothing: no such figure; choose of system, "):
         draw.main(["nothing"])
+
+
+def test_the_step_has_the_numbers_of_its_page() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    table = page.partition("Where a step of H goes")[2].partition("\n\n|")[2].partition("\n\n")[0]
+    assert [int(time) for time in re.findall(r"^\|[^|]*\| (\d+) ms \|", table, re.MULTILINE)] == [
+        time for time, *_ in step.KINDS.values()
+    ]
+    assert f"| {step.STEP}." in page
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
