@@ -1,4 +1,4 @@
-"""Samples of two small runs, pixel by pixel: letters of 128 px, and below them digits of 64 px."""
+"""Samples of small runs, pixel by pixel and none chosen: letters of 128 px, digits of 64 px."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ EACH = 4  # samples of a class: a column of letters, a square of 2 x 2 digits
 GAP, APART = 4, 16  # pixels between samples, and between letters and digits
 
 
-def draw(path: Path, letters: Path, digits: Path) -> None:
-    """The first samples of each class in two folders of tools/sample.py, a column for each class; none is chosen.
+def draw_runs(path: Path, letters: Path, digits: Path) -> None:
+    """The first samples of each class in two folders of tools/sample.py: a column for each class, digits below.
 
     Raises a UserError if one is missing or has another size.
     """
@@ -29,6 +29,29 @@ def draw(path: Path, letters: Path, digits: Path) -> None:
         for number, sample in enumerate(_samples(digits, label, DIGIT)):
             row, column = divmod(number, 2)
             sheet.paste(sample, (left + column * half, below + row * half))
+    write_png(sheet, path)
+
+
+def draw_grid(path: Path, grid: Path) -> None:
+    """The first samples of each class in a grid that a run drew while it trained: A and F share a row, B and G, ...
+
+    Raises a UserError if the file is not such a grid of letters.
+    """
+    rim = LETTER // 32
+    cell, rows = LETTER + 2 * rim, CLASSES // 2
+    try:
+        whole = Image.open(grid).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{grid}: no picture; name the newest file of RUN/samples") from error
+    if whole.height != CLASSES * cell or whole.width < EACH * cell:
+        raise UserError(f"{grid}: not {CLASSES} rows of letters of {LETTER} pixels; name the grid of such a run")
+    sheet = Image.new("RGB", (2 * EACH * (LETTER + GAP) - GAP, rows * (LETTER + GAP) - GAP), "white")
+    for label in range(CLASSES):
+        block, row = divmod(label, rows)
+        for number in range(EACH):
+            left, top = cell * number + rim, cell * label + rim
+            place = ((EACH * block + number) * (LETTER + GAP), row * (LETTER + GAP))
+            sheet.paste(whole.crop((left, top, left + LETTER, top + LETTER)), place)
     write_png(sheet, path)
 
 

@@ -52,7 +52,7 @@ def test_the_samples_stand_in_the_order_of_their_ids(tmp_path: Path) -> None:
             grey = Image.new("L", (size, size), first + number)
             grey.save(tmp_path / folder / f"class_{number % 10:04d}_id_{number:08d}.png")
     command = ["samples", "--letters", str(tmp_path / "letters"), "--output", str(tmp_path)]
-    with pytest.raises(UserError, match="--digits DIR"):
+    with pytest.raises(UserError, match="samples: needs --digits; see"):
         draw.main(command)
     command += ["--digits", str(tmp_path / "digits")]
     assert draw.main(command) == 0
@@ -64,6 +64,25 @@ def test_the_samples_stand_in_the_order_of_their_ids(tmp_path: Path) -> None:
     )
     (tmp_path / "digits/class_0003_id_00000013.png").unlink()
     with pytest.raises(UserError, match=r"id_00000013.png: not there"):
+        draw.main(command)
+
+
+def test_the_grid_of_a_run_becomes_two_blocks_of_classes(tmp_path: Path) -> None:
+    cell = samples.LETTER + 8
+    grid = np.full((10 * cell, 8 * cell), 128, np.uint8)
+    for label, number in np.ndindex(10, 8):
+        grid[label * cell + 4 : (label + 1) * cell - 4, number * cell + 4 : (number + 1) * cell - 4] = (
+            8 * label + number
+        )
+    Image.fromarray(grid).save(tmp_path / "grid.png")
+    command = ["own_images", "--grid", str(tmp_path / "grid.png"), "--output", str(tmp_path)]
+    assert draw.main(command) == 0
+    sheet = np.asarray(Image.open(tmp_path / "own_images.png").convert("L"))
+    assert set(np.unique(sheet)) - {255} == {8 * label + number for label in range(10) for number in range(4)}
+    first = np.arange(5)[:, None] * 8 + np.arange(4)
+    assert sheet[64::132, 64::132].tolist() == np.concatenate([first, first + 40], axis=1).tolist()
+    Image.fromarray(grid[:-1]).save(tmp_path / "grid.png")
+    with pytest.raises(UserError, match="not 10 rows of letters of 128 pixels"):
         draw.main(command)
 
 
