@@ -126,8 +126,9 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Canvas]:
     write_png(Image.open(buffer), path)
 
 
-def write_png(picture: Image.Image, path: Path) -> None:
-    """As a small file: the 256 colours that fit the picture best."""
+def write_png(picture: Image.Image, path: Path, *, many_colours: bool = False) -> None:
+    """As a small file with 256 colours; for pictures of many colours they are chosen slowly, by k-means."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    median_cut, no_dither = Image.Quantize.MEDIANCUT, Image.Dither.NONE
+    few = picture.convert("RGB").quantize(256, method=median_cut, kmeans=int(many_colours), dither=no_dither)
     few.save(path, optimize=True)

@@ -29,7 +29,7 @@ def draw_runs(path: Path, letters: Path, digits: Path) -> None:
         for number, sample in enumerate(_samples(digits, label, DIGIT)):
             row, column = divmod(number, 2)
             sheet.paste(sample, (left + column * half, below + row * half))
-    write_png(sheet, path)
+    write_png(sheet, path, many_colours=True)
 
 
 def draw_grid(path: Path, grid: Path) -> None:
@@ -52,7 +52,7 @@ def draw_grid(path: Path, grid: Path) -> None:
             left, top = cell * number + rim, cell * label + rim
             place = ((EACH * block + number) * (LETTER + GAP), row * (LETTER + GAP))
             sheet.paste(whole.crop((left, top, left + LETTER, top + LETTER)), place)
-    write_png(sheet, path)
+    write_png(sheet, path, many_colours=True)
 
 
 def _samples(folder: Path, label: int, size: int) -> list[Image.Image]:
