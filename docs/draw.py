@@ -3,12 +3,10 @@
     python docs/draw.py
     python docs/draw.py job step --output figures/
 
-Two pictures show what trained runs draw; each is drawn if it is named:
+Two pictures show what trained runs draw, from the grids in their folders; they are drawn if they are named:
 
-    python docs/draw.py samples --letters runs/letters/shown --digits runs/demo/64px/shown
-    python docs/draw.py own_images --grid runs/letters/samples/images_000000128000.png
-
-`samples` reads two folders that tools/sample.py has written with --per-class 4 --guidance 2.
+    python docs/draw.py own_images samples --letters runs/letters/samples/images_000000128000.png \\
+        --digits runs/demo/64px/best_samples/images_000000032000.png
 """
 
 from pathlib import Path
@@ -19,7 +17,7 @@ from jitscale.errors import ExitCode, UserError, exit_with_message
 
 IMAGES = Path(__file__).parent / "images"
 FIGURES = {"system": system.draw, "step": step.draw, "upgrade_patch": upgrade_patch.draw, "job": job.draw}
-OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("grid",)}  # and the options that they need
+OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # and the options that they need
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,9 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     known, extra = ", ".join([*FIGURES, *OF_RUNS]), " and ".join(OF_RUNS)
     parser.add_argument("figures", nargs="*", metavar="NAME", help=f"{known}; default: all but {extra}")
     parser.add_argument("--output", type=Path, default=IMAGES, metavar="DIR", help="default: docs/images")
-    parser.add_argument("--letters", type=Path, metavar="DIR", help="of samples: letters of 128 px")
-    parser.add_argument("--digits", type=Path, metavar="DIR", help="of samples: digits of 64 px")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="of own_images: a picture of RUN/samples")
+    parser.add_argument("--letters", type=Path, metavar="FILE", help="a grid of the run of docs/own-images.md")
+    parser.add_argument("--digits", type=Path, metavar="FILE", help="a grid of the demo's run at 64 px")
     options = parser.parse_args(arguments)
     if unknown := set(options.figures) - {*FIGURES, *OF_RUNS}:
         raise UserError(f"{', '.join(sorted(unknown))}: no such figure; choose of {known}")
@@ -40,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.figures or FIGURES:
         path = options.output / f"{name}.png"
         if name == "samples":
-            samples.draw_runs(path, options.letters, options.digits)
+            samples.draw_both(path, options.letters, options.digits)
         elif name == "own_images":
-            samples.draw_grid(path, options.grid)
+            samples.draw_letters(path, options.letters)
         else:
             FIGURES[name](path)
         print(path)

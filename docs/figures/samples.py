@@ -1,4 +1,7 @@
-"""Samples of small runs, pixel by pixel and none chosen: letters of 128 px, digits of 64 px."""
+"""Samples of small runs, pixel by pixel and none chosen: letters of 128 px, digits of 64 px.
+
+They come from the grids that a run draws of itself: a row for each class, the ids of a row in order.
+"""
 
 from pathlib import Path
 
@@ -9,58 +12,51 @@ from jitscale.errors import UserError
 
 CLASSES = 10
 LETTER, DIGIT = 128, 64  # pixels a side
-EACH = 4  # samples of a class: a column of letters, a square of 2 x 2 digits
+EACH = 4  # samples of a class that are shown: the first ones
 GAP, APART = 4, 16  # pixels between samples, and between letters and digits
+WITH_GAP = LETTER + GAP
 
 
-def draw_runs(path: Path, letters: Path, digits: Path) -> None:
-    """The first samples of each class in two folders of tools/sample.py: a column for each class, digits below.
+def draw_both(path: Path, letters: Path, digits: Path) -> None:
+    """A column for each class: four letters, and below them a square of four digits.
 
-    Raises a UserError if one is missing or has another size.
+    Raises a UserError if a file is not such a grid.
     """
-    below = EACH * (LETTER + GAP) - GAP + APART
-    wide = CLASSES * (LETTER + GAP) - GAP
-    sheet = Image.new("RGB", (wide, below + 2 * (DIGIT + GAP) - GAP), "white")
-    half = (LETTER + GAP) // 2
-    for label in range(CLASSES):
-        left = label * (LETTER + GAP)
-        for number, sample in enumerate(_samples(letters, label, LETTER)):
-            sheet.paste(sample, (left, number * (LETTER + GAP)))
-        for number, sample in enumerate(_samples(digits, label, DIGIT)):
-            row, column = divmod(number, 2)
-            sheet.paste(sample, (left + column * half, below + row * half))
+    below, half = EACH * WITH_GAP - GAP + APART, WITH_GAP // 2
+    sheet = Image.new("RGB", (CLASSES * WITH_GAP - GAP, below + WITH_GAP - GAP), "white")
+    for label, row in enumerate(_rows(letters, LETTER)):
+        for number, sample in enumerate(row):
+            sheet.paste(sample, (label * WITH_GAP, number * WITH_GAP))
+    for label, row in enumerate(_rows(digits, DIGIT)):
+        for number, sample in enumerate(row):
+            down, across = divmod(number, 2)
+            sheet.paste(sample, (label * WITH_GAP + across * half, below + down * half))
     write_png(sheet, path, many_colours=True)
 
 
-def draw_grid(path: Path, grid: Path) -> None:
-    """The first samples of each class in a grid that a run drew while it trained: A and F share a row, B and G, ...
+def draw_letters(path: Path, letters: Path) -> None:
+    """Four letters of each class: A and F share a row, B and G the next one.
 
-    Raises a UserError if the file is not such a grid of letters.
+    Raises a UserError if the file is not such a grid.
     """
-    rim = LETTER // 32
-    cell, rows = LETTER + 2 * rim, CLASSES // 2
+    height = CLASSES // 2
+    sheet = Image.new("RGB", (2 * EACH * WITH_GAP - GAP, height * WITH_GAP - GAP), "white")
+    for label, row in enumerate(_rows(letters, LETTER)):
+        across, down = divmod(label, height)
+        for number, sample in enumerate(row):
+            sheet.paste(sample, ((across * EACH + number) * WITH_GAP, down * WITH_GAP))
+    write_png(sheet, path, many_colours=True)
+
+
+def _rows(grid: Path, size: int) -> list[list[Image.Image]]:
+    """The first samples of each class in a grid that `jitscale.evaluation.generate.tile` made."""
+    rim = size // 32
+    cell = size + 2 * rim
     try:
         whole = Image.open(grid).convert("RGB")
     except OSError as error:
-        raise UserError(f"{grid}: no picture; name the newest file of RUN/samples") from error
+        raise UserError(f"{grid}: no picture; name a file of RUN/samples or RUN/best_samples") from error
     if whole.height != CLASSES * cell or whole.width < EACH * cell:
-        raise UserError(f"{grid}: not {CLASSES} rows of letters of {LETTER} pixels; name the grid of such a run")
-    sheet = Image.new("RGB", (2 * EACH * (LETTER + GAP) - GAP, rows * (LETTER + GAP) - GAP), "white")
-    for label in range(CLASSES):
-        block, row = divmod(label, rows)
-        for number in range(EACH):
-            left, top = cell * number + rim, cell * label + rim
-            place = ((EACH * block + number) * (LETTER + GAP), row * (LETTER + GAP))
-            sheet.paste(whole.crop((left, top, left + LETTER, top + LETTER)), place)
-    write_png(sheet, path, many_colours=True)
-
-
-def _samples(folder: Path, label: int, size: int) -> list[Image.Image]:
-    paths = [folder / f"class_{label:04d}_id_{label + CLASSES * number:08d}.png" for number in range(EACH)]
-    try:
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not there; draw it with tools/sample.py --per-class {EACH}") from error
-    if wrong := [path for path, picture in zip(paths, pictures, strict=True) if picture.size != (size, size)]:
-        raise UserError(f"{wrong[0]}: not {size} x {size} pixels; name another run's samples")
-    return pictures
+        raise UserError(f"{grid}: not {CLASSES} rows of samples of {size} pixels; name the grid of another run")
+    corners = [[(cell * number + rim, cell * label + rim) for number in range(EACH)] for label in range(CLASSES)]
+    return [[whole.crop((left, top, left + size, top + size)) for left, top in row] for row in corners]

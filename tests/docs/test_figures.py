@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import draw
-from figures import samples, step, upgrade_patch
+from figures import step, upgrade_patch
 from jitscale.checkpoints.upgrade import AREA_MEANS
 from jitscale.errors import UserError
+from jitscale.evaluation.generate import tile
 from tests.support import ROOT
 
 LARGEST = 300_000  # bytes of a picture: a page has several
@@ -45,44 +47,34 @@ def test_pooling_undoes_the_upgrade_of_the_letter(kernel: str) -> None:
     assert bool((result.large - repeated).abs().max() < 1e-12) == (kernel == "nearest")
 
 
-def test_the_samples_stand_in_the_order_of_their_ids(tmp_path: Path) -> None:
-    for folder, size, first in (("letters", samples.LETTER, 0), ("digits", samples.DIGIT, 100)):
-        (tmp_path / folder).mkdir()
-        for number in range(40):
-            grey = Image.new("L", (size, size), first + number)
-            grey.save(tmp_path / folder / f"class_{number % 10:04d}_id_{number:08d}.png")
-    command = ["samples", "--letters", str(tmp_path / "letters"), "--output", str(tmp_path)]
+def _grid(path: Path, size: int, first: int) -> None:
+    """Ten rows of eight grey samples with a rim, as a run draws them, numbered row by row."""
+    numbers = torch.arange(first, first + 80, dtype=torch.uint8)
+    Image.fromarray(tile(numbers[:, None, None, None].expand(80, 3, size, size), 8)).save(path)
+
+
+def test_samples_stand_in_the_order_of_classes_and_ids(tmp_path: Path) -> None:
+    _grid(tmp_path / "letters.png", 128, 0)
+    _grid(tmp_path / "digits.png", 64, 100)
+    shown = np.arange(80).reshape(10, 8)[:, :4]
+    command = ["samples", "own_images", "--letters", str(tmp_path / "letters.png"), "--output", str(tmp_path)]
     with pytest.raises(UserError, match="samples: needs --digits; see"):
         draw.main(command)
-    command += ["--digits", str(tmp_path / "digits")]
+    command += ["--digits", str(tmp_path / "digits.png")]
     assert draw.main(command) == 0
-    sheet = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))
-    assert sheet[64::132, 64::132][:4].tolist() == np.arange(40).reshape(4, 10).tolist()
-    digits = sheet[-132:][32::66, 32::66]  # each class is a square of 2 x 2
-    assert (
-        digits.reshape(2, 10, 2).swapaxes(1, 2).reshape(4, 10).tolist() == np.arange(100, 140).reshape(4, 10).tolist()
-    )
-    (tmp_path / "digits/class_0003_id_00000013.png").unlink()
-    with pytest.raises(UserError, match=r"id_00000013.png: not there"):
+
+    both = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))
+    np.testing.assert_array_equal(both[64:528:132, 64::132], shown.T)
+    squares = both[-128:][32::66, 32::66].reshape(2, 10, 2)  # of two rows
+    np.testing.assert_array_equal(squares.swapaxes(0, 1).reshape(10, 4), shown + 100)
+    letters = np.asarray(Image.open(tmp_path / "own_images.png").convert("L"))
+    np.testing.assert_array_equal(letters[64::132, 64::132], np.hstack([shown[:5], shown[5:]]))
+
+    _grid(tmp_path / "digits.png", 32, 100)
+    with pytest.raises(UserError, match=r"digits.png: not 10 rows of samples of 64 pixels"):
         draw.main(command)
-
-
-def test_the_grid_of_a_run_becomes_two_blocks_of_classes(tmp_path: Path) -> None:
-    cell = samples.LETTER + 8
-    grid = np.full((10 * cell, 8 * cell), 128, np.uint8)
-    for label, number in np.ndindex(10, 8):
-        grid[label * cell + 4 : (label + 1) * cell - 4, number * cell + 4 : (number + 1) * cell - 4] = (
-            8 * label + number
-        )
-    Image.fromarray(grid).save(tmp_path / "grid.png")
-    command = ["own_images", "--grid", str(tmp_path / "grid.png"), "--output", str(tmp_path)]
-    assert draw.main(command) == 0
-    sheet = np.asarray(Image.open(tmp_path / "own_images.png").convert("L"))
-    assert set(np.unique(sheet)) - {255} == {8 * label + number for label in range(10) for number in range(4)}
-    first = np.arange(5)[:, None] * 8 + np.arange(4)
-    assert sheet[64::132, 64::132].tolist() == np.concatenate([first, first + 40], axis=1).tolist()
-    Image.fromarray(grid[:-1]).save(tmp_path / "grid.png")
-    with pytest.raises(UserError, match="not 10 rows of letters of 128 pixels"):
+    (tmp_path / "letters.png").unlink()
+    with pytest.raises(UserError, match=r"letters.png: no picture"):
         draw.main(command)
 
 
