@@ -81,13 +81,13 @@ class Canvas:
         for number, line in enumerate(lines, 1):
             self.text(middle, top + 0.03 + LINE_HEIGHT * number, line, size=9)
 
-    def arrow(self, *points: Point, colour: str = QUIET, width: float = 1.3, dashed: bool = False) -> None:
+    def arrow(self, *points: Point, colour: str = QUIET) -> None:
         """A line with round corners through `points`, horizontal and vertical, with a head at the last one."""
         (x1, y1), (x2, y2) = points[-2:]
         length = abs(x2 - x1) + abs(y2 - y1)
         along = ((x2 - x1) / length, (y2 - y1) / length)
         neck = (x2 - HEAD * along[0], y2 - HEAD * along[1])
-        self.line(*points[:-1], neck, colour=colour, width=width, dashed=dashed)
+        self.line(*points[:-1], neck, colour=colour)
         side = (0.45 * HEAD * along[1], 0.45 * HEAD * along[0])
         head = [(x2, y2), (neck[0] + side[0], neck[1] + side[1]), (neck[0] - side[0], neck[1] - side[1])]
         self.axes.add_patch(Polygon(head, closed=True, facecolor=colour, edgecolor="none"))
