@@ -406,7 +406,7 @@ def test_the_recipe_of_bf16_weights_is_what_is_recommended() -> None:
     assert choice.communication.bytes == autocast.communication.bytes / 2
     assert choice.step_seconds < autocast.step_seconds
     assert choice.memory.total < autocast.memory.total - 5e9
-    reason = "with bf16 weights stage 1 would reduce whole gradients after backward"
+    reason = "with bf16 weights, stage 1 would reduce whole gradients after backward"
     assert reason in plan("--config", "configs/jit_h_256_bf16.yaml", "--gpu-memory", "141GB", "--gpus", "16")
 
 
