@@ -448,7 +448,7 @@ def test_json_is_consistent() -> None:
 def test_text() -> None:
     text = plan(*G, "--gpus", "64")
     assert "Times are estimates from the steps of one H200 machine" in text
-    assert "Assumed: a step's products at 39% of 989 TFLOP/s" in text
+    assert "Assumptions: products run at 39% of 989 TFLOP/s" in text
     overrides = text.strip().splitlines()[-1].split()
     assert [override.partition("=")[0] for override in overrides] == [
         "engine.zero_stage",
