@@ -159,7 +159,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         ([], r"data\.shards='' is not set"),
         (["--tasks-per-node=5", f"data.shards={folder / 'shards_16'}"], r"data\.batch_size=12"),
         (["--set", "optim.lr"], "has no '='"),
-        (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "one resolution of a chain; add --chain"),
+        (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "one resolution of a chain; add"),
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
         ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
         (["--sbatch=nodes=2"], "is set by --nodes"),
