@@ -44,7 +44,7 @@ def check_commands() -> None:
     """Check that Slurm's commands are on PATH. Raises a UserError that names the missing ones."""
     if missing := [name for name in COMMANDS if shutil.which(name) is None]:
         outside = "start the batch script outside of the container, since it needs Slurm's commands"
-        inside = "set JITSCALE_RANK_PYTHON to the command that starts a rank inside (docs/cluster.md)"
+        inside = "set JITSCALE_RANK_PYTHON to a script that enters the container (docs/train.md)"
         raise UserError(f"{', '.join(missing)}: not on PATH; {outside}, and {inside}")
 
 
