@@ -3,8 +3,8 @@
 It depends on the depth of the network, but not on its width or on the number of images per GPU. So a GPU with few
 images waits for its host. Launches (kernels, graphs, copies, collectives) were counted on two ranks with torch 2.11 and
 DeepSpeed 0.19.8 on a null CUDA, which executes nothing, 2026-11-27; tests/planner/test_host.py has the counts. Times
-were measured on one H200 machine, 2026-11-27; docs/performance.md describes it. A single rank, which gathers its gradients
-at once, needs less.
+were measured on one H200 machine, 2026-11-27; docs/performance.md describes it. A single rank, which gathers its
+gradients at once, needs less.
 """
 
 from dataclasses import dataclass
