@@ -3,13 +3,14 @@
     python tools/experiments.py upgrade --seeds 3
 
 The same command continues an interrupted experiment: outcomes are kept under runs/experiments/. The results are
-docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the former.
+docs/experiments/NAME.json and NAME.png; --figure-only draws the figure again from the JSON file.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -38,7 +39,7 @@ from studies import (
     upsampling,
 )
 from studies.run import ROOT
-from studies.tasks import Experiment, outcomes_of
+from studies.tasks import Experiment, Summary, outcomes_of
 
 MODULES: list[Experiment] = [
     manifold,
@@ -57,6 +58,7 @@ MODULES: list[Experiment] = [
     bf16,
 ]
 EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
+LIST = re.compile(r"\[([^\[\]{}\"]*)\]")  # of numbers
 ALONE = "upgrade"  # takes as long as all others together
 
 
@@ -82,9 +84,9 @@ def main() -> int:
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
-        experiment.draw(summary, results.with_suffix(".svg"))
+        experiment.draw(summary, results.with_suffix(".png"))
         print("\n".join(experiment.describe(summary)))
-        print(f"{results}, {results.with_suffix('.svg')}")
+        print(f"{results}, {results.with_suffix('.png')}")
     return ExitCode.DONE
 
 
@@ -107,7 +109,12 @@ def measure(name: str, options: argparse.Namespace, results: Path, minutes: floa
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(results) as file:
-        file.write(json.dumps({**facts, **experiment.summarise(outcomes)}, indent=1).encode())
+        file.write(as_text({**facts, **experiment.summarise(outcomes)}).encode())
+
+
+def as_text(summary: Summary) -> str:
+    """JSON with a line for each key, and one for each list of numbers."""
+    return LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(summary, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ DIMENSIONS = (2, 8, 16, 512)
 SPACES = ("x", "e", "v")
 WIDTH, LAYERS = 256, 5
 BATCH, STEPS, LR = 512, 5000, 1e-3
-SAMPLES, DRAWN = 4000, 400
+SAMPLES, SHOWN = 4000, 300
 NOISE = 0.02  # standard deviation of the data around the spiral
 DIRECTIONS = 200
 
@@ -79,13 +79,18 @@ class Toy(Task):
         return {
             "distance": sliced_distance(inside, spiral(self.samples)),
             "outside": float(outside),
-            "points": np.round(inside[:DRAWN].numpy(), 3).tolist(),
+            "points": shown(inside),
         }
 
 
 def as_images(points: torch.Tensor) -> torch.Tensor:
     """(B, D) as images of one row, (B, 1, 1, D), which the objective and the sampler take."""
     return points[:, None, None]
+
+
+def shown(points: torch.Tensor) -> list[list[float]]:
+    """The first `SHOWN` of the points (B, 2) for the figure, three digits each: all x, and all y."""
+    return [[float(f"{value:.3g}") for value in axis] for axis in points[:SHOWN].T.tolist()]
 
 
 def spiral(count: int) -> torch.Tensor:
@@ -117,7 +122,7 @@ def summarise(outcomes: Outcomes) -> Summary:
         cells[f"{d} {space}"] = {**numbers, "points": found[0]["points"]}
     torch.manual_seed(0)
     floor = [sliced_distance(spiral(SAMPLES), spiral(SAMPLES)) for _ in range(10)]
-    return {"cells": cells, "floor": float(np.mean(floor)), "truth": np.round(spiral(DRAWN).numpy(), 3).tolist()}
+    return {"cells": cells, "floor": float(np.mean(floor)), "truth": shown(spiral(SHOWN))}
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -126,8 +131,7 @@ def draw(summary: Summary, path: Path) -> None:
         for axis, (space, d) in zip(axes, product(SPACES, DIMENSIONS), strict=True):
             cell = summary["cells"][f"{d} {space}"]
             for points, colour in ((summary["truth"], "#bbbbbb"), (cell["points"], COLOURS[SPACES.index(space)])):
-                across, up = np.array(points).T
-                axis.plot(across, up, ".", markersize=2, color=colour, rasterized=True)  # thousands of shapes
+                axis.plot(*points, ".", markersize=2, color=colour)
             axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[])
             axis.set_title(f"{space}-prediction, D = {d}", fontsize=8)
 

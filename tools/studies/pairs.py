@@ -15,8 +15,7 @@ from studies.tasks import Outcomes, Shards, Summary, ends
 
 SHARDS: Shards = [("digits", 16), ("digits", 32)]
 SPACES = ("x", "e", "v")
-STRIP = 10  # one sample of each digit
-SHOWN = 0.5  # of them; noise makes large files
+STRIP = 5  # samples, of the digits 0 to 4
 WIDE: dict[str, tuple[str, ...]] = {
     "large": (),
     # Wide enough for the whole patch, in the embedding too.
@@ -65,7 +64,7 @@ def draw(summary: Summary, path: Path) -> None:
             axis.legend(fontsize=7)
             pairs = list(product(SPACES, SPACES))
             strips = [summary["cells"][patches][loss][prediction]["strip"] for prediction, loss in pairs]
-            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs], SHOWN)
+            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs])
 
 
 def describe(summary: Summary) -> list[str]:

@@ -21,6 +21,7 @@ from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
+from jitscale.figures import with_palette
 from jitscale.model.flops import mean_training_flops, training_flops
 from jitscale.tracking import HELD_OUT
 from jitscale.training.held_out import HeldOutLoss
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 ALL = 10**9
 # A long average of a short training still holds its start, the more the fewer the steps: that would decide comparisons.
 SHORT_AVERAGE = ("ema.decays=[0.98]", "evaluation.weights=ema_0.98")
+STRIP_COLOURS = 48  # noise does not compress: docs/experiments would hold hundreds of kilobytes of it
 SAMPLING_COST = 10  # about as many images are trained while one is sampled and measured
 
 
@@ -103,7 +105,7 @@ class Run(Task):
             sampler = configured_sampler(config.evaluation, model.diffusion)
             drawn = to_uint8(generate(model, sampler, range(self.strip), config.evaluation.seed))
             png = BytesIO()
-            Image.fromarray(tile(drawn, self.strip)).save(png, format="png")
+            with_palette(Image.fromarray(tile(drawn, self.strip)), STRIP_COLOURS).save(png, format="png", optimize=True)
             numbers["strip"] = base64.b64encode(png.getvalue()).decode()
         if (samples := open_training_shards(config).held_out) is not None:
             losses = HeldOutLoss(config, world, samples).measure(model, weights)
