@@ -1,6 +1,6 @@
-"""Where v-prediction fails, and the one skip connection that makes the difference.
+"""v-prediction fails at large patches; one skip connection makes the difference.
 
-x-prediction with the loss in v is v-prediction of a network with a long skip connection: v = (net - z) / (1 - t).
+x-prediction with the loss in v is v-prediction by a network with one long skip connection: v = (net - z) / (1 - t).
 Digits, patches and loss are the same. With the skip the network need not carry the noise; without it (net = v) it must.
 """
 
@@ -19,7 +19,7 @@ STRIP = 6  # samples, of the digits 0 to 5
 
 
 def tasks(seed: int) -> list[Run]:
-    """Both ways, measured while they train."""
+    """A run each way, measured during training."""
     measured: dict[str, Any] = {"measured_every": IMAGES // POINTS, "strip": STRIP}
     return [
         seeded(way, seed, "digits_32.yaml", IMAGES, f"diffusion.prediction={way}", "diffusion.loss=v", **measured)
@@ -40,7 +40,7 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """FID over training, and the same noise at growing numbers of images."""
+    """Distance over training, and samples of the same noise after more and more images."""
     images = [count / 1000 for count in summary["images"]]
     with figure(path, panels=3) as (distances, *samples):
         for number, (way, name) in enumerate(WAYS.items()):
@@ -54,7 +54,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """Where both ways end."""
+    """The final numbers of both ways."""
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
         asked = fmean(summary["label_agreement"][way])

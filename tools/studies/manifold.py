@@ -1,8 +1,8 @@
-"""The paper's toy: data of two dimensions, hidden in many (arXiv 2511.13720, figure 2).
+"""Two-dimensional data hidden in many dimensions: the paper's toy experiment (arXiv 2511.13720, figure 2).
 
-A spiral in the plane, carried into D dimensions by a fixed matrix with orthonormal columns; a ReLU network of five
-layers of 256 learns to denoise it, with the loss in v, and predicts x, e or v. Noise fills all D dimensions, the data
-two.
+The data are a spiral in the plane. A fixed matrix with orthonormal columns embeds it in D dimensions. A ReLU network of
+five layers of width 256 learns to denoise it. It predicts x, e or v; the loss is in v. Noise fills all D dimensions,
+the data only two.
 
 Shapes: B points.
 """
@@ -43,7 +43,7 @@ class Toy(Task):
     samples: int = SAMPLES  # drawn and compared
 
     def cost(self, folder: Path) -> int:
-        return self.steps * (2 if self.dimensions > 100 else 1)  # a step of 512 takes twice as long as one of two
+        return self.steps * (2 if self.dimensions > 100 else 1)  # in 512 dimensions a step takes twice as long as in 2
 
     def execute(self, folder: Path) -> dict[str, Any]:
         """Train it, draw points, and compare them with the data."""
@@ -84,7 +84,7 @@ class Toy(Task):
 
 
 def as_images(points: torch.Tensor) -> torch.Tensor:
-    """(B, D) as images of one row, (B, 1, 1, D), which the objective and the sampler take."""
+    """(B, D) as images of one row, (B, 1, 1, D), for the objective and the sampler."""
     return points[:, None, None]
 
 
@@ -94,14 +94,14 @@ def shown(points: torch.Tensor) -> list[list[float]]:
 
 
 def spiral(count: int) -> torch.Tensor:
-    """Points of a spiral of one and a half turns, about of standard deviation 1: (B, 2)."""
+    """Points of a spiral of one and a half turns, with a standard deviation of about 1: (B, 2)."""
     angle = 1.5 * np.pi * (1 + 2 * torch.rand(count).sqrt())
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], 1) / 7.5
     return points + NOISE * torch.randn_like(points)
 
 
 def sliced_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square of the Wasserstein-2 distances of equally many points (B, 2) along directions of the plane."""
+    """Sliced Wasserstein-2 distance between equally many points (B, 2): the root mean square over DIRECTIONS."""
     angles = torch.arange(DIRECTIONS) * (np.pi / DIRECTIONS)
     directions = torch.stack([angles.cos(), angles.sin()])
     first, second = ((points @ directions).sort(0).values for points in (a, b))
@@ -114,7 +114,7 @@ def tasks(seed: int) -> list[Toy]:
 
 
 def summarise(outcomes: Outcomes) -> Summary:
-    """By dimensions and prediction; points of the first seed."""
+    """Numbers by dimensions and prediction; points of the first seed."""
     cells = {}
     for d, space in product(DIMENSIONS, SPACES):
         found = by_seed(outcomes, f"d{d}_{space}")
