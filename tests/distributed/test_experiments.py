@@ -61,7 +61,7 @@ def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     high = Run("high_s0", "glyphs_64.yaml", own, after="low_s0", measured_every=32)
     changed: dict[str, Any] = {"kernel": "smooth", "as_initial": True}
     fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), after="low_s0", **changed)
-    with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command goes on"):
+    with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command continues"):
         outcomes_of([fresh, high, low], tmp_path, workers=1, minutes=0)
     found = outcomes_of([fresh, high, low], tmp_path, workers=2)
     assert set(found) == {"low_s0", "high_s0", "fresh_s0"}

@@ -61,7 +61,7 @@ def unit(name: str) -> str:
 
 
 def _on_ranks(count: int, repeats: int, shards: str) -> dict[str, float]:
-    """What rank 0 of `count` processes has measured."""
+    """The numbers that rank 0 of `count` processes measures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

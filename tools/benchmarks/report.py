@@ -78,7 +78,7 @@ def _steps(done: Records) -> str:
         if item.command != "step" or item.changes or found is None:
             continue
         engines.add(found["engine"])
-        rows.append([_label(item.name), _speed(found), _use(found), f"{_memory(found)}; {_beside(found)}"])
+        rows.append([_label(item.name), _speed(found), _use(found), f"{_memory(found)}; {_compared(found)}"])
     head = ["", "images/s, step (range)", "MFU; share of a large product", "peak memory; the authors' way"]
     return _section("A training step", f"Engine: {'; '.join(sorted(engines))}.", table(head, rows))
 
@@ -159,9 +159,9 @@ def _samples(done: Records) -> str:
     for name, found in done.items():
         if found["command"] != "sample":
             continue
-        beside = f"{found['ratio']:.2f} times the authors' way" if "ratio" in found else ""
+        compared = f"{found['ratio']:.2f} times the authors' way" if "ratio" in found else ""
         speed = f"{found['images_per_second']:.3g}, {found['seconds']:.2f} s"
-        rows.append([f"{name}, {found['sampler_steps']} steps", speed, _use(found), beside])
+        rows.append([f"{name}, {found['sampler_steps']} steps", speed, _use(found), compared])
     return _section("Sampling", "", table(["", "images/s, batch", "MFU; share of a large product", "compared"], rows))
 
 
@@ -230,7 +230,7 @@ def _memory(found: dict[str, Any]) -> str:
     return f"{found['peak_memory_mib'] / 2**10:.1f} GiB"
 
 
-def _beside(found: dict[str, Any]) -> str:
+def _compared(found: dict[str, Any]) -> str:
     if "authors" in found:
         return f"{found['authors']['images_per_second']:.4g} images/s, ours is {found['ratio']:.2f} times as fast"
     return "does not fit next to ours" if "authors_missing" in found else "not taken"

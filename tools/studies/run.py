@@ -73,7 +73,7 @@ class Run(Task):
         started = time.perf_counter()
         self._begin(folder, config)
         if train(config, world) != ExitCode.DONE:
-            raise UserError(f"{self.name}: was asked to stop; the same command goes on")
+            raise UserError(f"{self.name}: was asked to stop; the same command continues")
         seconds = time.perf_counter() - started
         run_dir = Path(config.run.dir)
         checkpoints = complete_checkpoints(run_dir)

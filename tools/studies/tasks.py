@@ -105,7 +105,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
             raise
     if left:
         runs = f"{len(left)} of {len(tasks)} runs"
-        raise UserError(f"{runs} are left after {minutes:.3g} minutes; the same command goes on")
+        raise UserError(f"{runs} are left after {minutes:.3g} minutes; the same command continues")
     return done
 
 
