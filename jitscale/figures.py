@@ -22,6 +22,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "axes.formatter.min_exponent": 5,  # of logarithmic axes too: 100, and not a power of ten
     "font.size": 9,
     "legend.frameon": False,
     "svg.hashsalt": "jitscale",  # equal data, equal file
@@ -91,4 +92,6 @@ def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str]) -> None
     axis.imshow(np.concatenate(drawn), interpolation="nearest")
     axis.set_yticks(np.cumsum(heights) - np.array(heights) / 2, labels)
     axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     axis.grid(visible=False)

@@ -97,8 +97,8 @@ def draw(summary: Summary, path: Path) -> None:
         for axis in (by_interval, by_average):
             axis.set(xlabel="guidance scale", ylabel="digits-FID")
             axis.legend()
-        by_interval.set_title(f"interval, {CHOSEN[0]}")
-        by_average.set(title=f"average, interval ({CHOSEN[1]})", yscale="log")
+        by_interval.set_title(f"intervals, with {CHOSEN[0]}")
+        by_average.set(title=f"averages, in ({CHOSEN[1].replace(':', ', ')})", yscale="log")
 
 
 def describe(summary: Summary) -> list[str]:

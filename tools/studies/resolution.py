@@ -87,6 +87,7 @@ def draw(summary: Summary, path: Path) -> None:
         scales.legend()
         curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
         curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
+        means.set_xticks(MUS)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
         means.legend(fontsize=7)
 

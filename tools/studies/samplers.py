@@ -126,7 +126,7 @@ def draw(summary: Summary, path: Path) -> None:
                 axis.set(
                     xscale="log",
                     yscale="linear" if key == "fid" else "log",
-                    xlabel="evaluations (guided: twice)",
+                    xlabel="evaluations (dotted: with guidance)",
                     ylabel=label,
                 )
                 axis.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
