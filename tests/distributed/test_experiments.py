@@ -57,7 +57,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("forked_workers")
 def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards)
-    low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",))
+    low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",), strip=2)
     high = Run("high_s0", "glyphs_64.yaml", own, after="low_s0", measured_every=32)
     changed: dict[str, Any] = {"kernel": "smooth", "as_initial": True}
     fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), after="low_s0", **changed)
@@ -67,6 +67,8 @@ def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     assert set(found) == {"low_s0", "high_s0", "fresh_s0"}
     assert [m["images"] for m in found["high_s0"]["measurements"]] == [0, 32, 64]
     assert [m["images"] for m in found["low_s0"]["measurements"]] == [64]
+    with Image.open(BytesIO(base64.b64decode(found["low_s0"]["measurements"][0]["strip"]))) as strip:
+        assert (strip.mode, strip.size) == ("P", (2 * 32 + 2 * 2, 32 + 2))
     assert all(m["fid"] > 0 and m["num_real_images"] == 30 for o in found.values() for m in o["measurements"])
     assert found["high_s0"]["flops_an_image"] > found["low_s0"]["flops_an_image"]
     assert json.loads((tmp_path / "low_s0" / OUTCOME).read_text()) == found["low_s0"]
