@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -232,7 +233,7 @@ def test_the_examples_are_accepted(
     """In the scripts' headers, README and docs: with the nodes that the script asks for."""
     monkeypatch.chdir(tmp_path)  # the examples name runs of this folder
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    name, *words = line.split()
+    name, *words = shlex.split(line)
     script = (ROOT / "slurm" / name).read_text()
     if name == "pack_shards.sh":
         packing_parser().parse_args(words)
