@@ -47,8 +47,10 @@ NUMBER = re.compile(
     r"(?<![\w.,])(?P<number>\d[\d,]*(?:\.\d+)?)\s?"
     r"(?P<unit>ms|s|min|GB|GiB|MB|MiB|images/s|images a second|%|TFLOP/s)(?![\w/])"
 )
-# Numbers with a unit that are no measurements: limits, settings, sizes of things.
+# Numbers that may stand on several pages: limits, settings, sizes of things, different numbers that are equal.
 NOT_MEASURED = {
+    "10.0 %": "the share of one class in ten",
+    "99.7 %": "two findings that have nothing in common but the number",
     "120 s": "how long ranks wait for each other",
     "128 GB": "memory of a machine",
     "141 GB": "memory of an H200",
@@ -60,12 +62,13 @@ NOT_MEASURED = {
 
 
 def long_lines(page: str) -> list[str]:
-    """Lines of prose that do not wrap, each with its number: no table, no picture, nothing that cannot break."""
+    """Lines of prose that do not wrap, each with its number. Tables, headings and pictures need not."""
     spans = {line.text for line in inline_code(page) if len(line.text) > COLUMNS - 10}
     found = []
     for number, line in enumerate(without_blocks(page).splitlines(), 1):
         unbreakable = any(len(word) > COLUMNS - 10 for word in line.split()) or any(span in line for span in spans)
-        if len(line) > COLUMNS and not (is_of_a_table(line) or line.lstrip().startswith("![") or unbreakable):
+        whole = unbreakable or is_of_a_table(line) or line.lstrip().startswith(("![", "[![", "#"))
+        if len(line) > COLUMNS and not whole:
             found.append(f"{number}: {len(line)} columns")
     return found
 

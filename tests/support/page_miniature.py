@@ -30,6 +30,7 @@ SETTINGS = (
 MEASURE = ("features=digits", "num_images=10", "sweep_images=10", "steps=2", "block_size=10", "reference_size=32")
 MEASURING = tuple(f"evaluation.{setting}" for setting in MEASURE)
 LOW, HIGH = "configs/jit_b_256.yaml", "configs/finetune_b_512.yaml"
+AUTHORS = ("--to", "authors", "--ema1", "ema_0.9996", "--ema2", "ema_0.9998")
 SIZES = (8, 16, 32, 64, 128)  # of the shards
 TO_HIGH = re.compile(r"512|1024|64px|high")  # names of runs of a high resolution
 
@@ -73,8 +74,7 @@ class Templates:
             [*train, LOW, *low, "run.dir=low"],
             ["python", "tools/upgrade_resolution.py", "--checkpoint", "low", *to_high, *high],
             [*train, HIGH, *high, "run.dir=high"],
-            ["python", "tools/convert_checkpoint.py", "--checkpoint", "low", "--to", "authors", "--output", "low.pth"]
-            + ["--ema1", "ema_0.9996", "--ema2", "ema_0.9998"],
+            ["python", "tools/convert_checkpoint.py", "--checkpoint", "low", "--output", "low.pth", *AUTHORS],
         ):
             run_shell("templates", words, folder)
         return cls(folder)
@@ -183,8 +183,7 @@ def _convert(page: SmallPage, words: Sequence[str]) -> list[str] | None:
     if words[words.index("--to") + 1] == "run":
         return None
     found = _with_paths(words, {"--checkpoint": page.stored, "--output": page.local, "--samples": lambda _: "1"})
-    averages = ["--ema1", "ema_0.9996", "--ema2", "ema_0.9998"] if "authors" in words else []
-    return [*found, *averages]
+    return [*found, *(AUTHORS if "authors" in words else ())]
 
 
 def _upgrade(page: SmallPage, words: Sequence[str]) -> list[str]:
