@@ -27,7 +27,7 @@ SETTINGS = (
     *("checkpoint.every_images=8", "tracking.wandb=off", "tracking.log_every_steps=1", "run.device=cpu"),
     *("run.max_images=8", "evaluation.at_end=false", "evaluation.every_images=0", "evaluation.grid_every_images=0"),
 )
-MEASURE = ("features=digits", "num_images=10", "sweep_images=10", "steps=2", "block_size=10", "reference_size=32")
+MEASURE = ("features=digits", "num_images=10", "sweep_images=10", "steps=2", "block_size=10")
 MEASURING = tuple(f"evaluation.{setting}" for setting in MEASURE)
 LOW, HIGH = "configs/jit_b_256.yaml", "configs/finetune_b_512.yaml"
 AUTHORS = ("--to", "authors", "--ema1", "ema_0.9996", "--ema2", "ema_0.9998")
@@ -157,15 +157,18 @@ def _train(page: SmallPage, words: Sequence[str]) -> list[str] | None:
     more = ["data.held_out=0.3", "evaluation.held_out_every_images=4"] if config.data.held_out else []
     if config.run.init_from:
         more += [f"run.init_from={page.stored(config.run.init_from)}"]
-    return [*options, *settings, *small_sizes(config), *more]
+    return [*options, *_smaller(settings, [*small_sizes(config), *more])]
 
 
 def _evaluate(page: SmallPage, words: Sequence[str]) -> list[str]:
     options, settings = _split(words)
     found = _with_paths(options, {"--run": page.stored, "--run-dir": page.stored, "--checkpoint": page.stored})
+    more = list(MEASURING)
     if "--config" in options:
-        settings += small_sizes(load_config(ROOT / options[options.index("--config") + 1]))
-    return [*found, *settings, *MEASURING]
+        more = [*small_sizes(load_config(ROOT / options[options.index("--config") + 1])), *more]
+    guides = [text.partition("=")[2] for text in settings if text.startswith("evaluation.guide=")]
+    more += [f"evaluation.guide={page.stored(guide)}" for guide in guides]
+    return [*found, *_smaller(settings, more)]
 
 
 def _evaluate_fid(page: SmallPage, words: Sequence[str]) -> list[str]:
@@ -190,7 +193,18 @@ def _upgrade(page: SmallPage, words: Sequence[str]) -> list[str]:
     options, settings = _split(words)
     paths = {"--checkpoint": page.stored, "--output": page.local, "--preview": page.local}
     target = load_config(ROOT / options[options.index("--to") + 1], settings)
-    return [*_with_paths(options, paths), *settings, *small_sizes(target)]
+    return [*_with_paths(options, paths), *_smaller(settings, small_sizes(target))]
+
+
+def _reference(page: SmallPage, words: Sequence[str]) -> list[str]:
+    options, settings = _split(words)
+    config = load_config(ROOT / options[options.index("--config") + 1], settings)
+    return [*_with_paths(options, {"--output": page.local}), *_smaller(settings, [*small_sizes(config), *MEASURING])]
+
+
+def _subspace(page: SmallPage, words: Sequence[str]) -> list[str]:
+    sizes = {"--image-size": lambda _: "32", "--patch-size": lambda _: "8"}
+    return _with_paths(words, {"--shards": page.shards, "--output": page.local, **sizes})
 
 
 def _gallery(page: SmallPage, words: Sequence[str]) -> list[str]:
@@ -223,6 +237,13 @@ def _plan(_: SmallPage, words: Sequence[str]) -> list[str]:
     return list(words)
 
 
+def _smaller(settings: Sequence[str], small: Sequence[str]) -> list[str]:
+    """The settings of a command, and the small ones in the place of those that would be large."""
+    keys = {text.partition("=")[0] for text in small}
+    classes = [text for text in settings if text.startswith("model.num_classes=")]  # which may be 0
+    return [*(text for text in settings if text.partition("=")[0] not in keys), *small, *classes]
+
+
 def _with_paths(words: Sequence[str], change: dict[str, Callable[[str], str]]) -> list[str]:
     """The words, with another value for each of the options of `change`."""
     found: list[str] = []
@@ -248,5 +269,7 @@ SMALL: dict[str, Callable[[SmallPage, Sequence[str]], list[str] | None]] = {
     "tools/index_shards.py": _inspect,
     "tools/make_shards.py": _make_shards,
     "tools/new_config.py": _new_config,
+    "tools/make_reference.py": _reference,
+    "tools/fit_subspace.py": _subspace,
     "tools/plan.py": _plan,
 }
