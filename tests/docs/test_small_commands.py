@@ -1,6 +1,6 @@
 """The commands of all pages work in miniature, each page's in its order: as far as they need no cluster and no network.
 
-Of commands that differ in names alone the first one runs. Its runs and shards lie ready (tests/support/page_miniature.py).
+Of commands that differ in names alone the first one runs. Runs and shards lie ready (tests/support/page_miniature.py).
 """
 
 import re
