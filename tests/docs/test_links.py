@@ -75,7 +75,7 @@ def test_every_page_is_reached() -> None:
     ("target", "problem"),
     [
         ("docs/settings.md", None),
-        ("docs/settings.md#optim", "no such heading"),
+        ("docs/settings.md#none", "no such heading"),
         ("docs/none.md", "no such file"),
         ("../other/README.md", "no such file"),
         ("#the-house", "no such heading"),
