@@ -24,6 +24,10 @@ PAST_SETTINGS: dict[str, str] = {}  # a name, and what became of it
 PAST_FILES: dict[str, str] = {}
 PAST_COMMANDS: dict[str, str] = {}
 PAGE_OF_THE_PAST = "CHANGELOG.md"
+NOT_SETTINGS = {  # names on any page that look like settings
+    "model.weights_name": "an attribute of what jitscale.load_model returns",
+    "optim.learning_rate": "a wrong name, whose refusal docs/configuration.md shows",
+}
 
 GROUPS = "|".join(sorted({key.partition(".")[0] for key in SETTINGS}))
 SETTING = re.compile(rf"(?P<key>(?:{GROUPS})\.[a-z_][a-z0-9_]*)(?P<value>=.*)?")
@@ -80,10 +84,10 @@ def _problem_of(word: str, past: bool) -> str | None:
     word = word.rstrip(",;")
     setting = SETTING.fullmatch(word)
     if setting and setting["key"].rpartition(".")[2] not in FILE_TYPES:
-        known = setting["key"] in SETTINGS or (past and setting["key"] in PAST_SETTINGS)
+        known = setting["key"] in SETTINGS.keys() | NOT_SETTINGS.keys() or (past and setting["key"] in PAST_SETTINGS)
         return None if known else "is not a setting"
     file = FILE.fullmatch(word.partition("::")[0])
-    if file and not (past and file[0] in PAST_FILES):
+    if file and not PLACEHOLDER.search(word) and not (past and file[0] in PAST_FILES):
         return None if any(ROOT.glob(file[0])) else "is not in the checkout"
     return None
 
