@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu lint format docs install clean
+.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu test-wheel lint format docs install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -34,6 +34,10 @@ test-wandb: $(INSTALLED)
 test-null-gpu:
 	tests/nullcuda/build.sh
 	tests/nullcuda/run.sh python -m tests.nullcuda.check
+
+# Once a release: what users get from `pip install`, next to no checkout.
+test-wheel:
+	PYTHON=$(PYTHON) tests/versions/wheel.sh runs/demo/64px
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -27,7 +27,22 @@ from tests.support import ROOT
 from tests.support.stopped_parsers import RefusedError, parsed_by, torchrun_parser
 
 # Programs that are not ours. Files of the checkout that they name must exist.
-ALLOWED = {".", "apptainer", "cat", "cd", "conda", "curl", "docker", "export", "git", "hf", "ls", "mkdir", "module"}
+ALLOWED = {
+    ".",
+    "apptainer",
+    "cat",
+    "cd",
+    "conda",
+    "curl",
+    "docker",
+    "echo",
+    "export",
+    "git",
+    "hf",
+    "ls",
+    "mkdir",
+    "module",
+}
 ALLOWED |= {"nvidia-smi", "rsync", "sacct", "scancel", "scontrol", "source", "squeue", "tail", "wandb"}
 LAUNCHERS = {"srun", "mpirun"}  # they start what begins with `python`
 # sbatch's own options that pages use, and whether each takes a value.
