@@ -55,7 +55,7 @@ def test_commands_work(templates: Templates, tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_found(templates: Templates, tmp_path: Path) -> None:
     page = SmallPage(tmp_path, templates)
-    with pytest.raises(AssertionError, match=r"(?s)a.md:2: python tools/sample.py .*no weight set ema_0.5"):
+    with pytest.raises(AssertionError, match=r"(?s)a.md:2: python tools/sample.py .*no weight set 'ema_0.5'"):
         run_small(
             "a.md", "```\npython tools/sample.py --checkpoint runs/a --weights ema_0.5 --output b\n```\n", page, set()
         )

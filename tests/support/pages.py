@@ -6,7 +6,6 @@ Languages of blocks: none or `bash` are commands for a shell, `python` runs, `ya
 
 import functools
 import re
-import shlex
 import subprocess
 import textwrap
 from collections.abc import Iterator
@@ -67,15 +66,15 @@ def blocks_of(page: str) -> list[Block]:
 def commands_of(block: Block) -> list[Line]:
     """The commands of a block for a shell, each with its line on the page: one a line, unless a backslash goes on.
 
-    Comments are left out, quotes are not.
+    Lines that are comments are left out.
     """
     found, begun, parts = [], 0, ""
     for number, text in enumerate(block.text.splitlines(), block.line + 1):
         begun = number if not parts else begun
         parts += text.removesuffix("\\") + " "
         if not text.endswith("\\"):
-            words = shlex.split(parts, comments=True)
-            found += [Line(begun, parts.strip())] if words else []
+            command = parts.strip()
+            found += [Line(begun, command)] if command and not command.startswith("#") else []
             parts = ""
     assert not parts, f"line {block.line}: the block ends with a backslash"
     return found
