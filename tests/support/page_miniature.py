@@ -29,10 +29,11 @@ SETTINGS = (
 )
 MEASURE = ("features=digits", "num_images=10", "sweep_images=10", "steps=2", "block_size=10")
 MEASURING = tuple(f"evaluation.{setting}" for setting in MEASURE)
-LOW, HIGH = "configs/jit_b_256.yaml", "configs/finetune_b_512.yaml"
+LOW, HIGH, PLUS = "configs/jit_b_256.yaml", "configs/finetune_b_512.yaml", "configs/jit_b_256_plus.yaml"
+LONGER = "run.max_images=64"  # for snapshots from which averages of many widths can be made
 AUTHORS = ("--to", "authors", "--ema1", "ema_0.9996", "--ema2", "ema_0.9998")
 SIZES = (8, 16, 32, 64, 128)  # of the shards
-TO_HIGH = re.compile(r"512|1024|64px|high")  # names of runs of a high resolution
+KINDS = {"plus": re.compile("plus|internal"), "high": re.compile("512|1024|64px")}  # by the names of runs; others: low
 
 
 def small_sizes(config: Config) -> list[str]:
@@ -57,7 +58,7 @@ class Templates:
 
     @classmethod
     def make(cls, folder: Path) -> "Templates":
-        """Train and write everything into `folder`: a run at a low resolution, and one upgraded from it."""
+        """Train and write everything into `folder`: runs at a low resolution, upgraded from it, with all additions."""
         link_checkout(folder)
         random = np.random.default_rng(0)
         labels = np.linspace(0, 999, 24).astype(np.int64)
@@ -68,10 +69,11 @@ class Templates:
             path = folder / f"pictures/{label}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
-        low, high = (small_sizes(load_config(ROOT / config)) for config in (LOW, HIGH))
+        low, high, plus = (small_sizes(load_config(ROOT / config)) for config in (LOW, HIGH, PLUS))
         train, to_high = ["python", "-m", "jitscale.train", "--config"], ["--to", HIGH, "--output", "high"]
         for words in (
-            [*train, LOW, *low, "run.dir=low"],
+            [*train, LOW, *low, LONGER, "run.dir=low"],
+            [*train, PLUS, *plus, "run.dir=plus"],
             ["python", "tools/upgrade_resolution.py", "--checkpoint", "low", *to_high, *high],
             [*train, HIGH, *high, "run.dir=high"],
             ["python", "tools/convert_checkpoint.py", "--checkpoint", "low", "--output", "low.pth", *AUTHORS],
@@ -86,6 +88,7 @@ class SmallPage:
     def __init__(self, folder: Path, templates: Templates) -> None:
         self.folder = folder
         self.templates = templates
+        self.runs = 0  # that begin in a folder which the page does not name
         link_checkout(folder)
         (folder / "shards").symlink_to(templates.folder / "shards")
 
@@ -120,7 +123,8 @@ class SmallPage:
             if place.suffix == ".pth":
                 place.symlink_to(self.templates.folder / "low.pth")
             else:
-                shutil.copytree(self.templates.folder / ("high" if TO_HIGH.search(local) else "low"), place)
+                kind = next((kind for kind, names in KINDS.items() if names.search(local)), "low")
+                shutil.copytree(self.templates.folder / kind, place)
         return local
 
     def shards(self, path: str) -> str:
@@ -155,8 +159,13 @@ def _train(page: SmallPage, words: Sequence[str]) -> list[str] | None:
         return list(words) if options == ["--list-settings"] else None
     config = load_config(ROOT / options[1], settings)
     more = ["data.held_out=0.3", "evaluation.held_out_every_images=4"] if config.data.held_out else []
+    if config.ema.snapshot_every_images:
+        more += [LONGER]
     if config.run.init_from:
         more += [f"run.init_from={page.stored(config.run.init_from)}"]
+    if not any(text.startswith("run.dir=") for text in settings):  # commands of a page need not go on with each other
+        page.runs += 1
+        more += [f"run.dir=runs/own_{page.runs}"]
     return [*options, *_smaller(settings, [*small_sizes(config), *more])]
 
 
