@@ -44,6 +44,8 @@ def small_sizes(config: Config) -> list[str]:
     settings = [*SETTINGS, f"model.image_size={size}", f"model.patch_size={patch}"]
     if config.model.middle_head:
         settings += ["model.middle_head=2"]
+    if config.model.route_share:
+        settings += ["model.route_blocks=[1,3]"]
     if config.progressive.resolutions:
         lower = [each // 8 for each in config.progressive.resolutions]
         settings += [f"progressive.resolutions={lower}", f"progressive.images={[4] * len(lower)}"]
