@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jitscale.config import Config, load_config
+from jitscale.config import Config, load_config, to_yaml
 from jitscale.preparation.array_shards import write_shards
 from tests.support import ROOT
 from tests.support.page_running import link_checkout, run_shell
@@ -25,7 +25,13 @@ SETTINGS = (
     *("data.window=16", "data.shards=shards/{resolution}", "optim.warmup_images=0", "engine.precision=fp32"),
     *("engine.micro_batch_size=4", AVERAGES, "ema.power_widths=[0.05,0.1]", "ema.snapshot_every_images=4"),
     *("checkpoint.every_images=8", "tracking.wandb=off", "tracking.log_every_steps=1", "run.device=cpu"),
-    *("run.max_images=8", "evaluation.at_end=false", "evaluation.every_images=0", "evaluation.grid_every_images=0"),
+    *(
+        "run.max_images=8",
+        "evaluation.sweep=[guidance=1:2:1]",
+        "evaluation.at_end=false",
+        "evaluation.every_images=0",
+        "evaluation.grid_every_images=0",
+    ),
 )
 MEASURE = ("features=digits", "num_images=10", "sweep_images=10", "steps=2", "block_size=10")
 MEASURING = tuple(f"evaluation.{setting}" for setting in MEASURE)
@@ -129,6 +135,13 @@ class SmallPage:
                 shutil.copytree(self.templates.folder / kind, place)
         return local
 
+    def config(self, path: str) -> str:
+        """The local path of a configuration with a tiny network."""
+        local = f"small_{Path(path).name}"
+        small = load_config(ROOT / path, small_sizes(load_config(ROOT / path)))
+        (self.folder / local).write_text(to_yaml(small))
+        return local
+
     def shards(self, path: str) -> str:
         """The local path of shards, which are made if no command of the page has written them."""
         local = self.local(path)
@@ -160,7 +173,7 @@ def _train(page: SmallPage, words: Sequence[str]) -> list[str] | None:
     if "--config" not in options or not (ROOT / options[1]).is_file():
         return list(words) if options == ["--list-settings"] else None
     config = load_config(ROOT / options[1], settings)
-    more = ["data.held_out=0.3", "evaluation.held_out_every_images=4"] if config.data.held_out else []
+    more = ["data.held_out=0.3", "evaluation.held_out_every_images=8"] if config.data.held_out else []
     if config.ema.snapshot_every_images:
         more += [LONGER]
     if config.run.init_from:
@@ -193,10 +206,9 @@ def _sample(page: SmallPage, words: Sequence[str]) -> list[str]:
     return [*found, "--steps", "2", "--per-class", "1"]
 
 
-def _convert(page: SmallPage, words: Sequence[str]) -> list[str] | None:
-    if words[words.index("--to") + 1] == "run":
-        return None
-    found = _with_paths(words, {"--checkpoint": page.stored, "--output": page.local, "--samples": lambda _: "1"})
+def _convert(page: SmallPage, words: Sequence[str]) -> list[str]:
+    paths = {"--checkpoint": page.stored, "--output": page.local, "--config": page.config}
+    found = _with_paths(words, {**paths, "--samples": lambda _: "1"})
     return [*found, *(AUTHORS if "authors" in words else ())]
 
 
