@@ -48,9 +48,10 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# The pages that the code writes.
+# The pages and figures that the code writes.
 docs: $(INSTALLED)
 	$(RUN) -m jitscale.train --list-settings > docs/settings.md
+	$(RUN) docs/draw.py
 
 install: $(INSTALLED)
 
