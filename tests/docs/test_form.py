@@ -104,7 +104,13 @@ def banned_words_of_python(path: Path) -> list[str]:
     with path.open("rb") as file:
         kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type in kinds]
-    return [word for token in tokens for word in banned_words(token.string, token.start[0])]
+    return [word for token in tokens for word in banned_words(_without_names(token.string), token.start[0])]
+
+
+def _without_names(string: str) -> str:
+    """A string without what an f-string puts in: the code may call its things as it likes."""
+    formatted = re.match(r"(?i)[rb]*f[rb]*['\"]", string)
+    return re.sub(r"\{[^{}\n]*\}", "{}", string) if formatted else string
 
 
 def measured_numbers(page: str) -> dict[str, int]:
@@ -172,7 +178,7 @@ def test_what_breaks_the_form_is_found(tmp_path: Path) -> None:
         "2: beside",
         "2: nothing but",
     ]
-    (tmp_path / "a.py").write_text('beside = 1\n"""It shall\nbe."""\nx = f"{b} lest"  # nothing but x\n')
+    (tmp_path / "a.py").write_text('beside = 1\n"""It shall\nbe."""\nx = f"{beside} lest"  # nothing but x\n')
     assert sorted(word.partition(";")[0] for word in banned_words_of_python(tmp_path / "a.py")) == [
         "2: shall",
         "4: lest",
