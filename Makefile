@@ -47,6 +47,7 @@ format: $(INSTALLED)
 # The pages that the code writes.
 docs: $(INSTALLED)
 	$(RUN) -m jitscale.train --list-settings > docs/settings.md
+	$(RUN) docs/reference.py > docs/reference.md
 
 install: $(INSTALLED)
 
