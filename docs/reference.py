@@ -68,11 +68,11 @@ After each multiple of `evaluation.held_out_every_images` images, the run writes
 """
 EVALUATIONS = """
 `evaluations.jsonl` gets a line for each measurement while training (`evaluation.every_images`), and
-one for the final evaluation. `RUN/result.json` and `RUN/results/*.json` hold the same numbers; the
-second table has their further entries.
+one for the final evaluation. `RUN/result.json` and `RUN/results/*.json` hold these numbers without
+`step`, `images` and `weights`; the second table has their further entries.
 """
 WANDB = """
-Besides the lines of `metrics.jsonl`, W&B gets the configuration and these.
+W&B also gets the configuration of the run, and these records.
 """
 FOLDER = """
 RUN is `run.dir`. Paths are globs below it: `*` stands for any name, `**` for any number of folders.

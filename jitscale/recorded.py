@@ -100,7 +100,9 @@ EVALUATION_METRICS = (
         "Fréchet distance of generated to real images in the features of `evaluation.features`; lower is better",
         "if that network has logits",
     ),
-    Metric("sfid", "", "the same in spatial features", "`features=inception`"),
+    Metric(
+        "sfid", "", "Fréchet distance in the spatial features of Inception; lower is better", "`features=inception`"
+    ),
     Metric("inception_score", "", "Inception Score of the generated images; higher is better", "together with `fid`"),
     Metric("inception_score_std", "", "its standard deviation over ten parts of the images", "together with `fid`"),
     Metric(
