@@ -1,6 +1,7 @@
 """jitscale/recorded.py, and so docs/reference.md, knows what runs record: all of it, and nothing else."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.support.wandb_records import keys_of
 OFTEN = 8 * BATCH
 # A run that does all that a run can do.
 EVERYTHING = [
-    *("--profile", "tracking.wandb=offline", "model.middle_head=1", "run.max_steps=25"),
+    *("--profile", "tracking.wandb=offline", "model.middle_head=1"),
     *("progressive.resolutions=[8]", f"progressive.images=[{BATCH}]"),
     *("data.held_out=0.2", f"evaluation.held_out_every_images={OFTEN}"),
     *("ema.power_widths=[0.1]", f"ema.snapshot_every_images={OFTEN}"),
@@ -41,7 +42,7 @@ LEFT_BY_A_KILL = {"*/*.partial/*", "**/.*.partial", ".*.partial/**", ".preflight
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of that run, after an evaluation and with the page about it."""
     job = Job(tmp_path_factory.mktemp("recorded"))
     (job.folder / "shards/real_images").touch()  # a file: the statistics of real images must lie in the run's folder
@@ -50,8 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(1, "-m", "jitscale.evaluate", "--run-dir", str(folder))
     assert run_tool("gallery", folder).code == 0
     Attempts.begin(folder, position=0)  # as a Slurm job's supervisor
-    HangWatch(1000.0, folder / "stacks_rank_00000.txt")  # as while the run is at work
-    return folder
+    watch = HangWatch(1000.0, folder / "stacks_rank_00000.txt")  # as while the run is at work
+    yield folder
+    watch.close()
 
 
 def test_all_that_a_run_records_has_an_entry(run: Path) -> None:
