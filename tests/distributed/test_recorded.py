@@ -23,7 +23,7 @@ from tests.support.runs import BATCH, Job
 from tests.support.tools import run_tool
 from tests.support.wandb_records import keys_of
 
-OFTEN = 8 * BATCH
+OFTEN = 12 * BATCH
 # A run that does all that a run can do.
 EVERYTHING = [
     *("--profile", "tracking.wandb=offline", "model.middle_head=1"),

@@ -50,10 +50,14 @@ def recorded(run_dir: Path) -> tuple[list[str], list[dict[str, Any]], dict[str, 
 
 
 def keys_of(run_dir: Path) -> set[str]:
-    """The keys of all history and summary records of a run, without W&B's own, which begin with _."""
+    """The keys of all history and summary records of a run, without W&B's own, which begin with _.
+
+    W&B keeps the data of a chart KEY as KEY_table.
+    """
     both = [(one.history.item, one.summary.update) for path in _files(run_dir) for one in records(path)]
     items = [item for history, summary in both for item in (*history, *summary)]
-    return {key for item in items if not (key := item.key or item.nested_key[0]).startswith("_")}
+    keys = {item.key or item.nested_key[0] for item in items}
+    return {key.removesuffix("_table") for key in keys if not key.startswith("_")}
 
 
 def _files(run_dir: Path) -> list[Path]:
