@@ -23,10 +23,11 @@ from tests.support.runs import BATCH, Job
 from tests.support.tools import run_tool
 from tests.support.wandb_records import keys_of
 
-OFTEN = 12 * BATCH
+OFTEN = 13 * BATCH  # once, before steps are profiled
 # A run that does all that a run can do.
 EVERYTHING = [
     *("--profile", "tracking.wandb=offline", "model.middle_head=1"),
+    "run.max_steps=25",  # a profile ends with step 25, or at the end of a shorter run
     *("progressive.resolutions=[8]", f"progressive.images=[{BATCH}]"),
     *("data.held_out=0.2", f"evaluation.held_out_every_images={OFTEN}"),
     *("ema.power_widths=[0.1]", f"ema.snapshot_every_images={OFTEN}"),
