@@ -15,15 +15,45 @@ from jitscale.addresses import masked
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command of the project; schedulers and scripts rely on them."""
+    """Exit codes of every command of the project; schedulers and scripts rely on them.
 
-    DONE = 0
-    FAILED = 1
-    USER_ERROR = 2
-    REQUEUE = 75  # EX_TEMPFAIL: the state is saved, start the same command again
+    Each has its `meaning` and its `remedy`, which docs/reference.md shows.
+    """
 
+    meaning: str
+    remedy: str  # what the user does next
 
-INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+    def __new__(cls, number: int, meaning: str, remedy: str) -> "ExitCode":
+        """A code with its words."""
+        code = int.__new__(cls, number)
+        code._value_, code.meaning, code.remedy = number, meaning, remedy
+        return code
+
+    DONE = 0, "The command has done all its work.", "Nothing."
+    FAILED = (
+        1,
+        "A failure that a new start may survive: a disk or network that fails or is full, a lost rank, a rank that "
+        "hangs. Or an error that nobody expected, with a traceback.",
+        "Read the line that begins with `error:`, or the traceback. Repair the cause and start the same command again. "
+        "A Slurm job of this project returns to the queue by itself.",
+    )
+    USER_ERROR = (
+        2,
+        "A mistake in the command, its settings, its paths or its data. One line says what, where and the remedy.",
+        "Follow the line. A new start alone repeats the mistake.",
+    )
+    # 75 is EX_TEMPFAIL of sysexits.h, 130 is 128 + SIGINT as in shells.
+    REQUEUE = (
+        75,
+        "A signal (SIGTERM, SIGUSR1, SIGUSR2) asked the run to stop, and its state is saved.",
+        "Start the same command again: it resumes. A Slurm job of this project is already back in the queue.",
+    )
+    INTERRUPTED = (
+        130,
+        "Ctrl-C (SIGINT) stopped the command. Training saved its state first.",
+        "Start the same command again: it resumes. A Slurm job does not return to the queue.",
+    )
+
 
 _WRONG_PATHS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -145,7 +175,7 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
             _tell_torchrun(f"error: {escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     # This skips the interpreter's teardown. There, threads of communication libraries can abort a finished process and

@@ -7,7 +7,17 @@ from tests.support import ROOT
 
 # From the bottom up; a module may import what stands in its own row or in a row above its own.
 LAYERS = [
-    {"addresses", "command", "errors", "files", "installation", "keyed_random", "launcher_environment", "versions"},
+    {
+        "addresses",
+        "command",
+        "errors",
+        "files",
+        "installation",
+        "keyed_random",
+        "launcher_environment",
+        "recorded",
+        "versions",
+    },
     {"config"},
     {"parallel", "run_folder"},
     {"node"},

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
 
 from jitscale.config import Config, DataConfig, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.tracking import Tracker, _own_id, check_wandb, distance_of, read_metrics, sweep_lines
 from tests.support import ROOT
+from tests.support.wandb_records import recorded, records
 
 KEY = "0" * 40
 
@@ -43,46 +42,6 @@ def no_wandb_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 def tracker(run_dir: Path, resumed_step: int | None = 0, wandb: str = "off") -> Tracker:
     run_dir.mkdir(exist_ok=True)
     return Tracker(Config(tracking=TrackingConfig(wandb=wandb)), run_dir, True, resumed_step)
-
-
-def records(path: Path) -> Iterator[Record]:
-    """What W&B has written offline: after 7 bytes LevelDB's log, blocks of 32 KiB; a record cut short is left out.
-
-    In a block: crc32 (4 bytes), size (2), kind (1: whole, 2: first, 3: middle, 4: last part), part of a record.
-    """
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        left = 2**15 - at % 2**15
-        if left < 7:
-            at += left
-            continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4) and at <= len(data):
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def pairs(items: Any) -> dict[str, Any]:
-    """Keys and values of a history or summary record; a nested key is written with dots."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def recorded(run_dir: Path) -> tuple[list[str], list[dict[str, Any]], dict[str, Any], Path]:
-    """Ids, history and summary of all of a run's offline records, and the newest one's folder."""
-    ids, history, summary = [], [], {}
-    files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    for record in (record for path in files for record in records(path)):
-        if record.HasField("run"):
-            ids.append(record.run.run_id)
-        if record.HasField("history"):
-            history.append(pairs(record.history.item))
-        if record.HasField("summary"):
-            summary.update(pairs(record.summary.update))
-    return ids, history, summary, files[-1].parent
 
 
 LIFE = """

@@ -25,7 +25,7 @@ from jitscale import run_folder
 from jitscale.checkpoints.format import complete_checkpoints
 from jitscale.command import Parser, complete_source, evaluate_parser, train_parser
 from jitscale.config import Config, load_config
-from jitscale.errors import INTERRUPTED, ExitCode, exit_with_message
+from jitscale.errors import ExitCode, exit_with_message
 from jitscale.evaluation.real_images import finished_parts
 from jitscale.launch.preflight import FAULT, SHARED_FAULT
 from jitscale.launch.slurm import SlurmJob, ask, check_commands, described_job, failed_tasks, usable_nodes
@@ -140,7 +140,7 @@ class Supervisor:
         if code == ExitCode.USER_ERROR:
             logger.error("%s: the error above would come again; correct it and submit the job again", work.run_dir)
             return code
-        if code == INTERRUPTED:
+        if code == ExitCode.INTERRUPTED:
             logger.info("%s: stopped by Ctrl-C (SIGINT); the state is saved, submit it again to continue", work.run_dir)
             return code
         if code == ExitCode.REQUEUE:

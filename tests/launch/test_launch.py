@@ -17,7 +17,7 @@ import wandb
 
 from jitscale import parallel
 from jitscale.config import Config, RunConfig, load_config
-from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, ExitCode, UserError
+from jitscale.errors import CheckpointError, ConfigError, ExitCode, UserError
 from jitscale.launch import preflight
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
@@ -282,10 +282,13 @@ def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         Supervisor,
         "_srun",
-        lambda self, what, *others, **more: (INTERRUPTED if what == "train" else 0, "srun: error: node1: task 0: Exit"),
+        lambda self, what, *others, **more: (
+            ExitCode.INTERRUPTED if what == "train" else 0,
+            "srun: error: node1: task 0: Exit",
+        ),
     )
     try:
-        assert Supervisor(job, work).run() == INTERRUPTED
+        assert Supervisor(job, work).run() == ExitCode.INTERRUPTED
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

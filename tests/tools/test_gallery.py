@@ -85,6 +85,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert page.tags.count("img") == 9, "the best ones; 14 pictures, every second one; the sweep"
     assert "<title>" in text
     assert "fid 5k" in text, "nobody takes it for FID-50K"
+    assert "2-norm of the whole gradient before clipping" in text, "below its curve"
     assert "224 images" in text, "the newest"
     assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
     assert "<!-- digits, model, 5,000 images -->" in text, "beside every distance"
