@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pack images into shards, a part in each task of an array:
-#     sbatch --array=1-16 slurm/pack_shards.sh --input ILSVRC2012_img_train.tar --output /data/imagenet_256 --resolution 256 --codec raw
+#     sbatch --array=1-16 slurm/pack_shards.sh --input ILSVRC2012_img_train.tar --output /data/imagenet_256 --resolution 256 --codec webp
 # A task that was killed or requeued continues its part.
 #SBATCH --job-name=pack-shards
 #SBATCH --ntasks=1

@@ -88,7 +88,7 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
         print(f"  pooled noise has {deviation:.3f} times the standard deviation that was trained (1: in distribution)")
     if plan.mode == "patch" and plan.resized:
         factor = 1 / float(plan.ratio) ** 2
-        print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g} and no warm-up (docs/upgrade.md#fine-tune)")
+        print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g} (docs/upgrade.md#learning-rate)")
 
 
 @torch.no_grad()
