@@ -11,7 +11,7 @@ import numpy.typing as npt
 from jitscale.data.tar_index import NO_LABEL, class_number
 from jitscale.keyed_random import Int64Array
 
-REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label, of which somebody else tells the user
+REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label; the caller reports it
 
 _FIRST_NAME = NO_LABEL - 1
 _NAMES_SHOWN = 3  # at each end
@@ -100,7 +100,7 @@ def find_classes(parts: Sequence[CodedLabels], class_names: list[str] | None) ->
     numbers, as the names of folders may be (2 before 10).
     """
     counts = sum((np.bincount(part.kinds(), minlength=len(Kind)) for part in parts), np.zeros(len(Kind), np.int64))
-    # Whoever names the classes has labels: samples without one are then mistakes, however many.
+    # If the user names the classes, there are labels: samples without one are then mistakes, however many there are.
     kind = Kind(int(np.argmax(counts[: Kind.REFUSED if class_names is None else Kind.NONE])))
     if kind == Kind.NONE:
         return Classes(kind, None, 0)

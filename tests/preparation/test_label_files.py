@@ -48,12 +48,12 @@ def test_edm_without_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ('{"labels": [["00000/img00000000.png", 1],]}', r"dataset.json: is no JSON .* \(a trailing comma is none\)"),
+        ('{"labels": [["00000/img00000000.png", 1],]}', r"dataset.json: is no JSON .* \(JSON allows no trailing comma\)"),
         ('{"labels": 3}', "dataset.json: holds no list of labels; write"),
-        ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, such as of 00000/img00000000.png"),
+        ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, as that of 00000/img00000000.png"),
         ([[name, True] for name in EDM], "has label True, no integer from 0"),
         ([[name, -1] for name in EDM], "has label -1, no integer from 0"),
-        ([[EDM[0]]], "entry 0 is .*, no image with its label"),
+        ([[EDM[0]]], "entry 0 is .*, not an image with its label"),
         ([[name, 1] for name in [*EDM, EDM[0]]], "names 00000/img00000000.png twice"),
         ([[name, 1] for name in EDM[1:]], "names no label for 1 images .00000/img00000000.png.; add them, or pass"),
         ([[name, 1] for name in [*EDM, "x.png"]], r"names 1 files that are not there \(x.png\); copy them"),
@@ -261,7 +261,7 @@ def test_options_that_say_nothing_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "cat/a.png", "dog/b.png")
     for name, flag in (("label_key", "--label-key"), ("label_column", "--label-column"), ("split", "--split")):
         refused(
-            f"{tmp_path}: {flag} cls says nothing about this form of data; leave it away", tmp_path, **{name: "cls"}
+            f"{tmp_path}: {flag} cls does not apply to this form of data; leave it out", tmp_path, **{name: "cls"}
         )
 
 
