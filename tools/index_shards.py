@@ -78,7 +78,7 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
         what = f"{_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars"
-        raise DataError(f"{tars.folder}: {what}; nothing was written; repair these tars or leave them out")
+        raise DataError(f"{tars.folder}: {what}; nothing was written; repair or leave out these tars")
     found.write()
     manifest = found.manifest
     classes = _many(manifest.num_classes, "class", "classes") if manifest.num_classes else "no labels"

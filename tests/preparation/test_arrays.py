@@ -60,7 +60,10 @@ def test_imagenet_32_without_the_table_is_refused(tmp_path: Path, table: str) ->
     path = tmp_path / "val_data.npz"
     np.savez(path, data=PLANES, labels=IDS)
     line = refused_input("--input", path)
-    assert f"{path}: labels are 1 to 4; in ImageNet-32 and 64 these are the devkit's IDs, 1 to 1000, which are not in" in line
+    assert (
+        f"{path}: labels are 1 to 4; in ImageNet-32 and 64 these are the devkit's IDs, 1 to 1000, which are not in"
+        in line
+    )
     assert "pass --ground-truth map_clsloc.txt, or --labels none" in line
     assert find_sources([str(path)], FindOptions(labels="none")).num_classes == 0
     np.savez(path, data=PLANES, labels=IDS + 1)

@@ -98,8 +98,8 @@ def test_the_devkits_own_table_of_classes(tmp_path: Path) -> None:
 
 def test_validation_images_without_their_labels_are_refused(tmp_path: Path) -> None:
     source = write_validation(tmp_path / "val")
-    what = "holds 6 images of ImageNet's validation set, whose names do not say the class; pass --ground-truth with Kaggle's "
-    assert f"{source}: {what}LOC_val_solution.csv, or the devkit's ILSVRC" in refused_input("--input", source)
+    what = "holds 6 images of ImageNet's validation set, whose names do not say the class; pass --ground-truth with "
+    assert f"{source}: {what}Kaggle's LOC_val_solution.csv, or the devkit's ILSVRC" in refused_input("--input", source)
     tar = write_tar(tmp_path / "val.tar", *validation_images())
     assert f"{tar}: {what}" in refused_input("--input", tar)
     for place in (source, tar):

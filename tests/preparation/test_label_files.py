@@ -48,7 +48,10 @@ def test_edm_without_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ('{"labels": [["00000/img00000000.png", 1],]}', r"dataset.json: is no JSON .* \(JSON allows no trailing comma\)"),
+        (
+            '{"labels": [["00000/img00000000.png", 1],]}',
+            r"dataset.json: is no JSON .* \(JSON allows no trailing comma\)",
+        ),
         ('{"labels": 3}', "dataset.json: holds no list of labels; write"),
         ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, as that of 00000/img00000000.png"),
         ([[name, True] for name in EDM], "has label True, no integer from 0"),
@@ -260,9 +263,7 @@ def test_a_file_of_labels_that_is_not_there_or_for_several_inputs(tmp_path: Path
 def test_options_that_say_nothing_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "cat/a.png", "dog/b.png")
     for name, flag in (("label_key", "--label-key"), ("label_column", "--label-column"), ("split", "--split")):
-        refused(
-            f"{tmp_path}: {flag} cls does not apply to this form of data; leave it out", tmp_path, **{name: "cls"}
-        )
+        refused(f"{tmp_path}: {flag} cls does not apply to this form of data; leave it out", tmp_path, **{name: "cls"})
 
 
 def test_packed_pixels_and_labels_are_those_of_the_file(tmp_path: Path) -> None:

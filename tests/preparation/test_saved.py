@@ -86,7 +86,7 @@ def test_the_cache_of_the_library_is_read(tmp_path: Path) -> None:
     assert inputs.table["label"].tolist() == LABELS
     assert inputs.class_names == NAMES
     assert stored(inputs) == [file_bytes(image) for image in pictures(7)]
-    assert any("passed over: cache-" in note for note in inputs.notes)
+    assert any("ignored: cache-" in note for note in inputs.notes)
 
 
 @pytest.mark.parametrize("compression", ["uncompressed", "zstd"])
