@@ -118,7 +118,7 @@ class SourceTable:
 
     @classmethod
     def read(cls, path: Path, num_classes: int, class_names: list[str] | None) -> SourceTable:
-        """What `write` wrote to the file `path`. Raises an OSError, ValueError or KeyError if that is not there."""
+        """Read the file `path` that `write` wrote. Raises an OSError, ValueError or KeyError if it is no such file."""
         with np.load(path, allow_pickle=False) as arrays:
             table, paths, ends = arrays["table"], arrays["paths"], arrays["path_ends"]
         if table.dtype != SOURCE:
@@ -127,14 +127,14 @@ class SourceTable:
 
 
 class SourcePaths:
-    """The paths of a table that is being made, in the order of its images: each once if its images are neighbours."""
+    """Collects the paths of a new table, in the order of its images. Neighbours with one path store it once."""
 
     def __init__(self) -> None:
         self._bytes, self._ends = bytearray(), array("q")
         self._last: str | None = None
 
     def number(self, path: str) -> int:
-        """The number of `path`, which becomes that of the last image."""
+        """The number of `path`, as the path of the next image."""
         if path != self._last:
             self._bytes += os.fsencode(path)
             self._ends.append(len(self._bytes))
