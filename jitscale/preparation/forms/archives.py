@@ -83,7 +83,7 @@ class Branch:
 
 
 def tree_of_zip(path: Path) -> Branch:
-    """The files of a zip. Raises a DataError if it is damaged, or a file is encrypted or compressed in an unread way."""
+    """The files of a zip. Raises a DataError if it is damaged, or a file is encrypted or of an unread compression."""
     return _tree(path, _members_of_zip(path))
 
 
