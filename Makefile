@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu lint format docs install clean
+.PHONY: demo test test-slow test-cluster test-wandb test-null-gpu test-wheel lint format docs install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -35,6 +35,10 @@ test-null-gpu:
 	tests/nullcuda/build.sh
 	tests/nullcuda/run.sh python -m tests.nullcuda.check
 
+# Once a release: what users get from `pip install`, next to no checkout.
+test-wheel:
+	PYTHON=$(PYTHON) tests/versions/wheel.sh runs/demo/64px
+
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -44,9 +48,10 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# The pages that the code writes.
+# The pages and figures that the code writes.
 docs: $(INSTALLED)
 	$(RUN) -m jitscale.train --list-settings > docs/settings.md
+	$(RUN) docs/draw.py
 
 install: $(INSTALLED)
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from PIL import Image
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -21,11 +22,15 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "axes.formatter.min_exponent": 5,  # of logarithmic axes too: 100, and not a power of ten
     "font.size": 9,
     "legend.frameon": False,
     "svg.hashsalt": "jitscale",  # equal data, equal file
     "svg.fonttype": "path",
 }
+# Of a PNG: two pixels for one of a page, so that sharp screens show it sharp; wider than a page it need not be.
+DPI, MOST_PIXELS_WIDE = 200, 2000
+PNG_COLOURS = 256
 UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # style of points that no line connects
 
 
@@ -40,9 +45,18 @@ def figure(
         yield list(axes.flat)
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
-        svg = not isinstance(target, Path) or target.suffix == ".svg"
-        drawn.savefig(target, format="svg" if svg else "png", metadata={"Date": None} if svg else None, dpi=110)
+        if isinstance(target, StringIO) or target.suffix == ".svg":
+            drawn.savefig(target, format="svg", metadata={"Date": None})
+        else:
+            pixels = BytesIO()
+            drawn.savefig(pixels, format="png", dpi=min(DPI, MOST_PIXELS_WIDE / size[0]))
+            with_palette(Image.open(pixels).convert("RGB"), PNG_COLOURS).save(target, format="png", optimize=True)
         plt.close(drawn)
+
+
+def with_palette(picture: Image.Image, colours: int) -> Image.Image:
+    """An RGB `picture` in so few colours of its own, for a small file; pixels that are alike stay alike."""
+    return picture.quantize(colours, dither=Image.Dither.NONE)
 
 
 def curve(
@@ -71,12 +85,13 @@ def plus_minus(values: Sequence[float], width: int = 0, digits: int = 2) -> str:
     return f"{mean:{width}.{digits}f} ±{deviation:.{digits}f}"
 
 
-def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str], part: float = 1.0) -> None:
-    """Pictures (PNG in base64) below each other, with a label before each; of their width only the first `part`."""
+def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str]) -> None:
+    """Pictures (PNG in base64) below each other, with a label before each."""
     drawn = [plt.imread(BytesIO(base64.b64decode(picture)), format="png") for picture in pictures]
-    drawn = [picture[:, : round(part * picture.shape[1])] for picture in drawn]
     heights = [picture.shape[0] for picture in drawn]
     axis.imshow(np.concatenate(drawn), interpolation="nearest")
     axis.set_yticks(np.cumsum(heights) - np.array(heights) / 2, labels)
     axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     axis.grid(visible=False)

@@ -375,7 +375,7 @@ def _send_final(record: Any, result: dict[str, Any]) -> None:
                 title=f"{distance_title(distance)} over {along.replace('_', ' ')}",
                 xname=along,
             )
-            record.log({f"{distance}_over_guidance": curve})
+            record.log({f"{distance}_over_{along.removesuffix('_scale')}": curve})
     best = {f"best/{name}": _cell(value) for name, value in result["best"].items()}
     record.summary.update(_known({**_numbers(result), **best}))
 

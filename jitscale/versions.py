@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-__version__ = "0.1.0"  # here, so that a checkout that is not installed has one
+__version__ = "0.2.0"  # here, so that a checkout that is not installed has one
 
 
 def version_of(package: str) -> str | None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The configured evaluation (FID-50K) of a run over all GPUs: sbatch slurm/evaluate.sh --run runs/jit_h_256 [group.key=value ...]
-# A requeued job goes on with the blocks of images that are missing.
+# The configured evaluation (FID-50K) of a run over all GPUs.
+#     sbatch slurm/evaluate.sh --run runs/jit_h_256 [group.key=value ...]
+# A requeued job computes only the blocks of images that are missing.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

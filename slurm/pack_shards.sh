@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pack images into shards, a part in each task of an array:
-#     sbatch --array=1-16 slurm/pack_shards.sh --input ILSVRC2012_img_train.tar --output /data/imagenet_256 --resolution 256 --codec webp
+# Packs images into shards. Each task of an array packs one part.
+#     sbatch --array=1-16 slurm/pack_shards.sh --input ILSVRC2012_img_train.tar --output /data/imagenet_256 \
+#         --resolution 256 --codec webp
 # A task that was killed or requeued continues its part.
 #SBATCH --job-name=pack-shards
 #SBATCH --ntasks=1
@@ -11,7 +12,7 @@
 #SBATCH --output=%x_%A_%a.log
 source "${JITSCALE_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/launch.sh"
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    echo "error: not an array; submit it with --array=1-N" >&2
+    echo "error: this job is not an array; submit it with sbatch --array=1-N" >&2
     exit 2
 fi
 exec "$JITSCALE_PYTHON" tools/make_shards.py --workers "${SLURM_CPUS_PER_TASK:-1}" \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# JiT-H/32 at 512 px, 600 epochs of ImageNet, then its FID: sbatch slurm/train_jit_h_512.sh data.shards=/data/imagenet [group.key=value ...]
+# JiT-H/32 at 512 px: 600 epochs of ImageNet, then the FID.
+#     sbatch slurm/train_jit_h_512.sh data.shards=/data/imagenet_512 [group.key=value ...]
 #SBATCH --job-name=jit_h_512
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

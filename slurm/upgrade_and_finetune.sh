@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Turn a low-resolution run into a high-resolution one, and fine-tune it:
-#     sbatch slurm/upgrade_and_finetune.sh runs/jit_h_256 configs/finetune_h_512.yaml runs/jit_h_512 data.shards=/data/imagenet_512
+# Upgrades a low-resolution run to a higher resolution, and fine-tunes it.
+#     sbatch slurm/upgrade_and_finetune.sh runs/jit_h_256 configs/finetune_h_512.yaml runs/jit_h_512 \
+#         data.shards=/data/imagenet_512
 #SBATCH --job-name=upgrade-finetune
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -19,8 +20,10 @@ if [ $# -lt 3 ]; then
 fi
 low=$1 config=$2 new=$3
 shift 3
-complete=("$new"/checkpoints/step_*/COMPLETE) # the pattern itself where nothing fits
-if [ ! -e "${complete[0]}" ]; then # a requeued job goes on with what is there
+# If no file matches, bash keeps the pattern itself, which does not exist.
+complete=("$new"/checkpoints/step_*/COMPLETE)
+# A requeued job continues from the checkpoint that is there.
+if [ ! -e "${complete[0]}" ]; then
     "$JITSCALE_PYTHON" tools/upgrade_resolution.py --checkpoint "$low" --to "$config" --output "$new" "$@"
 fi
 supervise train --config "$config" "run.dir=$new" "$@"

@@ -200,6 +200,18 @@ def test_one_setting_is_no_sweep_and_two_intervals_are_two_lines(tmp_path: Path)
     assert [row[1:] for row in curve["data"]] == [["model, 0.1:1", 3.0], ["model, 0.2:1", 4.0]]
 
 
+def test_the_curve_is_named_after_the_guidance_that_is_swept(tmp_path: Path) -> None:
+    """A curve over internal guidance must not appear under the key of classifier-free guidance."""
+    rows = [{**sweep_row("model", 2.0, 100, 9 - w), "internal_guidance": w} for w in (1.0, 1.4)]
+    record = tracker(tmp_path, wandb="offline")
+    record.log_final(final_result(rows))
+    record.close()
+    _, _, summary, folder = recorded(tmp_path)
+    assert "fid_over_guidance_table.path" not in summary
+    curve = json.loads((folder / "files" / summary["fid_over_internal_guidance_table.path"]).read_text())
+    assert curve["data"] == [[1.0, "model", 8.0], [1.4, "model", 7.6]]
+
+
 def test_a_sweep_of_internal_guidance_has_it_along_its_lines() -> None:
     """Where guidance is swept too, guidance lies along them and internal guidance names them."""
     inner = {"internal_interval": [0.0, 0.8]}

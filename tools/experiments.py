@@ -1,15 +1,16 @@
-"""Repeat an experiment of docs/: train and measure its runs, write its numbers and its figure.
+"""Repeat an experiment of docs/experiments.md: train and measure its runs, write its numbers and its figure.
 
     python tools/experiments.py upgrade --seeds 3
 
-The same command continues an interrupted experiment: outcomes are kept under runs/experiments/. The results are
-docs/experiments/NAME.json and NAME.svg; --figure-only draws the latter from the former.
+The same command continues an interrupted experiment: finished runs are kept under runs/experiments/. The results are
+docs/experiments/NAME.json (numbers) and NAME.png (figure). --figure-only draws the figure again from the numbers.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -38,7 +39,7 @@ from studies import (
     upsampling,
 )
 from studies.run import ROOT
-from studies.tasks import Experiment, outcomes_of
+from studies.tasks import Experiment, Summary, outcomes_of
 
 MODULES: list[Experiment] = [
     manifold,
@@ -57,6 +58,7 @@ MODULES: list[Experiment] = [
     bf16,
 ]
 EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
+LIST = re.compile(r"\[([^\[\]{}\"]*)\]")  # of numbers
 ALONE = "upgrade"  # takes as long as all others together
 
 
@@ -64,13 +66,17 @@ def main() -> int:
     """Parse the command line, and measure or draw the experiments that it names."""
     listed = "\n".join(f"  {name:12}{(module.__doc__ or '').splitlines()[0]}" for name, module in EXPERIMENTS.items())
     parser = Parser(f"{__doc__}\n{listed}")
-    names = f"one of those above, or all: every one but {ALONE}, which takes two hours"
+    names = f"an experiment of this list, or all: every one except {ALONE}, which takes two hours"
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=names)
-    parser.add_number("--seeds", 3, "seeds of each run")
-    parser.add_number("--budget", float("inf"), "minutes after which no run begins", float)
+    parser.add_number("--seeds", 3, "runs of each kind, with the seeds 0, 1, ...")
+    parser.add_number("--budget", float("inf"), "begin no run after so many minutes", float)
     parser.add_workers()
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="of the results")
-    parser.add_argument("--figure-only", action="store_true", help="draw again from the numbers in DIR")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs/experiments", metavar="DIR", help="folder of the results"
+    )
+    parser.add_argument(
+        "--figure-only", action="store_true", help="train nothing; draw the figure from the numbers in DIR"
+    )
     options = parser.parse_args()
     options.output = options.output.resolve()
     os.chdir(ROOT)  # the configurations name their shards from here
@@ -82,16 +88,16 @@ def main() -> int:
         elif not results.exists():
             raise UserError(f"{results}: not there; leave out --figure-only")
         summary = json.loads(results.read_text())
-        experiment.draw(summary, results.with_suffix(".svg"))
+        experiment.draw(summary, results.with_suffix(".png"))
         print("\n".join(experiment.describe(summary)))
-        print(f"{results}, {results.with_suffix('.svg')}")
+        print(f"{results}, {results.with_suffix('.png')}")
     return ExitCode.DONE
 
 
 def measure(name: str, options: argparse.Namespace, results: Path, minutes: float) -> None:
-    """Do the work that is left, beginning nothing after `minutes`, and write the numbers.
+    """Do the remaining tasks, begin none after `minutes`, and write the numbers.
 
-    Raises a UserError if a task or a tool failed, or the time was not enough.
+    Raises a UserError if a task or a tool fails, or if the time is not enough.
     """
     experiment = EXPERIMENTS[name]
     for kind, size in experiment.SHARDS:
@@ -107,7 +113,12 @@ def measure(name: str, options: argparse.Namespace, results: Path, minutes: floa
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(results) as file:
-        file.write(json.dumps({**facts, **experiment.summarise(outcomes)}, indent=1).encode())
+        file.write(as_text({**facts, **experiment.summarise(outcomes)}).encode())
+
+
+def as_text(summary: Summary) -> str:
+    """JSON with a line for each key, and one for each list of numbers."""
+    return LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(summary, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Download published weights on a machine with a network, for compute nodes without one.
 
-    python tools/fetch_weights.py --config RUN/config.yaml     # weights that it needs, into evaluation.features_dir
+    python tools/fetch_weights.py --config RUN/config.yaml  # all that this run needs, into its evaluation.features_dir
     python tools/fetch_weights.py --output /shared/weights inception
 
-The sha256 of every file is compared, also of files that are there already.
+The sha256 of every file is verified, also of files that exist already.
 """
 
 from pathlib import Path
@@ -22,9 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and download."""
     parser = Parser(__doc__)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--config", type=Path, metavar="FILE", help="a run's; its evaluation.features_dir is the folder")
+    where.add_argument(
+        "--config", type=Path, metavar="FILE", help="a configuration; its evaluation.features_dir is the folder"
+    )
     where.add_argument("--output", type=Path, metavar="DIR", help="the folder; default: torch hub's")
-    known = f"one of {', '.join(PUBLISHED)} (default: those that --config needs, or all)"
+    known = f"one of {', '.join(PUBLISHED)}; default: those that --config needs, without --config all"
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PUBLISHED)

@@ -4,9 +4,9 @@
         --output P.safetensors
     python -m jitscale.train --config C.yaml diffusion.prediction=asym diffusion.rank=8 diffusion.subspace=P.safetensors
 
-The file holds the first eigenvectors of the Gram matrix of the patches. It is for networks of this patch size and rank.
-A run without diffusion.subspace computes the same at its first start, but leaves out held-out samples. The printed
-shares are of the sum of squares of all patches in [-1, 1]: how much of the images the subspace holds.
+The file holds the first eigenvectors of the Gram matrix of the patches. It fits networks of this patch size and rank.
+A run without diffusion.subspace computes the same at its first start, but leaves out held-out samples. The command
+prints the share of the energy (the sum of squares of all patches in [-1, 1]) that lies in the subspace.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ from jitscale.training.subspace import (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, fit, print and write."""
+    """Parse the command line, fit the subspace, write it, and print its shares."""
     parser = Parser(__doc__)
     shards_help = "as data.shards; {resolution} becomes the image size"
     parser.add_argument("--shards", type=path_text, required=True, metavar="PATTERN", help=shards_help)
@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, choices=CHANNELS, default=RGB, help=channels_help)
     parser.add_argument("--rank", type=positive, required=True, metavar="R", help="as diffusion.rank")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
-    parser.add_number("--images", IMAGES, "training images, chosen at random")
-    parser.add_number("--seed", 0, "chooses the images, as run.seed does", natural)
-    random_help = "a random subspace instead, for comparison; its share of the images' energy is printed too"
+    parser.add_number("--images", IMAGES, "number of training images, chosen at random")
+    parser.add_number("--seed", 0, "seed that chooses the images, as run.seed does", natural)
+    random_help = "write a random subspace instead, for comparison; its share of the energy is printed too"
     parser.add_argument("--random", type=natural, metavar="SEED", help=random_help)
     parser.add_workers()
     options = parser.parse_args(arguments)
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if size % patch:
         raise UserError(f"--patch-size {patch}: does not divide --image-size {size}; choose a divisor")
     if rank >= elements:
-        what = f"--rank {rank}: must be below {elements}, the numbers of a patch, where it is v-prediction"
+        what = f"--rank {rank}: must be below {elements}, the numbers of a patch (rank {elements} is v-prediction)"
         raise UserError(f"{what}; for example 8")
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end in .safetensors")

@@ -1,9 +1,10 @@
-"""One page to look at a run: results, curves, samples by step, sweep, data, settings, in one HTML file without links.
+"""Write one HTML page to look at a run: results, curves, samples by step, sweep, data and settings.
 
-    python tools/gallery.py runs/h                 # writes runs/h/gallery.html
+    python tools/gallery.py runs/jit_h_256         # writes runs/jit_h_256/gallery.html
     python tools/gallery.py runs/a runs/b --output compare.html
 
-The runs may be still training. The data's contact sheet needs the run's shards on this machine, with a manifest.
+The page needs no other file. The runs may still be training. The contact sheet of the data appears if the run's shards
+are on this machine and have a manifest.
 """
 
 import base64
@@ -38,13 +39,13 @@ from jitscale.tracking import (
     read_metrics,
 )
 
-MOST_GRIDS = 12  # of a run, evenly over its steps
-MOST_ROWS = 10  # of a sweep that are seen at once
+MOST_GRIDS = 12  # grids shown of a run, spread evenly over its steps
+MOST_ROWS = 10  # rows of a sweep that are not folded away
 CURVES = {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images/s"}
-PICTURE = re.compile(r"images_(\d+)\.png")  # as training names pictures of samples
+PICTURE = re.compile(r"images_(\d+)\.png")  # the names that training gives to grids of samples
 SCORES = ("inception_score", "kid", "precision", "recall", "label_agreement")
-LARGEST = 1e300  # larger numbers are no measurements, and cannot be drawn
-# Names of measurements on few images end with their number.
+LARGEST = 1e300  # matplotlib cannot draw larger numbers, and they are not measurements
+# The name of a measurement on few images ends with their number, as in fid_5k.
 MEASURED = re.compile(r"(fid|fd_\w+?|inception_score)(_\d+k?)?")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def page_of(runs: Sequence[Path]) -> str:
-    """The whole page. What the files of a run say is shown as text, and what is no number as missing."""
+    """The whole page. Content of a run's files is escaped; a value that is not a number is shown as missing."""
     named = _named(runs)
     title = html.escape(", ".join(named))
     parts = [f"<h1>{title}</h1>", "<h2>Results</h2>", results(named), "<h2>Curves</h2>", curves(named)]
@@ -110,13 +111,13 @@ def page_of(runs: Sequence[Path]) -> str:
 
 
 def results(named: Mapping[str, Path]) -> str:
-    """A table of the final evaluations: by which features, which weights and how many images, then the metrics."""
+    """A table of the final evaluations: features, weights, guidance and number of images, then the metrics."""
     found = {name: _json(run / "result.json") for name, run in named.items() if (run / "result.json").exists()}
     if not found:
         return "<p>no result.json yet</p>"
     named_metrics = list(dict.fromkeys(key for result in found.values() for key in result))
     distances = [key for key in named_metrics if re.fullmatch(r"(fid|fd_\w+?)(_floor)?", key)]
-    distances.sort(key=lambda key: not key.startswith("fid"))  # the order of the files otherwise: a distance, its floor
+    distances.sort(key=lambda key: not key.startswith("fid"))  # stable: each distance stays before its floor
     shown = [*distances, *(key for key in SCORES if key in named_metrics)]
     head = (
         "run",
@@ -140,9 +141,9 @@ def results(named: Mapping[str, Path]) -> str:
 
 
 def sweep(run: Path) -> str:
-    """What the final evaluation has tried: its figure, and a table with the best setting first; empty without one."""
+    """The final sweep: its figure, and a table with the best setting first; empty if there was no sweep."""
     parts = []
-    if (run / "sweep.svg").exists():  # as an image: a script in it does not run
+    if (run / "sweep.svg").exists():  # embedded as an image, so that a script in it does not run
         parts.append(f"<figure>{_image((run / 'sweep.svg').read_bytes(), 'svg+xml', 'the sweep')}</figure>")
     result = _json(run / "result.json")
     table, best = result.get("table"), {**_part(result, "best"), "num_images": result.get("num_images")}
@@ -171,7 +172,7 @@ def sweep(run: Path) -> str:
 
 
 def data(pattern: str) -> str:
-    """The contact sheet of the shards `pattern`, or why there is none."""
+    """The contact sheet of the shards `pattern`, or the reason why there is none."""
     if not pattern:
         return "<p>no contact sheet: the settings name no data.shards</p>"
     try:
@@ -187,7 +188,7 @@ def data(pattern: str) -> str:
 
 
 def _by_shards(named: Mapping[str, Path]) -> dict[str, list[str]]:
-    """The runs that read the same shards, by the pattern."""
+    """The names of the runs that read the same shards, by the pattern of the shards."""
     found: dict[str, list[str]] = {}
     for name, run in named.items():
         settings = _settings(run)
@@ -198,7 +199,7 @@ def _by_shards(named: Mapping[str, Path]) -> dict[str, list[str]]:
 
 
 def curves(named: Mapping[str, Path]) -> str:
-    """The values of metrics.jsonl and evaluations.jsonl over images seen."""
+    """Curves of the values in metrics.jsonl and evaluations.jsonl over images seen."""
     lines = {name: read_metrics(run) for name, run in named.items()}
     drawn = [_figure(_points_of(lines, key), name, log=key == "loss") for key, name in CURVES.items()]
     measured = _measured(named)
@@ -210,7 +211,7 @@ def curves(named: Mapping[str, Path]) -> str:
 
 
 def _measured(named: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of evaluations.jsonl that belong to one curve, by what makes their numbers comparable."""
+    """The lines of evaluations.jsonl by curve: same features, weights and number of images, so comparable."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, run in named.items():
         features = _text(_part(_settings(run), "evaluation").get("features"))
@@ -222,10 +223,10 @@ def _measured(named: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def grids(folder: Path, most: int) -> str:
-    """Pictures of samples, by images seen: at most `most`, the newest among them."""
+    """Grids of samples by images seen: at most `most`, always with the newest."""
     files = sorted(file for file in folder.glob("*.png") if PICTURE.fullmatch(file.name))
     if not files:
-        return "<p>none; evaluation.grid_every_images asks for them</p>"
+        return "<p>none; set evaluation.grid_every_images to draw them while training</p>"
     shown = []
     for file in files[:: -math.ceil(len(files) / most)][::-1]:
         images = int(file.stem.rpartition("_")[2])
@@ -241,7 +242,7 @@ def _held_out(named: Mapping[str, Path]) -> str | None:
         lines = read_held_out(run)
         for key in dict.fromkeys(key for line in lines for key in line if key.startswith(HELD_OUT)):
             name = key.removeprefix(HELD_OUT)
-            if "/" not in name:  # a name with / is the loss at one of the times
+            if "/" not in name:  # a name with / is the loss at a single time
                 found[name if len(named) == 1 else f"{run_name}: {name}"] = _points(lines, key)
     return _figure(found, "held-out loss", log=True)
 
@@ -258,7 +259,7 @@ def _points(lines: Iterable[dict[str, Any]], key: str) -> list[tuple[float, floa
 def _figure(
     found: dict[str, list[tuple[float, float]]], name: str, log: bool, always_labelled: bool = False
 ) -> str | None:
-    """Curves of (images, value) by their labels; None without points. `log` holds if all values are positive."""
+    """An SVG of curves of (images, value), by label; None without points. `log` needs positive values."""
     from jitscale.figures import figure  # noqa: PLC0415  # matplotlib belongs to an extra
 
     if not any(found.values()):
@@ -267,19 +268,19 @@ def _figure(
     with figure(buffer, panels=1) as (axis,):
         for label, points in found.items():
             if points:
-                marker = "o" if len(points) == 1 else None  # a line of one point is invisible
-                plain = label.replace("$", r"\$")  # no formula
+                marker = "o" if len(points) == 1 else None  # a line through one point is invisible
+                plain = label.replace("$", r"\$")  # $ must not start a formula
                 axis.plot(*zip(*points, strict=True), label=plain, linewidth=1, marker=marker, markersize=4)
         positive = all(value > 0 for points in found.values() for _, value in points)
         axis.set(xlabel="images seen", ylabel=name, yscale="log" if positive and log else "linear")
         if len(found) > 1 or always_labelled:
             axis.legend(fontsize=7)
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]  # without its prolog
+    return svg[svg.index("<svg") :]  # HTML does not take the XML prolog
 
 
 def _named(runs: Sequence[Path]) -> dict[str, Path]:
-    """Runs by their folders' names, or by their whole paths where two have the same name."""
+    """The runs by the names of their folders, or by their whole paths if two have the same name."""
     resolved = list(dict.fromkeys(run.resolve() for run in runs))
     count = Counter(run.name for run in resolved)
     return {run.name if count[run.name] == 1 else str(run): run for run in resolved}
@@ -309,7 +310,7 @@ def _part(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
-    """A table of texts, with the row of the number `best` marked."""
+    """An HTML table of texts; row number `best` is marked."""
     lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
     lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     looks = ["", *(' class="best" title="the best setting"' if n == best else "" for n in range(len(rows)))]
@@ -318,7 +319,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None 
 
 
 def _image(content: bytes, kind: str, alternative: str, look: str = "") -> str:
-    """A picture as a part of the page."""
+    """An image embedded in the page."""
     encoded = base64.b64encode(content).decode()
     return f'<img class="{look}" alt="{alternative}" src="data:image/{kind};base64,{encoded}">'
 
@@ -328,14 +329,14 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> str:
-    """A number as text; empty where there is none."""
+    """A number as text; empty if `value` is not a number."""
     if not _is_number(value):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _cell(value: object) -> str:
-    """A name, a number or an interval as text; empty where there is none."""
+    """A name, a number or an interval as text; empty for anything else."""
     if isinstance(value, list):
         return ":".join(map(_number, value))
     return _text(value) or _number(value)

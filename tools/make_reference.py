@@ -1,12 +1,12 @@
-"""Statistics of real images for the Fréchet distance, computed once: mean and covariance of their features.
+"""Compute the statistics of real images for the Fréchet distance once: mean and covariance of their features.
 
     torchrun --nproc-per-node 8 tools/make_reference.py --config configs/jit_h_256.yaml --output imagenet_256.npz \\
         evaluation.features=inception data.shards=/data/imagenet_256
-    python -m jitscale.evaluate --run runs/h evaluation.reference=imagenet_256.npz
+    python -m jitscale.evaluate --run runs/jit_h_256 evaluation.reference=imagenet_256.npz
 
-All ranks share the work; the same command continues an interrupted one. Features that a run has kept next to the shards
-are used, and new ones are kept there. The file names the number of images, the network (with the hash of its weights)
-and the size; an evaluation with another network refuses it.
+All ranks share the work. If the command is interrupted, the same command continues it. It reuses features that a run
+has stored next to the shards, and stores new ones there. The file holds the number of images, the network with the hash
+of its weights, and the image size. An evaluation with another network refuses the file.
 """
 
 import json
@@ -27,10 +27,10 @@ from jitscale.launcher_environment import adopt_launcher_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, compute and write."""
+    """Parse the command line, compute the statistics, and write them."""
     parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
-    parser.add_argument("--output", type=Path, required=True, metavar="NPZ", help="the file to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="NPZ", help="the .npz file to write")
     parser.add_overrides()
     options = parser.parse_intermixed_args(arguments)
 
@@ -39,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     source = config.evaluation.reference or config.data.shards
     if config.evaluation.features is None:
         raise ConfigError("evaluation.features is null; name the network, such as inception")
-    if options.output.suffix != ".npz" or is_statistics(source):
-        raise UserError(f"--output {options.output}: must end in .npz, and be made from shards (data.shards={source})")
+    if options.output.suffix != ".npz":
+        raise UserError(f"--output {options.output}: must end in .npz")
+    if is_statistics(source):
+        raise UserError(f"evaluation.reference={source}: is a statistics file already; name shards")
     refuse_existing(options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:

@@ -1,12 +1,12 @@
-"""What a run takes on a cluster, before it is started: memory, communication, time, and which settings to choose.
+"""Plan a run on a cluster before it starts: memory, communication, time, and the settings to choose.
 
     python tools/plan.py --config configs/jit_g_512.yaml --gpus 64 --gpu-memory 141GB
     python tools/plan.py --config configs/jit_b_256.yaml --gpus 8 --gpu-memory 80GB data.batch_size=512
     python tools/plan.py --config configs/jit_h_256.yaml --gpus 16 --gpu-memory 80GB --hpz --json
 
-Memory and traffic are counted from shapes. The utilisation (--mfu) and the host time are those of one H200 machine;
-times with several GPUs were never measured. If the host limits a step, fewer GPUs are shown too. GB are 10^9 bytes, GiB
-2^30. Bandwidths are those of one GPU in one direction.
+Memory and traffic are counted from shapes. The utilisation (--mfu) and the host time were measured on one H200 machine;
+times with several GPUs were never measured. If the host limits the step, the plan for fewer GPUs is shown too. 1 GB is
+10^9 bytes, 1 GiB is 2^30. Bandwidths are for one GPU in one direction.
 """
 
 import argparse
@@ -31,32 +31,32 @@ from jitscale.planner.timing import MFU, Cluster
 
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MOST_PEAK = 1e9  # TFLOP/s
-MOST_HOST = 1e6  # of a time
+MOST_HOST = 1e6  # ms or microseconds
 LAUNCH_HELP = "host time of one launch in microseconds, as measured on one H200 machine"
-HOST_HELP = "host time of a step without accumulation, if you measured it (default: by depth, launches and --launch-us)"
+HOST_HELP = "host time of a step with one micro-batch, if you measured it (default: from depth and launches)"
 PAPER_GPUS, PAPER_SHARE = 64, 16  # batch 1024 (arXiv 2511.13720, table 9), laid over 64 GPUs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, plan and print."""
-    parser = Parser(__doc__)  # with the fields of `Cluster` among its options
+    parser = Parser(__doc__)  # its options include the fields of `Cluster`
     parser.add_argument(
-        "--config", type=path_text, required=True, metavar="FILE", help="the run, such as configs/jit_g_512.yaml"
+        "--config", type=path_text, required=True, metavar="FILE", help="configuration, such as configs/jit_g_512.yaml"
     )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
     size, rate = _bytes(""), _bytes("/s")
     parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
-    parser.add_number("--gpus-per-node", 8, "GPUs of a node")
-    parser.add_number("--bandwidth-intra", "450GB/s", "of a GPU inside its node", rate, dest="intra")
-    parser.add_number("--bandwidth-inter", "50GB/s", "of a GPU's network card", rate, dest="inter")
-    parser.add_number("--peak", 989, "a GPU's bf16 peak in TFLOP/s", _number(MOST_PEAK))
-    parser.add_number("--mfu", MFU, "fraction of the peak", _number(1.0))
+    parser.add_number("--gpus-per-node", 8, "GPUs on each node")
+    parser.add_number("--bandwidth-intra", "450GB/s", "bandwidth of one GPU inside its node", rate, dest="intra")
+    parser.add_number("--bandwidth-inter", "50GB/s", "bandwidth of one GPU's network card", rate, dest="inter")
+    parser.add_number("--peak", 989, "bf16 peak of one GPU in TFLOP/s", _number(MOST_PEAK))
+    parser.add_number("--mfu", MFU, "fraction of the peak that a step reaches", _number(1.0))
     microseconds = _number(MOST_HOST, zero=True)
     parser.add_number("--launch-us", f"{LAUNCH_SECONDS * 1e6:g}", LAUNCH_HELP, microseconds, dest="launch")
     parser.add_argument("--host-ms", type=_number(MOST_HOST), dest="host", metavar="MS", help=HOST_HELP)
-    parser.add_number("--margin", 0.1, "fraction of memory left free, or 0", _number(1.0, zero=True))
-    parser.add_argument("--hpz", action="store_true", help="ZeRO++: a whole copy of the weights in each node (stage 3)")
-    waits = "stages 0-2 wait for their reductions"
+    parser.add_number("--margin", 0.1, "fraction of the memory to leave free", _number(1.0, zero=True))
+    parser.add_argument("--hpz", action="store_true", help="stage 3: keep a copy of the weights in each node (ZeRO++)")
+    waits = "stages 0 to 2: do not hide communication behind backward"
     parser.add_argument("--no-overlap", action="store_false", dest="overlap", help=waits)
     parser.add_json()
     parser.add_overrides()
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(config: Config, cluster: Cluster) -> dict[str, Any]:
-    """Everything that is printed, with bytes, seconds and images as units."""
+    """Everything that is printed, in bytes, seconds and images."""
     share = config.data.batch_size // cluster.gpus
     micro_batch = config.engine.micro_batch_size or share
     kinds = parameters_by_kind(config.model)
@@ -131,33 +131,33 @@ def _described(config: Config, cluster: Cluster, option: Candidate) -> dict[str,
 
 
 def _reason(config: Config, cluster: Cluster, choice: Candidate | None) -> str:
-    """Why these settings are recommended, or why none are."""
-    room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} of {_size(cluster.gpu_memory)}"
+    """Why these settings are recommended, or why no settings fit."""
+    room = f"{_size(cluster.gpu_memory * (1 - cluster.margin))} (GPU: {_size(cluster.gpu_memory)})"
     if choice is None:
         remedy = "take more GPUs, larger ones, or fewer ema.decays"
-        return f"Nothing fits in {room}, not even stage 3 with one image and every block checkpointed: {remedy}."
+        return f"Nothing fits in {room}, not even stage 3 with one image and every block recomputed: {remedy}."
     size, every = choice.micro_batch_size, choice.activation_checkpointing
     parts = config.data.batch_size // cluster.gpus // size
-    reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)}, and {room} may be filled"]
+    reasons = [f"Stage {choice.stage} takes {_size(choice.memory.total)} of at most {room}"]
     if choice.stage == 2 and config.engine.precision == "bf16":
-        reasons.append("with bf16 weights stage 1 would reduce whole gradients after backward")
+        reasons.append("with bf16 weights, stage 1 would reduce whole gradients after backward")
     elif choice.stage > 1:
         lower = [
             candidate(config, cluster, stage=stage, micro_batch=size, activation_checkpointing=every)
             for stage in range(1, choice.stage)
         ]
-        slower = f"lower stages fit too, but their steps take over {MIN_GAIN:.0%} longer"
-        reasons.append(slower if any(option.fits for option in lower) else "lower stages do not fit so")
-    whole = "a GPU's whole share of the batch" if parts == 1 else f"1/{parts} of a GPU's share"
-    again = "computing blocks again is what makes it fit" if every else "no block has to be computed again"
-    return "; ".join([*reasons, f"{size} images at a time are {whole}", again]) + "."
+        slower = f"lower stages fit too, but their steps take more than {MIN_GAIN:.0%} longer"
+        reasons.append(slower if any(option.fits for option in lower) else "lower stages do not fit")
+    whole = "the whole share of a GPU" if parts == 1 else f"1/{parts} of the share of a GPU"
+    again = "blocks must be recomputed to fit" if every else "no block needs to be recomputed"
+    return "; ".join([*reasons, f"a micro-batch of {size} images is {whole}", again]) + "."
 
 
 def _text(plan: dict[str, Any]) -> str:
     cluster, parameters, flops, stages = (plan[key] for key in ("cluster", "parameters", "flops_per_image", "stages"))
     kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in parameters.items() if kind != "total")
-    hidden = "hidden behind backward where it can be" if cluster["overlap"] else "not overlapped in stages 0-2"
-    per_gpu = f"{plan['images_per_gpu']} a GPU, {plan['micro_batch_size']} at a time"
+    hidden = "hidden behind backward if possible" if cluster["overlap"] else "not hidden in stages 0 to 2"
+    per_gpu = f"{plan['images_per_gpu']} a GPU, in micro-batches of {plan['micro_batch_size']}"
     run = {
         "parameters": f"{parameters['total']:,} (millions: {kinds})",
         "TFLOP an image": f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
@@ -177,25 +177,25 @@ def _text(plan: dict[str, Any]) -> str:
         time.append([*settings, *parts, *rates, f"{s['days']:.2f}", f"{s['gpu_hours']:.0f}"])
     paragraphs = [
         f"{plan['caveat']}\n"
-        f"Assumed: a step's products at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
+        f"Assumptions: products run at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
         f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
         f"{cluster['margin']:.0%} of the memory left free.",
         _table(["", ""], run.items()),
-        "Memory of a GPU in GB; gradients at their most; buckets are those of gradients and weights that are gathered; "
-        "graphs is what CUDA graphs keep besides:",
+        "Memory of a GPU in GB, at the peak of the gradients. Buckets hold gradients that are reduced and weights that "
+        "are gathered. Graphs is the additional memory of CUDA graphs.",
         _table(["stage", "checkpointing", *sizes_of, "fits"], memory),
         f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
         _communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
         _communication_table(plan["paper_batch"]),
-        "Not hidden is what GPUs wait for; no batch can hide the gathering of new weights after the update.\n"
-        "Stages 1 to 3 reduce during backward on GPUs; --no-overlap shows what waiting for all of it would cost.",
-        "Time: a step takes what the GPUs need, or what the host needs to start its work, whichever is longer:",
+        "GPUs wait for the part that is not hidden. No batch hides the gather of the new weights after the update.\n"
+        "On GPUs, stages 1 to 3 reduce during backward; --no-overlap shows the cost of waiting for all of it.",
+        "Time: a step takes the time of the GPUs, or the time in which the host starts its work, whichever is longer:",
         _table(["stage", "checkpointing", *columns, "images/s", "a GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",
     ]
     if (choice := plan["recommended"]) is not None:
-        paragraphs[-1] += f"\nExpected: {_expected(choice)}, if the assumptions hold."
+        paragraphs[-1] += f"\nEstimate: {_expected(choice)}."
         paragraphs += [_warning(plan)] if choice["host_bound"] else []
         paragraphs.append(" ".join(choice["overrides"]))
     return "\n\n".join(paragraphs)
@@ -208,12 +208,12 @@ def _expected(option: dict[str, Any]) -> str:
 
 
 def _warning(plan: dict[str, Any]) -> str:
-    """What to do about a recommended choice whose steps the host limits."""
+    """The remedy if the host limits the steps of the recommended choice."""
     choice, fewer, share = plan["recommended"], plan["fewer_gpus"], plan["images_per_gpu"]
     gpu, host = (f"{choice[part] * 1e3:.0f} ms" for part in ("gpu_seconds", "host_seconds"))
     found = f"WARNING: {share} images a GPU are too few: the host needs {host} to start a step, the GPU {gpu} to do it."
     if fewer is None:
-        remedy = "No smaller number of GPUs takes fewer GPU-hours with this batch: take a larger data.batch_size"
+        remedy = "No smaller number of GPUs takes fewer GPU-hours with this batch: increase data.batch_size"
         return f"{found}\n{remedy}, or measure a step and give --host-ms."
     images, settings = plan["batch_size"] // fewer["gpus"], " ".join(fewer["overrides"])
     return f"{found}\nWith --gpus {fewer['gpus']}, {images} images a GPU: {_expected(fewer)}.\nThere: {settings}"

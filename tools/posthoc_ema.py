@@ -1,18 +1,18 @@
-"""Make averages of any length from the snapshots of a finished or running training (EDM2, arXiv 2312.02696).
+"""Make averages of any EMA length from the snapshots of a run, finished or running (EDM2, arXiv 2312.02696).
 
     python -m jitscale.train --config C.yaml run.dir=R ema.power_widths=[0.05,0.1] ema.snapshot_every_images=4000000
     python tools/posthoc_ema.py --run R --widths 0.03 0.05:0.25:0.05 --output R/posthoc
     python -m jitscale.evaluate --checkpoint R/posthoc/power_0.100.safetensors --config C.yaml run.dir=R/posthoc/0.100
 
-A width is the average's standard deviation relative to the length of the run: 0.1 after 600 epochs is 60 epochs. One
-safetensors file is written for each width; evaluate and jitscale.load_model read it.
+A width is the standard deviation of the average relative to the length of the run: 0.1 after 600 epochs is 60 epochs.
+The command writes one safetensors file for each width. jitscale.evaluate and jitscale.load_model read it.
 
-Printed for each width:
+The command prints for each width:
   expected error  distance between the reconstructed weighting of the run's history and the wanted one, relative to the
-                  latter. It is the error of the weights' noise; slow changes are reconstructed ten times better and
-                  more. It falls about with the square of the number of snapshots.
+                  wanted one. It holds for weights that are independent from image to image; slow changes are
+                  reconstructed at least ten times better. It falls about with the square of the number of snapshots.
   sum error       difference between the sum of the snapshots' coefficients and 1, before they are scaled to 1
-  amplification   sum of the coefficients' absolute values, by which the snapshots' float32 rounding grows
+  amplification   sum of the coefficients' absolute values: the factor by which the snapshots' float32 rounding grows
 """
 
 import json
@@ -37,19 +37,19 @@ from jitscale.command import Parser, refuse_existing
 from jitscale.config import WIDEST_POWER, power_name
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message
 
-BLOCK = 2**20  # elements of a parameter taken from all snapshots at once: 8 MiB a width in float64
-COARSE_ERROR, WORST_ERROR = 5e-2, 0.5  # a warning, and a refusal
+BLOCK = 2**20  # elements of a parameter that are mixed at once: 8 MiB in float64 for each width
+COARSE_ERROR, WORST_ERROR = 5e-2, 0.5  # above the first the width is marked as coarse, above the second refused
 MOST_WIDTHS = 200
 
 
 def main() -> int:
     """Parse the command line and write the averages."""
     parser = Parser(__doc__)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run's folder, with snapshots/")
-    widths_help = "such as 0.1, or FROM:TO:STEP with both ends"
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run's folder with snapshots/")
+    widths_help = "widths such as 0.1, or FROM:TO:STEP, which includes both ends"
     parser.add_argument("--widths", nargs="+", required=True, metavar="WIDTH", help=widths_help)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the .safetensors files")
-    at_help = "the averages after N images, where a snapshot was taken; default: the newest snapshot"
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the .safetensors files")
+    at_help = "make the averages as they were at the snapshot after N images; default: the newest snapshot"
     parser.add_argument("--at-images", type=int, metavar="N", help=at_help)
     options = parser.parse_args()
 
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def parse_widths(texts: Sequence[str]) -> list[float]:
-    """The widths of a power function that `texts` name, each once, in order. Raises a UserError at other texts."""
+    """The widths that `texts` name, each once, in order. Raises a UserError if a text names none."""
     widths: list[float] = []
     for text in texts:
         try:
@@ -88,9 +88,9 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
         else:
             raise UserError(f"--widths {text}: must be a number or FROM:TO:STEP; for example 0.1 or 0.05:0.25:0.05")
         if wrong := [width for width in found if not 0 < width < WIDEST_POWER]:
-            what = f"{wrong[0]} is no width of a power function, which lie in (0, {WIDEST_POWER:.4f})"
-            latter = "the latter is a plain mean over the run"
-            raise UserError(f"--widths {text}: {what} ({latter}); give such a number, for example 0.1")
+            what = f"{wrong[0]} is no width of a power function; widths lie in (0, {WIDEST_POWER:.4f})"
+            end = f"at {WIDEST_POWER:.4f} it would be a plain mean over the run"
+            raise UserError(f"--widths {text}: {what} ({end}); give a width in between, for example 0.1")
         widths += found
     return list(dict.fromkeys(widths))
 
@@ -98,7 +98,7 @@ def parse_widths(texts: Sequence[str]) -> list[float]:
 def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
     """The snapshots up to `at_images`, verified, oldest first.
 
-    Raises a UserError at fewer than two, none at `at_images`, or not of one network.
+    Raises a UserError if there are fewer than two, none at `at_images`, or if they are of different networks.
     """
     folders = complete_snapshots(run)
     if not folders:
@@ -121,7 +121,7 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
 
 
 def report(widths: Sequence[float], solution: Reconstruction, source: str) -> None:
-    """Print how good the reconstruction will be. Raises a UserError at a width that the snapshots cannot express."""
+    """Print the error of the reconstruction. Raises a UserError if the snapshots cannot express a width."""
     lines = [source, f"  {'weights':<14}{'expected error':>16}{'sum error':>12}{'amplification':>16}"]
     amplifications = np.abs(solution.coefficients).sum(axis=0)
     rows = zip(widths, solution.errors, solution.sum_errors, amplifications, strict=True)
@@ -138,10 +138,10 @@ def report(widths: Sequence[float], solution: Reconstruction, source: str) -> No
 def write(
     files: Sequence[Path], inputs: Sequence[tuple[Checkpoint, str]], widths: Sequence[float], solution: Reconstruction
 ) -> None:
-    """Mix the stored sets, block by block of each parameter, into one file for each width; all files appear together.
+    """Mix the stored sets into one file for each width, block by block of each parameter.
 
-    They were compared with their config then. Raises a CheckpointError if a snapshot is damaged, or the output cannot
-    be written or is not sound.
+    All files appear together, after they were checked against the config. Raises a CheckpointError if a snapshot is
+    damaged, or the output cannot be written or fails the check.
     """
     newest = inputs[-1][0]
     coefficients = torch.from_numpy(solution.coefficients)

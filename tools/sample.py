@@ -1,10 +1,11 @@
 """Draw images of a checkpoint: one PNG each, and a grid with a row for each class.
 
-    python tools/sample.py --checkpoint runs/b --classes 207 360 --per-class 8 --guidance 3.0 --output samples/
+    python tools/sample.py --checkpoint runs/jit_b_256 --classes 207 360 --per-class 8 --guidance 3.0 --output samples
 
-A class is a number, or a name of the manifest at the run's data.shards.
-An id always gives the same image, up to the rounding of another batch: its noise is a function of (seed, id), its class
-is id mod the number of classes. An evaluation with the same settings measures the same images.
+A class is a number or a name. The names are those that the weights know, or else those in the manifest at the run's
+data.shards. An id always gives the same image, up to the rounding of another batch: its noise is a function of (seed,
+id), and its class is the id modulo the number of classes. An evaluation with the same settings measures the same
+images.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from jitscale.parallel import choose_device
 
 LARGEST_ID = 2**63 - 1
 MOST_IMAGES = 1_000_000
-FLAGS = {  # settings of `evaluation` that options change, and the options' names
+FLAGS = {  # settings of `evaluation` that an option overrides, and the name of the option
     **{name: name for name in ("method", "steps", "seed", "guide")},
     **{"guidance_scale": "guidance", "guidance_interval": "interval", "time_shift": "time-shift"},
     **{"internal_guidance": "internal", "internal_interval": "internal-interval"},
@@ -37,33 +38,39 @@ FLAGS = {  # settings of `evaluation` that options change, and the options' name
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, draw and write."""
+    """Parse the command line, draw the images, and write them."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="any form of stored weights")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="PATH", help="a run's folder, or any stored weights"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file with the network, if PATH has no configuration"
+    )
     parser.add_argument("--weights", metavar="NAME", help="model, ema_<decay> or power_<width>; default: the run's")
     parser.add_argument("--classes", nargs="+", metavar="C", help="numbers or names; default: the first 10")
-    parser.add_number("--per-class", 8, "images of each class")
-    parser.add_argument("--first", type=natural, default=0, metavar="N", help="begin with this image of each class")
-    parser.add_argument("--seed", type=int, help="of the noise; default: the run's evaluation.seed")
-    parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="default: the run's")
-    parser.add_argument("--steps", type=positive, metavar="N", help="of the sampler; default: the run's")
-    shift = "S of the times t / (t + (1 - t) S), 1 for uniform ones; default: the run's"
+    parser.add_number("--per-class", 8, "images for each class")
+    parser.add_argument(
+        "--first", type=natural, default=0, metavar="N", help="start with this image of each class, counted from 0"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the noise; default: the run's evaluation.seed")
+    parser.add_argument("--method", choices=CHOICES["evaluation.method"], help="sampler; default: the run's")
+    parser.add_argument("--steps", type=positive, metavar="N", help="steps of the sampler; default: the run's")
+    shift = "the times are t / (t + (1 - t) S), uniform if S is 1; default: the run's"
     parser.add_argument("--time-shift", type=float, metavar="S", help=shift)
-    scale = "scale, 1 for none; default: the run's"
+    scale = "guidance scale, 1 for none; default: the run's"
     parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="W", help=scale)
     times = "times between which guidance acts; default: the run's"
     parser.add_argument("--interval", type=float, nargs=2, dest="guidance_interval", metavar="T", help=times)
-    inner = "scale of internal guidance, away from model.middle_head, 1 for none; default: the run's"
+    inner = "scale of internal guidance (it needs model.middle_head), 1 for none; default: the run's"
     parser.add_argument("--internal", type=float, dest="internal_guidance", metavar="W", help=inner)
     times = "times between which internal guidance acts; default: the run's"
     parser.add_argument("--internal-interval", type=float, nargs=2, metavar="T", help=times)
     parser.add_argument(
-        "--guide", type=path_text, metavar="PATH", help="autoguidance by these weights; default: the run's"
+        "--guide", type=path_text, metavar="PATH", help="autoguidance by the network in PATH; default: the run's"
     )
-    parser.add_number("--batch", 16, "images together")
-    parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or new folder")
+    parser.add_number("--batch", 16, "images in one batch")
+    parser.add_argument("--device", choices=CHOICES["run.device"], default="auto", help="device; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     options = parser.parse_args(arguments)
 
     stored = open_weights(options.checkpoint, options.config)
@@ -97,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make_empty(folder: Path) -> None:
-    """Make the folder. Raises a UserError if it holds files or cannot be made."""
+    """Create the folder. Raises a UserError if it holds files or cannot be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         filled = any(folder.iterdir())
@@ -110,11 +117,11 @@ def _make_empty(folder: Path) -> None:
 def ids_of(
     texts: list[str] | None, per_class: int, first: int, config: Config, class_names: list[str] | None
 ) -> list[int]:
-    """Ids of images of these classes, class by class; `class_names` are those of the weights, if known.
+    """The ids of the images of these classes, class by class; `class_names` are those of the weights, if known.
 
-    Raises a UserError at an unknown class or an impossible id.
+    Raises a UserError if a class is unknown or an id is too large.
     """
-    classes = max(1, config.model.num_classes)  # a network without classes counts as one of a single class
+    classes = max(1, config.model.num_classes)  # a network without classes has one row
     wanted = range(min(10, classes)) if texts is None else class_numbers(texts, classes, config, class_names)
     if (last := (first + per_class) * classes) > LARGEST_ID:
         raise UserError(f"--first {first} --per-class {per_class}: ids up to {last}, the largest is {LARGEST_ID}")
@@ -124,7 +131,7 @@ def ids_of(
 
 
 def evaluation_of(options: argparse.Namespace, config: Config) -> EvaluationConfig:
-    """The run's settings of sampling, changed by the command line. Raises a UserError at what a setting refuses."""
+    """The run's sampling settings with the options applied. Raises a UserError if a setting refuses a value."""
     asked = {name: value for name in FLAGS if (value := getattr(options, name)) is not None}
     for name, value in asked.items():
         for _, refused, limit, remedy in SETTINGS[f"evaluation.{name}"].problems(name, value):

@@ -1,14 +1,15 @@
-"""Submit runs to Slurm from Python, as single jobs, sweeps and chains, and watch them.
+"""Submit runs to Slurm, as single jobs, sweeps or chains, and watch them.
 
     python tools/submit.py --config configs/jit_h_256.yaml --nodes 4 data.shards=/data/imagenet_256
     python tools/submit.py --config configs/jit_b_256.yaml --set optim.lr=1e-4,2e-4 data.shards=/data/imagenet_256
-    python tools/submit.py --config configs/jit_h_256.yaml --run-dir runs/h --nodes 4 \\
+    python tools/submit.py --config configs/jit_h_256.yaml --run-dir runs/h_256 --nodes 4 \\
         --chain train:256,upgrade:512,train:512,evaluate \\
         --set 256/data.shards=/data/imagenet_256 --set 512/data.shards=/data/imagenet_512
     python tools/submit.py status --watch
 
-A sweep is an array, one run folder a variant. A chain's stages wait for each other's success; when one fails, those
-after it are cancelled. --dry-run shows the batch scripts, --local does the work on this machine.
+A sweep is an array of jobs, with one run folder for each variant. In a chain, each stage waits until the one before it
+has succeeded; if a stage fails, the later ones are cancelled. --dry-run prints the batch scripts. --local does the work
+on this machine.
 """
 
 import argparse
@@ -44,32 +45,33 @@ from jitscale.launch.submission import (
 
 HOME = Path(__file__).parents[1]
 REFRESH_SECONDS = 5.0
-PIPE_COLUMNS = 200  # where there is no terminal that could be too narrow
+PIPE_COLUMNS = 200  # the width of the table if the output is no terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line; submit, or show the table."""
+    """Parse the command line; submit the jobs, or show the table."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["status"]:
         return status(words[1:])
     parser = Parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of the (first) run")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the (first) run; default: the config's run.dir")
-    parser.add_argument("--chain", metavar="STAGES", help="such as train:256,upgrade:512,train:512,evaluate")
-    values = "several values make a sweep; 512/KEY=VALUE holds at one resolution of a chain"
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="configuration of the (first) run")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the (first) run; default: run.dir")
+    parser.add_argument("--chain", metavar="STAGES", help="stages, such as train:256,upgrade:512,train:512,evaluate")
+    values = "a setting; several values make a sweep; 512/KEY=VALUE is for the stages at 512 px of a chain"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUES", help=values)
     parser.add_number("--nodes", 1, "nodes")
-    parser.add_number("--tasks-per-node", 8, "ranks of a node")
-    parser.add_argument("--gpus-per-node", type=natural, metavar="N", help="default: as many as tasks")
-    parser.add_number("--cpus-per-task", 12, "cores of a rank")
-    parser.add_number("--minutes", 24 * 60, "time limit")
-    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_number("--signal-seconds", 300, "time of the warning before the time limit")
-    more = "more options of sbatch, such as account=vision, or exclusive"
+    parser.add_number("--tasks-per-node", 8, "ranks on each node")
+    parser.add_argument("--gpus-per-node", type=natural, metavar="N", help="default: as many as tasks; 0 for none")
+    parser.add_number("--cpus-per-task", 12, "cores for each rank")
+    parser.add_number("--minutes", 24 * 60, "time limit of one start; the job is requeued until the run is complete")
+    parser.add_argument("--partition", metavar="NAME", help="one, or several: a,b; default: the cluster's")
+    parser.add_number("--signal-seconds", 300, "seconds before the time limit at which the run saves")
+    more = "another long option of sbatch, such as account=vision or exclusive"
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help=more)
-    parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--dry-run", action="store_true", help="show the batch scripts and stop")
-    parser.add_argument("--local", action="store_true", help="on this machine, without Slurm; one rank a task")
+    logs = "folder of logs and records (default: %(default)s)"
+    parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help=logs)
+    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
+    parser.add_argument("--local", action="store_true", help="work on this machine, with as many ranks as tasks")
     parser.add_overrides("settings of all stages")
     for option, value in pairwise(words):
         if option == "--sbatch" and value.startswith("--"):
@@ -113,11 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace) -> list[list[Stage]]:
-    """The chains that the command line asks for, one a variant. Raises a UserError at impossible settings or stages."""
+    """The chains of the command line, one for each variant. Raises a UserError at impossible settings or stages."""
     if not options.config.is_file():
         raise UserError(f"{options.config}: no such config file; see the folder configs/")
     variants, at = parse_settings(options.set)
-    # Where the folder is not given, the config says it; impossible settings are refused later, stage by stage.
+    # The stages refuse impossible settings later, one by one.
     run_dir = options.run_dir or Path(load_config(options.config).run.dir)
     ranks = options.tasks_per_node if options.local else None
     chains = []
@@ -132,25 +134,25 @@ def plan(options: argparse.Namespace) -> list[list[Stage]]:
         )
         chains.append([stage] if options.chain is None else parse_chain(options.chain, stage, at))
     if at and options.chain is None:
-        raise UserError(f"--set {next(iter(at))}/...: holds at one resolution of a --chain, and there is none")
+        raise UserError(f"--set {next(iter(at))}/...: is for one resolution of a chain; add --chain")
     for resolution in at:
         if not any(stage.resolution == resolution for stage in chains[0]):
             raise UserError(f"--set {resolution}/...: no stage of --chain {options.chain} is at {resolution} px")
     for setting in (setting for chain in chains for stage in chain for setting in stage.overrides):
         if has_secret(setting):
-            remedy = "write ${oc.env:NAME} in its place, or keep it in ~/.netrc"
-            raise UserError(f"{setting}: has a secret, which files in {options.folder} would show; {remedy}")
+            remedy = "write ${oc.env:NAME} instead, or keep it in ~/.netrc"
+            raise UserError(f"{setting}: contains a secret, which files in {options.folder} would show; {remedy}")
     return chains
 
 
 def status(words: list[str]) -> int:
     """Show the table of all submitted jobs, once or until interrupted."""
-    parser = Parser("All submitted jobs, with their last metrics.", prog="submit.py status")
+    parser = Parser("Show all submitted jobs with their last metrics.", prog="submit.py status")
     parser.add_argument("--folder", type=Path, default=Path("submissions"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="refresh the table until Ctrl-C")
     options = parser.parse_args(words)
     if not (options.folder / "jobs").is_dir():
-        raise UserError(f"{options.folder}: nothing was submitted from here; give --folder")
+        raise UserError(f"{options.folder}: no job was submitted from here; give the folder of the jobs by --folder")
     if options.watch:
         with Live(table(options.folder), refresh_per_second=2) as live, suppress(KeyboardInterrupt):
             while True:
@@ -167,7 +169,7 @@ def show(folder: Path) -> None:
 
 
 def table(folder: Path) -> Table:
-    """One line a job."""
+    """The table, with one line for each job."""
     found = Table()
     for column in ("job", "stage", "state"):
         found.add_column(column, no_wrap=True)
@@ -181,7 +183,7 @@ def table(folder: Path) -> Table:
         now = state_of(record, everything)
         state = Text(now["state"], colours.get(now["state"], "red"))
         numbers = ["" if now.get(name) is None else format(now[name], form) for name, form in forms.items()]
-        # As Text: rich would take brackets in a str for markup.
+        # As Text, because rich would read brackets in a str as markup.
         job, stage, reason = (Text(text) for text in (record.job, record.stage, now["reason"]))
         found.add_row(job, stage, state, str(now["restarts"] + 1), *numbers, reason)
     return found

@@ -3,8 +3,8 @@
     python tools/train_features.py digits --output digits_features.safetensors
     python tools/train_features.py glyphs --output glyphs_features.safetensors
 
-These commands made the files in jitscale/evaluation. Do not train one again without need: distances of different
-weights do not compare, so every result names the hash of its file.
+These commands made the files in jitscale/evaluation. Do not train a network again without need: distances of different
+weights are not comparable. For the same reason every result names the hash of its file.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ from jitscale.preparation.digits import digit_images
 from jitscale.preparation.glyphs import Glyphs
 
 BATCH = 64
-EMBEDDED_TOGETHER = 600  # images
+EMBEDDED_TOGETHER = 600  # images in a batch of `embed`
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 GLYPHS = 6000
-GLYPHS_SEED = 1  # other glyphs than those of tools/make_glyphs.py
+GLYPHS_SEED = 1  # tools/make_glyphs.py draws with another seed, so its glyphs differ from these
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -47,17 +47,17 @@ Float32Array = npt.NDArray[np.float32]
 class Lesson:
     """A network and its N training images."""
 
-    network: Callable[[], FeatureNetwork]  # makes it, untrained
+    network: Callable[[], FeatureNetwork]  # makes the untrained network
     images: UInt8Array  # (N, R, R, 3) at the network's input size
     labels: Int64Array  # (N,) classes
-    held_out: npt.NDArray[np.bool_]  # (N,) images that do not train
-    redrawn: Callable[[int], UInt8Array]  # the images at another resolution
-    others: Sequence[int]  # resolutions of the sanity list
+    held_out: npt.NDArray[np.bool_]  # (N,) true for images that are not trained on
+    redrawn: Callable[[int], UInt8Array]  # draws the images at another resolution
+    others: Sequence[int]  # further resolutions in the sanity list
     epochs: int  # passes over the images
     styles: Int64Array | None = None  # (N,) classes of an auxiliary task
-    shift: int = 0  # pixels by which images move at most, on black ground; glyphs are off the centre already
-    # Largest standard deviation, of [-1, 1], of white noise on images. Without it the network would look at little else
-    # than noise, because the colours are flat.
+    shift: int = 0  # largest random shift in pixels, on black ground; glyphs are drawn off the centre already
+    # Largest standard deviation, in units of [-1, 1], of white noise that is added to the images. The colours are flat:
+    # without this noise in training, noise would dominate the features.
     noise: float = 0.0
 
 
@@ -70,7 +70,7 @@ def digits() -> Lesson:
 
 
 def glyphs() -> Lesson:
-    """Ten letters, and as the auxiliary task their fonts, which differ in detail."""
+    """Ten letters. The auxiliary task is to tell their fonts, which differ in detail."""
 
     def drawn(size: int) -> UInt8Array:
         sequence = Glyphs(GLYPHS, size, GLYPHS_SEED)
@@ -87,7 +87,7 @@ LESSONS = {"digits": digits, "glyphs": glyphs}
 
 
 def train(lesson: Lesson, epochs: int, seed: int) -> FeatureNetwork:
-    """Train on the images that are not held out."""
+    """Train the lesson's network on the images that are not held out."""
     torch.manual_seed(seed)
     network = lesson.network()
     training = torch.from_numpy(~lesson.held_out)
@@ -130,7 +130,7 @@ def measure_scale(network: FeatureNetwork, images: torch.Tensor) -> None:
     network.train()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.momentum = 1.0  # only the last batch counts, and it is the whole set
+            layer.momentum = 1.0  # the statistics are those of the last batch, which is the whole set
     network(images)
 
 
@@ -143,7 +143,7 @@ def embed(network: FeatureNetwork, images: UInt8Array) -> tuple[Float32Array, Fl
 
 
 def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str, tuple[float, float]]:
-    """Fréchet distance to all real images and Inception Score of sets whose order is known, by name."""
+    """Fréchet distance to all real images and Inception Score of sets whose order of quality is known, by name."""
     images, labels, side = lesson.images, lesson.labels, network.input_size
     real, _ = embed(network, images)
     generator = np.random.default_rng(seed)
@@ -175,19 +175,19 @@ def sanity_list(network: FeatureNetwork, lesson: Lesson, seed: int) -> dict[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, train, write the file, print accuracy and sanity list."""
+    """Parse the command line, train, write the file, and print the accuracy and the sanity list."""
     parser = Parser(__doc__)
     parser.add_argument("images", choices=list(LESSONS), help="the images that the network learns")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     epochs = "passes over the training images; default: 30 digits, 18 glyphs"
     parser.add_argument("--epochs", type=positive, metavar="N", help=epochs)
-    parser.add_number("--seed", 0, "of weights, order and shifts", int)
+    parser.add_number("--seed", 0, "seed of weights, order and shifts", int)
     options = parser.parse_args(arguments)
 
     output: Path = options.output
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: no such folder {output.parent}; create it first")
-    torch.set_num_threads(1)  # the order of sums, and so the hash of the file, must not depend on the number of cores
+        raise UserError(f"--output {output}: there is no folder {output.parent}; create it first")
+    torch.set_num_threads(1)  # the number of cores must not change the order of sums, and so the hash of the file
     torch.use_deterministic_algorithms(True)
     lesson = LESSONS[options.images]()
     network = train(lesson, options.epochs or lesson.epochs, options.seed)

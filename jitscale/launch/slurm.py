@@ -43,8 +43,8 @@ class SlurmJob:
 def check_commands() -> None:
     """Slurm's commands are on PATH. Raises a UserError that names those that are not."""
     if missing := [name for name in COMMANDS if shutil.which(name) is None]:
-        outside = "start the batch script, which needs Slurm's commands, outside of a container"
-        inside = "name what starts a rank inside by JITSCALE_RANK_PYTHON (docs/cluster.md)"
+        outside = "start the batch script outside of a container, where Slurm's commands are"
+        inside = "name a script that enters the container in JITSCALE_RANK_PYTHON (docs/train.md)"
         raise UserError(f"{', '.join(missing)}: not on PATH; {outside}, and {inside}")
 
 

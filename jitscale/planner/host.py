@@ -3,7 +3,7 @@
 It depends on the depth of the network and not on its width or the images of a GPU, so a GPU with few images waits.
 Launches (kernels, graphs, copies, collectives) were counted on two ranks with torch 2.11 and DeepSpeed 0.19.8 on a CUDA
 that executes nothing, 2026-11-27; tests/planner/test_host.py holds the counts. Times are those of one H200 machine,
-2026-11-27; docs/engine.md says which. One rank, which gathers its gradients at once, needs less.
+2026-11-27; docs/performance.md says which. One rank, which gathers its gradients at once, needs less.
 """
 
 from dataclasses import dataclass

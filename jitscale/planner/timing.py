@@ -1,7 +1,7 @@
 """Communication and time of a step: counted from shapes, with rates that were measured on one GPU machine.
 
 The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps on one H200 machine, 2026-11-27, see
-docs/engine.md. Communication between GPUs was not measured.
+docs/performance.md. Communication between GPUs was not measured.
 """
 
 import math

@@ -98,7 +98,7 @@ def test_the_widths_of_a_command_line() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("0.3", "--widths 0.3: 0.3 is no width of a power function, which lie in (0, 0.2887)"),
+        ("0.3", "--widths 0.3: 0.3 is no width of a power function; widths lie in (0, 0.2887)"),
         ("0", "0.0 is no width"),
         ("nan", "nan is no width"),
         ("wide", "must be a number or FROM:TO:STEP"),

@@ -4,6 +4,8 @@ import base64
 import json
 import multiprocessing
 import random
+import shutil
+import sys
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from jitscale.config import ema_name, load_config
-from jitscale.errors import UserError
+from jitscale.errors import ExitCode, UserError
 from jitscale.model.flops import training_flops
 from jitscale.preparation.array_shards import write_shards
 from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
@@ -29,7 +31,7 @@ from studies.ways import Measured, Ways
 from tests.support.forking import Process
 from tests.support.processes import group_ended
 from tests.support.slow import slow_unless
-from tools.experiments import EXPERIMENTS
+from tools.experiments import EXPERIMENTS, as_text, main
 
 TINY = ("model.hidden_size=32", "model.depth=3", "model.num_heads=2", "model.bottleneck_dim=8", "run.max_images=64")
 TINY += ("data.batch_size=16", "evaluation.num_images=16", "evaluation.block_size=16", "evaluation.steps=2")
@@ -55,16 +57,18 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("forked_workers")
 def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards)
-    low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",))
+    low = Run("low_s0", "glyphs_32.yaml", own, evaluation=("evaluation.reference_size=64",), strip=2)
     high = Run("high_s0", "glyphs_64.yaml", own, after="low_s0", measured_every=32)
     changed: dict[str, Any] = {"kernel": "smooth", "as_initial": True}
     fresh = Run("fresh_s0", "glyphs_64.yaml", (*own, "run.init_ema=false"), after="low_s0", **changed)
-    with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command goes on"):
+    with pytest.raises(UserError, match="3 of 3 runs are left after 0 minutes; the same command continues"):
         outcomes_of([fresh, high, low], tmp_path, workers=1, minutes=0)
     found = outcomes_of([fresh, high, low], tmp_path, workers=2)
     assert set(found) == {"low_s0", "high_s0", "fresh_s0"}
     assert [m["images"] for m in found["high_s0"]["measurements"]] == [0, 32, 64]
     assert [m["images"] for m in found["low_s0"]["measurements"]] == [64]
+    with Image.open(BytesIO(base64.b64decode(found["low_s0"]["measurements"][0]["strip"]))) as strip:
+        assert (strip.mode, strip.size) == ("P", (2 * 32 + 2 * 2, 32 + 2))
     assert all(m["fid"] > 0 and m["num_real_images"] == 30 for o in found.values() for m in o["measurements"])
     assert found["high_s0"]["flops_an_image"] > found["low_s0"]["flops_an_image"]
     assert json.loads((tmp_path / "low_s0" / OUTCOME).read_text()) == found["low_s0"]
@@ -121,16 +125,25 @@ def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
             ],
         }
     summary = json.loads(json.dumps(upgrade.summarise(outcomes)))
-    upgrade.draw(summary, tmp_path / "figure.svg")
-    assert "<svg" in (tmp_path / "figure.svg").read_text()
-    upgrade.draw(summary, tmp_path / "again.svg")
-    assert (tmp_path / "figure.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    upgrade.draw(summary, tmp_path / "figure.png")
+    check_picture(tmp_path / "figure.png")
+    upgrade.draw(summary, tmp_path / "again.png")
+    assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     described = "\n".join(upgrade.describe(summary))
     assert "scratch_64" in described
     assert "pi-bicubic" in described
     outcomes["tuned_64_s0"]["measurements"][2]["fid"] = 0.0
     shares = upgrade.summarise(outcomes)["share_of_scratch"]["tuned_64"]
     assert shares[0] == pytest.approx(2 * upgrade.TUNED / 8 / upgrade.SCRATCH)
+
+
+def check_picture(path: Path) -> None:
+    """Sharp on a page, on white ground, and small."""
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "P")
+        assert 600 < picture.width <= 2000
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert path.stat().st_size < 150_000
 
 
 def tiny_png() -> str:
@@ -180,9 +193,23 @@ def test_every_experiment_has_tasks_a_figure_and_a_table(name: str, tmp_path: Pa
     assert all(task.cost(tmp_path) > 0 for task in tasks)
     outcomes = {task.name: invented(task, tmp_path) for task in tasks}
     summary = json.loads(json.dumps(experiment.summarise(outcomes)))
-    experiment.draw(summary, tmp_path / "figure.svg")
-    assert "<svg" in (tmp_path / "figure.svg").read_text()
+    experiment.draw(summary, tmp_path / "figure.png")
+    check_picture(tmp_path / "figure.png")
     assert len(experiment.describe(summary)) > 2
+
+
+@pytest.mark.parametrize("name", [slow_unless(name in ("manifold", "failing"), name) for name in EXPERIMENTS])
+def test_the_figure_of_the_page_is_drawn_from_its_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = ROOT / f"docs/experiments/{name}.json"
+    assert numbers.stat().st_size < 62_000
+    assert as_text(json.loads(numbers.read_text())) == numbers.read_text()
+    shutil.copy(numbers, tmp_path)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["experiments.py", name, "--figure-only", "--output", str(tmp_path)])
+    assert main() == ExitCode.DONE
+    check_picture(tmp_path / f"{name}.png")
 
 
 def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:

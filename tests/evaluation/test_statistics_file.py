@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from jitscale.config import EvaluationConfig
-from jitscale.errors import DataError
+from jitscale.errors import DataError, UserError
 from jitscale.evaluation.networks import NetworkFile, find_network
 from jitscale.evaluation.statistics_file import is_statistics, read_statistics
+from tests.support import ROOT
+from tools import make_reference
 
 F = 64  # features of the digits network
 FEATURES = np.random.default_rng(0).standard_normal((200, F)) * np.logspace(0, -3, F)
@@ -167,3 +169,22 @@ def test_tars_folders_and_patterns_are_shards(tmp_path: Path) -> None:
 def test_statistics_stay_on_this_machine(digits: list[NetworkFile]) -> None:
     with pytest.raises(DataError, match="copy the file here"):
         read_statistics("https://example.org/imagenet.npz", digits)
+
+
+@pytest.mark.parametrize(
+    ("output", "real", "refusal"),
+    [
+        ("new.npy", "evaluation.reference=shards", r"--output .*new\.npy: must end in \.npz"),
+        (
+            "new.npz",
+            "evaluation.reference=mine.npz",
+            r"evaluation\.reference=.*mine\.npz: is a statistics file already",
+        ),
+    ],
+)
+def test_the_tool_makes_one_kind_of_file_from_shards_alone(
+    tmp_path: Path, output: str, real: str, refusal: str
+) -> None:
+    command = ["--config", str(ROOT / "configs/demo.yaml"), "--output", str(tmp_path / output)]
+    with pytest.raises(UserError, match=refusal):
+        make_reference.main([*command, "evaluation.features=digits", real])

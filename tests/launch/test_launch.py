@@ -211,11 +211,16 @@ def test_arguments_without_a_meaning_are_refused(command: str, arguments: list[s
     assert "\n" not in str(refused.value)
 
 
+def in_one_line(text: str) -> str:
+    """`text` with each command in one line, also if it continues on the next one, as a comment or not."""
+    return re.sub(r" \\\n#? *", " ", text)
+
+
 EXAMPLES = [
     (path.name, line)
     for path in [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for line in re.findall(
-        r"^(?:#.*?)?sbatch (?:--\S+ )*slurm/(\S+\.sh .*?)(?: +#.*| \[.*)?$", path.read_text(), re.MULTILINE
+        r"^(?:#.*?)?sbatch (?:--\S+ )*slurm/(\S+\.sh .*?)(?: +#.*| \[.*)?$", in_one_line(path.read_text()), re.MULTILINE
     )
 ]
 

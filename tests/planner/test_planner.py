@@ -406,7 +406,7 @@ def test_the_recipe_of_bf16_weights_is_what_is_recommended() -> None:
     assert choice.communication.bytes == autocast.communication.bytes / 2
     assert choice.step_seconds < autocast.step_seconds
     assert choice.memory.total < autocast.memory.total - 5e9
-    reason = "with bf16 weights stage 1 would reduce whole gradients after backward"
+    reason = "with bf16 weights, stage 1 would reduce whole gradients after backward"
     assert reason in plan("--config", "configs/jit_h_256_bf16.yaml", "--gpu-memory", "141GB", "--gpus", "16")
 
 
@@ -448,7 +448,7 @@ def test_json_is_consistent() -> None:
 def test_text() -> None:
     text = plan(*G, "--gpus", "64")
     assert "Times are estimates from the steps of one H200 machine" in text
-    assert "Assumed: a step's products at 39% of 989 TFLOP/s" in text
+    assert "Assumptions: products run at 39% of 989 TFLOP/s" in text
     overrides = text.strip().splitlines()[-1].split()
     assert [override.partition("=")[0] for override in overrides] == [
         "engine.zero_stage",

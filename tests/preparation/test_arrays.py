@@ -186,7 +186,7 @@ def test_cifar_10(tmp_path: Path) -> None:
     pixels, found = images_and_labels(tmp_path / "test")
     np.testing.assert_array_equal(pixels, test)
     assert found == [1, 0, 9, 3]
-    assert "--label-column fine says nothing" in refused_input(
+    assert "--label-column fine does not apply" in refused_input(
         "--input", folder / "test_batch.bin", "--label-column", "fine"
     )
     in_order = inputs_of(folder, split="train", class_names=TEN[::-1])  # a class keeps its name, not its number

@@ -125,7 +125,7 @@ def test_files_that_are_no_labels_of_the_images_are_refused(tmp_path: Path) -> N
     (text.parent / "map_clsloc.txt").write_text("n02119789 1 a\nn01440764 3 b\n")
     assert "its IDs are not 1..2, each with a WNID of its own" in said(text)
     (text.parent / "map_clsloc.txt").unlink()
-    assert "need a table of their WNIDs; put map_clsloc.txt (of a later devkit) or meta.mat beside it" in said(text)
+    assert "need a table of their WNIDs; put map_clsloc.txt (of a later devkit) or meta.mat next to it" in said(text)
     (text.parent / "meta.mat").write_bytes(b"MATLAB")
     assert "meta.mat: cannot be read as the devkit's table of classes" in said(text)
     (tmp_path / "own.csv").write_text("image,label\na,1\n")

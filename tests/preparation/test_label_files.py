@@ -54,13 +54,16 @@ def test_edm_without_labels(tmp_path: Path) -> None:
         ),
         ('{"labels": 3}', "dataset.json: holds no list of labels; write"),
         ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, as that of 00000/img00000000.png"),
-        ([[name, True] for name in EDM], "has label True, no integer from 0"),
-        ([[name, -1] for name in EDM], "has label -1, no integer from 0"),
+        ([[name, True] for name in EDM], "has label True, which is no integer from 0"),
+        ([[name, -1] for name in EDM], "has label -1, which is no integer from 0"),
         ([[EDM[0]]], "entry 0 is .*, not an image with its label"),
         ([[name, 1] for name in [*EDM, EDM[0]]], "names 00000/img00000000.png twice"),
         ([[name, 1] for name in EDM[1:]], "names no label for 1 images .00000/img00000000.png.; add them, or pass"),
         ([[name, 1] for name in [*EDM, "x.png"]], r"names 1 files that are not there \(x.png\); copy them"),
-        ([[name[:-3] + "jpg", 1] for name in EDM], r"names 4 files that are not there .*; others .* another extension"),
+        (
+            [[name[:-3] + "jpg", 1] for name in EDM],
+            r"names 4 files that are not there .*; images with these names and another extension",
+        ),
     ],
 )
 def test_edm_labels_that_make_no_sense_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
@@ -78,7 +81,7 @@ def test_classes_that_are_buckets_are_none(tmp_path: Path) -> None:
     folder = edm(tmp_path, [[name, int(name[:5])] for name in names], names)
     inputs = inputs_of(folder)
     assert (len(inputs), inputs.num_classes) == (4, 0)
-    assert "are none; --labels" in inputs.notes[0]
+    assert "they are not used; --labels" in inputs.notes[0]
     assert read(folder, labels=str(folder / "dataset.json")) == {0: 0, 1: 0, 2: 1, 3: 2}
     assert read(edm(tmp_path, [[name, 1] for name in names], names)) == dict.fromkeys(range(4), 1)
 
@@ -90,7 +93,7 @@ def test_buckets_without_a_file_are_no_classes(tmp_path: Path) -> None:
     ]:
         inputs = inputs_of(tree(tmp_path / folder, *names))
         assert (len(inputs), inputs.num_classes) == (len(names), 0)
-        assert "hold a thousand images each by number, and are no classes; --labels folders" in inputs.notes[0]
+        assert "hold a thousand images each, by their numbers, and are no classes; --labels folders" in inputs.notes[0]
         assert inputs_of(tmp_path / folder, labels="folders").num_classes == 2
     assert inputs_of(tree(tmp_path / "classes", "00000/00000.png", "00001/00001.png")).num_classes == 2
 

@@ -53,10 +53,10 @@ def test_rehearsal() -> None:
 
 
 def test_step() -> None:
-    arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "reference", *OVERRIDES]
+    arguments = ["step", "--steps", "3", "--warmup", "1", "--compare", "authors", *OVERRIDES]
     result: dict[str, Any] = benchmark_json(*arguments)
     own = {"steps", "ms_per_step", "ms_per_step_range", "ms", "share", "around_network", "engine", "execution"}
-    own |= {"host_waits", "reference", "ratio", "network_ratio", "warmup", "compare"}
+    own |= {"host_waits", "authors", "ratio", "network_ratio", "warmup", "compare"}
     assert set(result) == COMMON | ENVIRONMENT | own
     parts = {"data", "forward", "backward", "zero_backward", "optimizer", "ema", "tracking", "rest"}
     assert set(result["ms"]) == set(result["share"]) == parts
@@ -72,7 +72,7 @@ def test_step() -> None:
     assert result["mfu_of_matmul"] * result["matmul_tflops_per_second"] == pytest.approx(result["tflops_per_second"])
     # Whether the weights moved: on GPUs that is read two steps later, when nobody waits for it.
     assert result["host_waits"] == {"_local_scalar_dense": 1}
-    theirs = result["reference"]
+    theirs = result["authors"]
     assert set(theirs["ms"]) == {"forward", "backward", "optimizer", "ema"}
     assert result["ratio"] == pytest.approx(theirs["ms_per_step"] / result["ms_per_step"])
 
@@ -90,10 +90,10 @@ def test_step_and_sample_need_torch_and_little_more() -> None:
 
 
 def test_sample() -> None:
-    arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "reference", *OVERRIDES]
+    arguments = ["sample", "--batch", "2", "--sampler-steps", "50", "--compare", "authors", *OVERRIDES]
     result: dict[str, Any] = benchmark_json(*arguments)
     own = {"sampler_steps", "guidance", "seconds", "seconds_range", "evaluations_per_image", "network_calls"}
-    own |= {"network_share", "reference", "ratio", "largest_difference", "largest_value"}
+    own |= {"network_share", "authors", "ratio", "largest_difference", "largest_value"}
     own |= {"method", "repeats", "compare"}
     assert set(result) == COMMON | ENVIRONMENT | own
     assert 0 < result["network_share"] < 1
@@ -101,13 +101,13 @@ def test_sample() -> None:
     # counts once, the others twice, as the end of a step and as the beginning of the next.
     assert result["evaluations_per_image"] == 99 + (99 - 11)
     assert result["network_calls"] == 99, "with and without the class in one batch"
-    assert result["reference"]["evaluations_per_image"] == result["reference"]["network_calls"] == 2 * 99
+    assert result["authors"]["evaluations_per_image"] == result["authors"]["network_calls"] == 2 * 99
     assert result["largest_difference"] < 1e-4
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"])
 
 
 def test_the_authors_way_has_no_multistep_sampler() -> None:
-    compared = ["sample", "--method", "ab2", "--compare", "reference", *OVERRIDES]
+    compared = ["sample", "--method", "ab2", "--compare", "authors", *OVERRIDES]
     assert "the authors have Euler and Heun steps at uniform times" in benchmark(*compared, expect=2)
 
 

@@ -159,20 +159,20 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         ([], r"data\.shards='' is not set"),
         (["--tasks-per-node=5", f"data.shards={folder / 'shards_16'}"], r"data\.batch_size=12"),
         (["--set", "optim.lr"], "has no '='"),
-        (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "and there is none"),
+        (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "one resolution of a chain; add"),
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
         ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
         (["--sbatch=nodes=2"], "is set by --nodes"),
         (["--sbatch", "--account=x"], "begins as an option of this command; write --sbatch=--account=x"),
         (
             ["--set", "data.shards=https://a:s3cret@h/x,https://h/y?t=s3cret"],
-            r"shards=https://\*\*\*@h/x: has a secret",
+            r"shards=https://\*\*\*@h/x: contains a secret",
         ),
         (
             [CHAIN, "--set", "16/data.held_out=https://h/y?t=s3cret"],
-            r"\?t=\*\*\*: has a secret, .* write \$\{oc\.env:NAME",
+            r"\?t=\*\*\*: contains a secret, .* write \$\{oc\.env:NAME",
         ),
-        (["data.shards=https://a:s3cret@h/${run.seed}"], r"shards=https://\*\*\*@h/\$\{run.seed\}: has a secret"),
+        (["data.shards=https://a:s3cret@h/${run.seed}"], r"shards=https://\*\*\*@h/\$\{run.seed\}: contains a secret"),
         (["--minutes=5"], "--signal-seconds 300: must be less than the time limit, --minutes 5"),
         ([f"--run-dir={folder / 'tiny_16.yaml' / 'run'}"], r"tiny_16\.yaml is a file, not a folder"),
         ([f"--folder={folder / 'tiny_16.yaml'}"], r"tiny_16\.yaml is a file, not a folder"),
@@ -188,7 +188,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
             main(["status", f"--folder={folder}"])
     shutil.rmtree(folder / "jobs")
-    with pytest.raises(UserError, match="nothing was submitted from here"):
+    with pytest.raises(UserError, match="no job was submitted from here"):
         main(["status", f"--folder={folder}"])
 
 

@@ -3,8 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
-from typing import Any
-from unittest.mock import Mock
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +17,35 @@ from jitscale.training.state import RunState
 from tests.support.tiny import MODEL
 
 CPU = torch.device("cpu")
+
+
+class WholeNetwork:
+    """The methods of an engine that a measurement calls; it holds a network whole, and makes its weights anew."""
+
+    def masters(self) -> list[torch.Tensor]:
+        return []
+
+    def gather(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
+
+    def stored_buffers(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def release_memory(self) -> None:
+        pass
+
+    def optimizer_step(self) -> int:
+        return 0
+
+
+class Lines:
+    """The method of a tracker that a measurement calls."""
+
+    def __init__(self) -> None:
+        self.measured: list[float] = []
+
+    def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
+        self.measured.append(result["fid"])
 
 
 def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,13 +70,10 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
 
     monkeypatch.setattr(Evaluator, "measure", measure)
     for name in ("Embedder", "reference_of"):
-        monkeypatch.setattr(f"jitscale.evaluation.evaluator.{name}", Mock())
-    engine = Mock()
-    engine.stored_buffers.return_value = {}
-    engine.gather.side_effect = lambda _: {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
-    saved = (engine, Mock(), RunState(), Mock())
-    measured = Measurements(config, world, Mock(), *saved, guide, 100, lambda: None)
-    monkeypatch.setattr(measured, "caution_about", Mock())
+        monkeypatch.setattr(f"jitscale.evaluation.evaluator.{name}", lambda *_: None)
+    none, lines = cast(Any, None), Lines()  # no shards and no averages are needed
+    saved = (cast(Any, WholeNetwork()), none, RunState(), cast(Any, lines))
+    measured = Measurements(config, world, none, *saved, guide, 100, lambda: None)
     gc.disable()  # Python's own time for it is none to rely on
     try:
         measured.on_few_images()
@@ -61,3 +86,4 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
         gc.enable()
     assert measured._evaluator.guide is None
     assert digests[0] == digests[1] == digests[2] != {}
+    assert lines.measured == [1.0, 1.0]

@@ -13,7 +13,7 @@ from jitscale.model.attention import KERNELS, choose_kernel
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Every kernel that works here, in turns; the others with the reason."""
+    """Time every kernel that works here, in turns; for each of the others, keep the reason."""
     config, device = measuring.measured_config(options, [], on_gpu=True)
     model, dtype = config.model, measuring.arithmetic(config)
     tokens = image_tokens(model) + model.in_context_len
@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if device.type == "cuda":  # on a CPU only the peak of the whole process is known
                 peaks[name] = measuring.peak_memory_mib(device)
             watch.enabled = True  # the first turn was the warm-up
-    # Two products forward, four backward. Products that a kernel computes again do not count.
+    # Two products forward, four backward. If a kernel computes a product again, that one does not count.
     tflop = {"forward": 4 * options.batch * heads * tokens**2 * head_dim / 1e12}
     tflop["backward"] = 2 * tflop["forward"]
     product = measuring.matmul_tflops(config, device)

@@ -1,6 +1,6 @@
-"""A configuration without OmegaConf, for machines that lack it: the project's own files, and plain values.
+"""Read a configuration without OmegaConf, for machines that lack it: the project's own files and plain values only.
 
-`load_config` is what every command uses; it also explains mistakes, evaluates interpolations and distrusts files.
+Every command uses `load_config` instead, which also explains mistakes, evaluates interpolations and distrusts files.
 """
 
 import re
@@ -22,9 +22,9 @@ _MISREAD = re.compile(r"(?<![\w.+-])[-+]?(0[0-9_]+|0[bx][0-9a-f_]+|[0-9_]+:[0-9:
 
 
 def bare_config(path: str | Path, overrides: Sequence[str]) -> Config:
-    """`path` with its `defaults:` and the dotted `overrides` over it, checked by the limits of the schema.
+    """`path` with its `defaults:`, then the dotted `overrides`, checked against the limits of the schema.
 
-    Raises a ConfigError at the first setting that is unknown, of another type, or impossible.
+    Raises a ConfigError at the first setting that is unknown, of the wrong type, or impossible.
     """
     values = _composed(Path(path))
     for override in overrides:

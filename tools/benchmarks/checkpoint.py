@@ -18,8 +18,8 @@ from jitscale.training.engine import ZeroEngine
 
 IMPORTS = ("import torch", "import jitscale.config", "import jitscale.training.trainer")
 LABELS = {
-    "stall_sync": "training stands still, synchronous",
-    "stall_async": "training stands still, asynchronous: copying the state",
+    "stall_sync": "training stalls, synchronous save",
+    "stall_async": "training stalls, asynchronous save: the state is copied",
     "written_async": "until an asynchronous checkpoint is complete, nothing else running",
     "verify": "verify: sha256 of all files",
     "load": "load into the engine",
@@ -53,10 +53,10 @@ def describe(result: dict[str, Any]) -> Table:
 
 
 def _time_saves(watch: Stopwatch, config: Config, world: parallel.World, folder: Path, repeats: int) -> int:
-    """Save and load in both ways; returns the bytes of a checkpoint."""
+    """Save synchronously and asynchronously, and load; returns the bytes of a checkpoint."""
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     ema = ShardedEma(config.ema, engine.masters())
-    engine.prepare_to_load(1)  # makes the moments, as a first step would
+    engine.prepare_to_load(1)  # creates the moments, as a first step would
     engine.finish_loading()
 
     def begin(step: int) -> Save:

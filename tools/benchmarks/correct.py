@@ -1,7 +1,7 @@
-"""What the device computes, next to float64: attention's kernels, and the network in each way to compute it.
+"""Compare the device's results with float64: attention kernels, and the network in each way to compute it.
 
-The other cases are in files of their own (`ELSEWHERE`). A case yields comparisons: each an error, its limit
-and whether it holds. The error is the distance from the expected values, relative to their size, both as 2-norms.
+The other cases are in files of their own (`ELSEWHERE`). A case yields comparisons: each has an error and its limit. The
+error is the distance from the expected values, relative to their size, both as 2-norms.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from jitscale.parallel import choose_device
 
 ELSEWHERE = {"gradients": "correct_gradients", "norms": "correct_norms", "graphs": "correct_graphs"}
 ELSEWHERE |= {"training": "correct_training", "training-zero": "correct_training"}
-ROUNDED = 0.006  # results of bf16 arithmetic inside float32: a rounding at the beginning and one at the end
+ROUNDED = 0.006  # of float32 arithmetic between a rounding to bf16 at the beginning and one at the end
 KERNEL_LIMIT = 0.02  # attention in bf16, whose weights are rounded too
-WORSE_THAN_PLAIN = 1.5  # the network's error may be so many times that of plain bf16 arithmetic
+WORSE_THAN_PLAIN = 1.5  # limit of the network's error, as a multiple of plain bf16 arithmetic's
 FLOAT8_WORSE = 20.0
 DRAWS = {"smoke": 8, "whole": 64}  # of dropout
 GRAPH_PASSES = 3
-WEIGHTS_DEVIATION = 0.02  # of what a fresh network sets to zero
+WEIGHTS_DEVIATION = 0.02  # of weights that a fresh network sets to zero
 
 
 class Comparison(NamedTuple):
-    """How far a result is from what was expected; None: it could not be computed, for a reason."""
+    """The error of a result; None if it could not be computed, and then `note` says why."""
 
     name: str
     error: float | None
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def result_of(comparisons: Sequence[Comparison], **more: Any) -> dict[str, Any]:
-    """What `measure` returns."""
+    """The result of `measure`."""
     listed = [{**comparison._asdict(), "holds": comparison.holds} for comparison in comparisons]
     wrong = [comparison.name for comparison in comparisons if comparison.error is not None and not comparison.holds]
     return {"comparisons": listed, "wrong": wrong, **more}
@@ -91,7 +91,7 @@ def describe_comparison(found: dict[str, Any]) -> str:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||, in float64; infinite if something is not finite."""
+    """||found - expected|| / ||expected||, in float64; infinite if a value is not finite."""
     expected = expected.detach().double()
     value = float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300))
     return float("inf") if math.isnan(value) else value
@@ -105,13 +105,13 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
 
 
 def _attention(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """Every kernel at every head dim and length; with dropout, the mean over masks, which is the result without."""
+    """Every kernel at every head dim and length. With dropout, the mean over masks must be the result without."""
     batch, heads = (1, 2) if size == "smoke" else (4, 16)
     for head_dim, tokens in product((64, 80, 104), (256, 288)):
         packed = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=torch.bfloat16)
         gradient = torch.randn(batch, tokens, heads, head_dim, device=device, dtype=torch.bfloat16)
         expected = _with_gradients(exact_attention, packed, gradient, 0.0)
-        noise: tuple[float, ...] = ()  # the distance of the plain way's mean over masks
+        noise: tuple[float, ...] = ()  # the error of the plain kernel's mean over masks
         for dropout, name in product((0.0, 0.2), sorted(KERNELS, key=lambda name: name != "reference")):
             label = f"{name}, head dim {head_dim}, {tokens} tokens, dropout {dropout}"
             try:
@@ -153,7 +153,7 @@ def _with_gradients(
 
 
 def _network(config: Config, device: torch.device, size: str, *, compiled: bool = False) -> Iterator[Comparison]:
-    """Three blocks of JiT-H by each way to compute them that is `compiled`, or that is not; without dropout."""
+    """Three blocks of JiT-H without dropout, in each compiled way (`compiled`) or in each other way."""
     model = replace(config.model, depth=3, in_context_start=1, attn_dropout=0.0, proj_dropout=0.0)
     batch = 2 if size == "smoke" else 8
     torch.manual_seed(0)
@@ -181,13 +181,13 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
         try:
             execution = prepare(network, engine, device, training=True, batch=batch)
             with counted_replays() as replays:
-                # The first pass takes the ordinary way, the second is captured: what is compared is replayed.
+                # The first pass runs without a graph, the second is captured, and the compared one is replayed.
                 for _ in range(GRAPH_PASSES - 1 if graphs else 0):
                     _pass(network, torch.randn_like(z), torch.rand_like(t), y.flip(0), torch.randn_like(gradient))
                     network.zero_grad()
                 found = _pass(network, z, t, y, gradient)
         except (UserError, RuntimeError) as error:
-            # There are graphs on every GPU, so that an error of theirs is no absence.
+            # Every GPU supports graphs, so their error is a failure and not a missing feature.
             failed = graphs and not isinstance(error, UserError)
             yield Comparison(label, float("inf") if failed else None, 0.0, first_line(error))
             continue
@@ -199,14 +199,14 @@ def _network(config: Config, device: torch.device, size: str, *, compiled: bool 
         times = FLOAT8_WORSE if "float8" in changes else WORSE_THAN_PLAIN
         for name in ("output", "gradients"):
             yield Comparison(f"{label}: {name}", errors[name], times * plain[name], str(execution))
-        # A wrong gradient of a small parameter is lost among all; it is not next to that of plain arithmetic.
+        # The error of one small parameter vanishes in the norm over all gradients, so each one is compared alone too.
         worst = max(errors, key=lambda name: errors[name] / max(plain[name], ROUNDED))
         times_plain = errors[worst] / max(plain[worst], ROUNDED)
         yield Comparison(f"{label}: {worst}, times the error of plain bf16", times_plain, 2 * times)
 
 
 def ways() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings of `engine`; the first is plain bf16 arithmetic, with which the others are compared."""
+    """Names and settings of `engine`; the first is plain bf16 arithmetic, the base of the limits of the others."""
     yield "plain", {"attention": "reference", "fused_kernels": "torch"}
     for name in CHOICES["engine.attention"]:
         yield f"attention={name}", {"attention": name}
@@ -225,11 +225,11 @@ def ways() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def random_network(config: Config) -> JiT:
-    """A network, ready to train, none of whose weights are zero, so that every part has an influence."""
+    """A network, ready to train, without zero weights, so that every part influences the result."""
     network = JiT(config.model, config.diffusion).train()
     for name, parameter in network.named_parameters():
         if not parameter.any():
-            gates = name.endswith("adaLN_modulation.1.bias")  # with small ones the blocks would change little
+            gates = name.endswith("adaLN_modulation.1.bias")  # with small gates the blocks would change little
             torch.nn.init.normal_(parameter, std=1.0 if gates else WEIGHTS_DEVIATION)
     return network
 
@@ -250,7 +250,7 @@ def _differentiated(network: JiT, z: Tensor, t: Tensor, y: Tensor, gradient: Ten
 
 @contextmanager
 def counted_replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
-    """Keep each CUDA graph that is replayed inside the `with` statement, once for each time."""
+    """List the replays of CUDA graphs inside the `with` statement: the graph, once for each replay."""
     replays: list[torch.cuda.CUDAGraph] = []
     replay = torch.cuda.CUDAGraph.replay
 

@@ -1,4 +1,4 @@
-"""A search for values that are not finite in attention's output and gradients: many passes on random inputs."""
+"""Search for values that are not finite in attention's output and gradients: many passes on random inputs."""
 
 import argparse
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from jitscale.model.attention import KERNELS, Kernel
 # Scales of queries and keys, of values, and of the gradient.
 SCALES = list(product((0.02, 1.0, 8.0, 60.0), (1e-3, 1.0, 300.0), (1e-6, 1.0)))
 PASSES = {"smoke": 2, "whole": 240}  # of each kernel and shape
-POISON_BYTES = 2**30  # memory that is filled and freed, so that what a kernel reads and nobody wrote is NaN
+POISON_BYTES = 2**30  # memory filled with NaN and freed, so that a kernel that reads unwritten memory reads NaN
 
 
 def measure(options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
-    """The passes whose results were not finite, for every kernel and shape."""
+    """Count the passes with results that are not finite, for every kernel and shape."""
     return result_of(list(_search(device, "smoke" if options.smoke else "whole")))
 
 
@@ -38,7 +38,7 @@ def _search(device: torch.device, size: str) -> Iterator[Comparison]:
                 poison = device.type == "cuda" and number // len(SCALES) % 2 == 1
                 shape = (batch, tokens, heads, head_dim)
                 bad[number % len(SCALES)] += _not_finite(kernel, shape, scales, dropout, generator, poison=poison)
-        except Exception as error:  # what a kernel raises that does not take this shape
+        except Exception as error:  # each kernel has its own exceptions for shapes that it does not support
             yield Comparison(label, None, 0.0, first_line(error))
             continue
         found = bad.cpu()
@@ -72,7 +72,7 @@ def _not_finite(
 
 
 def _kernels(device: torch.device) -> dict[str, Kernel]:
-    """On GPUs each kernel that is one, on CPUs torch's own choice."""
+    """On GPUs every real kernel, on CPUs torch's own choice."""
     if device.type != "cuda":
         return {"sdpa": KERNELS["sdpa"]}
     return {name: kernel for name, kernel in KERNELS.items() if name not in ("sdpa", "reference")}

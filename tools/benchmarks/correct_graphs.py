@@ -1,7 +1,7 @@
-"""CUDA graphs next to the same passes without: predictions, and the losses and gradients of training.
+"""Compare CUDA graphs with the same passes without graphs: predictions, and losses and gradients of training.
 
-Sampling is compared with float64 too. The gradients of training in graphs are compared with float64 by the cases
-`network` and `network-compiled`.
+Sampling is also compared with float64. The cases `network` and `network-compiled` compare the gradients of training in
+graphs with float64.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from jitscale.model.cuda_graphs import CudaGraphs
 from jitscale.model.execution import prepare
 
 DEPTH = 3
-STEPS = 3  # the first micro-batch takes the ordinary way, the second is captured
+STEPS = 3  # the first micro-batch runs without a graph, the second is captured
 BATCH = {"smoke": 2, "whole": 8}
-LEARNING_RATE = 1e-3  # so that graphs which go on with old weights are noticed
-# Compiled or not, dropout, every how many blocks one is recomputed, micro-batches. Few are compiled, which takes long.
+LEARNING_RATE = 1e-3  # weights must change, so that graphs that still use the old ones are noticed
+# Compiled, dropout, activation checkpointing, micro-batches. Few cases are compiled, because that takes long.
 CASES = [*product((False,), (0.0, 0.2), (0, 1), (1, 2)), (True, 0.0, 0, 1), (True, 0.2, 0, 2), (True, 0.2, 1, 2)]
 
 
@@ -67,7 +67,7 @@ def _sampling(config: Config, device: torch.device) -> Iterator[Comparison]:
 
 
 def training(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """A few steps in graphs next to the same steps without: from the same seeds, bit by bit."""
+    """A few steps with graphs and without, from the same seeds, compared bit by bit."""
     for compiled, dropout, every, micro_batches in CASES:
         label = f"training, {'compiled' if compiled else 'not compiled'}, dropout {dropout}, "
         label += f"{'recomputed, ' if every else ''}{micro_batches} micro-batches"
@@ -80,7 +80,7 @@ def training(config: Config, device: torch.device, size: str) -> Iterator[Compar
         except UserError as error:
             yield Comparison(label, None, 0.0, first_line(error))
             continue
-        except RuntimeError as error:  # of a capture, or a replay
+        except RuntimeError as error:  # raised by a capture or a replay
             yield Comparison(label, float("inf"), 0.0, first_line(error))
             continue
         different = _different(found, plain)
@@ -94,7 +94,7 @@ def training(config: Config, device: torch.device, size: str) -> Iterator[Compar
 
 
 def _trained(config: Config, device: torch.device, batch: int, micro_batches: int) -> tuple[list[Tensor], int]:
-    """The losses and gradients of `STEPS` steps, and how many graphs were replayed."""
+    """The losses and gradients of `STEPS` steps, and the number of replays."""
     torch.manual_seed(0)
     network = random_network(config).to(device)
     prepare(network, config.engine, device, training=True, batch=batch, micro_batches=micro_batches)
@@ -122,12 +122,12 @@ def _different(found: list[Tensor], expected: list[Tensor]) -> int:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether all bits are the same; NaN is like nothing."""
+    """Whether all bits are the same; NaN equals nothing."""
     return torch.equal(a, b)
 
 
 def _inputs(model: ModelConfig, batch: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z (B, A, S, S), t and y (B,), whatever the default generators are at."""
+    """z (B, A, S, S), t and y (B,), independent of the state of the default generators."""
     draws = torch.Generator().manual_seed(seed)
     z = torch.randn(batch, *image_shape(model), generator=draws)
     t, y = torch.rand(batch, generator=draws), torch.randint(model.num_classes, (batch,), generator=draws)

@@ -1,4 +1,4 @@
-"""Norms and rotation of q and k as a block computes them, and the fused kernels, next to float64.
+"""Compare a block's norms and rotation of q and k, and the fused kernels, with float64.
 
 Shapes: B batch, N tokens, H heads, D head dim, C hidden size, I inner width of the feed-forward layer.
 """
@@ -24,7 +24,7 @@ from jitscale.model.layers import ALIGNMENT, NORM_EPS, rope_table, swiglu_width
 
 NORMS_BATCH = {"smoke": 2, "whole": 16}
 FUSED_BATCH = {"smoke": 2, "whole": 64}
-DEVIATIONS = 6.0  # of the share that dropout keeps, from what it should be
+DEVIATIONS = 6.0  # limit of the error of the share that dropout keeps, in standard deviations
 SEED = 1 << 40  # of the kernels' dropout: more than 32 bits
 
 
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace, config: Config, device: torch.device) -
 
 
 def _norms(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
-    """From the same bf16 product, with torch's code and the kernels that a network gets."""
+    """Norms and rotation of the same bf16 product, by torch's code and by the kernels that a network can get."""
     ways: dict[str, dict[str, Any]] = {"plain": {"attention": "reference", "fused_kernels": "torch"}}
     ways |= {
         f"fused_kernels={name}": {"fused_kernels": name} for name in CHOICES["engine.fused_kernels"] if name != "auto"
@@ -106,7 +106,7 @@ def _exact_norm(x: Tensor) -> Tensor:
 def fused(config: Config, device: torch.device, size: str) -> Iterator[Comparison]:
     """The operators of jitscale/model/fused at the shapes of B, L, H and G, in bf16, forward and backward.
 
-    Of each operator the result or gradient whose error is the largest. Tiny sizes: at the shape of `config`.
+    Each operator yields its result or gradient with the largest error. Tiny sizes use the shape of `config`.
     """
     try:
         # They import triton, which comes with GPUs only.
@@ -161,7 +161,7 @@ def _gate(
     given = draw(batch, _tokens(model), inner)
     found = [operator(h, seed, dropout)]
     found += torch.autograd.grad(found, h, given)
-    # Not by the results that are zero: those may be wrong ones.
+    # The mask comes from a separate call on ones: zeros in `found` may be errors.
     kept = operator(torch.ones_like(h), seed, dropout).detach() != 0
     (doubled,) = _doubled(h)
     gate, value = doubled.chunk(2, -1)
@@ -212,7 +212,7 @@ def _doubled(*inputs: Tensor) -> list[Tensor]:
 
 
 def _worst(label: str, names: tuple[str, ...], found: list[Tensor], exact: list[Tensor]) -> Comparison:
-    """The comparison of that result whose error is the largest."""
+    """The comparison of the result with the largest error."""
     errors = [distance(a, b) for a, b in zip(found, exact, strict=True)]
     worst = max(range(len(names)), key=errors.__getitem__)
     return Comparison(label, errors[worst], ROUNDED, f"{names[worst]}, the worst of {len(names)}")

@@ -1,7 +1,7 @@
-"""Two hundred steps of training on handwritten digits, on the device and on the CPU: the losses must be alike.
+"""Train two hundred steps on handwritten digits, on the device and on the CPU: the losses must be nearly equal.
 
-`training` is the same network, optimizer and noise in plain torch on both. `training-zero` is the trainer itself, whose
-noise is drawn on the device, so that the two are alike only on average.
+`training` uses the same network, optimizer and noise in plain torch on both. `training-zero` is the trainer itself: its
+noise is drawn on the device, so the two agree only on average.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def measure(options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
-    """The losses of both, averaged over windows of steps, and the distance of each."""
+    """Compare the losses of both, averaged over windows of steps."""
     size = "smoke" if options.smoke else "whole"
     train = _by_the_trainer if options.case == "training-zero" else _plainly
     curves = {"device": train(device, size), "CPU": train(CPU, size)}
@@ -92,7 +92,7 @@ def _noised(images: torch.Tensor, diffusion: DiffusionConfig, draws: torch.Gener
 
 
 def _by_the_trainer(device: torch.device, size: str) -> list[float]:
-    """The same of `python -m jitscale.train`, from shards, in a process of its own."""
+    """The same by `python -m jitscale.train`, from shards, in a process of its own."""
     from jitscale.preparation.array_shards import write_shards  # noqa: PLC0415 (webdataset, which may be missing)
 
     with tempfile.TemporaryDirectory() as scratch:

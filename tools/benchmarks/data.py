@@ -1,7 +1,7 @@
-"""Reading: each stored form next to stock webdataset with Pillow, the hand-off to the trainer, and a resume.
+"""Time reading: each codec next to stock webdataset with Pillow, the hand-off to the trainer, and a resume.
 
-The photographs are synthetic, 500 x 375, JPEG with quality 95: about 110 KB, as ImageNet's are. All readers put cropped
-uint8 images into one buffer, as a batch is filled. They take turns, so that they meet the same load of the machine.
+The photographs are synthetic, 500 x 375, JPEG with quality 95: about 110 KB each, like ImageNet's. All readers write
+cropped uint8 images into one buffer, as for a batch. They take turns, so that all see the same load of the machine.
 """
 
 import argparse
@@ -35,12 +35,12 @@ BATCH = 128  # of the hand-off
 SAMPLES_A_SHARD = 100
 ROUNDS = 5
 LINKS = 50_000  # names of one file; file systems allow 65,000
-# What one GPU consumes at 256 px: aims of this project for one H200 in bf16, not measurements.
-AIMS = {"JiT-B/16": 2600, "JiT-L/16": 850, "JiT-H/16": 450, "JiT-G/16": 215}
+# Images a second that one H200 trains at 256 px, as measured (docs/performance.md, "On a GPU").
+TRAINED = {"JiT-B/16": 2121, "JiT-L/16": 711, "JiT-H/16": 392, "JiT-G/16": 185}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Images a second on one core for each form and resolution, of the hand-off, and the cost of a resume."""
+    """Images a second on one core for each codec and resolution, the rate of the hand-off, and the cost of a resume."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         forms = {size: _time_forms(folder / str(size), jpegs, size, options.seconds) for size in options.resolutions}
         first = options.resolutions[0]
         handed_over = _time_hand_off(ShardSet.open(folder / str(first) / "raw", 1), options.workers, options.seconds)
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its peak of memory is its own
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its peak memory is its own
             resume = fresh.apply(_time_resume, (folder / "many", options.resume_samples))
     return {
         "forms": forms,
@@ -69,8 +69,8 @@ def describe(result: dict[str, Any]) -> Table:
             value += "" if name == "stock" else f", {rate / stock:.1f} x stock"
             lines.append((f"{label} at {resolution} px", f"{value}, {form['bytes_per_image']:,.0f} bytes"))
     for name, form in next(iter(result["forms"].values())).items():
-        cores = ", ".join(f"{model} {aim / form['images_per_second']:.1f}" for model, aim in AIMS.items())
-        lines.append((f"cores that read {name} for one GPU's aim", cores))
+        cores = ", ".join(f"{model} {rate / form['images_per_second']:.1f}" for model, rate in TRAINED.items())
+        lines.append((f"cores that read {name} for one H200", cores))
     hand_off, resume = result["hand_off"], result["resume"]
     handed_over = f"hand-off of raw at {hand_off['resolution']} px, {hand_off['workers']} workers, batch {BATCH}"
     return [
@@ -79,12 +79,12 @@ def describe(result: dict[str, Any]) -> Table:
         (f"opening {resume['shards']:,} shards with {resume['samples']:,} samples", f"{resume['open_s']:.2f} s"),
         ("first batch at position 0", f"{1e3 * resume['first_s']:.0f} ms"),
         ("first batch inside the epoch", f"{1e3 * resume['inside_s']:.0f} ms"),
-        ("memory for all that", f"{resume['mib']:.0f} MiB"),
+        ("memory for opening and both batches", f"{resume['mib']:.0f} MiB"),
     ]
 
 
 def _photograph(seed: int) -> bytes:
-    """A JPEG whose spectrum falls as that of photographs does, with some noise of a sensor."""
+    """A JPEG whose spectrum falls like a photograph's, with some sensor noise."""
     random = np.random.default_rng(seed)
     image = random.normal(0.0, 9.0, (HEIGHT, WIDTH, 3))
     for octave in range(1, 9):

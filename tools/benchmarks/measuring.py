@@ -1,4 +1,4 @@
-"""What all measurements share: the configuration to measure, the machine, a stopwatch, and how much of it is used."""
+"""Shared by all measurements: the measured configuration, facts of the machine, a stopwatch, and utilisation."""
 
 import argparse
 import importlib.util
@@ -37,8 +37,8 @@ Table = list[tuple[str, str]]  # labels and values
 def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu: bool) -> tuple[Config, torch.device]:
     """The configuration to measure and its device; `settings` (dotted) and --batch win over everything.
 
-    With `on_gpu`, this measurement uses a GPU where there is one. Raises a ConfigError if the configuration is
-    impossible, or is not measured here.
+    With `on_gpu`, the measurement uses a GPU if there is one. Raises a ConfigError if the configuration is impossible,
+    or if this measurement does not support it.
     """
     defaults = DEFAULTS if on_gpu and torch.cuda.is_available() else [*DEFAULTS, *ON_CPU]
     config = read_config(options.config, [*defaults, *options.overrides, *settings, f"data.batch_size={options.batch}"])
@@ -51,7 +51,7 @@ def measured_config(options: argparse.Namespace, settings: list[str], *, on_gpu:
 
 
 def read_config(path: str, settings: list[str]) -> Config:
-    """As `load_config`, also where OmegaConf is not installed."""
+    """Like `load_config`, but also works where OmegaConf is not installed."""
     if importlib.util.find_spec("omegaconf") is None:
         return bare_config(path, settings)
     from jitscale.config import load_config  # noqa: PLC0415
@@ -60,7 +60,7 @@ def read_config(path: str, settings: list[str]) -> Config:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, threads and date, to be kept with every number; the GPU if this process has used it."""
+    """Device, versions, threads and date, which every result keeps; the device is the GPU if this process used it."""
     gpu = torch.cuda.is_initialized()
     processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     cpu = processor[1].strip() if processor else platform.machine()
@@ -77,18 +77,18 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_mib(device: torch.device = CPU) -> float:
-    """The most memory held at once: by tensors on a GPU, or by this process on a CPU."""
+    """Peak memory: of tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # ru_maxrss of a started process begins with its parent's memory, so it is only the second choice.
+    # ru_maxrss of a child process starts at its parent's memory, so it is only the second choice.
     found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**10
 
 
 class Stopwatch:
-    """Durations in seconds by name, one for each time that a part ran.
+    """Durations in seconds by name, one for each execution of a part.
 
-    On GPUs a part ends when its kernels have. This waiting slows a step down, so a whole step is measured with
+    On GPUs the end of a part waits for its kernels. This wait slows a step down, so whole steps are measured with
     `enabled` off.
     """
 
@@ -115,18 +115,18 @@ class Stopwatch:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the kernels of a GPU have run."""
+    """Wait until a GPU has run all of its kernels."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def arithmetic(config: Config) -> torch.dtype:
-    """The type in which a configuration's matrix products are computed."""
+    """The data type of a configuration's matrix products."""
     return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
 
 
 def matmul_tflops(config: Config, device: torch.device) -> float:
-    """TFLOP/s of one large matrix product in `arithmetic`: the fastest in a second or more."""
+    """TFLOP/s of one large matrix product in `arithmetic`: the fastest of those that ran in about a second."""
     size = MATMUL_SIZES[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=arithmetic(config)) for _ in range(2))
     watch, began = Stopwatch(device), time.perf_counter()
@@ -137,9 +137,9 @@ def matmul_tflops(config: Config, device: torch.device) -> float:
 
 
 def utilisation(tflops: float, device: torch.device, product: float) -> dict[str, Any]:
-    """The share of the device that `tflops` TFLOP/s use, where a large matrix product reaches `product`."""
+    """Utilisation of the device by `tflops` TFLOP/s; a large matrix product reaches `product` on it."""
     peak = peak_tflops(device)
-    mfu = None if peak is None else tflops / peak  # of the data sheet's bf16 peak, if it is known
+    mfu = None if peak is None else tflops / peak  # relative to the data sheet's bf16 peak, if it is known
     return {"tflops_per_second": tflops, "mfu": mfu, "mfu_of_matmul": tflops / product}
 
 
@@ -153,7 +153,7 @@ def describe_utilisation(found: dict[str, Any], product: float) -> Table:
 
 
 def describe_conditions(result: dict[str, Any]) -> Table:
-    """The lines of a table of `environment`, and the peak of memory where it was measured."""
+    """The lines of a table of `environment`, with the peak memory if it was measured."""
     lines = [(name, str(result[name])) for name in CONDITIONS if name in result]
     memory = result.get("peak_memory_mib")
     return lines if memory is None else [("peak memory", f"{memory:.0f} MiB"), *lines]

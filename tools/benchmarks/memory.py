@@ -1,4 +1,4 @@
-"""Bytes that each rank holds in the middle of a step: the summed storages of all its tensors, not an estimate."""
+"""Measure the bytes that each rank holds in the middle of a step: the summed storages of all its tensors."""
 
 import argparse
 import gc
@@ -20,10 +20,10 @@ MICRO_BATCHES = 2
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of every rank in each of `options.stages`, and the planner's."""
+    """Bytes of every rank in each of `options.stages`, and the planner's prediction."""
     stages = {}
     with parallel.joined(CPU) as world:
-        # Between two micro-batches of a step, gradients are there and activations are not.
+        # Between two micro-batches of a step, gradients exist and activations do not.
         options.batch = MICRO_BATCHES * world.size
         for stage in tqdm(options.stages, unit="stage", desc="measure", disable=not world.is_main):
             settings = [f"engine.zero_stage={stage}", "engine.micro_batch_size=1"]
@@ -47,8 +47,8 @@ def describe(result: dict[str, Any]) -> Table:
 
 
 def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
-    """This rank's bytes between the two micro-batches of a second step, when moments and gradients are there."""
-    before = _storages()  # of engines that are gone, and torch's own
+    """This rank's bytes between the two micro-batches of a second step, when moments and gradients exist."""
+    before = _storages()  # left by earlier engines, and torch's own
     torch.manual_seed(0)
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     if engine.micro_batches != MICRO_BATCHES:
@@ -66,7 +66,7 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
         ema.update(engine.masters(), step + 1, (step, step + 1))
     engine.destroy()
     own = [size for address, size in held.items() if before.get(address) != size]
-    # Counted apart from the state: the buckets of DeepSpeed's stage 3, whose size does not depend on the network.
+    # The buckets of DeepSpeed's stage 3 are counted separately: their size does not depend on the network.
     buckets = [size for size in own if size in (4 * BUCKET_ELEMENTS, 2 * BUCKET_ELEMENTS)]
     return {"state": sum(own) - sum(buckets), "buckets": sum(buckets)}
 

@@ -1,4 +1,4 @@
-"""What the metrics of an evaluation cost, from features that are already there."""
+"""Time the metrics of an evaluation, from features that were computed before."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jitscale.evaluation.inception import Inception
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each metric for `options.images` random images, real and generated ones, of Inception's widths."""
+    """Seconds of each metric for random features of Inception's widths: `options.images` real and as many generated."""
     normal = np.random.default_rng(0).standard_normal
     widths = (Inception.num_features, Inception.num_features, Inception.num_logits, Inception.num_spatial)
     real, generated, logits, spatial = (normal((options.images, width), np.float32) for width in widths)

@@ -1,4 +1,4 @@
-"""Steps of the trainer on several GPUs of one machine, what an all-reduce reaches, and how much of it is hidden."""
+"""Measure steps of the trainer on several GPUs of one machine, all-reduce bandwidth, and how much backward hides."""
 
 import argparse
 import shutil
@@ -24,7 +24,7 @@ WARM_UPS = 3
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The step with --batch images a rank in the configuration's stage, and all-reduces of several sizes."""
+    """Measure a step with --batch images a rank in the configuration's stage, and all-reduces of several sizes."""
     with parallel.joined(choose_device("auto")) as world:
         per_rank, options.batch = options.batch, options.batch * world.size
         scratch = Path(parallel.on_main(lambda: tempfile.mkdtemp(prefix="jitscale_multi_")))
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> measuring.Table:
     """The lines of the table of `measure`."""
     speeds = result["all_reduce_gigabytes_per_second"]
-    hidden = "" if result["nccl_hidden"] is None else f", {result['nccl_hidden']:.0%} of it beside other kernels"
+    hidden = "" if result["nccl_hidden"] is None else f", {result['nccl_hidden']:.0%} of it while other kernels run"
     return [
         ("ranks", f"{result['ranks']}, {result['images_a_rank']} images each"),
         ("images/s", f"{result['images_per_second']:.4g}"),
@@ -102,7 +102,7 @@ def reduced_gigabytes(world: World, size: int) -> float:
 
 
 def _hidden(kernels: list[Kernel]) -> dict[str, float | None]:
-    """Milliseconds of collectives in a step, and the share during which another kernel ran too."""
+    """Milliseconds of collectives in a step, and the share during which another kernel also ran."""
     collectives = [kernel for kernel in kernels if KINDS["NCCL"] in kernel.name.lower()]
     others = [kernel for kernel in kernels if KINDS["NCCL"] not in kernel.name.lower()]
     total = busy_ms(collectives)

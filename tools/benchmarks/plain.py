@@ -1,4 +1,4 @@
-"""One process without DeepSpeed: the same network, optimizer and averages, for machines that lack our packages."""
+"""Training in one process without DeepSpeed: the same network, optimizer and averages, where packages are missing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +21,7 @@ Training = tuple[Callable[[], None], Execution]  # a step, and how its network c
 
 
 class RandomBatch:
-    """A batch on the device: the same images (B, S, S, A), flipped and noised anew each time."""
+    """A batch on the device: the same images (B, S, S, A) each time, with new flips and new noise."""
 
     def __init__(
         self, config: Config, device: torch.device, subspace: torch.Tensor | None = None, *, compiled: bool = False
@@ -36,7 +36,7 @@ class RandomBatch:
         self._losses = Losses(config.model, config.diffusion, subspace, compiled=compiled)
 
     def noised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The images, noise and their mixture, all (B, A, S, S), and the times (B,)."""
+        """Images, noise and their mixture, all (B, A, S, S), and the times (B,)."""
         batch, height, width, channels = self._images.shape
         noise = torch.randn(batch, channels, height, width, device=self._device)
         t = times_from_normal(torch.randn(batch, device=self._device), self._config.diffusion)
@@ -62,9 +62,9 @@ class RandomBatch:
 
 @contextmanager
 def plain_training(config: Config, device: torch.device, watch: Stopwatch) -> Iterator[Training]:
-    """A step in plain torch, whose masters are its parameters, on a batch that is already on the device.
+    """A step in plain torch, on a batch that is already on the device; its parameters are the fp32 masters.
 
-    `watch` times its parts. bf16 weights are measured as autocast.
+    `watch` times its parts. With `engine.precision=bf16` it measures autocast instead.
     """
     network = JiT(config.model, config.diffusion).to(device).train()
     execution = prepare(network, config.engine, device, training=True, batch=config.data.batch_size)

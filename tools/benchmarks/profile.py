@@ -1,4 +1,4 @@
-"""The kernels of one training step, next to what the memory and the matrix units can do: where the time goes."""
+"""Compare the kernels of one training step with the speed of the memory and of the matrix units."""
 
 import argparse
 import tempfile
@@ -21,7 +21,7 @@ NAME_LENGTH = 70  # of a kernel in the table
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Steps without the profiler, and one with it."""
+    """Time steps without the profiler, and trace one step with it."""
     with tempfile.TemporaryDirectory() as scratch:
         training, settings, engine = training_of(options.engine, Path(scratch))
         config, device = measuring.measured_config(options, settings, on_gpu=True)
@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             measuring.wait_for(device)
             began = time.perf_counter()
             step()
-            host_ms = 1e3 * (time.perf_counter() - began)  # until the host has asked for everything
+            host_ms = 1e3 * (time.perf_counter() - began)  # until the host has launched everything
             measuring.wait_for(device)
             peak = measuring.peak_memory_mib(device)
             with profile(activities=activities, record_shapes=True) as profiler:
@@ -74,8 +74,8 @@ def describe(result: dict[str, Any]) -> measuring.Table:
     """The lines of the table of `measure`."""
     busy, step = result["busy_ms"], result["ms_per_step"]
     lines = [
-        ("step", f"{step:.1f} ms, {result['images_per_second']:.4g} images/s; one waited for alone: its host's part"),
-        ("host", f"{result['host_ms']:.1f} ms until a step is asked for, {result['launches']} launches"),
+        ("step", f"{step:.1f} ms, {result['images_per_second']:.4g} images/s"),
+        ("host", f"{result['host_ms']:.1f} ms to launch a step on an idle device, {result['launches']} launches"),
         ("device busy, in the profiled step", f"{busy:.1f} ms, {busy / step:.1%} of a step without the profiler"),
         ("a copy in memory", f"{result['copy_terabytes_per_second']:.3g} TB/s, read and written"),
         *measuring.describe_utilisation(result, result["matmul_tflops_per_second"]),
@@ -88,7 +88,7 @@ def describe(result: dict[str, Any]) -> measuring.Table:
 
 
 def describe_work(found: dict[str, Any]) -> str:
-    """Time, and where they are known bytes and FLOPs with their shares."""
+    """Time; and bytes and FLOPs with their shares, if they are known."""
     parts = [f"{found['ms']:.2f} ms, {found['count']} times"]
     if found["copy_share"] is not None:
         parts.append(f"{found['gbyte']:.3g} GB, {found['copy_share']:.0%} of a copy's speed")
@@ -98,7 +98,7 @@ def describe_work(found: dict[str, Any]) -> str:
 
 
 def copy_terabytes(device: torch.device) -> float:
-    """TB/s, read and written together, of a copy inside the device's memory: the fastest of several."""
+    """TB/s of a copy inside the device's memory, read and written bytes together: the fastest of several."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target, watch = torch.empty_like(source), measuring.Stopwatch(device)
     for _ in range(COPIES):
@@ -108,7 +108,7 @@ def copy_terabytes(device: torch.device) -> float:
 
 
 def _with_shares(group: dict[str, Any], copy: float, product: float) -> dict[str, Any]:
-    """`group` with the shares that it reaches of a copy's and a large product's speed."""
+    """`group` with its speed as a share of a copy's and of a large product's."""
     shares: dict[str, float | None] = {}
     for unit, name, speed in (("gbyte", "copy_share", copy), ("gflop", "product_share", product)):
         seconds = group[f"{unit}_ms"] / 1e3  # of the kernels whose work is known

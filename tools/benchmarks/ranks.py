@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other, and what opening shards costs them, by the number of ranks."""
+"""Time the messages between the ranks of a job, and opening shards, by the number of ranks."""
 
 import argparse
 import math
@@ -26,14 +26,14 @@ from jitscale.preparation.array_shards import write_shards
 from jitscale.training.log_point import exchange
 from jitscale.training.watch import LossByNoiseLevel
 
-MANY = 1024  # ranks that the model is about
+MANY = 1024  # ranks of the model's prediction
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each exchange, and seconds to open `options.shards` shards, on processes of this machine.
 
-    Rank 0's own work is measured beside the whole: on many nodes each rank has a core of its own, so that the exchange
-    takes as long as rank 0, which has a message from each.
+    Rank 0's processor time is measured separately: on a cluster each rank has a core of its own, so an exchange takes
+    as long as the work of rank 0, which handles a message of each rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         images = np.zeros((options.shards, 8, 8, 3), np.uint8)
@@ -56,12 +56,12 @@ def describe(result: dict[str, Any]) -> Table:
 
 
 def unit(name: str) -> str:
-    """Of a number of `measure`."""
+    """The unit of a number of `measure`."""
     return "s" if name.startswith("opening") else "ms"
 
 
 def _on_ranks(count: int, repeats: int, shards: str) -> dict[str, float]:
-    """What rank 0 of `count` processes has measured."""
+    """The numbers that rank 0 of `count` processes measures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,7 +1,7 @@
-"""The whole path of an ImageNet recipe at its real sizes, with small counts: photographs, shards, steps, sweep, FID.
+"""Run the whole path of an ImageNet recipe at full size with few images: photographs, shards, steps, sweep, FID.
 
-The counts of images and steps are smaller than the recipe's, the arithmetic on CPUs is float32, and Inception's weights
-are random. So the metrics mean nothing, but the time and memory of each part do. scikit-learn has the two photographs.
+There are fewer images and steps than in the recipe, the arithmetic on CPUs is float32, and Inception's weights are
+random. So the metrics mean nothing; the time and memory of each part do. The two photographs are scikit-learn's.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LABELS = {
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory (bytes, of all ranks together) of each part. Raises a UserError if a command fails."""
+    """Seconds and peak memory (bytes, sum over all ranks) of each part. Raises a UserError if a command fails."""
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         scratch = Path(name)
         write_crops(scratch / "crops", options.images)
@@ -62,7 +62,7 @@ def describe(result: dict[str, Any]) -> Table:
 
 
 def write_crops(folder: Path, count: int) -> None:
-    """`count` square crops of the photographs, of random sizes and places, one a class."""
+    """Write `count` square crops of the photographs, at random places and sizes; each is a class of its own."""
     from sklearn.datasets import load_sample_images  # noqa: PLC0415  # scikit-learn belongs to an extra
 
     photographs = load_sample_images().images
@@ -77,19 +77,19 @@ def write_crops(folder: Path, count: int) -> None:
 
 
 def _settings(options: argparse.Namespace, scratch: Path) -> list[str]:
-    """Counts, places and Inception's weights, and the arithmetic on CPUs; all else is the recipe's."""
+    """The settings that differ from the recipe's: counts, folders, Inception's weights, and the precision on CPUs."""
     run = [f"run.dir={scratch / 'run'}", "run.max_images=null", "run.max_steps=2"]
     data = [f"data.shards={scratch / 'shards'}", "data.classes=subset", f"data.batch_size={options.batch}"]
     tracking = ["tracking.wandb=off", "tracking.log_every_steps=1"]
     sweep = ['evaluation.sweep=["guidance=1,3"]', "evaluation.sweep_images=64", "evaluation.sweep_max_share=null"]
     final = ["evaluation.num_images=64", "evaluation.steps=4", f"evaluation.features_file={scratch / 'inception.pth'}"]
-    # A CPU without instructions for bfloat16 multiplies it seventy times slower than float32.
+    # A CPU without bfloat16 instructions multiplies bfloat16 seventy times more slowly than float32.
     engine = [] if torch.cuda.is_available() else ["engine.precision=fp32"]
     return [*run, *data, *tracking, *sweep, *final, *engine, *options.overrides]
 
 
 def _ends(run: Path) -> dict[str, Callable[[], bool]]:
-    """Whether each part of a training has ended, by the files of its run, in the order of the parts."""
+    """For each part of a training, in order, a test by the files of the run whether it has ended."""
     return {
         "start": (run / "config.yaml").exists,
         "steps": lambda: any((run / "checkpoints").glob("*")),
@@ -101,12 +101,12 @@ def _ends(run: Path) -> dict[str, Callable[[], bool]]:
 
 
 def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> dict[str, tuple[float, int]]:
-    """Seconds of each part of a command of Python, and the most bytes its processes held; a UserError if it fails."""
+    """Seconds and peak bytes of each part of a Python command, with its child processes; a UserError if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=sys.stderr)
     found, begin, held = {}, time.monotonic(), 0
     for name, has_ended in ends.items():
-        peak = held  # a part may be shorter than the time between two looks
+        peak = held  # a part may be shorter than POLL_SECONDS
         while process.poll() is None and not has_ended():
             held = _memory_of(process.pid)
             peak = max(peak, held)
@@ -120,7 +120,7 @@ def _watched(command: Sequence[str], ends: Mapping[str, Callable[[], bool]]) -> 
 
 
 def _memory_of(pid: int) -> int:
-    """Bytes of a process and those that it has started; pages that they share are divided among them."""
+    """Bytes of a process and its children; each shared page is divided among the processes that share it."""
     held = 0
     with suppress(psutil.Error):  # a process may end meanwhile
         main = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""Markdown tables, as docs/performance.md has them, of what `suite` found."""
+"""Print the results of `suite` as Markdown tables, in the form of docs/performance.md."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,15 +12,15 @@ from benchmarks.suite_items import items
 from jitscale.errors import UserError, first_line
 
 Records = dict[str, dict[str, Any]]
-BASE = "step-h-64"  # what the switches are compared with
+BASE = "step-h-64"  # the switches are compared with it
 OPERATORS_LENGTH = 40
-AS_GRAPHS = "blocks as CUDA graphs"  # in what a network says of its execution
+AS_GRAPHS = "blocks as CUDA graphs"  # words of a network's description of its execution
 
 
 def report(folder: Path) -> str:
     """All tables for which there are results in `folder`.
 
-    Raises a UserError if there are none, or one has not the numbers that the tables need.
+    Raises a UserError if there are none, or if a result lacks numbers that the tables need.
     """
     records = read_results(folder)
     if not records:
@@ -47,7 +47,7 @@ def report(folder: Path) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; nothing if there are no rows."""
+    """A Markdown table; an empty text if there are no rows."""
     lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in rows]
     if not lines:
         return ""
@@ -55,7 +55,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _conditions(records: Records, done: Records) -> str:
-    """Card, versions and dates; all of them where results differ."""
+    """Card, versions and dates; one line for each group of results that share them."""
     names = [name for name in CONDITIONS if name not in ("load", "threads")]
     kinds: dict[tuple[str, ...], list[str]] = {}
     for item, found in done.items():
@@ -78,7 +78,7 @@ def _steps(done: Records) -> str:
         if item.command != "step" or item.changes or found is None:
             continue
         engines.add(found["engine"])
-        rows.append([_label(item.name), _speed(found), _use(found), f"{_memory(found)}; {_beside(found)}"])
+        rows.append([_label(item.name), _speed(found), _use(found), f"{_memory(found)}; {_compared(found)}"])
     head = ["", "images/s, step (range)", "MFU; share of a large product", "peak memory; the authors' way"]
     return _section("A training step", f"Engine: {'; '.join(sorted(engines))}.", table(head, rows))
 
@@ -94,8 +94,8 @@ def _switches(done: Records) -> str:
         clocks = found["mfu_of_matmul"] / plain["mfu_of_matmul"] if plain else None
         compared = "not compared" if ratio is None else f"{ratio:.3f} ({clocks:.3f})"
         rows.append([f"{_label(item.name)}: {' '.join(item.changes)}", _speed(found), compared, _memory(found)])
-    text = "Each is compared with the step of the same size without the switch. In brackets stands the ratio of "
-    text += "what both reach of a large product in their own process, since clocks differ between runs."
+    text = "Each is compared with the step of the same size without the switch. Clocks differ between runs, so the "
+    text += "ratio in brackets compares the shares of a large product in the same process."
     if base is not None:
         text += f" {_label(BASE)} by itself: {_speed(base)}; {base['execution']}."
     return _section("Switches, one by one", text, table(["", "images/s, step (range)", "ratio", "peak memory"], rows))
@@ -108,15 +108,15 @@ def _profile(name: str, found: dict[str, Any]) -> str:
         f"A step takes {step:.1f} ms. The device is busy for {busy:.1f} ms of the profiled step "
         f"({busy / step:.1%} of a step without the profiler). The host starts {found['launches']} kernels or graphs, "
         f"and is ready after {found['host_ms']:.1f} ms. A copy in memory reaches {copy:.2f} TB/s, a large product "
-        f"{product:.0f} TFLOP/s. Bytes count each argument of a kernel once, as if it were read or written whole; "
-        f"shares are those of kernels whose work is known."
+        f"{product:.0f} TFLOP/s. Bytes count each argument of a kernel once, as if it were read or written whole. "
+        f"Shares are given for kernels whose work is known."
     )
     head = ["", "time, executions", "GB, share of a copy's speed", "TFLOP, share of a large product's"]
     kinds = [[kind, *_work(group)] for kind, group in found["kinds"].items()]
     kernels = [[_kernel_label(group), *_work(group)] for group in found["kernels"]]
     kernels.append(["all others", f"{found['kernels_left_out_ms']:.2f} ms", "", ""])
     if AS_GRAPHS in found["execution"]:
-        text += " Nothing is known about the work of kernels that a CUDA graph starts."
+        text += " The work of kernels that a CUDA graph starts is not known."
     changes = next((item.changes for item in items() if item.name == name), ())
     title = f"Where a step goes: {_label(name)} ({', '.join([found['engine'], *changes])})"
     return _section(title, text, f"{table(head, kinds)}\n\n{table(head, kernels)}")
@@ -147,8 +147,9 @@ def _correct(done: Records) -> str:
         wrong = [each for each in computed if not each["holds"]]
         details += [[name, each["name"], describe_comparison(each)] for each in wrong]
     head = ["", "result", "nearest to its limit", "not computed"]
-    text = "The error is relative to the 2-norm of what float64 gives; of losses, to that of the CPU. "
-    text += "A limit of 0 is that of a count: of tensors that differ, passes without a graph, or values not finite."
+    text = "The error is relative to the 2-norm of the float64 result; for losses, to the CPU's. "
+    text += "If the limit is 0, the error is a count: of tensors that differ, passes without a graph, or values that "
+    text += "are not finite."
     tables = [table(head, rows), table(["", "wrong", "error"], details)]
     return _section("Correctness", text, "\n\n".join(each for each in tables if each))
 
@@ -158,9 +159,9 @@ def _samples(done: Records) -> str:
     for name, found in done.items():
         if found["command"] != "sample":
             continue
-        beside = f"{found['ratio']:.2f} times the authors' way" if "ratio" in found else ""
+        compared = f"{found['ratio']:.2f} times the authors' way" if "ratio" in found else ""
         speed = f"{found['images_per_second']:.3g}, {found['seconds']:.2f} s"
-        rows.append([f"{name}, {found['sampler_steps']} steps", speed, _use(found), beside])
+        rows.append([f"{name}, {found['sampler_steps']} steps", speed, _use(found), compared])
     return _section("Sampling", "", table(["", "images/s, batch", "MFU; share of a large product", "compared"], rows))
 
 
@@ -183,7 +184,7 @@ def _multi(done: Records) -> str:
     for found in done.values():
         if found["command"] != "multi":
             continue
-        hidden = "" if found["nccl_hidden"] is None else f", {found['nccl_hidden']:.0%} beside other kernels"
+        hidden = "" if found["nccl_hidden"] is None else f", {found['nccl_hidden']:.0%} while other kernels run"
         speed = f"{found['images_per_second']:.4g}, {found['ms_per_step']:.1f} ms"
         rows.append(
             [f"{found['engine']}, {found['ranks']} ranks", speed, _use(found), f"{found['nccl_ms']:.1f} ms{hidden}"]
@@ -229,7 +230,7 @@ def _memory(found: dict[str, Any]) -> str:
     return f"{found['peak_memory_mib'] / 2**10:.1f} GiB"
 
 
-def _beside(found: dict[str, Any]) -> str:
-    if "reference" in found:
-        return f"{found['reference']['images_per_second']:.4g} images/s, ours is {found['ratio']:.2f} times as fast"
-    return "does not fit beside ours" if "reference_missing" in found else "not taken"
+def _compared(found: dict[str, Any]) -> str:
+    if "authors" in found:
+        return f"{found['authors']['images_per_second']:.4g} images/s, ours is {found['ratio']:.2f} times as fast"
+    return "does not fit next to ours" if "authors_missing" in found else "not taken"

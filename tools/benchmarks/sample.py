@@ -1,4 +1,4 @@
-"""Guided sampling of one batch, as evaluation does it; with --compare, in turns with the authors' way."""
+"""Time guided sampling of one batch, as evaluation does it; with --compare, in turns with the authors' way."""
 
 import argparse
 import statistics
@@ -10,7 +10,7 @@ import torch
 from tqdm import trange
 
 from benchmarks import measuring
-from benchmarks.reference import reference_network, reference_sample
+from benchmarks.authors import authors_network, authors_sample
 from jitscale.config import Config, image_shape
 from jitscale.diffusion.sampler import Sampler
 from jitscale.errors import UserError
@@ -18,18 +18,18 @@ from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops
 from jitscale.model.jit import JiT
 
-WEIGHTS_DEVIATION = 0.02  # of what a fresh network sets to zero, so that it predicts something
+WEIGHTS_DEVIATION = 0.02  # of weights that a fresh network sets to zero, so that its prediction is not zero
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Guided sampling of one batch, `options.repeats` times."""
+    """Sample one batch with guidance, `options.repeats` times."""
     settings = {"method": options.method, "steps": options.sampler_steps, "guidance_scale": options.guidance}
     dotted = [f"evaluation.{key}={value}" for key, value in settings.items()]
     config, device = measuring.measured_config(options, dotted, on_gpu=True)
     sampler = generate.configured_sampler(config.evaluation, config.diffusion)
-    if options.compare == "reference" and not _is_the_authors(sampler):
+    if options.compare == "authors" and not _is_the_authors(sampler):
         known = "Euler and Heun steps at uniform times, without internal guidance"
-        raise UserError(f"--compare reference: the authors have {known}; leave it out for {sampler}")
+        raise UserError(f"--compare authors: the authors have {known}; leave it out for {sampler}")
     ids = range(options.batch)
     noise = config.diffusion.noise_scale * generate.noise_of(config.run.seed, ids, image_shape(config.model)).to(device)
     labels = generate.labels_of(ids, config.model.num_classes).to(device)
@@ -38,10 +38,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         generate.sample_images(network, sampler, noise, labels)  # warms the device up
         peak = measuring.peak_memory_mib(device)  # before another network is built
         ways = [Sampling(network, lambda: generate.sample_images(network, sampler, noise, labels))]
-        if options.compare == "reference":
-            other = reference_network(_drawn(config), config, device, training=False)
+        if options.compare == "authors":
+            other = authors_network(_drawn(config), config, device, training=False)
             other(noise, torch.zeros(len(noise), device=device), labels)
-            ways.append(Sampling(other, lambda: reference_sample(other, sampler, noise, labels)))
+            ways.append(Sampling(other, lambda: authors_sample(other, sampler, noise, labels)))
         for _ in trange(options.repeats, unit="batch", desc="measure", disable=None):
             for way in ways:
                 way.draw()
@@ -55,8 +55,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_mib": peak,
     }
     if len(ways) > 1:
-        result["reference"] = ways[1].result()
-        result["ratio"] = result["reference"]["seconds"] / ours["seconds"]
+        result["authors"] = ways[1].result()
+        result["ratio"] = result["authors"]["seconds"] / ours["seconds"]
         result["largest_difference"] = float((ways[0].images - ways[1].images).abs().max())
         result["largest_value"] = float(ways[1].images.abs().max())
     return result
@@ -67,7 +67,7 @@ def _is_the_authors(sampler: Sampler) -> bool:
 
 
 def _drawn(config: Config) -> JiT:
-    """A fresh network, the same one each time, that predicts something."""
+    """A fresh network, the same one each time, whose prediction is not zero."""
     torch.manual_seed(config.run.seed)
     network = JiT(config.model, config.diffusion)
     for parameter in network.parameters():
@@ -77,7 +77,7 @@ def _drawn(config: Config) -> JiT:
 
 
 class Sampling:
-    """Draws a batch from `network` by `draw`, and times each draw and the network's part of it."""
+    """Samples a batch from `network` by `draw`, and times each call and the network's part of it."""
 
     def __init__(self, network: JiT, draw: Callable[[], torch.Tensor]) -> None:
         self._draw, self._forward, self._device = draw, network.forward, network.pos_embed.device
@@ -87,7 +87,7 @@ class Sampling:
         network.forward = self._timed_forward  # type: ignore[method-assign, assignment]
 
     def draw(self) -> None:
-        """Draw the batch once."""
+        """Sample the batch once."""
         self._calls.clear()
         with self._watch.part("batch"):
             self.images = self._draw()
@@ -101,7 +101,7 @@ class Sampling:
         return output
 
     def _now(self) -> Any:
-        """A moment on the device's own clock; the host does not wait for it."""
+        """A point in time by the device's own clock, without a wait of the host."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -136,8 +136,8 @@ def describe(result: dict[str, Any]) -> measuring.Table:
         ]
 
     lines = [*of(result), *measuring.describe_utilisation(result, result["matmul_tflops_per_second"])]
-    if "reference" in result:
-        lines += [(f"the authors' way: {name}", value) for name, value in of(result["reference"])]
+    if "authors" in result:
+        lines += [(f"the authors' way: {name}", value) for name, value in of(result["authors"])]
         difference = f"{result['largest_difference']:.1e} of {result['largest_value']:.2g}"
         lines.append(("ours / the authors' way", f"{result['ratio']:.2f}"))
         lines.append(("largest difference of a pixel", difference))

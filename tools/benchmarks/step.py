@@ -1,4 +1,4 @@
-"""Training steps, and where their time goes; with --compare, in turns with the authors' steps."""
+"""Time training steps and their parts; with --compare, in turns with steps in the authors' way."""
 
 import argparse
 import importlib.util
@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import trange
 
 from benchmarks import measuring
+from benchmarks.authors import authors_step
 from benchmarks.measuring import Stopwatch, Table
 from benchmarks.plain import RandomBatch, Training, plain_training
-from benchmarks.reference import reference_step
 from benchmarks.suite_items import TRAINER_NEEDS
 from jitscale.config import Config
 from jitscale.errors import UserError, first_line
@@ -44,7 +44,7 @@ TrainingOf = Callable[[Config, torch.device, Stopwatch], AbstractContextManager[
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Training steps, in turns with forward and backward passes of the network alone, and with the authors' steps."""
+    """Time training steps, in turns with the network's forward and backward pass alone, and with the authors' way."""
     with tempfile.TemporaryDirectory() as scratch:
         training, settings, engine = training_of(options.engine, Path(scratch))
         config, device = measuring.measured_config(options, settings, on_gpu=True)
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def training_of(engine: str, scratch: Path) -> tuple[TrainingOf, list[str], str]:
     """How `engine` (zero, plain or auto) trains: a context, the settings that it needs, and its name.
 
-    Raises a UserError if ZeRO is asked for and the trainer lacks packages.
+    Raises a UserError if ZeRO is requested and packages of the trainer are missing.
     """
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if engine == "zero" and missing:
@@ -83,7 +83,7 @@ def training_of(engine: str, scratch: Path) -> tuple[TrainingOf, list[str], str]
     if engine == "plain" or missing:
         lacks = f", since this machine lacks {', '.join(missing)}" if missing else ""
         return plain_training, settings, f"plain torch{lacks}"
-    # The trainer needs packages that a machine may lack, where everything else can be measured.
+    # A machine may lack the trainer's packages; everything else can be measured there.
     from benchmarks.whole import settings_in, whole_training  # noqa: PLC0415
 
     return whole_training, [*settings, *settings_in(scratch)], "ZeRO stage {stage}"
@@ -108,34 +108,34 @@ def describe(result: dict[str, Any]) -> Table:
     ms, share = result["ms"], result["share"]
     lines += [(PARTS[name], f"{ms[name]:.1f} ms, {share[name]:.1%}" if name in ms else "not there") for name in PARTS]
     lines.append(("the engine's cost around the network", f"{result['around_network']:.1%}"))
-    if "reference" in result:
-        theirs = result["reference"]
+    if "authors" in result:
+        theirs = result["authors"]
         shown = [*speed(theirs), *((name, f"{ms:.1f} ms") for name, ms in theirs["ms"].items())]
         lines += [(f"the authors' way: {label}", value) for label, value in shown]
         lines.append(("ours / the authors' way", f"{result['ratio']:.2f}"))
         lines.append(("forward and backward alone", f"{result['network_ratio']:.2f}"))
-    if "reference_missing" in result:
-        lines.append(("the authors' way", f"does not fit beside ours: {result['reference_missing']}"))
+    if "authors_missing" in result:
+        lines.append(("the authors' way", f"does not fit next to ours: {result['authors_missing']}"))
     return lines
 
 
 def _take_turns(
     our_step: Callable[[], None], watch: Stopwatch, options: argparse.Namespace, config: Config, device: torch.device
 ) -> dict[str, Any]:
-    """Time whole steps; and the parts of steps, which wait for the device, by `watch` and a watch of the authors'."""
+    """Time whole steps, and in other steps their parts, because timing a part makes the host wait for the device."""
     network = JiT(config.model, config.diffusion).to(device).train()
     prepare(network, config.engine, device, training=True, batch=config.data.batch_size)
     random = RandomBatch(config, device, network.subspace)
     their_watch, whole_steps = Stopwatch(device, enabled=False), Stopwatch(device)
     steps = {"ours": our_step}
     unmeasured = None
-    if options.compare == "reference":
+    if options.compare == "authors":
         try:
-            steps["theirs"] = reference_step(config, device, random, their_watch)
+            steps["theirs"] = authors_step(config, device, random, their_watch)
             steps["theirs"]()
         except torch.OutOfMemoryError as error:
             unmeasured = first_line(error)
-    if unmeasured is not None:  # outside of the handler, which holds what did not fit
+    if unmeasured is not None:  # outside of the handler, whose traceback keeps the tensors alive
         steps.pop("theirs", None)
         torch.cuda.empty_cache()
 
@@ -160,7 +160,7 @@ def _take_turns(
     seconds = watch.medians()
     detailed, network_seconds = seconds.pop("ours"), seconds["forward"] + seconds["backward"]
     seconds.pop("theirs", None)  # their parts are in their own watch
-    # The engine's backward pass contains that of the network, which is measured alone.
+    # The engine's backward pass contains the network's, which is measured alone.
     seconds["zero_backward"] = seconds.pop("engine_backward") - seconds["backward"]
     seconds["rest"] = detailed - sum(seconds.values())
     speeds = {name: _speed(measured, device, options.batch) for name, measured in whole_steps.times.items()}
@@ -171,17 +171,17 @@ def _take_turns(
         "around_network": (detailed - network_seconds) / detailed,
     }
     if unmeasured is not None:
-        result["reference_missing"] = unmeasured
+        result["authors_missing"] = unmeasured
     if "theirs" in speeds:
         parts = their_watch.medians()
-        result["reference"] = {**speeds["theirs"], "ms": {name: 1e3 * value for name, value in parts.items()}}
+        result["authors"] = {**speeds["theirs"], "ms": {name: 1e3 * value for name, value in parts.items()}}
         result["ratio"] = speeds["theirs"]["ms_per_step"] / speeds["ours"]["ms_per_step"]
         result["network_ratio"] = (parts["forward"] + parts["backward"]) / network_seconds
     return result
 
 
 def _speed(seconds: list[float], device: torch.device, batch: int) -> dict[str, Any]:
-    """The speed, of the seconds that `STEPS_AT_ONCE` steps took each time."""
+    """The speed; each of `seconds` is the time of `STEPS_AT_ONCE` steps."""
     milliseconds = [1e3 * value / STEPS_AT_ONCE[device.type] for value in seconds]
     median = statistics.median(milliseconds)
     return {
@@ -192,10 +192,10 @@ def _speed(seconds: list[float], device: torch.device, batch: int) -> dict[str, 
 
 
 def host_waits(step: Callable[[], object], device: torch.device, *, compiled: bool) -> dict[str, int] | None:
-    """How often the host waits for the device in `step`, by the cause; None where it cannot be counted.
+    """How often the host waits for the device in `step`, by cause; None if it cannot be counted.
 
-    On GPUs, calls of the driver's library are counted. On CPUs nothing waits, so operators are counted that would wait
-    on a GPU; compiled code hides them.
+    On GPUs, calls of the CUDA library are counted. A CPU never waits, so operators are counted that would wait on a
+    GPU. Compiled code hides them, so there the result is None.
     """
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

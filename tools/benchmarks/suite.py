@@ -1,6 +1,7 @@
-"""All measurements one after another, each in a process of its own, until the time is over; again, it goes on.
+"""Run all measurements one after another, each in a process of its own, until the time is over.
 
-DIR/results.json holds what was found. It is written anew, whole, after each item; DIR/logs what each item said.
+The same call continues. DIR/results.json holds the results and is rewritten after each item. DIR/logs holds the output
+of each item.
 """
 
 import argparse
@@ -32,11 +33,12 @@ TOOL = ROOT / "tools/benchmark.py"
 LIMIT = 3  # times the estimated seconds, after which an item has failed
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 SPARE_SECONDS = 8.0  # of the call's time, to end an item and this process
-# What becomes of an item. What is skipped or later has no record, and the next call looks at it again.
+# The status of an item. A skipped or later item has no record, so the next call considers it again.
 DONE, REFUSED, FAILED, MEMORY, SLOW = "done", "refused", "failed", "out of memory", "too slow"
 SKIPPED, LATER = "skipped", "later"
 RECORD = {"status": str, "smoke": bool, "source": str}  # keys of each record, and their types
-# So that an item is ended with all that it has started, and none outlives the session of this process.
+# A process group, so that an item and all its child processes can be ended together. No session of its own, so that
+# none of them outlives the session of this process.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 _MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _ERROR = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt)\b)")
@@ -45,8 +47,8 @@ _ERROR = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen items that have no result yet, while there is time.
 
-    With --list nothing runs and nothing is written. Raises a UserError if --out is no folder, holds results of the
-    other sizes or damaged ones, or the wheels cannot be used.
+    With --list nothing runs and nothing is written. Raises a UserError if --out is no folder, if it holds damaged
+    results or results of the other sizes (tiny or real), or if the wheels cannot be used.
     """
     ends = time.monotonic() + 60 * options.minutes - SPARE_SECONDS
     folder: Path = options.out
@@ -85,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             record = _run(item, limit, folder, site, gpus, smoke=options.smoke)
             begun += 1
             if record["status"] == SLOW and limit == left and begun > 1:
-                states[item.name] = LATER  # the next call, which begins with it, has more time
+                states[item.name] = LATER  # the next call begins with this item and has more time
                 continue
             kept[item.name] = {"part": item.part, **record, **checkout}
             _write(folder, kept)
@@ -98,7 +100,7 @@ def _outcome(folder: Path, states: dict[str, str]) -> dict[str, Any]:
 
 
 def _listed(options: argparse.Namespace, kept: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What would become of each item."""
+    """The status that a call would give each item."""
     carried = set() if options.wheels is None else _modules_of(_wheels_in(options.wheels))
     gpus = _count_gpus()
     states = {}
@@ -136,7 +138,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fault_of(held: Any) -> str | None:
-    """What a file of results lacks; None if nothing."""
+    """The fault of a file of results; None if there is none."""
     if not isinstance(held, dict) or not isinstance(held.get("items"), dict):
         return "it has no items"
     for name, record in held["items"].items():
@@ -217,7 +219,7 @@ def _failure(code: int | None, said: str, limit: float) -> dict[str, str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End the item with all processes that it has started; what has ended stays so."""
+    """End the item and all its child processes, if they still run."""
     for sign, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
@@ -227,7 +229,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does: the item in hand is ended too."""
+    """Let SIGTERM end this process like Ctrl-C, so that the current item is ended too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
     try:
         yield
@@ -237,7 +239,7 @@ def _ending_on_signals() -> Iterator[None]:
 
 @contextmanager
 def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
-    """The folder into which the wheels were installed; it exists while the `with` statement runs."""
+    """Install the wheels into a temporary folder, which exists during the `with` statement."""
     if wheels is None:
         yield None
         return
@@ -256,7 +258,7 @@ def _installed_wheels(wheels: Path | None) -> Iterator[Path | None]:
         if finished.returncode:
             last = (finished.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise UserError(f"--wheels {wheels}: pip cannot install them ({last}); give wheels for this Python")
-        sys.path.append(site)  # whether an item's packages are there is asked in this process
+        sys.path.append(site)  # this process checks whether the packages of an item are installed
         try:
             yield Path(site)
         finally:
@@ -271,7 +273,7 @@ def _wheels_in(folder: Path) -> list[Path]:
 
 
 def _modules_of(wheels: list[Path]) -> set[str]:
-    """The names of packages and modules that `wheels` hold, without installing them."""
+    """The names of the packages and modules in `wheels`, which are not installed for that."""
     names: set[str] = set()
     for wheel in wheels:
         try:
@@ -289,7 +291,7 @@ def _count_gpus() -> int:
 
 
 def _digest_of_sources() -> str:
-    """Which sources were measured: a commit is not known everywhere, and has no local changes."""
+    """Identifies the measured sources. A commit would not: it is not known everywhere and ignores local changes."""
     digest = hashlib.sha256()
     for folder in ("jitscale", "tools/benchmarks", "configs"):
         for path in sorted((ROOT / folder).rglob("*")):

@@ -1,4 +1,4 @@
-"""What the suite measures: items, the most important ones first, each one command line of tools/benchmark.py."""
+"""The items of the suite, the most important ones first; each is one command line of tools/benchmark.py."""
 
 import importlib.util
 from collections.abc import Collection, Iterator
@@ -18,8 +18,8 @@ CASES = (
     "training-zero",
 )  # of `correct`
 CONFIGS = {name: f"configs/jit_{name}_256.yaml" for name in "blhg"} | {"h512": "configs/jit_h_512.yaml"}
-# What a switch changes in a step of H at 64 images, and no switch asks for what a GPU gets by default. A setting that
-# this checkout does not know is skipped.
+# Settings that each switch changes in a step of H at 64 images. No switch sets a GPU's default. If this checkout does
+# not know a setting, the item is skipped.
 SWITCHES = {
     "compile-off": ["engine.compile=false"],
     "align-off": ["engine.align=false"],
@@ -60,9 +60,9 @@ class Item(NamedTuple):
     command: str  # of tools/benchmark.py
     options: tuple[str, ...]
     settings: tuple[str, ...] = ()
-    seconds: int = 60  # what it takes at most on a Hopper GPU, compilation included; three times as long is a failure
-    packages: tuple[str, ...] = ()  # modules without which it is skipped
-    gpus: int = 0  # without as many it is skipped
+    seconds: int = 60  # its longest time on a Hopper GPU, compilation included; after three times as long it has failed
+    packages: tuple[str, ...] = ()  # if one of these modules is missing, the item is skipped
+    gpus: int = 0  # on a machine with fewer the item is skipped
 
     def arguments(self, *, smoke: bool) -> list[str]:
         """The words after `tools/benchmark.py`."""
@@ -74,11 +74,11 @@ class Item(NamedTuple):
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """The words that make it another measurement than that of the same size and batch."""
+        """Its options and settings that differ from those of the plain item of the same size and batch."""
         return (*(("--engine plain",) if "plain" in self.options else ()), *self.settings)
 
     def obstacle(self, gpus: int, *, smoke: bool, carried: Collection[str] = ()) -> str | None:
-        """Why it cannot run here, where the modules `carried` come as wheels; None if it can."""
+        """Why it cannot run here, if the modules `carried` come as wheels; None if it can."""
         for word in self.settings:
             key, _, value = word.partition("=")
             if key not in SETTINGS:
@@ -99,19 +99,19 @@ def items() -> list[Item]:
 
 
 def chosen(parts: list[str]) -> list[Item]:
-    """The items of `parts`, which are names of parts or of items; all of them where none is named."""
+    """The items of `parts`, which are names of parts or of items; if there are no names, all items."""
     return [item for item in items() if not parts or item.part in parts or item.name in parts]
 
 
 def names() -> list[str]:
-    """What `chosen` takes."""
+    """The names that `chosen` accepts."""
     return [*PARTS, *(item.name for item in items())]
 
 
 def _first() -> Iterator[Item]:
     yield _correct("attention", 60)
     yield _step("h", 64, seconds=170)
-    # What a CUDA graph starts is no operator's, so that its sizes are unknown: with graphs, only times are measured.
+    # A kernel that a CUDA graph starts belongs to no operator, so its sizes are unknown: only times are measured then.
     yield _profile("h", 64, ["engine.cuda_graphs=false"])
     yield _profile("h", 64, [], "-graphs")
     yield _correct("network", 50)
@@ -130,10 +130,10 @@ def _switches() -> Iterator[Item]:
             packages = TRAINER_NEEDS
         slow = name in ("compile-off", "attention-reference")
         yield _step("h", 64, settings, f"-{name}", compare=False, seconds=60 if slow else 90, packages=packages)
-    # B is limited by the host, and so are few images of H.
+    # The host limits B, and H with few images.
     for size, batch in (("b", 64), ("h", 16)):
         yield _step(size, batch, SWITCHES["graphs-off"], "-graphs-off", compare=False, seconds=80)
-    # What ZeRO and reading cost next to the same step in plain torch.
+    # The same step in plain torch shows the cost of ZeRO and of reading.
     for size in "bh":
         yield _step(size, 64, [], "-plain", compare=False, engine="plain", seconds=90, packages=TRAINER_NEEDS)
 
@@ -141,7 +141,7 @@ def _switches() -> Iterator[Item]:
 def _rest() -> Iterator[Item]:
     yield _correct("gradients", 90)
     for name, settings in (("", []), ("-graphs", ["evaluation.cuda_graphs=true"])):
-        compare = () if name else ("--compare", "reference")
+        compare = () if name else ("--compare", "authors")
         options = ("--config", CONFIGS["h"], "--batch", "64", "--sampler-steps", "20", *compare)
         yield Item(f"sample-h-64{name}", "sample", "sample", options, tuple(settings), seconds=100)
     for size in "hblg":
@@ -194,7 +194,7 @@ def _step(
     seconds: int,
     packages: tuple[str, ...] = (),
 ) -> Item:
-    more = (*(("--compare", "reference") if compare else ()), *(("--engine", engine) if engine != "auto" else ()))
+    more = (*(("--compare", "authors") if compare else ()), *(("--engine", engine) if engine != "auto" else ()))
     options = ("--config", CONFIGS[size], "--batch", str(batch), "--steps", "6", "--warmup", "3", *more)
     own = tuple(settings or ())
     return Item(f"step-{size}-{batch}{suffix}", "step", "step", options, own, seconds=seconds, packages=packages)

@@ -1,6 +1,6 @@
-"""What a profiler's trace says about the kernels of a GPU: time, FLOPs and bytes by name, and how busy the GPU is.
+"""Read a profiler's trace: time, FLOPs and bytes of a GPU's kernels by name, and how busy the GPU is.
 
-A kernel's sizes are those of the arguments of the operator, or of the compiled kernel, that launched it; the profiler
+The sizes of a kernel are those of the arguments of the operator, or compiled kernel, that launched it. The profiler
 must record shapes.
 """
 
@@ -42,14 +42,14 @@ class Kernel(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A step as the profiler saw it."""
+    """A step in the profiler's trace."""
 
     kernels: list[Kernel]
     launches: int  # calls of the driver's library that start something on the device
 
 
 def read_trace(profiler: torch.profiler.profile, device: torch.device) -> Trace:
-    """The trace of `profiler`, which has stopped. On a CPU the operators that call no other one are the kernels."""
+    """The trace of a stopped `profiler`. On a CPU, operators that call no other operator count as kernels."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
@@ -71,7 +71,7 @@ def trace_of(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Trace:
 
 
 def by_name(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
-    """The kernels of the same name, and of the same operator, taken together; those that took longest first."""
+    """Sums over kernels of the same name and operator; the longest first."""
     groups: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         groups[kernel.name, kernel.operator].append(kernel)
@@ -80,7 +80,7 @@ def by_name(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
 
 
 def by_kind(kernels: Iterable[Kernel]) -> dict[str, dict[str, Any]]:
-    """The same by KINDS; what is none of them is "other"."""
+    """Sums over kernels of the same of KINDS; all others are "other"."""
     groups: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         texts = (kernel.operator, kernel.name)
@@ -115,7 +115,7 @@ def _union(kernels: Iterable[Kernel]) -> Iterator[tuple[float, float]]:
 
 
 def _leaves(operators: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The operators inside of which no other one begins, thread by thread."""
+    """The operators that call no other operator, thread by thread."""
     threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in operators:
         threads[event["tid"]].append(event)
@@ -127,7 +127,7 @@ def _leaves(operators: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _sum(group: Sequence[Kernel]) -> dict[str, Any]:
-    """Count, milliseconds; and 10^9 FLOPs and bytes, each with the milliseconds of the kernels where it is known."""
+    """Count and milliseconds; GFLOP and GB, each with the milliseconds of the kernels for which it is known."""
     summed: dict[str, Any] = {"count": len(group), "ms": sum(kernel.duration for kernel in group) / 1e3}
     for name, unit in (("flops", "gflop"), ("bytes", "gbyte")):
         known = [(value, kernel.duration) for kernel in group if (value := getattr(kernel, name)) is not None]
@@ -137,9 +137,9 @@ def _sum(group: Sequence[Kernel]) -> dict[str, Any]:
 
 
 def _work(operator: str, recorded: dict[str, Any]) -> tuple[float | None, float | None]:
-    """FLOPs and bytes of an operator with its `recorded` arguments; None where they are not known.
+    """FLOPs and bytes of an operator with its `recorded` arguments; None if they are not known.
 
-    Bytes are those of all arguments, each counted once, and of a product's output: what must be moved at least, if the
+    Bytes are those of all arguments, each counted once, and of a product's output: the least that must be moved if the
     kernel reads its arguments whole.
     """
     dims, types = recorded.get("Input Dims", []), recorded.get("Input type", [])

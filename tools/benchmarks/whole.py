@@ -1,4 +1,4 @@
-"""The trainer itself, on shards of random images, with the parts of its step timed."""
+"""Run the trainer itself on shards of random images, and time the parts of its step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ SHARDS = 4
 
 
 def settings_in(scratch: Path) -> list[str]:
-    """Settings of a run whose files and data are in the folder `scratch`."""
+    """Settings that put the files and the data of a run into the folder `scratch`."""
     return [f"run.dir={scratch}/run", f"data.shards={scratch}/shards", "data.classes=subset", "run.max_steps=1000000"]
 
 
@@ -29,7 +29,7 @@ def settings_in(scratch: Path) -> list[str]:
 def whole_training(config: Config, device: torch.device, watch: Stopwatch) -> Iterator[Training]:
     """A step of the trainer, from shards to averages; `config` with `settings_in` a folder.
 
-    `watch` times its parts. A step whose parts are timed is logged, since a run logs only every hundredth.
+    `watch` times its parts. Each timed step is also logged, so that tracking is timed; a run logs every hundredth step.
     """
     with parallel.joined(device) as world:
         write_random_shards(config)
@@ -43,7 +43,7 @@ def write_random_shards(config: Config) -> None:
     batch, (channels, size, _) = config.data.batch_size, image_shape(config.model)
     count = max(IMAGES_AT_LEAST, 2 * batch)
     noise = np.random.default_rng(0).integers(256, size=(size + count - 1, size, channels), dtype=np.uint8)
-    images = sliding_window_view(noise, size, axis=0).transpose(0, 3, 1, 2)  # each begins a row below the one before
+    images = sliding_window_view(noise, size, axis=0).transpose(0, 3, 1, 2)  # each starts one row below the one before
     labels = np.arange(count) % max(1, config.model.num_classes)
     write_shards(images, labels, config.data.shards, codec="raw", samples_per_shard=-(-count // SHARDS))
     Path(config.run.dir).mkdir()

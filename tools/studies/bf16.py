@@ -1,8 +1,8 @@
-"""What bf16 weights with ZeRO stage 2 change, next to the recipe's autocast with float32 weights.
+"""Compare bf16 weights with ZeRO stage 2 with the recipe's autocast with float32 weights.
 
-Both multiply in bf16 and update float32 masters. With bf16 weights the network computes with rounded masters, its norms
-and gradients are bf16, and half as many bytes travel. Initial weights, order of the data, noise and samples of a seed
-are the same both ways, so that their difference has less spread than either.
+Both multiply in bf16 and update float32 masters. With bf16 weights the network uses rounded masters, its norms and
+gradients are bf16, and half as many bytes travel. A seed has the same initial weights, order of the data, noise and
+samples both ways, so the difference within a seed has less spread than either result.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ class Watched(Run):
     """A run whose outcome also holds its losses."""
 
     def execute(self, folder: Path) -> dict[str, Any]:
-        """As `Run.execute`, and by each of `LOSSES` a value for each of `POINTS` equal parts of the training.
+        """Like `Run.execute`; the outcome also has each of `LOSSES`, with a value for each of `POINTS` parts.
 
-        `loss` is the mean of the training loss over the part; the others are those of the held-out samples at its end.
+        The parts of the training are equally long. `loss` is the mean training loss of a part; the others are held-out
+        losses at its end.
         """
         outcome, run_dir = super().execute(folder), folder / self.name
         steps, held_out = read_metrics(run_dir), read_held_out(run_dir)
@@ -66,7 +67,7 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Held-out loss both ways over training, and the difference of all losses by part of the training."""
+    """Held-out loss both ways over training, and the difference of each loss for each part of the training."""
     images = [count / 1000 for count in summary["images"]]
     with figure(path, panels=2) as (losses, differences):
         for number, way in enumerate(WAYS):
@@ -79,7 +80,7 @@ def draw(summary: Summary, path: Path) -> None:
             relative = [[100 * (b / a - 1) for a, b in zip(*pair, strict=True)] for pair in by_seed]
             curve(differences, images, relative, title, number)
         differences.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        differences.set(xlabel="thousand images seen", ylabel="%", title="bf16 weights less autocast")
+        differences.set(xlabel="thousand images seen", ylabel="%", title="bf16 weights minus autocast")
         differences.legend(fontsize=7)
 
 

@@ -1,6 +1,7 @@
 """Does a moderate bottleneck in the patch embedding help?
 
-Glyphs at 32 px in four patches of 768 numbers, which pass through 768 numbers (nothing is lost) down to 8.
+Letters at 32 px in four patches of 768 numbers. Each patch passes through a bottleneck of 8 to 768 numbers; at 768
+nothing is lost.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """FID over the width."""
+    """Distance over the width."""
     with figure(path, panels=1) as (axis,):
         curve_over(axis, {width: summary["fid"][str(width)] for width in WIDTHS}, "")
         axis.set_xscale("log", base=2)

@@ -1,6 +1,6 @@
-"""Where v-prediction fails, and the one skip connection that makes the difference.
+"""v-prediction fails at large patches; one skip connection makes the difference.
 
-x-prediction with the loss in v is v-prediction of a network with a long skip connection: v = (net - z) / (1 - t).
+x-prediction with the loss in v is v-prediction by a network with one long skip connection: v = (net - z) / (1 - t).
 Digits, patches and loss are the same. With the skip the network need not carry the noise; without it (net = v) it must.
 """
 
@@ -15,12 +15,11 @@ from studies.tasks import Outcomes, Shards, Summary, by_seed, ends
 SHARDS: Shards = [("digits", 32)]
 IMAGES, POINTS = 128_000, 8
 WAYS = {"x": "x-prediction: v = (net - z) / (1 - t)", "v": "v-prediction: v = net"}
-STRIP = 10
-SHOWN = 0.6  # of a strip; noise makes large files
+STRIP = 6  # samples, of the digits 0 to 5
 
 
 def tasks(seed: int) -> list[Run]:
-    """Both ways, measured while they train."""
+    """A run each way, measured during training."""
     measured: dict[str, Any] = {"measured_every": IMAGES // POINTS, "strip": STRIP}
     return [
         seeded(way, seed, "digits_32.yaml", IMAGES, f"diffusion.prediction={way}", "diffusion.loss=v", **measured)
@@ -41,7 +40,7 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """FID over training, and the same noise at growing numbers of images."""
+    """Distance over training, and samples of the same noise after more and more images."""
     images = [count / 1000 for count in summary["images"]]
     with figure(path, panels=3) as (distances, *samples):
         for number, (way, name) in enumerate(WAYS.items()):
@@ -50,12 +49,12 @@ def draw(summary: Summary, path: Path) -> None:
         distances.set(xlabel="thousand images seen", ylabel="digits-FID", yscale="log")
         distances.legend(fontsize=7)
         for axis, way in zip(samples, WAYS, strict=True):
-            show_png(axis, summary["strips"][way], [f"{count:g}k" for count in images[1::2]], SHOWN)
+            show_png(axis, summary["strips"][way], [f"{count:g}k" for count in images[1::2]])
             axis.set_title(f"{way}-prediction")
 
 
 def describe(summary: Summary) -> list[str]:
-    """Where both ways end."""
+    """The final numbers of both ways."""
     lines = [f"digits-FID after {summary['images'][-1]:,} images (floor {summary['floor']:.2f})"]
     for way, name in WAYS.items():
         asked = fmean(summary["label_agreement"][way])

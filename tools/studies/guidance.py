@@ -1,6 +1,6 @@
-"""Guidance, its interval and the length of the average: how much a lazy choice costs.
+"""The cost of a wrong guidance scale, interval or length of the average.
 
-One network for the digits a seed, several averages of its weights, and a sweep over all combinations.
+For each seed: one network for the digits, several averages of its weights, and a sweep over all combinations.
 """
 
 from collections.abc import Sequence
@@ -81,12 +81,12 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def distances(summary: Summary, weights: str, interval: str, scale: float) -> list[float]:
-    """The distances of all seeds; without guidance, there is one interval."""
+    """The distances of all seeds. Without guidance the interval has no effect, so it was measured once."""
     return summary["fid"][f"{weights} {INTERVALS[0] if scale == 1 else interval} {scale:g}"]
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """FID over guidance for every interval, and for every average."""
+    """Distance over guidance, for each interval and for each average."""
     with figure(path, panels=2) as (by_interval, by_average):
         for number, interval in enumerate(INTERVALS):
             found = {scale: distances(summary, CHOSEN[0], interval, scale) for scale in SCALES}
@@ -97,12 +97,12 @@ def draw(summary: Summary, path: Path) -> None:
         for axis in (by_interval, by_average):
             axis.set(xlabel="guidance scale", ylabel="digits-FID")
             axis.legend()
-        by_interval.set_title(f"interval, {CHOSEN[0]}")
-        by_average.set(title=f"average, interval ({CHOSEN[1]})", yscale="log")
+        by_interval.set_title(f"intervals, with {CHOSEN[0]}")
+        by_average.set(title=f"averages, in ({CHOSEN[1].replace(':', ', ')})", yscale="log")
 
 
 def describe(summary: Summary) -> list[str]:
-    """The best setting, and the cost of changing one thing of it."""
+    """The best setting, and the distances if one part of it changes."""
     weights, interval, scale = summary["best"].split()
     lines = [f"best: {summary['best']}: digits-FID {plus_minus(summary['fid'][summary['best']])}"]
     others = {

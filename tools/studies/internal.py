@@ -1,8 +1,8 @@
 """Internal guidance, alone and with classifier-free guidance, and the place of the middle layer.
 
-Letters at 64 px, eight blocks; a second output layer after a quarter, three eighths or half of them, or none. Guidance
-without labels takes another evaluation of the network, internal guidance none: steps are chosen so that all ways take
-about as many.
+Letters at 64 px, eight blocks; a second output layer after a quarter, three eighths or half of them, or none.
+Classifier-free guidance takes another evaluation of the network, internal guidance none. The numbers of steps are
+chosen so that all ways take equally many evaluations.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ IMAGES, SAMPLES = 32_000, 384
 HEADS = (0, 2, 3, 4)  # blocks before the middle layer; 0: there is none
 INTERNAL = (1.0, 1.5, 2.0, 3.0)
 SCALES = (1.25, 1.5, 2.0, 3.0)  # of classifier-free guidance, without a middle layer
-SCALE = 1.5  # with one
-# By Heun's method, 29 evaluations each: of 15 steps, or of 8 that are guided outside of the first.
+SCALE = 1.5  # of classifier-free guidance, with a middle layer
+# Both take 29 evaluations by Heun's method: 15 steps, or 8 steps of which all but the first are guided.
 STEPS, GUIDED_STEPS = 15, 8
 
 
@@ -29,7 +29,7 @@ def way(internal: float, scale: float = 1.0) -> str:
 
 
 def ways(head: int) -> dict[str, tuple[str, ...]]:
-    """Those of a network with a middle layer after so many blocks, with their settings."""
+    """The ways to sample from a network with a middle layer after `head` blocks, with their settings."""
     chosen = [(1.0, 1.0), *((1.0, scale) for scale in SCALES)]
     if head > 0:
         chosen = [(internal, scale) for scale in (1.0, SCALE) for internal in INTERNAL]
@@ -44,7 +44,7 @@ def ways(head: int) -> dict[str, tuple[str, ...]]:
 
 
 def tasks(seed: int) -> list[Task]:
-    """A training with each middle layer, and the ways to sample from its network."""
+    """A training for each place of the middle layer, and the ways to sample from its network."""
     own = (*SHORT_AVERAGE, "model.depth=8", f"evaluation.steps={STEPS}", f"evaluation.num_images={SAMPLES}")
     found: list[Task] = []
     for head in HEADS:
@@ -88,7 +88,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """A row for each way, with the difference to the plain network, within a seed, and the standard error."""
+    """A row for each way; the difference to the plain network is taken within a seed, with its standard error."""
     lines = [f"{summary['images']:,} images, {summary['samples']} samples, floor {summary['floor']:.2f}"]
     plain = summary["fid"]["0"][way(1.0)]
     lines.append(

@@ -1,8 +1,8 @@
-"""The paper's toy: data of two dimensions, hidden in many (arXiv 2511.13720, figure 2).
+"""Two-dimensional data hidden in many dimensions: the paper's toy experiment (arXiv 2511.13720, figure 2).
 
-A spiral in the plane, carried into D dimensions by a fixed matrix with orthonormal columns; a ReLU network of five
-layers of 256 learns to denoise it, with the loss in v, and predicts x, e or v. Noise fills all D dimensions, the data
-two.
+The data are a spiral in the plane. A fixed matrix with orthonormal columns embeds it in D dimensions. A ReLU network of
+five layers of width 256 learns to denoise it. It predicts x, e or v; the loss is in v. Noise fills all D dimensions,
+the data only two.
 
 Shapes: B points.
 """
@@ -27,7 +27,7 @@ DIMENSIONS = (2, 8, 16, 512)
 SPACES = ("x", "e", "v")
 WIDTH, LAYERS = 256, 5
 BATCH, STEPS, LR = 512, 5000, 1e-3
-SAMPLES, DRAWN = 4000, 400
+SAMPLES, SHOWN = 4000, 300
 NOISE = 0.02  # standard deviation of the data around the spiral
 DIRECTIONS = 200
 
@@ -43,7 +43,7 @@ class Toy(Task):
     samples: int = SAMPLES  # drawn and compared
 
     def cost(self, folder: Path) -> int:
-        return self.steps * (2 if self.dimensions > 100 else 1)  # a step of 512 takes twice as long as one of two
+        return self.steps * (2 if self.dimensions > 100 else 1)  # in 512 dimensions a step takes twice as long as in 2
 
     def execute(self, folder: Path) -> dict[str, Any]:
         """Train it, draw points, and compare them with the data."""
@@ -79,24 +79,29 @@ class Toy(Task):
         return {
             "distance": sliced_distance(inside, spiral(self.samples)),
             "outside": float(outside),
-            "points": np.round(inside[:DRAWN].numpy(), 3).tolist(),
+            "points": shown(inside),
         }
 
 
 def as_images(points: torch.Tensor) -> torch.Tensor:
-    """(B, D) as images of one row, (B, 1, 1, D), which the objective and the sampler take."""
+    """(B, D) as images of one row, (B, 1, 1, D), for the objective and the sampler."""
     return points[:, None, None]
 
 
+def shown(points: torch.Tensor) -> list[list[float]]:
+    """The first `SHOWN` of the points (B, 2) for the figure, three digits each: all x, and all y."""
+    return [[float(f"{value:.3g}") for value in axis] for axis in points[:SHOWN].T.tolist()]
+
+
 def spiral(count: int) -> torch.Tensor:
-    """Points of a spiral of one and a half turns, about of standard deviation 1: (B, 2)."""
+    """Points of a spiral of one and a half turns, with a standard deviation of about 1: (B, 2)."""
     angle = 1.5 * np.pi * (1 + 2 * torch.rand(count).sqrt())
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], 1) / 7.5
     return points + NOISE * torch.randn_like(points)
 
 
 def sliced_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square of the Wasserstein-2 distances of equally many points (B, 2) along directions of the plane."""
+    """Sliced Wasserstein-2 distance between equally many points (B, 2): the root mean square over DIRECTIONS."""
     angles = torch.arange(DIRECTIONS) * (np.pi / DIRECTIONS)
     directions = torch.stack([angles.cos(), angles.sin()])
     first, second = ((points @ directions).sort(0).values for points in (a, b))
@@ -109,7 +114,7 @@ def tasks(seed: int) -> list[Toy]:
 
 
 def summarise(outcomes: Outcomes) -> Summary:
-    """By dimensions and prediction; points of the first seed."""
+    """Numbers by dimensions and prediction; points of the first seed."""
     cells = {}
     for d, space in product(DIMENSIONS, SPACES):
         found = by_seed(outcomes, f"d{d}_{space}")
@@ -117,7 +122,7 @@ def summarise(outcomes: Outcomes) -> Summary:
         cells[f"{d} {space}"] = {**numbers, "points": found[0]["points"]}
     torch.manual_seed(0)
     floor = [sliced_distance(spiral(SAMPLES), spiral(SAMPLES)) for _ in range(10)]
-    return {"cells": cells, "floor": float(np.mean(floor)), "truth": np.round(spiral(DRAWN).numpy(), 3).tolist()}
+    return {"cells": cells, "floor": float(np.mean(floor)), "truth": shown(spiral(SHOWN))}
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -126,8 +131,7 @@ def draw(summary: Summary, path: Path) -> None:
         for axis, (space, d) in zip(axes, product(SPACES, DIMENSIONS), strict=True):
             cell = summary["cells"][f"{d} {space}"]
             for points, colour in ((summary["truth"], "#bbbbbb"), (cell["points"], COLOURS[SPACES.index(space)])):
-                across, up = np.array(points).T
-                axis.plot(across, up, ".", markersize=2, color=colour, rasterized=True)  # thousands of shapes
+                axis.plot(*points, ".", markersize=2, color=colour)
             axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[])
             axis.set_title(f"{space}-prediction, D = {d}", fontsize=8)
 

@@ -1,8 +1,8 @@
 """The nine pairs of prediction and loss, with large and with small patches.
 
-Digits at 32 px have patches of 768 numbers, more than the network is wide: it can carry an image, which lies near a
-manifold of few dimensions, but not noise, which fills all of them. Digits at 16 px have patches of 48 numbers, fewer
-than the network is wide. The paper's table 2 (arXiv 2511.13720) does the same with ImageNet at 256 and 64 px.
+Digits at 32 px have patches of 768 numbers, more than the width of the network. It can carry an image, which lies near
+a manifold of few dimensions, but not noise, which fills all dimensions. Digits at 16 px have patches of 48 numbers,
+fewer than the width. The paper's table 2 (arXiv 2511.13720) does the same with ImageNet at 256 and 64 px.
 """
 
 from itertools import product
@@ -15,11 +15,10 @@ from studies.tasks import Outcomes, Shards, Summary, ends
 
 SHARDS: Shards = [("digits", 16), ("digits", 32)]
 SPACES = ("x", "e", "v")
-STRIP = 10  # one sample of each digit
-SHOWN = 0.5  # of them; noise makes large files
+STRIP = 5  # samples, of the digits 0 to 4
 WIDE: dict[str, tuple[str, ...]] = {
     "large": (),
-    # Wide enough for the whole patch, in the embedding too.
+    # The embedding's bottleneck is also wide enough for the whole patch.
     "small": ("model.image_size=16", "model.patch_size=4", "model.bottleneck_dim=48"),
 }
 TITLES = ("large patches: 768 numbers, width 64", "small patches: 48 numbers, width 64")
@@ -52,7 +51,7 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Distances of the pairs on both sides; below, samples of the same noise and labels."""
+    """Distances of the pairs, large patches left, small ones right; below, samples of the same noise and labels."""
     with figure(path, panels=2, rows=2) as axes:
         for axis, below, patches, title in zip(axes[:2], axes[2:], WIDE, TITLES, strict=True):
             for number, prediction in enumerate(SPACES):
@@ -65,11 +64,11 @@ def draw(summary: Summary, path: Path) -> None:
             axis.legend(fontsize=7)
             pairs = list(product(SPACES, SPACES))
             strips = [summary["cells"][patches][loss][prediction]["strip"] for prediction, loss in pairs]
-            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs], SHOWN)
+            show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs])
 
 
 def describe(summary: Summary) -> list[str]:
-    """The paper's table, in our numbers and in its own."""
+    """The paper's table with our numbers, and the paper's in brackets."""
     lines = []
     for patches, rows in summary["cells"].items():
         lines.append(f"{patches} patches, digits-FID (floor {summary['floor'][patches]:.2f}); in brackets ImageNet's")

@@ -1,7 +1,7 @@
 """Rank-asymmetric prediction: between x-prediction, of rank 0, and v-prediction, of full rank.
 
 The network carries R dimensions of a patch's noise (AsymFlow, arXiv 2605.12964; `jitscale.diffusion.objective`). Digits
-and letters, both in patches of 768 numbers. Next to the principal subspace of the data, a random one.
+and letters, both in patches of 768 numbers. The principal subspace of the data is compared with a random one.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def _names() -> list[str]:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Distance over the rank, for both kinds of data; that of full rank, far above, stands in the title."""
+    """Distance over the rank, for both kinds of data. Full rank lies far above the axis, so the title names it."""
     places = {rank: place for place, rank in enumerate((0, *RANKS))}
     with figure(path, panels=2) as axes:
         for axis, data in zip(axes, CONFIGS, strict=True):

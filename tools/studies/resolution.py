@@ -1,8 +1,8 @@
-"""Resolution: the same noise looks weaker on larger images; the same number of tokens costs the same.
+"""Resolution: the same noise is weaker on larger images; the same number of tokens costs about the same.
 
-Pooling an image of k times the pixels a side divides the deviation of white noise by k, and moves the logarithm of the
-signal-to-noise ratio by 2 log k (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093). So the noise scale is
-multiplied by k, or the times are shifted. Glyphs, 16 tokens at every resolution.
+An image with k times the pixels a side is pooled to the small size. That divides the standard deviation of white noise
+by k and adds 2 log k to the logarithm of the signal-to-noise ratio (simple diffusion, Hoogeboom et al. 2023, arXiv
+2301.11093). So the noise scale is multiplied by k, or the times are shifted. Letters, 16 tokens at every resolution.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ GLYPH = 3
 
 
 def tasks(seed: int) -> list[Run]:
-    """Every resolution with its noise scale, without it, and two other means of the times."""
+    """Every resolution with and without its noise scale, and two other means of the times."""
 
     def run(what: str, size: int, *settings: str) -> Run:
         return seeded(what, seed, f"glyphs_{size}.yaml", IMAGES, "optim.warmup_images=1600", *settings)
@@ -66,7 +66,7 @@ def noisy(size: int, noise_scale: float) -> Any:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """What pooling leaves of the noise; distances with and without noise scale; and over mu."""
+    """Noise after pooling; log SNR; distances with and without the noise scale; distances over mu."""
     with figure(path, panels=4, width=3.6) as (seen, ratio, scales, means):
         rows = [[noisy(size, 1.0) for size in SIZES], [noisy(size, size / SIZES[0]) for size in SIZES]]
         seen.imshow(np.concatenate([np.concatenate(row, 1) for row in rows]), interpolation="nearest")
@@ -87,12 +87,13 @@ def draw(summary: Summary, path: Path) -> None:
         scales.legend()
         curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
         curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
+        means.set_xticks(MUS)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
         means.legend(fontsize=7)
 
 
 def describe(summary: Summary) -> list[str]:
-    """Distances, and what an image costs."""
+    """Distances, and the cost of an image."""
     lines = [f"glyphs-FID after {summary['images']:,} images"]
     for size in SIZES:
         scaled, unscaled = (plus_minus(summary[key][str(size)], 7, 1) for key in ("scaled", "unscaled"))

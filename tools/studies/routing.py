@@ -1,7 +1,8 @@
 """Token routing at equal images and at equal compute.
 
-Letters at 64 px in 64 patches, so that there are tokens to route. Half of them skip the four middle blocks of six, two
-thirds of the depth as in JiT-B with the default `model.route_blocks`, throughout or in the first 80% of the training.
+Letters at 64 px in 64 patches, so that there are tokens to route. Half of them skip the four middle blocks of six: two
+thirds of the depth, as in JiT-B with the default `model.route_blocks`. They do so during the whole training or its
+first 80%.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ CONFIG = "glyphs_64.yaml"
 BASE = ("model.patch_size=8", "data.held_out=0.01", *SHORT_AVERAGE)
 ROUTED = (*BASE, "model.route_share=0.5", "model.route_blocks=[1,-1]")
 IMAGES, SAMPLES = 22_400, 400
-ENDED = 0.8  # of a training, after which all tokens pass
+ENDED = 0.8  # share of a training after which all tokens pass all blocks
 ROWS = {  # of the table: the task, and which of its measurements
     "all tokens": ("all", 0),
     "half, equal images": ("half", 0),
@@ -28,7 +29,7 @@ KEYS = {"fid": "glyphs-FID", "held_out": "held-out loss", "label_agreement": "as
 
 
 def tasks(seed: int) -> list[Run]:
-    """Trainings with all tokens, and with half of them as long and as costly."""
+    """Trainings with all tokens, and with half of them at equal images and at equal compute."""
     flops = IMAGES * flops_of(CONFIG, BASE)
 
     def run(what: str, images: int, *settings: str, **more: Any) -> Run:
@@ -71,7 +72,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """A row for each training, with its difference to that of all tokens, within a seed, and the standard error."""
+    """A row for each training; the difference to all tokens is taken within a seed, with its standard error."""
     lines = [f"{'':30}{'images':>8}{'TFLOP':>8}" + "".join(f"{title:>34}" for title in KEYS.values())]
     base = summary["rows"]["all tokens"]
     for row, found in summary["rows"].items():

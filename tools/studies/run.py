@@ -1,4 +1,4 @@
-"""One training run of a study: train it, measure its checkpoints, record what came out."""
+"""One training run of a study: train it, measure its checkpoints, record the numbers."""
 
 import base64
 import time
@@ -21,6 +21,7 @@ from jitscale.errors import ExitCode, UserError
 from jitscale.evaluation.features import to_uint8
 from jitscale.evaluation.final import evaluate_model
 from jitscale.evaluation.generate import configured_sampler, generate, ready_on_all_ranks, tile
+from jitscale.figures import with_palette
 from jitscale.model.flops import mean_training_flops, training_flops
 from jitscale.tracking import HELD_OUT
 from jitscale.training.held_out import HeldOutLoss
@@ -29,26 +30,27 @@ from studies.tasks import Task
 
 ROOT = Path(__file__).parents[2]
 ALL = 10**9
-# A long average of a short training still holds its start, the more the fewer the steps: that would decide comparisons.
+# In a short training a long average still contains the first weights. That would decide comparisons.
 SHORT_AVERAGE = ("ema.decays=[0.98]", "evaluation.weights=ema_0.98")
-SAMPLING_COST = 10  # about as many images are trained while one is sampled and measured
+STRIP_COLOURS = 48  # noise does not compress: docs/experiments would hold hundreds of kilobytes of it
+SAMPLING_COST = 10  # to sample and measure one image takes about as long as to train this many
 
 
 @dataclass(frozen=True)
 class Run(Task):
-    """One training run and where it is measured; with `after`, from that run's last checkpoint, upgraded."""
+    """One training run and its measurements; with `after`, it starts from that run's last checkpoint, upgraded."""
 
     config: str  # a file of configs/
     settings: tuple[str, ...] = ()  # dotted; `run.dir` is added
     kernel: str = "nearest"  # of the upgrade
     keep_moments: bool = True  # over the upgrade
-    as_initial: bool = False  # upgraded weights are used as `run.init_from` does, with `run.init_*` of the settings
-    measured_every: int | None = None  # images between measurements, from the upgraded start on; None: at the end only
+    as_initial: bool = False  # start a new run from the upgraded weights by `run.init_from`, instead of a resume
+    measured_every: int | None = None  # images between measurements, the upgraded start included; None: at the end only
     evaluation: tuple[str, ...] = ()  # settings of a measurement that differ from those of the training
-    strip: int = 0  # images of ids 0, 1, ... that a measurement also keeps as a picture, side by side
+    strip: int = 0  # a measurement also keeps so many samples (ids 0, 1, ...) as one picture, side by side
 
     def load(self, folder: Path, *more: str) -> Config:
-        """Its configuration, in `folder` of the experiment."""
+        """The configuration of the run, in `folder` of the experiment."""
         return load_config(ROOT / "configs" / self.config, [*self.settings, *more, f"run.dir={folder / self.name}"])
 
     def cost(self, folder: Path) -> int:
@@ -58,11 +60,11 @@ class Run(Task):
         return images + SAMPLING_COST * config.evaluation.num_images * times
 
     def execute(self, folder: Path) -> dict[str, Any]:
-        """Train to the end, from where it was interrupted, and measure.
+        """Train to the end (after an interruption, the rest) and measure.
 
-        The outcome is `flops_an_image` of training, `training_seconds`, and `measurements`, a list of results of
-        `evaluate_model`, each with the `images` seen; with the `strip`, a PNG in base64, if there is one; and with the
-        loss `held_out`, if samples are. Raises a UserError if the run cannot be trained, or was asked to stop.
+        The outcome has `flops_an_image` of training, `training_seconds`, and `measurements`: a list of results of
+        `evaluate_model`, each with the `images` seen; with a `strip` as a PNG in base64, if one is kept; and with the
+        loss `held_out`, if samples are held out. Raises a UserError if the run cannot be trained, or was asked to stop.
         """
         world = parallel.start(parallel.choose_device("cpu"))
         config = self.load(folder, "evaluation.at_end=false", f"checkpoint.keep_last={ALL}")
@@ -71,7 +73,7 @@ class Run(Task):
         started = time.perf_counter()
         self._begin(folder, config)
         if train(config, world) != ExitCode.DONE:
-            raise UserError(f"{self.name}: was asked to stop; the same command goes on")
+            raise UserError(f"{self.name}: was asked to stop; the same command continues")
         seconds = time.perf_counter() - started
         run_dir = Path(config.run.dir)
         checkpoints = complete_checkpoints(run_dir)
@@ -82,7 +84,7 @@ class Run(Task):
         return {"flops_an_image": flops, "training_seconds": seconds, "measurements": measurements}
 
     def _begin(self, folder: Path, config: Config) -> None:
-        """Write the upgraded checkpoint that the run resumes, or from whose weights it starts as `config` then says."""
+        """Write the upgraded checkpoint that the run resumes, or set `run.init_from` of `config` to it."""
         if self.after is None:
             return
         initial = replace(config, run=replace(config.run, dir=f"{config.run.dir}/upgraded"))
@@ -103,7 +105,7 @@ class Run(Task):
             sampler = configured_sampler(config.evaluation, model.diffusion)
             drawn = to_uint8(generate(model, sampler, range(self.strip), config.evaluation.seed))
             png = BytesIO()
-            Image.fromarray(tile(drawn, self.strip)).save(png, format="png")
+            with_palette(Image.fromarray(tile(drawn, self.strip)), STRIP_COLOURS).save(png, format="png", optimize=True)
             numbers["strip"] = base64.b64encode(png.getvalue()).decode()
         if (samples := open_training_shards(config).held_out) is not None:
             losses = HeldOutLoss(config, world, samples).measure(model, weights)
@@ -112,13 +114,13 @@ class Run(Task):
 
 
 def flops_of(config: str, settings: Sequence[str], until: float = 1.0) -> float:
-    """Floating-point operations of training, an image; tokens are routed until that share of the images is seen."""
+    """Floating-point operations of training an image, if tokens are routed for the share `until` of all images."""
     model = load_config(ROOT / "configs" / config, settings).model
     return until * training_flops(model) + (1 - until) * training_flops(model, routed=False)
 
 
 def images_at(flops: float, config: str, settings: Sequence[str], until: float = 1.0) -> int:
-    """Images whose training takes so many floating-point operations in all, in whole batches."""
+    """The number of images, in whole batches, whose training takes `flops` operations in all."""
     batch = load_config(ROOT / "configs" / config, settings).data.batch_size
     return int(flops / flops_of(config, settings, until)) // batch * batch
 

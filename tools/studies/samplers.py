@@ -1,7 +1,7 @@
 """Euler, Heun and two multistep methods: distance and error over evaluations of the network.
 
-One network a seed for the digits and one for letters at 64 px. An error is the root mean square, over all numbers of
-some images in [-1, 1], of the difference to the images that 1,000 steps make of the same noise.
+For each seed, one network for the digits and one for letters at 64 px. The error compares samples, in [-1, 1], with
+those of 1,000 steps from the same noise: the root mean square of the difference over all numbers of some images.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from studies.ways import Measured, Ways, of_ways, sampler_of
 
 SHARDS: Shards = [("digits", 32), ("glyphs", 64)]
 METHODS = ("euler", "heun", "2m", "ab2")
-EVALUATIONS = (11, 21, 31, 51, 99)  # odd, so that Heun's method can use all of them; the paper's is Heun with 99
+EVALUATIONS = (11, 21, 31, 51, 99)  # odd, so that Heun's method can use all of them; the paper uses Heun with 99
 PAPER = EVALUATIONS[-1]  # of the paper's sampler
-SCALE, GUIDED = 1.5, (11, 51)  # with guidance fewer, because each evaluation takes another one without the label
+SCALE, GUIDED = 1.5, (11, 51)  # guidance doubles each evaluation, so fewer numbers are measured
 SHIFTS, SHIFTED = (0.5, 2.0), 21  # time shifts besides 1, all at so many evaluations
 EXACT = ("evaluation.method=ab2", "evaluation.steps=1000", "evaluation.time_shift=1.0")
-ALIKE = 0.05  # of the distance of the paper's sampler: a loss that nobody would notice
+ALIKE = 0.05  # a loss that nobody would notice, as a share of the distance of the paper's sampler
 # Configuration, images seen, and samples of a distance and of an error; letters cost six times as much as digits.
 DATA = {"digits": ("digits_32.yaml", 128_000, 512, 100), "glyphs": ("glyphs_64.yaml", 64_000, 256, 40)}
 
 
 @dataclass(frozen=True)
 class Errors(Ways):
-    """How far all ways are from the exact solutions."""
+    """Measures how far all ways are from the exact solutions."""
 
     images: int
 
@@ -72,7 +72,7 @@ def way(method: str, evaluations: int, scale: float = 1.0, shift: float = 1.0) -
 
 
 def ways() -> dict[str, tuple[str, ...]]:
-    """All of them, with their settings."""
+    """All ways of sampling, with their settings."""
     chosen = [(m, n, scale, 1.0) for m, scale in product(METHODS, (1.0, SCALE)) for n in evaluations_of(m, scale)]
     chosen += product(METHODS, (SHIFTED,), (1.0,), SHIFTS)
     return {
@@ -126,7 +126,7 @@ def draw(summary: Summary, path: Path) -> None:
                 axis.set(
                     xscale="log",
                     yscale="linear" if key == "fid" else "log",
-                    xlabel="evaluations (guided: twice)",
+                    xlabel="evaluations (dotted: with guidance)",
                     ylabel=label,
                 )
                 axis.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
@@ -136,7 +136,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def describe(summary: Summary) -> list[str]:
-    """Distances and errors, what a time shift does, and the fewest evaluations that do as well as the paper's."""
+    """Distances and errors, also with a time shift, and the fewest evaluations that match the paper's sampler."""
     lines = []
     for data in DATA:
         found = summary[data]
@@ -158,7 +158,7 @@ def describe(summary: Summary) -> list[str]:
 
 
 def _verdict(fid: dict[str, list[float]], method: str, scale: float) -> str:
-    """The fewest evaluations with which a method is as good as the paper's sampler, and what it then loses."""
+    """The fewest evaluations with which a method matches the paper's sampler, and the difference that remains."""
     paper = fid[way("heun", PAPER, scale)]
     for evaluations in evaluations_of(method, scale):
         mean, error = difference(paper, fid[way(method, evaluations, scale)])

@@ -1,7 +1,7 @@
-"""Experiments: many small tasks, most of them runs of the real trainer and evaluation, side by side on the cores.
+"""Experiments: many small tasks in parallel, most of them runs of the real trainer and evaluation.
 
-An experiment is a module of this folder: its tasks, a summary of their outcomes, a figure and a table. Each task's
-outcome is kept in its folder, so that an interrupted experiment continues, and a figure needs no new training.
+An experiment is a module of this folder: its tasks, a summary of their outcomes, a figure and a table. The outcome of
+each task is kept in the task's folder, so an interrupted experiment continues and a figure needs no new training.
 """
 
 import json
@@ -28,31 +28,31 @@ from jitscale.files import atomic_write
 OUTCOME = "outcome.json"
 
 Outcomes = Mapping[str, Any]  # by the name of the task
-Summary = Mapping[str, Any]  # of outcomes, as docs/experiments/NAME.json holds it
+Summary = Mapping[str, Any]  # of all outcomes; docs/experiments/NAME.json holds it
 Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A worker's piece of work. Its outcome can be JSON, and has `training_seconds` if the task trains."""
+    """A piece of work for one worker process. If the task trains, its outcome has `training_seconds`."""
 
-    name: str  # of its folder, unique in the experiment: WHAT_sSEED
-    after: str | None = field(default=None, kw_only=True)  # the name of a task that must be done before
+    name: str  # also of its folder; unique in the experiment: WHAT_sSEED
+    after: str | None = field(default=None, kw_only=True)  # the name of a task that must end first
 
     @abstractmethod
     def cost(self, folder: Path) -> int:
-        """About how long it takes, in trained images."""
+        """Its approximate duration, counted in trained images."""
 
     @abstractmethod
     def execute(self, folder: Path) -> dict[str, Any]:
-        """Do it in `folder` of the experiment, from where it was interrupted; returns the outcome."""
+        """Do the task in `folder` of the experiment (after an interruption, the rest); the outcome becomes JSON."""
 
 
 class Experiment(Protocol):
     """A module of this folder. The first line of its docstring is its title."""
 
     __name__: str
-    SHARDS: Shards  # of its runs
+    SHARDS: Shards  # data of its runs
 
     def tasks(self, seed: int) -> Sequence[Task]:
         """The tasks of one seed."""
@@ -68,10 +68,10 @@ class Experiment(Protocol):
 
 
 def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: float = float("inf")) -> dict[str, Any]:
-    """The outcomes by the name of the task, of work in `workers` processes with one thread each.
+    """The outcomes by the names of the tasks, which run in `workers` processes with one thread each.
 
-    Tasks begin in their order where nothing has to wait, and none after `minutes`. `folder` is the experiment's.
-    Raises a UserError if the time was not enough (the same call continues), or if a task failed.
+    Tasks begin in their order, except that one with `after` waits; none begins after `minutes`. `folder` is the
+    experiment's. Raises a UserError if the time is not enough (the same call continues), or if a task fails.
     """
     files = {task.name: folder / task.name / OUTCOME for task in tasks}
     done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
@@ -105,7 +105,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
             raise
     if left:
         runs = f"{len(left)} of {len(tasks)} runs"
-        raise UserError(f"{runs} are left after {minutes:.3g} minutes; the same command goes on")
+        raise UserError(f"{runs} are left after {minutes:.3g} minutes; the same command continues")
     return done
 
 

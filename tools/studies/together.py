@@ -1,4 +1,4 @@
-"""The paper's recipe against the additions, one by one and together, at equal compute of training.
+"""The paper's recipe and the additions, one by one and together, at equal training compute.
 
 Letters at 64 px. Every training takes as many floating-point operations as the paper's recipe takes over `IMAGES`.
 """
@@ -14,7 +14,7 @@ from studies.ways import Measured, of_ways
 SHARDS: Shards = [("glyphs", 64)]
 CONFIG = "glyphs_64.yaml"
 IMAGES, SAMPLES = 32_000, 384
-# By sections 11 to 14: settings of training, which are equal in compute, and of sampling.
+# Chosen by sections 11 to 14 of docs/experiments.md: settings of training and settings of sampling.
 ADDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rank 8": (("diffusion.prediction=asym", "diffusion.rank=8"), ()),
     "internal guidance": (("model.middle_head=3",), ("evaluation.internal_guidance=3",)),
@@ -35,7 +35,7 @@ def way(scale: float) -> str:
 
 
 def tasks(seed: int) -> list[Task]:
-    """A training for each recipe that trains otherwise than another one, and the ways to sample."""
+    """A training for each recipe, shared by recipes that differ in sampling only, and the ways to sample."""
     flops = IMAGES * flops_of(CONFIG, SHORT_AVERAGE)
     found: list[Task] = []
     runs = {}
@@ -88,13 +88,13 @@ def draw(summary: Summary, path: Path) -> None:
                 axis.annotate(str(evaluations), (place, mean + deviation), ha="center", va="bottom", fontsize=7)
         axis.axhline(summary["floor"], color="black", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(RECIPES)), [name.replace(" ", "\n", 1) for name in RECIPES])
-        axis.set(ylabel="glyphs-FID", title="equal compute of training; numbers: evaluations of an image")
+        axis.set(ylabel="glyphs-FID", title="equal training compute; above each bar: evaluations an image")
         axis.margins(y=0.2)
         axis.legend(fontsize=7, ncols=len(SCALES), loc="upper center")
 
 
 def describe(summary: Summary) -> list[str]:
-    """A row for each recipe and way, with its difference to the paper's, within a seed, and the standard error."""
+    """A row for each recipe and way; the difference to the paper's is taken within a seed, with its standard error."""
     images = ", ".join(f"{name} {count:,}" for name, count in summary["images"].items())
     lines = [f"images: {images}; floor {summary['floor']:.2f}"]
     for scale in SCALES:

@@ -1,7 +1,7 @@
 """Does it pay to train at a low resolution, upgrade, and fine-tune? And which way of upgrading is best?
 
-Glyphs at 32, 64 and 128 px, 16 tokens at each, so that an image costs about the same everywhere. Compared are (a) the
-high resolution from scratch, (b) upgraded and fine-tuned, (c) upgraded only, (d) low-resolution samples enlarged.
+Letters at 32, 64 and 128 px, always 16 tokens, so an image costs about the same at each size. Compared are (a) the high
+resolution from scratch, (b) upgraded and fine-tuned, (c) upgraded only, (d) low-resolution samples enlarged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from studies.tasks import Outcomes, Shards, Summary, by_seed
 SHARDS: Shards = [("glyphs", size) for size in (32, 64, 128)]
 LOW, LONG, SCRATCH, TUNED, SHORT = 64_000, 128_000, 128_000, 32_000, 8_000  # images seen
 DIVIDED = "optim.lr_factor_patch_embedding=0.25"
-BASE = (DIVIDED, "optim.warmup_images=0")  # of fine-tuning; the default kernel is nearest
+BASE = (DIVIDED, "optim.warmup_images=0")  # settings of fine-tuning; the default kernel is nearest
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "nearest": (BASE, {}),
     "smooth": (BASE, {"kernel": "smooth"}),
@@ -82,7 +82,7 @@ def _curve(outcomes: Sequence[Any]) -> dict[str, Any]:
 
 
 def _share(tuned: Mapping[str, Any], scratch: Mapping[str, Any]) -> list[float | None]:
-    """The share of scratch's compute with which fine-tuning reaches scratch's final distance, by seed; None: never."""
+    """By seed, the share of scratch's compute after which fine-tuning has scratch's final distance; None: never."""
     shares: list[float | None] = []
     for own, reference in zip(tuned["fid"], scratch["fid"], strict=False):  # seeds that both have
         reached = [images for images, fid in zip(tuned["images"], own, strict=True) if fid <= reference[-1]]

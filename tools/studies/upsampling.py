@@ -1,7 +1,7 @@
 """Are FID and Inception Score unchanged when small images are upsampled?
 
-Half of the glyphs, drawn at 128 px, are made smaller by averaging and larger again. Their distance to the other half is
-given in units of the distance between the halves. Nothing is trained; the feature network sees images of 128 px.
+Half of the letters, drawn at 128 px, are made smaller by averaging and larger again. Their distance to the other half
+is given in units of the distance between the halves. No network is trained; the feature network sees images of 128 px.
 """
 
 from dataclasses import dataclass

@@ -20,10 +20,10 @@ from studies.tasks import Outcomes, Task, by_seed
 
 @dataclass(frozen=True)
 class Ways(Task):
-    """A task that samples from the network of a run, which it comes after, in several ways."""
+    """A task that samples from the network of a finished run in several ways."""
 
     run: Run
-    ways: Mapping[str, tuple[str, ...]]  # by their names, the settings of `evaluation` that they change
+    ways: Mapping[str, tuple[str, ...]]  # name -> settings of `evaluation` that this way changes
 
     def cost(self, folder: Path) -> int:
         configs = self.configs(folder)
@@ -43,10 +43,10 @@ class Ways(Task):
 
 @dataclass(frozen=True)
 class Measured(Ways):
-    """Distances of all ways."""
+    """Measures the distances of all ways."""
 
     def execute(self, folder: Path) -> dict[str, Any]:
-        """By the name of the way, `fid`, `label_agreement`, and `evaluations` of the network for each image."""
+        """By the name of the way: `fid`, `label_agreement`, and `evaluations` of the network for each image."""
         world = parallel.start(parallel.choose_device("cpu"))
         network, configs = self.network(folder, world), self.configs(folder)
         evaluator = Evaluator(self.run.load(folder), world, folder / self.name)
@@ -60,11 +60,11 @@ class Measured(Ways):
 
 
 def sampler_of(config: Config) -> Sampler:
-    """As `config.evaluation` says."""
+    """The sampler of `config.evaluation`."""
     return configured_sampler(config.evaluation, config.diffusion)
 
 
 def of_ways(outcomes: Outcomes, name: str, key: str) -> dict[str, list[Any]]:
-    """`key` of the tasks NAME_sSEED by the name of the way, from seed 0 on."""
+    """By the name of the way, `key` of the tasks NAME_sSEED, from seed 0 on."""
     seeds = [outcome["ways"] for outcome in by_seed(outcomes, name)]
     return {way: [seed[way][key] for seed in seeds] for way in seeds[0]}

@@ -1,8 +1,8 @@
-"""The authors' way of training and sampling, to compare with: what LTH14/JiT does on one GPU, on our network.
+"""The authors' way of training and sampling, for comparison: LTH14/JiT's way on one GPU, reproduced on our network.
 
-Attention keeps float32 logits in memory. Nothing is padded. Blocks are compiled if ours are. AdamW is torch's default.
-Two whole averages are updated tensor by tensor. The host reads the loss in every step. Sampling calls the network twice
-for every velocity, also outside the guidance interval.
+Attention keeps float32 logits in memory. No width is padded. Blocks are compiled if ours are. AdamW is torch's default.
+Two complete averages are updated tensor by tensor. The host reads the loss in every step. Sampling calls the network
+twice for every velocity, also outside the guidance interval.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ EMA_DECAYS = (0.9999, 0.9996)
 BETAS = (0.9, 0.95)
 
 
-def reference_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
-    """`network` on `device`, changed in place to compute as the authors' does."""
+def authors_network(network: JiT, config: Config, device: torch.device, *, training: bool) -> JiT:
+    """`network` on `device`, changed in place to compute in the authors' way."""
     unfused = replace(config.engine, attention="reference", fused_kernels="torch", cuda_graphs=False)
     plain = replace(unfused, align=False, float8=False, activation_checkpointing=0)
     prepare(network.to(device), plain, device, training=training)
     return network.train(training)
 
 
-def reference_step(config: Config, device: torch.device, batch: RandomBatch, watch: Stopwatch) -> Callable[[], None]:
+def authors_step(config: Config, device: torch.device, batch: RandomBatch, watch: Stopwatch) -> Callable[[], None]:
     """A step on `batch` with a network, an optimizer and averages of its own; `watch` times its parts."""
-    network = reference_network(JiT(config.model, config.diffusion), config, device, training=True)
+    network = authors_network(JiT(config.model, config.diffusion), config, device, training=True)
     optimizer = torch.optim.AdamW(parameter_groups(network, config.optim), lr=config.optim.lr, betas=BETAS)
     averages = [[p.detach().clone() for p in network.parameters()] for _ in EMA_DECAYS]
 
@@ -57,8 +57,8 @@ def reference_step(config: Config, device: torch.device, batch: RandomBatch, wat
 
 
 @torch.no_grad()
-def reference_sample(network: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Images (B, A, S, S) from `noise`, which is multiplied by the noise scale already."""
+def authors_sample(network: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Images (B, A, S, S) from `noise`, which the caller has multiplied by the noise scale."""
 
     def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.expand(len(z))

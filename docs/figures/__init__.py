@@ -1,0 +1,1 @@
+"""The drawings of the pages: one module a figure, each with `draw(path)`."""

@@ -1,0 +1,100 @@
+"""The pictures of the pages: drawn by their scripts, small, true, and each shown by a page."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import draw
+from figures import step, upgrade_patch
+from jitscale.checkpoints.upgrade import AREA_MEANS
+from jitscale.errors import UserError
+from jitscale.evaluation.generate import tile
+from tests.support import ROOT
+
+LARGEST = 300_000  # bytes of a picture: a page has several
+PICTURES = [
+    path
+    for folder in ("images", "experiments")
+    for path in (ROOT / "docs" / folder).iterdir()
+    if path.suffix != ".json"
+]
+
+
+def test_all_figures_are_drawn_and_small(tmp_path: Path) -> None:
+    assert draw.main(["--output", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in draw.FIGURES}
+    for path in tmp_path.iterdir():
+        drawn, kept = Image.open(path), Image.open(ROOT / "docs/images" / path.name)
+        assert drawn.size == kept.size, f"{path.name} is not what docs/draw.py draws; run make docs"
+        assert path.stat().st_size < LARGEST
+        assert len(drawn.convert("RGB").getcolors(256) or []) > 10, f"{path.name} is empty"
+
+
+@pytest.mark.parametrize("kernel", AREA_MEANS)
+def test_pooling_undoes_the_upgrade_of_the_letter(kernel: str) -> None:
+    """The statement of the figure: D U x = x, by area means, while U x is another picture for each kernel."""
+    letter = upgrade_patch.letter()
+    result = upgrade_patch.upgraded(letter, kernel)
+    assert result.large.shape == (64, 64, 3)
+    np.testing.assert_allclose(result.back, letter, atol=1e-12)
+    means = result.large.reshape(32, 2, 32, 2, 3).mean(dim=(1, 3))
+    np.testing.assert_allclose(means, letter, atol=1e-12)
+    repeated = letter.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert bool((result.large - repeated).abs().max() < 1e-12) == (kernel == "nearest")
+
+
+def _grid(path: Path, size: int, first: int) -> None:
+    """Ten rows of eight grey samples with a rim, as a run draws them, numbered row by row."""
+    numbers = torch.arange(first, first + 80, dtype=torch.uint8)
+    Image.fromarray(tile(numbers[:, None, None, None].expand(80, 3, size, size), 8)).save(path)
+
+
+def test_samples_stand_in_the_order_of_classes_and_ids(tmp_path: Path) -> None:
+    _grid(tmp_path / "letters.png", 128, 0)
+    _grid(tmp_path / "digits.png", 64, 100)
+    shown = np.arange(80).reshape(10, 8)[:, :4]
+    command = ["samples", "own_images", "--letters", str(tmp_path / "letters.png"), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="samples: needs --digits; see"):
+        draw.main(command)
+    command += ["--digits", str(tmp_path / "digits.png")]
+    assert draw.main(command) == 0
+
+    both = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))
+    np.testing.assert_array_equal(both[64:528:132, 64::132], shown.T)
+    squares = both[-128:][32::66, 32::66].reshape(2, 10, 2)  # of two rows
+    np.testing.assert_array_equal(squares.swapaxes(0, 1).reshape(10, 4), shown + 100)
+    letters = np.asarray(Image.open(tmp_path / "own_images.png").convert("L"))
+    np.testing.assert_array_equal(letters[64::132, 64::132], np.hstack([shown[:5], shown[5:]]))
+
+    _grid(tmp_path / "digits.png", 32, 100)
+    with pytest.raises(UserError, match=r"digits.png: not 10 rows of samples of 64 pixels"):
+        draw.main(command)
+    (tmp_path / "letters.png").unlink()
+    with pytest.raises(UserError, match=r"letters.png: no picture"):
+        draw.main(command)
+
+
+def test_a_figure_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing: no such figure; choose of system, "):
+        draw.main(["nothing"])
+
+
+def test_the_step_has_the_numbers_of_its_page() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    table = page[page.index("\n| matrix products") + 1 :].partition("\n\n")[0]
+    assert [int(time) for time in re.findall(r"^\|[^|]*\| (\d+) ms \|", table, re.MULTILINE)] == [
+        time for time, *_ in step.KINDS.values()
+    ]
+    assert f"| {step.STEP}." in page
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
+def test_every_picture_is_small_and_shown_by_a_page(picture: Path) -> None:
+    assert picture.stat().st_size < LARGEST
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = f"{picture.parent.name}/{picture.name})"
+    assert any(shown in page.read_text() for page in pages), f"no page shows {picture.name}: show it, or remove it"
