@@ -294,7 +294,8 @@ def test_help_shows_the_usual_commands() -> None:
     code, out, _ = finish(start([sys.executable, str(ROOT / "tools" / "make_shards.py"), "--help"]))
     assert code == 0
     assert "ILSVRC2012_img_train.tar" in out
-    assert "--part 1/16" in out and "slurm/pack_shards.sh" in out
+    assert "--part 1/16" in out
+    assert "slurm/pack_shards.sh" in out
 
 
 def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
