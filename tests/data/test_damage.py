@@ -244,7 +244,11 @@ CASES = [
         "holds 4 samples, the manifest says 3; write it again",
     ),
     Case("manifest with another size", lying(lambda m: m["shards"][0].update(bytes=1)), "bytes, the manifest says 1"),
-    Case("manifest with other classes", lying(lambda m: m.update(num_classes=11)), "says 11 classes, the model has 10"),
+    Case(
+        "manifest with more classes than the model",
+        lying(lambda m: m.update(num_classes=11)),
+        "says 11 classes, the model has 10",
+    ),
     Case("manifest with another resolution", lying(lambda m: m.update(resolution=8)), "says 8 pixels a side"),
     Case("manifest that names a lost shard", lying(lambda m: m["shards"][1].update(name="b.tar")), "b.tar: missing"),
     Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),

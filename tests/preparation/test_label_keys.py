@@ -172,12 +172,12 @@ def test_files_that_describe_tars_are_passed_over_and_said(tmp_path: Path) -> No
     inputs = inputs_of(tmp_path)
     assert len(inputs) == 1
     assert inputs.notes[0] == (
-        f"{tmp_path}: 2 files such as 00000.parquet describe the tars, as of img2dataset, and are passed over"
+        f"{tmp_path}: 2 files such as 00000.parquet describe the tars, as in img2dataset, and are ignored"
     )
     assert inputs.ignored == {"json": 1, "md": 1}
     (tmp_path / "labels.csv").write_bytes(b"x")
     refused("labels.csv: lies among the images and seems to hold labels", tmp_path)
-    with pytest.raises(DataError, match=r"labels.csv: seems to hold labels, and the tars beside it have no cls"):
+    with pytest.raises(DataError, match=r"labels.csv: seems to hold labels, and the tars next to it have no cls"):
         surveyed(tmp_path, "cls")
     assert surveyed(tmp_path, "none").manifest.num_classes == 0
     assert len(inputs_of(tmp_path, label_key="none")) == 1

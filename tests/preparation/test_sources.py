@@ -81,11 +81,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     inputs = find_sources([str(tmp_path / "near")])
     assert found(inputs, tmp_path / "near") == [("a/2.png", 0), ("a/gone.png", 0), ("b/1.png", 1)]
     (tmp_path / "near" / "a" / "up").symlink_to(tmp_path / "near")
-    refused("up: is a link to a folder that holds it", tmp_path / "near")
+    refused("up: is a link to a folder around it", tmp_path / "near")
     tree(tmp_path / "round", "a/3.png", "c/4.png")
     (tmp_path / "round" / "a" / "x").symlink_to("../c")
     (tmp_path / "round" / "c" / "y").symlink_to("../a")
-    refused("y: is a link to a folder that holds it", tmp_path / "round")
+    refused("y: is a link to a folder around it", tmp_path / "round")
 
 
 def test_a_mixture_is_refused(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_indexing_again_keeps_the_manifest_of_a_packing(tmp_path: Path) -> None:
     content = beside.read_bytes()
     beside.unlink()
     assert defects(tmp_path) == [
-        f"{tmp_path}/shard-000001.tar: has no index beside it; rebuild it with tools/index_shards.py --force"
+        f"{tmp_path}/shard-000001.tar: has no index next to it; rebuild it with tools/index_shards.py --force"
     ]
     index(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == manifest

@@ -37,7 +37,7 @@ def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
     assert defect.startswith(
         f"{tmp_path}/more.tar: byte 512: sample 0 has no label where a class name is expected; make"
     )
-    assert error == f"error: {tmp_path}: 1 defect in 1 of 4 tars; nothing was written, mend or leave out these tars"
+    assert error == f"error: {tmp_path}: 1 defect in 1 of 4 tars; nothing was written; repair or leave out these tars"
 
     sheet = tmp_path / "sheets" / "sheet.png"
     result = json.loads(tool("inspect_shards", tmp_path, "--json", "--contact-sheet", sheet, "--samples", "7").stdout)

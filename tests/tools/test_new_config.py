@@ -65,7 +65,7 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
     Manifest("original", None, 3, manifest.class_names, COUNT, manifest.shards).write(tmp_path / "own" / MANIFEST)
     assert made(tmp_path / "own", tmp_path / "16.yaml", "--resolution", 16).model.patch_size == 2
     refused = run_tool("new_config", "--shards", tmp_path / "own", "--output", tmp_path / "none.yaml")
-    assert "own: its pictures have sizes of their own; give --resolution, for example 256" in refused.err
+    assert "own: its pictures have mixed sizes; give --resolution, for example 256" in refused.err
 
 
 @pytest.mark.parametrize(
