@@ -148,6 +148,12 @@ WANDB_RECORDS = (
     Metric("best_samples", "picture", "a grid of samples with the best setting", "final evaluation"),
     Metric("sweep", "table", "`table` of `result.json`", "final evaluation with a sweep"),
     Metric("DISTANCE_over_guidance", "chart", "the distance over the guidance scale", "final evaluation with a sweep"),
+    Metric(
+        "DISTANCE_over_internal_guidance",
+        "chart",
+        "the distance over the scale of internal guidance",
+        "final evaluation with a sweep of it alone",
+    ),
     Metric("NAME", "", "summary of the run: the numbers of the final evaluation", "final evaluation"),
     Metric("best/SETTING", "", "summary of the run: `best` of `result.json`", "final evaluation"),
 )
