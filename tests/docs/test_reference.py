@@ -39,6 +39,6 @@ def test_a_command_has_its_place_or_the_page_is_refused(script: dict[str, Any]) 
 
 def test_the_first_sentence_of_a_command(script: dict[str, Any]) -> None:
     assert script["said"]("jitscale/train.py") == "Train a model.", "without the example after it"
-    assert script["said"]("tools/gallery.py").startswith("One page to look at a run: results, curves,")
+    assert script["said"]("tools/gallery.py").startswith("Write one HTML page to look at a run: results, curves,")
     assert "sbatch" not in script["said"]("slurm/train_jit_h.sh")
     assert all(script["said"](path)[-1] in ".?" for path in script["commands"]())
