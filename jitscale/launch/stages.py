@@ -103,11 +103,12 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
     """The stages of a text such as `train:256,upgrade:512,train:512,evaluate`.
 
     A kind without a resolution has that of the stage before it. `stage` has the config and the run folder of the first
-    resolution, whose names contain the resolution. `overrides` maps a resolution to settings that apply there only.
+    resolution, whose names contain the resolution. From an upgrade on, a stage takes the config of fine-tuning
+    (finetune_h_512.yaml in place of jit_h_512.yaml) if there is one. `overrides` maps a resolution to settings that apply there only.
     Raises a UserError if a kind is unknown, if an upgrade has no other resolution before it, or if a config is missing.
     """
     stages: list[Stage] = []
-    resolution = ""
+    resolution, upgraded = "", False
     for word in text.split(","):
         kind, _, given = word.strip().partition(":")
         if kind not in KINDS:
@@ -119,7 +120,10 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
             raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
         if kind == "upgrade" and previous in ("", resolution):
             raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
+        upgraded = kind == "upgrade" or (upgraded and resolution == previous)
         config, run_dir = _at(stage.config, resolution), _at(stage.run_dir, resolution)
+        if upgraded and (recipe := _finetuning(config)).exists():
+            config = recipe
         if not config.exists():
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
         source = _at(stage.run_dir, previous) if kind == "upgrade" else None
@@ -172,3 +176,8 @@ def _at(path: Path, resolution: str) -> Path:
     stem, suffix = (path.stem, path.suffix) if path.suffix == ".yaml" else (path.name, "")
     name = re.sub(r"_\d+$", "", stem)
     return path.with_name(f"{name}_{resolution}{suffix}")
+
+
+def _finetuning(config: Path) -> Path:
+    """The recipe after an upgrade: jit_h_512.yaml -> finetune_h_512.yaml."""
+    return config.with_name(re.sub(r"^jit_", "finetune_", config.name))

@@ -109,7 +109,9 @@ def test_a_chain_goes_through_resolutions() -> None:
     stages = parse_chain("train:256,upgrade:512,train:512,evaluate", stage, {"512": ["optim.lr=1e-5"]})
     assert [s.kind for s in stages] == ["train", "upgrade", "train", "evaluate"]
     assert [s.run_dir.name for s in stages] == ["h_256", "h_512", "h_512", "h_512"]
-    assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["jit_h_512.yaml"] * 3
+    assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["finetune_h_512.yaml"] * 3
+    (*_, trained), (*_, tuned) = parse_chain("train:512", stage, {}), parse_chain("train:512,upgrade:1024", stage, {})
+    assert [s.config.name for s in (trained, tuned)] == ["jit_h_512.yaml", "jit_h_1024.yaml"], "none for 1024 px"
     assert stages[1].source == Path("runs/h_256")
     assert stages[2].overrides == ("optim.lr=1e-4", "optim.lr=1e-5")
     for chain, message in (
