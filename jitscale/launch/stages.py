@@ -104,7 +104,8 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
 
     A kind without a resolution has that of the stage before it. `stage` has the config and the run folder of the first
     resolution, whose names contain the resolution. From an upgrade on, a stage takes the config of fine-tuning
-    (finetune_h_512.yaml in place of jit_h_512.yaml) if there is one. `overrides` maps a resolution to settings that apply there only.
+    (finetune_h_512.yaml in place of jit_h_512.yaml) if there is one. `overrides` maps a resolution to settings that
+    apply there only.
     Raises a UserError if a kind is unknown, if an upgrade has no other resolution before it, or if a config is missing.
     """
     stages: list[Stage] = []
