@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 
 from jitscale.errors import CheckpointError, ExitCode, UserError, escaped
 from jitscale.files import with_home
+
+BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +122,19 @@ def part_of(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I in 1..N, for example 1/4 to 4/4")
     return int(number), int(parts)
+
+
+def bytes_of(suffix: str = "") -> Callable[[str], float]:
+    """The type of an option that is a positive number with a unit and `suffix`, such as 80GB, in bytes."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(BYTES)}){suffix}", text)
+        if match is None or float(match[1]) <= 0:
+            units = ", ".join(unit + suffix for unit in BYTES)
+            raise argparse.ArgumentTypeError(f"{text!r} must be a positive number and one of {units}")
+        return float(match[1]) * BYTES[match[2]]
+
+    return parse
 
 
 def refuse_existing(*outputs: Path) -> None:

@@ -1,7 +1,7 @@
 """Write a first configuration for your own shards, with the reason next to each setting.
 
     python tools/new_config.py --shards runs/photos/128px --output photos.yaml
-    python tools/new_config.py --shards /data/birds_256 --output birds.yaml --device cuda --gpus 8 --gpu-memory 80
+    python tools/new_config.py --shards /data/birds_256 --output birds.yaml --device cuda --gpus 8 --gpu-memory 80GB
 
 It looks at the shards and at this machine. It checks the file as a run does, also against the shards, and prints the
 command that starts the run.
@@ -15,14 +15,14 @@ import installed
 
 import torch
 
-from jitscale.command import Parser, path_text, positive, refuse_existing
+from jitscale.command import Parser, bytes_of, path_text, positive, refuse_existing
 from jitscale.config import RGB, load_config
 from jitscale.data.shards import ShardSet, open_training_shards
 from jitscale.errors import DataError, ExitCode, UserError, data_error, exit_with_message
 from jitscale.files import atomic_write
 from jitscale.planner.starting import SIZES, Machine, Pictures, as_yaml, start_command, starting_lines
 
-USUAL_MEMORY = 24  # 10^9 bytes, if no GPU is here to ask
+USUAL_MEMORY = 24e9  # bytes, if no GPU is here to ask
 
 
 def main() -> int:
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--resolution", type=positive, metavar="N", help=own)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of the run (default: those here, or 1)")
-    memory = f"memory of a GPU in 10^9 bytes (default: that of the GPU here, or {USUAL_MEMORY})"
-    parser.add_argument("--gpu-memory", type=positive, metavar="GB", help=memory)
+    memory = f"memory of a GPU, such as 80GB (default: that of the GPU here, or {USUAL_MEMORY / 1e9:.0f}GB)"
+    parser.add_argument("--gpu-memory", type=bytes_of(), metavar="SIZE", help=memory)
     options = parser.parse_args()
     if options.output.suffix != ".yaml":
         parser.error(f"--output {options.output}: must be called .yaml")
@@ -70,7 +70,7 @@ def _machine(options: argparse.Namespace) -> Machine:
             option = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{option}: there is no GPU here, or --device cpu; give --device cuda for another machine")
         return Machine(0)
-    memory = (options.gpu_memory or USUAL_MEMORY) * 1e9
+    memory = options.gpu_memory or USUAL_MEMORY
     if here and options.gpu_memory is None:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     return Machine(options.gpus or max(1, here), memory)

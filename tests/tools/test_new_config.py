@@ -51,7 +51,7 @@ def test_grey_shards_get_a_grey_network(tmp_path: Path) -> None:
 
 
 def test_for_another_machine_with_gpus(shards: Path, tmp_path: Path) -> None:
-    options = ("--device", "cuda", "--gpus", 8, "--gpu-memory", 80, "--size", "medium")
+    options = ("--device", "cuda", "--gpus", 8, "--gpu-memory", "80GB", "--size", "medium")
     config = made(shards, tmp_path / "cluster.yaml", *options)
     assert (config.run.device, config.model.hidden_size, config.data.batch_size) == ("cuda", 384, 256)
     assert config.engine.micro_batch_size == 32
