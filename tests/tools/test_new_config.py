@@ -73,7 +73,7 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
     [
         (["--resolution", "64"], "--resolution"),
         (["--device", "cpu", "--gpus", "2"], "--gpus: there is no GPU here, or --device cpu; give --device cuda"),
-        (["--size", "b", "--device", "cuda", "--gpu-memory", "1"], "does not fit in 1 GB; give a smaller --size"),
+        (["--size", "b", "--device", "cuda", "--gpu-memory", "1GB"], "does not fit in 1 GB; give a smaller --size"),
         (["--output", "own.txt"], "--output own.txt: must be called .yaml"),
     ],
 )
