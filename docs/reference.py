@@ -83,7 +83,7 @@ START = """
 A file of tools/ runs as `python tools/NAME.py`, a module of the package as `python -m NAME`, a job
 script as `sbatch slurm/NAME.sh`. Every command but the job scripts has `--help`.
 
-`jitscale.evaluate` repeats the evaluation of a run (`--run DIR`; under torchrun write `--run-dir DIR`,
+`jitscale.evaluate` repeats the evaluation of a run (`--run DIR`; torchrun needs `--run-dir DIR`,
 which means the same) or measures a file of weights (`--checkpoint FILE`). `tools/evaluate_fid.py`
 sweeps other settings; its `--checkpoint` takes both.
 """

@@ -32,8 +32,8 @@ class ExitCode(IntEnum):
     DONE = 0, "The command has done all its work.", "Nothing."
     FAILED = (
         1,
-        "A failure that a new start may survive: a disk or network that fails or is full, a GPU whose memory is full, a "
-        "lost rank, a rank that hangs. Or an error that nobody expected, with a traceback.",
+        "A failure that a new start may survive: a disk or network that fails or is full, a GPU whose memory is full, "
+        "a lost rank, a rank that hangs. Or an error that nobody expected, with a traceback.",
         "Read the line that begins with `error:`, or the traceback. Repair the cause and start the same command again. "
         "A Slurm job of this project returns to the queue by itself.",
     )
@@ -166,9 +166,9 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
     """Run `command` and leave the process with its exit code.
 
     A `UserError` becomes one message and exit code 2. A `RendezvousError`, a `GPUMemoryError`, an OSError, or a
-    `StorageError` whose path is right becomes one message and exit code 1. If errors are the `same_on_all_ranks`, only global rank 0 prints them.
-    Only commands that call `adopt_launcher_environment` may pass True: without it, RANK may be a leftover of another
-    command.
+    `StorageError` whose path is right becomes one message and exit code 1. If errors are the `same_on_all_ranks`, only
+    global rank 0 prints them. Only commands that call `adopt_launcher_environment` may pass True: without it, RANK may
+    be a leftover of another command.
     """
     try:
         code = command()

@@ -78,7 +78,7 @@ def draw(path: Path) -> None:
             BOX,
             TALL,
             "Features",
-            ["of Inception or another", "network, one file per block"],
+            ["of Inception or others,", "one file per block"],
             GREEN,
         )
         drawing.box(
