@@ -7,54 +7,54 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-slow test-cluster test-wandb test-null-gpu test-wheel lint format docs install clean
 .DELETE_ON_ERROR:
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) ## Run `tools/demo.py`: shards, training, upgrade and evaluation on real images.
 	$(RUN) tools/demo.py
 
 # Two files at a time, by name: ranks wait for each other often, so that two jobs share two cores well.
-test: $(INSTALLED)
+test: $(INSTALLED) ## Run the tests that need neither a GPU, nor root, nor hours.
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=8
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) ## Run the slow tests, which `make test` leaves out.
 	$(RUN) -m pytest -m slow
 
 # As root: installs Debian's Slurm (it says what), makes network namespaces, and removes these again.
-test-cluster: $(INSTALLED)
+test-cluster: $(INSTALLED) ## As root: run the tests of jobs on a Slurm of six nodes on this machine.
 	tests/slurm/packages.sh
 	$(RUN) -m pytest -m cluster --durations=20 --durations-min=8 tests/slurm
 
 # The server has an environment of its own, because its licence (CC BY-NC 4.0) forbids commercial use: installing it is
 # your decision, and nothing else needs it.
-test-wandb: $(INSTALLED)
+test-wandb: $(INSTALLED) ## Run the tests of W&B on a local server (licence CC BY-NC 4.0).
 	test -x .venv-wandb-server/bin/openwandb || $(PYTHON) -m venv .venv-wandb-server
 	.venv-wandb-server/bin/python -m pip install --quiet openwandb==0.5.25
 	$(RUN) -m pytest -m wandb tests/test_tracking_online.py
 
 # The CUDA code on a CUDA that does nothing (tests/nullcuda/README.md). Downloads 5 GB at first use, and is no part of
 # .ci/run for that reason.
-test-null-gpu:
+test-null-gpu: ## Run the CUDA code on a CUDA that does nothing. Downloads 5 GB at first use.
 	tests/nullcuda/build.sh
 	tests/nullcuda/run.sh python -m tests.nullcuda.check
 
 # Once a release: what users get from `pip install`, next to no checkout.
-test-wheel:
+test-wheel: ## Test what `pip install` gives, outside of the checkout. Needs the run of `make demo`.
 	PYTHON=$(PYTHON) tests/versions/wheel.sh runs/demo/64px
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## Check style and types.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: $(INSTALLED)
+format: $(INSTALLED) ## Correct the style where a program can.
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 # The pages and figures that the code writes.
-docs: $(INSTALLED)
+docs: $(INSTALLED) ## Write the pages and figures that the code makes.
 	$(RUN) -m jitscale.train --list-settings > docs/settings.md
 	$(RUN) docs/draw.py
 	$(RUN) docs/reference.py > docs/reference.md
 
-install: $(INSTALLED)
+install: $(INSTALLED) ## Make `.venv` with the checkout and all that its tests need.
 
 # PyTorch goes first and by itself, so that a local build is kept where there is one.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -64,5 +64,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean: ## Remove `.venv` and `runs/demo`.
 	rm -rf $(VENV) runs/demo

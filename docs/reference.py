@@ -82,6 +82,13 @@ delete the file.
 START = """
 A file of tools/ runs as `python tools/NAME.py`, a module of the package as `python -m NAME`, a job
 script as `sbatch slurm/NAME.sh`. Every command but the job scripts has `--help`.
+
+`jitscale.evaluate` repeats the evaluation of a run (`--run DIR`; torchrun needs `--run-dir DIR`,
+which means the same) or measures a file of weights (`--checkpoint FILE`). `tools/evaluate_fid.py`
+sweeps other settings; its `--checkpoint` takes both.
+"""
+TARGETS = """
+These run as `make TARGET` in a checkout. Most use `.venv`, which is made at first use.
 """
 
 
@@ -103,6 +110,7 @@ def page() -> str:
     ]
     for job, paths in COMMANDS.items():
         parts += [f"### {job}", _table(("command", "what it does"), ([f"`{_name(p)}`", said(p)] for p in paths))]
+    parts += ["### Make targets", TARGETS, _table(("target", "what it does"), targets())]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -112,6 +120,16 @@ def commands() -> list[str]:
     found = [path for path in python if re.search(r'^if __name__ == "__main__":', path.read_text(), re.MULTILINE)]
     found += [path for path in (ROOT / "slurm").glob("*.sh") if path.read_text().startswith("#!")]
     return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def targets(makefile: str | None = None) -> list[Sequence[str]]:
+    """The targets of the Makefile, with the text after ##. Raises a ValueError if one has none."""
+    text = makefile or (ROOT / "Makefile").read_text()
+    described = dict(re.findall(r"^([a-z-]+):[^#\n]*## (.+)$", text, re.MULTILINE))
+    declared = " ".join(re.findall(r"^\.PHONY: (.+)$", text, re.MULTILINE)).split()
+    if missing := [name for name in declared if name not in described]:
+        raise ValueError(f"Makefile: {', '.join(missing)}: say after ## what it does")
+    return [[f"`make {name}`", described[name]] for name in declared]
 
 
 def said(path: str) -> str:

@@ -16,7 +16,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, distributed_c10d, rendezvous  # type: ignore[attr-defined]
 
-from jitscale.errors import ConfigError, RankLostError, RendezvousError, StorageError, UserError, escaped, first_line
+from jitscale.errors import (
+    ConfigError,
+    GPUMemoryError,
+    RankLostError,
+    RendezvousError,
+    StorageError,
+    UserError,
+    escaped,
+    first_line,
+)
 from jitscale.launcher_environment import adopt_launcher_environment, positive_setting
 
 T = TypeVar("T")
@@ -27,6 +36,10 @@ LONGEST_SECONDS = 365 * 86_400.0
 BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
 FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds until rank 0 first logs that it waits for ranks, and between repeats
 OTHERS_WORD = 60.0  # the same for other ranks; hundreds of ranks that log more often would hide the rest of the log
+MEMORY_REMEDY = (
+    "if another process holds memory there, end it; otherwise lower engine.micro_batch_size (training) or "
+    "evaluation.block_size (sampling); tools/plan.py shows the memory of a run"
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -154,7 +167,8 @@ def joined(device: torch.device, hang_timeout: float = 0.0) -> Iterator[World]:
     """Join the job's process group for the block, as `start` does, and leave it together with all ranks.
 
     By default, NCCL ends a process if its watchdog thread hangs for 8 minutes, for example in the driver. This function
-    raises that limit above `hang_timeout`. Raises a RankLostError if another rank has left early.
+    raises that limit above `hang_timeout`. Raises a RankLostError if another rank has left early, a GPUMemoryError if
+    the memory of this rank's GPU is full.
     """
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{collective_seconds(hang_timeout):.0f}")
     world = start(device)
@@ -162,6 +176,9 @@ def joined(device: torch.device, hang_timeout: float = 0.0) -> Iterator[World]:
     try:
         yield world
         barrier()  # rank 0 must not leave first: it serves the store of all ranks
+    except torch.OutOfMemoryError as error:
+        found = first_line(error).partition(" If reserved but unallocated")[0].rstrip(".")  # the rest is torch's advice
+        raise GPUMemoryError(f"rank {world.rank}: {found}; {MEMORY_REMEDY}") from error
     except RuntimeError as error:
         if "gloo" not in str(error) or "by peer" not in str(error):  # a closed or reset connection
             raise

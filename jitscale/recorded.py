@@ -126,7 +126,12 @@ EVALUATION_METRICS = (
         "Fréchet distance in the features of another network; lower is better",
         "`evaluation.more_features`, or a main network without logits",
     ),
-    Metric("kd_NETWORK", "", "kernel distance in the features of the main network", "in place of `kid` with `fd_*`"),
+    Metric(
+        "kd_NETWORK",
+        "",
+        "kernel distance in the features of the main network; `evaluation.more_features` adds none",
+        "in place of `kid`, if that network has no logits",
+    ),
     Metric("kd_NETWORK_std", "", "its standard deviation over random subsets", "together with `kd_NETWORK`"),
     Metric("DISTANCE_floor", "", "the same distance from one half of the real images to the other", "if it is known"),
     Metric(
@@ -186,7 +191,7 @@ FILES = (
         "result.json",
         "the final evaluation",
         "the result of the run; a start that trains on removes it",
-        "no: the same command evaluates again",
+        "no: without it, the same command repeats the final evaluation",
     ),
     RunFile("sweep.svg", "the final evaluation", "figure of its sweep; needs matplotlib", "yes"),
     RunFile("results/*.json", "every evaluation", "a result, named by its protocol", "yes; the result is lost"),

@@ -109,6 +109,29 @@ def test_a_rank_that_another_one_has_left_says_one_line(
     assert not (tmp_path / "error.json").exists(), "torchrun names another rank as the cause"
 
 
+def test_a_gpu_whose_memory_is_full_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        with parallel.joined(torch.device("cpu")):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.5 "
+                "GiB is free. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF.\nMore"
+            )
+
+    world = parallel.World(2, 4, 0, torch.device("cpu"))
+    monkeypatch.setattr(parallel, "start", lambda device: world)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(SystemExit) as met:
+        exit_with_message(command)
+    assert met.value.code == ExitCode.FAILED, "another process may have held the memory"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: rank 2: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "1.5 GiB is free; if another process" in said
+    assert "lower engine.micro_batch_size" in said
+
+
 @pytest.mark.parametrize("hang_timeout", [0.0, 8.0, 1700.0, 1800.0, 7200.0, 1e6])
 def test_stacks_are_written_before_a_collective_fails(hang_timeout: float) -> None:
     """A watch needs a twentieth of its time more, and then some seconds to write."""

@@ -1,7 +1,7 @@
 """Find the best guidance and average of a run: sweep on few images, then measure the best settings on many.
 
     torchrun --nproc-per-node 8 tools/evaluate_fid.py --checkpoint runs/jit_h_256 \\
-        --sweep guidance=1.0:4.0:0.1 ema=all interval=0.1:1.0,0.2:0.8 --coarse 5000 --fine 50000 --keep 3
+        --sweep guidance=1.8:2.6:0.2 ema=averages --coarse 5000 --fine 50000 --keep 3
 
 Without --sweep it uses the run's `evaluation.sweep`, as the end of a training does. All ranks share the work. If a
 sweep is interrupted, the same command continues it. The command ends with a table. RUN/results holds the numbers and a

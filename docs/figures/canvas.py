@@ -57,14 +57,12 @@ class Canvas:
         self.axes.text(x, y + below, text, size=size, color=colour, weight=weight, ha=align, va="baseline", **style)
 
     def frame(
-        self, x: float, y: float, width: float, height: float, colour: str = LINE, *, fill: Any = "white",
-        dashed: bool = False,
-    ) -> None:  # fmt: skip
+        self, x: float, y: float, width: float, height: float, colour: str = LINE, *, fill: Any = "white"
+    ) -> None:
         """A rectangle with round corners."""
         style = f"round,pad=0,rounding_size={ROUND}"
-        line: Any = {"linestyle": (0, (4, 3))} if dashed else {}
         self.axes.add_patch(
-            FancyBboxPatch((x, y), width, height, style, facecolor=fill, edgecolor=colour, linewidth=1.1, **line)
+            FancyBboxPatch((x, y), width, height, style, facecolor=fill, edgecolor=colour, linewidth=1.1)
         )
 
     def bar(self, x: float, y: float, width: float, height: float, colour: str, share: float = 0.25) -> None:

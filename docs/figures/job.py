@@ -45,7 +45,7 @@ STAGES = (  # a stage, what it does, how it may end, and what follows
     ),
     (
         "Run",
-        ("a rank a GPU, from the", "newest checkpoint to", "the final evaluation"),
+        ("one rank per GPU, from", "the newest checkpoint", "to the final evaluation"),
         (
             ("the run has recorded its end", DONE),
             ("a mistake in settings or data", STOP),

@@ -37,6 +37,12 @@ def test_a_command_has_its_place_or_the_page_is_refused(script: dict[str, Any]) 
         script["page"]()
 
 
+def test_a_make_target_has_its_words_or_the_page_is_refused(script: dict[str, Any]) -> None:
+    assert ["`make lint`", "Check style and types."] in script["targets"]()
+    with pytest.raises(ValueError, match="Makefile: b: say after ##"):
+        script["targets"](".PHONY: a b\na: c ## Do it.\n\techo\nb: a\n")
+
+
 def test_the_first_sentence_of_a_command(script: dict[str, Any]) -> None:
     assert script["said"]("jitscale/train.py") == "Train a model.", "without the example after it"
     assert script["said"]("tools/gallery.py").startswith("Write one HTML page to look at a run: results, curves,")
