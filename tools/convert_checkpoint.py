@@ -7,7 +7,7 @@
     python tools/convert_checkpoint.py --checkpoint checkpoint-last.pth --to run --output runs/continued \\
         --config configs/jit_h_256.yaml
 
-safetensors: a folder with one file a weight set, and the network's config in its metadata. huggingface: a folder for
+safetensors: a folder with one file per weight set, and the network's config in its metadata. huggingface: a folder for
 `jitscale.load_model` and `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). diffusers: a folder
 in the form of its open pull request. Both folders have a model card with samples. authors: their `checkpoint-last.pth`,
 with the optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def to_safetensors(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
-    """One file a weight set."""
+    """One file per weight set."""
     names = [stored.choose(name) for name in options.weights or stored.weight_sets]
     refuse_existing(*(options.output / f"{name}.safetensors" for name in names))
     check_finite(stored, names)

@@ -226,7 +226,7 @@ def parser() -> Parser:
     found.add_argument("--channels", type=int, choices=CHANNELS, default=RGB, help=kept)
     found.add_number("--samples-per-shard", 1000, "images in a shard")
     found.add_number("--seed", 0, "seed of the order", int)
-    names = "class names, one a line, in the order of their numbers (default: sorted, 2 before 10)"
+    names = "class names, one per line, in the order of their numbers (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
     found.add_argument("--split", metavar="NAME", help="the split to read, if there are several, such as train")
     labels = "folders: the folders are the classes, whatever files lie there; none: no labels; FILE: the file of labels"

@@ -197,9 +197,13 @@ class EngineConfig:
         choices=PRECISIONS,
     )
     micro_batch_size: int | None = setting(
-        None, "images of a rank in one pass; null: the rank's whole share of the batch", at_least=1
+        None, "images per rank in one pass; null: the rank's whole share of the batch", at_least=1
     )
-    attention: str = setting("auto", "kernel of attention; auto: the fastest one that works", choices=KERNELS)
+    attention: str = setting(
+        "auto",
+        "kernel of attention; auto: the first of the list that works (on CPUs and in fp32: sdpa)",
+        choices=KERNELS,
+    )
     fused_kernels: str = setting(
         "auto",
         "kernels that fuse q, k, v, SwiGLU, residuals and norms; auto: Triton on GPUs in bf16, if it works",

@@ -127,4 +127,4 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _refuse_repeated(pattern: str, names: Sequence[object]) -> None:
     if len(set(names)) < len(names):
-        raise DataError(f"{pattern}: names a shard twice; every sample must come once an epoch")
+        raise DataError(f"{pattern}: names a shard twice; every sample must come once per epoch")

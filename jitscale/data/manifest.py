@@ -133,7 +133,7 @@ def _wrong_value(manifest: Manifest) -> str:
         if Path(record.name).name != record.name:
             return f"names {record.name!r}, which is not a file name"
         if record.name in seen:
-            return f"names {record.name} twice; every sample must come once an epoch"
+            return f"names {record.name} twice; every sample must come once per epoch"
         seen.add(record.name)
     counted = sum(record.samples for record in manifest.shards)
     return "" if counted == manifest.total else f"its shards have {counted} samples, but its total is {manifest.total}"

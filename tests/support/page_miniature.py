@@ -113,10 +113,10 @@ class SmallPage:
         return None if made is None else [*words[: len(words) - len(rest)], *made]
 
     def small_python(self, code: str) -> str:
-        """Python code with the runs that it names."""
+        """Python code with the runs and the shards that it names."""
         for path in re.findall(r'"(runs/[^"]+)"', code):
             self.stored(path)
-        return code
+        return re.sub(r"/data/\w+", lambda found: self.shards(found[0]), code)
 
     def local(self, path: str) -> str:
         """The path in this folder that stands for one of the page."""
@@ -208,7 +208,7 @@ def _sample(page: SmallPage, words: Sequence[str]) -> list[str]:
 
 def _convert(page: SmallPage, words: Sequence[str]) -> list[str]:
     paths = {"--checkpoint": page.stored, "--output": page.local, "--config": page.config}
-    found = _with_paths(words, {**paths, "--samples": lambda _: "1"})
+    found = _with_paths(words, {**paths, "--samples": lambda _: "1", "--images": lambda _: "4"})
     return [*found, *(AUTHORS if "authors" in words else ())]
 
 
