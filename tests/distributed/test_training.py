@@ -224,7 +224,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         ),
         "another optimizer": (
             [f"run.dir={job.folder / 'other_optimizer'}", "optim.name=muon"],
-            "its moments are those of optim.name=adamw",
+            "its moments belong to optim.name=adamw",
         ),
         "start from nothing": (["run.init_from=absent"], "absent: no such checkpoint"),
         "start from another network": (
