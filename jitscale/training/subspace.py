@@ -218,7 +218,7 @@ def _fitted(config: Config, shards: ShardSet, folders: list[Path], device: torch
     subspace = leading_subspace(gram, rank)
     share = explained(gram, subspace)[-1]
     write_subspace(folders[-1] / name, subspace, {**facts, "images": images, "explained": share})
-    text = "%s: subspace of %d of %d dimensions, fitted to %d images; it holds %.2f%% of the energy of their patches"
+    text = "%s: a subspace of %d of %d dimensions, fitted to %d images; it holds %.2f%% of the energy of their patches"
     logger.info(text, folders[-1] / name, rank, len(subspace), images, 100 * share)
     return subspace
 
