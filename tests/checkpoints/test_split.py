@@ -77,17 +77,17 @@ def _twins(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / PARTS[1]).unlink(), rf"{INDEX}: names {PARTS[1]}, which is missing"),
-        (lambda folder: (folder / INDEX).unlink(), rf"{PARTS[0]}: is one part of several, and no index"),
-        (lambda folder: (folder / INDEX).write_text("{}"), "is no index of safetensors files.*weight_map' is missing"),
-        (lambda folder: (folder / INDEX).write_text("[" * 100_000), "is no index of safetensors files"),
+        (lambda folder: (folder / INDEX).unlink(), rf"{PARTS[0]}: is one part of several, but no index"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "is not an index of safetensors files.*weight_map' is missing"),
+        (lambda folder: (folder / INDEX).write_text("[" * 100_000), "is not an index of safetensors files"),
         (lambda folder: (folder / PARTS[0]).write_bytes(b"x"), rf"{PARTS[0]}: not a readable safetensors file"),
-        (_twins, "'a' stands there twice"),
+        (_twins, "'a' appears twice"),
         (
             _mapped(lambda names: names.update({"extra": PARTS[0]})),
-            rf"says that extra is in {PARTS[0]}, it is in nowhere",
+            rf"says that extra is in {PARTS[0]}, but it is in no file",
         ),
-        (_mapped(lambda names: names.pop(f"module.{FIRST}")), rf"module\.{FIRST} is in nowhere, it is in {PARTS[0]}"),
-        (_mapped(lambda names: names.update({f"module.{FIRST}": PARTS[1]})), rf"is in {PARTS[1]}, it is in {PARTS[0]}"),
+        (_mapped(lambda names: names.pop(f"module.{FIRST}")), rf"module\.{FIRST} is in no file, but it is in {PARTS[0]}"),
+        (_mapped(lambda names: names.update({f"module.{FIRST}": PARTS[1]})), rf"is in {PARTS[1]}, but it is in {PARTS[0]}"),
         (_mapped(lambda names: names.update({"a": "../a.safetensors"})), r"a is in '\.\./a\.safetensors', which is no"),
         (_mapped(lambda names: names.update({"a": "code.py"})), r"a is in 'code\.py', which is no \.safetensors file"),
         (
@@ -96,7 +96,7 @@ def _twins(folder: Path) -> None:
         ),
         (
             _with(PARTS[1], lambda held: held.pop(f"module.{LAST}")),
-            rf"module\.{LAST} is in {PARTS[1]}, it is in nowhere",
+            rf"module\.{LAST} is in {PARTS[1]}, but it is in no file",
         ),
         (
             lambda folder: save_file({"a": torch.zeros(1)}, folder / "model-00003-of-00003.safetensors"),

@@ -166,7 +166,7 @@ def test_more_tokens_keep_the_subspace() -> None:
         (RANK, settings(8, rank=6), "smooth", r"rank=6 must be 5, the old one; add diffusion\.rank=5"),
         (NUMBERS, settings(8, rank=NUMBERS), "smooth", r"must be 192, all numbers.*add diffusion\.rank=192"),
         (RANK, settings(8, rank=192), "smooth", r"rank=192 must be 5"),
-        (12, settings(2, rank=12), "smooth", r"rank=12: a part of the 48 numbers of the old patch, and all"),
+        (12, settings(2, rank=12), "smooth", r"rank=12: below the 48 numbers of the old patch, but full"),
         (0, settings(8, rank=1), "smooth", r"rank=1 must be 0"),
         (RANK, settings(8), "smooth", r"diffusion\.prediction: asym -> x"),
     ],

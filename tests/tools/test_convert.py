@@ -357,7 +357,7 @@ def test_a_set_that_no_run_has_becomes_its_model_or_is_left_out(
         run = open_weights(convert(source, "run", tmp_path / f"run_{begin}", "--config", config))
         assert run.weight_sets == ["model"]
         assert ("left out: best" in capsys.readouterr().out) == left_out
-    with pytest.raises(CheckpointError, match="no weight set 'best'; make it the model first"):
+    with pytest.raises(CheckpointError, match="no weight set 'best'; make it the model"):
         write_streamed(tmp_path / "new", Progress(0, 0, 0, None), stored.config, {}, ["best"], stored.tensor)
 
 
@@ -398,5 +398,5 @@ def test_damage_is_met_before_it_is_exported(authors_file: Path, config: Path, t
         with pytest.raises(CheckpointError, match=rf"{name}: its content is not what was written"):
             convert(run, "safetensors", tmp_path / "out")
         (step / name).write_bytes(sound)
-    with pytest.raises(CheckpointError, match="neither safetensors nor of torch"):
+    with pytest.raises(CheckpointError, match="neither a .safetensors file nor one of torch"):
         convert(config, "safetensors", tmp_path / "out", "--config", config)

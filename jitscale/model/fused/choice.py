@@ -15,7 +15,7 @@ from jitscale.errors import ConfigError, first_line
 from jitscale.model import layers
 from jitscale.versions import version_of
 
-BATCH = 5  # images of the probe: so many that a kernel of `heads` needs several programs for a token
+BATCH = 5  # images of the probe: several programs for a token in `heads`' forward pass, a part of one in its backward
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.01}  # relative to the largest element
 ALIGNED_ELEMENTS = 8  # as training.optim.parameter_groups aligns parameters: compiled code assumes 16 bytes
 OLDEST_TORCH = (2, 11)  # the oldest torch whose Inductor was tested with the kernels
