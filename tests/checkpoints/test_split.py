@@ -78,7 +78,7 @@ def _twins(folder: Path) -> None:
     [
         (lambda folder: (folder / PARTS[1]).unlink(), rf"{INDEX}: names {PARTS[1]}, which is missing"),
         (lambda folder: (folder / INDEX).unlink(), rf"{PARTS[0]}: is one part of several, but no index"),
-        (lambda folder: (folder / INDEX).write_text("{}"), "is not an index of safetensors files.*weight_map' is missing"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "is not an index of safetensors.*weight_map' is missing"),
         (lambda folder: (folder / INDEX).write_text("[" * 100_000), "is not an index of safetensors files"),
         (lambda folder: (folder / PARTS[0]).write_bytes(b"x"), rf"{PARTS[0]}: not a readable safetensors file"),
         (_twins, "'a' appears twice"),
@@ -86,8 +86,8 @@ def _twins(folder: Path) -> None:
             _mapped(lambda names: names.update({"extra": PARTS[0]})),
             rf"says that extra is in {PARTS[0]}, but it is in no file",
         ),
-        (_mapped(lambda names: names.pop(f"module.{FIRST}")), rf"module\.{FIRST} is in no file, but it is in {PARTS[0]}"),
-        (_mapped(lambda names: names.update({f"module.{FIRST}": PARTS[1]})), rf"is in {PARTS[1]}, but it is in {PARTS[0]}"),
+        (_mapped(lambda names: names.pop(f"module.{FIRST}")), rf"{FIRST} is in no file, but it is in {PARTS[0]}"),
+        (_mapped(lambda names: names.update({f"module.{FIRST}": PARTS[1]})), rf"{PARTS[1]}, but it is in {PARTS[0]}"),
         (_mapped(lambda names: names.update({"a": "../a.safetensors"})), r"a is in '\.\./a\.safetensors', which is no"),
         (_mapped(lambda names: names.update({"a": "code.py"})), r"a is in 'code\.py', which is no \.safetensors file"),
         (

@@ -401,7 +401,7 @@ def test_mistakes(low: Path, tmp_path: Path) -> None:
         upgraded(low, to, tmp_path / "other", "model.hidden_size=64")
     part = next(low.glob("checkpoints/*/rank_00000.safetensors"))
     part.write_bytes(part.read_bytes()[:-8] + b"\0\1\2\3\4\5\6\7")
-    with pytest.raises(CheckpointError, match="its content is not what was written"):
+    with pytest.raises(CheckpointError, match="its content has changed since it was written"):
         upgraded(low, to, tmp_path / "other")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="no such checkpoint"):

@@ -119,7 +119,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(job: Job, unbroken: list[dict[
     content[-1000] ^= 1
     file.write_bytes(bytes(content))
     said = run_ranks(2, *job.command("flipped"), expect=2)
-    assert f"error: {file}: its content is not what was written" in said
+    assert f"error: {file}: its content has changed since it was written" in said
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")

@@ -125,7 +125,7 @@ def test_other_values_than_those_of_the_checkpoint_are_refused(job: Job, whole: 
     said = run_ranks(2, *job.command("fresh", *SETTINGS, f"diffusion.subspace={other}"), expect=2)
     assert f"diffusion.subspace={other}: holds a subspace of shape (12, 5), this network needs (48, 5)" in said
     said = run_ranks(2, *job.command("other_values", *SETTINGS, "diffusion.rank=6"), expect=2)
-    assert "weights of another network (diffusion.rank: 5 -> 6)" in said
+    assert "the weights belong to another network (diffusion.rank: 5 -> 6)" in said
 
 
 def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, whole: Path) -> None:
