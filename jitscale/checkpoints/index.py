@@ -84,7 +84,7 @@ def plain_file(folder: Path, name: str) -> os.stat_result:
     except FileNotFoundError as error:
         raise ValueError("is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        link = ": it is a link; copy the folder with cp -rL" if stat.S_ISLNK(status.st_mode) else ""
+        link = ": a link; if its target is sound, copy the folder with cp -rL" if stat.S_ISLNK(status.st_mode) else ""
         raise ValueError(f"is not a regular file inside the folder{link}")
     return status
 

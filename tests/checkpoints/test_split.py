@@ -89,7 +89,7 @@ def _twins(folder: Path) -> None:
         (_mapped(lambda names: names.pop(f"module.{FIRST}")), rf"{FIRST} is in no file, but it is in {PARTS[0]}"),
         (_mapped(lambda names: names.update({f"module.{FIRST}": PARTS[1]})), rf"{PARTS[1]}, but it is in {PARTS[0]}"),
         (_mapped(lambda names: names.update({"a": "../a.safetensors"})), r"a is in '\.\./a\.safetensors', which is no"),
-        (_mapped(lambda names: names.update({"a": "code.py"})), r"a is in 'code\.py', which is no \.safetensors file"),
+        (_mapped(lambda names: names.update({"a": "code.py"})), r"in 'code\.py', which is not a \.safetensors file"),
         (
             _with(PARTS[1], lambda held: held.update({f"module.{FIRST}": torch.zeros(3)})),
             rf"module\.{FIRST} is in {PARTS[0]} and in {PARTS[1]}",
