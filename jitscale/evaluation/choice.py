@@ -44,7 +44,7 @@ def settle_features(config: Config) -> tuple[Config, str]:
         if before in fitting and before != name:
             remedy = _fetching(before, config.evaluation)
             what = f"{name}, because the weights of {before}, which measured this run before, are missing"
-            logger.warning("evaluation.features=auto: %s. Their distances are not comparable; %s", what, remedy)
+            logger.warning("evaluation.features=auto: %s; distances of the two are not comparable; %s", what, remedy)
         else:
             reason = "as before" if name == before else "the images' own" if name in SMALL_NETWORKS else "weights found"
             logger.info("evaluation.features=auto: %s (%s)", name, reason)

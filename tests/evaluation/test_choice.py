@@ -119,7 +119,7 @@ def test_a_run_keeps_its_network_or_says_that_it_changed(folder: Path, caplog: p
     assert settle_features(config)[0].evaluation.features == "inception"
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("evaluation.features=auto: inception, because the weights of dinov2, which ")
-    assert said.endswith(f"do not compare; {FETCH} {folder / 'weights'} dinov2")
+    assert said.endswith(f"distances of the two are not comparable; {FETCH} {folder / 'weights'} dinov2")
     (folder / "run/config.yaml").write_text(to_yaml(configured(folder, "evaluation.features=glyphs")))
     assert settle_features(config)[0].evaluation.features == "inception", "a network of other images is never kept"
 
@@ -134,9 +134,7 @@ def test_a_small_network_on_other_images_is_said_in_one_line(folder: Path, caplo
         settle_for_training(configured(folder, f"evaluation.{setting}={value}", *other))
         (said,) = [record.getMessage() for record in caplog.records]
         name = value.strip("[]")
-        assert said.startswith(
-            f"evaluation.{setting}: {name} is only for images of tools/make_{name}.py, but"
-        )
+        assert said.startswith(f"evaluation.{setting}: {name} is only for images of tools/make_{name}.py, but")
     caplog.clear()
     idle = ["evaluation.at_end=false", "evaluation.every_images=0"]
     settle_for_training(configured(folder, "evaluation.features=glyphs", *idle))

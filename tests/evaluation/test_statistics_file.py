@@ -67,7 +67,7 @@ def test_files_of_ours_are_of_as_many_channels_as_the_network(
         np.savez(tmp_path / name, mu=MU, sigma=SIGMA, **more)
         assert read_statistics(str(tmp_path / name), digits, channels).statistics
     assert read_statistics(str(tmp_path / "theirs.npz"), digits, 4 - channels).statistics
-    refused = rf"ours.npz: made from images with {channels} channels, but model.in_channels={4 - channels}; make it again"
+    refused = rf"npz: made from images with {channels} channels, but model.in_channels={4 - channels}; make it again"
     with pytest.raises(DataError, match=refused):
         read_statistics(str(tmp_path / "ours.npz"), digits, 4 - channels)
 
