@@ -24,8 +24,8 @@ def checked_output(output: Path, config: Config, sets: Sequence[str]) -> Iterato
 
     Raises a CheckpointError if the check fails, or `output` cannot be written.
     """
-    beside = output if output.is_dir() else output.parent
-    aside = beside / f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    parent = output if output.is_dir() else output.parent
+    aside = parent / f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial"
     staged = aside / (output.name or "output")
     try:
         aside.mkdir(parents=True)

@@ -166,7 +166,7 @@ class Card:
         table = "\n".join(f"| {name} | {self.result[key]:.4g} |" for key, (_, name) in metrics)
         text = f"## Results\n\n| | |\n|---|---|\n{table}\n\nAgainst {_dataset(self.result)}: {said}.\n"
         if args["features"] not in ("inception", "dinov2"):
-            text += "The features are those of a small network: do not compare these numbers with published FIDs.\n"
+            text += "The features come from a small network: do not compare these numbers with published FIDs.\n"
         return text
 
     def _about_diffusers(self) -> str:
@@ -183,8 +183,9 @@ yet. Keys and config names follow the proposal (huggingface/diffusers pull reque
 - Its images are not those of our FID. Its time grid ends with a step from 0.001 to 0, it guides at all
   times, and it clamps differently; ours are {evaluation.steps} equal steps {guided}.
   The lines under "Use" make the images that we measure.
-- `transformer/config.json` has a key `jitscale` with what the form cannot say: noise scale, `t_eps`, the
-  distribution of times, the name of the weight set. diffusers ignores it with a warning, and keeps it.
+- `transformer/config.json` has a key `jitscale` with facts that the format has no key for: noise scale,
+  `t_eps`, the distribution of times, the name of the weight set. diffusers ignores it with a warning, and
+  keeps it.
 """
 
 

@@ -103,7 +103,7 @@ class Upgrade:
         return new
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
-        """Pool images of the new resolution, patch by patch, to those that the old network would see: (B, A, H, W)."""
+        """Pool images (B, A, H, W) of the new resolution, patch by patch, to the old resolution."""
         if self.mode == "tokens":
             return images
         old, new = self.enter.shape

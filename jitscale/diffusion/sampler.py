@@ -37,7 +37,7 @@ class Sampler:
     guidance_scale: float = 1.0  # w; 1 means none
     # Guidance is applied for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
     guidance_interval: tuple[float, float] = (0.1, 1.0)
-    prediction: str = "x"  # what the network predicts: x, e, v or asym
+    prediction: str = "x"  # the network's prediction: x, e, v or asym
     t_eps: float = 0.05  # smallest denominator, as in training
     time_shift: float = 1.0  # s of the grid t / (t + (1 - t) s); 1: uniform
     internal_guidance: float = 1.0  # w of the middle output layer; 1 means none

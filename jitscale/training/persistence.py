@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3  # in a row
 
-_TRAINING_SETTINGS = (  # besides those of the network, the loss, the optimizer and the averages
+_TRAINING_SETTINGS = (  # besides the groups model, diffusion, optim and ema
     *("data.batch_size", "data.flip", "engine.precision", "engine.float8"),
     *("run.max_images", "run.max_steps", "run.rollback_after", "run.route_until_images"),
 )

@@ -1,7 +1,7 @@
 """The subspace of rank-asymmetric prediction (arXiv 2605.12964): how a run fits it, stores it and finds it again.
 
-The leading eigenvectors of a Gram matrix span it: that of the patches of the training images, in [-1, 1], without
-subtracting their mean. A run computes the subspace once, before its first step; then it belongs to the weights.
+The leading eigenvectors of the Gram matrix of the training images' patches, in [-1, 1], span it; the mean is not
+subtracted. A run computes the subspace once, before its first step; then it belongs to the weights.
 
 Shapes: B images of a block, A channels, S pixels a side, D numbers of a patch in the order row, column,
 channel, R rank.

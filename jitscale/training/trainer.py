@@ -85,7 +85,7 @@ class Trainer:
         subspace = subspace_of_run(config, world, shards, checkpoint, initial)
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion, subspace).train(), config, world)
-        parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
+        parallel.let_collectives_outlast(config.run.hang_timeout)  # after DeepSpeed has made its groups
         # A rank with another kernel would round differently and could slow all ranks down, and nothing would show it.
         parallel.require_alike("how the network computes", self.engine.execution.identity, REMEDY)
         if world.is_main:
@@ -267,7 +267,7 @@ class Trainer:
             self.tracker.log(values)
 
     def close(self) -> None:
-        """Release what the run holds."""
+        """Release threads, files, signal handlers and the engine."""
         self.watch.close()
         self.profile.close()
         self.feed.close()
