@@ -1,10 +1,10 @@
-"""The main job in minutes, on real images: shards, training, upgrade to twice the resolution, evaluation.
+"""Show the whole workflow on real images in minutes: shards, training, upgrade to twice the resolution, evaluation.
 
     python tools/demo.py
 
-Two processes on the CPU, or one for each GPU, train a small JiT on scikit-learn's handwritten digits at 32 px with
-configs/demo.yaml. The checkpoint is upgraded to 64 px and fine-tuned with configs/demo_64.yaml. The same command
-continues an interrupted demo.
+Two processes on the CPU, or one process for each GPU, train a small JiT on scikit-learn's handwritten digits at 32 px,
+with configs/demo.yaml. The checkpoint is upgraded to 64 px and fine-tuned with configs/demo_64.yaml. If the demo is
+interrupted, the same command continues it.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def _settings(output: Path, resolution: int, images: int | None, options: argparse.Namespace) -> list[str]:
-    """The settings of the run at one resolution, whose shards are written unless they are there."""
+    """The settings of the run at one resolution; its shards are written unless they exist."""
     output = output.absolute()
     shards = output / f"shards_{resolution}px"
     digits, labels = digit_images(resolution)
@@ -95,7 +95,8 @@ def _settings(output: Path, resolution: int, images: int | None, options: argpar
     said = write_shards_once(digits, shards, labels=labels, samples_per_shard=256, **known)
     print(said, flush=True)
     samples, steps = options.samples, options.sampler_steps
-    block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)  # two processes
+    # At most half of the samples, so that both processes on the CPU have a block.
+    block = None if samples is None else min(EvaluationConfig().block_size, (samples + 1) // 2)
     counts = {"run.max_images": images, "evaluation.num_images": samples, "evaluation.block_size": block}
     counts["evaluation.steps"] = steps
     places = [f"run.dir={output / f'{resolution}px'}", f"data.shards={shards}"]
@@ -103,7 +104,7 @@ def _settings(output: Path, resolution: int, images: int | None, options: argpar
 
 
 def _train(config: str, settings: list[str], batch_size: int) -> None:
-    """Train on as many GPUs as can share a batch evenly, or in two processes on the CPU."""
+    """Train on as many GPUs as divide the batch evenly, or in two processes on the CPU."""
     most = torch.cuda.device_count() or 2
     processes = max(count for count in range(1, most + 1) if batch_size % count == 0)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -116,7 +117,7 @@ def _say(what: str) -> None:
 
 
 def _draw_samples(configs: list[Config], path: Path) -> None:
-    """The pictures of samples with which the runs have ended, one row a class, the resolutions side by side."""
+    """Draw the final pictures of samples, one row for each class, with the resolutions side by side."""
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
         for axis, config in zip(axes, configs, strict=True):
             pictures = sorted((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))  # by images seen
@@ -128,7 +129,7 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
             axis.set_yticks((np.arange(len(DIGIT_CLASSES)) + 0.5) * grid.height / len(DIGIT_CLASSES), DIGIT_CLASSES)
             size = config.model.image_size
             title = f"{size} x {size} pixels, guidance {config.evaluation.guidance_scale}"
-            axis.set(xticks=[], ylabel="class asked for", title=title)
+            axis.set(xticks=[], ylabel="requested class", title=title)
 
 
 def _draw_losses(configs: list[Config], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command imports this first: a missing package then is one line, and a checkout needs no installation."""
+"""Every command imports this module first: it makes a checkout importable, and reports a missing package in a line."""
 
 import sys
 from pathlib import Path

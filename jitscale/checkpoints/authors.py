@@ -1,9 +1,9 @@
 """The authors' `checkpoint-last.pth` (repository LTH14/JiT): {model, model_ema1, model_ema2, optimizer, epoch, args}.
 
 Only tensors, plain containers, numpy's numbers and the file's argparse namespace are unpickled. Keys have the prefix
-`net.`, the weights include the fixed position table, and the optimizer counts parameters in the order of the authors'
+`net.`, and the weights include the fixed position table. The optimizer numbers parameters in the order of the authors'
 modules: first those without weight decay, then the others. An average may also be a list in the order of the model's
-tensors, as the authors' code holds it while it trains.
+tensors, because the authors' code holds averages like that during training.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from jitscale.errors import CheckpointError, first_line, unreadable
 from jitscale.files import atomic_write
 from jitscale.model.layers import sincos_position_table
 
-# The block where the in-context tokens enter, which no shape says; so the size that the file names decides it.
+# The block where the in-context tokens enter. No shape reveals it, so the model name in the file decides.
 IN_CONTEXT_START = {"JiT-B": 4, "JiT-L": 8, "JiT-H": 10, "JiT-G": 10}
 _SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # by depth and width
-METHODS = ("euler", "heun")  # of sampling, at uniform times
-# What numpy's numbers are pickled as, by numpy 2 and 1; dtypes of numbers alone, so no object can hide in one.
+METHODS = ("euler", "heun")  # the authors' samplers, at uniform times
+# The types as which numpy 2 and 1 pickle numbers. Only dtypes of numbers are allowed, so that no object is unpickled.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY: list[Any] = [
     _SCALAR,
@@ -61,9 +61,9 @@ class AuthorsWeights(StoredWeights):
     """A `checkpoint-last.pth`, mapped into memory."""
 
     def __init__(self, path: Path, model: ModelConfig | None) -> None:
-        """Open; `model`, the sizes, is only needed if the network is not one of the paper's.
+        """Open the file. The sizes `model` are only needed if the network is not one of the paper's.
 
-        Raises a CheckpointError if the file cannot be read, has another format, or its network's sizes are not known.
+        Raises a CheckpointError if the file cannot be read, has another format, or its network's sizes are unknown.
         """
         self.path = path
         content = _unpickled(path)
@@ -92,7 +92,7 @@ class AuthorsWeights(StoredWeights):
         for name, key in keys.items():
             if differing := shape_differences(_shapes(self._sets[name]), self.shapes):
                 what = f"{path}: {key} holds another network than model ({differing})"
-                raise CheckpointError(f"{what}; give a file whose sets are those of one network")
+                raise CheckpointError(f"{what}; give a file whose sets belong to one network")
         size = named.split("/", maxsplit=1)[0]
         if size in IN_CONTEXT_START:
             try:
@@ -102,7 +102,7 @@ class AuthorsWeights(StoredWeights):
             model.attn_dropout, model.proj_dropout = dropout["attn_dropout"], dropout["proj_dropout"]
         if model is None:
             raise CheckpointError(f"{path}: its model {named!r} is not one of the paper's; give its config")
-        model = replace(model, middle_head=0)  # a layer that this format does not know
+        model = replace(model, middle_head=0)  # this format has no middle output layer
         check_model_config(model, str(path), diffusion)
         self.config = Config(model=model, diffusion=diffusion, ema=EmaConfig(decays=decays))
         check_tensors(self)
@@ -110,7 +110,7 @@ class AuthorsWeights(StoredWeights):
             if table is not None:
                 if not is_position_table(tuple(table.shape), self.config):
                     what = f"{path}: {POSITIONS} of {key} has the shape {tuple(table.shape)}"
-                    raise CheckpointError(f"{what}, another number of positions than the network; give its config")
+                    raise CheckpointError(f"{what}, which does not fit the network's positions; give its config")
                 check_positions(path, table.float(), self.config)
         self._index = {name: index for index, name in enumerate(optimizer_order(self.shapes))}
         try:
@@ -126,10 +126,10 @@ class AuthorsWeights(StoredWeights):
 
 
 def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, epoch: int) -> None:
-    """Write a file for the authors' `--resume`, with the optimizer's moments where `stored` has them.
+    """Write a file for the authors' `--resume`, with the optimizer's moments if `stored` has them.
 
-    `ema1` and `ema2`, named `ema_<decay>`, become model_ema1 and model_ema2. Training goes on after `epoch`, the last
-    complete one. Raises a CheckpointError if one of the sets is not there, an OSError if the file cannot be written.
+    The sets `ema1` and `ema2`, named `ema_<decay>`, become model_ema1 and model_ema2. Training resumes after `epoch`,
+    the last complete one. Raises a CheckpointError if a set is missing, an OSError if the file cannot be written.
     """
     sets = {"model": "model", "model_ema1": ema1, "model_ema2": ema2}
     decays = [float(name.removeprefix("ema_")) for name in (ema1, ema2)]
@@ -138,14 +138,14 @@ def write_authors_file(path: Path, stored: StoredWeights, ema1: str, ema2: str, 
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch ends its archive even after a failed write, which hides the cause
+        except RuntimeError as error:  # torch closes its archive after a failed write; that fails too
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def optimizer_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Parameter names in the order in which the authors' optimizer counts them."""
+    """Parameter names in the order in which the authors' optimizer numbers them."""
     ordered = sorted(shapes, key=lambda name: next(i for i, start in enumerate(_MODULES) if name.startswith(start)))
     vectors = [name for name in ordered if _undecayed(name, shapes)]
     return vectors + [name for name in ordered if not _undecayed(name, shapes)]
@@ -156,20 +156,20 @@ def _undecayed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _unpickled(path: Path) -> Any:
-    """What `torch.save` wrote, of plain types only.
+    """The content of a file of `torch.save`, of plain types only.
 
-    Raises a CheckpointError if the file holds anything else, a StorageError if its storage fails.
+    Raises a CheckpointError if the file holds other types, a StorageError if its storage fails.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle's documentation: a damaged pickle may raise any type
-        # torch's own message advises to load with weights_only=False, which executes what the file says.
+        # torch's own message recommends weights_only=False, which executes code in the file.
         found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         remedy = "give a sound file"
         if found:
             reason = f"it holds {found[1]}, which is neither a tensor nor a plain number, text, list or dict"
-            remedy = "store it again without that"
+            remedy = "save it again without that object"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "its pickle is damaged, or holds more than tensors and plain values"
         else:
@@ -192,7 +192,7 @@ def _arguments_in(content: Any) -> argparse.Namespace:
 
 
 def _own_tensors(path: Path, content: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
-    """By our names: without the prefixes of the authors and of wrappers; the position table is among them."""
+    """The tensors by our names, without the prefixes of the authors and of wrappers; includes the position table."""
     stored = content[key]
     if isinstance(stored, list | tuple):
         stored = _named_as(content["model"], stored, key)
@@ -201,7 +201,7 @@ def _own_tensors(path: Path, content: dict[str, Any], key: str) -> dict[str, tor
     if wrong := [
         name for name, value in stored.items() if not isinstance(value, torch.Tensor) or type(name) is not str
     ]:
-        raise TypeError(f"{key} holds {wrong[0]!r}, which is no tensor with a name")
+        raise TypeError(f"{key} holds {wrong[0]!r}, which is not a tensor with a name")
     found = own_names(path, stored)
     return {
         name: torch.cat([stored[part] for part in parts]) if len(parts) > 1 else stored[parts[0]]
@@ -210,16 +210,16 @@ def _own_tensors(path: Path, content: dict[str, Any], key: str) -> dict[str, tor
 
 
 def _named_as(model: Any, values: Sequence[Any], key: str) -> dict[str, Any]:
-    """A list of tensors with the names of `model`, which are in the order of the network's parameters.
+    """Give a list of tensors the names of `model`, which has the same order.
 
     The position table is a parameter in the authors' code; a list may leave it out. Raises a TypeError if the list has
-    another length; whether the shapes agree is compared with the other sets.
+    another length. Shapes are compared with the other sets later.
     """
     names = list(model) if isinstance(model, dict) else []
     learned = [name for name in names if not str(name).endswith(POSITIONS)]
     chosen = names if len(values) == len(names) else learned
     if len(values) != len(chosen):
-        raise TypeError(f"{key} is a list of {len(values)} tensors, and the model has {len(names)}")
+        raise TypeError(f"{key} is a list of {len(values)} tensors, but the model has {len(names)}")
     return dict(zip(chosen, values, strict=True))
 
 
@@ -230,7 +230,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def _moments_in(
     content: dict[str, Any], index: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[int, dict[str, torch.Tensor]], int]:
-    """The state of the optimizer by the number of the parameter, and its updates; nothing if the file has no state."""
+    """The optimizer's state by the number of the parameter, and its number of updates; empty if the file has none."""
     state = (content.get("optimizer") or {}).get("state", {})
     if state.keys() != set(index.values()):
         return {}, 0
@@ -254,7 +254,7 @@ def _with_prefix(stored: StoredWeights, set_name: str) -> dict[str, torch.Tensor
 def _optimizer_state(stored: StoredWeights) -> dict[str, Any]:
     order, optim = optimizer_order(stored.shapes), stored.config.optim
     vectors = sum(_undecayed(name, stored.shapes) for name in order)
-    # torch fills in the settings of a group; only the numbers of the parameters matter.
+    # Built by torch, which adds the other settings of a group. Only the order of the parameters matters.
     parameters = [torch.nn.Parameter(torch.empty(0)) for _ in order]
     groups = [
         {"params": parameters[:vectors], "weight_decay": 0.0},
@@ -273,7 +273,7 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
     model, diffusion, optim, evaluation = config.model, config.diffusion, config.optim, config.evaluation
     size = _SIZES.get((model.depth, model.hidden_size))
     named = size and sizes_from_shapes(shapes_of(config), model.image_size, IN_CONTEXT_START[size])
-    # A size's name says the rest of the network too, so another network must not have it.
+    # A size's name determines the whole network, so that other networks must have another name.
     if not named or network_differences(Config(model=named), Config(model=model)):
         size = f"JiT-{model.depth}x{model.hidden_size}"
     return argparse.Namespace(
@@ -300,9 +300,9 @@ def _arguments(config: Config, decays: list[float]) -> argparse.Namespace:
 
 
 def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]], image_size: int, in_context_start: int) -> ModelConfig:
-    """The network whose parameters have these shapes; `in_context_start` is what no shape says.
+    """The network whose parameters have these shapes; no shape reveals `in_context_start` and `image_size`.
 
-    Raises a KeyError, a ValueError, an IndexError or a ZeroDivisionError if these are no shapes of a JiT.
+    Raises a KeyError, a ValueError, an IndexError or a ZeroDivisionError if these are not the shapes of a JiT.
     """
     bottleneck_dim, _, patch_size, _ = shapes["x_embedder.proj1.weight"]
     num_labels, hidden_size = shapes["y_embedder.embedding_table.weight"]

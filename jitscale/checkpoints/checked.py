@@ -1,4 +1,4 @@
-"""Weights that a tool writes get their name only after they were opened again and compared with their config."""
+"""Checks weights that a tool writes: they are opened again, compared with their config, and only then renamed."""
 
 import os
 import shutil
@@ -16,16 +16,16 @@ from jitscale.errors import CheckpointError, UserError
 
 @contextmanager
 def checked_output(output: Path, config: Config, sets: Sequence[str]) -> Iterator[Path]:
-    """A path to write weights to, a file or a folder, in place of `output`, which appears when they proved sound.
+    """Yields a temporary path for weights, a file or a folder, which is renamed to `output` after a check.
 
-    After the block the weights are opened as any reader opens them. They must be of the network of `config` and its
-    noise scale, finite, and the weight sets `sets` (moments included). A folder `output` that exists keeps its other
-    files. After an error or a kill nothing new is visible.
+    After the `with` block, the weights are opened as any reader opens them. They must belong to the network of `config`
+    and have its noise scale, be finite, and hold exactly the weight sets `sets` (moments included). If the folder
+    `output` exists, its other files stay. After an error or a kill, nothing new is visible.
 
-    Raises a CheckpointError if the written weights are anything else, or `output` cannot be written.
+    Raises a CheckpointError if the check fails, or `output` cannot be written.
     """
-    beside = output if output.is_dir() else output.parent
-    aside = beside / f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    parent = output if output.is_dir() else output.parent
+    aside = parent / f".{output.name}.{socket.gethostname()}.{os.getpid()}.partial"
     staged = aside / (output.name or "output")
     try:
         aside.mkdir(parents=True)
@@ -48,13 +48,13 @@ def _check(written: Path, config: Config, sets: Sequence[str]) -> None:
     check_fits(stored, config)
     found = [*stored.weight_sets, *stored.moments]
     if set(found) != set(sets):
-        what = f"{written}: holds the weight sets {', '.join(found)}, and {', '.join(sets)} were to be written"
+        what = f"{written}: holds the weight sets {', '.join(found)} instead of {', '.join(sets)}"
         raise CheckpointError(f"{what}; nothing was kept")
     check_finite(stored, found)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; where both are folders, what is in it. A checkpoint replaces what is left of one."""
+    """Rename `source` to `target`; if both are folders, rename its content. A checkpoint replaces an incomplete one."""
     if (source / MARKER).exists():
         shutil.rmtree(target, ignore_errors=True)
     if not (source.is_dir() and target.is_dir()):

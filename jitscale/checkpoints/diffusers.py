@@ -1,13 +1,13 @@
-"""Folders of Hugging Face diffusers, in the form of its open pull request #13098 (head of 2026-06-28).
+"""Folders of Hugging Face diffusers, in the format of its open pull request #13098 (head of 2026-06-28).
 
     model_index.json, scheduler/scheduler_config.json, README.md
     transformer/config.json
     transformer/diffusion_pytorch_model.safetensors, or above 10 GB several files and an index
 
-No release of diffusers has a JiT class; names and keys follow the proposal. Read are also the folders of the community
-(attn.qkv), and its first form of April 2026: the authors' names in one flat folder, and a config.json with a
-`model_type`. Such folders bring code files, which nothing here ever opens. What the form cannot say about our networks
-stands under one key, `jitscale`, of transformer/config.json, which diffusers keeps.
+No release of diffusers has a JiT class; names and keys follow the proposal. Two older formats are read too: folders of
+the community (attn.qkv), and the flat format of April 2026 with the authors' names in one folder, and a config.json
+with a `model_type`. Such folders contain code files, which are never opened here. Facts that the format has no key for
+are stored under the key `jitscale` of transformer/config.json, which diffusers keeps.
 """
 
 import json
@@ -31,10 +31,10 @@ from jitscale.model.layers import NORM_EPS, sincos_position_table
 
 FOLDER, CLASS = "transformer", "JiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
-LARGEST_FILE = 10 * 10**9  # bytes; what diffusers 0.42.1 takes
-_VERSION = "0.42.1"  # of diffusers, whose files these are like
+LARGEST_FILE = 10 * 10**9  # bytes; the limit of diffusers 0.42.1
+_VERSION = "0.42.1"  # of diffusers, whose format is written
 
-# Keys of transformer/config.json, whose defaults are those of ModelConfig.
+# Key of transformer/config.json -> field of ModelConfig. Both have the same defaults.
 _FIELDS = {
     "sample_size": "image_size",
     "patch_size": "patch_size",
@@ -49,8 +49,8 @@ _FIELDS = {
     "attention_dropout": "attn_dropout",
     "dropout": "proj_dropout",
 }
-_FIXED = {"mlp_ratio": 4.0, "norm_eps": NORM_EPS}  # of every network here
-# Of the flat form: key, and what its code called it before; one that is not null wins over the key.
+_FIXED = {"mlp_ratio": 4.0, "norm_eps": NORM_EPS}  # the same for every network here
+# Key of the flat format -> its older name. If the older one is present and not null, it is used.
 _FLAT = {
     "model_type": "model_name",
     "sample_size": "image_size",
@@ -79,22 +79,22 @@ logger = logging.getLogger(__name__)
 
 
 def is_diffusers(described: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a model of diffusers, of whichever class."""
+    """Whether a config.json describes a model of diffusers, of any class."""
     return "_class_name" in described or "model_type" in described
 
 
 def network_of(
     described: Mapping[str, Any], source: Path, shapes: Mapping[str, tuple[int, ...]], given: Config | None
 ) -> tuple[Config, str]:
-    """The network of a config.json at `source` whose tensors have `shapes` (our names), and its weight set's name.
+    """The network of a config.json at `source` whose tensors have `shapes` (our names), and the name of its weight set.
 
-    What the form cannot say comes from its key `jitscale`, else from the config `given`, else it is assumed, which is
-    logged. Raises a CheckpointError at another class, at keys or values that no JiT here has, or if the noise scale
-    cannot be known; a ValueError, TypeError or KeyError if the content is no description at all.
+    The diffusion settings come from the key `jitscale`, or else from the config `given`, or else they are assumed; then
+    a warning says so. Raises a CheckpointError at another class, at keys or values that no JiT here has, or if the
+    noise scale is unknown. Raises a ValueError, TypeError or KeyError if the content describes no network.
     """
     found = described.get("_class_name", CLASS)
     if found != CLASS:
-        raise CheckpointError(f"{source}: describes a {found}, no {CLASS}; give a JiT")
+        raise CheckpointError(f"{source}: describes a {found}, not a {CLASS}; give a JiT")
     keys = {key: value for key, value in described.items() if not key.startswith("_") and key != "jitscale"}
     model = _flat_network(keys, source, shapes) if "model_type" in keys else _network(keys, source)
     if "jitscale" in described:
@@ -104,7 +104,7 @@ def network_of(
             own["weights"],
         )
     elif given is not None:
-        # A middle output layer begins anew, as with the authors' file, which has none either.
+        # As with the authors' file, a middle output layer starts from its initial weights: the format has none.
         config, name = replace(given, model=replace(at_own_positions(given.model), middle_head=0)), "model"
         if differing := network_differences(config, Config(model=model)):
             what = f"{source}: describes another network than the config ({'; '.join(differing)})"
@@ -117,15 +117,15 @@ def network_of(
 
 
 def at_own_positions(model: ModelConfig) -> ModelConfig:
-    """`model` without `position_grid` where that is the network's own grid, and so changes nothing."""
+    """`model` without `position_grid` if that equals the network's own grid, and so has no effect."""
     own = model.image_size // model.patch_size
     return replace(model, position_grid=None) if model.position_grid == own else model
 
 
 def named_sets(files: Sequence[TensorFile], name: str) -> dict[str, TensorFile]:
-    """The weight sets of a folder: `name` is that of the plain file, and a variant's name is its own.
+    """The weight sets of a folder: `name` is the set of the plain file; a variant keeps its own name.
 
-    A variant that is there alone is the set `name`.
+    If there is only one file, it is the set `name`, even if it is a variant.
     """
     if len(files) == 1:
         return {name: files[0]}
@@ -134,7 +134,7 @@ def named_sets(files: Sequence[TensorFile], name: str) -> dict[str, TensorFile]:
 
 
 def write_diffusers(folder: Path, stored: StoredWeights, set_name: str, largest_file: int = LARGEST_FILE) -> None:
-    """Write one weight set of `stored`, a network that predicts x at its own positions, tensor by tensor.
+    """Write one weight set of `stored`, tensor by tensor. The network must predict x, without another position grid.
 
     Files have at most `largest_file` bytes, unless one tensor has more. Raises an OSError if that fails.
     """
@@ -160,7 +160,7 @@ def write_diffusers(folder: Path, stored: StoredWeights, set_name: str, largest_
 
 def _network(keys: Mapping[str, Any], source: Path) -> ModelConfig:
     if unknown := sorted(keys - _FIELDS.keys() - _FIXED.keys()):
-        what = f"{source}: {unknown[0]}={keys[unknown[0]]} is no key of the form that is known here"
+        what = f"{source}: unknown key {unknown[0]}={keys[unknown[0]]}"
         raise CheckpointError(f"{what}; remove it if it does not change the network")
     _check_fixed(keys, source)
     return ModelConfig(**{field: keys[key] for key, field in _FIELDS.items() if key in keys})
@@ -169,11 +169,12 @@ def _network(keys: Mapping[str, Any], source: Path) -> ModelConfig:
 def _check_fixed(keys: Mapping[str, Any], source: Path) -> None:
     for key, value in _FIXED.items():
         if keys.get(key, value) != value:
-            raise CheckpointError(f"{source}: {key}={keys[key]}, and networks here have {value:g}; give such a network")
+            what = f"{source}: {key}={keys[key]}, but networks here have {value:g}"
+            raise CheckpointError(f"{what}; give such a network")
 
 
 def _flat_network(keys: Mapping[str, Any], source: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """The network of the flat form, which names a size of the paper; the shapes say the rest."""
+    """The network of the flat format, which names a size of the paper; the shapes determine the rest."""
     said = {key: keys[before] if keys.get(before) is not None else keys.get(key) for key, before in _FLAT.items()}
     size = str(said["model_type"]).partition("/")[0]
     if size not in IN_CONTEXT_START:
@@ -181,16 +182,16 @@ def _flat_network(keys: Mapping[str, Any], source: Path, shapes: Mapping[str, tu
     model = sizes_from_shapes(shapes, int(said["sample_size"] or 256), IN_CONTEXT_START[size])
     classes = said["num_class_embeds"]
     if classes is not None and classes != model.num_classes:
-        raise CheckpointError(f"{source}: num_class_embeds={classes}, and the tensors have {model.num_classes} classes")
+        raise CheckpointError(f"{source}: num_class_embeds={classes}, but the tensors have {model.num_classes} classes")
     model.attn_dropout, model.proj_dropout = float(said["attention_dropout"] or 0), float(said["dropout"] or 0)
     return model
 
 
 def _assumed(model: ModelConfig, source: Path) -> DiffusionConfig:
-    """The paper's settings of this resolution; they say so.
+    """The paper's settings for this resolution; a warning names them.
 
-    The pipelines agree on the noise scale from 256 pixels on. Below, one takes sample_size / 256 and another 1, so that
-    a guess would make images of noise.
+    From 256 pixels on, the pipelines use the same noise scale. Below, one uses sample_size / 256 and another uses 1; a
+    wrong noise scale would make images of noise.
     """
     scale = model.image_size / 256
     if scale < 1:
@@ -200,7 +201,7 @@ def _assumed(model: ModelConfig, source: Path) -> DiffusionConfig:
     names = ("noise_scale", "t_eps", "mu", "sigma", "label_drop")
     settings = ", ".join(f"{name}={getattr(assumed, name):g}" for name in names)
     logger.warning(
-        "%s: does not say how the network was trained; assumed: %s; a config says otherwise", source, settings
+        "%s: does not say how the network was trained; assumed: %s; give a config if this is wrong", source, settings
     )
     return assumed
 
@@ -208,7 +209,7 @@ def _assumed(model: ModelConfig, source: Path) -> DiffusionConfig:
 def _write_tensors(folder: Path, stored: StoredWeights, set_name: str, largest_file: int) -> None:
     model = stored.config.model
     own = {POSITIONS: (1, (model.image_size // model.patch_size) ** 2, model.hidden_size), **stored.shapes}
-    files: list[dict[str, tuple[int, ...]]] = [{}]  # of our tensors: the parts of one stay together
+    files: list[dict[str, tuple[int, ...]]] = [{}]  # our tensors in each file; the parts of a tensor stay together
     held = 0
     for name, shape in own.items():
         if files[-1] and held + 4 * prod(shape) > largest_file:
@@ -232,7 +233,7 @@ def _write_tensors(folder: Path, stored: StoredWeights, set_name: str, largest_f
             shapes |= {each: (shape[0] // len(names), *shape[1:]) for each in names}
         with atomic_safetensors(file, shapes, {"format": "pt"}) as append:
             for name in ours:
-                append(tensor(name))  # its rows are its parts, one after the other
+                append(tensor(name))  # the parts of a tensor are consecutive rows
         weight_map |= dict.fromkeys(shapes, file.name)
     if len(files) > 1:
         total = 4 * sum(prod(shape) for shape in own.values())
@@ -241,6 +242,6 @@ def _write_tensors(folder: Path, stored: StoredWeights, set_name: str, largest_f
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As diffusers writes it."""
+    """Write JSON in the layout of diffusers."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

@@ -1,15 +1,15 @@
-"""Checkpoints: one folder a step, readable by any number of ranks in any ZeRO stage.
+"""Checkpoints: one folder for each step, readable by any number of ranks in any ZeRO stage.
 
     checkpoints/step_00001000/
         rank_00000.safetensors ...  the fragments that each rank owned
-        index.json                  what lies where; step, data position, versions
+        index.json                  where each fragment is; step, data position, versions
         config.yaml                 the run's resolved configuration
-        COMPLETE                    written last; a folder without it does not count
+        COMPLETE                    written last; a folder without it is ignored
 
-A fragment is a contiguous slice of one flattened parameter, in the coordinates of the parameter as the network defines
-it. Its tensor is called `SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of
-the optimizer (`exp_avg`, `exp_avg_sq`). Buffers that are stored (`weights.FIXED`) lie in every weight set like a
-parameter, and have no moments. Folders are written aside and renamed: a kill leaves the previous one usable.
+A fragment is a contiguous slice of one flattened parameter of the network. Its tensor has the name
+`SET:PARAMETER:OFFSET`, where SET is a weight set (`model`, `ema_0.9999`, ...) or a moment of the optimizer (`exp_avg`,
+`exp_avg_sq`). Stored buffers (`weights.FIXED`) are in every weight set like a parameter, and have no moments. A folder
+is written under another name and renamed, so that after a kill the previous checkpoint is still usable.
 """
 
 import re
@@ -34,14 +34,14 @@ from jitscale.files import FileIdentity, sha256_of
 FORMAT = 2  # 1 had no hashes
 MARKER = "COMPLETE"
 T = TypeVar("T")
-_VERIFIED: set[tuple[FileIdentity, str]] = set()  # files and the hashes that they had when this process read them
-# One rank's flat tensors of a set; None where the set has nothing, as Muon has no second moment.
+_VERIFIED: set[tuple[FileIdentity, str]] = set()  # files that this process has verified, with their hashes
+# One rank's flat tensors of a set; None where the set has no tensor: Muon has no second moment.
 Flats = Sequence[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where a slice of a parameter lies: flats[flat][start : start + length] is parameter.flatten()[offset : ...]."""
+    """A slice of a parameter: flats[flat][start : start + length] is parameter.flatten()[offset : offset + length]."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,12 +58,12 @@ class Progress:
     step: int
     images: int
     optimizer_step: int
-    # Fixes the sequence: seed, streams, window, manifest hash, where its epoch 0 begins; None before the first image.
+    # Determines the sequence: seed, streams, window, manifest hash, origin of epoch 0. None before the first image.
     data: dict[str, int | str] | None
-    bad_samples: int = 0  # images that could not be decoded, and were replaced by others
-    skipped_steps: int = 0  # whose gradients were not finite
-    skipped_images: int = 0  # jumped over after roll-backs
-    class_names: list[str] | None = None  # of the training data, in the order of their numbers; None: not known
+    bad_samples: int = 0  # images that could not be decoded; another sample replaced each
+    skipped_steps: int = 0  # steps with gradients that were not finite
+    skipped_images: int = 0  # images skipped after rollbacks
+    class_names: list[str] | None = None  # of the training data, in the order of their numbers; None: unknown
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -77,19 +77,19 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def complete_folders(parent: Path, name: str) -> dict[int, Path]:
-    """Complete folders whose names match the pattern `name`, by the number that it captures, in its order."""
+    """Complete folders whose names match the pattern `name`, by the number that it captures, in ascending order."""
     matches = ((re.fullmatch(name, folder.name), folder) for folder in parent.glob("*"))
     return dict(sorted((int(match[1]), folder) for match, folder in matches if match and (folder / MARKER).exists()))
 
 
 class Checkpoint(StoredWeights):
-    """A complete checkpoint on disk, read by slices. A file is verified before its first read in this process."""
+    """A complete checkpoint on disk, read in slices. A file is verified before its first read in this process."""
 
     def __init__(self, folder: Path) -> None:
-        """Open; what the folder says of itself is checked, the content of the weights is not yet.
+        """Open the folder, and check everything except the content of the weights.
 
-        Raises a CheckpointError if the marker or a file is missing, index.json or config.yaml is not what was written,
-        a file has another size, the folder's name says another step, or the format is unknown.
+        Raises a CheckpointError if the marker or a file is missing, index.json or config.yaml has changed, a file has
+        another size, the folder's name says another step, or the format is unknown.
         """
         self.path = folder
         if not (folder / MARKER).exists():
@@ -119,7 +119,7 @@ class Checkpoint(StoredWeights):
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """See `StoredWeights`: every `shares`-th file, from number `share` on."""
         for number, name in enumerate(self._files):
-            # As it was opened, before the content is read: a file that has changed since is verified again.
+            # Recorded with its identity at opening: if the file has changed since, it is verified again before a read.
             if number % shares == share:
                 self._check_content(name, self._sha256[name])
             _VERIFIED.add((self._identities[name], self._sha256[name]))
@@ -127,7 +127,7 @@ class Checkpoint(StoredWeights):
     def caution(self, set_name: str) -> str | None:
         """See `StoredWeights`."""
         if self.progress.optimizer_step > self.progress.step:
-            return None  # upgraded: the averages had a start of their own
+            return None  # upgraded: the averages began before this run
         return start_caution(self.config, set_name, self.progress.step)
 
     def _check_content(self, name: str, sha256: str) -> None:
@@ -137,14 +137,14 @@ class Checkpoint(StoredWeights):
         except OSError as error:
             raise self._damaged(name, error) from error
         if found != sha256:
-            raise self._damaged(name, "its content is not what was written")
+            raise self._damaged(name, "its content has changed since it was written")
 
     def _check_name(self) -> None:
-        """Refuse a folder that was copied under another number: the run would go back to it, and remove newer ones."""
+        """Refuse a folder that was copied to another number: the run would resume from it and prune newer ones."""
         numbers = {"step": self.progress.step, "images": self.progress.images}
         match = re.fullmatch(r"(step|images)_(\d{8,})", self.path.name)
         if match and int(match[2]) != numbers[match[1]]:
-            what = f"is that of {match[1]} {numbers[match[1]]}, the folder's name says {int(match[2])}"
+            what = f"belongs to {match[1]} {numbers[match[1]]}, but the folder's name says {int(match[2])}"
             raise self._damaged("index.json", what)
 
     def _parse(self, name: str, parse: Callable[[str], T]) -> T:
@@ -152,13 +152,13 @@ class Checkpoint(StoredWeights):
             raise self._damaged(name, f"is larger than {MOST_BYTES} bytes")
         try:
             return parse((self.path / name).read_text())
-        except CheckpointError:  # another format, which is no damage
+        except CheckpointError:  # another format, not damage
             raise
         except (OSError, ValueError) as error:
             raise self._damaged(name, error) from error
 
     def _identity(self, name: str) -> FileIdentity:
-        """Which file this is now. Raises a CheckpointError if it is no regular file inside the folder."""
+        """The current identity of a file. Raises a CheckpointError if it is not a regular file inside the folder."""
         try:
             return FileIdentity.of(plain_file(self.path, name))
         except (OSError, ValueError) as error:
@@ -166,7 +166,7 @@ class Checkpoint(StoredWeights):
 
     @cached_property
     def config(self) -> Config:  # type: ignore[override]
-        """The configuration of the run that wrote it."""
+        """The configuration of the run that wrote the checkpoint."""
         return load_config(self.path / "config.yaml", stored=True)
 
     @property
@@ -176,11 +176,11 @@ class Checkpoint(StoredWeights):
 
     @property
     def optimizer_step(self) -> int:  # type: ignore[override]
-        """Of AdamW's moments, the form in which moments can go elsewhere."""
+        """Updates that AdamW's moments have seen; 0 for Muon, whose moments only this run itself can use."""
         return self.progress.optimizer_step if self.config.optim.name == "adamw" else 0
 
     def read(self, set_name: str, parameter: str, start: int, stop: int) -> torch.Tensor:
-        """See `StoredWeights`. Raises a CheckpointError if a file is damaged, or no file holds some of the elements."""
+        """See `StoredWeights`. Raises a CheckpointError if a file is damaged, or if elements are missing."""
         out, filled = torch.empty(stop - start), 0
         for number, offset, length in self._fragments[parameter]:
             low, high = max(start, offset), min(stop, offset + length)

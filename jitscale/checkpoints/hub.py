@@ -3,7 +3,7 @@
 Needs the extra `jitscale[hub]`. The folder that `save_pretrained` writes holds config.json and model.safetensors.
 """
 
-# No `from __future__ import annotations`: the mixin reads the types of the arguments to rebuild them from JSON.
+# No `from __future__ import annotations`: the mixin needs the argument types at run time, to rebuild them from JSON.
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from jitscale.model.jit import JiT
 
 
 class HubJiT(JiT, PyTorchModelHubMixin):
-    """A JiT that loads from, and is stored in, a Hugging Face repository or folder; `jitscale.sample` takes it."""
+    """A JiT that can be loaded from and saved to a Hugging Face repository or folder; `jitscale.sample` accepts it."""
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig, weights: str = "model") -> None:
         """`weights` is the name of the weight set, for the record."""
@@ -25,9 +25,9 @@ class HubJiT(JiT, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> "HubJiT":
-        """As the mixin's, whose default leaves a tensor that the file lacks at its random start.
+        """Strict, unlike the mixin's default, which leaves a missing tensor at its random initial values.
 
-        Raises a CheckpointError if the file's tensors are not those of its config.json.
+        Raises a CheckpointError if the file's tensors do not match its config.json.
         """
         try:
             return super()._from_pretrained(model_id=model_id, strict=strict, **options)
@@ -36,5 +36,5 @@ class HubJiT(JiT, PyTorchModelHubMixin):
             raise CheckpointError(f"{what}; give the folder as it was written") from error
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """What `save_pretrained` and `push_to_hub` write where the folder has no card yet."""
+        """The card that `save_pretrained` and `push_to_hub` write if the folder has none."""
         return ModelCard(Card(Config(model=self.config, diffusion=self.diffusion), self.weights).text)

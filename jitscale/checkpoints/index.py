@@ -1,6 +1,6 @@
-"""What a checkpoint's index.json says, held against itself before anything is read by it.
+"""Parses a checkpoint's index.json, and checks that it is consistent before anything is read with it.
 
-The file may come from a stranger or from a disk that fails, so every type and every range is checked.
+The file is not trusted, and a disk may have damaged it. Therefore every type and every range is checked.
 """
 
 import json
@@ -16,13 +16,13 @@ from typing import Any
 from jitscale.checkpoints.weights import MOMENTS, is_average
 from jitscale.errors import CheckpointError
 
-MOST_BYTES = 2**30  # of index.json; 4,096 ranks of JiT-G need 0.1 GB
+MOST_BYTES = 2**30  # largest index.json; 4,096 ranks of JiT-G need 0.1 GB
 _NUMBERS_OF_PROGRESS = ("step", "images", "optimizer_step", "bad_samples", "skipped_steps", "skipped_images")
 
 
 @dataclass(frozen=True)
 class Index:
-    """What lies where."""
+    """The content of index.json: the fragments and where they are stored."""
 
     progress: dict[str, Any]
     sets: list[str]  # the optimizer's moments included
@@ -33,7 +33,7 @@ class Index:
 
 
 def parse_hashes(text: str) -> dict[str, str]:
-    """File name -> sha256, from JSON. Raises a ValueError if the text is anything else."""
+    """File name -> sha256, from JSON. Raises a ValueError at any other text."""
     hashes = _parsed(text)
     if not all(re.fullmatch(r"[0-9a-f]{64}", value) for value in hashes.values() if isinstance(value, str)):
         raise ValueError("a sha256 that is not 64 hexadecimal digits")
@@ -43,7 +43,7 @@ def parse_hashes(text: str) -> dict[str, str]:
 def parse_index(text: str, folder: Path, known_format: int) -> Index:
     """The content of the index.json in `folder`.
 
-    Raises a CheckpointError if its format is another one, a ValueError that says what else is wrong.
+    Raises a CheckpointError if it has another format, a ValueError with the reason if anything else is wrong.
     """
     content = _parsed(text)
     found = _number(content.get("format"), "format")
@@ -71,7 +71,7 @@ def parse_index(text: str, folder: Path, known_format: int) -> Index:
 
 
 def strange_sets(sets: Sequence[str]) -> list[str]:
-    """Those of `sets` that no run has: neither the model, nor an average, nor moments."""
+    """The names in `sets` that no run has: neither the model, nor an average, nor moments."""
     return [name for name in sets if name not in (*MOMENTS, "model") and not is_average(name)]
 
 
@@ -84,7 +84,7 @@ def plain_file(folder: Path, name: str) -> os.stat_result:
     except FileNotFoundError as error:
         raise ValueError("is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        link = ": a link; if it is sound there, copy the folder with cp -rL" if stat.S_ISLNK(status.st_mode) else ""
+        link = ": a link; if its target is sound, copy the folder with cp -rL" if stat.S_ISLNK(status.st_mode) else ""
         raise ValueError(f"is not a regular file inside the folder{link}")
     return status
 
@@ -99,7 +99,7 @@ def _parsed(text: str) -> dict[str, Any]:
 def _sets(found: Any) -> list[str]:
     sets = [_checked(name, str, "a weight set") for name in _checked(found, list, "sets")]
     if wrong := strange_sets(sets):
-        raise ValueError(f"{wrong[0]!r} is no name of a weight set")
+        raise ValueError(f"{wrong[0]!r} is not a name of a weight set")
     if len(set(sets)) < len(sets) or set(sets) <= set(MOMENTS):
         raise ValueError(f"its weight sets are {', '.join(sets) or 'none'}")
     return sets
@@ -108,7 +108,7 @@ def _sets(found: Any) -> list[str]:
 def _parameters(
     entries: dict[str, Any], sizes: Sequence[int]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[tuple[int, int, int]]]]:
-    """Shapes and fragments; together the fragments of a parameter hold each of its elements once."""
+    """Shapes and fragments. Raises a ValueError unless each element of a parameter is in exactly one fragment."""
     shapes, fragments, bytes_of_file = {}, {}, [0] * len(sizes)
     for name, found in entries.items():
         entry = _checked(found, dict, name)

@@ -1,6 +1,6 @@
-"""Weights of a network as those of one with another middle output layer, or without it.
+"""Presents weights as those of a network with another middle output layer, or without one.
 
-The other parameters do not see that layer, so the final prediction stays the same, bit by bit.
+No other parameter depends on that layer, so the final prediction stays the same, bit by bit.
 """
 
 from dataclasses import replace
@@ -14,10 +14,10 @@ PREFIX = "middle_layer."
 
 
 def with_middle_layer_of(stored: StoredWeights, config: Config) -> tuple[StoredWeights, str | None]:
-    """`stored` with the middle output layer of `config` (`model.middle_head`), and a line that says what changed.
+    """`stored` with the middle output layer of `config` (`model.middle_head`), and a line for the log about the change.
 
-    A missing layer is a network's initial one, whose prediction is zero; a superfluous one is left out. Where both are
-    after the same block, `stored` itself is returned, and no line.
+    If the layer is missing, it is the initial one, whose prediction is zero. If `config` has none, the stored one is
+    left out. If both have it after the same block, the result is `stored` itself, and None.
     """
     before, now = stored.config.model.middle_head, config.model.middle_head
     has_layer = any(name.startswith(PREFIX) for name in stored.shapes)
@@ -31,7 +31,7 @@ def with_middle_layer_of(stored: StoredWeights, config: Config) -> tuple[StoredW
 
 
 class _OtherMiddleLayer(StoredWeights):
-    """All sets of other weights, their moments included, with an initial middle output layer or none."""
+    """All sets of other weights, moments included, with an initial middle output layer or none."""
 
     def __init__(self, stored: StoredWeights, middle_head: int) -> None:
         self._stored = stored

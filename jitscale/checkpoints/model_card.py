@@ -1,8 +1,9 @@
 """The model card of an exported network: README.md with the front matter that the Hugging Face hub reads.
 
-Keys and values of the front matter are those of the hub's documentation (huggingface/hub-docs modelcard.md). There is a
-task for unconditional images and none for class labels, so a network with classes names no task. `library_name` is
-jitscale also for a folder of diffusers, for which the hub would show a call with a text prompt.
+Keys and values of the front matter follow the hub's documentation (huggingface/hub-docs modelcard.md). The hub has a
+task for unconditional images, but none for class labels; therefore a network with classes names no task.
+`library_name` is jitscale even for a folder of diffusers: with diffusers, the hub would show an example with a text
+prompt.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from jitscale.config import Config
 from jitscale.tracking import distance_title
 
 PAPER = "https://arxiv.org/abs/2511.13720"
-_METRICS = {  # of a result: the type and the name in the front matter
+_METRICS = {  # key of a result -> type and name in the front matter
     "fid": ("fid", "FID"),
     "inception_score": ("inception_score", "Inception Score"),
     "kid": ("kid", "KID"),
@@ -28,9 +29,9 @@ _METRICS = {  # of a result: the type and the name in the front matter
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says; `text` makes README.md of it."""
+    """The facts of a card; `text` is its README.md."""
 
-    config: Config  # the network, and in `evaluation` how its samples are drawn
+    config: Config  # the network; `evaluation` says how its samples are drawn
     weights: str  # the weight set
     samples: str | None = None  # the file of the picture, next to the card
     num_samples: int = 0
@@ -52,13 +53,13 @@ class Card:
 
     @property
     def name(self) -> str:
-        """A name that the sizes determine."""
+        """The name of the network, from its sizes."""
         model = self.config.model
         return f"JiT {model.depth}x{model.hidden_size}/{model.patch_size} at {model.image_size} px"
 
     @property
     def front_matter(self) -> dict[str, Any]:
-        """What the hub reads."""
+        """The YAML header, which the hub reads."""
         conditional = self.config.model.num_classes > 0
         found: dict[str, Any] = {} if self.license is None else {"license": self.license}
         found["library_name"] = "jitscale"
@@ -165,7 +166,7 @@ class Card:
         table = "\n".join(f"| {name} | {self.result[key]:.4g} |" for key, (_, name) in metrics)
         text = f"## Results\n\n| | |\n|---|---|\n{table}\n\nAgainst {_dataset(self.result)}: {said}.\n"
         if args["features"] not in ("inception", "dinov2"):
-            text += "The features are those of a small network: do not compare these numbers with published FIDs.\n"
+            text += "The features come from a small network: do not compare these numbers with published FIDs.\n"
         return text
 
     def _about_diffusers(self) -> str:
@@ -182,13 +183,14 @@ yet. Keys and config names follow the proposal (huggingface/diffusers pull reque
 - Its images are not those of our FID. Its time grid ends with a step from 0.001 to 0, it guides at all
   times, and it clamps differently; ours are {evaluation.steps} equal steps {guided}.
   The lines under "Use" make the images that we measure.
-- `transformer/config.json` has a key `jitscale` with what the form cannot say: noise scale, `t_eps`, the
-  distribution of times, the name of the weight set. diffusers ignores it with a warning, and keeps it.
+- `transformer/config.json` has a key `jitscale` with facts that the format has no key for: noise scale,
+  `t_eps`, the distribution of times, the name of the weight set. diffusers ignores it with a warning, and
+  keeps it.
 """
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Those of `_METRICS` that were measured. A distance in features other than Inception's is not called FID."""
+    """The metrics of `_METRICS` that were measured. A distance in other features than Inception's is not called FID."""
     features = result["protocol"]["features"]
     found = {key: value for key, value in _METRICS.items() if key in result}
     if features != "inception":
@@ -198,6 +200,6 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _dataset(result: Mapping[str, Any]) -> str:
-    """The last part of the reference's address: a path of the machine that measured tells nobody else anything."""
+    """The last part of the reference's address. The rest is a path that means nothing on another machine."""
     source = masked(str(result["reference"].get("source", "")))
     return PurePosixPath(source.partition("?")[0]).name or "unknown"

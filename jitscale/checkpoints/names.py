@@ -1,8 +1,8 @@
-"""What the tensors of a JiT are called in files of other programs, and which of them together are one of ours.
+"""Names of a JiT's tensors in files of other programs, and which of those tensors make up one of ours.
 
-Our names are those of the authors' code. Its checkpoints have `net.` before them, and wrappers of torch add their own.
-The diffusers proposal (huggingface/diffusers #13098, since 2026-06-28) splits and renames some; folders that were
-written before that keep `attn.qkv` and the norms' old names. Each tensor is recognised by itself, so any mixture reads.
+Our names are those of the authors' code. The authors' checkpoints add the prefix `net.`, and wrappers of torch add
+theirs. The diffusers proposal (huggingface/diffusers #13098, since 2026-06-28) splits and renames some tensors; older
+folders keep `attn.qkv` and the norms' old names. Each tensor is recognised on its own, so any mixture of names works.
 """
 
 import re
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from jitscale.errors import CheckpointError
 
-POSITIONS = "pos_embed"  # (1, N, C): the fixed table, which settings determine; others store it, we do not
+POSITIONS = "pos_embed"  # (1, N, C): a fixed table that the settings determine; other programs store it, we do not
 
-# What torch.compile and DistributedDataParallel put before the names of the module that they wrap, and what others call
-# the whole network.
+# Prefixes that torch.compile and DistributedDataParallel add, and prefixes that other programs use for the network.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 _NETWORK = re.compile(r"(?:net|transformer)\.")
-# Ours and the proposal's, in a block and outside of blocks; the rest of the name is the same.
+# Our name -> the proposal's, in a block and outside of blocks; the rest of the name is the same.
 _IN_BLOCKS = {
     "attn.q_norm.": "attn.norm_q.",
     "attn.k_norm.": "attn.norm_k.",
@@ -33,13 +32,13 @@ _BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 _WHOLE, _SPLIT = (
     "attn.qkv.",
     ("attn.to_q.", "attn.to_k.", "attn.to_v."),
-)  # the rows of the first are those of the others
+)  # the rows of the first are the rows of the others, one after the other
 
 
 def own_names(path: Path, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Our names of the tensors that the file `path` calls `stored`, each with the stored ones whose rows it joins.
+    """Our names of the tensors `stored` in the file `path`, each with the stored tensors whose rows make it up.
 
-    Raises a CheckpointError, which names the key, if a tensor is there twice or a part of one is missing.
+    Raises a CheckpointError that names the key if a tensor is there twice, or a part of one is missing.
     """
     found: dict[str, dict[int, str]] = {}
     for name in stored:
@@ -52,12 +51,12 @@ def own_names(path: Path, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for own, parts in found.items():
         if own.find(_WHOLE) >= 0 and set(parts) not in ({0}, {1, 2, 3}):
             what = f"{path}: {own} is made of {', '.join(sorted(parts.values()))}"
-            raise CheckpointError(f"{what}, and must be {_WHOLE[:-1]} alone or all of to_q, to_k and to_v")
+            raise CheckpointError(f"{what}, but must be {_WHOLE[:-1]} alone or all of to_q, to_k and to_v")
     return {own: tuple(parts[number] for number in sorted(parts)) for own, parts in found.items()}
 
 
 def diffusers_names(own: str) -> tuple[str, ...]:
-    """What the proposal calls our tensor `own`: one name, or three whose tensors are its rows, in equal parts."""
+    """The proposal's name of our tensor `own`, or the names of the three equal parts of its rows."""
     block = _BLOCK.fullmatch(own)
     if block and block[2].startswith(_WHOLE):
         return tuple(block[1] + split + block[2].removeprefix(_WHOLE) for split in _SPLIT)
@@ -66,7 +65,7 @@ def diffusers_names(own: str) -> tuple[str, ...]:
 
 
 def _own(name: str) -> tuple[str, int]:
-    """Our name, and which part of that tensor this is: 0 the whole, 1 to 3 a third of its rows."""
+    """Our name, and the part of that tensor: 0 is the whole, 1 to 3 are thirds of its rows."""
     bare = _WRAPPERS.sub("", name)
     while _NETWORK.match(bare):
         bare = _NETWORK.sub("", bare, count=1)
@@ -75,7 +74,7 @@ def _own(name: str) -> tuple[str, int]:
     for part, split in enumerate(_SPLIT, 1):
         if block and inner.startswith(split):
             return before + _WHOLE + inner.removeprefix(split), part
-    if inner.startswith(tuple(names)):  # ours already; theirs may be the beginning of it
+    if inner.startswith(tuple(names)):  # our name already; checked first, because their name may be a prefix of it
         return before + inner, 0
     return before + _renamed(inner, {theirs: ours for ours, theirs in names.items()}), 0
 

@@ -1,4 +1,4 @@
-"""From a path to the weights behind it, whichever program wrote them."""
+"""Opens the weights at a path, in the format of any program that is supported."""
 
 import json
 import zipfile
@@ -27,21 +27,25 @@ ConfigSource = str | Path | Config | ModelConfig | Mapping[str, Any]
 
 HUB_CONFIG = "config.json"  # a name that huggingface_hub and diffusers fix
 HUB_WEIGHTS = "model"  # without .safetensors
-# Settings that may stand beside the model fields in a flat mapping; they do not describe the network.
+# Settings that a flat mapping may hold besides the model fields; they do not describe the network.
 _SAMPLING_FIELDS = {"noise_scale", "method", "steps", "guidance_scale", "interval"}
 
 
 def open_weights(path: str | Path, config: ConfigSource | None = None) -> StoredWeights:
-    """The weights at `path`, in any form.
+    """The weights at `path`, in any supported form.
 
-    That is a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face folder, a
-    folder of diffusers, a .safetensors file, the authors' .pth file, or one of these at hf://OWNER/NAME, an address on
-    the Hugging Face hub. Where the file does not say the sizes, and for safetensors the diffusion settings, `config`
-    does: a YAML file, a config object, or a mapping of model fields.
+    The forms are: a run folder (its newest checkpoint), a step folder, a folder of safetensors files, a Hugging Face
+    folder, a folder of diffusers, a .safetensors file, the authors' .pth file, or one of these at hf://OWNER/NAME, an
+    address on the Hugging Face hub.
 
-    Every form but a checkpoint of this project lacks hashes, so flipped bits in it are only met if they break the file.
-    A checkpoint's file is verified before its first read. Raises a CheckpointError if nothing readable is there or a
-    config is needed, a StorageError if the storage fails, a ConfigError at impossible sizes.
+    `config` (a YAML file, a config object, or a mapping of model fields) is needed if the file does not say the sizes,
+    or, for safetensors, the diffusion settings.
+
+    Only checkpoints of this project have hashes; each file is verified before its first read. In other forms, flipped
+    bits are found only if they break the file.
+
+    Raises a CheckpointError if there are no readable weights or a config is needed, a StorageError if the storage
+    fails, a ConfigError at impossible sizes.
     """
     path = fetched(path) if is_hub_address(path) else Path(path)
     try:
@@ -60,10 +64,10 @@ def _open(path: Path, config: ConfigSource | None) -> StoredWeights:
         raise CheckpointError(f"{path}: is a device or a pipe; give a run folder, a step folder or a weights file")
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [open_safetensors(path)], config)
-    path.open("rb").close()  # is_zipfile takes every error for another format
+    path.open("rb").close()  # raises the true OSError: is_zipfile would only return False
     if not zipfile.is_zipfile(path):
-        what = f"{path}: not a readable checkpoint, neither safetensors nor of torch.save (a zip archive)"
-        raise CheckpointError(f"{what}; give a run or such a file")
+        what = f"{path}: not a readable checkpoint: neither a .safetensors file nor one of torch.save (a zip archive)"
+        raise CheckpointError(f"{what}; give a run folder or such a file")
     return AuthorsWeights(path, None if config is None else _interpret(config).model)
 
 
@@ -73,11 +77,11 @@ def read_guide(
     world: World | None = None,
     device: str | torch.device = "cpu",
 ) -> JiT | None:
-    """The network of `evaluation.guide`, in eval mode on `device`; None where there is none.
+    """The network of `evaluation.guide`, in eval mode on `device`; None if it is not set.
 
-    `class_names` are those of the network that it guides, if known. The ranks of a `world` verify a share of its files
-    each, so they must call this in `parallel.raise_together`. Raises a CheckpointError if it cannot be read, a
-    ConfigError if images, classes or noise are not those of `config`, a DataError if its classes have other numbers.
+    `class_names` are the classes of the guided network, if known. Each rank of a `world` verifies a share of the files,
+    so ranks must call this inside `parallel.raise_together`. Raises a CheckpointError if the guide cannot be read, a
+    ConfigError if its images, classes or noise differ from `config`, a DataError if its classes have other numbers.
     """
     evaluation = config.evaluation
     if evaluation.guide is None:
@@ -153,7 +157,7 @@ def _open_safetensors(path: Path, files: list[TensorFile], config: ConfigSource 
         raise CheckpointError(f"{path}: several files hold the same weight set; keep each set once")
     named = dict(sorted(named.items(), key=lambda item: item[0] != "model"))  # `model` first, as in a checkpoint
     metadata = next(iter(named.values())).metadata
-    if "model" in metadata:  # as `description` writes it
+    if "model" in metadata:  # written by `weights.description`
         try:
             described = {key: json.loads(metadata[key]) for key in ("model", "diffusion")}
         except (ValueError, KeyError, RecursionError) as error:
@@ -165,7 +169,7 @@ def _open_safetensors(path: Path, files: list[TensorFile], config: ConfigSource 
 
 
 def _described(values: Mapping[str, Any], source: Path) -> Config:
-    """The network that a stranger's file describes: values only, no interpolations."""
+    """The network that a file describes. The file is not trusted: values only, no interpolations."""
     try:
         groups = {key: dict(values[key]) for key in ("model", "diffusion")}
         if any(isinstance(value, str) and "${" in value for group in groups.values() for value in group.values()):
@@ -185,7 +189,7 @@ def _undescribed(source: Path, error: Exception) -> UserError:
 
 
 def _interpret(config: ConfigSource) -> Config:
-    """Sizes and diffusion settings as a caller describes them."""
+    """Sizes and diffusion settings from any form of `config`."""
     if isinstance(config, str | Path):
         return load_config(config)
     if isinstance(config, Config):

@@ -1,10 +1,10 @@
-"""Writing checkpoints, and snapshots of the power-function averages, in the form that `format` describes.
+"""Writes checkpoints, and snapshots of the power-function averages, in the format of `format`.
 
-    checkpoints/step_00001000/           the whole state, pruned as `checkpoint.keep_last` says
+    checkpoints/step_00001000/           the whole state, pruned according to `checkpoint.keep_last`
     snapshots/images_000001048576/       power averages only, never pruned; tools/posthoc_ema.py mixes them
 
-A snapshot's position is a function of the images seen. So a resumed run writes again, in their place, the snapshots
-that its checkpoint does not know of.
+A snapshot's name is a function of the images seen. Therefore a resumed run replaces the snapshots that are newer than
+its checkpoint.
 """
 
 import json
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 Writer = Callable[[dict[str, torch.Tensor], Path], None]
 
-_Written = tuple[str, int, str]  # a rank's file: its name, bytes, sha256
+_Written = tuple[str, int, str]  # the file of a rank: name, bytes, sha256
 
 
 class Save:
-    """One checkpoint on its way to the disk: a copy of the state, which a thread writes while training goes on.
+    """A checkpoint that is being written: a thread writes a copy of the state while training goes on.
 
-    Every rank makes it and calls `finish`; both are collective.
+    Every rank constructs it and calls `finish`; both are collective calls.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Save:
         sets: Mapping[str, Flats],
         writer: Writer = save_file,
     ) -> None:
-        """Begin to save this rank's `fragments` of `sets` (set name -> flat tensors) into what becomes `final`.
+        """Start to save this rank's `fragments` of `sets` (set name -> flat tensors) for the folder `final`.
 
         `writer` writes the tensors into this rank's file. Raises a CheckpointError on every rank if there is not enough
         room, or the folder cannot be made.
@@ -65,7 +65,7 @@ class Save:
         self._sets, self._fragments = list(sets), fragments
         needed = sum(parallel.gather_objects(_bytes(fragments, self._sets)))
         parallel.on_main(lambda: _make_room(final, needed))
-        # Copies, because slices of one flat tensor share its memory and training goes on in it.
+        # Copies, because training changes the flat tensors, and their slices share the same memory.
         tensors = {
             f"{name}:{f.name}:{f.offset}": flat.detach()[f.start : f.start + f.length].to("cpu", copy=True)
             for name, flats in sets.items()
@@ -82,18 +82,18 @@ class Save:
         return self._written.done()
 
     def finish(self) -> Path:
-        """Wait for all files, and make the folder complete; returns it. A collective call.
+        """Wait for all files, and complete the folder; returns it. A collective call.
 
-        Raises a CheckpointError on every rank if any rank could not write. What an earlier save wrote stays.
+        Raises a CheckpointError on every rank if any rank could not write. Earlier checkpoints stay.
         """
-        # Each stage ends on all ranks before the next begins, and fails on all ranks alike.
+        # All ranks end a stage before the next one begins. If a stage fails on one rank, it fails on all.
         try:
             written = parallel.gather_objects(parallel.raise_together(self._written.result))
             owned = parallel.gather_objects(self._fragments)
             parallel.on_main(lambda: _complete(self._final, self.progress, self._config, self._sets, written, owned))
         except CheckpointError:
             if parallel.this_rank() == 0:
-                shutil.rmtree(_aside(self._final), ignore_errors=True)  # a full disk needs its room
+                shutil.rmtree(_aside(self._final), ignore_errors=True)  # frees room if the disk is full
             raise
         return self._final
 
@@ -101,7 +101,7 @@ class Save:
 def write_folder(
     final: Path, progress: Progress, config: Config, fragments: Sequence[Fragment], sets: Mapping[str, Flats]
 ) -> Path:
-    """A `Save` that is finished at once; a collective call. Arguments, result and errors are those of `Save`."""
+    """A synchronous `Save`, with the same arguments and errors; returns the folder. A collective call."""
     return Save(final, progress, config, fragments, sets).finish()
 
 
@@ -113,16 +113,16 @@ def write_streamed(
     sets: Sequence[str],
     tensor: Callable[[str, str], torch.Tensor],
 ) -> Path:
-    """A checkpoint written by one process alone (no collective call), one tensor in memory at a time.
+    """Write a checkpoint from a single process (no collective call), with one tensor in memory at a time.
 
-    The folder `final` appears complete or not at all. It holds all parameters (name -> shape) in all `sets`, moments
-    included; `tensor` is asked once for the float32 values of each (set, parameter), but not for moments of what is
-    `FIXED`. Raises a CheckpointError if a set is none of a run, there is not enough room, or the folder cannot be
-    written.
+    The folder `final` appears complete or not at all. It holds all parameters of `shapes` (name -> shape) in all
+    `sets`, moments included. `tensor(set, parameter)` is called once for the float32 values of each pair, except for
+    moments of `FIXED` buffers, which do not exist. Raises a CheckpointError if a run cannot have one of the sets, there
+    is not enough room, or the folder cannot be written.
     """
     if wrong := strange_sets(sets):
         what = f"{final}: a run has a model and averages, no weight set {wrong[0]!r}"
-        raise CheckpointError(f"{what}; make it the model first, by tools/convert_checkpoint.py --to run --weights SET")
+        raise CheckpointError(f"{what}; make it the model: tools/convert_checkpoint.py --to run --weights {wrong[0]}")
     fragments, file = layout.whole_fragments(shapes), _file(final, 0)
     held = {name: set(names_in(name, shapes)) for name in sets}
     entries = {f"{name}:{f.name}:0": (f.length,) for f in fragments for name in sets if f.name in held[name]}
@@ -142,18 +142,18 @@ def write_streamed(
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -> None:
-    """Remove complete checkpoints, and what interrupted saves left.
+    """Remove old complete checkpoints, and the remains of interrupted saves.
 
-    The newest `keep_last` stay, and of all the first one at or after each multiple of `keep_every_images`. A folder
-    that is not what its name or its index says, or cannot be read, neither counts nor is removed. Raises an OSError if
-    the folders cannot be listed, or after all others were removed, one cannot be.
+    The newest `keep_last` checkpoints stay, and so does the first one at or after each multiple of `keep_every_images`.
+    A folder is neither counted nor removed if it cannot be read, or does not match its name or its index. Raises an
+    OSError if the folders cannot be listed, or if one cannot be removed (after all others were).
     """
     images_of: dict[Path, int] = {}
     for folder in layout.complete_checkpoints(run_dir):
         try:
             images_of[folder] = _images_of(folder, FileIdentity.of((folder / MARKER).stat()))
-        except (CheckpointError, StorageError, OSError) as error:  # of a bad sector, which must not keep all others
-            logger.warning("%s; it is left alone, and does not count as one of the checkpoints to keep", error)
+        except (CheckpointError, StorageError, OSError) as error:  # one bad folder must not keep all others on the disk
+            logger.warning("%s; it is not removed, and does not count as one of the checkpoints to keep", error)
     folders = list(images_of)
     kept, previous = set(folders[-keep_last:]), 0
     if keep_every_images is not None:
@@ -175,9 +175,9 @@ def prune(run_dir: Path, keep_last: int, keep_every_images: int | None = None) -
 
 @lru_cache(maxsize=1000)
 def _images_of(folder: Path, marker: FileIdentity) -> int:
-    """The images seen by a checkpoint with this `marker`; an index of many ranks takes seconds to read, so only once.
+    """The images seen by a checkpoint with this `marker`; cached, because an index of many ranks takes seconds to read.
 
-    Raises a CheckpointError if the folder is not what it says.
+    Raises a CheckpointError if the folder is damaged or does not match its name.
     """
     return layout.Checkpoint(folder).progress.images
 
@@ -193,13 +193,13 @@ def complete_snapshots(run_dir: Path) -> dict[int, Path]:
 
 
 def remove_snapshots_after(run_dir: Path, images: int) -> None:
-    """Remove what an abandoned continuation of the run wrote after `images` images, and what interrupted saves left.
+    """Remove snapshots that the run wrote after `images` images, and the remains of interrupted saves.
 
-    A run goes on from its newest checkpoint, and with other settings it might pass other points than before.
+    The run resumes from an older checkpoint. With other settings it may write snapshots at other points than before.
     """
     for seen, folder in complete_snapshots(run_dir).items():
         if seen > images:
-            logger.info("%s: newer than the checkpoint the run goes on from; removed, to be written again", folder)
+            logger.info("%s: removed, because it is newer than the checkpoint; the run writes it again", folder)
             _remove(folder)
     for folder in (run_dir / "snapshots").glob("images_*"):
         if not (folder / MARKER).exists() or folder.suffix == ".partial":
@@ -207,7 +207,7 @@ def remove_snapshots_after(run_dir: Path, images: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    (folder / MARKER).unlink(missing_ok=True)  # first: a kill during the removal leaves no folder that looks complete
+    (folder / MARKER).unlink(missing_ok=True)  # first, so that after a kill the rest does not look complete
     shutil.rmtree(folder)
 
 
@@ -224,7 +224,7 @@ def _bytes(fragments: Sequence[Fragment], sets: Sequence[str]) -> int:
 
 
 def _make_room(final: Path, needed: int) -> None:
-    """An empty folder beside `final` on a file system with `needed` free bytes."""
+    """Make an empty folder next to `final`. Raises a CheckpointError if less than `needed` bytes are free."""
     aside = _aside(final)
     with _unwritable(final):
         shutil.rmtree(aside, ignore_errors=True)
@@ -256,7 +256,10 @@ def _complete(
     written: Sequence[_Written],
     owned: Sequence[Sequence[Fragment]],
 ) -> None:
-    """Turn the folder beside `final`, with the files `written` of the fragments `owned` by each rank, into `final`."""
+    """Complete the folder next to `final` and rename it to `final`.
+
+    `written` has the file of each rank, `owned` the fragments of each rank.
+    """
     parameters: dict[str, dict[str, Any]] = {}
     for rank, fragments in enumerate(owned):
         for f in fragments:
@@ -285,14 +288,14 @@ def _complete(
             hashes[name] = sha256_of(aside / name)
         (aside / MARKER).write_text(json.dumps(hashes))
         flush(aside / MARKER)
-        shutil.rmtree(final, ignore_errors=True)  # at most what an interrupted removal left
+        shutil.rmtree(final, ignore_errors=True)  # at most the remains of an interrupted removal
         aside.rename(final)
         flush(final.parent)
 
 
 @contextmanager
 def _unwritable(final: Path) -> Iterator[None]:
-    """An error of the file system becomes a CheckpointError."""
+    """Turns an error of the file system into a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

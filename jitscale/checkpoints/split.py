@@ -1,7 +1,7 @@
-"""Weight sets in a folder of safetensors files, where one set may be split over several files with an index.
+"""Weight sets in a folder of safetensors files; a set may be split over several files with an index.
 
 NAME.safetensors
-NAME-00001-of-00003.safetensors ..., NAME.safetensors.index.json   as transformers and diffusers split
+NAME-00001-of-00003.safetensors ..., NAME.safetensors.index.json   split by transformers or diffusers
 NAME.VARIANT-00001-of-00003.safetensors ..., NAME.safetensors.index.VARIANT.json   a variant of diffusers
 """
 
@@ -22,12 +22,13 @@ _PART = re.compile(r"-\d+-of-\d+\.safetensors")
 
 
 class SplitSafetensors:
-    """One weight set in several files; every file was compared with the index. One file at a time is mapped."""
+    """One weight set in several files, each compared with the index. One file at a time is mapped."""
 
     def __init__(self, index: Path, stem: str) -> None:
         """Open the files that `index` names; `stem` is the name that a single file would have.
 
-        Raises a CheckpointError if the index is none, or a file or tensor is missing, superfluous, or twice there.
+        Raises a CheckpointError if the index is invalid, or a file or tensor is missing, not in the index, or there
+        twice.
         """
         self.path, self.stem = index, stem
         self._file_of = _weight_map(index)
@@ -44,9 +45,9 @@ class SplitSafetensors:
                 holders[tensor], self._shapes[tensor] = name, shape
         self.metadata = open_safetensors(index.parent / self.files[0]).metadata
         for tensor in sorted({*self._file_of, *holders}):
-            said, found = self._file_of.get(tensor, "nowhere"), holders.get(tensor, "nowhere")
+            said, found = self._file_of.get(tensor, "no file"), holders.get(tensor, "no file")
             if said != found:
-                what = f"{index}: says that {tensor} is in {said}, it is in {found}"
+                what = f"{index}: says that {tensor} is in {said}, but it is in {found}"
                 raise CheckpointError(f"{what}; give the index that was written with these files")
         self._mapped: tuple[str, MappedSafetensors] | None = None
 
@@ -68,9 +69,9 @@ class SplitSafetensors:
 
 
 def tensor_files(folder: Path) -> list[TensorFile]:
-    """The weight sets in `folder`, by name; a split one counts as one.
+    """The weight sets in `folder`, sorted by name; a split set counts as one.
 
-    Raises a CheckpointError as `SplitSafetensors` does, and at a part of a set that belongs to no index, or to two.
+    Raises a CheckpointError as `SplitSafetensors` does, and if a part of a set belongs to no index or to two.
     """
     indexes = [(path, found) for path in folder.iterdir() if (found := _INDEX.fullmatch(path.name))]
     split = [SplitSafetensors(path, found[1] + found[2]) for path, found in sorted(indexes)]
@@ -79,28 +80,28 @@ def tensor_files(folder: Path) -> list[TensorFile]:
         raise CheckpointError(f"{folder}: {twice[0]} belongs to two indexes; keep the one that was written with it")
     single = sorted(path for path in folder.glob("*.safetensors") if path.name not in claims)
     if left_over := [path for path in single if _PART.search(path.name)]:
-        what = f"{left_over[0]}: is one part of several, and no index (.safetensors.index.json) in the folder names it"
-        raise CheckpointError(f"{what}; copy the whole folder, and remove what is left of another save")
+        what = f"{left_over[0]}: is one part of several, but no index (.safetensors.index.json) in the folder names it"
+        raise CheckpointError(f"{what}; copy the whole folder, and remove files of another save")
     return sorted([*split, *map(open_safetensors, single)], key=lambda file: file.stem)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file. Raises a CheckpointError if `index` is no index, a StorageError if its storage fails."""
+    """Tensor -> file. Raises a CheckpointError if `index` is invalid, a StorageError if its storage fails."""
     try:
         found = json.loads(index.read_text(), object_pairs_hook=_without_twins)["weight_map"]
         if not isinstance(found, dict) or not found:
             raise ValueError("weight_map names no tensors")
         for tensor, file in found.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{tensor} is in {str(file)[:60]!r}, which is no .safetensors file in this folder")
+                raise ValueError(f"{tensor} is in {str(file)[:60]!r}, which is not a .safetensors file in this folder")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        damage = f"{index}: is no index of safetensors files ({reason}); copy it again"
+        damage = f"{index}: is not an index of safetensors files ({reason}); copy it again"
         raise unreadable(index, error, damage) from error
     return found
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-        raise ValueError(f"{twice[0]!r} stands there twice")
+        raise ValueError(f"{twice[0]!r} appears twice")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""safetensors files written and read in pieces, for weights that do not fit into memory."""
+"""Writes and reads safetensors files in pieces, for weights that do not fit into memory."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ MOST_MAPPED = 2**30  # bytes
 
 
 class TensorFile(Protocol):
-    """Named tensors of one weight set, in one file or several. Methods raise an OSError or a SafetensorError."""
+    """Named tensors of one weight set, in one or several files. Methods raise an OSError or a SafetensorError."""
 
     path: Path
     stem: str  # the file's name without .safetensors
@@ -31,16 +31,17 @@ class TensorFile(Protocol):
 
 
 class MappedSafetensors:
-    """A safetensors file that is read piece by piece and never holds much more than `MOST_MAPPED` bytes.
+    """A safetensors file that is read in pieces, and never holds much more than `MOST_MAPPED` bytes of memory.
 
-    Pages that were read count as the process's memory while the file is mapped. So it is mapped anew now and then.
-    The constructor and every method raise an OSError or a SafetensorError if the file cannot be read.
+    While the file is mapped, the pages that were read count as the process's memory. Therefore it is mapped again after
+    every `MOST_MAPPED` bytes. The constructor and every method raise an OSError or a SafetensorError if the file cannot
+    be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.stem = path, path.stem
         self._mapped = 0
-        path.open("rb").close()  # safe_open says "No such file" of every error
+        path.open("rb").close()  # raises the true OSError: safe_open reports every error as "No such file"
         self._file = safe_open(path, framework="pt")
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -68,10 +69,10 @@ class MappedSafetensors:
 def atomic_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[torch.Tensor], None]]:
-    """A safetensors file of float32 tensors whose values come one after the other; whole or not there at all.
+    """Writes a safetensors file of float32 tensors in pieces; the file appears whole or not at all.
 
-    Yields a function that appends the next float32 values, any number of them, from the CPU; they come in the order of
-    `shapes` (tensor name -> shape). Raises an OSError if the file cannot be written.
+    Yields a function that appends the next float32 values from the CPU, any number of them, in the order of `shapes`
+    (tensor name -> shape). Raises an OSError if the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -79,7 +80,7 @@ def atomic_safetensors(
         begin, end = end, end + 4 * prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)  # so that the values are aligned in a mapped file
+    described += b" " * (-len(described) % 8)  # aligns the values in a mapped file
     written = 0
     with atomic_write(path) as file:
 

@@ -1,21 +1,24 @@
-"""From one resolution to another: resize the layers that see the patch size, preserving the function.
+"""Changes the resolution of a network: resizes the layers that depend on the patch size, and preserves the function.
 
-For a higher resolution let k = new patch / old patch, D average pooling of a patch by k, and U an upsampling that D
-reverses (D U = 1). The new patch embedding is W D, the new output layer U V. Before any training, averaging down the
-new network's output gives the old network's:
+For a higher resolution let k = new patch / old patch, let D be average pooling of a patch by k, and U an upsampling
+that D reverses (D U = 1). With the old patch embedding W and output layer V, the new ones are W D and U V. Before any
+training, pooling the new network's output gives the old network's output:
 
     D net'(z', t, y) = net(D z', t, y)
 
-The same holds for the middle output layer. Where the network predicts x - S e (asym, with S = P P^T), the velocity is
-preserved if D S' = S D. For pooling by area means and a whole k, D D^T = 1 / k^2, so P' = k D^T P has orthonormal
-columns and S' does that. Other kernels and ratios have no such S', and are refused where P is neither empty nor full.
+The same holds for the middle output layer. If the network predicts x - S e (asym, with S = P P^T), the velocity is
+preserved if D S' = S D. For pooling by area means and an integer k, D D^T = 1 / k^2. Then P' = k D^T P has orthonormal
+columns, and S' = P' P'^T satisfies the condition. For other kernels and ratios there is no such S'; they are refused
+unless the rank is 0 or full.
 
-The kernels `nearest` and `smooth` pool by the mean over areas. It turns noise of standard deviation k into noise of
-standard deviation 1, so the noise scale is multiplied by k. In `nearest` U is the pseudo-inverse of D (for whole k the
-repetition of pixels); in `smooth` it is bicubic interpolation, corrected so that D U = 1. In `pi-bilinear` and
-`pi-bicubic` U interpolates and D is its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4), which does not
-preserve the noise's deviation. For a lower resolution D and U change places: W U, D V, and D P / k, which is
-orthonormal only if P has no detail within the new pixels, as a P that was lifted has none.
+The kernels `nearest` and `smooth` pool by area means. This turns noise of standard deviation k into noise of standard
+deviation 1, so the noise scale is multiplied by k. In `nearest`, U is the pseudo-inverse of D (for integer k the
+repetition of pixels). In `smooth`, U is bicubic interpolation, corrected so that D U = 1. In `pi-bilinear` and
+`pi-bicubic`, U is an interpolation and D its pseudo-inverse (Beyer et al. 2023, FlexiViT, section 3.4); this does not
+preserve the standard deviation of the noise.
+
+For a lower resolution, D and U change places: the new layers are W U and D V, and the new subspace is D P / k. It is
+orthonormal only if P has no detail within the new pixels, which holds if P came from an upgrade.
 
 An upgrade is linear in the weights, so it applies to every average too. The checkpoint is written tensor by tensor.
 
@@ -51,13 +54,13 @@ PATCH_EMBEDDING = "x_embedder.proj1.weight"
 OUTPUT_LAYERS = ("final_layer.linear", "middle_layer.linear")
 RESIZED = (PATCH_EMBEDDING, *(f"{layer}.{part}" for layer in OUTPUT_LAYERS for part in ("weight", "bias")), SUBSPACE)
 KERNELS = ("smooth", "nearest", "pi-bilinear", "pi-bicubic")  # the first is the default
-AREA_MEANS = KERNELS[:2]  # those that pool so
+AREA_MEANS = KERNELS[:2]  # the kernels that pool by area means
 MODES = ("patch", "tokens")
 
 
 @dataclass(frozen=True)
 class Upgrade:
-    """How the weights of one network become those of another resolution."""
+    """A map from the weights of one network to those of another resolution."""
 
     mode: str  # `patch` resizes patches and keeps the number of tokens; `tokens` keeps patches and adds tokens
     ratio: Fraction  # new resolution / old resolution
@@ -66,15 +69,15 @@ class Upgrade:
 
     @property
     def resized(self) -> tuple[str, ...]:
-        """What changes, of what a network has."""
+        """Names of the parameters that change."""
         return RESIZED if self.mode == "patch" and self.ratio != 1 else ()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor `name` of the new network, in the precision of the old one, `tensor`; sums are in float64.
+        """The tensor `name` of the new network, in the precision of the old one, `tensor`; computed in float64.
 
-        It may be the patch embedding (bottleneck, A, P, P), an output layer's weight (P * P * A, C) or bias
-        (P * P * A,), or the subspace (P * P * A, R), with rows in the order row, column, channel. Every other tensor is
-        returned as it is. Raises a CheckpointError if the new subspace is not orthonormal.
+        These change: the patch embedding (bottleneck, A, P, P), an output layer's weight (P * P * A, C) and bias
+        (P * P * A,), and the subspace (P * P * A, R), with rows in the order row, column, channel. Any other tensor is
+        returned unchanged. Raises a CheckpointError if the new subspace is not orthonormal.
         """
         if name not in self.resized:
             return tensor
@@ -88,11 +91,11 @@ class Upgrade:
         return resized.to(tensor.dtype)
 
     def _subspace(self, old: torch.Tensor) -> torch.Tensor:
-        """`old` (P * P * A, R) seen through pooling, (Q * Q * A, R)."""
+        """The subspace (Q * Q * A, R) of the new network from the `old` one (P * P * A, R)."""
         grows, scale = self.ratio > 1, float(max(self.ratio, 1 / self.ratio))
         new = scale * _on_both_axes(old, self.enter.T if grows else self.leave)
         deviation = float((new.T @ new - torch.eye(new.shape[1], dtype=new.dtype)).abs().max())
-        if not deviation <= FAR_FROM_ORTHONORMAL:  # NaN is refused too
+        if not deviation <= FAR_FROM_ORTHONORMAL:  # also true for NaN
             size = len(self.leave)
             what = f"the subspace in patches of {size} pixels a side is not orthonormal (by {deviation:.1e})"
             why = "the old one is damaged" if grows else "it holds detail that these pixels lose"
@@ -100,7 +103,7 @@ class Upgrade:
         return new
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of the new resolution as the old network would see them: (B, A, H, W), patch by patch."""
+        """Pool images (B, A, H, W) of the new resolution, patch by patch, to the old resolution."""
         if self.mode == "tokens":
             return images
         old, new = self.enter.shape
@@ -112,22 +115,23 @@ class Upgrade:
     def noise_deviation(self) -> float:
         """Root mean square of the standard deviation of pooled noise, relative to the noise of the old training.
 
-        1 is in distribution. The noise is scaled by `ratio`, as the configurations must scale it.
+        1 means that the old layers see the noise that they were trained with. The new noise is `ratio` times the old
+        one, as configurations must set it.
         """
         return float(self.ratio) * float(self.enter.square().sum(dim=1).mean())
 
 
 def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str | None = None) -> Upgrade:
-    """The upgrade from the network of `old`, with which the weights were trained, to that of `new`.
+    """The upgrade from the network of `old`, with which the weights were trained, to the network of `new`.
 
-    `kernel`, one of `KERNELS`, is for patches; `mode` is one of `MODES`, or None for what the two patch sizes mean.
-    Raises a ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, the noise scale
-    is not the ratio times the old one, or asym's subspace cannot be preserved.
+    `kernel`, one of `KERNELS`, resizes patches. `mode` is one of `MODES`; None: the patch sizes decide. Raises a
+    ConfigError if settings other than resolution and patch size differ, the sizes fit no mode, the noise scale is not
+    the ratio times the old one, or asym's subspace cannot be preserved.
     """
     differing = "; ".join(network_differences(old, new, ignored=("image_size", "patch_size", "position_grid", "rank")))
     if differing:
-        what = f"an upgrade changes image and patch size only, the target also differs in {differing}"
-        raise ConfigError(f"{what}; set there what the old network has")
+        what = f"an upgrade changes only image and patch size, but the target also differs in {differing}"
+        raise ConfigError(f"{what}; give the target the old network's values")
     old_patch, new_patch = old.model.patch_size, new.model.patch_size
     ratio, patches = Fraction(new.model.image_size, old.model.image_size), Fraction(new_patch, old_patch)
     meant = "patch" if patches == ratio else "tokens" if patches == 1 else None
@@ -140,7 +144,7 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
         raise ConfigError(f"{what}; give a target of the same image size with model.patch_size={other}")
     grid = old.model.position_grid or old.model.image_size // old_patch
     if meant == "tokens" and new.model.position_grid != grid:
-        why = "so that the positions of more tokens span the range that was trained"
+        why = "so that the position encodings of more tokens are interpolated"
         what = f"model.position_grid={new.model.position_grid} must be {grid}, {why}"
         raise ConfigError(f"{what}; add model.position_grid={grid}")
     noise_scale = float(ratio) * old.diffusion.noise_scale
@@ -158,18 +162,19 @@ def plan_upgrade(old: Config, new: Config, kernel: str = KERNELS[0], mode: str |
 def write_upgraded(
     stored: StoredWeights, target: Config, upgrade: Upgrade, *, keep_moments: bool = True
 ) -> tuple[Path, list[str]]:
-    """Write the verified `stored`, upgraded, as a run at step 0 into `target.run.dir`, with all weight sets.
+    """Upgrade the verified `stored`, and write it as a run at step 0 into `target.run.dir`, with all weight sets.
 
     The optimizer's moments are zero for resized parameters; without `keep_moments`, none are written. Returns the
     checkpoint's folder, and the names of the sets in it, moments included.
 
-    Raises a UserError if the target's folder holds checkpoints; a CheckpointError if the source is damaged, not
-    finite or not the network of its config, there is no room, or the target cannot be written or is not sound.
+    Raises a UserError if the target's folder holds checkpoints. Raises a CheckpointError if the source is damaged, not
+    finite or not the network of its config, if there is not enough room, or if the target cannot be written or fails
+    its check.
     """
     run_dir = Path(target.run.dir)
     if complete_checkpoints(run_dir):
         raise UserError(f"{run_dir}: holds checkpoints already; choose another output")
-    check_fits(stored, stored.config)  # else the target would lack what the source lacks
+    check_fits(stored, stored.config)  # otherwise the target would lack the same parameters as the source
     moments = stored.moments if keep_moments and target.optim.name == "adamw" else ()
     sets = [*stored.weight_sets, *moments]
     check_finite(stored, sets)
@@ -191,7 +196,7 @@ def write_upgraded(
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`enter` (old, new) and `leave` (new, old), in float64, for patches of these pixels a side.
+    """`enter` (old, new) and `leave` (new, old), in float64, for patches of `old` and `new` pixels a side.
 
     Raises a ConfigError if `kernel` is not one of `KERNELS`.
     """
@@ -211,19 +216,22 @@ def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tens
 
 
 def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
-    """Refuse ranks that belong to different predictions, and what does not preserve a subspace. `ratio` of patches."""
+    """Refuse a rank that means another prediction, and an upgrade that does not preserve the subspace.
+
+    `ratio` is new patch / old patch.
+    """
     if old.diffusion.prediction != "asym":
         return
     rank, asked = old.diffusion.rank, new.diffusion.rank
     all_old, all_new = patch_elements(old.model), patch_elements(new.model)
     expected = all_new if rank == all_old else rank
     if asked != expected:
-        full = f", all numbers of its patch as {rank} are of the old one" if rank == all_old else ", the old one"
+        full = f": full rank, as {rank} is for the old patch" if rank == all_old else ", the old one"
         raise ConfigError(f"diffusion.rank={asked} must be {expected}{full}; add diffusion.rank={expected}")
     if not has_fitted_subspace(old.model, old.diffusion) or ratio == 1:
         return
     if not has_fitted_subspace(new.model, new.diffusion):
-        what = f"diffusion.rank={rank}: a part of the {all_old} numbers of the old patch, and all of the new one"
+        what = f"diffusion.rank={rank}: below the {all_old} numbers of the old patch, but full rank for the new one"
         raise ConfigError(f"{what}, which is another prediction; choose larger patches")
     what = f"diffusion.rank={rank}: the subspace is preserved only"
     if max(ratio, 1 / ratio).denominator != 1:
@@ -233,14 +241,14 @@ def _check_rank(old: Config, new: Config, ratio: Fraction, kernel: str) -> None:
 
 
 def _on_both_axes(rows: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
-    """Rows (P * P * A, ...) in the order row, column, channel, each axis multiplied by `axis` (Q, P)."""
+    """Multiply both axes of patches by `axis` (Q, P); `rows` (P * P * A, ...) are in the order row, column, channel."""
     patch = axis.shape[1]
     resized = torch.einsum("ijd,qi,rj->qrd", rows.reshape(patch, patch, -1), axis, axis)
     return resized.reshape(-1, *rows.shape[1:])
 
 
 def _area_means(small: int, large: int) -> torch.Tensor:
-    """(small, large): each small pixel is the mean over the area that it covers among the large ones."""
+    """(small, large): each of the `small` pixels is the mean over the area that it covers in the `large` ones."""
     width = large / small
     starts = torch.arange(small, dtype=torch.float64)[:, None] * width
     pixels = torch.arange(large, dtype=torch.float64)[None]
@@ -249,6 +257,6 @@ def _area_means(small: int, large: int) -> torch.Tensor:
 
 
 def _interpolation(small: int, large: int, kernel: str) -> torch.Tensor:
-    """(large, small): one axis of an image enlarged by torch's interpolation, with the corners of pixels aligned."""
+    """(large, small): torch's interpolation along one axis of an image (align_corners=False)."""
     rows = torch.eye(small, dtype=torch.float64).view(small, 1, small, 1)
     return F.interpolate(rows, size=(large, 1), mode=kernel, align_corners=False).view(small, large).T

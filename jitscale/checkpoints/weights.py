@@ -24,38 +24,39 @@ from jitscale.model.layers import sincos_position_table
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
 SUBSPACE = "subspace"
-FIXED = (SUBSPACE,)  # buffers of the network that every weight set holds, and no optimizer moves: without moments
+FIXED = (SUBSPACE,)  # buffers that every weight set holds; they are not trained, so they have no moments
 FAR_FROM_ORTHONORMAL = 1e-4  # largest deviation of a subspace's P^T P from 1; float32 files deviate by 1e-7
-POSITION_ERROR = 4e-3  # largest difference between position tables; bfloat16 rounds sines by 2e-3
+POSITION_ERROR = 4e-3  # largest difference between position tables; bfloat16 changes a sine by up to 2e-3
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StoredWeights(ABC):
-    """The weight sets of a file or folder, read when they are asked for."""
+    """The weight sets of a file or folder; tensors are read on request."""
 
     path: Path
-    config: Config  # of the run that made them, as far as it is known: `model` and `diffusion` always are
+    config: Config  # of the run that made them; at least `model` and `diffusion` are known
     shapes: dict[str, tuple[int, ...]]  # by parameter, `FIXED` buffers included
     weight_sets: list[str]  # their names
-    default: str  # the set that is meant when none is named
-    class_names: list[str] | None = None  # of the data that they were trained on; None: not known
-    optimizer_step: int = 0  # updates that the stored moments have seen; 0 where there are none
+    default: str  # the set to use if none is named
+    class_names: list[str] | None = None  # of the training data; None: unknown
+    optimizer_step: int = 0  # updates that the stored moments have seen; 0: there are no moments
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The optimizer's moments that are stored; `tensor` gives them too."""
+        """The names of the stored moments; `tensor` reads them like weight sets."""
         return MOMENTS if self.optimizer_step > 0 else ()
 
     def verify(self, share: int = 0, shares: int = 1) -> None:  # noqa: B027
-        """Compare all files with their hashes, if any; raises a CheckpointError if one is damaged.
+        """Compare all files with their hashes, if there are any. Raises a CheckpointError if a file is damaged.
 
-        Of several processes each takes a share. It relies on the others for the rest: call `parallel.raise_together`
-        before anything is read. What was not verified so is verified when it is read.
+        Each of several processes verifies a share, and relies on the others for the rest. Therefore call it inside
+        `parallel.raise_together`, before anything is read. Files that are not verified here are verified before they
+        are read.
         """
 
     def caution(self, set_name: str) -> str | None:
-        """A line if the set is an average that is mostly the start of the run, where it is known how long that was."""
+        """A warning if the set is an average that consists mostly of the start of the run; None if not, or unknown."""
         return None
 
     @abstractmethod
@@ -67,27 +68,27 @@ class StoredWeights(ABC):
         return self.tensor(set_name, parameter).flatten()[start:stop]
 
     def choose(self, name: str | None) -> str:
-        """`name`, or the default where it is None. Raises a CheckpointError if there is no such set."""
+        """`name`, or the default if it is None. Raises a CheckpointError if there is no such set."""
         chosen = name or self.default
         if chosen not in self.weight_sets:
             raise CheckpointError(f"{self.path}: no weight set {chosen!r}; choose one of {', '.join(self.weight_sets)}")
         return chosen
 
     def network(self, name: str | None = None, device: str | torch.device = "cpu") -> JiT:
-        """The network with the weights of one set, or of the default where `name` is None; on `device`, in eval mode.
+        """The network with the weights of the set `name` (None: the default), on `device`, in eval mode.
 
-        Next to the network itself, one tensor at a time is in memory. Raises a CheckpointError if there is no such
+        Besides the network itself, one tensor at a time is in memory. Raises a CheckpointError if there is no such
         set, its tensors do not fit the sizes, or the file is damaged.
         """
         chosen = self.choose(name)
         check_tensors(self)
-        # Copied also on the CPU: a tensor may lie in the mapped file, which may change later.
+        # Copied even on the CPU, because a tensor may lie in the mapped file, which may change later.
         weights = {key: self.tensor(chosen, key).to(device, copy=True) for key in self.shapes}
         return network_holding(weights, self.config.model, self.config.diffusion)
 
     @torch.no_grad()
     def load_into(self, network: JiT, name: str | None = None) -> None:
-        """Give `network` the weights of one set; `name` and errors are those of `network`."""
+        """Copy the weights of one set into `network`; `name` and errors are as in the method `network`."""
         chosen, held = self.choose(name), network.state_dict()
         check_tensors(self, {key: tuple(values.shape) for key, values in held.items()})
         for parameter, values in held.items():
@@ -95,17 +96,17 @@ class StoredWeights(ABC):
 
 
 class SafetensorsWeights(StoredWeights):
-    """safetensors files, one a set."""
+    """safetensors files, one for each set."""
 
     def __init__(self, path: Path, files: Mapping[str, TensorFile], config: Config) -> None:
-        """The sets in `files` (set name -> file, the first one is the default) at `path`, of the network in `config`.
+        """Open the sets in `files` (set name -> file; the first is the default) at `path`, of the network in `config`.
 
         Raises a CheckpointError if the files hold different networks, or position tables other than this network's.
         """
         self.path, self.config, self._files = path, config, files
         self.weight_sets = list(files)
         if wrong := [name for name in files if not is_set_name(name)]:
-            what = f"{files[wrong[0]].path}: {wrong[0]!r} is no name of a weight set"
+            what = f"{files[wrong[0]].path}: {wrong[0]!r} is not a name of a weight set"
             raise CheckpointError(f"{what}; give model, ema_<decay>, power_<width> or a name of letters and digits")
         self.default = self.weight_sets[0]
         self._parts = {name: own_names(file.path, file.shapes()) for name, file in files.items()}
@@ -143,7 +144,7 @@ class SafetensorsWeights(StoredWeights):
 
 
 def open_safetensors(path: Path) -> MappedSafetensors:
-    """A safetensors file. Raises a CheckpointError if it cannot be read, a StorageError if its storage fails."""
+    """Open a safetensors file. Raises a CheckpointError if it cannot be read, a StorageError if its storage fails."""
     try:
         return MappedSafetensors(path)
     except (SafetensorError, OSError) as error:
@@ -152,7 +153,7 @@ def open_safetensors(path: Path) -> MappedSafetensors:
 
 
 def is_set_name(name: str) -> bool:
-    """Whether a weight set in a file may be called so: the name becomes that of a file."""
+    """Whether a weight set may have this name. The name is used for a file, so only some characters are allowed."""
     return name not in MOMENTS and re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) is not None
 
 
@@ -162,87 +163,84 @@ def is_average(name: str) -> bool:
 
 
 def is_position_table(shape: tuple[int, ...] | None, config: Config) -> bool:
-    """Whether a tensor of this shape can be the stored position table of the network; None: there is none."""
+    """Whether a tensor of this shape can be the network's stored position table; `shape` is None if there is none."""
     side = config.model.image_size // config.model.patch_size
     return shape == (1, side * side, config.model.hidden_size)
 
 
 def check_positions(path: Path, table: torch.Tensor, config: Config) -> None:
-    """Refuse a stored position table, (1, N, C), that is not the one which `config` determines.
+    """Raise a CheckpointError if a stored position table, (1, N, C), differs from the table of `config`.
 
-    Raises a CheckpointError. Tables that were stored in 16 bits are compared as precisely as these are.
+    The tolerance `POSITION_ERROR` allows tables that were stored in 16 bits.
     """
     model = config.model
     own = sincos_position_table(model.hidden_size, model.image_size // model.patch_size, model.position_grid)
     if not torch.allclose(table[0], own, rtol=0, atol=POSITION_ERROR):
-        what = f"{path}: {POSITIONS} is another table of positions than this network's"
+        what = f"{path}: {POSITIONS} differs from this network's position table"
         raise CheckpointError(f"{what}; give the model.image_size and model.position_grid that it was trained with")
 
 
 def plain(tensor: torch.Tensor, path: Path, parameter: str) -> torch.Tensor:
-    """The float32 values.
+    """The values in float32.
 
-    Raises a CheckpointError at complex numbers, and at integers and 8-bit floats, whose scales no file here says.
+    Raises a CheckpointError at complex numbers, integers and 8-bit floats: the files here have no scales for them.
     """
     if tensor.dtype not in _PLAIN_DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
-        why = "holds complex numbers" if tensor.is_complex() else f"is quantised ({kind}), and its scales are not known"
+        why = "holds complex numbers" if tensor.is_complex() else f"is quantised ({kind}), and its scales are unknown"
         what = f"{path}: {parameter} {why}"
         raise CheckpointError(f"{what}; give weights in float32, float16 or bfloat16")
     return tensor.float()
 
 
 def description(name: str, config: Config) -> dict[str, str]:
-    """Metadata of a file with the set `name` of a network; that holds the subspace, wherever it came from."""
+    """Metadata of a file with the set `name`. Without the path `diffusion.subspace`: the set holds the subspace."""
     described = to_dict(replace(config, diffusion=replace(config.diffusion, subspace=None)))
     return {"weights": name, **{key: json.dumps(described[key]) for key in ("model", "diffusion")}}
 
 
 def write_safetensors(path: Path, stored: StoredWeights, set_name: str) -> None:
-    """One weight set in one file, with its config in the metadata, tensor by tensor; an OSError if that fails."""
+    """Write one weight set to a file, tensor by tensor, with its config as metadata; an OSError if that fails."""
     with atomic_safetensors(path, stored.shapes, description(set_name, stored.config)) as append:
         for parameter in stored.shapes:
             append(stored.tensor(set_name, parameter))
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what a weight set of the network holds: parameters and stored buffers, without their memory."""
+    """Name -> shape of the parameters and stored buffers of a network's weight set; allocates no memory for them."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in JiT(config.model, config.diffusion).state_dict().items()}
 
 
 def names_in(set_name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Those of the names in `shapes` that a set holds: a weight set all, moments not those of fixed buffers."""
+    """The names in `shapes` that a set holds: all for a weight set; for moments, all except `FIXED` buffers."""
     return [name for name in shapes if set_name not in MOMENTS or name not in FIXED]
 
 
 def check_tensors(stored: StoredWeights, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-    """Refuse parameters other than those `expected`, by default those of the network that `stored.config` describes.
-
-    Raises a CheckpointError.
-    """
+    """Raise a CheckpointError if the shapes are not `expected` (default: those of the network of `stored.config`)."""
     if differing := shape_differences(stored.shapes, shapes_of(stored.config) if expected is None else expected):
         what = f"{stored.path}: the weights do not fit the network ({differing})"
         raise CheckpointError(f"{what}; give the config they were trained with")
 
 
 def check_fits(stored: StoredWeights, config: Config) -> None:
-    """Refuse weights of another network than the one that `config` describes, or of another noise scale.
+    """Raise a CheckpointError if the weights belong to another network, or another noise scale, than `config`.
 
-    The CheckpointError names what differs: settings, or else parameters.
+    It names the settings that differ, or else the parameters.
     """
     settings = "; ".join(network_differences(stored.config, config))
     if differing := settings or shape_differences(stored.shapes, shapes_of(config)):
         remedy = "restore these settings, or choose other weights (in training: another run.dir)"
-        raise CheckpointError(f"{stored.path}: weights of another network ({differing}); {remedy}")
+        raise CheckpointError(f"{stored.path}: the weights belong to another network ({differing}); {remedy}")
     trained_with, asked = stored.config.diffusion.noise_scale, config.diffusion.noise_scale
     if not math.isclose(trained_with, asked):
         setting = f"diffusion.noise_scale={trained_with}"
-        raise CheckpointError(f"{stored.path}: made for {setting}, the config says {asked}; add {setting}")
+        raise CheckpointError(f"{stored.path}: trained with {setting}, the config says {asked}; add {setting}")
 
 
 def check_finite(stored: StoredWeights, sets: Sequence[str], share: int = 0, shares: int = 1) -> None:
-    """Read these sets, or of each every `shares`-th parameter from number `share` on.
+    """Read every `shares`-th parameter of each set, from number `share` on (default: all parameters).
 
     Raises a CheckpointError if a tensor cannot be read, or holds NaN or infinite values.
     """
@@ -250,11 +248,11 @@ def check_finite(stored: StoredWeights, sets: Sequence[str], share: int = 0, sha
         for parameter in names_in(name, stored.shapes)[share::shares]:
             if not stored.tensor(name, parameter).isfinite().all():
                 what = f"{stored.path}: {parameter} of the set {name} holds values that are not finite"
-                raise CheckpointError(f"{what}; the training went astray before, choose an older checkpoint")
+                raise CheckpointError(f"{what}; the training had diverged, choose an older checkpoint")
 
 
 def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """What differs between the parameters of two networks, in one line; empty where nothing does."""
+    """The differences between the parameters of two networks, in one line; empty if there are none."""
     differing = [
         f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} in this network"
         for name in sorted({*found, *expected})
@@ -264,5 +262,5 @@ def shape_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[st
 
 
 def elements(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Numbers in all tensors."""
+    """The number of elements of all tensors."""
     return sum(prod(shape) for shape in shapes.values())

@@ -1,11 +1,11 @@
 """Forward process, prediction spaces and training loss (arXiv 2511.13720, section 3 and table 1).
 
-z_t = t x + (1 - t) e with t = 1 clean and e ~ noise_scale * N(0, I); v = x - e. A network may predict x, e or v, and
-the squared error may be taken in any of the three spaces. Every 1 / (1 - t) is 1 / max(1 - t, t_eps) and every 1 / t
-is 1 / max(t, t_eps), in the prediction and in the target alike, so that the two agree when the network is perfect.
+z_t = t x + (1 - t) e, where t = 1 is clean and e ~ noise_scale * N(0, I); v = x - e. A network may predict x, e or v.
+The loss is the squared error in any of these three spaces. Every 1 / (1 - t) is computed as 1 / max(1 - t, t_eps), and
+every 1 / t as 1 / max(t, t_eps), both in the prediction and in the target, so that a perfect network has no loss.
 
 A network may also predict x - S e, where S = P P^T projects each patch on a subspace of few dimensions (rank-asymmetric
-prediction, arXiv 2605.12964): inside it that is v, outside of it x. Of rank 0 it is x-prediction, of full rank
+prediction, arXiv 2605.12964). Inside the subspace this is v, outside of it x. Rank 0 is x-prediction, full rank is
 v-prediction.
 
 Shapes: B batch, A channels, N patches of an image, D numbers of a patch, R rank; images are (B, A, height, width);
@@ -41,7 +41,7 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
 
 
 def patches_of(images: Tensor, patch: int) -> Tensor:
-    """Patches of `patch` pixels a side, (B, N, D): (B, A, height, width) in the order row, column, channel."""
+    """(B, A, height, width) -> (B, N, D): patches of `patch` pixels a side, in the order row, column, channel."""
     blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, A, rows, P, columns, P)
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -53,9 +53,9 @@ def images_of(patches: Tensor, patch: int, height: int) -> Tensor:
 
 
 def project(images: Tensor, subspace: Tensor) -> Tensor:
-    """S of each patch: its part in the subspace that the orthonormal columns of `subspace` (D, R) span.
+    """Project each patch on the subspace that the orthonormal columns of `subspace` (D, R) span.
 
-    In float32 also where autocast is on: what is predicted is divided by 1 - t.
+    Computed in float32 even under autocast, because the result is divided by 1 - t later.
     """
     patch = math.isqrt(subspace.shape[0] // images.shape[1])
     with torch.autocast(images.device.type, enabled=False):
@@ -66,9 +66,9 @@ def project(images: Tensor, subspace: Tensor) -> Tensor:
 def to_spaces(
     prediction: Tensor, z: Tensor, t: Tensor, space: str, t_eps: float, subspace: Tensor | None = None
 ) -> Spaces:
-    """Express a `prediction` made in `space` at noisy images `z` in all three spaces (paper, table 1).
+    """Convert a `prediction` in `space`, for noisy images `z`, to all three spaces (paper, table 1).
 
-    `space` is x, e, v, or asym, which needs the `subspace` (D, R).
+    `space` is x, e, v or asym; asym needs the `subspace` (D, R).
     """
     t = per_image(t)
     noise_share = (1 - t).clamp_min(t_eps)
@@ -84,7 +84,7 @@ def to_spaces(
         return Spaces(z + (1 - t) * v, z - t * v, v)
     assert subspace is not None, "asym needs a subspace"
     o = prediction
-    # In the subspace as v-prediction, outside as x-prediction, each with its own clamp: so both ends are exact.
+    # v-prediction inside the subspace, x-prediction outside, each with its own clamp: rank 0 and full rank are exact.
     inside, z_inside = project(torch.stack([o, z]).flatten(0, 1), subspace).unflatten(0, (2, -1))
     outside, z_outside = o - inside, z - z_inside
     return Spaces(
@@ -104,11 +104,11 @@ def sample_loss(
     subspace: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error over the pixels of each image, (B,), in float32, in the space `config.loss`.
+    """The mean squared error over the pixels of each image, (B,), in float32, in the space `config.loss`.
 
-    The target is the same map applied to the true image, noise or velocity: for x-prediction with v-loss it is
-    (x - z) / max(1 - t, t_eps). `subspace` (D, R) is that of asym. Of `counted` (B, 1, height, width), as many pixels
-    in each image, only those count that are 1 and not 0.
+    The target is the true image, noise or velocity, converted in the same way: for x-prediction with v-loss it is
+    (x - z) / max(1 - t, t_eps). `subspace` (D, R) is needed for asym. If `counted` (B, 1, height, width) is given, only
+    pixels where it is 1 count, the others are 0. Each image has the same number of them.
     """
     if config.prediction == "asym":
         assert subspace is not None, "asym needs a subspace"
@@ -124,7 +124,7 @@ def sample_loss(
 
 
 def pixels_of(tokens: Tensor, image_size: int, patch: int) -> Tensor:
-    """1 in the patches that `tokens` (B, K) number, 0 elsewhere: float32 (B, 1, image_size, image_size)."""
+    """A mask, float32 (B, 1, image_size, image_size): 1 in the patches of `tokens` (B, K), 0 elsewhere."""
     grid = image_size // patch
     mask = torch.zeros(len(tokens), grid * grid, device=tokens.device).scatter(1, tokens, 1.0)
     rows = mask.view(-1, 1, grid, grid).repeat_interleave(patch, dim=2)

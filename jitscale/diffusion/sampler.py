@@ -16,30 +16,32 @@ from jitscale.config.schema import LEAST_SHIFT, METHODS, MOST_SHIFT, MOST_STEPS
 from jitscale.diffusion.objective import to_spaces
 from jitscale.diffusion.steps import State, advance, looks_ahead, times
 
-# Of noisy images, times and labels: a JiT, or any function that needs no subspace and no middle output layer.
+# network(z, t, y): a JiT, or any function, if the sampler needs no subspace and no middle output layer.
 Network = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How noise becomes images.
+    """Makes images from noise.
 
-    Guidance is v = v_u + w (v_c - v_u) (Ho and Salimans 2022), where v_u is the velocity without the label. With a
-    guide, it is that network's velocity with the label (autoguidance, Karras et al. 2024, arXiv 2406.02507). Internal
-    guidance is v = v_m + w (v - v_m), where v_m is the velocity of the network's middle output layer (arXiv
-    2512.24176), in each of the two branches before they are combined; a guide is taken as it is.
+    Guidance is v = v_u + w (v_c - v_u) (Ho and Salimans 2022), where v_c is the velocity with the label, and v_u the
+    velocity without it. With a guide, v_u is the guide's velocity with the label (autoguidance, Karras et al. 2024,
+    arXiv 2406.02507).
+
+    Internal guidance is v = v_m + w (v - v_m), where v_m is the velocity of the network's middle output layer (arXiv
+    2512.24176). It is applied to both v_c and v_u, before guidance combines them, but not to a guide.
     """
 
-    method: str = "heun"  # or another of config's METHODS; heun: `steps` - 1 Heun steps and one Euler step to t = 1
+    method: str = "heun"  # one of config's METHODS; heun: `steps` - 1 Heun steps, then an Euler step to t = 1
     steps: int = 50  # intervals of the time grid on [0, 1]
     guidance_scale: float = 1.0  # w; 1 means none
-    # Guidance acts for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
+    # Guidance is applied for low < t < high (Kynkäänniemi et al. 2024); `low` = 0 includes t = 0.
     guidance_interval: tuple[float, float] = (0.1, 1.0)
-    prediction: str = "x"  # what the network predicts: x, e, v or asym
+    prediction: str = "x"  # the network's prediction: x, e, v or asym
     t_eps: float = 0.05  # smallest denominator, as in training
     time_shift: float = 1.0  # s of the grid t / (t + (1 - t) s); 1: uniform
     internal_guidance: float = 1.0  # w of the middle output layer; 1 means none
-    internal_interval: tuple[float, float] = (0.0, 1.0)  # where it acts, as `guidance_interval`
+    internal_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_interval`
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,7 +67,7 @@ class Sampler:
         return self.internal_guidance != 1.0 and _inside(self.internal_interval, t)
 
     def steps_before_guidance(self) -> int:
-        """Steps from t = 0 on that are the same whatever the guidance scale."""
+        """Number of steps from t = 0 on that do not depend on the guidance scale."""
         for index, (t, t_next) in enumerate(pairwise(self._grid())):
             looks_into = looks_ahead(self.method, t_next) and _inside(self.guidance_interval, t_next)
             if _inside(self.guidance_interval, t) or looks_into:
@@ -73,9 +75,9 @@ class Sampler:
         return self.steps
 
     def evaluations(self, steps: range | None = None) -> tuple[int, int]:
-        """How often `steps`, or all, take an image through the network: with its label, and for guidance.
+        """Evaluations of the network for an image in `steps` (None: all): with its label, and for guidance.
 
-        Internal guidance takes none: the same evaluation gives both predictions.
+        Internal guidance needs no extra evaluation: one evaluation gives both predictions.
         """
         grid = self._grid()
         strong = weak = 0
@@ -90,12 +92,12 @@ class Sampler:
     def sample(
         self, network: Network, noise: Tensor, labels: Tensor, null_label: int, guide: Network | None = None
     ) -> Tensor:
-        """Carry `noise` (already times the noise scale) from t = 0 to t = 1.
+        """Integrate from `noise` (already times the noise scale) at t = 0 to images at t = 1.
 
-        The state stays in float32 whatever the network computes in. `network(z, t, y)` sees conditional and
-        unconditional images in one batch of 2 B where guidance acts, and B images where it does not. With a `guide`,
-        a smaller or less trained network, `network` sees B images, and so does the guide where guidance acts. Returns
-        (B, A, height, width) float32, nominally in [-1, 1]; not clamped.
+        The state is float32, whatever the precision of the network. Where guidance is applied, `network(z, t, y)` gets
+        conditional and unconditional images in one batch of 2 B; elsewhere it gets B images. With a `guide` (a smaller
+        or less trained network), `network` always gets B images, and the guide gets B images where guidance is applied.
+        Returns (B, A, height, width) float32, nominally in [-1, 1], not clamped.
         """
         return self.carry(network, State(noise.float()), labels, null_label, range(self.steps), guide).z
 
@@ -109,7 +111,7 @@ class Sampler:
         steps: range,
         guide: Network | None = None,
     ) -> State:
-        """Do some of the steps, as `sample` does all: from the `state` before the first one."""
+        """Like `sample`, but take only `steps`, from the `state` before the first of them."""
         grid = self._grid()
 
         def velocity(z: Tensor, t: float) -> Tensor:
@@ -137,7 +139,7 @@ class Sampler:
         return weak + self.guidance_scale * (strong - weak)
 
     def _of(self, network: Network, z: Tensor, t: float, labels: Tensor, *, internally: bool) -> Tensor:
-        """The velocity that a network predicts, guided by its middle output layer if `internally`."""
+        """The velocity that a network predicts, with internal guidance if `internally`."""
         at, subspace = torch.full((len(z),), t, device=z.device), getattr(network, "subspace", None)
 
         def velocity(prediction: Tensor) -> Tensor:
@@ -150,6 +152,6 @@ class Sampler:
 
 
 def _inside(interval: tuple[float, float], t: float) -> bool:
-    # float32 on both sides, as in the authors' code: of ten steps the one at 0.1 does not lie above 0.1.
+    # Compared in float32, as in the authors' code: with ten steps, t = 0.1 is not above an interval's low end of 0.1.
     low, high = cast(list[float], torch.tensor(interval, dtype=torch.float32).tolist())
     return (t > low or low == 0.0) and t < high

@@ -1,7 +1,7 @@
-"""Work in blocks of images, each with its own file in a folder named by a hash of all that determines it.
+"""Work in blocks of images. Each block has a file; the name of its folder is a hash of all that determines the content.
 
-Ranks take blocks by turns and never wait for each other on the way; any number of ranks may continue what others began,
-and the result depends on neither. A rank that dies costs its current block.
+Ranks take blocks in turn, and do not wait for each other in between. Any number of ranks may continue the work of
+others, and the result does not depend on the number. If a rank dies, only its current block is lost.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-FeatureArrays = dict[str, npt.NDArray[Any]]  # what feature networks say about some images
+FeatureArrays = dict[str, npt.NDArray[Any]]  # outputs of feature networks for some images, by name
 
-# What reading a damaged file raises.
+# Reading a damaged file raises one of these.
 DAMAGED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
     *(EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError),
@@ -37,7 +37,7 @@ SAMPLE_BLOCKS = "samples_*/block_*.npz"  # in RUN/evaluation
 
 
 class Missing(NamedTuple):
-    """A block by its number, and the indices of the points under which it is not on disk."""
+    """A block that is not on disk for some points of a sweep: its number, and the indices of these points."""
 
     number: int
     points: list[int]
@@ -57,14 +57,16 @@ def compute_blocks(
     *,
     keep: bool,
 ) -> list[FeatureArrays]:
-    """Of `count` blocks of `size` images compute those that are not on disk yet, by turns; a collective call.
+    """Compute the blocks, `count` of `size` images each, that are not on disk yet; a collective call.
 
-    There is one of `folders` for each point of a sweep; blocks of the same images are made together. `compute` makes
-    the contents of this rank's missing blocks, in order. Without `keep` all blocks are computed, and sent to rank 0
-    instead of written: for few images. Returns on rank 0 for each folder all blocks, concatenated; on others nothing.
+    Ranks take blocks in turn. Each point of a sweep has one of `folders`; blocks of the same images are computed
+    together. `compute` yields the contents of this rank's missing blocks, in order.
 
-    A damaged block is computed again. Raises a DataError on every rank if one is damaged as soon as it is written, a
-    StorageError if one cannot be written.
+    Without `keep`, all blocks are computed, and sent to rank 0 instead of written; this is for few images. Returns, on
+    rank 0, the concatenated blocks of each folder; on other ranks an empty list.
+
+    A damaged block is computed again. Raises a DataError on every rank if a block is damaged again right after it was
+    written, a StorageError if one cannot be written.
     """
 
     def path(point: int, number: int) -> Path:
@@ -91,13 +93,13 @@ def compute_blocks(
                         np.savez(file, **content)  # type: ignore[arg-type]
                 else:
                     passing[place] = content
-                progress.update(min(size * world.size, total - progress.n))  # the other ranks are as far
+                progress.update(min(size * world.size, total - progress.n))  # assumes that other ranks are as far
         except UserError as error:
-            logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
+            logger.error("rank %d: %s", world.rank, error)  # logged at once, because other ranks may compute for long
             raise
 
     def compute_missing() -> None:
-        # Listed by one rank: what the others see may have changed before they look.
+        # Only rank 0 lists the files, because other ranks might list them later and see other files.
         missing = parallel.on_main(list_missing)
         total = size * count * len(folders)
         done = total - size * sum(len(block.points) for block in missing)
@@ -130,12 +132,12 @@ def compute_blocks(
         whole.clear()
         compute_missing()
         if damaged := parallel.on_main(read_all):
-            raise DataError(f"{damaged[0]}: damaged as soon as it was written; look at the disk")
+            raise DataError(f"{damaged[0]}: damaged right after it was written; check the disk")
     return whole
 
 
 def _read(file: Path, size: int) -> FeatureArrays:
-    """A block of `size` images. Raises one of DAMAGED if it is none."""
+    """Read a block of `size` images. Raises one of DAMAGED if the file is damaged."""
     with np.load(file) as content:
         arrays = dict(content)
     if not arrays or any(len(array) != size for array in arrays.values()):
@@ -144,7 +146,7 @@ def _read(file: Path, size: int) -> FeatureArrays:
 
 
 def _form(arrays: FeatureArrays) -> tuple[object, ...]:
-    """What all blocks have in common: names, types and shapes of an image's numbers."""
+    """The names, dtypes and shapes of one image's arrays, which must be the same in all blocks."""
     return tuple(sorted((name, array.dtype.str, array.shape[1:]) for name, array in arrays.items()))
 
 

@@ -1,7 +1,7 @@
-"""What `evaluation.features=auto` stands for: the network of the images themselves, or a published one that is at hand.
+"""Chooses the network for `evaluation.features=auto`: the images' own small network, or a published one.
 
-Nothing is downloaded here. A run goes on with the network that it was measured with before, since distances of
-different networks do not compare.
+A published network is chosen only if its weights are on this machine: nothing is downloaded here. A run keeps the
+network of its earlier measurements, because distances of different networks are not comparable.
 """
 
 import json
@@ -20,15 +20,15 @@ from jitscale.evaluation.statistics_file import is_statistics, network_of_statis
 
 logger = logging.getLogger(__name__)
 
-PREFERRED = ("inception", "dinov2")  # for images without a network of their own, the first that is at hand
+PREFERRED = ("inception", "dinov2")  # for images without an own network: the first with weights on this machine
 
 
 def settle_features(config: Config) -> tuple[Config, str]:
-    """`config` with a network for `evaluation.features=auto`, and what is missing; a collective call.
+    """`config` with a network for `evaluation.features=auto`, and a message if no network is found; a collective call.
 
-    If no network is at hand, `features` stays auto, and the text says the command that fetches one. A small network
-    of other images than the real ones is warned about. Raises as `reference_source`, `open_setting` and
-    `network_of_statistics` on every rank.
+    If no weights are on this machine, `features` stays auto, and the message names the command that downloads them. If
+    a configured small network belongs to other images than the real ones, a warning says so. Raises what
+    `reference_source`, `open_setting` and `network_of_statistics` raise, on every rank.
     """
 
     def settle() -> tuple[Config, str]:
@@ -43,10 +43,10 @@ def settle_features(config: Config) -> tuple[Config, str]:
         name = before if before in at_hand else at_hand[0]
         if before in fitting and before != name:
             remedy = _fetching(before, config.evaluation)
-            what = f"{name}, since {before}, which has measured this run before, is not at hand"
-            logger.warning("evaluation.features=auto: %s: their distances do not compare; %s", what, remedy)
+            what = f"{name}, because the weights of {before}, which measured this run before, are missing"
+            logger.warning("evaluation.features=auto: %s; distances of the two are not comparable; %s", what, remedy)
         else:
-            reason = "as before" if name == before else "the images' own" if name in SMALL_NETWORKS else "at hand"
+            reason = "as before" if name == before else "the images' own" if name in SMALL_NETWORKS else "weights found"
             logger.info("evaluation.features=auto: %s (%s)", name, reason)
         further = [other for other in config.evaluation.more_features if other != name]
         return replace(config, evaluation=replace(config.evaluation, features=name, more_features=further)), ""
@@ -57,8 +57,8 @@ def settle_features(config: Config) -> tuple[Config, str]:
 def settle_for_training(config: Config) -> tuple[Config, str]:
     """`settle_features` for a run that may measure itself; a collective call.
 
-    Without a network at hand it is trained without being measured, and the text, which is a warning now, is one for
-    its end too.
+    If no network is found, the run is trained without measurements. The message is logged as a warning here, and the
+    caller repeats it at the end of the run.
     """
     if not config.evaluation.at_end and not config.evaluation.every_images:
         return config, ""
@@ -71,7 +71,7 @@ def settle_for_training(config: Config) -> tuple[Config, str]:
 
 
 def fitting_networks(config: Config) -> tuple[str, ...]:
-    """The networks that may measure against the configured real images, the best one first; raises as above."""
+    """The networks that fit the configured real images, the preferred one first. Raises as `settle_features`."""
     source = reference_source(config)
     if is_statistics(source):
         return (network_of_statistics(source),)
@@ -80,7 +80,7 @@ def fitting_networks(config: Config) -> tuple[str, ...]:
 
 
 def _dataset(config: Config) -> str | None:
-    """What the shards of real images hold, as their manifests say."""
+    """The name of the data set of the real images, from the manifests of their shards."""
     return open_setting(config, *reference_setting(config)).dataset
 
 
@@ -99,11 +99,11 @@ def _network_before(config: Config) -> str | None:
         protocol = json.loads((run_dir / "result.json").read_bytes())["protocol"]
         return str(protocol["features"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None  # a result that cannot be read is written anew
+        return None  # no result, or a damaged one, which the evaluation overwrites
 
 
 def _missing(fitting: tuple[str, ...], evaluation: EvaluationConfig) -> str:
-    """That no network is at hand, and what to do about it."""
+    """The message that no weights are on this machine, with the remedy."""
     what = f"no weights of {' or '.join(fitting)} in {published_folder(evaluation)}, so there is no FID"
     return f"evaluation.features=auto: {what}; {_fetching(fitting[0], evaluation)}"
 
@@ -113,7 +113,7 @@ def _fetching(name: str, evaluation: EvaluationConfig) -> str:
 
 
 def _warn_of_other_images(config: Config) -> None:
-    """Say which small network was trained on other images than the real ones, if one is."""
+    """Warn about each configured small network that was trained on other images than the real ones."""
     evaluation = config.evaluation
     small = [name for name in (evaluation.features, *evaluation.more_features) if name in SMALL_NETWORKS]
     if not small or evaluation.features_file is not None or is_statistics(reference_source(config)):
@@ -122,6 +122,6 @@ def _warn_of_other_images(config: Config) -> None:
     for name in small:
         if name != dataset:
             setting = "features" if name == evaluation.features else "more_features"
-            what = f"the small network of tools/make_{name}.py's images, and {reference_setting(config)[0]} has others"
+            what = f"is only for images of tools/make_{name}.py, but {reference_setting(config)[0]} has others"
             remedy = "its numbers mean nothing; set evaluation.features=auto"
-            logger.warning("evaluation.%s: %s is %s: %s", setting, name, what, remedy)
+            logger.warning("evaluation.%s: %s %s: %s", setting, name, what, remedy)

@@ -1,4 +1,4 @@
-"""Classes as users name them: by number, or by name, as the manifest of the training's shards has it."""
+"""Classes as users specify them: by number, or by a name in the manifest of the training shards."""
 
 import difflib
 import re
@@ -14,21 +14,21 @@ MOST_SUGGESTED = 3
 
 
 def class_names_of(config: Config) -> list[str] | None:
-    """The names in the manifest at `data.shards`; None if they are not there, or not on this machine."""
+    """The class names in the manifest at `data.shards`; None if there are none, or the shards are elsewhere."""
     pattern = config.data.shards.replace("{resolution}", str(config.model.image_size))
     if not pattern or is_remote(pattern):
         return None
     try:
         _, manifests = find_shards(pattern, "data.shards")
-    except DataError:  # images are drawn without the shards too
+    except DataError:  # drawing images does not need the shards
         return None
     return next((manifest.class_names for manifest in manifests.values()), None)
 
 
 def check_order(config: Config, trained: Sequence[str] | None, reference: Sequence[str] | None) -> None:
-    """Raise a DataError if the data of an evaluation number their classes otherwise than the training did.
+    """Raise a DataError if the data of an evaluation number the classes differently from the training data.
 
-    `trained` are the names that the weights know, `reference` those of the real images; None: not known.
+    `trained` are the class names stored with the weights, `reference` those of the real images; None: unknown.
     """
     if config.model.num_classes == 0:
         return
@@ -43,9 +43,9 @@ def check_order(config: Config, trained: Sequence[str] | None, reference: Sequen
 def class_numbers(
     texts: Sequence[str], num_classes: int, config: Config, trained: Sequence[str] | None = None
 ) -> list[int]:
-    """The classes, of `num_classes`, that `texts` mean: numbers, or names in any case.
+    """The class numbers, below `num_classes`, of `texts`: numbers, or names (upper and lower case are the same).
 
-    The names are those that the weights know, `trained`, else those at `data.shards`. A text of digits is always a
+    Names are those stored with the weights, `trained`, or else those at `data.shards`. A text of digits is always a
     number. Raises a UserError at a number that the network does not have, and at a name that is unknown or that several
     classes have.
     """

@@ -1,4 +1,4 @@
-"""Samples of a network over all ranks: their features in block files, then the metrics.
+"""Measures samples of a network on all ranks: features in block files, then metrics.
 
 RUN/evaluation/samples_<hash>/block_000000.npz    features (B, F), logits (B, L), spatial (B, R), labels (B,)
 """
@@ -31,11 +31,11 @@ from jitscale.parallel import World
 if TYPE_CHECKING:
     from jitscale.evaluation.metrics import FrechetDistance
 
-MOST_NEIGHBOURS = 10_000  # images of precision and recall, of each kind: the protocol of the ADM evaluations
+MOST_NEIGHBOURS = 10_000  # real and generated images for precision and recall: the protocol of the ADM evaluations
 
 
 class Evaluator:
-    """Feature networks and real images, with which samples are measured."""
+    """Measures samples with feature networks, against real images."""
 
     def __init__(
         self,
@@ -45,13 +45,12 @@ class Evaluator:
         guide: JiT | None = None,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load the networks, and what is known of the real images, or compute that; a collective call.
+        """Load the networks, and load or compute the statistics of the real images; a collective call.
 
-        `stop` is called in every block of images, and may raise a UserError to end the work.
-
-        Blocks go to `evaluation` in `run_dir`. The network `guide` of `evaluation.guide`, on this rank's device, is
-        made ready to sample and held as long as the evaluator is; `guided_by` takes one for a while.
-        Raises a ConfigError without a feature network or a reference, a DataError if one is missing or damaged.
+        `stop` is called in every block of images, and may raise a UserError to end the work. Blocks are written to
+        `evaluation` in `run_dir`. `guide`, the network of `evaluation.guide` on this rank's device, is made ready to
+        sample, and kept as long as the evaluator; `guided_by` takes a guide for a while. Raises a ConfigError without a
+        feature network or a reference, a DataError if one is missing or damaged.
         """
         self.config, self.world, self.folder = config, world, run_dir / "evaluation"
         self.guide: JiT | None = None
@@ -64,7 +63,7 @@ class Evaluator:
 
     @contextmanager
     def guided_by(self, guide: JiT | None) -> Iterator[None]:
-        """Sample with `guide`, on this rank's device, inside the block, and let go of it after; a collective call."""
+        """Sample with `guide`, on this rank's device, in the body of the `with` statement only; a collective call."""
         try:
             self._set_guide(guide)
             yield
@@ -80,24 +79,28 @@ class Evaluator:
     def measure(
         self, model: JiT, points: Sequence[SweepPoint], *, neighbours: bool = True, keep_blocks: bool = True
     ) -> list[dict[str, Any]]:
-        """The metrics of samples of `model`, for points that differ in the guidance scale alone; a collective call.
+        """The metrics of samples of `model`, for points that differ only in the guidance scale; a collective call.
 
-        `model` was made by `ready_on_all_ranks`, with the same weights on every rank. `points` say how to sample, and
-        how many images; their weight set is for the record. With `neighbours`, metrics that compare pairs of images are
-        computed, which take the longest; without `keep_blocks`, no files are written: for few images.
+        `model` comes from `ready_on_all_ranks`, with the same weights on every rank. `points` say how to sample, and
+        how many images; their weight set is only recorded. With `neighbours`, metrics that compare pairs of images are
+        computed too; they take the longest. Without `keep_blocks`, no files are written; this is for few images.
 
-        Returns on every rank for each point: `num_images`, `protocol`, `reference`; `fid` and `inception_score`, or
-        `fd_<name>` alone if the feature network gives no logits; `sfid` if it has spatial features; `fd_<name>` of
-        further networks; `kid` (or `kd_<name>`), `precision` and `recall` with `neighbours` and where features of real
-        images are at hand, not only statistics; for each distance `<distance>_floor`, of one half of the real images
-        to the other, where it is known; `label_agreement` if the feature network has the model's number of classes.
-        The distance that ranks settings is the first one (`tracking.distance_of`). Raises a UserError at images that
-        are not finite.
+        Returns on every rank, for each point:
+        - `num_images`, `protocol`, `reference`
+        - `fid` and `inception_score`; or only `fd_<name>` if the feature network has no logits
+        - `sfid` if the network has spatial features; `fd_<name>` for further networks
+        - `kid` (or `kd_<name>`), `precision` and `recall`, with `neighbours` and if features of real images are known,
+          not only their statistics
+        - `<distance>_floor` for each distance, between two halves of the real images, if known
+        - `label_agreement` if the feature network has the model's number of classes
+
+        `tracking.distance_of` names the distance by which settings are compared. Raises a UserError at images with
+        values that are not finite.
         """
         samplers = [generate.configured_sampler(point, model.diffusion) for point in points]
         evaluation, size = points[0], points[0].block_size
-        # All that determines the generated images and their features; not what only changes the order of sums
-        # (attention kernels, compilation, padding).
+        # Everything that determines the generated images and their features, except for choices that only change the
+        # order of sums (attention kernels, compilation, padding).
         same = {
             "weights": evaluation.weights,
             "weights_sha256": weights_digest(model),
@@ -115,7 +118,8 @@ class Evaluator:
         protocols = [{**same, "sampler": asdict(sampler)} for sampler in samplers]
 
         def blocks(missing: Sequence[Missing]) -> Iterator[FeatureArrays]:
-            # Always a whole block: the batch's shape, and so its arithmetic, must not depend on the number of images.
+            # Always a whole block, so that the batch's shape, and with it the arithmetic, does not depend on the number
+            # of images.
             ids_of_blocks = [range(block.number * size, (block.number + 1) * size) for block in missing]
             noises = generate.noise_ahead(evaluation.seed, ids_of_blocks, image_shape(model.config))
             for block, ids, noise in zip(missing, ids_of_blocks, noises, strict=True):
@@ -155,7 +159,7 @@ class Evaluator:
         if "logits" in samples:
             result["inception_score"], result["inception_score_std"] = metrics.inception_score(samples["logits"])
         if neighbours and reference.features is not None:
-            real = reference.features  # in a random order, so that the first ones are a fair choice
+            real = reference.features  # in a random order, so that the first ones are a random choice
             kernel = "kid" if names["features"] == "fid" else names["features"].replace("fd_", "kd_")
             result[kernel], result[f"{kernel}_std"] = metrics.kernel_distance(real, generated)
             found = metrics.precision_recall(real[:MOST_NEIGHBOURS], generated[:MOST_NEIGHBOURS])
@@ -167,9 +171,9 @@ class Evaluator:
 
 
 def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.Tensor], dict[str, Any]]:
-    """The class of each image by its id, as `evaluation.labels` says, and what identifies that.
+    """A function from image ids to classes, according to `evaluation.labels`, and the protocol's entries about it.
 
-    Raises a ConfigError if the data's frequencies are asked for without data, a DataError if its labels are not known.
+    Raises a ConfigError if the data's frequencies are requested without shards, a DataError if labels are unknown.
     """
     classes, kind, seed = config.model.num_classes, config.evaluation.labels, config.evaluation.seed
     if kind == "balanced" or classes == 0:
@@ -179,16 +183,16 @@ def configured_labels(config: Config) -> tuple[Callable[[Sequence[int]], torch.T
     setting = "data.shards" if config.data.shards else "evaluation.reference"
     source = config.data.shards or config.evaluation.reference or ""
     if not source or is_statistics(source):
-        raise ConfigError("evaluation.labels=data: needs shards whose labels are counted; set data.shards")
+        raise ConfigError("evaluation.labels=data: needs shards, to count their labels; set data.shards")
     counts = open_setting(config, setting, classes).class_counts()
     identity = {"labels": kind, "class_counts": digest_of({"counts": counts})}
     return partial(generate.random_labels, seed=seed, counts=counts), identity
 
 
 def weights_digest(model: JiT) -> str:
-    """A hash of all weights, so that an evaluation is continued only with the weights it began with.
+    """A hash of all weights, so that an evaluation is continued only with the same weights.
 
-    A collective call: rank 0 alone copies its weights to the CPU, tensor by tensor; other ranks have the same.
+    A collective call. Only rank 0 copies its weights to the CPU, tensor by tensor; the other ranks have the same ones.
     """
 
     def computed() -> str:

@@ -1,11 +1,11 @@
-"""The final evaluation of a run: a sweep on few images, the best points on all, and one result that says it all.
+"""The final evaluation of a run: a sweep on few images, then the best points on all images, and one result file.
 
-The noise of an image is the same under every point, so that differences between points are much surer than the
-distances themselves; and points that differ in the guidance scale alone share the steps before guidance begins.
+An image has the same noise at every point, so that differences between points are much more certain than the distances
+themselves. Points that differ only in the guidance scale share the steps before guidance begins.
 
 RUN/results/<network>_<images>_<hash>.json   every measurement, by its protocol
-RUN/result.json                              the one that the run's config.yaml asks for, in the same form
-RUN/sweep.svg                                its figure; those of the others lie in results/
+RUN/result.json                              the measurement that the run's config.yaml requests, in the same form
+RUN/sweep.svg                                its figure; figures of other measurements are in results/
 """
 
 import gc
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Measured = tuple[SweepPoint, dict[str, Any]]  # a point and its metrics
 
-# Settings of `evaluation` that change nothing of a final evaluation.
+# Settings of `evaluation` that do not change the final evaluation.
 _ELSEWHERE = (
     *("at_end", "every_images", "few_images", "grid_every_images", "held_out_every_images"),
     *("cache_dir", "features_dir", "cuda_graphs", "sweep_max_share"),
@@ -46,27 +46,27 @@ _ELSEWHERE = (
 def measure_points(
     points: Sequence[SweepPoint], network: Callable[[str], JiT], evaluator: Evaluator, *, neighbours: bool
 ) -> list[Measured]:
-    """Each point with what `Evaluator.measure` says about it, in their order; a collective call.
+    """Each point with its metrics from `Evaluator.measure`, in the same order; a collective call.
 
-    Settings of one network must lie together; `network` puts a weight set on the device.
+    Points with the same weight set must be adjacent. `network` loads a weight set onto the device.
     """
     measured: list[Measured] = []
     for weights, own in groupby(points, key=lambda point: point.weights):
         model = network(weights)
         for group in sharing_steps(own):
             measured += zip(group, evaluator.measure(model, group, neighbours=neighbours), strict=True)
-        # Before the next one is built: two large networks may not fit next to an engine. Prepared blocks refer to
-        # themselves, so that only the collector frees them.
+        # Freed before the next network is built, because two large networks may not fit besides an engine. Prepared
+        # blocks are reference cycles, so that only the garbage collector frees them.
         del model
         gc.collect()
     return measured
 
 
 def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_dir: Path) -> dict[str, Any]:
-    """`run_evaluation` of the weight set `weights` alone, under the configured setting; a collective call.
+    """`run_evaluation` of only the weight set `weights`, with the configured sampling; a collective call.
 
-    `model` was made by `ready_on_all_ranks` and has the same weights on every rank. Raises what `Evaluator` and
-    `run_evaluation` raise. It writes no result.json: that is of a run's own weights.
+    `model` comes from `ready_on_all_ranks`, with the same weights on every rank. Raises what `Evaluator` and
+    `run_evaluation` raise. It does not write result.json, which is for the run's own weights.
     """
     alone = replace(config, evaluation=replace(config.evaluation, weights=weights, sweep=None))
     evaluator = Evaluator(alone, world, run_dir)
@@ -76,14 +76,14 @@ def evaluate_model(model: JiT, weights: str, config: Config, world: World, run_d
 def run_evaluation(
     network: Callable[[str], JiT], points: Sequence[SweepPoint], evaluator: Evaluator, run_dir: Path, *, is_end: bool
 ) -> dict[str, Any]:
-    """Try `points` on few images and measure the best ones, and write what came out; a collective call.
+    """Try `points` on few images, measure the best ones on all images, and write the result; a collective call.
 
-    `network` makes from the name of a weight set the network, ready to sample, on the device; `points` come from
-    `sweep_points`; `is_end` says that these weights are what the run in `run_dir` has ended with, or there is no run.
+    `network` returns the network of a weight set by its name, ready to sample, on the device. `points` come from
+    `sweep_points`. `is_end` is true if these are the final weights of the run in `run_dir`, or if there is no run.
 
-    Returns on every rank the metrics of the best point (see `Evaluator.measure`) with `best`, that point, and `table`,
-    a row for every point that was measured: those of the sweep, then the best ones on `evaluation.num_images`.
-    Raises a DataError if the result cannot be written, a UserError at an image with values that are not finite.
+    Returns on every rank the metrics of the best point (see `Evaluator.measure`), with `best` (that point) and `table`
+    (a row for every measurement: the sweep, then the best points on `evaluation.num_images`). Raises a DataError if the
+    result cannot be written, a UserError at an image with values that are not finite.
     """
     evaluation = evaluator.config.evaluation
     few, chosen = sweep_images(evaluation), points
@@ -94,9 +94,9 @@ def run_evaluation(
         tried = [replace(point, num_images=few) for point in points]
         coarse = measure_points(tried, network, evaluator, neighbours=False)
         best = sorted(range(len(points)), key=lambda index: _distance(coarse[index]))[: evaluation.sweep_keep]
-        chosen = [points[index] for index in sorted(best)]  # those of one network together
+        chosen = [points[index] for index in sorted(best)]  # in the order of `points`: weight sets stay adjacent
     precise = sorted(measure_points(chosen, network, evaluator, neighbours=True), key=_distance)
-    # With as many images, the best points are rows of the sweep.
+    # If the sweep has the same number of images, the table already holds the best points.
     rows = coarse if coarse and few == evaluation.num_images else [*coarse, *precise]
     said = ("num_images", distance_of(precise[0][1]), "inception_score")
     table = [{**_tried(point), **{key: metrics[key] for key in said if key in metrics}} for point, metrics in rows]
@@ -115,9 +115,9 @@ def _distance(measured: Measured) -> float:
 
 
 def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_end: bool) -> None:
-    """Keep `result` by its protocol, and as result.json if it is the final evaluation of the run.
+    """Write `result` to results/, and to result.json if it is the final evaluation of the run.
 
-    Raises a DataError if it cannot be written; what was measured stays in the blocks.
+    Raises a DataError if it cannot be written; the features stay in the blocks.
     """
     paths = [run_dir / "results" / f"{_name(result)}.json"]
     if is_end and is_configured_end(run_dir, config):
@@ -131,14 +131,14 @@ def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_e
                 draw_sweep(result, path.with_suffix(".svg") if path.name != "result.json" else run_dir / "sweep.svg")
     logger.info("%s", paths[-1])
     if len(paths) == 1:
-        reason = "the run asks for another evaluation" if is_end else "these weights are not the end of the run"
+        reason = "the run requests another evaluation" if is_end else "these weights are not the end of the run"
         logger.info("%s is not written: %s", run_dir / "result.json", reason)
 
 
 def is_configured_end(run_dir: Path, config: Config) -> bool:
-    """Whether `config` describes the final evaluation of the run in `run_dir`; true of a folder without a run.
+    """Whether `config` describes the final evaluation of the run in `run_dir`; true if the folder has no run.
 
-    A run whose settings say `evaluation.features=auto` takes any network: none was at hand at its start.
+    A run whose config.yaml says `evaluation.features=auto` accepts any network: at its start no weights were found.
     """
     path = run_dir / "config.yaml"
     if not path.exists():
@@ -151,7 +151,7 @@ def is_configured_end(run_dir: Path, config: Config) -> bool:
 
 
 def _identity(config: Config) -> tuple[Any, ...]:
-    """What a configuration says about its final evaluation."""
+    """The settings that determine the final evaluation."""
     evaluation = {key: value for key, value in vars(config.evaluation).items() if key not in _ELSEWHERE}
     evaluation["sweep"] = sorted(config.evaluation.sweep or [])
     evaluation["reference"] = _place(config.evaluation.reference or config.data.shards)
@@ -161,12 +161,12 @@ def _identity(config: Config) -> tuple[Any, ...]:
 
 
 def _place(pattern: str) -> str:
-    """One name for a place, however a path to it is written."""
+    """The same text for all spellings of a path or an address."""
     return masked(pattern) if is_remote(pattern) else os.path.realpath(pattern)
 
 
 def _name(result: dict[str, Any]) -> str:
-    """Of the file: the network, the images, and a hash of all that determines the numbers."""
+    """The file's name: the network, the number of images, and a hash of everything that determines the metrics."""
     points = [{key: row[key] for key in (*result["best"], "num_images")} for row in result["table"]]
     identity = {"protocol": result["protocol"], "reference": result["reference"], "settings": points}
     kind = "sweep_" if len(points) > 1 else ""

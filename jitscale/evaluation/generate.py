@@ -1,7 +1,7 @@
-"""Images from sample ids, so that no image depends on how many ranks make them.
+"""Generates images from sample ids, so that no image depends on the number of ranks.
 
-Noise and label of an image are functions of (seed, id) alone; by default the label is id mod classes. Images are made
-in blocks of a fixed size, so that the arithmetic is the same whatever the world size.
+Noise and label of an image are functions of (seed, id); by default the label is id mod classes. Images are generated in
+blocks of a fixed size, so that the arithmetic is the same for any world size.
 
 Shapes: B images, A channels, S image size.
 """
@@ -32,22 +32,22 @@ from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-GRID_COLUMNS, GRID_ROWS = 8, 10  # of a picture of samples
+GRID_COLUMNS, GRID_ROWS = 8, 10  # of a picture of samples; a row is a class
 
 
 def noise_of(seed: int, ids: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise for images of `shape` (A, S, S): (B, A, S, S) float32, by Philox with key (seed, id).
+    """Standard normal noise for images of `shape` (A, S, S): (B, A, S, S) float32, from Philox with key (seed, id).
 
-    Drawn on the CPU because a GPU's random numbers depend on its number of multiprocessors.
+    It is drawn on the CPU, because the random numbers of a GPU depend on its number of multiprocessors.
     """
     draws = [np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape, np.float32) for i in ids]
     return torch.from_numpy(np.stack(draws))
 
 
 def noise_ahead(seed: int, blocks: Sequence[Sequence[int]], shape: tuple[int, int, int]) -> Iterator[torch.Tensor]:
-    """`noise_of` the ids of each block, drawn by a thread while the device is busy with the block before."""
+    """`noise_of` the ids of each block; a thread draws it while the device computes the previous block."""
     with ThreadPoolExecutor(1) as thread:
-        draws = (thread.submit(noise_of, seed, ids, shape) for ids in blocks)  # none before it is asked for
+        draws = (thread.submit(noise_of, seed, ids, shape) for ids in blocks)  # lazy: one block ahead
         ahead = next(draws, None)
         while ahead is not None:
             noise, ahead = ahead.result(), next(draws, None)
@@ -55,12 +55,12 @@ def noise_ahead(seed: int, blocks: Sequence[Sequence[int]], shape: tuple[int, in
 
 
 def labels_of(ids: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Class id mod classes, (B,): balanced in every multiple of the classes; 0, the null label, if there are none."""
+    """Labels id mod classes, (B,): balanced in every multiple of the classes; 0, the null label, without classes."""
     return torch.tensor([i % num_classes if num_classes else 0 for i in ids])
 
 
 def random_labels(ids: Sequence[int], seed: int, counts: Sequence[int]) -> torch.Tensor:
-    """Classes drawn at random, (B,) int64, each as a function of (seed, id) alone, as likely as its count is large."""
+    """Random labels (B,) int64, functions of (seed, id); the probability of a class is proportional to its count."""
     total = sum(counts)
     if total < 1:
         raise ValueError(f"counts: need a class with samples, got {list(counts)}")
@@ -69,7 +69,7 @@ def random_labels(ids: Sequence[int], seed: int, counts: Sequence[int]) -> torch
 
 
 def checked_labels(labels: Sequence[int] | torch.Tensor, null_label: int) -> torch.Tensor:
-    """`labels` as (B,) int64. Raises a ValueError if they are no list of integers in [0, null_label], or none."""
+    """`labels` as (B,) int64. Raises a ValueError unless they are one or more integers in [0, null_label]."""
     needed = f"labels: need one or more integers in [0, {null_label}], such as [0], got"
     try:
         found = torch.as_tensor(labels)
@@ -88,7 +88,7 @@ def checked_labels(labels: Sequence[int] | torch.Tensor, null_label: int) -> tor
 
 
 def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig) -> Sampler:
-    """The configured way of sampling from a network that was trained as `diffusion` says."""
+    """The configured sampler, for a network that was trained with the settings `diffusion`."""
     low, high = evaluation.guidance_interval
     internal_low, internal_high = evaluation.internal_interval
     return Sampler(
@@ -105,19 +105,20 @@ def configured_sampler(evaluation: EvaluationConfig, diffusion: DiffusionConfig)
 
 
 def ready_to_sample(model: JiT, config: Config, device: torch.device) -> JiT:
-    """`model` on `device`, in eval mode, computing as `config.engine` says; changed in place, once for each network.
+    """Move `model` to `device`, in eval mode, and let it compute as `config.engine` says. Changes and returns `model`.
 
-    Raises a ConfigError if the attention kernel that was asked for does not work there, or there are no CUDA graphs.
+    Call it once for each network. Raises a ConfigError if the requested attention kernel does not work there, or CUDA
+    graphs are requested without a GPU.
     """
     _make_ready(model, config, device)
     return model
 
 
 def ready_on_all_ranks(model: JiT, config: Config, world: World) -> JiT:
-    """`ready_to_sample` on every rank of `world`, which must all compute in the same way; a collective call.
+    """`ready_to_sample` on every rank of `world`; a collective call, so not for a network that only rank 0 builds.
 
-    Otherwise an image would depend on the rank that makes it. Not for a network that rank 0 builds alone.
-    Raises on every rank what `ready_to_sample` raises on one, and a ConfigError if the ranks differ.
+    All ranks must compute in the same way; otherwise an image would depend on the rank that makes it. Raises on every
+    rank what `ready_to_sample` raises on one, and a ConfigError if the ranks differ.
     """
     execution = parallel.raise_together(lambda: _make_ready(model, config, world.device))
     parallel.require_alike("how the network samples", execution.identity, REMEDY)
@@ -144,7 +145,7 @@ def _log_once(text: str) -> None:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The arithmetic that the network was trained in, for sampling from it."""
+    """Autocast for sampling, in the arithmetic of the network's training."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision != "fp32")
 
 
@@ -157,9 +158,9 @@ def generate(model: JiT, sampler: Sampler, ids: Sequence[int], seed: int, guide:
 def generate_by_scale(
     model: JiT, samplers: Sequence[Sampler], labels: torch.Tensor, noise: torch.Tensor, guide: JiT | None = None
 ) -> Iterator[torch.Tensor]:
-    """The images of `labels` by each sampler, which differ in their guidance scale alone: steps before it are shared.
+    """The images of `labels` for each sampler. Samplers differ only in the guidance scale; they share steps before it.
 
-    Each is bitwise what `generate` gives, with labels_of(ids, classes) and noise_of(seed, ids, shape).
+    With labels_of(ids, classes) and noise_of(seed, ids, shape), the images are bitwise equal to those of `generate`.
     """
     first = samplers[0]
     assert all(replace(sampler, guidance_scale=first.guidance_scale) == first for sampler in samplers)
@@ -174,10 +175,10 @@ def generate_by_scale(
 def sample_images(
     model: JiT, sampler: Sampler, noise: torch.Tensor, labels: torch.Tensor, guide: JiT | None = None
 ) -> torch.Tensor:
-    """Carry `noise` (B, A, S, S), already times the noise scale, to images of `labels` (B,).
+    """Images of `labels` (B,) from `noise` (B, A, S, S), which is already multiplied by the noise scale.
 
-    Raises a ValueError as `checked_labels` does, at noise of another shape, and at internal guidance of a network
-    without a middle output layer.
+    Raises a ValueError at wrong labels (see `checked_labels`), at noise of another shape, and at internal guidance of a
+    network without a middle output layer.
     """
     shape, device = image_shape(model.config), model.pos_embed.device
     if sampler.internal_guidance != 1.0 and model.config.middle_head == 0:
@@ -192,25 +193,25 @@ def sample_images(
 
 
 def grid_ids(num_classes: int) -> list[int]:
-    """The images in a picture of samples, of a network with so many classes: one row a class."""
+    """The ids of the images in a picture of samples, for a network with `num_classes`: one row for each class."""
     classes = max(1, num_classes)
     return [row + column * classes for row in range(min(GRID_ROWS, classes)) for column in range(GRID_COLUMNS)]
 
 
 def sample_grid(model: JiT, sampler: Sampler, seed: int, most: int, guide: JiT | None = None) -> npt.NDArray[np.uint8]:
-    """A picture of samples, as `tile` makes it: one row a class, the first `GRID_ROWS` classes.
+    """A picture of samples from `tile`: one row for each of the first `GRID_ROWS` classes.
 
-    At most `most` images go through the network together. Raises a UserError at values that are not finite.
+    A batch has at most `most` images. Raises a UserError at values that are not finite.
     """
     ids = grid_ids(model.config.num_classes)
-    together = -(-len(ids) // -(-len(ids) // most))  # equal batches: a compiled network or a graph has few sizes
+    together = -(-len(ids) // -(-len(ids) // most))  # batches of about the same size, so that few sizes are compiled
     parts = [ids[first : first + together] for first in range(0, len(ids), together)]
     images = [to_uint8(generate(model, sampler, part, seed, guide), part).cpu() for part in parts]
     return tile(torch.cat(images), GRID_COLUMNS)
 
 
 def tile(images: torch.Tensor, columns: int) -> npt.NDArray[np.uint8]:
-    """(B, A, S, S) uint8 images in rows of `columns`, with grey lines between: one of `as_pictures`."""
+    """One picture (see `as_pictures`) of uint8 images (B, A, S, S), in rows of `columns`, separated by grey lines."""
     line = max(1, images.shape[-1] // 32)
     framed = F.pad(images, (line, line, line, line), value=128)
     rows = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (A, rows, S, columns, S)

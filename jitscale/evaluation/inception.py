@@ -1,8 +1,8 @@
-"""InceptionV3 as published FIDs are computed with it: TensorFlow's graph of 2015-12-05, by its port to PyTorch.
+"""The InceptionV3 of published FIDs: TensorFlow's graph of 2015-12-05, with the weights of its port to PyTorch.
 
-Szegedy et al. 2016 (arXiv 1512.00567) with three differences that every FID in the literature contains: average pooling
-inside the blocks leaves the padding out, the last block pools by maximum, and there are 1008 logits. Modules are named
-as in the published weights, so that these load as they are.
+The network of Szegedy et al. 2016 (arXiv 1512.00567), with three differences that every FID in the literature has:
+average pooling inside the blocks ignores the padding, the last block uses maximum pooling, and there are 1008 logits.
+Modules have the names of the published weights, so that these load unchanged.
 
 Shapes: B batch, C channels.
 """
@@ -15,15 +15,15 @@ from jitscale.evaluation.features import Embedding, FeatureNetwork
 from jitscale.evaluation.published import Published
 
 SPATIAL_CHANNELS = 7
-# With these weights published FIDs are computed.
+# The weights of the published FIDs.
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 
 Kernel = int | tuple[int, int]
-Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and a kernel or two that see the same input
+Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and one kernel or two with the same input
 
 
 class BasicConv(nn.Module):
-    """Convolution, batch norm with the statistics of the training, ReLU."""
+    """Convolution, batch norm with the statistics of its training, ReLU."""
 
     def __init__(self, width_in: int, width_out: int, kernel: Kernel, stride: int = 1, *, padded: bool = False) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ class BasicConv(nn.Module):
         self.bn = nn.BatchNorm2d(width_out, eps=0.001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, width_out, H', W')."""
+        """(B, C, H, W) -> (B, width_out, H', W')"""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions over the same input, their outputs one behind the other.
+    """Branches of convolutions with the same input; their outputs are concatenated.
 
-    Names are the published ones: the only layer of a branch has the name of the branch, several are numbered, and
-    layers that see the same input have letters. The branch `branch_pool` begins with the pooling.
+    Names are the published ones: a single layer has the name of its branch, several layers are numbered, and layers
+    with the same input have letters. The branch `branch_pool` begins with pooling.
     """
 
     def __init__(self, width: int, pool: str = "average", stride: int = 1, **branches: list[Layer]) -> None:
@@ -61,7 +61,7 @@ class Mixed(nn.Module):
                 width_in = width_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, C', H / stride, W / stride), rounded down."""
+        """(B, C, H, W) -> (B, C', H / stride, W / stride), rounded down"""
         outputs = []
         for branch, layers in self.branches.items():
             found = [self.pool(x) if branch == "branch_pool" else x]
@@ -72,7 +72,7 @@ class Mixed(nn.Module):
 
 
 def block_a(width: int, pooled: int) -> Mixed:
-    """35 x 35, to 224 + `pooled` channels."""
+    """At 35 x 35: to 224 + `pooled` channels."""
     return Mixed(
         width,
         branch1x1=[(64, 1)],
@@ -83,12 +83,12 @@ def block_a(width: int, pooled: int) -> Mixed:
 
 
 def block_b(width: int) -> Mixed:
-    """35 x 35 to 17 x 17, and 480 channels more."""
+    """From 35 x 35 to 17 x 17: adds 480 channels."""
     return Mixed(width, "maximum", 2, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[])
 
 
 def block_c(width: int, inner: int) -> Mixed:
-    """17 x 17, to 768 channels: kernels of 7 x 7 as a row and a column."""
+    """At 17 x 17: to 768 channels; a kernel of 7 x 7 is a row and a column."""
     row, column = (1, 7), (7, 1)
     return Mixed(
         width,
@@ -100,13 +100,13 @@ def block_c(width: int, inner: int) -> Mixed:
 
 
 def block_d(width: int) -> Mixed:
-    """17 x 17 to 8 x 8, and 512 channels more."""
+    """From 17 x 17 to 8 x 8: adds 512 channels."""
     large: list[Layer] = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]
     return Mixed(width, "maximum", 2, branch3x3=[(192, 1), (320, 3)], branch7x7x3=large, branch_pool=[])
 
 
 def block_e(width: int, pool: str) -> Mixed:
-    """8 x 8, to 2048 channels: branches that spread."""
+    """At 8 x 8: to 2048 channels; two branches end in two parallel layers."""
     spread: Layer = (384, (1, 3), (3, 1))
     return Mixed(
         width,
@@ -119,10 +119,10 @@ def block_e(width: int, pool: str) -> Mixed:
 
 
 class Inception(FeatureNetwork):
-    """Pool features (B, 2048), logits (B, 1008) without bias, as the Inception Score takes them, and spatial features.
+    """Pool features (B, 2048), logits (B, 1008) without bias for the Inception Score, and spatial features for sFID.
 
-    Those of sFID (Nash et al. 2021, arXiv 2103.03841, as the ADM evaluations compute it): the first 7 channels of the
-    1 x 1 branch of the block that TensorFlow's graph calls mixed_6, 17 x 17 x 7 in the order row, column, channel.
+    The spatial features (Nash et al. 2021, arXiv 2103.03841, as in the ADM evaluations) are the first 7 channels of the
+    1 x 1 branch of the block mixed_6 of TensorFlow's graph: 17 x 17 x 7, in the order row, column, channel.
     """
 
     name = "inception"
@@ -153,7 +153,7 @@ class Inception(FeatureNetwork):
         self.fc = nn.Linear(2048, 1008)
 
     def embed(self, images: torch.Tensor) -> Embedding:
-        """Resize as TensorFlow 1 did, scale by (x - 128) / 128, and apply the network."""
+        """Resize like TensorFlow 1, scale by (x - 128) / 128, and apply the network."""
         x = (resize_as_tensorflow_1(images, self.input_size) - 128.0) / 128.0
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -167,10 +167,10 @@ class Inception(FeatureNetwork):
 
 
 def resize_as_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize float32 `images` (B, 3, H, W) to `size` pixels a side, bilinearly, without averaging smaller ones.
+    """Resize float32 `images` (B, 3, H, W) to `size` pixels a side, bilinearly, without antialiasing.
 
-    tf.image.resize_bilinear without align_corners: pixel i of the result lies at i * (old / new) of the original. The
-    statistics of every published FID were computed with it.
+    It is tf.image.resize_bilinear without align_corners: pixel i of the result lies at i * (old / new) of the original.
+    The statistics of every published FID were computed with it.
     """
     for axis in (2, 3):
         length = images.shape[axis]

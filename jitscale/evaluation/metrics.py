@@ -1,7 +1,7 @@
-"""Numbers for sets of generated images, computed in float64 from stored features and logits.
+"""Metrics of sets of generated images, computed in float64 from stored features and logits.
 
-Values that are not finite, and shapes that do not fit each other, are refused with a ValueError. Import this file where
-numbers are computed: torchmetrics brings scipy and matplotlib, which take 2 seconds to load.
+Values that are not finite, and shapes that do not match, raise a ValueError. Import this module late, where metrics are
+computed: torchmetrics imports scipy and matplotlib, which takes 2 seconds.
 
 Shapes: N images, F features, L logits.
 """
@@ -23,16 +23,16 @@ from torchmetrics.image.kid import poly_mmd
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
-STATES = ("num_samples", "sum", "cov_sum")  # torchmetrics' names of what is kept of a set
+STATES = ("num_samples", "sum", "cov_sum")  # torchmetrics' names of the sums of a set
 KERNEL_SUBSETS_SEED = 2020
-ROWS = 1000  # images whose distances to all others are in memory at once
+ROWS = 1000  # images a time: their distances to all others are in memory
 INCEPTION_SCORE_SEED = 2020  # the published protocol shuffles with numpy.random.RandomState(2020)
 
 logger = logging.getLogger(__name__)
 
 
 class _Sums(NamedTuple):
-    """What is kept of a set of features: their number, their sum (F,), and the sum (F, F) of centred products."""
+    """The sums of a set of features: the number of images, the sum (F,), and the sum (F, F) of centred products."""
 
     images: int
     total: Float64Array
@@ -43,7 +43,7 @@ class _Sums(NamedTuple):
         return self.total / max(1, self.images)
 
     def merged(self, other: _Sums) -> _Sums:
-        """Those of both sets (Chan, Golub and LeVeque 1983, equation 2.1), which loses no digits at a large mean."""
+        """The sums of both sets (Chan, Golub and LeVeque 1983, equation 2.1); a large mean does not lose digits."""
         images = self.images + other.images
         between = np.outer(other.mean - self.mean, other.mean - self.mean)
         products = self.products + other.products + between * (self.images * other.images / max(1, images))
@@ -51,38 +51,39 @@ class _Sums(NamedTuple):
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """Fréchet distance between "real" and "fake" stored features; the FID where they are Inception's pool features.
+    """Fréchet distance between "real" and "fake" stored features; it is the FID if they are Inception's pool features.
 
-    torchmetrics keeps and resets the sums of both sets; `reset` keeps the real ones. `..._cov_sum` is the sum of
-    centred products, by numpy's arithmetic: torchmetrics' own products of plain features differ in the last bits, and a
-    singular covariance turns these into the 8th digit of the distance. One rank updates, in the order of the images, so
-    that the result does not depend on the number of GPUs.
+    torchmetrics stores and resets the sums of both sets; `reset` keeps the real ones. `..._cov_sum` is the sum of
+    centred products, in numpy's arithmetic. torchmetrics' own products of features that are not centred differ in the
+    last bits, which a singular covariance amplifies to the 8th digit of the distance. One rank updates, in the order of
+    the images, so that the result does not depend on the number of GPUs.
     """
 
     def __init__(self, num_features: int) -> None:
-        network = nn.Identity()  # the features are there already
+        network = nn.Identity()  # features are computed already
         network.num_features = num_features  # type: ignore[assignment]
         super().__init__(network, reset_real_features=False, sync_on_compute=False, compute_with_cache=False)
         self._root: Float64Array | None = None  # of the covariance of the real features
 
     @classmethod
     def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:
-        """To real features with this mean (F,) and unbiased covariance (F, F); their number has no influence."""
+        """The distance to real features with this mean (F,) and unbiased covariance (F, F), of any number of images."""
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise ValueError(f"statistics do not fit: mean {mean.shape}, covariance {covariance.shape}")
         _refuse_non_finite(mean, "means")
         _refuse_non_finite(covariance, "covariances")
         metric = cls(len(mean))
-        metric._add("real", _Sums(2, 2 * mean.astype(np.float64), covariance.astype(np.float64)))  # as of two images
+        # Stored as the sums of two images with this mean and covariance.
+        metric._add("real", _Sums(2, 2 * mean.astype(np.float64), covariance.astype(np.float64)))
         return metric
 
     @property
     def update_called(self) -> bool:
-        """torchmetrics warns without it; sums may also come from `merge_state` or `from_statistics`."""
+        """Always true, so that torchmetrics does not warn if sums come from `merge_state` or `from_statistics`."""
         return True
 
     def update(self, imgs: Array, real: bool) -> None:  # type: ignore[override]
-        """Add stored features `imgs` (N, F); all of a set in one call give the covariance that `numpy.cov` gives."""
+        """Add stored features `imgs` (N, F). If one call adds a whole set, the covariance equals `numpy.cov`."""
         if imgs.ndim != 2 or imgs.shape[1:] != self.real_features_sum.shape:
             raise ValueError(f"features {imgs.shape} do not fit: expected (N, {len(self.real_features_sum)})")
         _refuse_non_finite(imgs, "features")
@@ -92,7 +93,7 @@ class FrechetDistance(FrechetInceptionDistance):
         self._add("real" if real else "fake", _Sums(len(imgs), total, centred.T @ centred))
 
     def merge_state(self, incoming_state: dict[str, torch.Tensor]) -> None:  # type: ignore[override]
-        """Add the images of another metric, of which this is the `metric_state`."""
+        """Add the images of another metric; `incoming_state` is its `metric_state`."""
         for name in ("real", "fake"):
             self._add(name, _sums_of(incoming_state, name))
 
@@ -104,7 +105,7 @@ class FrechetDistance(FrechetInceptionDistance):
             setattr(self, f"{name}_features_{key}", torch.as_tensor(value))
 
     def gaussian(self, *sets: Literal["real", "fake"]) -> tuple[Float64Array, Float64Array]:
-        """Mean (F,) and unbiased covariance (F, F) of one set, or of both together: of two images at least."""
+        """Mean (F,) and unbiased covariance (F, F) of one set, or of both together; it needs at least two images."""
         sums = functools.reduce(_Sums.merged, (_sums_of(self.metric_state, name) for name in sets))
         if sums.images < 2:
             raise ValueError(f"a covariance needs at least two images, got {sums.images}")
@@ -114,9 +115,10 @@ class FrechetDistance(FrechetInceptionDistance):
         """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017, equation 6).
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), where A B has the eigenvalues of the symmetric R A R, R^2 = B.
-        Two symmetric eigendecompositions cannot leave the real numbers, unlike those of torchmetrics, and R is kept.
-        Fewer images than features leave A singular, and the distance then depends mostly on N: logged. Round-off can
-        leave the distance of equal sets a little below zero. A set has two images at least.
+        Two symmetric eigendecompositions always give real numbers, unlike torchmetrics' computation. R is kept for
+        later calls. If there are fewer images than features, A is singular, and the distance depends mostly on N; then
+        a warning is logged. Because of round-off, the distance of equal sets may be slightly negative. A set needs at
+        least two images.
         """
         (mean_a, a), (mean_b, b) = self.gaussian("fake"), self.gaussian("real")
         images = int(self.fake_features_num_samples)
@@ -124,7 +126,7 @@ class FrechetDistance(FrechetInceptionDistance):
             logger.warning("%d images for %d features: their covariance is singular", images, len(mean_a))
         if self._root is None:
             values, vectors = np.linalg.eigh(b)
-            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T  # below 0 by round-off only
+            self._root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T  # round-off makes values below 0
         product = self._root @ a @ self._root
         cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0.0)).sum()
         difference = mean_a - mean_b
@@ -138,7 +140,7 @@ def _sums_of(state: dict[str, Any], name: str) -> _Sums:
 
 
 def frechet_distance(features_a: Array, features_b: Array) -> float:
-    """Fréchet distance between two sets of features (N, F), of two images at least."""
+    """Fréchet distance between two sets of features (N, F), each of at least two images."""
     metric = FrechetDistance(features_b.shape[1])
     metric.update(features_b, real=True)
     metric.update(features_a, real=False)
@@ -148,9 +150,9 @@ def frechet_distance(features_a: Array, features_b: Array) -> float:
 def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
     """Inception Score of `logits` (N, L): exp of the mean divergence between p(y|x) and p(y) (Salimans et al. 2016).
 
-    The published protocol: images shuffled with numpy's RandomState(2020), cut into `splits` parts, and the mean and
-    the population standard deviation (divided by `splits`) of the parts' scores. The shuffle matters: a part of images
-    sorted by class sees few classes. There is at least one image for each part.
+    The published protocol: images are shuffled with numpy's RandomState(2020) and divided into `splits` parts. Returns
+    the mean and the population standard deviation (divided by `splits`) of the parts' scores. The shuffle matters: if
+    images are sorted by class, a part has few classes. Each part needs at least one image.
     """
     if logits.ndim != 2 or not 1 <= splits <= logits.shape[0]:
         raise ValueError(f"expected logits (N, L) of at least {splits} images, got shape {logits.shape}")
@@ -171,10 +173,10 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel Inception Distance: squared maximum mean discrepancy, kernel (x.y / F + 1)^3 (Bińkowski et al. 2018).
 
-    The unbiased estimate, for `subsets` random subsets of features (N, F) and (M, F), of `subset_size` or all images,
-    drawn with a fixed seed; unlike the Fréchet distance it does not depend on N in the mean. torchmetrics' own metric
-    draws its subsets from torch's global generator. A set has two images at least. Returns mean and population standard
-    deviation over the subsets; multiply by 1000 for what some papers print.
+    The unbiased estimate for `subsets` random subsets of features (N, F) and (M, F), drawn with a fixed seed. A subset
+    has `subset_size` images, or all if there are fewer; a set needs at least two. Unlike the Fréchet distance, the
+    expected value does not depend on N. (torchmetrics' own metric draws its subsets from torch's global generator.)
+    Returns the mean and the population standard deviation over the subsets; some papers print them times 1000.
     """
     _refuse_sets(features_a, features_b, fewest=2)
     size = min(subset_size, len(features_a), len(features_b))
@@ -190,9 +192,9 @@ def kernel_distance(
 def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple[float, float]:
     """Improved precision and recall of `generated` (N, F) against `real` (M, F) (Kynkäänniemi et al. 2019, section 2).
 
-    A set covers a point that lies nearer to one of its members than that member's `neighbour`-th nearest neighbour in
-    the set. Precision is the share of generated images that the real ones cover, recall the reverse. Both depend on N
-    and M, which are larger than `neighbour`.
+    A set covers a point if the point is nearer to one of the set's members than that member's `neighbour`-th nearest
+    neighbour in the set. Precision is the share of generated images that the real images cover, recall the share of
+    real images that the generated images cover. Both depend on N and M, which must be larger than `neighbour`.
     """
     _refuse_sets(real, generated, fewest=neighbour + 1)
     return _covered(generated, real, neighbour), _covered(real, generated, neighbour)
@@ -201,14 +203,14 @@ def precision_recall(real: Array, generated: Array, neighbour: int = 3) -> tuple
 def _covered(points: Array, members: Array, neighbour: int) -> float:
     """Share of `points` that the set of `members` covers."""
     asked, kept = (torch.from_numpy(features.astype(np.float64)) for features in (points, members))
-    # The nearest member of the set is the member itself.
+    # + 1, because the nearest member of the set is the member itself.
     radii = torch.cat([torch.cdist(part, kept).kthvalue(neighbour + 1).values for part in kept.split(ROWS)])
     covered = [(torch.cdist(part, kept) <= radii).any(dim=1) for part in asked.split(ROWS)]
     return float(torch.cat(covered).double().mean())
 
 
 def label_agreement(logits: Array, labels: Array) -> float:
-    """Share of images, in [0, 1], whose largest of `logits` (N, L) is the class they were asked to show, `labels` (N,).
+    """Share of images, in [0, 1], whose largest logit in `logits` (N, L) is their class in `labels` (N,).
 
     Only for a network whose logits are the classes of the generator, in the same order.
     """
@@ -217,7 +219,7 @@ def label_agreement(logits: Array, labels: Array) -> float:
     _refuse_non_finite(logits, "logits")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
-    # Its accuracy is this quotient in float32.
+    # torchmetrics' own accuracy is this quotient, but in float32.
     tensors = torch.from_numpy(logits), torch.from_numpy(labels)
     correct, *_, images = multiclass_stat_scores(*tensors, logits.shape[1], average="micro").tolist()
     return correct / images

@@ -28,31 +28,31 @@ FEATURE_NETWORKS: dict[str, type[FeatureNetwork]] = {
     **SMALL_NETWORKS,
     **{network.name: network for network in (Inception, DinoV2)},
 }
-NOT_A_STATE = (RuntimeError, TypeError, KeyError, AttributeError, ValueError)  # what load_state_dict raises of others
+NOT_A_STATE = (RuntimeError, TypeError, KeyError, AttributeError, ValueError)  # load_state_dict at other content
 PUBLISHED = {name: n.weights for name, n in FEATURE_NETWORKS.items() if isinstance(n.weights, Published)}
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A feature network as an evaluation names it, before its weights are in memory."""
+    """A feature network that an evaluation uses, before its weights are loaded."""
 
     name: str  # in `FEATURE_NETWORKS`
-    path: Path  # of its weights
+    path: Path  # the file of its weights
     sha256: str  # of that file
-    suffix: str  # of the names of its arrays: empty for the network of `evaluation.features`
+    suffix: str  # of the names of its arrays; empty for the network of `evaluation.features`
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Widths of the arrays with a Fréchet distance: `features`, perhaps `spatial`; of others `features_<name>`."""
+        """Widths of the arrays with a Fréchet distance: `features`, perhaps `spatial`; further: `features_<name>`."""
         network = FEATURE_NETWORKS[self.name]
         spatial = {"spatial": network.num_spatial} if network.num_spatial and not self.suffix else {}
         return {f"features{self.suffix}": network.num_features, **spatial}
 
     @property
     def distances(self) -> dict[str, str]:
-        """Names of the Fréchet distances of the arrays of `sizes`.
+        """Array in `sizes` -> name of its Fréchet distance.
 
-        Only the main network's is called FID, and only if it gives logits, of which there is an Inception Score.
+        Only the main network's distance is called FID, and only if the network has logits for an Inception Score.
         """
         is_fid = not self.suffix and FEATURE_NETWORKS[self.name].num_logits > 0
         names = {"spatial": "sfid"} if "spatial" in self.sizes else {}
@@ -61,8 +61,8 @@ class NetworkFile:
     def load(self, device: torch.device | str) -> FeatureNetwork:
         """The network on `device`, in evaluation mode and without gradients.
 
-        The file is a .safetensors, or a .pth that holds tensors only. Raises a UserError if the file is missing,
-        damaged, or of another network.
+        The file is a .safetensors, or a .pth that holds only tensors. Raises a UserError if the file is missing,
+        damaged, or belongs to another network.
         """
         network = FEATURE_NETWORKS[self.name]()
         with data_error(f"cannot load {self.path}", "restore the file"):
@@ -81,15 +81,15 @@ class NetworkFile:
 
 
 def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFile]:
-    """The networks that `evaluation` names, the main one first, their files found; a collective call.
+    """The networks that `evaluation` names, the main one first, with their files; a collective call.
 
-    Published weights that are missing are downloaded, by one rank of every folder. Raises a ConfigError if no network
-    is settled, a DataError on every rank if weights are missing and cannot be downloaded, or are another file.
+    Missing published weights are downloaded, by one rank for each folder. Raises a ConfigError if no network is named.
+    Raises a DataError on every rank if weights are missing and cannot be downloaded, or have another hash.
     """
     if evaluation.features is None:
-        raise ConfigError("evaluation.features is null, so there is nothing to measure with; set it, such as digits")
+        raise ConfigError("evaluation.features=null: no network to measure with; name one, such as digits")
     if evaluation.features == AUTO:
-        raise ConfigError("evaluation.features=auto: names no network here; name one, such as inception")
+        raise ConfigError("evaluation.features=auto: no network was chosen; name one, such as inception")
     names = [evaluation.features, *evaluation.more_features]
     folder = published_folder(evaluation)
 
@@ -100,14 +100,14 @@ def network_files(evaluation: EvaluationConfig, world: World) -> list[NetworkFil
                 fetch(file, folder)
 
     parallel.raise_together(lambda: fetch_missing(world.is_main))
-    parallel.raise_together(lambda: fetch_missing(world.local_rank == 0))  # folders of other nodes
+    parallel.raise_together(lambda: fetch_missing(world.local_rank == 0))  # into the folders of other nodes
     return parallel.raise_together(lambda: [find_network(name, evaluation, main=not n) for n, name in enumerate(names)])
 
 
 def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) -> NetworkFile:
-    """The feature network `name`, as the `main` one that `evaluation.features` names or a further one.
+    """The feature network `name`: the `main` one of `evaluation.features`, or a further one.
 
-    Raises a DataError if its weights are missing, or are another file.
+    Raises a DataError if its weights are missing, or have another hash.
     """
     weights, suffix = FEATURE_NETWORKS[name].weights, "" if main else f"_{name}"
     if main and evaluation.features_file is not None:
@@ -123,7 +123,7 @@ def find_network(name: str, evaluation: EvaluationConfig, *, main: bool = True) 
 
 
 class Embedder:
-    """The feature networks of an evaluation, all applied to the same images: the main one first."""
+    """Applies all feature networks of an evaluation to the same images, the main one first."""
 
     def __init__(self, evaluation: EvaluationConfig, world: World, stop: Callable[[], None] = lambda: None) -> None:
         """Load the networks; a collective call. `stop` is called whenever they are applied.
@@ -135,12 +135,12 @@ class Embedder:
         self._device, self._stop = world.device, stop
 
     def __call__(self, images: torch.Tensor) -> FeatureArrays:
-        """What the networks say about uint8 `images` (B, A, height, width): (B, width) float32 each, and `logits`."""
+        """The networks' outputs for uint8 `images` (B, A, height, width): (B, width) float32 each, and `logits`."""
         said = [self.arrays_of(number, images) for number in range(len(self.files))]
         return {name: values for arrays in said for name, values in arrays.items()}
 
     def arrays_of(self, number: int, images: torch.Tensor) -> FeatureArrays:
-        """What one of `networks` says about uint8 `images`."""
+        """The outputs of one of `networks` for uint8 `images`."""
         self._stop()
         suffix, said = self.files[number].suffix, self.networks[number](images.to(self._device))
         arrays = {f"features{suffix}": said.features} if suffix else said._asdict()
@@ -153,7 +153,7 @@ def sizes_of(files: Sequence[NetworkFile]) -> dict[str, int]:
 
 
 def identity_of(files: Sequence[NetworkFile]) -> dict[str, Any]:
-    """Names and hashes of the networks, for the record: what determines a block besides the images."""
+    """Names and hashes of the networks; besides the images, they determine a block."""
     main, *further = files
     identity: dict[str, Any] = {"features": main.name, "features_sha256": main.sha256}
     return identity | ({"more_features_sha256": {file.name: file.sha256 for file in further}} if further else {})

@@ -1,4 +1,4 @@
-"""Weights that others have published, by hash: downloaded where there is a network, read where there is none."""
+"""Weights that others have published, identified by hash: downloaded, or read from a folder if there is no network."""
 
 import http.client
 import socket
@@ -12,12 +12,12 @@ from jitscale.config import EvaluationConfig
 from jitscale.errors import DataError, data_error
 from jitscale.files import sha256_of
 
-ANSWER_SECONDS = 30.0  # a download is given up after so long without a byte
+ANSWER_SECONDS = 30.0  # a download fails after this time without a byte
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file on the web, how its hash begins, and the name that tools/fetch_weights.py has for it."""
+    """A file on the web, the beginning of its hash, and its name in tools/fetch_weights.py."""
 
     url: str
     sha256: str
@@ -25,7 +25,7 @@ class Published:
 
     @property
     def file_name(self) -> str:
-        """In any folder."""
+        """The file's name, in any folder."""
         return self.url.rsplit("/", maxsplit=1)[-1]
 
     def remedy(self, folder: Path) -> str:
@@ -40,9 +40,9 @@ def published_folder(evaluation: EvaluationConfig) -> Path:
 
 
 def fetch(published: Published, folder: Path) -> Path:
-    """Download the file unless it is there, and compare its hash; the file appears whole or not at all.
+    """Download the file unless it exists, and compare its hash; the file appears whole or not at all.
 
-    Raises a DataError without a network, at another content than expected, or if the folder cannot be written.
+    Raises a DataError if it cannot be downloaded, has another hash, or if the folder cannot be written.
     """
     path = folder / published.file_name
     if path.exists():
@@ -51,7 +51,7 @@ def fetch(published: Published, folder: Path) -> Path:
     patience = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(ANSWER_SECONDS)  # urllib would wait for a network that drops packets for minutes
+        socket.setdefaulttimeout(ANSWER_SECONDS)  # in a network that drops packets, urllib would wait for minutes
         torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         fault = f"is not there, and cannot be downloaded here ({published.url}: {getattr(error, 'reason', error)})"
@@ -66,7 +66,7 @@ def fetch(published: Published, folder: Path) -> Path:
 
 
 def verify(published: Published, folder: Path) -> str:
-    """The whole sha256 of the file in `folder`. Raises a DataError if it is missing, or another file."""
+    """The sha256 of the file in `folder`. Raises a DataError if the file is missing, or has another hash."""
     path = folder / published.file_name
     with data_error(f"{path}: cannot be read", published.remedy(folder)):
         digest = sha256_of(path)

@@ -1,13 +1,13 @@
-"""Statistics and features of real images: computed once by all ranks, and found again by every later run.
+"""Statistics and features of real images: all ranks compute them once, and later runs find them again.
 
-They depend on the content of the shards, the weights of the feature network, the size and the crop alone:
+They depend only on the content of the shards, the weights of the feature network, the image size and the crop:
 
 CACHE/<network>_<hash>/statistics.npz   mean and covariance of each of the feature arrays
 CACHE/<network>_<hash>/features.npy     (M, F) float32: images chosen by hash, in a random order
-CACHE/<network>_<hash>/facts.json       written last: where they come from, hashes of the files, distances of the halves
+CACHE/<network>_<hash>/facts.json       written last: their origin, hashes of the files, distances between the halves
 CACHE/<network>_<hash>/part_*.npz       until then: the sums over each share of the work
 
-A share of the work is not a shard of the data: its sums take 130 MB in Inception's features.
+A share of the work is not a shard of the data. Its sums take 130 MB for Inception's features.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ Network = Callable[[torch.Tensor], FeatureArrays]
 logger = logging.getLogger(__name__)
 
 CACHE = "real_images"  # the folder's name next to the shards
-KEPT_FEATURES = 50_000  # images whose features are kept, for what compares pairs of images
+KEPT_FEATURES = 50_000  # images whose features are kept, for metrics that compare pairs of images
 BLOCK = 64  # images that go through the network together
-MOST_SHARES = 64  # into which the work is divided, whatever the number of ranks
-ROWS = 1024  # of features that are added to a covariance at once
+MOST_SHARES = 64  # shares of the work, for any number of ranks
+ROWS = 1024  # images whose features are added to a covariance at once
 HALVES = 2  # of the images: the distance between them is the floor of all distances
-REMEDY = "make room, or set evaluation.cache_dir"  # where the cache cannot be written
-WAIT_SECONDS = 2.0  # between two looks at what another run computes
+REMEDY = "make room, or set evaluation.cache_dir"  # if the cache cannot be written
+WAIT_SECONDS = 2.0  # between two checks of another run's progress
 
 
 def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World) -> list[Path]:
-    """Where statistics of the real images may be, the folder for new ones last; a collective call.
+    """Folders that may hold statistics of the real images; the last one is for new statistics. A collective call.
 
     Raises a ConfigError if rank 0 cannot write `evaluation.cache_dir`, or not every rank sees it.
     """
     own, asked = run_dir / "evaluation" / CACHE, config.evaluation.cache_dir
     folder = shards.folder if asked is None else Path(asked)
     if folder is None or not shards.is_hashed:
-        return [own]  # remote shards, or tars whose content no manifest vouches for: another run might see others
+        return [own]  # remote shards, or tars without hashes in a manifest: another run might find other content
     wanted = folder / CACHE if asked is None else folder
     probe = wanted / f".probe_{parallel.broadcast_object(secrets.token_hex(8))}"
 
@@ -89,14 +89,14 @@ def cache_folders(config: Config, shards: ShardSet, run_dir: Path, world: World)
     if asked is not None:
         raise ConfigError(f"evaluation.cache_dir={asked}: cannot be used ({fault}); choose another folder")
     if world.is_main:
-        logger.info("%s: cannot be used (%s); new statistics of real images are kept in %s", wanted, fault, own)
+        logger.info("%s: cannot be used (%s); new statistics of real images are written to %s", wanted, fault, own)
     return [wanted, own]
 
 
 def finished_parts(config: Config) -> int:
-    """How far the measurements of a run are, as a number of files that a restart does not compute again.
+    """The progress of a run's measurements: the number of files that a restart does not compute again.
 
-    They are blocks of samples, and sums over real images, in any folder that `cache_folders` may choose.
+    They are blocks of samples, and sums over real images in any folder that `cache_folders` may choose.
     """
     evaluation, own = config.evaluation, Path(config.run.dir) / "evaluation"
     if evaluation.cache_dir is not None:
@@ -104,24 +104,24 @@ def finished_parts(config: Config) -> int:
     else:
         size = evaluation.reference_size or config.model.image_size
         shards = Path((evaluation.reference or config.data.shards).replace("{resolution}", str(size)))
-        # A glob or brace pattern names tars in one folder.
+        # A glob or brace pattern ends in .tar; its tars are in one folder.
         shared = (shards.parent if shards.suffix == ".tar" else shards) / CACHE
     sums = {path for folder in (own / CACHE, shared) for path in folder.glob("*_*/part_*.npz")}
     return len(sums) + len(list(own.glob(SAMPLE_BLOCKS)))
 
 
 def pixels_of(shards: ShardSet) -> dict[str, Any]:
-    """What decides the pixels of all images of `shards`, in what they are read as."""
-    # What was kept before grey images could be read is of three channels, and is still found.
+    """Everything that determines the pixels of the images of `shards` as they are read."""
+    # RGB images have no key "channels": statistics from before grey images were supported are still found.
     grey = {} if shards.channels == RGB else {"channels": shards.channels}
     return {"manifest": shards.manifest_hash, "image_size": shards.image_size, **grey}
 
 
 class RealImages:
-    """Statistics and features of the images of some shards in one network: computed by all ranks of a run, and kept."""
+    """Statistics and features of the images of `shards` in one network; all ranks compute them, and they are stored."""
 
     def __init__(self, file: NetworkFile, shards: ShardSet, folders: Sequence[Path]) -> None:
-        """Find what is kept of `shards` in the network `file`, in `folders` from `cache_folders`; a collective call."""
+        """Choose one of `folders` (from `cache_folders`) for `shards` in the network `file`; a collective call."""
         self.file, self._shards, self._images = file, shards, range(shards.num_samples)
         self.class_names = shards.class_names
         self._main = next(iter(file.sizes))  # the array whose features are kept
@@ -129,13 +129,13 @@ class RealImages:
             **pixels_of(shards),
             "network": file.name,
             "network_sha256": file.sha256,
-            "crop": "adm",  # how images are brought to that size while they are read
-            **({"arrays": list(file.sizes)} if file.suffix else {}),  # other ones than those of the main network
+            "crop": "adm",  # how images are resized to that size while they are read
+            **({"arrays": list(file.sizes)} if file.suffix else {}),  # a further network has other arrays
         }
         places = [folder / f"{file.name}_{digest_of(self.identity)}" for folder in folders]
         complete = parallel.on_main(lambda: [place for place in places if (place / "facts.json").exists()])
         self.folder = [*complete, places[-1]][0]
-        # Enough images for the sums of a share to be smaller than its features, and few shares of many images.
+        # A share has so many images that its sums are smaller than its features, and there are at most MOST_SHARES.
         size = BLOCK * math.ceil(max(2 * max(file.sizes.values()), len(self._images) / MOST_SHARES) / BLOCK)
         starts = self._images[::size]
         self._shares = {self.folder / f"part_{n:03d}.npz": self._images[at:][:size] for n, at in enumerate(starts)}
@@ -144,7 +144,7 @@ class RealImages:
         return (self.folder / "facts.json").exists()
 
     def bytes_to_write(self) -> int:
-        """What computing takes on disk at most, with the shares' sums that the end removes; 0 if all is there."""
+        """The most bytes that computing writes, including the sums that are removed at the end; 0 if it is complete."""
         if self._is_complete():
             return 0
         square = sum(width * width for width in self.file.sizes.values())
@@ -152,10 +152,10 @@ class RealImages:
         return 8 * square * (len(self._shares) * HALVES + 1) + 4 * 2 * kept
 
     def compute_once(self, network: Network, world: World, num_workers: int) -> None:
-        """Compute what is not there, unless another run is doing so: then wait for it; a collective call.
+        """Compute the statistics unless they are stored. If another run computes them, wait for it. A collective call.
 
-        `network` maps uint8 images (B, A, height, width) to their feature arrays; `num_workers` processes of this rank
-        decode them. Raises a DataError on every rank if an image cannot be read, or the cache cannot be written.
+        `network` maps uint8 images (B, A, height, width) to their feature arrays. `num_workers` processes of this rank
+        decode images. Raises a DataError on every rank if an image cannot be read, or the cache cannot be written.
         """
         with ExitStack() as held:
             said = False
@@ -168,7 +168,7 @@ class RealImages:
                 self._compute(network, world, num_workers)
 
     def _state(self, held: ExitStack) -> str:
-        """ready; compute, where this run now has the lock; or wait. Asked on one rank."""
+        """One of: ready; compute (this run now holds the lock); wait (another run holds it). Called on rank 0 only."""
         with data_error(f"{self.folder}: cannot be written", REMEDY):
             if self._is_complete():
                 return "ready"
@@ -180,13 +180,16 @@ class RealImages:
         return "ready" if ours else "wait"
 
     def _compute(self, network: Network, world: World, num_workers: int) -> None:
-        """Shares of the work by turns, each a file, then their sum; what a killed run has left is used."""
+        """Compute the missing shares, which ranks take in turn, one file each; then add them up.
+
+        The shares of a killed run are used.
+        """
         missing = parallel.on_main(lambda: [path for path in self._shares if not path.exists()])
         total = sum(len(self._shares[path]) for path in missing)
 
         def counting(images: torch.Tensor) -> FeatureArrays:
             found = network(images)
-            progress.update(min(len(images) * world.size, total - progress.n))  # the other ranks are as far
+            progress.update(min(len(images) * world.size, total - progress.n))  # assumes that other ranks are as far
             return found
 
         def share() -> None:
@@ -197,8 +200,8 @@ class RealImages:
                         np.savez(file, **content)  # type: ignore[arg-type]
                 except ValueError as error:
                     if not isinstance(error, UserError):
-                        error = DataError(f"{self.file.path}: says nothing usable of real images ({error})")
-                    logger.error("rank %d: %s", world.rank, error)  # now: the others may still compute for long
+                        error = DataError(f"{self.file.path}: unusable features of real images ({error})")
+                    logger.error("rank %d: %s", world.rank, error)  # logged at once: other ranks may compute for long
                     raise error from None
 
         description = f"real images, {self.file.name}"
@@ -209,7 +212,7 @@ class RealImages:
 
     @cached_property
     def _halves(self) -> npt.NDArray[np.int8]:
-        """The half of each image, (N,)."""
+        """The half, 0 or 1, to which each image belongs, (N,)."""
         halves = np.ones(len(self._images), np.int8)
         halves[permutation(len(halves), 0, Purpose.REFERENCE_HALVES)[: len(halves) // 2]] = 0
         return halves
@@ -220,7 +223,7 @@ class RealImages:
         return permutation(len(self._images), 0, Purpose.REFERENCE_FEATURES)[:KEPT_FEATURES]
 
     def _sums_over(self, ids: range, network: Network, num_workers: int) -> FeatureArrays:
-        """Sums of each feature array over both halves of some images, and the features to keep with their places."""
+        """Sums of each feature array over both halves of the images `ids`; features to keep, with their places."""
         sums = self._distances_of_halves()
         places = np.flatnonzero((self._chosen >= ids.start) & (self._chosen < ids.stop))
         chosen = self._chosen[places]
@@ -240,15 +243,15 @@ class RealImages:
         return content
 
     def _distances_of_halves(self) -> dict[str, FrechetDistance]:
-        """Of no images, for each feature array."""
+        """A `FrechetDistance` without images for each feature array."""
         from jitscale.evaluation.metrics import FrechetDistance  # noqa: PLC0415 (slow)
 
         return {name: FrechetDistance(width) for name, width in self.file.sizes.items()}
 
     def _finish(self) -> list[Path]:
-        """Sum up the shares, in their order whoever made them, and write what is kept.
+        """Add up the shares, always in the same order, and write the results.
 
-        Damaged shares are removed instead and returned, to be computed again.
+        If shares are damaged, they are removed and returned instead, to be computed again.
         """
         from jitscale.evaluation.metrics import kernel_distance  # noqa: PLC0415 (slow)
 
@@ -263,7 +266,7 @@ class RealImages:
                         sum_.merge_state({key: torch.from_numpy(content[f"{name}/{key}"]) for key in sum_.metric_state})
             except DAMAGED:
                 if self._is_complete():
-                    return []  # on a file system without locks another run was faster, and has removed the shares
+                    return []  # without file locks another run may have finished first, and removed the shares
                 logger.warning("%s: damaged; it is computed again", path)
                 path.unlink(missing_ok=True)
                 damaged.append(path)
@@ -290,12 +293,12 @@ class RealImages:
 
     def read(self) -> tuple[FeatureArrays, npt.NDArray[np.float32], dict[str, Any]]:
         """Statistics, features and facts, with all hashes compared. Raises a DataError if the cache is damaged."""
-        remedy = "remove the folder, they are then computed again"
+        remedy = "remove the folder; the next run computes them again"
         with data_error(f"{self.folder}: statistics of the real images are damaged", remedy, DAMAGED):
             facts = json.loads((self.folder / "facts.json").read_text())
             differing = [name for name, digest in facts["files"].items() if sha256_of(self.folder / name) != digest]
             if differing:
-                raise ValueError(f"{differing[0]} has another sha256 than when it was written")
+                raise ValueError(f"{differing[0]} has changed since it was written")
             with np.load(self.folder / "statistics.npz") as content:
                 statistics = dict(content)
             features = np.load(self.folder / "features.npy")

@@ -1,4 +1,4 @@
-"""Real images to compare with: what is kept of shards, or a file of statistics that others have computed."""
+"""The reference of an evaluation: real images in shards, or a file of statistics that others have computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ from jitscale.evaluation.statistics_file import FeatureStatistics, is_statistics
 from jitscale.node import once_a_node
 from jitscale.parallel import World
 
-FEWEST_REAL_IMAGES = 4  # of which one half is compared with the other
+FEWEST_REAL_IMAGES = 4  # one half is compared with the other, and a half needs two
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with."""
+    """The real images with which generated images are compared."""
 
-    statistics: dict[str, FeatureStatistics]  # of each array of `NetworkFile.sizes`; of a file, those that it has
-    features: npt.NDArray[np.float32] | None  # (M, F) of the main network, of some images in a random order; if known
-    floors: dict[str, float]  # distances of the real images' halves, by array, with `kid` and `kid_std`; if known
-    facts: dict[str, Any]  # where it comes from, for the record
+    statistics: dict[str, FeatureStatistics]  # of the arrays of `NetworkFile.sizes`; a file may lack some
+    features: npt.NDArray[np.float32] | None  # (M, F), of the main network for some images in random order; if known
+    floors: dict[str, float]  # distances between halves of the real images, by array, `kid` and `kid_std`; if known
+    facts: dict[str, Any]  # the origin, for the record
 
 
 def reference_of(embedder: Embedder, config: Config, world: World, run_dir: Path) -> Reference | None:
-    """The real images that `config` names, a statistics file or shards; a collective call. None on ranks other than 0.
+    """The reference of `config`, from a statistics file or shards; None on ranks other than 0. A collective call.
 
-    The cache is in `run_dir` if it can be neither next to the shards nor in `evaluation.cache_dir`. Raises a
-    ConfigError if there is no reference, or too few images, and a DataError if the shards, the statistics or the cache
-    cannot be read, or are of another network.
+    The cache is in `evaluation.cache_dir`, or else next to the shards, or else in `run_dir`. Raises a ConfigError if
+    there is no reference, or if it has too few images. Raises a DataError if the shards, the statistics or the cache
+    cannot be read, or belong to another network.
     """
     source = reference_source(config)
     kept = open_real_images(embedder.files, config, world, run_dir)
@@ -53,18 +53,18 @@ def reference_source(config: Config) -> str:
     """`evaluation.reference`, or else `data.shards`. Raises a ConfigError if neither is set."""
     source = config.evaluation.reference or config.data.shards
     if not source:
-        raise ConfigError("evaluation.reference: no real images to compare with; name shards here or in data.shards")
+        raise ConfigError("evaluation.reference: there are no real images; name shards here or in data.shards")
     return source
 
 
 def reference_setting(config: Config) -> tuple[str, int, str]:
-    """The arguments with which `open_setting` opens the shards of `reference_source`; their labels do not matter."""
+    """The arguments with which `open_setting` opens the shards of `reference_source`; labels are not checked."""
     setting = "evaluation.reference" if config.evaluation.reference else "data.shards"
     return setting, 0, "evaluation.reference_size" if config.evaluation.reference_size else "model.image_size"
 
 
 def open_real_images(files: Sequence[NetworkFile], config: Config, world: World, run_dir: Path) -> list[RealImages]:
-    """The real images as each network sees them, none if the reference is a file of statistics; a collective call.
+    """The real images for each network; an empty list if the reference is a file of statistics. A collective call.
 
     Raises a ConfigError if there is no reference, it has too few images, or `evaluation.cache_dir` cannot be used, and
     a DataError on every rank if the shards cannot be opened.
@@ -74,7 +74,7 @@ def open_real_images(files: Sequence[NetworkFile], config: Config, world: World,
         return []
     shards = once_a_node(world, lambda: open_setting(config, *reference_setting(config)))
     if shards.num_samples < FEWEST_REAL_IMAGES:
-        fault = f"{shards.num_samples} images; each half needs two, give at least {FEWEST_REAL_IMAGES}"
+        fault = f"has {shards.num_samples} images; give at least {FEWEST_REAL_IMAGES}"
         raise ConfigError(f"evaluation.reference={source}: {fault}")
     folders = cache_folders(config, shards, run_dir, world)
     return [RealImages(file, shards, folders) for file in files]
@@ -86,7 +86,7 @@ def _of_file(source: str, config: Config, files: Sequence[NetworkFile]) -> Refer
 
 
 def _combined(kept: Sequence[RealImages], source: str) -> Reference:
-    """One reference of what all networks say, the main one first. Raises a DataError if the cache is damaged."""
+    """One reference from the statistics of all networks, the main one first. Raises a DataError if one is damaged."""
     contents = [images.read() for images in kept]
     statistics, floors = {}, {}
     for images, (arrays, _, facts) in zip(kept, contents, strict=True):

@@ -1,4 +1,4 @@
-"""A final evaluation for people: a table of all settings, and a figure over guidance."""
+"""Reports of a final evaluation: a table of all settings, and a figure over guidance."""
 
 import logging
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from jitscale.tracking import distance_of, distance_title, sweep_lines
 logger = logging.getLogger(__name__)
 
 METRICS = ("fid", "sfid", "inception_score", "kid", "precision", "recall", "label_agreement")
-FURTHER = ("fd_", "kd_")  # how names of metrics begin that end with their network's
+FURTHER = ("fd_", "kd_")  # prefixes of metrics whose names end with the network's name
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The rows of `result["table"]`, the best one last, and the metrics of that one with their floors."""
+    """The rows of `result["table"]`, the best one last; then the metrics of the best one, with their floors."""
     fewest, distance = min(row["num_images"] for row in result["table"]), distance_of(result)
     rows = sorted(result["table"], key=lambda row: (row["num_images"] > fewest, -row[distance]))
     internal = any(row["internal_guidance"] != 1.0 for row in rows)
@@ -45,7 +45,10 @@ def _interval(interval: Sequence[float]) -> str:
 
 
 def draw_sweep(result: dict[str, Any], path: Path) -> None:
-    """The distance and perhaps the IS over guidance, a line for each other setting; without matplotlib, it warns."""
+    """Draw the distance and perhaps the IS over guidance, with a line for each combination of the other settings.
+
+    Without matplotlib, a warning is logged instead.
+    """
     if find_spec("matplotlib") is None:
         logger.warning("%s is not drawn: matplotlib is not installed (pip install 'jitscale[demo]')", path)
         return

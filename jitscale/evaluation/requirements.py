@@ -1,4 +1,4 @@
-"""Checks before the first step that a run can be measured later: nobody finds out after 600 epochs."""
+"""Checks, before the first step, that a run can be measured later, so that it does not fail after 600 epochs."""
 
 import logging
 import shutil
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 def measurable_config(config: Config, world: World) -> Config:
-    """`config` as it can be measured, after `check_measurable` for all its stages that will; a collective call.
+    """`config`, after `check_measurable` of all stages that are measured; a collective call.
 
-    A run without a final evaluation must not need a feature network's file: without one it is not measured on the way
-    either, and a warning says so. Raises a UserError on every rank if a check fails, or the sweep takes more compute
-    than `evaluation.sweep_max_share`.
+    A run without a final evaluation must not need a feature network's file. If the file is missing, measurements during
+    training are turned off in the result, and a warning says so. Raises a UserError on every rank if a check fails, or
+    if the sweep takes more compute than `evaluation.sweep_max_share`.
     """
     if not config.evaluation.at_end and config.evaluation.every_images:
         try:
             network_files(config.evaluation, world)
         except DataError as error:
             if world.is_main:
-                logger.warning("evaluation.at_end=false: nothing is measured on the way either: %s", error)
+                logger.warning("evaluation.at_end=false: nothing is measured during training either: %s", error)
             config = replace(config, evaluation=replace(config.evaluation, every_images=0))
     measured = [stage for stage in stages_of(config) if stage.evaluation.at_end or stage.evaluation.every_images]
     if not measured:
@@ -57,19 +57,21 @@ def measurable_config(config: Config, world: World) -> Config:
 def check_measurable(
     config: Config, world: World, points: Sequence[SweepPoint], class_names: Sequence[str] | None = None
 ) -> None:
-    """Feature networks, real images, labels and room are there; a collective call.
+    """Check that feature networks, real images, labels and room on the disk are available; a collective call.
 
-    The final evaluation tries `points`; without any, there are measurements on few images alone. `class_names` are
-    those that the weights know, None for weights that are to be trained, or do not say. Raises on every rank a
-    ConfigError if no feature network or reference is configured, or there is no room, and a DataError if weights are
-    missing and cannot be downloaded now, or are no such network, or the reference does not open or fit.
+    The final evaluation tries `points`; if there are none, the run only measures itself on few images. `class_names`
+    are those stored with the weights; None if the weights are not trained yet, or the names are unknown.
+
+    Raises on every rank a ConfigError if no feature network or reference is configured, or there is not enough room.
+    Raises a DataError if weights of a feature network are missing and cannot be downloaded now, or belong to another
+    network, or if the reference cannot be opened or does not fit.
     """
     evaluation, run_dir = config.evaluation, Path(config.run.dir)
     files, source = network_files(evaluation, world), reference_source(config)
     kept = open_real_images(files, config, world, run_dir)
 
     def check() -> None:
-        if evaluation.features_file is not None:  # published files are known by their hash
+        if evaluation.features_file is not None:  # loaded as a check; other files are checked by their hash
             files[0].load("cpu")
         if kept:
             needed, folder = sum(images.bytes_to_write() for images in kept), kept[0].folder
@@ -94,7 +96,7 @@ def check_measurable(
 
 
 def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str) -> None:
-    """Refuse to begin where `needed` bytes will not fit into `folder`, which need not be there yet."""
+    """Raise a ConfigError if `needed` bytes do not fit into `folder`, which need not exist yet."""
     absolute = folder.absolute()
     free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     if needed > free:
@@ -103,7 +105,7 @@ def _check_room(folder: Path, needed: int, named: str, purpose: str, remedy: str
 
 
 def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], points: int) -> None:
-    """Warn where covariances will be singular: the distance then depends mostly on the number of images."""
+    """Warn if a covariance will be singular: then the distance depends mostly on the number of images."""
     counts = {"num_images": evaluation.num_images} if points else {}
     if points > 1:
         counts["sweep_images"] = sweep_images(evaluation)
@@ -113,4 +115,4 @@ def _warn_of_few_images(evaluation: EvaluationConfig, sizes: dict[str, int], poi
         wide = {array: size for array, size in sizes.items() if size > count}
         if wide:
             few = f"evaluation.{name}={count} is fewer than the {max(wide.values())} dimensions of {', '.join(wide)}"
-            logger.warning("%s: compare its distances with those of as many images only", few)
+            logger.warning("%s: compare its distances only with distances on the same number of images", few)

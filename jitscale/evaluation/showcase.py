@@ -1,4 +1,4 @@
-"""What a model card shows of exported weights: a few samples, and what the run has measured of these very weights."""
+"""Content of a model card: a few samples of the exported weights, and the run's measurements of these weights."""
 
 import io
 import json
@@ -20,17 +20,18 @@ from jitscale.model.flops import forward_flops
 from jitscale.parallel import choose_device
 from jitscale.tracking import distance_of
 
-SAMPLES = 8  # by default
-COLUMNS, TOGETHER = 4, 8
+SAMPLES = 8  # default number of samples
+COLUMNS, TOGETHER = 4, 8  # images in a row of the picture; images in a batch
 LARGEST_PICTURE = 300_000  # bytes
-MOST_FLOPS = 1e13  # of the default samples without a GPU: some minutes on two cores
+MOST_FLOPS = 1e13  # limit of the default samples without a GPU: some minutes on two cores
 
 
 def draw_samples(stored: StoredWeights, set_name: str, config: Config, count: int | None, folder: Path) -> list[Path]:
-    """Draw the first `count` images of `evaluation` in `config` into one picture in `folder`, of 300 KB at most.
+    """Draw the first `count` images of the evaluation in `config` as one picture in `folder`, of at most 300 KB.
 
-    None draws `SAMPLES`, or nothing where that would take long without a GPU, which is printed. Returns the picture's
-    path, or nothing. Raises a UserError at images that are not finite, and what `read_guide` raises.
+    None means `SAMPLES`, or no picture if that would take long without a GPU; then a line is printed. Returns a list
+    with the picture's path, or an empty list. Raises a UserError at images with values that are not finite, and what
+    `read_guide` raises.
     """
     device = choose_device(config.run.device)
     evaluation = config.evaluation
@@ -39,7 +40,8 @@ def draw_samples(stored: StoredWeights, set_name: str, config: Config, count: in
         evaluations = 2 * evaluation.steps * (2 if evaluation.guidance_scale != 1 else 1)
         flops = count * evaluations * forward_flops(config.model)
         if device.type == "cpu" and flops > MOST_FLOPS:
-            print(f"samples: none, {flops:.1g} FLOP would take long without a GPU; --samples {count} draws them anyway")
+            what = f"samples: none, because {flops:.1g} FLOP would take long without a GPU"
+            print(f"{what}; --samples {count} draws them anyway")
             return []
     if count == 0:
         return []
@@ -64,10 +66,10 @@ def draw_samples(stored: StoredWeights, set_name: str, config: Config, count: in
 
 
 def measured(stored: StoredWeights, set_name: str) -> dict[str, Any] | None:
-    """The result of the run that `stored` belongs to, measured with the very weights of this set, or None.
+    """The result of the run of `stored` that was measured with exactly the weights of this set, or None.
 
-    Of several, its result.json, else the one with most images and the smallest distance. Raises a UserError if a result
-    cannot be read.
+    If there are several, result.json is chosen, or else the result with the most images and then the smallest distance.
+    Raises a UserError if a result cannot be read.
     """
     if stored.path.parent.name != "checkpoints":
         return None
@@ -83,7 +85,7 @@ def measured(stored: StoredWeights, set_name: str) -> dict[str, Any] | None:
 
 
 def as_measured(config: Config, result: dict[str, Any]) -> Config:
-    """`config` with the settings of sampling that led to `result`: those of the best point of a sweep."""
+    """`config` with the sampling settings of `result`; after a sweep, those of the best point."""
     names = {f.name for f in fields(EvaluationConfig)}
     sampler = {name: value for name, value in result["protocol"]["sampler"].items() if name in names}
     return replace(config, evaluation=replace(config.evaluation, **sampler))
@@ -95,13 +97,13 @@ def _read(path: Path) -> dict[str, Any]:
         checked = {key: found[key] for key in ("protocol", "reference", "num_images", distance_of(found))}
         checked["protocol"]["sampler"], checked["protocol"]["features"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{path}: is no result of an evaluation ({first_line(error)})"
+        what = f"{path}: is not a result of an evaluation ({first_line(error)})"
         raise UserError(f"{what}; remove it, or measure again") from error
     return dict(found)
 
 
 def _written(picture: Image.Image, folder: Path) -> Path:
-    """The picture as PNG, or where that is too large as JPEG, smaller where that is too large too."""
+    """Write the picture as PNG; if that is too large, as JPEG; if that is too large too, with fewer pixels."""
     for suffix, options in ((".png", {"optimize": True}), (".jpg", {"quality": 90}), (".jpg", {"quality": 75})):
         content = _encoded(picture, suffix, options)
         if len(content) <= LARGEST_PICTURE:

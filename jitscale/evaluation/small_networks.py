@@ -1,4 +1,4 @@
-"""Small feature networks for the digits and the glyphs: Fréchet distances that a CPU can run.
+"""Small feature networks for the digits and the glyphs: Fréchet distances that a CPU can compute.
 
 Their weights are files of this repository, written by tools/train_features.py.
 
@@ -13,20 +13,20 @@ from torch import nn
 
 from jitscale.evaluation.features import Embedding, FeatureNetwork
 
-DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits never train the network
+DIGITS_HELD_OUT = slice(0, None, 5)  # of the 1,797 digits, these are not used to train the network
 
 
 class _PooledConvolutions(FeatureNetwork):
-    """A small convolutional network whose features are the means of channels over the image: distances for a CPU.
+    """A small convolutional network; its features are the means of channels over the image.
 
-    Every feature is scaled to variance 1 on the real images: none is dead, so that a few hundred images have a
-    covariance of full rank, and the distance has a scale. Normalising over the batch in training and not over an image
-    keeps the response to contrast, and pooling the response to noise and blur.
+    Every feature is scaled to variance 1 on the real images. So no feature is dead, a few hundred images have a
+    covariance of full rank, and the distance has a scale. In training, features are normalised over the batch, not over
+    an image, so that they respond to contrast. Because of the pooling, they respond to noise and blur.
     """
 
     num_features = 64
     num_logits = 10
-    channels: tuple[int, ...]  # of the image and the layers before the last one, which has `num_features`
+    channels: tuple[int, ...]  # of the image and of all layers except the last one, which has `num_features`
     strides: tuple[int, ...]
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class _PooledConvolutions(FeatureNetwork):
 
     def embed(self, images: torch.Tensor) -> Embedding:
         if images.shape[2:] != (self.input_size, self.input_size):
-            # Antialiased, or noise and edges of larger images would be sampled, not averaged.
+            # Antialiasing averages noise and edges of larger images, instead of sampling them.
             images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=True)
         features = self.scale(self.trunk(images / 127.5 - 1.0))
         return Embedding(features, self.classes(features), features.new_empty(len(features), 0))
 
 
 class DigitsFeatures(_PooledConvolutions):
-    """For scikit-learn's handwritten digits, at 32 px whatever the resolution; 0.8 between halves of the real ones."""
+    """For scikit-learn's handwritten digits, at 32 px for any resolution; 0.8 between halves of the real digits."""
 
     name = "digits"
     weights = Path(__file__).with_name("digits_features.safetensors")
@@ -59,7 +59,7 @@ class DigitsFeatures(_PooledConvolutions):
 
 
 class GlyphFeatures(_PooledConvolutions):
-    """For the letters of `preparation.glyphs`, at 128 px: trained to tell letters and fonts, it sees a blurred edge."""
+    """For the letters of `preparation.glyphs`, at 128 px. Trained to distinguish letters and fonts, it detects blur."""
 
     name = "glyphs"
     weights = Path(__file__).with_name("glyphs_features.safetensors")
@@ -68,4 +68,4 @@ class GlyphFeatures(_PooledConvolutions):
     strides = (2, 2, 2, 2)
 
 
-SMALL_NETWORKS = {network.name: network for network in (DigitsFeatures, GlyphFeatures)}  # by `Manifest.dataset` too
+SMALL_NETWORKS = {network.name: network for network in (DigitsFeatures, GlyphFeatures)}  # names as `Manifest.dataset`

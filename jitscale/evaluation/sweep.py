@@ -1,4 +1,4 @@
-"""Points of a sweep over weight sets, guidance scales and intervals, as text names them."""
+"""The points of a sweep over weight sets, guidance scales and intervals, from the texts of `evaluation.sweep`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,21 +8,21 @@ from itertools import groupby, product
 from jitscale.config import Config, EvaluationConfig
 from jitscale.errors import ConfigError
 
-SweepPoint = EvaluationConfig  # one combination: how to sample, and how many images
+SweepPoint = EvaluationConfig  # one combination of settings, with the number of images
 
 MOST_SCALES = 200
 AXES = ("guidance", "ema", "interval", "internal", "internal_interval")
-# What the axes set in the configuration.
+# The settings that the axes change.
 TRIED = ("weights", "guidance_scale", "guidance_interval", "internal_guidance", "internal_interval")
 
 
 def sweep_images(evaluation: EvaluationConfig) -> int:
-    """Images of each point of a sweep: no more than the best one is measured on."""
+    """The number of images of each point of a sweep; at most `evaluation.num_images`."""
     return min(evaluation.sweep_images, evaluation.num_images)
 
 
 def images_of(points: Sequence[SweepPoint]) -> int:
-    """Images whose features a final evaluation of `points` keeps: few of each, and the rest of the best ones."""
+    """Images whose features a final evaluation keeps: few for each of `points`, and more for the best ones."""
     if not points:
         return 0
     evaluation, few = points[0], sweep_images(points[0])
@@ -31,18 +31,19 @@ def images_of(points: Sequence[SweepPoint]) -> int:
 
 
 def sharing_steps(points: Iterable[SweepPoint]) -> Iterator[list[SweepPoint]]:
-    """Neighbours that differ in the guidance scale alone: they share the steps before guidance begins."""
+    """Groups of adjacent points that differ only in the guidance scale; they share the steps before guidance begins."""
     for _, together in groupby(points, key=lambda point: replace(point, guidance_scale=1.0)):
         yield list(together)
 
 
 def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]:
-    """What the final evaluation tries: every combination of what `evaluation.sweep` names, by networks and intervals.
+    """The points of the final evaluation: all combinations of the axes in `evaluation.sweep`.
 
-    Axes are `guidance=1.0:4.0:0.1` (from, to, step) or `guidance=1,1.5`; `ema=all`, `ema=averages` (all but `model`) or
-    names with commas; `interval=0.1:1.0,0.2:0.8`; `internal` and `internal_interval`, the same for internal guidance.
-    What is not named stays as configured. Raises a ConfigError at an unknown axis or weight set, impossible numbers, or
-    guidance that the network does not have.
+    They are ordered by weight set, then by interval. Axes are `guidance=1.0:4.0:0.1` (from, to, step) or
+    `guidance=1,1.5`; `ema=all`, `ema=averages` (all except `model`) or names with commas; `interval=0.1:1.0,0.2:0.8`;
+    `internal` and `internal_interval` in the same form, for internal guidance. Other settings stay as configured.
+    Raises a ConfigError at an unknown axis or weight set, impossible numbers, or guidance that the network does not
+    support.
     """
     evaluation = config.evaluation
     scales, names, intervals = [evaluation.guidance_scale], [evaluation.weights], [evaluation.guidance_interval]
@@ -73,10 +74,10 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
     if unguided and any(scale != 1.0 for scale in scales):
         raise _mistake(
             "guidance",
-            "a network that has always seen labels, or never, cannot be guided; leave the axis out",
+            "a network that was always or never trained with labels cannot be guided; remove this axis",
         )
     if config.model.middle_head == 0 and any(scale != 1.0 for scale in internal):
-        raise _mistake("internal", "model.middle_head=0 has no middle output layer to guide by; leave the axis out")
+        raise _mistake("internal", "the network has no middle output layer (model.middle_head=0); remove this axis")
     return [
         replace(
             evaluation,
@@ -86,7 +87,7 @@ def sweep_points(config: Config, weight_sets: Sequence[str]) -> list[SweepPoint]
             internal_guidance=inner,
             guidance_scale=scale,
         )
-        # Scales come last, so that points that share steps lie together. Without guidance there is no interval.
+        # Scales vary fastest, so that points that share steps are adjacent. Without guidance, one interval is enough.
         for name, interval, internal_interval, inner in product(names, intervals, internal_intervals, internal)
         for scale in scales
         if scale != 1.0 or interval == intervals[0]
@@ -109,7 +110,7 @@ def _scales(text: str, values: str) -> list[float]:
     except (ValueError, ArithmeticError):
         found = []
     if not found or not all(0 <= scale < math.inf for scale in found):
-        raise _mistake(text, f"write FROM:TO:STEP or numbers with commas, {MOST_SCALES} at most")
+        raise _mistake(text, f"write FROM:TO:STEP or numbers with commas, at most {MOST_SCALES}")
     return list(dict.fromkeys(found))
 
 

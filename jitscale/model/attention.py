@@ -1,7 +1,7 @@
 """Attention behind one signature: softmax(q k^T / sqrt(D)) v for every head, not causal.
 
-A kernel takes q, k, v (B, N, H, D), strided views if the last stride is 1, and the probability of dropping an attention
-weight (0 outside training); it returns (B, N, H, D) in the dtype of v.
+A kernel takes q, k, v (B, N, H, D) and the probability of dropping an attention weight (0 outside training). q, k and v
+may be strided views if their last stride is 1. The kernel returns (B, N, H, D) in the dtype of v.
 
 Shapes: B batch, N tokens, H heads, D head dim.
 """
@@ -21,33 +21,34 @@ from jitscale.versions import version_of
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
-FLASH_4_PADDED = {104: 128}  # head dims whose backward pass does not compile, and the next that does
-CUDNN_FROM = 91500  # cuDNN 9.15: older ones are wrong at lengths that are no multiple of 128
-PROBE_TOLERANCE = 0.05  # of the largest element, in bf16
-SHARE_TOLERANCE = 0.01  # of dropped weights, beyond five standard errors: FlashAttention drops in steps of 1/256
+FLASH_4_PADDED = {104: 128}  # head dims without a backward pass that compiles: the padded size that is used instead
+CUDNN_FROM = 91500  # cuDNN 9.15: older versions are wrong at lengths that are not a multiple of 128
+PROBE_TOLERANCE = 0.05  # largest error, relative to the largest element, in bf16
+# Largest error of the share of dropped weights, besides five standard errors: FlashAttention rounds it to 1/256.
+SHARE_TOLERANCE = 0.01
 PROBE_ELEMENTS = 2**25  # logits that the probe's reference holds at a time
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """PyTorch's own choice among its kernels, by device, dtype and shape."""
+    """PyTorch's attention; PyTorch chooses the kernel by device, dtype and shape."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
 
 
 def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """PyTorch's attention by cuDNN: bf16 on GPUs, with dropout. Raises a RuntimeError where there is none."""
+    """PyTorch's attention with cuDNN: bf16 on GPUs, with dropout. Raises a RuntimeError if it is not available."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v, dropout)
 
 
 def sdpa_flash(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """PyTorch's own FlashAttention-2: bf16 on GPUs, with dropout. Raises a RuntimeError where there is none."""
+    """PyTorch's own FlashAttention-2: bf16 on GPUs, with dropout. Raises a RuntimeError if it is not available."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v, dropout)
 
 
 def unfused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The authors' way, for comparison: logits in float32, materialised (B, H, N, N)."""
+    """The authors' code, as a reference: float32 logits (B, H, N, N) are kept in memory."""
     return _weighted(F.dropout(_weights(q, k), dropout), v)
 
 
@@ -65,7 +66,7 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """FlashAttention-2, the package flash-attn: bf16 on GPUs, with dropout."""
-    # An extra; flash-attn-4 alone makes `import flash_attn` succeed.
+    # flash-attn is an extra. `import flash_attn` also succeeds if only flash-attn-4 is installed.
     from flash_attn import flash_attn_func  # noqa: PLC0415
 
     return flash_attn_func(q, k, v, dropout_p=dropout)
@@ -78,7 +79,7 @@ def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     head_dim = q.shape[-1]
     scale = head_dim**-0.5
     padding = FLASH_4_PADDED.get(head_dim, head_dim) - head_dim
-    if padding:  # exact: zeros add nothing to a product, and the scale stays that of D
+    if padding:  # exact, because zeros add nothing to a product and `scale` uses the unpadded D
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     out, _ = (_operators.get("forward") or _register())(q, k, v, scale)
     return out[..., :head_dim] if padding else out
@@ -88,9 +89,9 @@ _operators: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
 def _register() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Make an operator of torch, inside which torch.compile does not look, of private functions of flash-attn-4.
+    """Wrap private functions of flash-attn-4 in a torch operator, which torch.compile does not trace into.
 
-    Before anything is compiled: `choose_kernel` calls the kernel.
+    `choose_kernel` calls the kernel before anything is compiled, so the operator exists then.
     """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: PLC0415
 
@@ -139,19 +140,19 @@ KERNELS: dict[str, Kernel] = {
     "reference": unfused,
 }
 # The packages come first, because a user who installs one wants it. cuDNN comes before FlashAttention-2: on an H200 it
-# takes 0.64 to 0.97 of the time, forward and backward, at JiT-L, H and G with and without dropout. At JiT-B, whose
-# kernels are small, it takes 1.15 of the time without dropout and as long with it. None of 2,944 passes of cuDNN had a
-# gradient that was not finite (docs/performance.md, Attention).
+# takes 0.64 to 0.97 of the time, forward and backward, at JiT-L, H and G, with and without dropout. At JiT-B, whose
+# kernels are small, it takes 1.15 of the time without dropout, and the same time with dropout. None of 2,944 passes of
+# cuDNN had a gradient that was not finite (docs/performance.md, Attention).
 FASTEST_FIRST = ("flash-attn-4", "flash-attn", "sdpa-cudnn", "sdpa-flash", "sdpa")
 
 
 @dataclass(frozen=True)
 class ChosenKernel:
-    """A kernel that was tried at the shape it is for."""
+    """A kernel that passed a probe at the real shape."""
 
-    name: str  # of `KERNELS`
-    version: str  # of the package that it comes from
-    reason: str  # why it and not another
+    name: str  # in `KERNELS`
+    version: str  # of its package
+    reason: str  # why it was chosen
 
 
 def choose_kernel(
@@ -169,14 +170,14 @@ def choose_kernel(
 ) -> ChosenKernel:
     """The kernel `asked`, or for "auto" the first of `FASTEST_FIRST` that passes a probe at the real shape.
 
-    The probe compares output and gradients (without `backward`: the output) with the authors' way, at every number of
-    tokens and every dropout that the network has, in a batch of `batch`. With `strided_values`, v is a part of the
-    product that q and k came from; otherwise all three are contiguous.
-    Raises a ConfigError that says why, if the kernel that was asked for does not pass.
+    The probe compares the output and the gradients (without `backward`: only the output) with the authors' code, at
+    every number of tokens and every dropout of the network, in a batch of `batch`. With `strided_values`, v is a view
+    of the product of the qkv layer; otherwise q, k and v are contiguous. Raises a ConfigError with the reason if the
+    requested kernel does not pass, or for "auto" if none passes.
     """
     if asked == "auto" and (device.type != "cuda" or dtype == torch.float32):
         return ChosenKernel("sdpa", _version("sdpa"), f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    failures: list[str] = []  # which kernel does not work, and why
+    failures: list[str] = []  # kernels that do not work, with the reason
     for name in FASTEST_FIRST if asked == "auto" else (asked,):
         try:
             if name == "sdpa-cudnn":
@@ -184,10 +185,10 @@ def choose_kernel(
             for length, dropout in sorted(set(product(tokens, dropouts))):
                 shape = (batch, length, heads, head_dim)
                 _probe(KERNELS[name], shape, dropout, dtype, device, backward=backward, strided_values=strided_values)
-        except Exception as error:  # compilers of kernels raise what they like; it is said
+        except Exception as error:  # compilers of kernels may raise any type; the reason is logged or raised
             failures.append(f"{name}: {first_line(error)}")
         else:
-            reason = "asked for" if asked != "auto" else "; ".join(failures) or "the first that was tried"
+            reason = "requested" if asked != "auto" else "; ".join(failures) or "first choice"
             return ChosenKernel(name, _version(name), reason)
     if asked == "auto":
         raise ConfigError(f"engine.attention=auto: no kernel works here ({'; '.join(failures)})")
@@ -214,10 +215,10 @@ def _probe(
     backward: bool = True,
     strided_values: bool = True,
 ) -> None:
-    """Compare `kernel` with `unfused` at `shape` (B, N, H, D); torch's random state stays what it was.
+    """Compare `kernel` with `unfused` at `shape` (B, N, H, D); restores torch's random state.
 
-    Raises a ValueError if the output or a gradient is wrong or not finite, or if dropout is not what it should be; and
-    whatever the kernel raises.
+    Raises a ValueError if the output or a gradient is wrong or not finite, or if dropout is wrong. Errors of the kernel
+    pass through.
     """
     generator = _default_generator(device)
     before = generator.get_state()
@@ -243,22 +244,22 @@ def _probe(
 
 
 def _of_product(shape: Sequence[int], strided: bool) -> tuple[int, ...]:
-    """The shape of the tensor whose last part along axis 2 is v (B, N, H, D): with or without q and k before it."""
+    """The shape of a tensor whose last slice along axis 2 is v (B, N, H, D); if `strided`, q and k come before it."""
     batch, tokens, *heads = shape
     return (batch, tokens, 3 if strided else 1, *heads)
 
 
 def _kept(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dropout: float, state: Tensor) -> Tensor:
-    """The attention weights that `kernel` does not drop when torch's random state is `state`: (B, H, N, N) bool.
+    """The attention weights that `kernel` does not drop if torch's random state is `state`: (B, H, N, N) bool.
 
-    If the values are columns of the identity, the output is a part of the weights. The random state decides alone which
-    of them are zero, so that the same ones were dropped with the values `v`, whose layout these have. Raises a
-    ValueError if their share is not `dropout`, or if the first and the last head have the same.
+    If the values are columns of the identity, the output shows a part of the weights. Only the random state determines
+    which weights are dropped, so the same ones are dropped with the values `v`, whose layout the columns have. Raises a
+    ValueError if the share of dropped weights is not `dropout`, or if the first and the last head drop the same ones.
     """
     generator, (batch, tokens, heads, head_dim) = _default_generator(v.device), v.shape
     parts = []
     for part in torch.eye(tokens, device=v.device, dtype=v.dtype).split(head_dim, dim=1):
-        width = part.shape[1]  # of N columns head_dim, or what is left
+        width = part.shape[1]  # head_dim, or less for the last columns
         columns = v.new_zeros(_of_product(v.shape, not v.is_contiguous()))[:, :, -1]
         columns[..., :width] = part[:, None]
         generator.set_state(state)
@@ -281,10 +282,10 @@ def _compare(
     kept: Tensor | None,
     dropout: float,
 ) -> None:
-    """Raise a ValueError if `found`, the output and gradients for q, k and v (B, N, H, D), is not that of `unfused`.
+    """Raise a ValueError if `found`, the output and the gradients of q, k and v (B, N, H, D), differ from `unfused`.
 
-    `kept` (B, H, N, N) are the weights that are not dropped, None for all. The batch is taken in slices, since the
-    reference holds its logits.
+    `kept` (B, H, N, N) are the weights that are not dropped; None: all. The batch is compared in slices, because the
+    reference keeps its logits in memory.
     """
     batch, tokens, heads, _ = gradient.shape
     size = max(1, PROBE_ELEMENTS // (heads * tokens**2))
@@ -301,7 +302,7 @@ def _compare(
             if len(found) > 1:
                 expected += torch.autograd.grad(out, (q, k, v), gradient[rows])
         pairs = [(a[rows].float(), b.float()) for a, b in zip(found, expected, strict=True)]
-        # The maximum of both keeps an element that is not a number.
+        # torch.maximum propagates NaN, so that a NaN in any slice is found below.
         off = torch.maximum(off, torch.stack([(a - b).abs().max() for a, b in pairs]))
         largest = torch.maximum(largest, torch.stack([b.abs().max() for _, b in pairs]))
     names = ("output", "gradient of q", "gradient of k", "gradient of v")[: len(found)]
@@ -313,7 +314,7 @@ def _compare(
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
-    """The one that dropout draws from."""
+    """The generator from which dropout draws."""
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -1,4 +1,4 @@
-"""A network's forward pass as one CUDA graph for each batch size: the host starts it whole, not kernel by kernel.
+"""A network's forward pass as one CUDA graph for each batch size: the host launches the graph, not each kernel.
 
 Shapes: B images of a batch, A channels, S image size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 Forward = Callable[..., Tensor]  # as `JiT.forward` without kept tokens
 # Other threads, such as those that fill page-locked memory, may call CUDA while a graph is captured.
 CAPTURE_MODE = "thread_local"
-WARM_UPS = 3  # passes before recording: what is compiled or tuned at first use must not be recorded
+WARM_UPS = 3  # passes before recording, so that compilation and tuning at first use are not recorded
 
 
 class _Recorded(NamedTuple):
@@ -22,9 +22,9 @@ class _Recorded(NamedTuple):
 
 
 class CudaGraphs:
-    """Stands in for `forward`, without gradients; recorded at the first batch of a size, replayed at all others.
+    """Replaces `forward`, without gradients: records the first batch of a size, and replays it for later batches.
 
-    The weights must stay where they are. Each recorded size holds its activations.
+    The weights must not move in memory. Each recorded size keeps memory for its activations.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -33,9 +33,9 @@ class CudaGraphs:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, y: Tensor, *, middle: bool = False) -> Tensor:
-        """The prediction (B, A, S, S) for z (B, A, S, S), t and y (B,), in memory of its own.
+        """The prediction (B, A, S, S) for z (B, A, S, S), t and y (B,), as a new tensor.
 
-        With `middle`, (2, B, A, S, S): that of the middle output layer too.
+        With `middle`, (2, B, A, S, S): the second one is that of the middle output layer.
         """
         key = (len(z), middle, torch.is_autocast_enabled("cuda"))
         if key not in self._recorded:
@@ -48,7 +48,7 @@ class CudaGraphs:
 
     def _record(self, z: Tensor, t: Tensor, y: Tensor, *, middle: bool) -> _Recorded:
         inputs = (z.clone(), t.clone(), y.clone())
-        # Weights that autocast has cast are forgotten when its region ends, and a graph would go on reading them.
+        # Without autocast's cache: it is freed at the end of the region, but the graph would still read from it.
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())

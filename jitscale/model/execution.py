@@ -1,6 +1,7 @@
-"""How the network computes on a device: attention's kernel, aligned widths, float8, compilation.
+"""How the network computes on a device: attention kernel, aligned widths, float8, compilation, CUDA graphs.
 
-What it computes stays, and nothing here is part of a checkpoint: parameters keep their names and shapes.
+The function that the network computes stays the same. Nothing here is part of a checkpoint: parameters keep their names
+and shapes.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,13 @@ from jitscale.model.jit import Block, FinalLayer, JiT
 from jitscale.model.layers import swiglu_width
 from jitscale.model.training_graphs import TrainingGraphs
 
-# Of one code object: two lengths, four where tokens are routed, with and without dropout and gradients; batches of one
-# and of more, or in training each size of a batch.
+# Compiled graphs of one code object: two lengths (four if tokens are routed), with and without dropout and gradients,
+# a batch of one and larger batches, or in training each batch size.
 GRAPHS = 32
-# For ranks whose `Execution.identity` differs. Triton that is missing on one node is the likeliest reason.
+# For ranks whose `Execution.identity` differs. The likeliest reason is that one node lacks triton.
 REMEDY = (
-    "repair the odd node, or set engine.attention, engine.fused_kernels, engine.cuda_graphs, engine.compile and "
-    "engine.align for all"
+    "repair the node that differs, or set engine.attention, engine.fused_kernels, engine.cuda_graphs, engine.compile "
+    "and engine.align explicitly"
 )
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,7 +37,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Execution:
-    """What was resolved, for the record."""
+    """How the network computes, after all choices; for the log."""
 
     attention: ChosenKernel
     aligned: bool  # whether feed-forward products are padded to multiples of ALIGNMENT
@@ -53,7 +54,7 @@ class Execution:
 
     @property
     def identity(self) -> str:
-        """What must be the same on all ranks: everything but the reasons, which tell of one rank's errors."""
+        """The part that must be the same on all ranks: all but the reasons, which may name the error of one rank."""
         kernels = [f"{chosen.name} {chosen.version}".strip() for chosen in (self.attention, self.fused)]
         switches = ("aligned", "compiled", "float8", "graphs")
         return ", ".join(
@@ -71,13 +72,14 @@ class Execution:
 def prepare(
     model: JiT, engine: EngineConfig, device: torch.device, *, training: bool, batch: int = 1, micro_batches: int = 1
 ) -> Execution:
-    """Let the blocks of `model` compute as `engine` says, on `device`, in batches of `batch`; changed in place.
+    """Set up the blocks of `model`, in place, to compute as `engine` says, on `device`, in batches of `batch`.
 
-    A setting of None is on for GPUs, alignment also for float8, and CUDA graphs, which are for training alone, with
-    compiled blocks. For sampling, nothing is dropped or recomputed. In training, a step adds up gradients of
-    `micro_batches`.
-    Raises a ConfigError if the attention kernel or the fused kernels that were asked for do not work, there is no
-    float8, float8 is asked for without alignment, or CUDA graphs without a GPU.
+    A setting of None means: on for GPUs. Alignment is also on for float8. CUDA graphs are used in training only; None
+    turns them on if blocks are compiled. For sampling (not `training`) there is no dropout and no recomputation. In
+    training, a step accumulates gradients over `micro_batches`.
+
+    Raises a ConfigError if requested attention or fused kernels do not work, float8 is not available or is requested
+    without alignment, or CUDA graphs are requested without a GPU.
     """
     on_gpu, config = device.type == "cuda", model.config
     blocks = cast(list[Block], list(model.blocks))
@@ -89,7 +91,7 @@ def prepare(
     fused = choose_fused(engine.fused_kernels, _shapes(model, engine, aligned=aligned, training=training), device)
     attention = choose_kernel(
         engine.attention,
-        # In training those of all tokens too, for its last part (run.route_until_images).
+        # In training also without routing, for the part after run.route_until_images.
         tokens=[block_tokens(config, i, training=routed) for i in range(len(blocks)) for routed in {False, training}],
         heads=config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
@@ -98,7 +100,7 @@ def prepare(
         device=device,
         batch=batch,
         backward=training,
-        strided_values=fused.split_heads is None,  # the fused kernels write q, k and v as tensors of their own
+        strided_values=fused.split_heads is None,  # the fused kernels write q, k and v into separate tensors
     )
     every = engine.activation_checkpointing if training else 0
     graphs = training and wants_graphs(engine, compiled=compiled and on_gpu)
@@ -108,29 +110,32 @@ def prepare(
     if not training:
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
-                layer.p = 0.0  # or blocks that differ in a number that is not used would have graphs of their own
+                layer.p = 0.0  # otherwise blocks that differ only in this unused number would not share a graph
     for index, block in enumerate(blocks):
         block.attn.kernel = KERNELS[attention.name]
         block.mlp.aligned = aligned
         block.attn.product = block.mlp.product = product
         block.attn.split_heads, block.mlp.gated, block.kernels = fused.split_heads, fused.gated, fused.residual
         forward: Forward = _compile(block.forward, training=training) if compiled else block.forward
-        # Graphs recompute by themselves. Inside of compiled code, what is recomputed on a GPU would drop other elements
-        # than torch.manual_seed asks for: torch keeps generators of its own there.
+        # CUDA graphs do their own recomputation. `checkpoint` stays outside the compiled code: inside it, torch uses
+        # other generators on a GPU, so that dropout would not follow torch.manual_seed.
         if index in recomputed and not graphs:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign, assignment]
     for layer in model.modules():
         if isinstance(layer, FinalLayer):
             layer.kernels = fused.residual
-    # In stage 2 each backward pass copies its gradients out of the way (training/reducer.py).
+    # In stage 2 each backward pass copies its gradients into buckets (training/reducer.py).
     accumulate = micro_batches > 1 and engine.zero_stage < 2
     captured = TrainingGraphs(model, recomputed=recomputed, accumulate=accumulate) if graphs else None
     return Execution(attention, aligned, compiled, engine.float8, fused, graphs, captured)
 
 
 def wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
-    """By default where blocks are compiled for a GPU and weights stay in their places; and not with float8, untried."""
+    """Whether to use CUDA graphs. Default: if blocks are compiled for a GPU and weights stay at their addresses.
+
+    With float8 they are off by default, because the combination is untested.
+    """
     if engine.cuda_graphs is not None:
         return engine.cuda_graphs
     return compiled and engine.zero_stage < 3 and not engine.offload_optimizer and not engine.float8
@@ -153,12 +158,12 @@ def _shapes(model: JiT, engine: EngineConfig, *, aligned: bool, training: bool) 
 
 
 def _compile(forward: Forward, *, training: bool) -> Forward:
-    """One graph without breaks for each shape; blocks of the same shape share theirs.
+    """Compile the forward pass: one graph without breaks for each shape; blocks of the same shape share it.
 
-    Training has one size of a batch, which is therefore no symbol. Sampling has one graph for all sizes, since it ends
-    with what is left over. The two numbers of tokens are never symbols: torch would make the second one
-    of them a symbol by itself, and code for any length is slower. The forward pass only: ZeRO-3's hooks, which gather
-    the weights, stay outside.
+    In training the batch size is static, because there is only one. In sampling it is dynamic, because the last batch
+    may be smaller. The number of tokens is always static: torch would make it dynamic at the second length that it
+    sees, and code for any length is slower. Only `forward` is compiled: ZeRO-3's hooks, which gather the weights, stay
+    outside.
     """
     limits = torch._dynamo.config
     limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
@@ -171,7 +176,7 @@ def _compile(forward: Forward, *, training: bool) -> Forward:
     def call(x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         for tensor in (x, rope):
             torch._dynamo.mark_static(tensor, 1)
-        if len(x) > 1:  # a batch of one is a graph of its own to torch
+        if len(x) > 1:  # torch always makes a separate graph for a batch of one
             for tensor in (x, condition):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(x, condition, rope)
@@ -180,14 +185,15 @@ def _compile(forward: Forward, *, training: bool) -> Forward:
 
 
 def _with_parameters_anywhere(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile with Inductor, but do not let it assume that all blocks' parameters are aligned as the first block's.
+    """Compile with Inductor, without its assumption that all blocks' parameters are aligned like the first block's.
 
-    Blocks share a graph. Inductor treats parameters as static inputs and decides at compile time whether it may read 16
-    bytes at once. In ZeRO's flat buffers the same parameter of another block can be unaligned, and the GPU then stops
-    with "misaligned address". An input that is not static is checked in every call and copied if it is unaligned. The
-    backward pass has no such check: `training.optim.parameter_groups` aligns what it reads.
+    Blocks share a graph. Inductor treats parameters as static inputs, and decides at compile time whether it may read
+    16 bytes at once. In ZeRO's flat buffers the same parameter of another block can be unaligned; then the GPU stops
+    with "misaligned address". If an input is not static, Inductor checks it in every call and copies it if it is
+    unaligned. The backward pass has no such check: `training.optim.parameter_groups` aligns the parameters that it
+    reads.
     """
-    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 (slow, and only who compiles needs it)
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 (slow, and needed for compilation only)
 
     for node in graph.graph.find_nodes(op="placeholder"):
         node.meta.get("tensor_dict", {}).pop("_dynamo_static_input_type", None)

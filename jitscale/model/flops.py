@@ -1,4 +1,4 @@
-"""Floating-point operations of a network, counted from shapes, and what GPUs can do at most."""
+"""Floating-point operations of a network, counted from shapes, and the peaks of GPUs."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ from jitscale.config import (
 )
 from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 
-# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets.
+# Peaks in bf16 without sparsity, TFLOP/s, from the vendors' data sheets.
 PEAK_BF16_TFLOPS = {
     "A100": 312.0,
     "A40": 149.7,
@@ -31,15 +31,15 @@ PEAK_BF16_TFLOPS = {
     "B200": 2250.0,
     "GB200": 2500.0,
 }
-TRAINING_PASSES = 3  # one forward pass and a backward pass of twice its cost
+TRAINING_PASSES = 3  # a training step costs three forward passes: the backward pass costs two
 
 
 def forward_flops(model: ModelConfig, *, training: bool = False) -> int:
     """Floating-point operations of one forward pass of one image: 2 x multiply-adds of every matrix product.
 
     Counted from shapes, because the conditioning layers hold a third of the parameters and do a 600th of the work:
-    6 x parameters x tokens would overstate the utilisation by half. Tokens are routed in `training` alone, which also
-    computes the middle output layer; sampling does where it is guided by it, which is not counted.
+    6 x parameters x tokens would overstate the utilisation by half. Only in `training` are tokens routed and the middle
+    output layer computed. Sampling computes that layer only for internal guidance, which is not counted.
     """
     width, inner = model.hidden_size, swiglu_width(model.hidden_size)
     tokens, pixels = image_tokens(model), patch_elements(model)
@@ -58,29 +58,29 @@ def forward_flops(model: ModelConfig, *, training: bool = False) -> int:
 
 
 def block_tokens(model: ModelConfig, index: int, *, training: bool = False) -> int:
-    """Tokens in block `index`: those of the image, in `training` less those that skip it, and class tokens."""
+    """Tokens in block `index`: image tokens (in `training` without those that skip the block) and class tokens."""
     tokens = routed_tokens(model) if training and index in routed_blocks(model) else image_tokens(model)
     return tokens + (model.in_context_len if index >= model.in_context_start else 0)
 
 
 def training_flops(model: ModelConfig, *, routed: bool = True) -> int:
-    """Floating-point operations of one training step of one image, `routed` where the settings ask for it."""
+    """Floating-point operations of one training step of one image; without `routed`, all tokens pass all blocks."""
     return TRAINING_PASSES * forward_flops(model if routed else replace(model, route_share=0.0), training=True)
 
 
 def mean_training_flops(config: Config) -> float:
-    """As `training_flops`, the mean over the images of the run, of which the last ones may see all tokens."""
+    """The mean of `training_flops` over the run, which may end with a part without routing."""
     routed, whole = (training_flops(config.model, routed=routed) for routed in (True, False))
     return whole + routed_part(config) * (routed - whole)
 
 
 def model_flops_utilisation(config: Config, images: int, rate: float, peak: float) -> float:
-    """The MFU of a device that trains `rate` images a second and can do `peak` TFLOP/s, after `images` of the run."""
+    """The MFU of a device that trains `rate` images a second, with a peak of `peak` TFLOP/s, after `images` images."""
     return rate * training_flops(config.model, routed=routes(config.run, images)) / (peak * 1e12)
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The data-sheet bf16 peak of a GPU, or None where it is not known."""
+    """The bf16 peak of a GPU in TFLOP/s, from its data sheet; None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -21,7 +21,7 @@ from jitscale.model import layers
 
 
 class Block(nn.Module):
-    """Transformer block whose two branches are shifted, scaled and gated by the condition (adaLN-zero)."""
+    """Transformer block; the condition shifts, scales and gates its two branches (adaLN-zero)."""
 
     def __init__(self, config: ModelConfig, attn_dropout: float, proj_dropout: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.norm2 = layers.RMSNorm(width)
         self.mlp = layers.SwiGLU(width, proj_dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.kernels: layers.ResidualKernels | None = None  # model/execution.py chooses; None: torch's code
+        self.kernels: layers.ResidualKernels | None = None  # set by model/execution.py; None: torch's code
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """(B, N, C), (B, C), and `rope` as `Attention` takes it -> (B, N, C)"""
@@ -66,19 +66,19 @@ class FinalLayer(nn.Module):
 
 
 class JiT(nn.Module):
-    """net(z, t, y): noisy images, times and labels to what the objective asks for (the clean image by default)."""
+    """net(z, t, y): noisy images, times and labels -> the objective's prediction (the clean image by default)."""
 
     pos_embed: Tensor
     rope: Tensor
-    # (D, R) with orthonormal columns: where the network predicts v, and outside of it x (asym). Fixed; NaN until it is
-    # given or loaded. None where the network predicts in another space.
+    # (D, R) with orthonormal columns, for prediction asym: v is predicted in this subspace, x outside of it. It is not
+    # trained; NaN until it is given or loaded. None for other predictions.
     subspace: Tensor | None
-    weights_name: str | None = None  # the weight set that `jitscale.load_model` took
+    weights_name: str | None = None  # the weight set that `jitscale.load_model` loaded
 
     def __init__(
         self, config: ModelConfig, diffusion: DiffusionConfig | None = None, subspace: Tensor | None = None
     ) -> None:
-        """With random weights, for asym around `subspace` (D, R)."""
+        """Draw random weights; `subspace` (D, R) is for asym."""
         super().__init__()
         self.config = config
         self.diffusion = diffusion or DiffusionConfig()  # samplers take noise scale and prediction from it
@@ -96,9 +96,10 @@ class JiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         if config.middle_head > 0:
-            with torch.random.fork_rng(devices=()):  # layers draw when they are made: others stay as without it
+            # A layer draws weights when it is made. The fork keeps the other layers' weights independent of this one.
+            with torch.random.fork_rng(devices=()):
                 self.middle_layer = FinalLayer(config)
-        # Tables are float32 buffers, so that an engine which casts parameters to bf16 leaves them alone.
+        # Tables are float32 buffers, because an engine may cast parameters to bf16.
         self.register_buffer("subspace", self._own_subspace(), persistent=True)
         for name, table in self.fixed_tables().items():
             self.register_buffer(name, table, persistent=False)
@@ -107,9 +108,9 @@ class JiT(nn.Module):
         self.initialize()
 
     def fixed_tables(self) -> dict[str, Tensor]:
-        """Buffers that settings determine, by name, computed anew on the default device.
+        """Buffers that the settings determine, by name, computed on the default device.
 
-        `pos_embed` (N, C) and `rope` (2, N, D of a head); at both ends of the ranks also the `subspace`.
+        They are `pos_embed` (N, C) and `rope` (2, N, head dim); for asym of rank 0 or full rank also the `subspace`.
         """
         config, grid = self.config, self.config.image_size // self.config.patch_size
         width, span = config.hidden_size, config.position_grid
@@ -122,13 +123,13 @@ class JiT(nn.Module):
         return tables
 
     def _own_subspace(self) -> Tensor | None:
-        """Room for a subspace that is not fixed by its rank."""
+        """A buffer of NaN for a fitted subspace; None if the rank determines the subspace, or there is none."""
         if not has_fitted_subspace(self.config, self.diffusion):
             return None
         return torch.full((patch_elements(self.config), self.diffusion.rank), torch.nan)
 
     def stored_buffers(self) -> dict[str, Tensor]:
-        """What belongs to the weights and is no parameter, by name: a subspace that does not follow from its rank."""
+        """Buffers that belong to the weights, by name: a fitted subspace."""
         if self.subspace is None or not has_fitted_subspace(self.config, self.diffusion):
             return {}
         return {"subspace": self.subspace}
@@ -137,10 +138,11 @@ class JiT(nn.Module):
     def initialize(self) -> None:
         """Draw every weight from torch's default generator (authors' code; arXiv 2511.13720, appendix A).
 
-        For asym, the first rows of the patch embedding look at the subspace (arXiv 2605.12964).
+        For asym, the first rows of the patch embedding project on the subspace (arXiv 2605.12964).
         """
         heads = [self.final_layer, *([self.middle_layer] if self.config.middle_head > 0 else [])]
-        undrawn = {id(module) for head in heads[1:] for module in head.modules()}  # all zero: others stay as without it
+        # The middle output layer is zero. Nothing is drawn for it, so that it does not change the other weights.
+        undrawn = {id(module) for head in heads[1:] for module in head.modules()}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module) not in undrawn:
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
@@ -170,11 +172,16 @@ class JiT(nn.Module):
     def forward(self, z: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None, *, middle: bool = False) -> Tensor:
         """Predict (B, A, image_size, image_size) from noisy images `z` of that shape.
 
-        Their times `t` (B,) lie in [0, 1], where 1 is clean; the integer labels `y` (B,) are `null_label` for no class.
-        The image's tokens that `kept` (B, K) numbers pass through all blocks, and the others skip the routed ones
-        (`model.route_blocks`; TREAD, arXiv 2501.04765). With `middle`, the prediction of the middle output layer is
-        returned too, (2, B, A, image_size, image_size), and is zero for tokens that this layer has not seen. Raises a
-        ValueError if the network has no such layer, or routes no tokens and `kept` is given.
+        Times `t` (B,) are in [0, 1]; 1 is clean. Labels `y` (B,) are integers; `null_label` means no class.
+
+        If `kept` (B, K) is given, only these tokens of each image pass through all blocks. The others skip the routed
+        blocks (`model.route_blocks`; TREAD, arXiv 2501.04765).
+
+        With `middle`, the result is (2, B, A, image_size, image_size): the second prediction is that of the middle
+        output layer, zero for tokens that this layer has not seen.
+
+        Raises a ValueError if `middle` is set and the network has no such layer, or if `kept` is given and the network
+        routes no tokens.
         """
         config, prefix = self.config, self.config.in_context_len
         if middle and config.middle_head == 0:
@@ -185,7 +192,7 @@ class JiT(nn.Module):
         label = self.y_embedder(y)
         condition = self.t_embedder(t) + label  # (B, C)
         x = self.x_embedder(z.to(self.x_embedder.proj1.weight.dtype))
-        x = (x + self.pos_embed.to(x.dtype)).contiguous()  # as it is after every block: one graph for all of them
+        x = (x + self.pos_embed.to(x.dtype)).contiguous()  # the layout that blocks return, so that all share a graph
         rope, seen, tokens_of_class = self.rope[:, prefix:], None, 0
         aside, middle_patches = x, x
         for index, block in enumerate(self.blocks):
@@ -211,7 +218,7 @@ class JiT(nn.Module):
         return torch.stack([prediction, self.unpatchify(middle_patches)]) if middle else prediction
 
     def _rope_of(self, kept: Tensor, prefix: int) -> Tensor:
-        """The rotations of `prefix` class tokens and of the `kept` (B, K) tokens: (2, B, prefix + K, D of a head)."""
+        """The rotations of `prefix` class tokens and of the `kept` (B, K) tokens: (2, B, prefix + K, head dim)."""
         tables = self.rope[:, self.config.in_context_len :][:, kept]
         classes = self.rope[:, None, :prefix].expand(-1, len(kept), -1, -1)
         return torch.cat([classes, tables], dim=2)
@@ -230,27 +237,27 @@ def _taken(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
-    """x (B, N, C) with other `values` (B, K, C) of its `tokens` (B, K)."""
+    """x (B, N, C) with `values` (B, K, C) in place of its `tokens` (B, K)."""
     return x.scatter(1, tokens[:, :, None].expand(-1, -1, x.shape[2]), values)
 
 
 def network_holding(weights: Mapping[str, Tensor], config: ModelConfig, diffusion: DiffusionConfig) -> JiT:
-    """The network whose parameters and stored buffers are `weights` themselves, by name, on their device; to evaluate.
+    """A network in eval mode whose parameters and stored buffers are `weights` themselves, by name, on their device.
 
-    No weight is drawn, and none is copied. Raises a RuntimeError if names or shapes are not those of the network.
+    No weight is drawn or copied. Raises a RuntimeError if names or shapes do not match the network.
     """
     with torch.device("meta"):
         network = JiT(config, diffusion)
     network.load_state_dict(dict(weights), assign=True)
     device = next(iter(weights.values())).device
-    # Computed on the CPU, as in every other network: the sines of a GPU differ in the last bit.
+    # Computed on the CPU, as in `JiT.__init__`: the sines of a GPU differ in the last bit.
     for name, table in network.fixed_tables().items():
         network.register_buffer(name, table.to(device), persistent=False)
     return network.eval()
 
 
 def parameter_kind(name: str, dimensions: int) -> str:
-    """What a parameter of the network is for: the kinds that may have a learning rate of their own."""
+    """The kind of a parameter; each kind may have its own factor of the learning rate."""
     if name.startswith("x_embedder."):
         return "patch_embedding"
     if name.startswith(("t_embedder.", "y_embedder.", "in_context_posemb")):

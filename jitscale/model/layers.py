@@ -2,7 +2,8 @@
 
 Shapes: B batch, N tokens, H heads, D head dim, C hidden size, A channels of an image, P patch size, G tokens a side of
 the image.
-Parameter names are those of the authors' checkpoints, so that their files load as they are.
+
+Parameters have the names of the authors' checkpoints, so that their files load unchanged.
 """
 
 import math
@@ -18,21 +19,21 @@ from jitscale.model.attention import Kernel, sdpa
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIMESTEP_FREQUENCIES = 256
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # as torch.nn.functional.linear
-SplitHeads = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as fused.heads.split_heads
-Gated = Callable[[Tensor, float], Tensor]  # as fused.gated.gated
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # see torch.nn.functional.linear
+SplitHeads = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # see fused.heads.split_heads
+Gated = Callable[[Tensor, float], Tensor]  # see fused.gated.gated
 
 
 class ResidualKernels(NamedTuple):
-    """How branches of a block join the stream x (B, N, C); shifts, scales and gates are (B, C)."""
+    """Operators that add the branches of a block to its stream x (B, N, C). Shifts, scales and gates are (B, C)."""
 
-    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of x, the norm's weight (C,), shift and scale
-    # Of x, branch (B, N, C), gate, weight, shift, scale and dropout of the branch: the sum, and its modulated norm.
+    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, norm weight (C,), shift, scale)
+    # (x, branch (B, N, C), gate, norm weight, shift, scale, dropout of the branch) -> the sum and its modulated norm.
     add_and_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    gated_add: Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, branch and gate
+    gated_add: Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, branch, gate)
 
 
-ALIGNMENT = 64  # of the inner width of feed-forward layers
+ALIGNMENT = 64  # the inner width of feed-forward layers is padded to a multiple of this
 
 
 class RMSNorm(nn.Module):
@@ -47,16 +48,16 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As `RMSNorm`, of x (..., C) with `weight` (C,)."""
+    """`RMSNorm` of x (..., C) with `weight` (C,)."""
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
     return (x32 * weight.float()).to(x.dtype)
 
 
 def sincos_position_table(hidden_size: int, grid: int, span: int | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine embedding, the column (w) in the first half: (G * G, C) float32.
+    """Fixed 2-D sine-cosine embedding, (G * G, C) float32; the column (w) is in the first half.
 
-    The positions of the G tokens of an axis span `span`, by default G itself: token i lies at i span / G.
+    The positions of the G tokens of an axis span `span` (default: G): token i lies at i span / G.
     """
     quarter = hidden_size // 4
     frequency = 1.0 / ROPE_THETA ** (torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -75,9 +76,9 @@ def _positions(grid: int, span: int | None) -> Tensor:
 def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -> Tensor:
     """Cosine and sine of the 2-D axial rotation: (2, prefix + G * G, D) float32.
 
-    Half of the head dim turns with the row, half with the column; neighbouring channels form a pair, and the sine of
-    its first one is negative, as `rotate` needs it. The `prefix` in-context tokens have no place in the image and are
-    not rotated. `span` is as for `sincos_position_table`.
+    The first half of the head dim rotates with the row, the second with the column. Neighbouring channels form a pair;
+    the sine of the first one is negative, as `rotate` needs it. The `prefix` in-context tokens have no position in the
+    image and are not rotated. `span`: see `sincos_position_table`.
     """
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
     axis = (_positions(grid, span).float()[:, None] * frequency).repeat_interleave(2, dim=1)  # (G, D/2)
@@ -92,18 +93,18 @@ def rope_table(head_dim: int, grid: int, prefix: int, span: int | None = None) -
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Apply rotary positions in float32 to `x` (B, N, H, D); keeps the dtype of `x`.
 
-    `rope` is (2, N, D) for all images, or (2, B, N, D) where each has tokens of its own.
+    `rope` is (2, N, D) for all images, or (2, B, N, D) if images have different tokens.
     """
     cos, sin = rope.unsqueeze(-2)  # (N, 1, D) or (B, N, 1, D) each
     x32 = x.float()
-    exchanged = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the channels of each pair
+    exchanged = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # swaps the channels of each pair
     return (x32 * cos + exchanged * sin).to(x.dtype)
 
 
 class PatchProduct(nn.Conv2d):
-    """A convolution whose patches do not overlap, as a product of matrices: several times faster on GPUs.
+    """A convolution with patches that do not overlap, computed as a matrix product: several times faster on GPUs.
 
-    Its weight has a convolution's shape, as in the authors' checkpoints.
+    Its weight has the shape of a convolution's, as in the authors' checkpoints.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class; the extra last one stands for "no class"."""
+    """One vector for each class; an extra last one means "no class"."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class LabelEmbedder(nn.Module):
 
 
 def split_heads(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised and rotated q and k, and v: (B, N, 3 H D), and `rope` as `rotate` takes it -> (B, N, H, D) each."""
+    """q and k, normalised and rotated, and v, (B, N, H, D) each, from (B, N, 3 H D); `rope`: see `rotate`."""
     q, k, v = qkv.unflatten(-1, (3, -1, rope.shape[-1])).unbind(2)
     return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
 
@@ -174,13 +175,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.attn_dropout = attn_dropout
-        self.kernel: Kernel = sdpa  # model/execution.py chooses
+        self.kernel: Kernel = sdpa  # set by model/execution.py
         self.product: Product | None = None
         self.split_heads: SplitHeads | None = None
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, N, C), and `rope` as `rotate` takes it -> (B, N, C), to be dropped by `proj_drop`."""
+        """(B, N, C) -> (B, N, C), before `proj_drop`; `rope`: see `rotate`."""
         qkv = multiply(self.product, x, self.qkv)
         if self.split_heads is None:
             q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rope)
@@ -197,12 +198,13 @@ def gated(h: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020) of inner width int(4 C * 2/3), gate and value fused.
+    """Gated feed-forward layer (Shazeer 2020) of inner width int(4 C * 2/3), gate and value in one matrix.
 
-    The inner width of most sizes is no multiple of 8, and bf16 matrix products of such widths are slow on GPUs. With
-    `aligned` the products see weights padded with zeros to a multiple of ALIGNMENT: exact, since silu(0) * 0 = 0 and
-    the padding's gradients are dropped. It is done in every pass and not once, so that parameters, and with them
-    checkpoints, averages, moments and Muon's shapes, stay what they are; with bf16 arithmetic it is part of the cast.
+    The inner width of most sizes is not a multiple of 8, and bf16 matrix products of such widths are slow on GPUs. With
+    `aligned`, weights are padded with zeros to a multiple of ALIGNMENT. This is exact, because silu(0) * 0 = 0 and the
+    gradients of the padding are dropped. The weights are padded in every pass, so that the shapes of parameters, and of
+    checkpoints, averages, moments and Muon's matrices, do not change. With bf16 arithmetic the padding is part of the
+    cast.
     """
 
     def __init__(self, hidden_size: int, dropout: float) -> None:
@@ -212,7 +214,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(inner, hidden_size)
         self.drop = nn.Dropout(dropout)
         self.padding = -inner % ALIGNMENT
-        self.aligned = False  # model/execution.py chooses
+        self.aligned = False  # set by model/execution.py
         self.product: Product | None = None
         self.gated: Gated | None = None
 
@@ -224,7 +226,7 @@ class SwiGLU(nn.Module):
 
     def _padded(self, x: Tensor) -> Tensor:
         w12, b12, w3 = (in_arithmetic_of(x, p) for p in (self.w12.weight, self.w12.bias, self.w3.weight))
-        w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # gate and value each
+        w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)  # pads gate and value
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, self.padding)).flatten()
         product = self.product or F.linear
         return product(self._gated(product(x, w12, b12)), F.pad(w3, (0, self.padding)), self.w3.bias)
@@ -236,12 +238,12 @@ class SwiGLU(nn.Module):
 
 
 def multiply(product: Product | None, x: Tensor, layer: nn.Linear) -> Tensor:
-    """`layer` of `x` by another product than torch's, where one was chosen."""
+    """`layer` of `x`, computed with `product`; None: with torch's."""
     return layer(x) if product is None else product(x, layer.weight, layer.bias)
 
 
 def in_arithmetic_of(x: Tensor, parameter: Tensor) -> Tensor:
-    """`parameter` in the dtype in which autocast would use it, so that the cast is not repeated on the padded one."""
+    """`parameter` in the dtype that autocast would use, so that autocast does not cast the padded copy again."""
     device = x.device.type
     return parameter.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else parameter
 

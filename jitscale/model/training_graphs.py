@@ -1,16 +1,17 @@
-"""A network's blocks in training as CUDA graphs: the host starts a block's pass whole, not kernel by kernel.
+"""A network's blocks in training as CUDA graphs: the host launches one graph for a block's pass, not each kernel.
 
-The first micro-batch takes the ordinary way: whatever is compiled or tuned at first use must not be captured. Before
-the second one, the forward passes of all blocks are captured in their order, and then their backward passes in the
-reverse order. All graphs share one pool of memory: what a block has saved for its backward pass is given to others
-after it, as without graphs. So their order in time must stay that of the capture: one forward pass of all blocks, one
-backward pass, and gradients that are used up or copied before the next forward pass.
+The first micro-batch runs without graphs, so that compilation and tuning at first use are not captured. Before the
+second one, the forward passes of all blocks are captured in their order, then their backward passes in reverse order.
 
-Parameters are inputs of a block, and their gradients are outputs of its backward graph. So hooks of parameters, by
-which ZeRO reduces gradients during the backward pass, run outside the graphs.
+All graphs share one memory pool. As without graphs, the memory that a block has saved for its backward pass is reused
+after it. Therefore the order in time must be that of the capture: one forward pass of all blocks, then one backward
+pass. Gradients must be used or copied before the next forward pass.
 
-What lies between blocks stays outside too: tokens that are put aside and put back, in-context tokens, the middle output
-layer. It may read a block's output until the next forward pass.
+Parameters are inputs of a block, and their gradients are outputs of its backward graph. Therefore the hooks of
+parameters, which reduce gradients in ZeRO, run outside the graphs.
+
+Operations between blocks stay outside too: routing of tokens, in-context tokens, the middle output layer. They may read
+a block's output until the next forward pass.
 
 Shapes: B images of a micro-batch, N tokens, C hidden size, D head dim.
 """
@@ -31,21 +32,22 @@ from torch.utils.checkpoint import checkpoint
 from jitscale.errors import ConfigError
 from jitscale.model.cuda_graphs import CAPTURE_MODE, WARM_UPS
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Block.forward`
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `Block.forward`
 
 
 class TrainingGraphs:
-    """Stands in for the forward passes of a network's `blocks`, whose `forward` it replaces.
+    """Replaces `forward` of a network's `blocks`.
 
-    Graphs run while the blocks train and gradients are on, with batches of the first size that comes twice in a row.
-    Anything else takes the ordinary way. Once other numbers of tokens are routed, the graphs are captured again.
-    Dropout follows torch's generator of the device, bit by bit as it does without graphs.
+    Graphs run in training mode with gradients enabled, for the first batch size that comes twice in a row. Any other
+    pass runs without graphs. If the number of routed tokens changes, the graphs are captured again. Dropout follows
+    torch's generator of the device, bit by bit as without graphs.
     """
 
     def __init__(self, network: nn.Module, *, recomputed: Collection[int], accumulate: bool) -> None:
         """A block whose index is in `recomputed` saves nothing: its backward pass runs its forward pass again.
 
-        With `accumulate`, gradients stay in use during later passes, so that the first ones are copied out of the pool.
+        With `accumulate`, gradients stay in use during later passes; therefore the first ones are copied out of the
+        pool.
         """
         self._blocks = list(cast(nn.ModuleList, network.blocks))
         self._forwards: list[Forward] = [block.forward for block in self._blocks]
@@ -54,10 +56,10 @@ class TrainingGraphs:
             for index, forward in enumerate(self._forwards)
         ]
         self._recomputed, self._accumulate = frozenset(recomputed), accumulate
-        self._passing: int | None = None  # tokens of an image that are not routed; None: all
-        self._signature: tuple[object, ...] = ()  # of the batch that is seen and then captured
+        self._passing: int | None = None  # tokens of an image that pass the routed blocks; None: all
+        self._signature: tuple[object, ...] = ()  # shapes and dtypes of the batch in `_seen`, which is captured next
         self._seen: list[_Seen] = []
-        self._last: ReferenceType[Tensor] | None = None  # the output of the block before
+        self._last: ReferenceType[Tensor] | None = None  # the output of the previous block
         self._graphs: list[_BlockGraphs] = []
         self._pass = _Pass()
         self._replays = self._learns = False  # in the current pass
@@ -73,9 +75,9 @@ class TrainingGraphs:
             torch.cuda.empty_cache()
 
     def _before_pass(self, network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Give up graphs for other numbers of tokens, which the first block does not see, before new memory is taken.
+        """Release the graphs if the number of routed tokens changes, before new memory is allocated.
 
-        Takes what `JiT.forward` does.
+        A hook is needed, because the first block does not see that number. Its arguments are those of `JiT.forward`.
         """
         if not self._captures():
             return
@@ -103,7 +105,7 @@ class TrainingGraphs:
         return out
 
     def _begin_pass(self, x: Tensor, condition: Tensor) -> None:
-        """Decide what all blocks do in this pass."""
+        """Decide whether all blocks replay, capture or run without graphs in this pass."""
         self._replays = self._learns = False
         if not self._captures():
             return
@@ -113,7 +115,7 @@ class TrainingGraphs:
             try:
                 self._graphs = self._capture(x.device)
             except torch.OutOfMemoryError as error:
-                remedy = "set engine.cuda_graphs=false, or take fewer images a GPU (engine.micro_batch_size)"
+                remedy = "set engine.cuda_graphs=false, or lower engine.micro_batch_size"
                 raise ConfigError(f"CUDA graphs of the blocks do not fit into this GPU's memory; {remedy}") from error
         if self._graphs:
             self._replays = signature == self._signature
@@ -127,13 +129,14 @@ class TrainingGraphs:
         seen, aside, pool = self._seen, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
-            # All blocks read one condition. A block writes where the next one reads, unless something lies between.
+            # All blocks read one condition. A block writes to the next block's input, unless operations lie between.
             condition = _Shared(torch.zeros_like(seen[0].condition, device=device))
-            # Rotations of all images are the network's table, and stay where they are. Those of each image change.
+            # Rotations (2, N, D) are the network's own table and do not move. Rotations for each image (2, B, N, D)
+            # change, so they need a buffer.
             ropes = {id(s.rope): _Shared(s.rope if s.rope.dim() == 3 else torch.zeros_like(s.rope)) for s in seen}
             graphs: list[_BlockGraphs] = []
             for index, each in enumerate(seen):
-                # While warming up, a block that reads what the one before it writes may read what that one reads.
+                # For the warm-up, a block that follows another one directly may share its input.
                 x = graphs[-1].x if each.follows and graphs else torch.zeros_like(each.x, device=device)
                 made = _BlockGraphs(
                     self._blocks[index],
@@ -148,8 +151,8 @@ class TrainingGraphs:
                 )
                 made.warm_up()
                 graphs.append(made)
-            # The first pass has left its activations in the allocator, beside which the pool needs as much again. And
-            # a graph that is destroyed as garbage would break a capture.
+            # The first pass has left its activations in the allocator's cache; the pool needs the same amount again.
+            # Besides, garbage collection of a graph during a capture would break the capture.
             gc.collect()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
@@ -168,12 +171,12 @@ class TrainingGraphs:
 
 
 class _Seen(NamedTuple):
-    """What a block was given in the first pass."""
+    """The inputs of a block in the first pass."""
 
-    x: Tensor  # shape, strides and dtype, without memory
-    condition: Tensor
-    rope: Tensor  # itself
-    follows: bool  # whether x is what the block before it returned
+    x: Tensor  # shape, strides and dtype only
+    condition: Tensor  # shape, strides and dtype only
+    rope: Tensor  # the tensor itself
+    follows: bool  # whether x is the output of the previous block
 
 
 @dataclass
@@ -185,9 +188,9 @@ class _Pass:
 
 @dataclass
 class _Shared:
-    """What several blocks read in a pass, and is copied once."""
+    """An input that several blocks read in a pass; it is copied once."""
 
-    memory: Tensor  # where the graphs read it
+    memory: Tensor  # the tensor that the graphs read
     copied: ReferenceType[Tensor] | None = None
 
     def copy(self, given: Tensor) -> None:
@@ -206,12 +209,12 @@ class _BlockGraphs:
     seen: _Seen
     x: Tensor  # (B, N, C)
     condition: _Shared  # (B, C)
-    rope: _Shared  # (2, N, D), or (2, B, N, D) of tokens that are not routed
+    rope: _Shared  # (2, N, D), or (2, B, N, D) in routed blocks
     recomputed: bool
     accumulate: bool
     shared: _Pass
     offset: int = 0  # of the generator before the last forward pass
-    _open: tuple[Tensor, list[Tensor]] | None = None  # the output and what it depends on, between two captures
+    _open: tuple[Tensor, list[Tensor]] | None = None  # the output and its leaves, between the two captures
 
     def __post_init__(self) -> None:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -222,13 +225,13 @@ class _BlockGraphs:
         self.generator = torch.cuda.default_generators[self.x.device.index]
 
     def warm_up(self) -> None:
-        """Forward and backward passes outside of graphs, which touch neither gradients nor hooks."""
+        """Run forward and backward passes outside of graphs, without touching parameters' gradients or hooks."""
         for _ in range(WARM_UPS):
             out, leaves = self._traced()
             self._differentiated(out, leaves, torch.zeros_like(out))
 
     def capture_forward(self, pool: Any) -> Tensor:
-        """The output, where the graph writes it."""
+        """Capture the forward pass; returns the output tensor that the graph writes."""
         with _captured(self.forward, pool):
             out, leaves = self._traced()
         self.out = out.detach()
@@ -236,21 +239,21 @@ class _BlockGraphs:
         return self.out
 
     def capture_backward(self, pool: Any, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of x, where the graph writes it.
+        """Capture the backward pass; returns the gradient of x that the graph writes.
 
-        `gradient` of the output lies where the next block's graph writes it, or None: in memory of its own.
+        `gradient` is the output's gradient that the next block's graph writes; None: a new tensor is allocated for it.
         """
         self.gradient = torch.zeros_like(self.out) if gradient is None else gradient
         with _captured(self.backward, pool):
             out, leaves = self._open or self._traced()
             found = self._differentiated(out, leaves, self.gradient)
-            # Laid out as the parameters are, so that autograd takes them as they are.
+            # In the parameters' layout, so that autograd does not copy them.
             self.gradients = [None if g is None else g.contiguous() for g in found]
-        self._open = None  # what it has saved is free for the blocks before
+        self._open = None  # frees its activations for the previous blocks
         return self.gradients[0]
 
     def replay_forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
-        """The output (B, N, C), which the next pass overwrites."""
+        """Replay the forward pass; returns the output (B, N, C), which the next pass overwrites."""
         if self.addresses != [p.data_ptr() for p in self.parameters]:
             raise RuntimeError("CUDA graphs: weights have moved since the capture")
         if x.data_ptr() != self.x.data_ptr():
@@ -263,9 +266,12 @@ class _BlockGraphs:
         return self.out.detach()
 
     def replay_backward(self, gradient: Tensor) -> list[Tensor | None]:
-        """The gradients of x, the condition and the parameters, which the next pass overwrites."""
+        """Replay the backward pass; returns the gradients of x, the condition and the parameters.
+
+        The next pass overwrites them.
+        """
         if not self.accumulate and any(p.grad is not None for p in self.parameters):
-            raise RuntimeError("CUDA graphs: gradients of the pass before are still in use")
+            raise RuntimeError("CUDA graphs: gradients of the previous pass are still in use")
         if gradient.data_ptr() != self.gradient.data_ptr() or gradient.stride() != self.gradient.stride():
             self.gradient.copy_(gradient)
         if self.recomputed:  # the same dropout again
@@ -275,7 +281,8 @@ class _BlockGraphs:
             self.generator.set_offset(offset)
         else:
             self.backward.replay()
-        # Autograd takes a tensor that nobody else holds for the parameter's gradient, and adds later ones to it.
+        # If autograd holds the only reference to a tensor, it makes the tensor the parameter's gradient without a copy,
+        # and accumulates later gradients in it.
         found = [None if g is None else g.detach() for g in self.gradients]
         if self.accumulate:
             first = [p.grad is None for p in self.parameters]
@@ -290,9 +297,10 @@ class _BlockGraphs:
         return found
 
     def _traced(self) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what it depends on: x, the condition, and the parameters under other names.
+        """Run the block; returns the output and its leaves: x, the condition, and aliases of the parameters.
 
-        Gradients of the parameters themselves would pass through nodes that belong to another stream and have hooks.
+        Aliases, because gradients of the parameters themselves would pass through autograd nodes of another stream, and
+        call hooks.
         """
         leaves = [self.x.detach(), self.condition.memory.detach()]
         for leaf, like in zip(leaves, (self.seen.x, self.seen.condition), strict=True):
@@ -300,8 +308,8 @@ class _BlockGraphs:
         aliases = [nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in self.parameters]
         with _replaced(self.slots, aliases):
             out = self.run(leaves[0], leaves[1], self.rope.memory)
-        # A later pass must not find weights that autocast has cast in this one. Blocks would be compiled anew if the
-        # cache were off.
+        # A later pass must not use weights that autocast has cast in this one. The cache cannot be disabled, because
+        # then the blocks would be compiled again.
         torch.clear_autocast_cache()
         return out, [*leaves, *aliases]
 
@@ -313,7 +321,7 @@ class _BlockGraphs:
 
 
 class _Replay(torch.autograd.Function):
-    """A block's pass, to autograd."""
+    """A block's pass as an autograd function."""
 
     @staticmethod
     def forward(
@@ -326,7 +334,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.number != ctx.graphs.shared.number:
-            raise RuntimeError("CUDA graphs: a later forward pass has overwritten what this backward pass needs")
+            raise RuntimeError("CUDA graphs: a later forward pass has overwritten the activations of this one")
         of_x, of_condition, *of_parameters = ctx.graphs.replay_backward(gradient)
         return None, of_x, of_condition, None, *of_parameters
 
@@ -337,7 +345,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _replaced(slots: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let modules have other parameters for a while."""
+    """Replace parameters of modules in the body of the `with` statement."""
     own: list[nn.Parameter | None] = [module._parameters[name] for module, name in slots]
     try:
         for (module, name), parameter in zip(slots, parameters, strict=True):
@@ -350,7 +358,7 @@ def _replaced(slots: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Pa
 
 @contextmanager
 def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Capture the body of the `with` statement; torch.cuda.graph would wait and empty the cache each time."""
+    """Capture the body of the `with` statement. Unlike torch.cuda.graph, it does not wait and empty the cache."""
     graph.capture_begin(pool=pool, capture_error_mode=CAPTURE_MODE)
     try:
         yield

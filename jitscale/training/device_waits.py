@@ -1,7 +1,7 @@
-"""Where DeepSpeed 0.19.8 lets the host wait for the GPU, and what does the same on the device.
+"""Replacements for functions of DeepSpeed 0.19.8 that let the host wait for the GPU; these do the same on the device.
 
-A host that waits launches nothing meanwhile, and the GPU idles until the next kernels come. engine.py hands over
-DeepSpeed's objects and modules, since it alone imports deepspeed.
+While the host waits, it launches no kernels, and then the GPU idles. Only engine.py imports deepspeed, and passes its
+objects and modules to the functions here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,14 @@ import torch
 
 from jitscale import parallel
 
-NORM_BLOCK = 4096  # gradients summed in float32 before float64 takes over
+NORM_BLOCK = 4096  # elements that are summed in float32; float64 sums the blocks
 
-Replacement = tuple[Any, str, Any]  # an object or a module, the name of an attribute, and what stands in for it
+Replacement = tuple[Any, str, Any]  # an object or a module, the name of an attribute, and its temporary value
 
 
 @contextmanager
 def replaced(*replacements: Replacement) -> Iterator[None]:
-    """Let attributes have other values in the body of the `with` statement."""
+    """Replace attributes in the body of the `with` statement."""
     with ExitStack() as stack:
         for owner, name, value in replacements:
             own = name in vars(owner)
@@ -29,13 +29,15 @@ def replaced(*replacements: Replacement) -> Iterator[None]:
 
 
 def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> None:
-    """Let the current stream wait for DeepSpeed's `stream` of reductions where the host would, after each backward.
+    """After each backward pass, let the current stream wait for DeepSpeed's reduction `stream`, instead of the host.
 
-    `optimizer` is that of stage 3. What the host launches afterwards reads the reduced gradients on the current stream,
-    which is ordered behind them. The memory is safe as well. Buckets belong to the current stream: who gets them next
-    writes them on it, behind the reductions. What was allocated for `stream` is written again on `stream` only, and
-    DeepSpeed lets that wait for the current stream before each reduction. Masters in the CPU's memory need the host to
-    wait: not for them.
+    `optimizer` is DeepSpeed's for stage 3. Must not be used if the masters are in the CPU's memory: they need the host
+    to wait.
+
+    Later kernels read the reduced gradients on the current stream, which waits for the reductions. Memory is safe too.
+    Buckets belong to the current stream: their next user writes them on that stream, after the reductions. Tensors
+    allocated for `stream` are reused on `stream` only, and DeepSpeed lets it wait for the current stream before each
+    reduction.
     """
     end_backward = optimizer.independent_gradient_partition_epilogue
 
@@ -52,11 +54,11 @@ def order_after_reductions(optimizer: Any, accelerator: Any, stream: Any) -> Non
 def gradient_norm(
     device: torch.device, gradients: Iterable[torch.Tensor], parameters: object = None, norm_type: int = 2
 ) -> torch.Tensor:
-    """The global 2-norm of sharded gradients, () float32; -1, DeepSpeed's sentinel, where it is not finite.
+    """The global 2-norm of sharded gradients, () float32; -1, DeepSpeed's sentinel, if it is not finite.
 
-    It replaces DeepSpeed's own in stages 1 to 3, which copies every gradient to float64 first (on CPUs a fifth of the
-    time around the network) and lets the host wait for a GPU. Here short blocks are summed in float32 and the blocks in
-    float64, as exactly and in one pass; GPUs sum in float32 by blocks of their own.
+    It replaces DeepSpeed's function in stages 1 to 3. That one copies every gradient to float64 (on CPUs a fifth of the
+    time outside the network), and lets the host wait for a GPU. Here float32 sums short blocks, and float64 sums the
+    blocks: equally exact, in one pass. GPUs sum in float32 by their own blocks.
     """
     return _with_sentinel(parallel.sum_over_ranks(_square_sum(device, gradients)), norm_type)
 
@@ -64,7 +66,10 @@ def gradient_norm(
 def whole_gradient_norm(
     device: torch.device, input_tensors: Iterable[torch.Tensor], norm_type: int = 2, **_: object
 ) -> torch.Tensor:
-    """The same of gradients that are whole on every rank, for bf16 in stage 1: `get_global_norm_of_tensors`."""
+    """Like `gradient_norm`, for gradients that are whole on every rank.
+
+    It replaces `get_global_norm_of_tensors`, which bf16 in stage 1 uses.
+    """
     return _with_sentinel(_square_sum(device, input_tensors), norm_type)
 
 
@@ -72,9 +77,9 @@ def whole_gradient_norm(
 def clip_by_norm(
     input_tensors: Sequence[torch.Tensor], max_norm: float, global_norm: torch.Tensor, eps: float = 1e-6, **_: object
 ) -> torch.Tensor:
-    """Scale gradients, in place, so that their norm is `max_norm` at most; returns their norm before, `global_norm`.
+    """Scale gradients in place so that their norm is at most `max_norm`; returns the norm before, `global_norm`.
 
-    It replaces DeepSpeed's `clip_tensors_by_global_norm`, which asks the device whether there is something to clip.
+    It replaces DeepSpeed's `clip_tensors_by_global_norm`, which waits for the device to learn whether to clip.
     """
     torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + eps)).clamp(max=1.0))
     return global_norm
@@ -87,7 +92,7 @@ def _with_sentinel(square_sum: torch.Tensor, norm_type: int) -> torch.Tensor:
 
 
 def _square_sum(device: torch.device, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of squares, () float64 on `device`; without gradients it is zero, and built there too."""
+    """The sum of squares, () float64 on `device`; zero without gradients."""
     summed = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     squares = [torch.zeros((), dtype=torch.float64, device=device)]
     if device.type == "cuda" and summed:

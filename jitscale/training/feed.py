@@ -1,7 +1,7 @@
 """From shards to the tensors of a step: micro-batches on the device, with their random draws.
 
-Every draw is a function of the run's seed and a sample's position in the global sequence, so that a resumed run repeats
-nothing and skips nothing, on any number of ranks.
+Every draw is a function of the run's seed and a sample's position in the global sequence. Therefore a resumed run
+repeats nothing and skips nothing, on any number of ranks.
 
 Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
 """
@@ -29,21 +29,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass takes, on the device."""
+    """The inputs of one forward and backward pass, on the device."""
 
     x: torch.Tensor  # float32 (B, A, S, S), clean images in [-1, 1]
     e: torch.Tensor  # float32 (B, A, S, S), scaled noise
     z: torch.Tensor  # float32 (B, A, S, S), t x + (1 - t) e
     t: torch.Tensor  # float32 (B,) in [0, 1]
-    labels: torch.Tensor  # int64 (B,), the null label where the class is dropped
-    kept: torch.Tensor | None  # int64 (B, K), rising: the tokens that are not routed; None if all pass
-    bad_samples: list[str]  # why images could not be decoded; others replace them
+    labels: torch.Tensor  # int64 (B,), the null label if the class is dropped
+    kept: torch.Tensor | None  # int64 (B, K), ascending: tokens that pass the routed blocks; None: all pass
+    bad_samples: list[str]  # why images could not be decoded; another sample replaces each
 
 
 def open_once_a_node(config: Config, world: World) -> ShardSet:
-    """`open_training_shards` by one rank of each node for all of them; a collective call.
+    """`open_training_shards` on one rank of each node, for all its ranks; a collective call.
 
-    To open 100,000 shards takes half a minute, and the storage would be asked by every rank.
+    Opening 100,000 shards takes half a minute, and the storage must not serve every rank.
     """
 
     def opened() -> tuple[ShardSet, ShardSet | None]:
@@ -51,7 +51,7 @@ def open_once_a_node(config: Config, world: World) -> ShardSet:
         return shards, shards.held_out
 
     shards, held_out = once_a_node(world, opened)
-    shards.held_out = held_out  # they do not travel with the others
+    shards.held_out = held_out  # pickling a ShardSet drops it
     return shards
 
 
@@ -98,9 +98,9 @@ class Feed:
         self._prepared = _copied(drawn, world.device)
 
     def __next__(self) -> MicroBatch:
-        """The next micro-batch; images that could not be decoded are named in it.
+        """The next micro-batch; its `bad_samples` name images that could not be decoded.
 
-        Raises, on this rank alone, a DataError if a shard cannot be read or a worker has died.
+        Raises a DataError, on this rank only, if a shard cannot be read or a worker has died.
         """
         config = self._config
         with parallel.said_by_this_rank():
@@ -118,7 +118,7 @@ class Feed:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items; each is asked for before the one before it is handed out."""
+    """The same items, read one ahead: the next item is requested before the current one is yielded."""
     ahead: list[T] = []
     for item in items:
         yield from ahead
@@ -126,15 +126,17 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
     yield from ahead
 
 
-_Prepared = tuple[Batch, tuple[torch.Tensor, ...]]  # a batch, and what `_with_draws` makes of it
+_Prepared = tuple[Batch, tuple[torch.Tensor, ...]]  # a batch, and the tensors of `_with_draws`
 
 
 def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
-    """The images and random draws, except the noise, which is drawn on the device.
+    """The images and their random draws, except the noise, which is drawn on the device.
 
-    They are images, uint8 (B, S, S, A); labels, int64 (B,), the null label where the class is dropped; whether to flip,
-    bool (B,); normal numbers, float32 (B,), from which times are made; and the tokens that are not routed, int64
-    (B, K), of which there are none if all pass.
+    - images: uint8 (B, S, S, A)
+    - labels: int64 (B,), the null label if the class is dropped
+    - flip: bool (B,)
+    - normal numbers: float32 (B,); `times_from_normal` makes times from them
+    - tokens that pass the routed blocks: int64 (B, K); K is 0 if all pass
     """
     seed, positions = config.run.seed, batch.positions.numpy()
     dropped = torch.from_numpy(uniform(seed, Purpose.LABEL_DROP, positions) < config.diffusion.label_drop)
@@ -146,9 +148,9 @@ def _with_draws(batch: Batch, config: Config) -> tuple[torch.Tensor, ...]:
 
 
 def kept_tokens(seed: int, positions: Int64Array, tokens: int, kept: int) -> torch.Tensor:
-    """Which `kept` of an image's tokens pass through the routed blocks, int64 (B, kept), by (seed, position) alone.
+    """The `kept` tokens of each image that pass the routed blocks, int64 (B, kept): a function of (seed, position).
 
-    They rise in each row, so that tokens stay in their order.
+    They are ascending in each row, so that tokens stay in their order.
     """
     if kept == 0:
         return torch.empty(len(positions), 0, dtype=torch.int64)
@@ -157,10 +159,10 @@ def kept_tokens(seed: int, positions: Int64Array, tokens: int, kept: int) -> tor
 
 
 def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Prepared]:
-    """The same batches on `device`; a GPU's next one is prepared and copied while the current one is used.
+    """The same batches on `device`. The next batch is prepared and copied to a GPU while the current one is used.
 
-    Copies are made from page-locked memory, or they would wait for the GPU. Images that lie in it already are not
-    moved.
+    Copies come from page-locked memory; otherwise they would wait for the GPU. Images that the loader has put there
+    are not moved again.
     """
     if device.type != "cuda":
         yield from batches
@@ -177,5 +179,5 @@ def _copied(batches: Iterator[_Prepared], device: torch.device) -> Iterator[_Pre
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
         for tensor in tensors:
-            tensor.record_stream(current)  # its memory is not given away while the step uses it
+            tensor.record_stream(current)  # the allocator must not reuse its memory before the step is done
         yield batch, tensors

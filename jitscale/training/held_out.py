@@ -1,8 +1,8 @@
 """The loss on samples that are never trained on, at fixed times and with fixed noise.
 
-The training loss changes with the times and the noise of every batch, and falls on images that the network has seen.
-Here the samples, their times and their noise are the same at every measurement and for every weight set. So the numbers
-can be compared within a run and between runs: they tell whether the network generalises, and which average is best.
+The training loss varies with the times and the noise of every batch, and the network has seen the images. Here the
+samples, their times and their noise are the same at every measurement and for every weight set. Therefore the numbers
+are comparable within a run and between runs. They show whether the network generalises, and which average is best.
 
 Shapes: B samples of a block, K times, A channels, H rows, W columns.
 """
@@ -32,46 +32,47 @@ from jitscale.training.noise import add_noise, seeded_noise
 
 logger = logging.getLogger(__name__)
 
-TIMES = tuple((k + 0.5) / 8 for k in range(8))  # t = 1 is clean: the middles of eight equal intervals
+TIMES = tuple((k + 0.5) / 8 for k in range(8))  # the middles of eight equal intervals; t = 1 is clean
 
-_MOST_REASONS = 10  # of bad images that a rank names
+_MOST_REASONS = 10  # warnings about bad images of one rank
 
 
 @dataclass(frozen=True)
 class _Block:
     """Samples that go through the network together."""
 
-    ids: Int64Array  # (B,), numbers of held-out samples; the last block is filled up with numbers of none
+    ids: Int64Array  # (B,), numbers of held-out samples; the last block is padded with numbers beyond the last sample
     images: UInt8Array  # (B, H, W, A)
     labels: Int64Array  # (B,)
-    sound: list[int]  # the rows that hold a sample whose image could be decoded
-    bad: list[str]  # what is wrong with the others
+    sound: list[int]  # the rows whose image could be decoded
+    bad: list[str]  # why the other images could not be decoded
 
 
 @dataclass(eq=False)
 class HeldOutLoss:
     """Measures weight sets on held-out samples.
 
-    Samples form blocks of `evaluation.block_size`, which ranks take by turns. A block always has the same shape, and
-    the noise of a sample is a function of (`evaluation.seed`, its number, the number of the time), so that no loss
+    Samples form blocks of `evaluation.block_size`; ranks take blocks in turn. A block always has the same shape, and
+    the noise of a sample is a function of (`evaluation.seed`, its number, the number of the time). Therefore no loss
     depends on the number of ranks. Nothing here draws from a generator that training uses.
     """
 
     config: Config
     world: World
-    samples: ShardSet  # the held-out ones
-    stop: Callable[[], None] = lambda: None  # called before every block; what it raises ends the measurement
-    _reasons: set[str] = field(default_factory=set)  # of bad images, logged so far
+    samples: ShardSet  # the held-out samples
+    stop: Callable[[], None] = lambda: None  # called before every block; an exception from it ends the measurement
+    _reasons: set[str] = field(default_factory=set)  # warnings about bad images so far
 
     def measure(self, network: JiT, name: str) -> dict[str, float | int | None]:
-        """The losses of the weight set `name`, in a `network` that `ready_on_all_ranks` has made; a collective call.
+        """The losses of the weight set `name`; `network` comes from `ready_on_all_ranks`. A collective call.
 
-        On every rank: `held_out/<name>`, the mean loss over samples and times; `held_out/<name>/t0.0625`, ..., the
-        means over samples at each of `TIMES`; the numbers `held_out_samples` of measured samples and
-        `held_out_bad_samples` of undecodable ones. The loss is that of training, in the space `diffusion.loss`, without
-        flips, dropped labels and dropout.
+        Returns on every rank:
+        - `held_out/<name>`: the mean loss over samples and times
+        - `held_out/<name>/t0.0625`, ...: the mean over samples at each of `TIMES`
+        - `held_out_samples` and `held_out_bad_samples`: the numbers of measured and of undecodable samples
 
-        Raises a DataError on every rank if a shard cannot be read, or no image can be decoded.
+        It is the training loss, in the space `diffusion.loss`, but without flips, dropped labels and dropout. Raises a
+        DataError on every rank if a shard cannot be read, or no image can be decoded.
         """
         started = time.perf_counter()
         losses, bad = self._losses(network)
@@ -88,13 +89,13 @@ class HeldOutLoss:
         }
 
     def _losses(self, network: JiT) -> tuple[Float64Array, int]:
-        """The loss of every sound sample at every time, (samples, K), in their order, and how many are not sound."""
+        """The loss of each decodable sample at each time, (samples, K), in order; the number of undecodable samples."""
         size, world = self.config.evaluation.block_size, self.world
         count = -(-self.samples.num_samples // size)
 
         def own() -> list[tuple[Float64Array, int]]:
             numbers = range(world.rank, count, world.size)
-            with ThreadPoolExecutor(1) as thread:  # it reads the next block while the device is busy with this one
+            with ThreadPoolExecutor(1) as thread:  # reads the next block while the device computes
                 reading = one_ahead(thread.submit(self._read, number) for number in numbers)
                 blocks = (block.result() for block in reading)
                 return [(self._block_losses(network, block), len(block.bad)) for block in blocks]
@@ -126,7 +127,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def _block_losses(self, network: JiT, block: _Block) -> Float64Array:
-        """(sound, K)"""
+        """The losses of the decodable samples, (sound, K)."""
         self.stop()
         config, device = self.config, self.world.device
         generator = torch.Generator(device)

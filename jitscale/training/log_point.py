@@ -1,4 +1,4 @@
-"""What the ranks tell each other at a log point, in one small exchange."""
+"""The values that the ranks exchange at a log point, in one small collective."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from jitscale.training.watch import LossByNoiseLevel
 
 
 class LogPoint(NamedTuple):
-    """What all ranks know after the exchange."""
+    """The values that all ranks know after the exchange."""
 
-    stop: bool  # a rank was asked to stop
-    writing: bool  # a rank still writes its file of a checkpoint
+    stop: bool  # any rank received a signal to stop
+    writing: bool  # any rank still writes its file of a checkpoint
     bad_samples: int  # of all ranks, counted as `BadSamples.here`
     rate: float  # images a second, by rank 0's clock
-    loss: float  # mean over the batch, of the output layer
-    middle_loss: float  # of the middle one; 0 where there is none
+    loss: float  # of the output layer, mean over the batch
+    middle_loss: float  # of the middle output layer; 0 without one
     loss_by_noise_level: dict[str, float | None]  # as `LossByNoiseLevel.means`
     slow_ranks: list[tuple[int, float, float]]  # as `RankTimes.slow_ranks`; known to rank 0 only
 
@@ -32,10 +32,10 @@ def exchange(
     loss: torch.Tensor,
     losses: torch.Tensor,
 ) -> LogPoint:
-    """Bring together what each rank knows. A collective call; on a GPU it waits for the step.
+    """Combine this rank's values with those of the others. A collective call; on a GPU it waits for the step.
 
-    `seconds` is what `RankTimes.take` returns, `losses` (2 * BINS,) what `LossByNoiseLevel.take` does, and `loss`
-    (2,) is this rank's part of the two means.
+    `seconds` comes from `RankTimes.take`, `losses` (2 * BINS,) from `LossByNoiseLevel.take`. `loss` (2,) is this rank's
+    part of the two means.
     """
     of_main = rate if parallel.this_rank() == 0 else 0.0
     on_host = torch.tensor([stop, writing, bad_samples, of_main, seconds], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The losses of a step: of the output layer, and of the middle one where the network has it.
+"""The losses of a step: of the output layer, and of the middle output layer if the network has one.
 
 Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
 """
@@ -10,12 +10,12 @@ from jitscale.diffusion.objective import pixels_of, sample_loss
 
 
 class Losses:
-    """From predictions to losses, compiled if the blocks are."""
+    """Computes losses from predictions; compiled if the blocks are."""
 
     def __init__(
         self, model: ModelConfig, diffusion: DiffusionConfig, subspace: torch.Tensor | None, *, compiled: bool
     ) -> None:
-        """`subspace` is that of the network, on the device."""
+        """`subspace` is the network's, on the device."""
         self._model, self._diffusion, self._subspace = model, diffusion, subspace
         self._sample_loss = torch.compile(sample_loss) if compiled else sample_loss
 
@@ -28,10 +28,10 @@ class Losses:
         t: torch.Tensor,
         kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The losses (B,) of both layers, from what the network returned.
+        """The losses (B,) of the output layer and of the middle output layer (None without one).
 
-        That is (B, A, S, S), or (2, B, A, S, S) with a middle layer. If that layer lies among routed blocks, it has
-        seen the tokens `kept` (B, K), and only their pixels count.
+        `prediction` is (B, A, S, S), or (2, B, A, S, S) with a middle output layer. If that layer lies among routed
+        blocks, it has seen only the tokens `kept` (B, K), so that only their pixels count.
         """
         truth = (x, e, z, t, self._diffusion, self._subspace)
         if self._model.middle_head == 0:

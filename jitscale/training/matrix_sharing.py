@@ -1,8 +1,8 @@
-"""Matrices that lie in the shards of many ranks: each is whole on one rank for as long as that computes with it.
+"""Computes with whole matrices whose elements are sharded over the ranks: one rank owns each matrix.
 
-The matrices of a step are shared over the ranks at once, such that all compute about equally long. One all-to-all takes
-the pieces of each matrix to its owner, another one brings back what the owner made of them. A rank sends its shard and
-receives its own matrices, and no more: gathering all matrices on every rank would move 2 x ranks as much.
+The matrices of a step are distributed such that all ranks compute for about the same time. One all-to-all sends the
+pieces of each matrix to its owner, a second one returns the results. A rank sends its shard and receives only the
+matrices that it owns. Gathering all matrices on every rank would move more data by a factor of 2 x ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from jitscale import parallel
 
-if TYPE_CHECKING:  # an optimizer needs no package that reads files: the benchmark of a step runs without them
+if TYPE_CHECKING:  # the benchmark of a step runs the optimizer without the packages that read files
     from jitscale.checkpoints.format import Fragment
 
 Shape = tuple[int, ...]
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Owned:
-    """A matrix of this rank: its pieces in their order, as (begin, end) in what the rank receives."""
+    """A matrix that this rank owns: its pieces in order, as (begin, end) in the received buffer."""
 
     shape: Shape
     pieces: list[tuple[int, int]]
@@ -34,9 +34,9 @@ class MatrixSharing:
     """Which rank owns each matrix, and which elements go where."""
 
     def __init__(self, fragments: Sequence[Sequence[Fragment]], rank: int, cost: Callable[[Shape], float]) -> None:
-        """Share the matrices in the `fragments` of all ranks, of which this is number `rank`.
+        """Distribute the matrices in the `fragments` of all ranks; this rank is number `rank`.
 
-        `cost` says how long a matrix of some shape takes, in any unit. All ranks compute the same from the same.
+        `cost` returns the time that a matrix of a shape takes, in any unit. All ranks compute the same result.
         """
         ranks = range(len(fragments))
         shapes = {f.name: f.shape for own in fragments for f in own}
@@ -46,7 +46,7 @@ class MatrixSharing:
         # Messages hold the pieces in the order of `names`.
         sent = [[held[rank][name] for name in names[owner] if name in held[rank]] for owner in ranks]
         received = [[held[source][name] for name in names[rank] if name in held[source]] for source in ranks]
-        self.pieces = [f for message in sent for f in message]  # this rank's, in the order in which they are sent
+        self.pieces = [f for message in sent for f in message]  # of this rank, in the order of sending
         self._sent = [sum(f.length for f in message) for message in sent]
         self._received = [sum(f.length for f in message) for message in received]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names[rank]}
@@ -56,7 +56,7 @@ class MatrixSharing:
             position += f.length
         self._owned = [_Owned(shapes[name], [place[1:] for place in sorted(found)]) for name, found in places.items()]
         for owned in self._owned:
-            assert sum(end - begin for begin, end in owned.pieces) == prod(owned.shape), "an element has one holder"
+            assert sum(end - begin for begin, end in owned.pieces) == prod(owned.shape), "one rank holds each element"
 
     def compute(
         self,
@@ -67,15 +67,15 @@ class MatrixSharing:
     ) -> None:
         """Apply `transform` (matrix -> matrix of its shape) to every matrix; a collective call.
 
-        `fill` writes the elements of a fragment of this rank into a flat tensor with the dtype and the device of
-        `like`; `take` is given what became of them. Next to one matrix, two buffers are in memory: one with the
-        elements of this rank's shard, one with those of its matrices.
+        `fill` writes the elements of one of this rank's fragments into a flat tensor with the dtype and the device of
+        `like`; `take` receives their results. Besides one matrix, two buffers are in memory: the elements of this
+        rank's shard, and the elements of the matrices that it owns.
         """
         sent = like.new_empty(sum(self._sent))
         parts = sent.split([f.length for f in self.pieces])
         for piece, part in zip(self.pieces, parts, strict=True):
             fill(piece, part)
-        received = sent  # one rank owns what it sends
+        received = sent  # a single rank owns everything
         if len(self._sent) > 1:
             received = like.new_empty(sum(self._received))
             parallel.exchange(sent, self._sent, received, self._received)
@@ -91,7 +91,7 @@ class MatrixSharing:
 
 
 def balanced(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
-    """Each name's rank: the dearest first, each to the rank that has least to do (Graham 1969)."""
+    """The rank of each name: names by falling cost, each to the rank with the smallest load so far (Graham 1969)."""
     loads, owners = [0.0] * ranks, {}
     for name in sorted(costs, key=lambda name: -costs[name]):
         owners[name] = min(range(ranks), key=loads.__getitem__)

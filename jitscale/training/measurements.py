@@ -1,4 +1,4 @@
-"""Measurements and pictures of a run: grids, FID on few images, held-out loss, and at its end the final FID."""
+"""Measurements and pictures of a run: grids of samples, FID on few images, held-out loss, and the final FID."""
 
 import gc
 import logging
@@ -41,11 +41,11 @@ Measurement = Callable[[], None]
 
 @dataclass(eq=False)
 class Measurements:
-    """Measures the weights of a run as they are; every method but `due` is a collective call."""
+    """Measures the current weights of a run; every method except `due` is a collective call."""
 
     config: Config
     world: World
-    shards: ShardSet  # for training; they know the held-out samples
+    shards: ShardSet  # for training; `shards.held_out` are the held-out samples
     engine: ZeroEngine
     ema: ShardedEma
     state: RunState
@@ -53,13 +53,13 @@ class Measurements:
     guide: JiT | None  # the network of `evaluation.guide`, in eval mode
     end: int  # images seen when the run is complete
     stop: Callable[[], None]  # raises a StopRequestedError between two blocks
-    _warned: set[str] = field(default_factory=set)  # of averages that are mostly the start of the run
+    _warned: set[str] = field(default_factory=set)  # averages of which a warning said: mostly the start of the run
 
     def due(self) -> list[Measurement]:
-        """The measurements after this step."""
+        """The measurements that are due after this step."""
         evaluation, state, batch = self.config.evaluation, self.state, self.config.data.batch_size
         found: list[Measurement] = []
-        # The last step is measured on few images only where no final evaluation follows.
+        # If a final evaluation follows, the last step is not measured on few images.
         if state.crossed(evaluation.every_images, batch) and (state.images < self.end or not evaluation.at_end):
             found.append(self.on_few_images)
         if state.crossed(evaluation.held_out_every_images, batch):
@@ -67,9 +67,9 @@ class Measurements:
         return found
 
     def attempt(self, measure: Measurement) -> bool:
-        """Measure while training; returns False if a signal has stopped it.
+        """Measure during training; returns False if a signal has stopped the measurement.
 
-        A file system that fails costs this measurement, on all ranks, and not the run.
+        If a file system fails, all ranks skip this measurement, and training goes on.
         """
         try:
             measure()
@@ -77,13 +77,13 @@ class Measurements:
             return False
         except StorageError as error:
             if self.world.is_main:
-                logger.error("step %d: a measurement is left out, training goes on: %s", self.state.step, error)
+                logger.error("step %d: a measurement failed, training goes on: %s", self.state.step, error)
         finally:
-            gc.collect()  # the network; see `_evaluating`
+            gc.collect()  # frees the network; see `_evaluating`
         return True
 
     def cut_short(self) -> list[Measurement]:
-        """Due measurements that are not recorded: the run was killed between its save and its measurement."""
+        """Due measurements without a record, because the run ended between its save and its measurement."""
         state, run_dir = self.state, Path(self.config.run.dir)
         if state.images == 0:
             return []
@@ -95,7 +95,7 @@ class Measurements:
         return [measure for measure, done in zip(due, parallel.on_main(recorded), strict=True) if not done]
 
     def grid(self, name: str, evaluation: EvaluationConfig) -> None:
-        """Record a picture of samples under `name`. Rank 0 draws it alone, and only there a network takes memory."""
+        """Record a picture of samples under `name`. Only rank 0 draws it, so only rank 0 needs memory for a network."""
         self.caution_about(evaluation.weights, self.state.step)
         self.engine.release_memory()
         weights: dict[str, torch.Tensor] = {}
@@ -114,7 +114,7 @@ class Measurements:
         gc.collect()
 
     def on_few_images(self) -> None:
-        """Measure the configured weights on few images, for the record of the training only."""
+        """Measure the configured weights on few images, and record it in the run's metrics."""
         evaluation, state = self.config.evaluation, self.state
         point = replace(evaluation, num_images=evaluation.few_images)
         self.caution_about(evaluation.weights, state.step)
@@ -132,7 +132,7 @@ class Measurements:
         """Record the loss of the weights and of every average on the held-out samples."""
         measured: dict[str, float | int | None] = {}
         network = self._network("model")
-        parameters = dict(network.named_parameters())  # the subspace is that of all sets
+        parameters = dict(network.named_parameters())  # without the subspace, which is the same in all sets
         for name in ("model", *self.ema.sets):
             if name != "model":
                 self.engine.gather_each(self._flats(name), lambda key, values: parameters[key].detach().copy_(values))
@@ -140,7 +140,7 @@ class Measurements:
         self.tracker.log({"step": self.state.step, "images": self.state.images, **measured})
 
     def final(self) -> None:
-        """The evaluation that the run is trained for: its number, its sweep, and a picture of the best setting."""
+        """The final evaluation: its measures, its sweep, and a picture with the best setting."""
         state, run_dir = self.state, Path(self.config.run.dir)
         points = sweep_points(self.config, weight_set_names(self.config))
         with self._evaluating() as evaluator:
@@ -154,7 +154,7 @@ class Measurements:
         self.tracker.log_final(result)
 
     def caution_about_final(self) -> None:
-        """Say which averages of the final evaluation will be mostly the start of the run."""
+        """Warn about averages of the final evaluation that will consist mostly of the start of the run."""
         state, config = self.state, self.config
         if config.evaluation.at_end:
             last_step = state.step + (self.end - state.images) // config.data.batch_size
@@ -162,8 +162,8 @@ class Measurements:
                 self.caution_about(point.weights, last_step)
 
     def caution_about(self, weights: str, steps: int) -> None:
-        """Say once for each average that it is mostly the start of the run, when it is sampled after `steps`."""
-        # The averages of an upgraded run had a start of their own.
+        """Warn, once for each average, if after `steps` it consists mostly of the start of the run."""
+        # The averages of an upgraded run began before this run.
         continued = self.engine.optimizer_step() > self.state.step
         caution = None if continued else start_caution(self.config, weights, steps)
         if caution is not None and weights not in self._warned and self.world.is_main:
@@ -172,18 +172,18 @@ class Measurements:
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        """It knows the real images, which are computed once; `_evaluating` lends it the guide."""
+        """Holds the features of real images, which are computed once; `_evaluating` gives it the guide for a while."""
         return Evaluator(self.config, self.world, Path(self.config.run.dir), stop=self.stop)
 
     @contextmanager
     def _evaluating(self) -> Iterator[Evaluator]:
-        """The evaluator, with a guide on the device inside the block alone; a collective call."""
+        """The evaluator; the guide is on the device only inside the `with` block. A collective call."""
         evaluator = self._evaluator
         try:
             with evaluator.guided_by(self._guide_on_device()):
                 yield evaluator
         finally:
-            gc.collect()  # prepared blocks refer to themselves: the guide would stay until Python happens to look
+            gc.collect()  # prepared blocks are reference cycles: without this, the guide would stay in memory
 
     @cached_property
     def _held_out_loss(self) -> HeldOutLoss:
@@ -203,7 +203,7 @@ class Measurements:
         return network_holding({**weights, **self.engine.stored_buffers()}, self.config.model, self.config.diffusion)
 
     def _guide_on_device(self) -> JiT | None:
-        """A copy of the guide, which stays on the CPU otherwise: a device holds it only while it is needed."""
+        """A copy of the guide on the device, for as long as it is needed; the guide itself stays on the CPU."""
         if (guide := self.guide) is None:
             return None
         weights = {key: p.detach().to(self.world.device, copy=True) for key, p in guide.state_dict().items()}

@@ -1,4 +1,4 @@
-"""From pixels to noisy images; it needs torch alone, since the benchmark of a step runs where nothing else is.
+"""From pixels to noisy images. It needs only torch, because the benchmark of a step runs without other packages.
 
 Shapes: B images, A channels, S pixels a side.
 """
@@ -12,10 +12,10 @@ from jitscale.keyed_random import Int64Array
 def add_noise(
     images: torch.Tensor, flip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, noise_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clean images x, scaled noise e and noisy images z, float32 (B, A, S, S) each; compiled, it is one kernel.
+    """Clean images x, scaled noise e and noisy images z, float32 (B, A, S, S) each. Compiled, it is one kernel.
 
-    It takes `images`, uint8 (B, S, S, A); `flip` (B,), whether to mirror; standard normal `noise` (B, A, S, S); and
-    times `t` (B,) in [0, 1].
+    `images` are uint8 (B, S, S, A). `flip` (B,) says which to mirror. `noise` (B, A, S, S) is standard normal. Times
+    `t` (B,) are in [0, 1].
     """
     x, e = to_model_input(images, flip), noise_scale * noise
     return x, e, interpolate(x, e, t)
@@ -24,8 +24,8 @@ def add_noise(
 def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     """float32 (B, A, S, S) in [-1, 1] from uint8 `images` (B, S, S, A), mirrored where `flip` (B,) is true.
 
-    Computed in float32 whatever precision follows, since bf16 arithmetic gives other pixels. Contiguous, so that noise
-    of its layout does not depend on that of the images.
+    Computed in float32 for every precision of training, because bf16 arithmetic would give other pixels. The result is
+    contiguous.
     """
     flipped = torch.where(flip[:, None, None, None], images.flip(2), images)
     channels_first = flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -33,9 +33,9 @@ def to_model_input(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 
 
 def seeded_noise(seeds: Int64Array, shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
-    """Standard normal noise for images of `shape` (A, S, S), on the device of `generator`, one stream a seed.
+    """Standard normal noise, float32 (B, A, S, S), for images of `shape` (A, S, S): one random stream for each seed.
 
-    float32 (B, A, S, S).
+    It is drawn on the device of `generator`.
     """
     noise = torch.empty(len(seeds), *shape, device=generator.device)
     for row, seed in zip(noise, seeds, strict=True):

@@ -14,10 +14,10 @@ ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of equal weight decay and learning rate.
+    """Groups of parameters with the same weight decay and learning rate.
 
-    Matrices and convolution kernels decay, vectors (biases, norm weights) do not. A group's `lr_factor` multiplies the
-    learning rate of the step; if `muon` is true, its matrices are orthogonalised.
+    Weight decay acts on matrices and convolution kernels, not on vectors (biases, norm weights). A group's `lr_factor`
+    multiplies the learning rate of the step. If its `muon` is true, Muon updates its matrices.
     """
     factors = {
         "patch_embedding": config.lr_factor_patch_embedding,
@@ -27,7 +27,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "matrices": 1.0,
     }
     members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
-    # ZeRO joins a group's parameters. Odd sizes come last: the others start at multiples of 16 bytes, as GPUs assume.
+    # ZeRO concatenates a group's parameters. GPU kernels assume that a parameter starts at a multiple of 16 bytes, so
+    # parameters of odd sizes come last.
     for name, p in sorted(model.named_parameters(), key=lambda named: named[1].numel() % ALIGNED_ELEMENTS != 0):
         if p.requires_grad:
             kind = parameter_kind(name, p.ndim)
@@ -41,7 +42,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in its fused form, one pass over memory on GPUs and on CPUs; or Muon, which is AdamW for some groups."""
+    """AdamW in its fused form (one pass over memory, on GPUs and CPUs), or Muon, which uses AdamW for some groups."""
     groups = parameter_groups(model, config)
     adamw: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "fused": True}
     if config.name == "muon":
@@ -50,7 +51,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, images: int, total_images: int) -> float:
-    """The rate for the step that ends at `images` images seen: linear warm-up from zero, then the schedule."""
+    """The rate of the step after which `images` images are seen: linear warm-up from zero, then the schedule."""
     if images < config.warmup_images:
         return config.lr * images / config.warmup_images
     if config.schedule == "constant":

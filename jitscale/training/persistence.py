@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 3  # in a row
 
-_TRAINING_SETTINGS = (  # besides those of the network, the loss, the optimizer and the averages
+_TRAINING_SETTINGS = (  # besides the groups model, diffusion, optim and ema
     *("data.batch_size", "data.flip", "engine.precision", "engine.float8"),
     *("run.max_images", "run.max_steps", "run.rollback_after", "run.route_until_images"),
 )
 _NOTHING_LEFT = "nothing is left to train"
 
-DataIdentity = dict[str, int | str]  # what fixes the sample sequence, and `origin`, where its epoch 0 begins
+DataIdentity = dict[str, int | str]  # determines the sample sequence; `origin`: the position where its epoch 0 begins
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Persistence:
     bad_samples: BadSamples  # their count is saved
     faults: FaultInjection
     data: DataIdentity
-    class_names: list[str] | None  # of the training data; None: not known
+    class_names: list[str] | None  # of the training data; None: unknown
     claim: Claim
     saved_step: int | None = None
     _saving: Save | None = field(default=None, init=False)
@@ -73,11 +73,12 @@ class Persistence:
         return Path(self.config.run.dir)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`. Raises a CheckpointError on every rank if it is damaged."""
+        """Resume from `checkpoint`. Raises a CheckpointError on every rank if it is damaged."""
         progress, state = checkpoint.progress, self.state
         missing = [name for name in self.ema.sets if name not in checkpoint.sets]
         if missing and self.world.is_main:
-            logger.warning("%s: no average %s there; it starts from the weights", checkpoint.path, ", ".join(missing))
+            text = "%s: the checkpoint lacks %s; these averages start from the weights"
+            logger.warning(text, checkpoint.path, ", ".join(missing))
         self._fill(checkpoint, progress.optimizer_step, dict.fromkeys(missing, "model"))
         state.step, state.images = progress.step, progress.images
         state.skipped_steps, state.skipped_images = progress.skipped_steps, progress.skipped_images
@@ -89,22 +90,22 @@ class Persistence:
                 logger.warning("%s", line)
 
     def begin_with(self, initial: StoredWeights) -> None:
-        """Take over weights, and averages where both sides have them; the moments begin at zero.
+        """Load weights, and the averages that both sides have; the optimizer's moments start at zero.
 
         Raises a CheckpointError on every rank if they are damaged, or lack `run.init_weights`.
         """
         run, default = self.config.run, "model" if "model" in initial.weight_sets else None
         weights = initial.choose(run.init_weights or default)
-        # A power-function average weighs the whole run, which begins here: nothing of it can be taken over.
+        # A power-function average weighs the whole run. The run starts here, so no stored one fits.
         own = [name for name in self.ema.sets if name not in self.ema.power_sets]
         kept = [name for name in own if run.init_ema and name in initial.weight_sets]
         self._fill(initial, 0, {name: weights for name in ("model", *self.ema.sets) if name not in kept})
         if self.world.is_main:
-            averages = ", ".join(kept) or "no average"
-            logger.info("starting from %s of %s; taken over: %s", weights, initial.path, averages)
+            averages = ", ".join(kept) or "none"
+            logger.info("starting from %s of %s; averages loaded: %s", weights, initial.path, averages)
 
     def _fill(self, source: StoredWeights, optimizer_step: int, stored_name: Mapping[str, str]) -> None:
-        """Load all sets from `source`, by their own names or those that `stored_name` gives them there."""
+        """Load all sets from `source`; `stored_name` maps a set to its name there, if the names differ."""
         sets = {**self.engine.prepare_to_load(optimizer_step), **self.ema.sets}
 
         def fill() -> None:
@@ -115,10 +116,11 @@ class Persistence:
         self.engine.finish_loading()
 
     def save(self, *, last: bool = False) -> None:
-        """Write the state unless it is on disk: in the background if configured, but the `last` save is synchronous.
+        """Write the state unless it is on disk already.
 
-        A save that fails leaves the previous checkpoint, and training goes on for a few more attempts. Raises a
-        CheckpointError on every rank if the last save failed, or several in a row.
+        The `last` save is synchronous; with `checkpoint.asynchronous`, others run in the background. A failed save
+        leaves the previous checkpoint as it is, and training goes on. Raises a CheckpointError on every rank if the
+        `last` save fails, or `MOST_FAILED_SAVES` in a row.
         """
         self.finish_save()
         if parallel.on_main(self._write_again_what_is_gone):
@@ -133,10 +135,10 @@ class Persistence:
             self.finish_save(last=last)
 
     def save_before_stop(self) -> int:
-        """`save` for the last time, because of a signal; returns the step from which the next start goes on.
+        """Save synchronously because of a signal; returns the step from which the next start resumes.
 
-        A save that fails costs what came after the older checkpoint. Raises a CheckpointError on every rank if there is
-        none.
+        If the save fails, the run resumes from the previous checkpoint, and the steps after it are lost. Raises a
+        CheckpointError on every rank if there is no previous checkpoint.
         """
         try:
             self.save(last=True)
@@ -149,9 +151,9 @@ class Persistence:
         return self.saved_step
 
     def _write_again_what_is_gone(self) -> bool:
-        """After somebody has removed things from the run's folder; returns whether its newest checkpoint is gone.
+        """Restore the lock and config.yaml if somebody has removed them; returns whether the newest checkpoint is gone.
 
-        A file system that fails is left to the next save. Raises a UserError if another run has begun there.
+        If the file system fails, the next save tries again. Raises a UserError if another run has begun in the folder.
         """
         marker = None if self.saved_step is None else step_folder(self._run_dir, self.saved_step) / MARKER
         unsaved = False
@@ -161,12 +163,12 @@ class Persistence:
             gone += [] if (self._run_dir / "config.yaml").exists() else ["config.yaml"]
             gone += [f"checkpoints/{marker.parent.name}"] if marker is not None and unsaved else []
             if gone:
-                what = "removed or moved by somebody while the run was at work; what is missing is written again"
+                what = "removed or moved while the run was at work; the run writes the missing files again"
                 logger.error("run.dir=%s: %s gone, %s", self._run_dir, " and ".join(gone), what)
                 self.claim.take_again()
                 write_config(self.config)
         except (OSError, StorageError) as error:
-            logger.error("run.dir=%s: not looked after (%s); the next save tries again", self._run_dir, error)
+            logger.error("run.dir=%s: cannot be checked (%s); the next save tries again", self._run_dir, error)
         return unsaved
 
     @property
@@ -177,7 +179,7 @@ class Persistence:
     def finish_save(self, *, last: bool = False) -> None:
         """Complete the checkpoint that is being written, if there is one.
 
-        Raises a CheckpointError on every rank if the last save failed, or several in a row.
+        Raises a CheckpointError on every rank if the `last` save failed, or `MOST_FAILED_SAVES` in a row.
         """
         if self._saving is None:
             return
@@ -193,15 +195,18 @@ class Persistence:
                     logger.warning("old checkpoints could not be removed (%s); the next save tries again", error)
 
     def snapshot(self) -> None:
-        """Store the power averages as they are; a CheckpointError on every rank if several saves failed in a row."""
+        """Store the power averages of this step.
+
+        Raises a CheckpointError on every rank if `MOST_FAILED_SAVES` saves failed in a row.
+        """
         folder = snapshot_folder(self._run_dir, self.state.images)
         with self._tolerated_failures():
             write_folder(folder, self._progress(0), self.config, *self._with_buffers(self.ema.power_sets))
 
     def roll_back(self) -> None:
-        """Go back to the last checkpoint, and jump over the data since, which made the gradients infinite.
+        """Roll back to the last checkpoint, and skip the data since then, which gave infinite gradients.
 
-        Raises a UserError on every rank if there is no checkpoint, or it has been tried too often.
+        Raises a UserError on every rank if there is no checkpoint, or after `run.max_rollbacks` rollbacks.
         """
         self.finish_save()
         self._rollbacks += 1
@@ -209,18 +214,18 @@ class Persistence:
         what = f"step {state.step}: no finite gradient in {state.skipped_in_a_row} steps"
         checkpoint = newest_sound_checkpoint(self._run_dir, self.world)
         if checkpoint is None or self._rollbacks > limit:
-            why = "no checkpoint to go back to" if checkpoint is None else f"run.max_rollbacks={limit} are used up"
-            remedy = "lower optim.lr, set optim.grad_clip, or look at the data before this step"
+            why = "there is no checkpoint yet" if checkpoint is None else f"run.max_rollbacks={limit} are used up"
+            remedy = "lower optim.lr, set optim.grad_clip, or check the data before this step"
             raise UserError(f"{what}, and {why}; {remedy}")
         self.load(checkpoint)
         state.skipped_images, state.skipped_in_a_row = position - state.images, 0
         parallel.on_main(lambda: remove_snapshots_after(self._run_dir, state.images))
         if self.world.is_main:
-            text = "%s; back to step %d, %d images are jumped over"
+            text = "%s; rolled back to step %d, skipping %d images"
             logger.warning(text, what, state.step, state.skipped_images)
 
     def _with_buffers(self, sets: Mapping[str, Flats]) -> tuple[list[Fragment], dict[str, Flats]]:
-        """The engine's fragments with flats of `sets`; rank 0 adds the network's stored buffers, in each weight set."""
+        """The engine's fragments, and the flats of `sets`; rank 0 adds the network's stored buffers to each of them."""
         fragments, buffers = list(self.engine.fragments), self.engine.stored_buffers() if self.world.is_main else {}
         for number, (name, buffer) in enumerate(buffers.items(), len(self.engine.masters())):
             fragments.append(Fragment(name, tuple(buffer.shape), number, 0, buffer.numel(), 0))
@@ -235,7 +240,7 @@ class Persistence:
 
     @contextmanager
     def _tolerated_failures(self, *, last: bool = False) -> Iterator[None]:
-        """Go on after a failed save, unless it was the `last` one or one of several in a row; alike on all ranks."""
+        """Tolerate a failed save, unless it is the `last` one or one of several in a row; the same on all ranks."""
         try:
             yield
         except CheckpointError as error:
@@ -247,15 +252,15 @@ class Persistence:
 
 
 def open_records(config: Config, world: World, state: RunState, end: int) -> tuple[Tracker, HangWatch]:
-    """Begin to write into the run's folder: only after all checks, so that a refused start leaves the run as it was.
+    """Write the first files into the run's folder, after all checks: a refused start leaves the folder unchanged.
 
-    The run goes on at `state` and is complete after `end` images. Raises a StorageError if it cannot be written.
+    The run starts at `state` and is complete after `end` images. Raises a StorageError if the folder cannot be written.
     """
     run_dir = Path(config.run.dir)
     try:
         if world.is_main:
             write_config(config)
-            if state.images < end:  # the result is no longer that of the run's end; results/ keeps it
+            if state.images < end:  # an earlier, shorter run wrote the result; results/ keeps a copy
                 (run_dir / "result.json").unlink(missing_ok=True)
             remove_snapshots_after(run_dir, state.images)
         tracker = Tracker(config, run_dir, world.is_main, state.step)
@@ -274,9 +279,9 @@ def write_config(config: Config) -> None:
 def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
     """The newest complete checkpoint, the same on every rank, with all its files verified; a collective call.
 
-    Raises a CheckpointError on every rank if it is damaged, a StorageError if it cannot be looked at.
+    Raises a CheckpointError on every rank if it is damaged, a StorageError if it cannot be read.
     """
-    # One rank looks: a shared file system may show the others an older state.
+    # Only rank 0 lists the folder: a shared file system may show the other ranks an older state.
     folders = parallel.on_main(lambda: complete_checkpoints(run_dir)[-1:])
     if not folders:
         return None
@@ -286,10 +291,10 @@ def newest_sound_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
 
 
 def initial_weights(config: Config, world: World) -> StoredWeights | None:
-    """The weights that `run.init_from` names, verified; None if it names none. A collective call.
+    """The weights of `run.init_from`, verified; None if it is not set. A collective call.
 
-    The middle output layer may be another one, or only one side may have it. Raises a CheckpointError on every rank if
-    they cannot be read, or are those of another network.
+    The middle output layer may be at another depth, or only one side may have one. Raises a CheckpointError on every
+    rank if the weights cannot be read, or belong to another network.
     """
 
     def opened() -> StoredWeights | None:
@@ -314,16 +319,17 @@ def initial_weights(config: Config, world: World) -> StoredWeights | None:
 
 
 def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | None) -> DataIdentity:
-    """What fixes the sample sequence; its epoch 0 begins where `checkpoint` says, or at it if the shards changed.
+    """Everything that determines the sample sequence.
 
-    Raises a DataError that names what differs from `checkpoint`: samples would be seen twice or never.
+    Epoch 0 begins at the `origin` of `checkpoint`, or, if the shards changed, at its position. Raises a DataError that
+    names the differences from `checkpoint`: samples would be seen twice or never.
     """
     data = config.data
     now: DataIdentity = {"seed": config.run.seed, "streams": data.streams, "window": data.window}
     now["manifest"] = shards.manifest_hash
     if shards.held_out is not None:
         now["held_out"] = str(held_out_fraction(data) or shards.held_out.manifest_hash)
-    if checkpoint is None or checkpoint.progress.data is None:  # none before the first image
+    if checkpoint is None or checkpoint.progress.data is None:  # an imported checkpoint has seen no image
         return {**now, "origin": 0}
     progress, before = checkpoint.progress, checkpoint.progress.data
     differing = [key for key in {**now, **before} if key != "origin" and before.get(key) != now.get(key)]
@@ -332,19 +338,19 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing)
     if differing != ["manifest"] or not data.accept_new_shards:
         remedy = "restore data.shards, data.held_out, run.seed, data.streams and data.window, start a new run.dir"
-        other = "or begin a new epoch of other shards with data.accept_new_shards=true"
+        other = "or begin a new epoch with the new shards: data.accept_new_shards=true"
         raise DataError(f"{checkpoint.path}: the data or its order changed ({changes}); {remedy}, {other}")
-    logger.warning("%s: other shards (%s); a new epoch of them begins", checkpoint.path, changes)
+    logger.warning("%s: the shards changed (%s); a new epoch begins with the new shards", checkpoint.path, changes)
     return {**now, "origin": progress.images + progress.skipped_images}
 
 
 def trained_classes(
     config: Config, shards: ShardSet, checkpoint: Checkpoint | None, initial: StoredWeights | None
 ) -> list[str] | None:
-    """The names of the classes that the run learns; None where they are not known, or there are no classes.
+    """The names of the classes that the run learns; None if they are unknown, or if there are no classes.
 
-    Raises a DataError if those of `checkpoint` have other numbers in `shards`, also if new shards are accepted. Weights
-    that a run begins with may be of other classes: a warning says so.
+    Raises a DataError if the classes of `checkpoint` have other numbers in `shards`, even if new shards are accepted.
+    The `initial` weights may have other classes: a warning says so.
     """
     if config.model.num_classes == 0:
         return None
@@ -357,16 +363,16 @@ def trained_classes(
         try:
             refuse_other_classes(str(initial.path), initial.class_names, "data.shards", shards.class_names, remedy)
         except DataError as error:
-            logger.warning("run.init_from: %s, unless the run shall learn other classes", error)
+            logger.warning("run.init_from: %s; ignore this warning if you want to train other classes", error)
     return shards.class_names
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise a CheckpointError if `checkpoint` is that of another network, noise scale or optimizer."""
+    """Raise a CheckpointError if `checkpoint` has another network, noise scale or optimizer than `config`."""
     path, before = checkpoint.path, checkpoint.config
     compared = (
         ("it was trained with model.middle_head", before.model.middle_head, config.model.middle_head),
-        ("its moments are those of optim.name", before.optim.name, config.optim.name),
+        ("its moments belong to optim.name", before.optim.name, config.optim.name),
     )
     differing = [f"{path}: {what}={old}, the config says {new}" for what, old, new in compared if old != new]
     same_layers = before.model.middle_head == config.model.middle_head
@@ -376,21 +382,21 @@ def check_resumable(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def changes_since(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """What trains otherwise than until `checkpoint`, a line for each setting, and an end that lies before it."""
+    """Lines for the log: each training setting that differs from `checkpoint`, and an end that is already passed."""
     before, now = _training_settings(checkpoint.config), _training_settings(config)
     changes = [(key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)]
     lines = [f"since this checkpoint: {key} {old} -> {new}" for key, old, new in changes]
     progress, run = checkpoint.progress, config.run
     if run.max_steps is not None and run.max_steps < progress.step:
-        lines.append(f"run.max_steps={run.max_steps} is below the {progress.step} steps that are done; {_NOTHING_LEFT}")
+        lines.append(f"run.max_steps={run.max_steps} is below the {progress.step} steps already done; {_NOTHING_LEFT}")
     if run.max_images is not None and run.max_images <= progress.images - config.data.batch_size:
-        done = f"{progress.images} images that are seen"
+        done = f"{progress.images} images already seen"
         lines.append(f"run.max_images={run.max_images} is below the {done}; {_NOTHING_LEFT}")
     return lines
 
 
 def _training_settings(config: Config) -> dict[str, object]:
-    """The settings that change what a run learns, by their dotted names; the order of the data has its own check."""
+    """The settings that influence training, by dotted name; `data_identity` checks the order of the data."""
     groups = {name: vars(group) for name, group in vars(config).items()}
     return {
         f"{group}.{name}": value

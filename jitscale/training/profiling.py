@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a trace for a browser and a table of the slowest kernels."""
+"""Profiles a few steps: a trace for a browser, and a table of the slowest kernels."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-FIRST, LAST = 20, 25  # steps of this process: after compilation and the allocator's first steps
+FIRST, LAST = 20, 25  # steps of this process, after compilation and the first allocations
 KERNELS = 20  # in the table
 
 logger = logging.getLogger(__name__)
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 class StepProfile:
     """Profiles steps 20 to 25 of this process into `folder`.
 
-    trace.json.gz    to be opened in chrome://tracing or ui.perfetto.dev
-    kernels.txt      the twenty that took the longest
+    trace.json.gz    for chrome://tracing or ui.perfetto.dev
+    kernels.txt      the twenty kernels that took the longest
     """
 
     def __init__(self, folder: Path, device: torch.device, *, active: bool) -> None:
-        """`active`: whether this rank is the one that is profiled."""
+        """`active`: whether this rank is profiled."""
         self._folder, self._device, self._active = folder, device, active
         self._step = 0
         self._profiler: profile | None = None
@@ -40,12 +40,12 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled; if the run was too short, say so."""
+        """Write the profile; if the run was too short, log a warning."""
         profiler, self._profiler = self._profiler, None
         active, self._active = self._active, False
         if profiler is None:
             if active and 0 < self._step < FIRST:
-                logger.warning("run.profile: %d steps only, profiling begins at step %d", self._step, FIRST)
+                logger.warning("run.profile: only %d steps; profiling begins at step %d", self._step, FIRST)
             return
         profiler.stop()
         order = f"self_{self._device.type}_time_total"

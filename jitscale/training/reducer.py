@@ -1,6 +1,6 @@
-"""Gradients on their way to the optimizer in ZeRO stages 1 and 2: summed over the ranks bucket by bucket, in backward.
+"""Reduces the gradients in ZeRO stages 1 and 2, bucket by bucket during the backward pass.
 
-It stands in for the hooks of DeepSpeed 0.19.8, which copy gradients one by one, several times, at about 100
+It replaces the hooks of DeepSpeed 0.19.8. Those copy gradients one by one, several times, and take about 100
 microseconds of host time a parameter. A network has hundreds of parameters, and a GPU waits for a slow host.
 """
 
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from jitscale import parallel
 
-UNDER_WAY = 2  # buckets that are being summed while the backward pass goes on: what they hold is memory
+UNDER_WAY = 2  # buckets that are summed at a time during the backward pass; each takes memory
 
 
 def skip_needless_work(optimizer: Any) -> None:
-    """Let `optimizer`, DeepSpeed's for stages 1 and 2, leave out per-parameter work that changes nothing."""
-    # After each step it points every parameter at its place in the flat buffer, where it is since the start.
+    """Disable per-parameter work of `optimizer`, DeepSpeed's for stages 1 and 2, that has no effect."""
+    # After each step it points every parameter to its place in the flat buffer, where the parameter already is.
     optimizer._update_model_bit16_weights = lambda group_index: None
-    # In each hook it words messages about memory that nobody has asked for.
+    # In each hook it formats messages about memory that nothing prints.
     optimizer.report_ipg_memory_usage = lambda *arguments, **named: None
 
 
 class FlatGradients(list[Tensor]):
-    """A group's gradients as DeepSpeed's optimizer takes them without another copy: one flat tensor."""
+    """A group's gradients as one flat tensor, which DeepSpeed's optimizer uses without another copy."""
 
     def __init__(self, flat: Tensor) -> None:
         super().__init__([flat])
@@ -36,48 +36,49 @@ class FlatGradients(list[Tensor]):
 
 
 class _Run(NamedTuple):
-    """Elements that follow each other in a bucket, and in this rank's part of a parameter group as well."""
+    """Elements that are contiguous both in a bucket and in this rank's part of a parameter group."""
 
     group: int
     start: int  # in this rank's part of the group
     position: int  # in the bucket
     length: int
-    members: int  # parameters, some in part
+    members: int  # number of parameters, some of them in part
 
 
 @dataclass
 class _Bucket:
-    parameters: list[Tensor]  # as they follow each other in their groups, so that this rank's part is few runs
+    parameters: list[Tensor]  # in the order of their groups, so that this rank's part has few runs
     owned: list[_Run]
     elements: int
-    missing: int  # gradients that the current backward pass has yet to bring
+    missing: int  # gradients that the current backward pass has not computed yet
 
 
 class Reducer:
-    """Brings the mean of all ranks' gradients to where DeepSpeed's `optimizer` of stages 1 and 2 takes them.
+    """Gives the mean of all ranks' gradients to DeepSpeed's `optimizer` of stages 1 and 2.
 
-    Every rank sums the same buckets in the same order in each backward pass, whatever the order in which gradients come
-    and whether they come at all. So ranks never wait for different collectives. A parameter without a gradient has
+    In each backward pass, every rank sums the same buckets in the same order, in whatever order gradients come, and
+    even if some do not come. Therefore ranks never wait in different collectives. A parameter without a gradient has
     zeros, as in DeepSpeed.
 
-    In stage 1 micro-batches add up in the parameters' gradients, and the last one's backward pass sums them over the
-    ranks; in stage 2 each micro-batch does, and adds them up in this rank's part. Each rank's loss is divided by the
-    number of ranks, so that the sum of the gradients is their mean.
+    In stage 1, micro-batches accumulate in the parameters' gradients, and the backward pass of the last one sums them
+    over the ranks. In stage 2, each micro-batch sums over the ranks and accumulates in this rank's part. Each rank's
+    loss is divided by the number of ranks, so that the sum of the gradients is their mean.
 
-    A gradient is free when its bucket has a copy of it. Gradients, buckets and this rank's part are written and read on
-    one stream, on which autograd runs the forward pass, its backward and the hooks. A collective runs on a stream of
-    the process group, which waits for that one and is waited for, on the device, before a bucket is read or freed.
+    A gradient is freed when its bucket has a copy. Gradients, buckets and this rank's part are written and read on one
+    stream, on which autograd runs the forward pass, the backward pass and the hooks. A collective runs on a stream of
+    the process group. The device orders the two: the collective waits for the first stream, and the first stream waits
+    for the collective before a bucket is read or freed.
     """
 
     def __init__(self, optimizer: Any, parameters: Sequence[Tensor], bucket_elements: int, *, collective: bool) -> None:
-        """Take over from the hooks of `optimizer`.
+        """Replace the hooks of `optimizer`.
 
-        The gradients of `parameters` come in the reverse order. A bucket has `bucket_elements` at most, or one
-        parameter. Without `collective`, which is for one rank, nothing is summed.
+        The gradients of `parameters` come in reverse order. A bucket has at most `bucket_elements`, or one parameter.
+        `collective` may be False for a single rank: then no collective is called.
         """
         self._optimizer, self._collective = optimizer, collective
         assert dist.group.WORLD is not None
-        self._all: dist.ProcessGroup = dist.group.WORLD  # whose own methods are quicker than torch.distributed's
+        self._all: dist.ProcessGroup = dist.group.WORLD  # its methods are faster than torch.distributed's functions
         self._ranks, self._rank = self._all.size(), self._all.rank()
         self._by_pass = optimizer.partition_gradients  # stage 2
         self._masters: list[Tensor] = optimizer.single_partition_of_fp32_groups
@@ -88,11 +89,12 @@ class Reducer:
         ]
         whole = [sum(p.numel() for p in members) for members in optimizer.round_robin_bit16_groups]
         sizes = optimizer.partition_size
-        self._filled = [max(0, end - self._rank * size) for end, size in zip(whole, sizes, strict=True)]  # else padding
+        # Elements of each group in this rank's part; padding follows them.
+        self._filled = [max(0, end - self._rank * size) for end, size in zip(whole, sizes, strict=True)]
         self._next = 0  # the first bucket that has not begun in this backward pass
         self._under_way: deque[tuple[_Bucket, Tensor, Any]] = deque()
-        self._flats: list[Tensor] = []  # this rank's part, while there is one
-        self._adds = False  # to what earlier micro-batches have left there
+        self._flats: list[Tensor] = []  # this rank's part, during a step
+        self._adds = False  # whether to add to the gradients of earlier micro-batches in `_flats`
 
         for hook in optimizer._grad_acc_hooks:
             hook.remove()
@@ -105,7 +107,7 @@ class Reducer:
         optimizer.overlapping_partition_gradients_reduce_epilogue = self.finish  # stage 2 calls it after each of them
 
     def _places(self) -> dict[Tensor, tuple[int, int]]:
-        """Of each parameter its group, and where it begins there."""
+        """For each parameter, its group and where it begins in it."""
         groups, offsets = self._optimizer.round_robin_bit16_groups, self._optimizer.round_robin_bit16_offsets
         return {
             parameter: (group, offset)
@@ -120,7 +122,7 @@ class Reducer:
         for parameter in parameters:
             group, offset = places[parameter]
             size = self._optimizer.partition_size[group]
-            start = offset - self._rank * size  # negative: it begins in the part of a rank before
+            start = offset - self._rank * size  # negative if the parameter begins in an earlier rank's part
             first, last = max(0, start), min(size, start + parameter.numel())
             if first < last:
                 run = _Run(group, first, position + first - start, last - first, members=1)
@@ -149,7 +151,7 @@ class Reducer:
 
     @torch.no_grad()
     def finish(self, pipeline_parallel: bool = False) -> None:
-        """After a backward pass: sum what is left, and hand over this rank's part after the last one of a step."""
+        """End a backward pass: sum the remaining buckets; after the last pass of a step, hand over this rank's part."""
         assert all(bucket.missing >= 0 for bucket in self._buckets), "a gradient came twice in one backward pass"
         while self._next < len(self._buckets):
             self._begin(self._buckets[self._next])
@@ -165,7 +167,7 @@ class Reducer:
 
     @torch.no_grad()
     def _begin(self, bucket: _Bucket) -> None:
-        """Copy the gradients of `bucket` together, and begin to sum them."""
+        """Copy the gradients of `bucket` into one tensor, and start to sum it over the ranks."""
         self._next += 1
         if not self._flats:
             self._flats = [torch.empty_like(master) for master in self._masters]
@@ -182,7 +184,7 @@ class Reducer:
         self._under_way.append((bucket, joined, self._all.allreduce([joined])))
 
     def _take_directly(self, bucket: _Bucket) -> None:
-        """The same for one rank, to which all belongs."""
+        """Like `_begin`, for a single rank, which owns everything."""
         runs = self._runs(bucket)
         members = iter(bucket.parameters)
         places = [
@@ -191,22 +193,22 @@ class Reducer:
         ]
         _take_gradients(bucket.parameters, list(chain.from_iterable(places)), add=self._adds)
         if self._collective:
-            self._all.allreduce_coalesced(runs).wait()  # NCCL answers without a kernel
+            self._all.allreduce_coalesced(runs).wait()  # for one rank, NCCL launches no kernel
 
     def _end(self) -> None:
-        """Bring this rank's part of the bucket that began first to where the optimizer takes it."""
+        """Copy this rank's part of the oldest bucket under way into `_flats`."""
         bucket, joined, work = self._under_way.popleft()
-        work.wait()  # on a GPU it is the stream that waits
+        work.wait()  # on a GPU the stream waits, not the host
         own = [joined[run.position : run.position + run.length] for run in bucket.owned]
         _bring(self._runs(bucket), own, add=self._adds)
 
     def _runs(self, bucket: _Bucket) -> list[Tensor]:
-        """This rank's part of a bucket, in the flat tensors that the optimizer takes."""
+        """This rank's part of a bucket, as views of `_flats`."""
         return [self._flats[run.group][run.start : run.start + run.length] for run in bucket.owned]
 
 
 def _take_gradients(parameters: list[Tensor], places: list[Tensor], *, add: bool) -> None:
-    """Bring gradients to `places`, which are shaped as they are, and free them."""
+    """Copy gradients to `places` of the same shapes, or `add` them there, and free them."""
     absent = [place for parameter, place in zip(parameters, places, strict=True) if parameter.grad is None]
     if absent:
         places = [place for parameter, place in zip(parameters, places, strict=True) if parameter.grad is not None]
@@ -218,7 +220,7 @@ def _take_gradients(parameters: list[Tensor], places: list[Tensor], *, add: bool
 
 
 def _bring(places: list[Tensor], values: list[Tensor], *, add: bool) -> None:
-    """Copy `values` to `places`, or add them there, whatever their dtypes: in few kernels, which wants equal ones."""
+    """Copy `values` to `places`, or `add` them there. Dtypes may differ: a cast before adding keeps the kernels few."""
     if not places:
         return
     if not add:

@@ -1,4 +1,4 @@
-"""Where a run is: the counters that every rank keeps alike, and what follows from them."""
+"""How far a run is: its counters, which are equal on all ranks, and values that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from jitscale.config import Config
 class RunState:
     """Counters of a run."""
 
-    step: int = 0  # taken, skipped ones included
-    images: int = 0  # seen
-    skipped_steps: int = 0  # whose gradients were not finite
-    skipped_images: int = 0  # jumped over after roll-backs
+    step: int = 0  # steps taken, including skipped ones
+    images: int = 0  # images seen
+    skipped_steps: int = 0  # steps with gradients that were not finite
+    skipped_images: int = 0  # images skipped after rollbacks
     skipped_in_a_row: int = 0  # steps since the last one that moved the weights
 
     @property
     def position(self) -> int:
-        """In the global sample sequence: the images seen, and those jumped over."""
+        """The position in the global sample sequence: images seen plus images skipped."""
         return self.images + self.skipped_images
 
     def count(self, moved: Sequence[bool]) -> None:
-        """Count the outcomes of steps: whether each moved the weights."""
+        """Count the outcomes of steps; `moved` says for each whether it moved the weights."""
         for one in moved:
             self.skipped_in_a_row = 0 if one else self.skipped_in_a_row + 1
             self.skipped_steps += not one

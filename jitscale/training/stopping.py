@@ -1,4 +1,4 @@
-"""How a process of a run is asked to stop, by signals, and ends if it hangs."""
+"""How a process of a run stops: on a signal, or if it hangs."""
 
 import faulthandler
 import os
@@ -15,23 +15,24 @@ from jitscale.errors import ExitCode, StopRequestedError
 
 
 class StopSignal:
-    """Notes the signals that ask the process to stop: schedulers' SIGTERM, SIGUSR1 and SIGUSR2, and Ctrl-C's SIGINT.
+    """Records the signals that ask the process to stop: SIGTERM, SIGUSR1, SIGUSR2 (schedulers), and SIGINT (Ctrl-C).
 
-    The ranks look between two steps. The kernel obeys a second Ctrl-C at once: no collective holds it up.
+    The ranks check the record between two steps. A second Ctrl-C ends the process at once, even inside a collective,
+    because SIGINT then has its default action again.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = self.interrupted = False  # interrupted: by Ctrl-C
-        self._saved_step: int | None = None  # while a signal may end the process
+        self._saved_step: int | None = None  # not None while a signal may end the process at once
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     @contextmanager
     def exit_on_signal(self, saved_step: int) -> Iterator[None]:
-        """Everything is saved: in the body of the `with` statement a signal, also one that was noted, ends the process.
+        """In the body of the `with` statement, a signal ends the process at once: the state is saved at `saved_step`.
 
-        The exit code is `code`. Afterwards signals are noted again.
+        A signal that came before the body does so too. The exit code is `code`. After the body, signals are recorded.
         """
         self._saved_step = saved_step
         if self.received:
@@ -42,22 +43,22 @@ class StopSignal:
             self._saved_step = None
 
     def check(self) -> None:
-        """Raise a StopRequestedError if a signal has come."""
+        """Raise a StopRequestedError if a signal was received."""
         if self.received:
-            raise StopRequestedError("a signal asks to stop; the measurement is left")
+            raise StopRequestedError("a signal asked to stop; the measurement ends here")
 
     def said(self, saved_step: int) -> str:
-        """How the run ends after a signal, in a line for the user."""
+        """The last line for the user after a signal."""
         by = "stopped by Ctrl-C" if self.interrupted else "a signal asked to stop"
         return f"{by}: saved at step {saved_step}; the same command goes on from there"
 
     @property
     def code(self) -> int:
-        """The exit code of a process that was asked to stop, and has saved."""
+        """The exit code of a process that has saved after a signal."""
         return ExitCode.INTERRUPTED if self.interrupted else ExitCode.REQUEUE
 
     def restore(self) -> None:
-        """Put the former handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -76,33 +77,34 @@ class StopSignal:
         os._exit(self.code)
 
     def _say(self, line: str) -> None:
-        if parallel.this_rank() == 0:  # past the buffers, in whose midst the signal may have come
+        if parallel.this_rank() == 0:  # without Python's buffers, which the signal may have interrupted
             os.write(2, f"\n{line}\n".encode())
 
 
 class HangWatch:
-    """Ends the process if `alive()` was not called for `seconds`, and leaves the stacks of all its threads.
+    """Ends the process if `alive()` was not called for `seconds`, and writes the stacks of all its threads to a file.
 
-    A rank that waits in a collective for a dead rank would wait for ever, and the job would pay for it. The watch is a
-    thread that counts its own wake-ups: while the process is suspended (SIGSTOP, `scontrol suspend`) it does not wake
-    up, and the count goes on afterwards. It needs the interpreter's lock, which collectives, reads and waits for a GPU
-    release. A rank that hangs with the lock is ended by its launcher, when the watches of the ranks that wait for it
-    have ended those.
+    Without it, a rank that waits in a collective for a dead rank would wait forever, and the job would keep its GPUs.
+
+    The watch is a thread that counts its own wake-ups. While the process is suspended (SIGSTOP, `scontrol suspend`),
+    the thread does not wake up, so that time does not count. The thread needs the interpreter's lock, which
+    collectives, reads and waits for a GPU release. If a rank hangs with the lock, the other ranks wait for it until
+    their watches end them; then the launcher ends the hanging rank.
     """
 
-    WAKE_UPS = 20  # within `seconds`
+    WAKE_UPS = 20  # in `seconds`
 
     def __init__(self, seconds: float, stacks: Path) -> None:
-        """Append stacks to the file `stacks`, after those of earlier hangs; `seconds` of 0 watch nothing."""
+        """Append stacks to the file `stacks`, after those of earlier hangs; if `seconds` is 0, watch nothing."""
         self._seconds, self._path = seconds, stacks
         self._file = stacks.open("a") if seconds > 0 else None
-        self._signs, self._paused = 0, True  # signs of life
+        self._signs, self._paused = 0, True  # signs: calls of `alive`
         self._closed = threading.Event()
         if self._file is not None:
             threading.Thread(target=self._watch, args=(self._file,), name="hang watch", daemon=True).start()
 
     def alive(self) -> None:
-        """Count from here."""
+        """Start counting again from zero."""
         self._signs, self._paused = self._signs + 1, False
 
     def pause(self) -> None:

@@ -1,7 +1,7 @@
-"""The subspace of rank-asymmetric prediction (arXiv 2605.12964): how it is fitted, kept, and found by a run.
+"""The subspace of rank-asymmetric prediction (arXiv 2605.12964): how a run fits it, stores it and finds it again.
 
-It is spanned by the first eigenvectors of the Gram matrix of the training images' patches in [-1, 1], whose mean is not
-subtracted. A run computes it once, before its first step; afterwards it belongs to the weights.
+The leading eigenvectors of the Gram matrix of the training images' patches, in [-1, 1], span it; the mean is not
+subtracted. A run computes the subspace once, before its first step; then it belongs to the weights.
 
 Shapes: B images of a block, A channels, S pixels a side, D numbers of a patch in the order row, column,
 channel, R rank.
@@ -37,22 +37,23 @@ from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-IMAGES = 10_000  # whose patches the Gram matrix sums, as in the paper
-BLOCK = 16  # images that are read together
-LARGEST_WHOLE = 4096  # D up to which all eigenvectors are computed; of 12,288 numbers that takes half an hour on a CPU
+IMAGES = 10_000  # the Gram matrix sums over their patches, as in the paper
+BLOCK = 16  # images that a worker reads together
+# Up to this D all eigenvectors are computed; for D = 12,288 that would take half an hour on a CPU.
+LARGEST_WHOLE = 4096
 
 
 def gram_matrix(
     shards: ShardSet, patch_size: int, images: int, seed: int, num_workers: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """The sum of p p^T over all patches p of `images` training images, (D, D) float64 on `device`, and their number.
+    """The sum of p p^T over all patches p of `images` training images, (D, D) float64 on `device`.
 
-    `seed` chooses the images, or all are taken if there are fewer; undecodable ones are left out. The sum is exact,
-    since it is one of integers before it is scaled, so that it depends on no order. Raises a DataError if a shard
-    cannot be read, no image can be decoded, or patches do not fill the images.
+    Also returns the number of images. `seed` chooses the images; if there are fewer, all are taken. Undecodable images
+    are left out. The sum is exact and independent of the order, because it adds integers before it is scaled. Raises a
+    DataError if a shard cannot be read, no image can be decoded, or `patch_size` does not divide the image size.
     """
     if shards.image_size % patch_size:
-        raise DataError(f"images of {shards.image_size} pixels a side are not made of patches of {patch_size}")
+        raise DataError(f"patch size {patch_size} does not divide the images of {shards.image_size} pixels a side")
     chosen = np.sort(permutation(shards.num_samples, seed, Purpose.SUBSPACE_IMAGES)[:images])
     elements, found = shards.channels * patch_size**2, 0
     gram = torch.zeros(elements, elements, dtype=torch.float64, device=device)
@@ -66,12 +67,14 @@ def gram_matrix(
             found += len(block)
             bar.update(len(block))
     if found == 0:
-        raise DataError(f"none of {len(chosen)} images can be decoded; check them with tools/index_shards.py --verify")
+        raise DataError(
+            f"none of {len(chosen)} images can be decoded; check the shards with tools/index_shards.py --verify"
+        )
     return gram / 255**2, found
 
 
 class _Blocks(Dataset[UInt8Array | DataError]):
-    """Blocks of the chosen images, uint8 (B, S, S, A), without those that cannot be decoded."""
+    """Blocks of the chosen images, uint8 (B, S, S, A), without the undecodable ones."""
 
     def __init__(self, shards: ShardSet, chosen: Int64Array) -> None:
         self._shards = shards
@@ -94,22 +97,22 @@ class _Blocks(Dataset[UInt8Array | DataError]):
 
 
 def leading_subspace(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """The first `rank` eigenvectors of a Gram matrix (D, D), as columns (D, R) float32 on the CPU.
+    """The leading `rank` eigenvectors of a Gram matrix (D, D), as columns (D, R) float32 on the CPU.
 
-    Their largest entries are positive.
+    The entry of largest magnitude of each is positive.
     """
-    if len(gram) <= LARGEST_WHOLE or 3 * rank > len(gram):  # which lobpcg asks for
-        # On the CPU, so that the kind of device decides nothing.
+    if len(gram) <= LARGEST_WHOLE or 3 * rank > len(gram):  # lobpcg needs 3 R <= D
+        # Computed on the CPU, so that the result does not depend on the kind of device.
         vectors = torch.linalg.eigh(gram.cpu()).eigenvectors[:, len(gram) - rank :].flip(1)
     else:
-        more = min(rank + 8, len(gram) // 3)  # the last ones converge slowly
+        more = min(rank + 8, len(gram) // 3)  # a few more than needed, because the last ones converge slowly
         start = random_subspace(len(gram), more, 0).to(gram)
         vectors = torch.lobpcg(gram, X=start, niter=500, tol=1e-10)[1][:, :rank]
     return _with_signs(vectors)
 
 
 def random_subspace(elements: int, rank: int, seed: int) -> torch.Tensor:
-    """A subspace of no data, for comparison: (D, R) float32."""
+    """A random subspace, to compare with a fitted one: (D, R) float32."""
     drawn = normal(seed, Purpose.SUBSPACE_IMAGES, np.arange(elements)[:, None], np.arange(rank))
     return _with_signs(torch.linalg.qr(torch.from_numpy(drawn)).Q)
 
@@ -120,14 +123,14 @@ def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def explained(gram: torch.Tensor, subspace: torch.Tensor) -> list[float]:
-    """The share of the patches' energy (sum of squares) in the first 1, 2, ... R columns of `subspace`."""
+    """The share of the patches' energy (sum of squares) that lies in the first 1, 2, ... R columns of `subspace`."""
     columns = subspace.to(gram)
     shares = (columns * (gram @ columns)).sum(dim=0).cumsum(0) / gram.trace()
     return [float(share) for share in shares]
 
 
 def write_subspace(path: Path, subspace: torch.Tensor, facts: Mapping[str, Any]) -> None:
-    """A safetensors file with what made it, as JSON by name. Raises a DataError if it cannot be written."""
+    """Write `subspace` to a safetensors file, with `facts` as JSON metadata. Raises a DataError if that fails."""
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     with data_error(f"{path}: cannot be written", "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +141,8 @@ def write_subspace(path: Path, subspace: torch.Tensor, facts: Mapping[str, Any])
 def read_subspace(path: Path, model: ModelConfig, diffusion: DiffusionConfig) -> torch.Tensor:
     """The subspace (D, R) in a file of tools/fit_subspace.py.
 
-    Raises a CheckpointError if it cannot be read, is not finite, or is none of these patches and this rank with
-    orthonormal columns.
+    Raises a CheckpointError if the file cannot be read, or holds no finite subspace with orthonormal columns for this
+    patch size, number of channels and rank.
     """
     file, what = open_safetensors(path), f"diffusion.subspace={path}"
     wanted = (patch_elements(model), diffusion.rank)
@@ -150,7 +153,7 @@ def read_subspace(path: Path, model: ModelConfig, diffusion: DiffusionConfig) ->
         raise CheckpointError(f"{what}: holds {found}, this network needs {wanted}; {remedy}")
     subspace = plain(file.tensor(SUBSPACE), path, SUBSPACE)
     off = (subspace.T.double() @ subspace.double() - torch.eye(diffusion.rank)).abs().max()
-    if not off <= FAR_FROM_ORTHONORMAL:  # which NaN is not either
+    if not off <= FAR_FROM_ORTHONORMAL:  # also true for NaN
         raise CheckpointError(f"{what}: its columns are not finite and orthonormal (off by {off:.1g}); {remedy}")
     return subspace
 
@@ -158,16 +161,16 @@ def read_subspace(path: Path, model: ModelConfig, diffusion: DiffusionConfig) ->
 def subspace_of_run(
     config: Config, world: World, shards: ShardSet, checkpoint: Checkpoint | None, initial: StoredWeights | None
 ) -> torch.Tensor | None:
-    """The subspace (D, R) of a run's network, the same bytes on every rank; None if there is none to choose.
+    """The subspace (D, R) of a run's network, the same bytes on every rank; None if the network has no fitted one.
 
-    It is that of the `checkpoint`, or else of the `initial` weights, or of `diffusion.subspace`, or it is fitted to the
-    training `shards` and kept for other runs. A collective call. Raises a UserError on every rank if that fails, or if
-    `diffusion.subspace` is another one than that of the weights.
+    The first of these gives it: the `checkpoint`, the `initial` weights, the file `diffusion.subspace`. If there is
+    none of them, it is fitted to the training `shards` and stored for other runs. A collective call. Raises a UserError
+    on every rank if that fails, or if `diffusion.subspace` differs from the subspace of the weights.
     """
     if not has_fitted_subspace(config.model, config.diffusion):
         return None
     if checkpoint is not None:
-        # A file that is gone has done its work.
+        # The checkpoint holds the subspace, so the file may be missing now.
         path = config.diffusion.subspace
         compared = None if path is None or not Path(path).exists() else Path(path)
         return parallel.on_main(lambda: _stored(config, checkpoint, "model", compared))
@@ -184,22 +187,23 @@ def subspace_of_run(
 
 
 def _stored(config: Config, weights: StoredWeights, name: str, compared: Path | None) -> torch.Tensor:
-    """The subspace of the weight set `name`, which must be the one in the file `compared`."""
+    """The subspace of the weight set `name`. Raises a ConfigError if the file `compared` holds another one."""
     subspace = weights.tensor(name, SUBSPACE)
     if compared is None:
         return subspace
     shape = open_safetensors(compared).shapes().get(SUBSPACE)
     if shape is not None and shape[0] != len(subspace):
-        logger.info("diffusion.subspace=%s: is for other patches, as of a run's first resolution; not used", compared)
+        text = "diffusion.subspace=%s: not used, because it is for patches of another size (of an earlier resolution?)"
+        logger.info(text, compared)
         return subspace
     if not torch.equal(read_subspace(compared, config.model, config.diffusion), subspace):
-        what = f"diffusion.subspace={compared}: is not the subspace of the weights in {weights.path}"
-        raise ConfigError(f"{what}, which cannot change; set diffusion.subspace=null, or begin without these weights")
+        what = f"diffusion.subspace={compared}: differs from the subspace of the weights in {weights.path}"
+        raise ConfigError(f"{what}, which cannot change; set diffusion.subspace=null, or start without these weights")
     return subspace
 
 
 def _fitted(config: Config, shards: ShardSet, folders: list[Path], device: torch.device) -> torch.Tensor:
-    """The subspace as an earlier run has kept it in one of `folders`, or computed, and kept in the last of them."""
+    """The subspace that an earlier run stored in one of `folders`; else it is computed and stored in the last one."""
     model, rank, seed = config.model, config.diffusion.rank, config.run.seed
     held_out = shards.held_out and str(held_out_fraction(config.data) or shards.held_out.manifest_hash)
     facts = {**facts_of(shards, model.patch_size, rank, IMAGES, seed), "held_out": held_out}
@@ -220,7 +224,7 @@ def _fitted(config: Config, shards: ShardSet, folders: list[Path], device: torch
 
 
 def facts_of(shards: ShardSet, patch_size: int, rank: int, images: int, seed: int) -> dict[str, Any]:
-    """What decides a fitted subspace."""
+    """Everything that determines a fitted subspace."""
     return {
         **pixels_of(shards),
         "patch_size": patch_size,

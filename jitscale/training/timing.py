@@ -1,4 +1,4 @@
-"""How fast a run is: images a second, and ranks that hold up the others."""
+"""How fast a run is: images a second, and ranks that slow down the others."""
 
 import statistics
 import time
@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 
 class RankTimes:
-    """Compares the ranks by the time until their first collective of a step: waiting for data, and the forward pass.
+    """Compares the ranks by the time until the first collective of a step: waiting for data plus the forward pass.
 
-    A whole step takes equally long on all ranks, since they wait for the slowest. In ZeRO stage 3 the forward pass has
-    collectives too, so only the waiting for data differs there.
+    A whole step takes the same time on all ranks, because they wait for the slowest. In ZeRO stage 3 the forward pass
+    has collectives too, so that only the time of waiting for data differs.
     """
 
-    FACTOR = 1.5  # of the median
-    LEAST_SECONDS = 0.01  # less than this is noise
+    FACTOR = 1.5  # a slow rank takes more than this times the median
+    LEAST_SECONDS = 0.01  # a smaller difference from the median is noise
 
     def __init__(self, device: torch.device, parts: int) -> None:
-        """`parts` are measured in a step."""
+        """`parts`: how often `part` is entered in a step."""
         self._on_gpu = device.type == "cuda"
         self._parts_in_step, self._parts = parts, 0
         self._seconds = 0.0
@@ -29,7 +29,7 @@ class RankTimes:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Measure the body of the `with` statement; on a GPU without waiting for it."""
+        """Measure the body of the `with` statement; the host does not wait for a GPU."""
         started = time.perf_counter()
         self._parts += 1
         if self._on_gpu:
@@ -43,7 +43,7 @@ class RankTimes:
             self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
-        """This rank's seconds a step over the steps since the last call."""
+        """This rank's mean seconds a step since the last call."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
@@ -63,17 +63,17 @@ class Clock:
     """Images a second between log points, without the time spent on saves, measurements and pictures."""
 
     def __init__(self, images: int) -> None:
-        """`images` seen already."""
-        self.bar: tqdm[Any] | None = None  # its time left does not count that time either
+        """Start with `images` images seen."""
+        self.bar: tqdm[Any] | None = None  # the progress bar, whose estimate ignores the same time
         self.restart(images)
 
     def restart(self, images: int) -> None:
-        """Count from here."""
+        """Start again from `images` images seen."""
         self._began, self._images = time.perf_counter(), images
 
     @contextmanager
     def stopped(self, doing: str = "save") -> Iterator[None]:
-        """The body of the `with` statement does not count; meanwhile the bar says what the run is `doing`."""
+        """The body of the `with` statement does not count; meanwhile the progress bar shows `doing`."""
         stopped, bar = time.perf_counter(), None if self.bar is None or self.bar.disable else self.bar
         if bar is not None:
             usual = bar.desc

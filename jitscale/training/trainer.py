@@ -1,6 +1,6 @@
 """The training loop: step, log, save, measure, stop.
 
-It uses `feed` (the tensors of a step), `persistence` (what a run leaves on disk and goes on from) and `measurements`.
+It uses `feed` (the tensors of a step), `persistence` (a run's state on disk) and `measurements`.
 """
 
 import logging
@@ -45,18 +45,21 @@ from jitscale.training.watch import BadSamples, LossByNoiseLevel, LossSpikes, St
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
-AGREE_SECONDS = 5.0  # between two agreements on whether to stop
+PROGRESS_SECONDS = 10.0  # between two lines of progress without a terminal
+AGREE_SECONDS = 5.0  # between two collectives that ask whether any rank received a signal
 
 
 def train(config: Config, world: World, claimed: Claim | None = None) -> int:
-    """Train until `run.max_images` or `run.max_steps`, in a folder that is `claimed` or else claimed here.
+    """Train until `run.max_images` or `run.max_steps`. `claimed` is the lock of `run.dir`; None: it is taken here.
 
-    Returns the exit code: DONE; after a save of the state that a signal asked for REQUEUE, or INTERRUPTED by Ctrl-C;
-    FAILED if everything is saved, but a file system fails in the final evaluation.
+    Returns the exit code:
+    - DONE: the run is complete.
+    - REQUEUE: a signal came, and the state is saved; INTERRUPTED if the signal came from Ctrl-C.
+    - FAILED: the state is saved, but a file system failed in the final evaluation.
 
-    The run goes on from the newest checkpoint of `run.dir`; without one, it begins with the weights of `run.init_from`;
-    without these, with random ones. A user's mistake is a UserError on every rank, before the first step if possible.
+    The run resumes from the newest checkpoint of `run.dir`. If there is none, it starts from the weights of
+    `run.init_from`. If that is not set, it starts from random weights. A user's mistake raises a UserError on every
+    rank, before the first step if possible.
     """
     with ExitStack() as held:
         claimed = claimed or claim(Path(config.run.dir), held)
@@ -70,7 +73,7 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(self, config: Config, world: World, shards: ShardSet, claimed: Claim | None = None) -> None:
-        """Build the network and its engine, and load what the run goes on from or begins with."""
+        """Build the network and its engine, and load the checkpoint or the initial weights."""
         self.config, self.world, self.state = config, world, RunState()
         guide = parallel.raise_together(lambda: read_guide(config, shards.class_names, world))
         checkpoint = persistence.newest_sound_checkpoint(Path(config.run.dir), world)
@@ -82,14 +85,14 @@ class Trainer:
         subspace = subspace_of_run(config, world, shards, checkpoint, initial)
         torch.manual_seed(config.run.seed)
         self.engine = ZeroEngine(JiT(config.model, config.diffusion, subspace).train(), config, world)
-        parallel.let_collectives_outlast(config.run.hang_timeout)  # also those of DeepSpeed's own groups
-        # A rank with another kernel would round differently and set the pace, without a word.
+        parallel.let_collectives_outlast(config.run.hang_timeout)  # after DeepSpeed has made its groups
+        # A rank with another kernel would round differently and could slow all ranks down, and nothing would show it.
         parallel.require_alike("how the network computes", self.engine.execution.identity, REMEDY)
         if world.is_main:
             logger.info("%s", self.engine.execution)
         compiled = self.engine.execution.compiled
         self.losses = Losses(config.model, config.diffusion, self.engine.subspace, compiled=compiled)
-        on_device = not config.engine.offload_optimizer  # where averages lie beside masters
+        on_device = not config.engine.offload_optimizer  # averages lie on the same device as the masters
         self.ema = ShardedEma(config.ema, self.engine.masters(), compiled=compiled and on_device)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.faults = FaultInjection(world.rank)
@@ -104,7 +107,7 @@ class Trainer:
         self.outcomes, self.rank_times = StepOutcomes(world.device), RankTimes(world.device, self.engine.micro_batches)
         profiled = config.run.profile and world.is_main
         self.profile = StepProfile(Path(config.run.dir) / "profile", world.device, active=profiled)
-        # The context of a named part of a step (data, optimizer, ema): measurements replace it.
+        # A context manager for each named part of a step (data, optimizer, ema). Benchmarks replace it by a timer.
         self.part: Callable[[str], AbstractContextManager[object]] = nullcontext
         origin, micro_batches = int(data["origin"]), self.engine.micro_batches
         self.feed = Feed(config, world, shards, micro_batches=micro_batches, origin=origin, compiled=compiled)
@@ -143,7 +146,7 @@ class Trainer:
                     save_is_due = False
                     progress.n = state.images
                     continue
-                # Before anything may save this step: a resumed run goes on after it.
+                # The snapshot comes before any save of this step: a resumed run starts after this step.
                 if snapshot_every is not None and (state.crossed(snapshot_every, batch) or state.images >= self.end):
                     self.persistence.snapshot()
                 log_point = state.step % log_every == 0 or state.images >= self.end
@@ -163,7 +166,8 @@ class Trainer:
                     stop = parallel.any_rank(self.stop_signal.received)
                 if stop:
                     return self._stop()
-                if save_is_due and state.skipped_in_a_row == 0:  # a roll-back must land on finite gradients
+                # Never save in the middle of a streak of skipped steps: a rollback must land on finite gradients.
+                if save_is_due and state.skipped_in_a_row == 0:
                     save_is_due = False
                     with self.clock.stopped():
                         self.persistence.save()
@@ -176,19 +180,20 @@ class Trainer:
         self.persistence.save(last=True)
         self.watch.pause()
         if config.evaluation.at_end:
-            with self.stop_signal.exit_on_signal(state.step):  # the evaluation's blocks are files of their own
+            # The evaluation keeps its finished blocks in files, so a signal may end the process at once.
+            with self.stop_signal.exit_on_signal(state.step):
                 return after_the_end(self.measurements.final)
         return ExitCode.DONE
 
     def train_step(self) -> torch.Tensor:
-        """One optimizer step on the next global batch; returns this rank's part of its mean losses, (2,).
+        """One optimizer step on the next global batch; returns this rank's part of the mean losses, (2,).
 
-        They are those of the output layer and of the middle one, 0 where there is none.
+        The first is the loss of the output layer, the second that of the middle output layer (0 without one).
         """
         config, state, engine = self.config, self.state, self.engine
         images = state.images + config.data.batch_size
         lr = learning_rate(config.optim, images, self.end)
-        # Dropout is a function of the step and the rank, so that a resumed run drops what the unbroken one did.
+        # Dropout is a function of (step, rank), so that a resumed run draws the same masks as an unbroken one.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, state.step, self.world.rank)[0]))
         total = torch.zeros(2, device=self.world.device)
         micro_batches = engine.micro_batches * self.world.size  # of all ranks
@@ -221,7 +226,7 @@ class Trainer:
         return total
 
     def agree(self, loss: torch.Tensor) -> LogPoint:
-        """Learn what the other ranks know after a step with this rank's losses (2,). A collective call."""
+        """Exchange with the other ranks after a step; `loss` (2,) is this rank's part. A collective call."""
         return exchange(
             stop=self.stop_signal.received,
             writing=self.persistence.is_writing,
@@ -238,7 +243,7 @@ class Trainer:
         bad_samples = self.bad_samples.check(agreed.bad_samples, state.images)
         spike = self.spikes.record(agreed.loss)
         if spike and self.world.is_main:
-            logger.warning("step %d: the loss %.4g stands far above the last ones", state.step, agreed.loss)
+            logger.warning("step %d: loss spike: %.4g is far above the last losses", state.step, agreed.loss)
         for slow in agreed.slow_ranks:
             logger.warning("rank %d is slow: %.3f s to its first collective, the median %.3f s", *slow)
         values: dict[str, float | int | None] = {
@@ -262,7 +267,7 @@ class Trainer:
             self.tracker.log(values)
 
     def close(self) -> None:
-        """Release what the run holds."""
+        """Release threads, files, signal handlers and the engine."""
         self.watch.close()
         self.profile.close()
         self.feed.close()
@@ -271,7 +276,7 @@ class Trainer:
         self.engine.destroy()
 
     def _stop(self) -> int:
-        """Save because of a signal; returns the exit code, alike on all ranks."""
+        """Save because of a signal; returns the exit code, the same on all ranks."""
         self.state.count(self.outcomes.settle())
         saved_step = self.persistence.save_before_stop()
         self.stop_signal.interrupted = parallel.any_rank(self.stop_signal.interrupted)
@@ -280,10 +285,11 @@ class Trainer:
         return self.stop_signal.code
 
     def _measure(self, due: Sequence[Measurement]) -> bool:
-        """Measure after this step, which is saved first: a measurement may take longer than a scheduler waits.
+        """Save this step, then take the measurements that are due after it. Returns False if a signal stops the run.
 
-        A signal then ends the process at once, and the resumed run makes up for the measurement; where the save has
-        failed, at the next block. Returns False if the run must stop because of a signal.
+        A measurement may take longer than a scheduler waits. Therefore the step is saved first, and a signal then ends
+        the process at once; the resumed run repeats the measurement. If the save failed, a signal takes effect at the
+        next block of the measurement, and the run saves again.
         """
         if not due:
             return True
@@ -300,11 +306,11 @@ class Trainer:
                 return all(self.measurements.attempt(measure) for measure in due)
 
     def _roll_back(self) -> None:
-        """Go on from the last checkpoint with the data after this step."""
+        """Load the last checkpoint, and go on with the data after this step."""
         with self.clock.stopped():
             self.feed.close()
             self.persistence.roll_back()
-            self.outcomes.settle()  # and forget them: those steps are taken back
+            self.outcomes.settle()  # discards them: these steps are undone
             self.spikes = LossSpikes()
             self.feed.start(self.state.position)
             self.tracker.rewind(self.state.step)

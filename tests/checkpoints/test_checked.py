@@ -134,7 +134,7 @@ def test_another_claim_than_was_meant_is_refused(tmp_path: Path) -> None:
     other: dict[str, tuple[Config, list[str], str]] = {
         "scale": (settings(diffusion=replace(stored.config.diffusion, noise_scale=5.0)), ["model"], "noise_scale=2"),
         "network": (settings(in_context_start=0), ["model"], r"model\.in_context_start: 1 -> 0"),
-        "name": (stored.config, ["model", "ema_0.9"], "holds the weight sets model, and model, ema_0.9 were to be"),
+        "name": (stored.config, ["model", "ema_0.9"], "holds the weight sets model instead of model, ema_0.9"),
     }
     for name, (config, sets, message) in other.items():
         with pytest.raises(CheckpointError, match=message):

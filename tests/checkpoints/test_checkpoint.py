@@ -131,7 +131,7 @@ def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None
     check_fits(fits, config)
     with pytest.raises(CheckpointError, match=r"another network \(model.depth: 1 -> 2\); restore these settings"):
         check_fits(fits, replace(config, model=replace(config.model, depth=2)))
-    with pytest.raises(CheckpointError, match=r"made for diffusion.noise_scale=1.0, the config says 2.0"):
+    with pytest.raises(CheckpointError, match=r"trained with diffusion.noise_scale=1.0, the config says 2.0"):
         check_fits(fits, replace(config, diffusion=DiffusionConfig(noise_scale=2.0)))
     first, second, *_ = shapes
     wrong = {**shapes, first: (4, 4), "third": (1,)}

@@ -93,7 +93,7 @@ def test_without_huggingface_hub(tmp_path: Path) -> None:
 )
 def test_what_is_no_address_is_one_line(address: str) -> None:
     assert is_hub_address(address)
-    with pytest.raises(UserError, match=r"is no address|cannot be fetched") as error:
+    with pytest.raises(UserError, match=r"is not an address|cannot be downloaded") as error:
         fetched(address)
     assert "\n" not in str(error.value)
 

@@ -126,7 +126,7 @@ def test_only_the_numbers_of_the_very_weights(run: Path, tmp_path: Path) -> None
 def test_a_damaged_result_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path / "run", settings())
     (folder / "result.json").write_text('{"fid": 3}')
-    with pytest.raises(jitscale.errors.UserError, match=r"result\.json: is no result of an evaluation \('protocol'\)"):
+    with pytest.raises(jitscale.errors.UserError, match=r"json: is not a result of an evaluation \('protocol'\)"):
         convert(folder, "huggingface", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -166,7 +166,8 @@ def test_default_samples_that_would_take_long_are_left_out(tmp_path: Path, capsy
     config = Config(run=RunConfig(device="cpu"))  # JiT-B at 256 px with 50 steps of Heun
     stored = open_weights(run_of(tmp_path / "run", settings()))
     assert showcase.draw_samples(stored, "model", config, None, tmp_path) == []
-    assert re.fullmatch(r"samples: none, \de\+13 FLOP .*; --samples 8 draws them anyway\n", capsys.readouterr().out)
+    said = r"samples: none, because \de\+13 FLOP .*; --samples 8 draws them anyway\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
 
 
 def test_a_picture_has_300_kilobytes_at_most(tmp_path: Path) -> None:

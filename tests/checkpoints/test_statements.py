@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "parameters": (lambda index: index.update(parameters=[]), "parameters is not a dict"),
     "sets": (lambda index: index.update(sets="model"), "sets is not a list"),
-    "set": (lambda index: index.update(sets=["model", "../x"]), "is no name of a weight set"),
+    "set": (lambda index: index.update(sets=["model", "../x"]), "is not a name of a weight set"),
     "no set": (lambda index: index.update(sets=["exp_avg"]), "its weight sets are exp_avg"),
     "no hashes": (lambda index: index.pop("sha256"), "is not a dict"),
     "no hash": (lambda index: index.update(sha256={}), "its hashes are not those of its files"),
@@ -107,7 +107,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "progress": (lambda index: index["progress"].update(images="8"), "progress.images is not a whole number"),
     "data": (lambda index: index["progress"].update(data={"seed": [0]}), "progress.data.seed is"),
     "more progress": (lambda index: index["progress"].update(other=1), "unexpected keyword argument 'other'"),
-    "step": (lambda index: index["progress"].update(step=2), "is that of step 2, the folder's name says 1"),
+    "step": (lambda index: index["progress"].update(step=2), "belongs to step 2, but the folder's name says 1"),
     "format": (lambda index: index.update(format=None), "format is not a whole number"),
 }
 
@@ -161,7 +161,7 @@ def test_a_folder_copied_under_another_number_counts_for_nothing(tmp_path: Path)
     for step in (1, 2, 3):
         write(step_folder(tmp_path, step), step)
     shutil.copytree(step_folder(tmp_path, 1), step_folder(tmp_path, 9))
-    with pytest.raises(CheckpointError, match=r"is that of step 1, the folder's name says 9"):
+    with pytest.raises(CheckpointError, match=r"belongs to step 1, but the folder's name says 9"):
         latest_checkpoint(tmp_path)
     prune(tmp_path, keep_last=2)
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (2, 3, 9)]
@@ -169,7 +169,7 @@ def test_a_folder_copied_under_another_number_counts_for_nothing(tmp_path: Path)
     assert Checkpoint(tmp_path / "best").progress.step == 2
     snapshot = write(snapshot_folder(tmp_path, 8), 1)
     assert Checkpoint(snapshot).progress.images == 8
-    with pytest.raises(CheckpointError, match=r"is that of images 8, the folder's name says 16"):
+    with pytest.raises(CheckpointError, match=r"belongs to images 8, but the folder's name says 16"):
         Checkpoint(snapshot.rename(snapshot_folder(tmp_path, 16)))
 
 
@@ -213,7 +213,7 @@ def test_every_reader_verifies(tmp_path: Path) -> None:
     folder = write(step_folder(tmp_path, 1), 1)
     jitscale.load_model(tmp_path)
     flip(folder / "rank_00000.safetensors")
-    message = r"rank_00000\.safetensors: its content is not what was written"
+    message = r"rank_00000\.safetensors: its content has changed since it was written"
     for path in (tmp_path, folder):
         with pytest.raises(CheckpointError, match=message):
             jitscale.load_model(path)

@@ -164,9 +164,9 @@ def test_more_tokens_keep_the_subspace() -> None:
         (RANK, settings(8, rank=RANK), "pi-bicubic", r"rank=5: .* mean of areas; choose --kernel smooth or nearest"),
         (RANK, settings(6, rank=RANK), "smooth", r"rank=5: .* by a whole number, not by 3/2; choose another size"),
         (RANK, settings(8, rank=6), "smooth", r"rank=6 must be 5, the old one; add diffusion\.rank=5"),
-        (NUMBERS, settings(8, rank=NUMBERS), "smooth", r"must be 192, all numbers.*add diffusion\.rank=192"),
+        (NUMBERS, settings(8, rank=NUMBERS), "smooth", r"must be 192: full rank.*add diffusion\.rank=192"),
         (RANK, settings(8, rank=192), "smooth", r"rank=192 must be 5"),
-        (12, settings(2, rank=12), "smooth", r"rank=12: a part of the 48 numbers of the old patch, and all"),
+        (12, settings(2, rank=12), "smooth", r"rank=12: below the 48 numbers of the old patch, but full"),
         (0, settings(8, rank=1), "smooth", r"rank=1 must be 0"),
         (RANK, settings(8), "smooth", r"diffusion\.prediction: asym -> x"),
     ],
@@ -401,7 +401,7 @@ def test_mistakes(low: Path, tmp_path: Path) -> None:
         upgraded(low, to, tmp_path / "other", "model.hidden_size=64")
     part = next(low.glob("checkpoints/*/rank_00000.safetensors"))
     part.write_bytes(part.read_bytes()[:-8] + b"\0\1\2\3\4\5\6\7")
-    with pytest.raises(CheckpointError, match="its content is not what was written"):
+    with pytest.raises(CheckpointError, match="its content has changed since it was written"):
         upgraded(low, to, tmp_path / "other")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="no such checkpoint"):

@@ -70,7 +70,7 @@ def swept(evaluation: Evaluation) -> tuple[Path, list[str], str]:
 
 def test_the_end_of_a_training_is_the_configured_sweep(swept: tuple[Path, list[str], str]) -> None:
     folder, _, said = swept
-    assert "measuring: 2 x 10 images on the way" in said
+    assert "measuring: 2 x 10 images during training" in said
     assert "4 settings x 16 in a sweep" in said
     assert "after 3 steps, 100% of ema_0.9999 are the initial weights" in said
     assert "evaluation.num_images=70 is fewer" not in said
@@ -132,7 +132,7 @@ def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Eva
     assert not (evaluation.folder / "never").exists()
     assert "at_end: true" in run_ranks(1, *command, "evaluation.at_end=true", "--print-config"), "nothing is measured"
     said = run_ranks(2, *command, "evaluation.at_end=false")
-    assert "evaluation.at_end=false: nothing is measured on the way either: /tmp/no_weights_here/weights-incept" in said
+    assert "evaluation.at_end=false: nothing is measured during training either: /tmp/no_weights_here/weights-" in said
     assert not (evaluation.folder / "never/evaluations.jsonl").exists()
     assert not (evaluation.folder / "never/result.json").exists()
 
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_costs_measurements_only(evaluation: Evaluation, monke
         outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [1, 1], outputs
         assert "Traceback" not in "".join(outputs)
-        assert outputs[0].count("a measurement is left out, training goes on") == 2
+        assert outputs[0].count("a measurement failed, training goes on") == 2
         assert outputs[0].count("error: ") == 1
         assert "No space left on device" in outputs[0].splitlines()[-1]
         assert outputs[0].splitlines()[-1].endswith("start the same command again to do the rest")

@@ -118,14 +118,14 @@ def test_other_values_than_those_of_the_checkpoint_are_refused(job: Job, whole: 
     write_subspace(other, random_subspace(48, RANK, 0), {})
     command = job.command("other_values", *SETTINGS, f"diffusion.subspace={other}", f"run.max_steps={STEPS - 11}")
     said = run_ranks(2, *command, expect=2)
-    assert f"diffusion.subspace={other}: is not the subspace of the weights in" in said
+    assert f"diffusion.subspace={other}: differs from the subspace of the weights in" in said
     write_subspace(other, random_subspace(12, RANK, 0), {})
     run_ranks(2, *command)
     assert holds_it(last(job.folder / "other_values"), subspace(job))
     said = run_ranks(2, *job.command("fresh", *SETTINGS, f"diffusion.subspace={other}"), expect=2)
     assert f"diffusion.subspace={other}: holds a subspace of shape (12, 5), this network needs (48, 5)" in said
     said = run_ranks(2, *job.command("other_values", *SETTINGS, "diffusion.rank=6"), expect=2)
-    assert "weights of another network (diffusion.rank: 5 -> 6)" in said
+    assert "the weights belong to another network (diffusion.rank: 5 -> 6)" in said
 
 
 def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, whole: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, who
     named, own = job.folder / "named.safetensors", random_subspace(48, RANK, 1)
     write_subspace(named, own, {})
     for path, fault in (
-        (named, "is not the subspace of the weights in"),
+        (named, "differs from the subspace of the weights in"),
         (job.folder / "none.safetensors", "readable"),
     ):
         said = run_ranks(2, *job.command("refused", *SETTINGS, *more, f"diffusion.subspace={path}"), expect=2)

@@ -215,7 +215,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         "unwritable output": ([f"run.dir={job.folder / 'a_file' / 'run'}"], "cannot be written"),
         "checkpoint of another shape": (
             [f"run.dir={job.folder / 'other_shape'}", "model.hidden_size=64"],
-            "weights of another network",
+            "the weights belong to another network",
         ),
         "another order": ([f"run.dir={job.folder / 'other_data'}", "run.seed=1"], "seed: 0 -> 1"),
         "another network": (
@@ -224,7 +224,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         ),
         "another optimizer": (
             [f"run.dir={job.folder / 'other_optimizer'}", "optim.name=muon"],
-            "its moments are those of optim.name=adamw",
+            "its moments belong to optim.name=adamw",
         ),
         "start from nothing": (["run.init_from=absent"], "absent: no such checkpoint"),
         "start from another network": (
@@ -233,7 +233,7 @@ def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dic
         ),
         "start for another noise": (
             [f"run.init_from={job.folder / 'unbroken'}", "diffusion.noise_scale=2"],
-            "made for diffusion.noise_scale=1.0",
+            "trained with diffusion.noise_scale=1.0",
         ),
         "start from an absent set": (
             [f"run.init_from={job.folder / 'unbroken'}", "run.init_weights=ema_0.5"],

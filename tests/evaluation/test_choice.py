@@ -118,8 +118,8 @@ def test_a_run_keeps_its_network_or_says_that_it_changed(folder: Path, caplog: p
     caplog.clear()
     assert settle_features(config)[0].evaluation.features == "inception"
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("evaluation.features=auto: inception, since dinov2, which has measured this run before, is")
-    assert said.endswith(f"do not compare; {FETCH} {folder / 'weights'} dinov2")
+    assert said.startswith("evaluation.features=auto: inception, because the weights of dinov2, which ")
+    assert said.endswith(f"distances of the two are not comparable; {FETCH} {folder / 'weights'} dinov2")
     (folder / "run/config.yaml").write_text(to_yaml(configured(folder, "evaluation.features=glyphs")))
     assert settle_features(config)[0].evaluation.features == "inception", "a network of other images is never kept"
 
@@ -134,9 +134,7 @@ def test_a_small_network_on_other_images_is_said_in_one_line(folder: Path, caplo
         settle_for_training(configured(folder, f"evaluation.{setting}={value}", *other))
         (said,) = [record.getMessage() for record in caplog.records]
         name = value.strip("[]")
-        assert said.startswith(
-            f"evaluation.{setting}: {name} is the small network of tools/make_{name}.py's images, and"
-        )
+        assert said.startswith(f"evaluation.{setting}: {name} is only for images of tools/make_{name}.py, but")
     caplog.clear()
     idle = ["evaluation.at_end=false", "evaluation.every_images=0"]
     settle_for_training(configured(folder, "evaluation.features=glyphs", *idle))
@@ -159,7 +157,7 @@ def test_the_mark_survives_and_holds_for_all_shards(folder: Path) -> None:
         ({"mu": np.zeros(2048)}, "inception"),
         ({"mu": np.zeros(1024)}, "dinov2"),
         ({"mu": np.zeros(64), "facts": np.array('{"features": "glyphs"}')}, "glyphs"),
-        ({"mu": np.zeros(64)}, "does not say of which network its 64 features are; set evaluation.features"),
+        ({"mu": np.zeros(64)}, "does not name the network of its 64 features; set evaluation.features"),
         ({"sigma": np.zeros(64)}, "no statistics of features"),
     ],
 )

@@ -89,7 +89,7 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
         assert cost.times_in_training == 11, "every 50 epochs; after 600 the final evaluation"
         image = 62.3 if evaluation.method == "heun" else (50 + 44) / 3
         assert cost.pictures == pytest.approx(120 * 80 * image, rel=1e-2)
-    assert "x 5,000 images on the way" in str(cost)
+    assert "x 5,000 images during training" in str(cost)
 
 
 def test_measuring_is_compared_with_what_routing_leaves_of_training() -> None:
@@ -313,7 +313,7 @@ def test_a_damaged_block_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
     def never_whole(missing: Sequence[Missing]) -> Iterator[dict[str, np.ndarray]]:
         yield from ({"features": np.zeros((1, 50))} for _ in missing)
 
-    with pytest.raises(DataError, match=r"block_000000\.npz: damaged as soon as it was written; look at the disk"):
+    with pytest.raises(DataError, match=r"block_000000\.npz: damaged right after it was written; check the disk"):
         compute_blocks([tmp_path], 1, 2, never_whole, World(0, 1, 0, torch.device("cpu")), keep=True)
 
 
@@ -363,7 +363,7 @@ def test_finished_parts_are_counted_wherever_they_are(tmp_path: Path) -> None:
 
 def test_the_datas_labels_need_data() -> None:
     config = load_config(CONFIGS / "jit_b_256.yaml", ["evaluation.labels=data", "evaluation.reference=real.npz"])
-    with pytest.raises(ConfigError, match=r"evaluation\.labels=data: needs shards whose labels are counted"):
+    with pytest.raises(ConfigError, match=r"evaluation\.labels=data: needs shards, to count their labels"):
         configured_labels(config)
 
 

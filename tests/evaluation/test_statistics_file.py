@@ -67,7 +67,7 @@ def test_files_of_ours_are_of_as_many_channels_as_the_network(
         np.savez(tmp_path / name, mu=MU, sigma=SIGMA, **more)
         assert read_statistics(str(tmp_path / name), digits, channels).statistics
     assert read_statistics(str(tmp_path / "theirs.npz"), digits, 4 - channels).statistics
-    refused = rf"ours.npz: made of images of {channels} channels, and model.in_channels={4 - channels}; make it again"
+    refused = rf"npz: made from images with {channels} channels, but model.in_channels={4 - channels}; make it again"
     with pytest.raises(DataError, match=refused):
         read_statistics(str(tmp_path / "ours.npz"), digits, 4 - channels)
 
@@ -139,7 +139,7 @@ def claiming(path: Path) -> None:
     ("write", "message"),
     [
         (saved, r"is a \.npy, a single array; write mu and sigma together with numpy\.savez"),
-        (pickled, r"is a pickle, as EDM2 writes them, which could run any code and is not opened; if you trust it"),
+        (pickled, r"is a pickle \(EDM2's format\); it is not opened, because it could run any code; if you trust it"),
         (archived, r"no statistics of features \(no mu; it holds 00000/img00000000\.png\)"),
         (cut, "no statistics of features"),
         (claiming, "no statistics of features"),

@@ -53,14 +53,14 @@ def test_combinations(config: Config) -> None:
         ("cfg=1", "write one of guidance="),
         ("guidance=1:2", "write FROM:TO:STEP"),
         ("guidance=1:2:0", "write FROM:TO:STEP"),
-        ("guidance=1:1000:1", "200 at most"),
+        ("guidance=1:1000:1", "at most 200"),
         ("guidance=nan", "write FROM:TO:STEP"),
         ("guidance=1:inf:1", "write FROM:TO:STEP"),
         ("ema=ema_0.5", "there are model, ema_0.9"),
         ("interval=0.5:0.1", "0 <= low < high <= 1"),
         ("internal=-1,2", "write FROM:TO:STEP"),
         ("internal_interval=0:2", "0 <= low < high <= 1"),
-        ("internal=1,1.5", r"internal: model\.middle_head=0 has no middle output layer to guide by"),
+        ("internal=1,1.5", "internal: the network has no middle output layer"),
     ],
 )
 def test_mistakes(config: Config, axis: str, message: str) -> None:

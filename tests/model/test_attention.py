@@ -115,8 +115,8 @@ def chosen(asked: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32)
 
 def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto").name == "sdpa"
-    assert chosen("reference", dropout=0.2).reason == "asked for"
-    assert chosen("sdpa-flash").reason == "asked for"
+    assert chosen("reference", dropout=0.2).reason == "requested"
+    assert chosen("sdpa-flash").reason == "requested"
     with pytest.raises(ConfigError, match=r"engine.attention=sdpa-flash does not work here \("):
         chosen("sdpa-flash", dropout=0.2)  # on a CPU it has none, and no other kernel takes its place
     for name in ("flash-attn", "flash-attn-4", "sdpa-cudnn"):
@@ -160,7 +160,7 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
         return found.name, found.reason
 
     packages = "flash-attn-4: has no dropout; flash-attn: No module named 'flash_attn'"
-    assert on_gpu([0.0]) == ("flash-attn-4", "the first that was tried")
+    assert on_gpu([0.0]) == ("flash-attn-4", "first choice")
     assert on_gpu([0.0, 0.2]) == ("sdpa-cudnn", packages)
     assert ("sdpa_cudnn", (64, 8, 2, 8), 0.2, False) in tried
     assert on_gpu([0.0, 0.2], dtype=torch.float32) == ("sdpa", "cuda, float32")
@@ -172,7 +172,7 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(ConfigError, match=r"attention=sdpa-cudnn does not work here \(cuDNN 91002 is older"):
         on_gpu([0.2], "sdpa-cudnn")
-    assert on_gpu([0.2], "sdpa") == ("sdpa", "asked for")
+    assert on_gpu([0.2], "sdpa") == ("sdpa", "requested")
     cudnn = 91900
     broken[attention.sdpa_cudnn] = ValueError("gradient of q has elements that are infinite or nan")
     found = on_gpu([0.2])

@@ -353,7 +353,7 @@ def test_the_probe_knows_right_from_wrong() -> None:
 
 def test_cpus_have_torchs_code() -> None:
     assert str(choose_fused("auto", SMALL, CPU)) == "torch (cpu)"
-    assert str(choose_fused("torch", SMALL, CPU)) == "torch (asked for)"
+    assert str(choose_fused("torch", SMALL, CPU)) == "torch (requested)"
     with pytest.raises(ConfigError, match=r"engine.fused_kernels=triton needs a GPU, and this is cpu; choose auto or"):
         choose_fused("triton", SMALL, CPU)
 
@@ -375,7 +375,7 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         choose_fused("triton", SMALL, gpu)
     monkeypatch.setattr(torch, "__version__", "2.6.0")
-    assert str(choose_fused("auto", SMALL, gpu)) == "torch (torch 2.6.0: not tried with triton's before 2.11)"
+    assert str(choose_fused("auto", SMALL, gpu)) == "torch (torch 2.6.0: Triton's kernels are tested from 2.11 on)"
 
 
 MODEL = replace(tiny.MODEL, hidden_size=64, depth=4, num_heads=4, in_context_start=1, proj_dropout=0.2)

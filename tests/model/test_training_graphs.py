@@ -309,7 +309,7 @@ def test_gradients_in_use_are_not_overwritten(emulated: type[EmulatedGraph]) -> 
     net = network(CPU, 0.0)
     prepared(emulated, net)
     net(*batch(3, CPU, 0)).sum().backward()
-    with pytest.raises(RuntimeError, match="gradients of the pass before are still in use"):
+    with pytest.raises(RuntimeError, match="gradients of the previous pass are still in use"):
         net(*batch(3, CPU, 0)).sum().backward()
 
 

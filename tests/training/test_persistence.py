@@ -49,8 +49,8 @@ def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
     ]
     assert changes_since(checkpoint, now) == [
         *(f"since this checkpoint: {change}" for change in since),
-        "run.max_steps=99 is below the 100 steps that are done; nothing is left to train",
-        "run.max_images=6368 is below the 6400 images that are seen; nothing is left to train",
+        "run.max_steps=99 is below the 100 steps already done; nothing is left to train",
+        "run.max_images=6368 is below the 6400 images already seen; nothing is left to train",
     ]
     now.run.max_images = 6369  # the last batch reached beyond it
     assert not any("run.max_images=" in line for line in changes_since(checkpoint, now))
@@ -93,7 +93,7 @@ def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
         with monkeypatch.context() as failing:
             failing.setattr(Claim, "is_lost", stale)
             assert not is_gone()
-            assert "not looked after ([Errno 116] Stale file handle); the next save tries again" in caplog.text
+            assert "cannot be checked ([Errno 116] Stale file handle); the next save tries again" in caplog.text
             marker.unlink()
             assert is_gone(), "its loss was seen before"
         (state._run_dir / "config.yaml").unlink()

@@ -1,5 +1,5 @@
-"""Operators of a block in one pass over memory each, forward and backward, as Triton kernels for GPUs.
+"""Triton kernels for the operators of a block; each makes one pass over memory, forward and backward.
 
-`choice` decides whether they are used; only then `heads`, `gated` and `residual` are imported, since they import
-triton. `dropping` is the dropout of the latter two.
+`choice` decides whether they are used. Only then are `heads`, `gated` and `residual` imported, because they import
+triton. `dropping` is the dropout of `gated` and `residual`.
 """

@@ -1,4 +1,4 @@
-"""Whether the fused kernels compute a network's blocks: they are tried at its shapes and compared with torch's code.
+"""Decides whether a network uses the fused kernels: a probe compares them with torch's code at the network's shapes.
 
 Shapes: B batch, N tokens, H heads, D head dim, I inner width of the feed-forward layer.
 """
@@ -15,16 +15,16 @@ from jitscale.errors import ConfigError, first_line
 from jitscale.model import layers
 from jitscale.versions import version_of
 
-BATCH = 5  # images of the probe, more than one program of `heads` has
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.01}  # of the largest element
-ALIGNED_ELEMENTS = 8  # as training.optim.parameter_groups aligns a parameter: compiled code assumes 16 bytes
-OLDEST_TORCH = (2, 11)  # whose Inductor the kernels were compiled with
-DEVIATIONS = 6  # of the share that dropout keeps, from what it should be
+BATCH = 5  # images of the probe: several programs for a token in `heads`' forward pass, a part of one in its backward
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.01}  # relative to the largest element
+ALIGNED_ELEMENTS = 8  # as training.optim.parameter_groups aligns parameters: compiled code assumes 16 bytes
+OLDEST_TORCH = (2, 11)  # the oldest torch whose Inductor was tested with the kernels
+DEVIATIONS = 6  # standard errors by which the share that dropout keeps may deviate
 
 
 @dataclass(frozen=True)
 class FusedKernels:
-    """The operators that Triton computes; None stands for torch's code.
+    """The operators to use; None means torch's code.
 
     `split_heads` is for `layers.Attention`, `gated` for `layers.SwiGLU`, `residual` for the blocks and the final layer.
     """
@@ -42,7 +42,7 @@ class FusedKernels:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the blocks of a network compute with."""
+    """Shapes and dtypes of a network's blocks."""
 
     grid: int  # tokens a side of the image
     prefix: int  # in-context tokens
@@ -52,18 +52,18 @@ class Shapes:
     dropouts: Sequence[float]  # of the feed-forward layers
     dtype: torch.dtype  # of products
     weight_dtype: torch.dtype  # of the norms' weights
-    routed: int = 0  # tokens of an image that pass through routed blocks; 0: there are none
+    routed: int = 0  # tokens of an image that pass the routed blocks; 0: no routed blocks
 
 
 def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKernels:
     """The kernels `asked`: triton, torch, or for "auto" Triton's on GPUs in bf16 if they pass a probe.
 
-    The probe runs the heads' operator at every number of tokens, and the gate's and the residual's at every dropout,
-    forward and backward, and compares with torch's code in float32. Nothing is drawn from the default generators.
-    Raises a ConfigError that says why, if Triton's kernels were asked for and do not work.
+    The probe runs the operator of the heads at every number of tokens, and those of the gate and the residual at every
+    dropout, forward and backward, and compares them with torch's code in float32. It does not use the default
+    generators. Raises a ConfigError with the reason if Triton's kernels are requested and do not work.
     """
     if asked == "torch":
-        return FusedKernels("torch", "", "asked for")
+        return FusedKernels("torch", "", "requested")
     if device.type != "cuda":
         if asked == "triton":
             raise ConfigError(f"engine.fused_kernels=triton needs a GPU, and this is {device}; choose auto or torch")
@@ -71,17 +71,17 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
     if asked == "auto" and shapes.dtype == torch.float32:
         return FusedKernels("torch", "", f"{device.type}, float32")
     if asked == "auto" and tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        return FusedKernels("torch", "", f"torch {torch.__version__}: not tried with triton's before 2.11")
+        return FusedKernels("torch", "", f"torch {torch.__version__}: Triton's kernels are tested from 2.11 on")
     try:
         if shapes.head_dim % ALIGNED_ELEMENTS:
-            raise ValueError(f"head dim {shapes.head_dim} is no multiple of {ALIGNED_ELEMENTS}")
-        # They import triton, which comes with GPUs only.
+            raise ValueError(f"head dim {shapes.head_dim} is not a multiple of {ALIGNED_ELEMENTS}")
+        # A late import, because these modules import triton, which torch installs for GPUs only.
         from jitscale.model.fused import gated, heads, residual  # noqa: PLC0415
 
         _try_split_heads(heads.split_heads, shapes, device)
         _try_gated(gated.gated_with_seed, shapes, device)
         _try_residual(residual, shapes, device)
-    except Exception as error:  # compilers of kernels raise what they like; it is said
+    except Exception as error:  # compilers of kernels may raise any type; the reason is logged or raised
         why = f"{type(error).__name__}: {first_line(error)}"
         if asked == "triton":
             case = f"{shapes.heads} heads of {shapes.head_dim}, inner width {shapes.inner}, {shapes.dtype}, {device}"
@@ -89,7 +89,7 @@ def choose_fused(asked: str, shapes: Shapes, device: torch.device) -> FusedKerne
                 f"engine.fused_kernels=triton does not work here ({why}); {case}; choose auto or torch"
             ) from error
         return FusedKernels("torch", "", f"triton: {why}")
-    reason = "asked for" if asked == "triton" else "agrees with torch"
+    reason = "requested" if asked == "triton" else "agrees with torch"
     version = version_of("triton") or "of unknown version"
     return FusedKernels("triton", version, reason, heads.split_heads, gated.gated, residual.KERNELS)
 
@@ -103,8 +103,8 @@ def _try_split_heads(operator: layers.SplitHeads, shapes: Shapes, device: torch.
     with torch.no_grad():
         for norm in (q_norm, k_norm):
             norm.weight.uniform_(0.5, 1.5, generator=generator)
-    ropes: dict[object, Tensor] = {shapes.prefix: table[:, shapes.prefix :], 0: table}  # strided as the network has it
-    if shapes.routed:  # each image has tokens of its own
+    ropes: dict[object, Tensor] = {shapes.prefix: table[:, shapes.prefix :], 0: table}  # views as in the network
+    if shapes.routed:  # images have different tokens
         draws = torch.rand(BATCH, shapes.grid**2, generator=generator, device=device)
         order = draws.argsort(1)[:, : shapes.routed]
         classes = table[:, None, : shapes.prefix].expand(-1, BATCH, -1, -1)
@@ -184,7 +184,7 @@ def _try_residual(kernels: ModuleType, shapes: Shapes, device: torch.device) -> 
 
 
 def _probe(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare what a kernel computed with torch's code; `tolerance` is a part of the largest element."""
+    """Compare the results of a kernel and of torch's code; `tolerance` is relative to the largest element."""
     off = float((found.detach().float() - expected.detach().float()).abs().max() / expected.detach().abs().max())
     if not off < tolerance:
         raise ValueError(f"{name} is off by {off:.2g} of the largest element")

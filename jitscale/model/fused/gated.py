@@ -1,12 +1,12 @@
 """The gate of the feed-forward layer, silu(gate) * value, with dropout: Triton kernels.
 
-In float32 and rounded once. Forward reads the two halves and writes their product, backward reads the halves and the
-product's gradient and writes the gradient of both halves.
+Computed in float32 and rounded once. The forward pass reads the two halves and writes their product. The backward pass
+reads the halves and the product's gradient, and writes the gradient of both halves.
 
 Shapes: M rows, I inner width.
 """
 
-# Kernels are in Triton's language: no types, and constants in capitals.
+# Kernels are written in Triton's language: no types, and constants in capitals.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803
 
@@ -23,7 +23,7 @@ from jitscale.model.fused.dropping import dropping, kept, random_words
 
 
 class Launch(NamedTuple):
-    """How a kernel is laid over the GPU."""
+    """Launch parameters of a kernel."""
 
     columns: int  # of one program, which has 8 rows
     warps: int  # of one program
@@ -60,7 +60,7 @@ def _backward_one(g, gate, value, half, THRESHOLD: tl.constexpr, SCALE: tl.const
 
 @triton.jit
 def _forward_pair(h, y, row, rows, column, word, WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    """Two rows: all that is read is asked for before the first is written."""
+    """Two rows: all loads are issued before the first store."""
     mask_a = (column < WIDTH) & (row < rows)
     mask_b = (column < WIDTH) & (row + 1 < rows)
     source = h + row * (2 * WIDTH) + column
@@ -99,7 +99,7 @@ def _backward_pair(
 
 @triton.jit
 def _forward(
-    h,  # (M, 2 I), contiguous, as y
+    h,  # (M, 2 I), contiguous like y
     seed,  # (1,), int64
     y,  # (M, I)
     rows,
@@ -121,7 +121,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,  # (M, I), contiguous, as all
+    dy,  # (M, I), contiguous like all tensors here
     h,  # (M, 2 I)
     seed,  # (1,), int64
     dh,  # (M, 2 I)
@@ -142,7 +142,7 @@ def _backward(
     _backward_pair(dy, h, dh, row + 6, rows, column, d, WIDTH, THRESHOLD, SCALE)
 
 
-COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
+COMPILED = isinstance(_forward, JITFunction)  # False: Triton's interpreter runs the kernels, for tests on CPUs
 
 
 def _shape(h: Tensor, dropout: float, columns: int) -> tuple[int, int, dict[str, Any]]:

@@ -1,14 +1,15 @@
-"""From the product of the attention layer to normalised, rotated queries and keys: Triton kernels.
+"""Normalised and rotated queries and keys from the product of the qkv layer: Triton kernels.
 
-What `layers.RMSNorm` and `layers.rotate` compute, in float32 and rounded once. Each pass reads and writes every element
-once: forward the product in and q, k, v out; backward three gradients and the product in, the product's gradient out.
+They compute the same as `layers.RMSNorm` and `layers.rotate`, in float32 and rounded once. Each pass reads and writes
+every element once. Forward: reads the product, writes q, k and v. Backward: reads three gradients and the product,
+writes the product's gradient.
 
-Shapes: B batch, N tokens, H heads, D head dim. A program has one token of several images, so that it reads the token's
-rotation once, or each image's where images have tokens of their own; its tile is H rows of D channels, both rounded up
-to a power of two.
+Shapes: B batch, N tokens, H heads, D head dim. A program handles one token of several images, so that it reads the
+token's rotation once (for each image, if images have different tokens). Its tile is H rows of D channels, both rounded
+up to a power of two.
 """
 
-# Kernels are in Triton's language: no types, and constants in capitals.
+# Kernels are written in Triton's language: no types, and constants in capitals.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803
 
@@ -25,23 +26,23 @@ from jitscale.model.layers import NORM_EPS
 
 
 class Launch(NamedTuple):
-    """How a kernel is laid over the GPU."""
+    """Launch parameters of a kernel."""
 
     images: int  # of one program, one after the other
     warps: int  # of one program
-    stages: int = 1  # images that are read ahead
+    stages: int = 1  # of the software pipeline: images that are loaded ahead
 
 
-# The fastest of those tried on an H200 at 64 x 288 tokens, 12 heads of 64 and 16 of 80.
+# The fastest of the tested parameters, on an H200, for 64 x 288 tokens, 12 heads of 64 and 16 of 80.
 FORWARD = Launch(images=1, warps=4)
-BACKWARD = {1024: Launch(images=8, warps=4, stages=3)}  # by the size of a tile
+BACKWARD = {1024: Launch(images=8, warps=4, stages=3)}  # by the number of elements of a tile
 WIDE_BACKWARD = Launch(images=8, warps=8, stages=3)
 VECTOR = 16  # bytes that a thread reads at once
 
 
 @triton.jit
 def _exchanged(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The channels of each pair."""
+    """Swaps the channels of each pair."""
     first, second = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
     return tl.reshape(tl.join(second, first), (ROWS, COLUMNS))
 
@@ -57,11 +58,11 @@ def _forward_one(x, weight, cos, sin, D: tl.constexpr, ROWS: tl.constexpr, COLUM
 def _backward_one(
     g, x, weight, cos, sin, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr
 ):
-    """Gradients of x and, of each row, of the weight."""
+    """The gradient of x, and each row's part of the gradient of the weight."""
     g, x = g.to(tl.float32), x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None]
     x = x * scale
-    g = g * cos + _exchanged(g * sin, ROWS, COLUMNS)  # the rotation is a product with a matrix, and this its transpose
+    g = g * cos + _exchanged(g * sin, ROWS, COLUMNS)  # the transpose of the rotation matrix
     of_weight = g * x
     g = g * weight
     return scale * (g - x * (tl.sum(g * x, axis=1) / D)[:, None]), of_weight
@@ -69,7 +70,7 @@ def _backward_one(
 
 @triton.jit
 def _forward(
-    qkv,  # (B, N, 3, H, D), contiguous, as q, k and v (B, N, H, D)
+    qkv,  # (B, N, 3, H, D), contiguous like q, k and v (B, N, H, D)
     q_weight,  # (D,)
     k_weight,
     rope,  # (2, N, D), or (2, B, N, D) if OWN
@@ -124,10 +125,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dq,  # (B, N, H, D), of any strides but a last one of 1
+    dq,  # (B, N, H, D), any strides, except that the last one is 1
     dk,
     dv,
-    qkv,  # (B, N, 3, H, D), contiguous, as its gradient
+    qkv,  # (B, N, 3, H, D), contiguous like its gradient
     q_weight,  # (D,)
     k_weight,
     rope,  # (2, N, D), or (2, B, N, D) if OWN
@@ -138,7 +139,7 @@ def _backward(
     rope_table,  # strides
     rope_image,
     rope_token,
-    dq_image,  # strides in units of UNIT elements, so that the compiler knows that they are multiples of it
+    dq_image,  # strides in units of UNIT elements, so that the compiler knows that they are multiples of UNIT
     dq_token,
     dq_head,
     dk_image,
@@ -201,7 +202,7 @@ def _backward(
     tl.store(sums + D, tl.sum(sum_k, axis=0), mask=tl.arange(0, COLUMNS) < D)
 
 
-COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
+COMPILED = isinstance(_forward, JITFunction)  # False: Triton's interpreter runs the kernels, for tests on CPUs
 
 
 def _shape(qkv: Tensor, rope: Tensor, launch: Launch) -> tuple[int, int, int, int, int, dict[str, Any]]:
@@ -218,7 +219,7 @@ def _shape(qkv: Tensor, rope: Tensor, launch: Launch) -> tuple[int, int, int, in
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, launch: Launch = FORWARD
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H D), (D,), (D,), and `rope` as `layers.rotate` takes it -> q, k and v (B, N, H, D) each."""
+    """(B, N, 3 H D), (D,), (D,) -> q, k and v, (B, N, H, D) each; `rope`: see `layers.rotate`."""
     batch, tokens, heads, head_dim, programs, constants = _shape(qkv, rope, launch)
     qkv, rope = qkv.contiguous(), _rows(rope)
     q, k, v = (qkv.new_empty((batch, tokens, heads, head_dim)) for _ in range(3))
@@ -288,7 +289,7 @@ def backward(
 
 
 def _strides(rope: Tensor) -> tuple[int, int, int]:
-    """Of the two tables, the images and the tokens of a rotation."""
+    """Strides of a rotation: between the two tables, between images (0 if they share it), between tokens."""
     table, *image, token, _ = rope.stride()
     return table, image[0] if image else 0, token
 
@@ -301,7 +302,7 @@ def _rows(x: Tensor) -> Tensor:
 def split_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q and k normalised with their weights (D,) and rotated by `rope`, and v, from (B, N, 3 H D).
 
-    `rope` is as `layers.rotate` takes it. The results are contiguous, (B, N, H, D) each, in the dtype of `qkv`, and
+    `rope`: see `layers.rotate`. The results are contiguous, (B, N, H, D) each, in the dtype of `qkv`. They are
     differentiable, except with respect to `rope`.
     """
     return forward(qkv, q_weight, k_weight, rope)

@@ -1,13 +1,14 @@
 """Gated residuals and adaptive RMS norms of a block: Triton kernels.
 
-In float32 and rounded once. Forward reads the stream and the branch and writes their sum and its norm; backward writes
-the gradients of both. An image's sums over its tokens leave the backward kernel in parts, which are added in a fixed
-order, so that two runs agree bit by bit.
+Computed in float32 and rounded once. The forward pass reads the stream and the branch, and writes their sum and its
+norm. The backward pass writes the gradients of both. It returns an image's sums over its tokens in parts, which are
+added in a fixed order, so that two runs agree bit by bit.
 
-Shapes: B images, N tokens, C hidden size. A program has one token, and in the backward pass several of one image.
+Shapes: B images, N tokens, C hidden size. A program handles one token; in the backward pass, several tokens of one
+image.
 """
 
-# Kernels are in Triton's language: no types, and constants in capitals.
+# Kernels are written in Triton's language: no types, and constants in capitals.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803
 
@@ -25,15 +26,16 @@ from jitscale.model.layers import NORM_EPS, ResidualKernels
 
 
 class Launch(NamedTuple):
-    """How a kernel is laid over the GPU."""
+    """Launch parameters of a kernel."""
 
     warps: int  # of one program
     tokens: int = 1  # of one program, one after the other
-    stages: int = 1  # tokens that are read ahead
+    stages: int = 1  # of the software pipeline: tokens that are loaded ahead
 
 
 FORWARD = Launch(warps=4)
-# The fastest of those tried on an H200 at 64 x 288 tokens, 768 and 1280 wide. Reading ahead is what counts.
+# The fastest of the tested parameters, on an H200, for 64 x 288 tokens of width 768 and 1280. Loading ahead matters
+# most.
 BACKWARD = {1024: Launch(warps=4, tokens=36, stages=3)}  # by C, rounded up to a power of two
 WIDE_BACKWARD = Launch(warps=4, tokens=72, stages=4)
 
@@ -41,7 +43,7 @@ WIDE_BACKWARD = Launch(warps=4, tokens=72, stages=4)
 @triton.jit
 def _bits(seed, row, BLOCK: tl.constexpr):
     """16 random bits for each element of a row, (BLOCK,)."""
-    # One call of the generator makes 128 bits.
+    # One call of the generator returns 128 bits, for eight elements.
     a, b, c, d = random_words(seed, tl.arange(0, BLOCK // 8), row.to(tl.int32))
     word = tl.join(tl.join(a, b), tl.join(c, d))
     return tl.reshape(tl.join(word & 0xFFFF, word >> 16), (BLOCK,))
@@ -128,7 +130,7 @@ def _backward(
         tl.store(target + (2 * step if NORM else 0), by_gate, mask=inside)
 
 
-COMPILED = isinstance(_forward, JITFunction)  # else Triton's interpreter runs the kernels, as tests on CPUs have it
+COMPILED = isinstance(_forward, JITFunction)  # False: Triton's interpreter runs the kernels, for tests on CPUs
 
 
 def _constants(probability: float, width: int, *, branch: bool, norm: bool) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, shift: Tensor | None, scale:
     Tensor | None, seed: Tensor | None, probability: float, launch: Launch = FORWARD,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """The sum and its norm, (B, N, C) each; None where `branch` or `weight` is None."""
+    """The sum and its norm, (B, N, C) each. The sum is None if `branch` is, the norm if `weight` is."""
     images, tokens, width = x.shape
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     out, y = (None if absent is None else torch.empty_like(x) for absent in (branch, weight))
@@ -162,10 +164,10 @@ def backward(
     weight: Tensor | None, scale: Tensor | None, seed: Tensor | None, probability: float, launch: Launch | None =
     None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """The gradients of x, where there is a norm, and of the branch, where there is one, and sums (., B, C), float32.
+    """The gradient of x (None without a norm), that of the branch (None without one), and sums (., B, C), float32.
 
-    `x` is what was normalised. The sums over an image's tokens are those by which the gradients of the shift and the
-    scale, where there is a norm, and of the gate, where there is a branch, are found.
+    `x` is the tensor that was normalised. The sums are over an image's tokens. They give the gradients of the shift and
+    the scale (with a norm), and of the gate (with a branch), in this order.
     """
     some = grad_y if grad_out is None else grad_out
     assert some is not None
@@ -188,7 +190,7 @@ def backward(
 
 @triton_op("jitscale::modulated_norm", mutates_args={})
 def modulated_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """RMS norm of x (B, N, C) with `weight` (C,), times 1 + scale, plus shift (B, C): (B, N, C) in x's dtype."""
+    """The RMS norm of x (B, N, C) with `weight` (C,), times 1 + scale, plus shift (B, C): (B, N, C) in x's dtype."""
     return cast(Tensor, forward(x, None, None, weight, shift, scale, None, 0.0)[1])
 
 
@@ -209,7 +211,7 @@ def add_and_norm(
     seed: Tensor | None,
     probability: float,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_add`, and `modulated_norm` of what it returns: both (B, N, C)."""
+    """The result of `gated_add`, and its `modulated_norm`: both (B, N, C)."""
     return cast(tuple[Tensor, Tensor], forward(x, branch, gate, weight, shift, scale, seed, probability))
 
 
@@ -226,7 +228,7 @@ def _add_and_norm_backward(
 def gated_add(x: Tensor, branch: Tensor, gate: Tensor, seed: Tensor | None, probability: float) -> Tensor:
     """x + gate * branch, for x and branch (B, N, C) and gate (B, C).
 
-    With a `seed`, int64 (1,), each element of the branch is dropped with `probability`, and the others grow for it.
+    With a `seed`, int64 (1,), each element of the branch is dropped with `probability`, and the others are scaled up.
     """
     return cast(Tensor, forward(x, branch, gate, None, None, None, seed, probability)[0])
 
@@ -240,7 +242,7 @@ def _gated_add_backward(
 
 
 def _of_modulation(sums: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, shift and scale from the sums (2, B, C) over tokens."""
+    """The gradients of weight, shift and scale from the sums (2, B, C) over tokens."""
     by_shift, by_scale = sums
     of_weight = ((1.0 + scale.float()) * by_scale).sum(0)
     return of_weight.to(weight.dtype), by_shift.to(shift.dtype), (by_scale * weight.float()).to(scale.dtype)
@@ -288,7 +290,7 @@ gated_add.register_autograd(_add_gradients, setup_context=_keep_add)
 
 
 def _seed(x: Tensor, dropout: float) -> Tensor | None:
-    """From the default generator of the device."""
+    """A seed from the default generator of the device; None without dropout."""
     return torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
 
 
