@@ -1,4 +1,4 @@
-"""The cache of remote shards: what is evicted, who waits for room, and the indexes next to the shards."""
+"""Room in the cache of remote shards: eviction, downloads that wait for room, and the indexes next to the shards."""
 
 import hashlib
 import os
