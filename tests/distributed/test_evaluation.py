@@ -206,7 +206,7 @@ def guided(row: dict[str, Any]) -> bool:
 
 
 def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Balanced by id, at random, or as frequent as in the data, which the manifest counts; and t_eps is a setting."""
+    """Labels are balanced by id, random, or as frequent as in the data (by its manifest). t_eps is a setting."""
     counts = json.loads((evaluation.folder / "shards/manifest.json").read_text())["class_counts"]
     assert sum(counts) == 200
     found = {}
