@@ -10,12 +10,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Assertions of these helpers show their values, as assertions of tests do.
-pytest.register_assert_rewrite("tests.support", "tests.data", "tests.preparation")
+pytest.register_assert_rewrite("tests.support", "tests.data", "tests.model", "tests.preparation")
 
 RANK = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
 
 # These files have tests that need a GPU.
-NAMES = ("test_attention.py", "test_execution.py", "test_fused.py", "test_training_graphs.py")
+NAMES = (
+    *("test_attention.py", "test_execution.py", "test_fused.py", "test_fused_network.py", "test_training_graphs.py"),
+)
 ON_A_GPU = {Path(__file__).parent / "model" / name for name in NAMES}
 
 
