@@ -92,14 +92,14 @@ class Server:
         self.process.wait(timeout=30)
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """The environment of a run: nothing from the machine's user, and the server's key unless `changes` has another one."""
+        """The environment of a run: nothing from the machine's user; `changes` may replace the key."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         nowhere = {"NETRC": str(self.folder / "netrc"), "WANDB_CONFIG_DIR": str(self.folder / "settings")}
         own = {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
         return {**kept, **nowhere, **own, **changes}
 
     def live(self, run_dir: Path, last: int, until: int, end: str, **changes: str) -> str:
-        """A process that records the steps after `last` up to `until`, and ends so; returns what it printed."""
+        """Record the steps after `last` up to `until` in a process that ends as `end` says; returns its output."""
         run_dir.mkdir(exist_ok=True)
         words = [str(run_dir), str(last), str(until), end, str(self.process.pid)]
         done = subprocess.run(

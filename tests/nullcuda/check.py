@@ -64,8 +64,7 @@ def main() -> int:
             nonlocal failed
             try:
                 outcome = CHECKS[name][0](bench)
-            # An error of one check must not hide the others.
-            except Exception as error:
+            except Exception as error:  # An error of one check must not hide the others.
                 outcome = Outcome(False, f"the check itself failed: {type(error).__name__}: {error}")
             failed += not outcome.ok
             lines = [
