@@ -27,7 +27,7 @@ from jitscale.model.jit import JiT
 from jitscale.training.persistence import check_resumable, initial_weights
 from tests.support import FILES
 from tests.support.tiny import MODEL
-from tools.convert_checkpoint import main
+from tests.support.weights import convert
 
 ASYM = DiffusionConfig(prediction="asym", rank=5)
 
@@ -163,12 +163,6 @@ def test_a_run_resumes_with_its_own_layer_only(tmp_path: Path) -> None:
 
 
 # Conversions
-
-
-def convert(source: Path, to: str, output: Path, *more: object) -> Path:
-    arguments = ["--checkpoint", source, "--to", to, "--output", output, *more]
-    assert main([str(argument) for argument in arguments]) == 0
-    return output
 
 
 def yaml(folder: Path, config: Config) -> Path:

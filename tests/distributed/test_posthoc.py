@@ -11,6 +11,7 @@ from jitscale.checkpoints.format import MARKER, Checkpoint, complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.tracking import read_metrics
+from tests.distributed.programs.zero_parity import largest_difference
 from tests.support import ROOT
 from tests.support.forking import Process
 from tests.support.processes import start_ranks
@@ -51,12 +52,6 @@ def reconstruct(run: Path, *options: str, expect: int = 0) -> str:
     return said
 
 
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference among the parameters, in the 2-norm."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).norm() / (b[name].norm() + 1e-12)) for name in a)
-
-
 def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
     return {parameter: checkpoint.tensor(name, parameter) for parameter in checkpoint.shapes}
@@ -75,13 +70,13 @@ def test_sharded_averages_equal_plain_averages(run: Path) -> None:
             beta = (1 - 1 / step) ** (gamma + 1)
             average = {name: beta * average[name] + (1 - beta) * weights[name].double() for name in average}
         plain[set_name] = {name: t.float() for name, t in average.items()}
-        assert difference(state(folders[-1], set_name), plain[set_name]) < 1e-6
+        assert largest_difference(state(folders[-1], set_name), plain[set_name]) < 1e-6
     # The average of the decay contains the unknown initial weights at step 1, so it is followed from there.
     average = {name: t.double() for name, t in state(folders[0], "ema_0.9").items()}
     for step, weights in enumerate(last[1:], 2):
         decay = min(0.9, (1 + step) / (10 + step))
         average = {name: decay * average[name] + (1 - decay) * weights[name].double() for name in average}
-    assert difference(state(folders[-1], "ema_0.9"), {n: t.float() for n, t in average.items()}) < 1e-6
+    assert largest_difference(state(folders[-1], "ema_0.9"), {n: t.float() for n, t in average.items()}) < 1e-6
 
 
 def test_snapshots_equal_the_averages_of_the_same_step(run: Path) -> None:
@@ -96,7 +91,7 @@ def test_snapshots_equal_the_averages_of_the_same_step(run: Path) -> None:
         assert snapshot.sets == ["power_0.050", "power_0.100"]
         checkpoint = run / f"checkpoints/step_{images // BATCH:08d}"
         for name in snapshot.sets:
-            assert difference(state(folder, name), state(checkpoint, name)) == 0.0
+            assert largest_difference(state(folder, name), state(checkpoint, name)) == 0.0
         # The snapshot is written first: a kill between both must not lose it, because a resume does not write snapshots
         # before its checkpoint again.
         assert (folder / MARKER).stat().st_mtime_ns < (checkpoint / MARKER).stat().st_mtime_ns
@@ -137,7 +132,7 @@ def test_a_killed_run_that_resumes_elsewhere_has_the_same_snapshots(job: Job, ru
             "the snapshot was written again"
         )
         for set_name in theirs.sets:
-            assert difference(state(found[images], set_name), state(folder, set_name)) < 1e-5
+            assert largest_difference(state(found[images], set_name), state(folder, set_name)) < 1e-5
 
 
 def test_another_batch_size_removes_snapshots_after_the_checkpoint(job: Job, run: Path) -> None:
@@ -164,16 +159,16 @@ def test_the_tool_reconstructs_the_tracked_averages(run: Path, tmp_path: Path) -
     for name in GAMMAS:
         made = open_weights(tmp_path / "end" / f"{name}.safetensors")
         assert made.weight_sets == [name]
-        assert difference(made.network().state_dict(), state(last, name)) < 1e-5
+        assert largest_difference(made.network().state_dict(), state(last, name)) < 1e-5
     between = jitscale.load_model(tmp_path / "end" / "power_0.075.safetensors")
     gamma, average = 10.289116, {n: torch.zeros_like(t).double() for n, t in state(last, "model").items()}
     for step, folder in enumerate(complete_checkpoints(run), 1):
         beta = (1 - 1 / step) ** (gamma + 1)
         average = {n: beta * average[n] + (1 - beta) * t.double() for n, t in state(folder, "model").items()}
     tracked = {n: t.float() for n, t in average.items()}
-    error = difference({n: p.detach() for n, p in between.named_parameters()}, tracked)
+    error = largest_difference({n: p.detach() for n, p in between.named_parameters()}, tracked)
     assert error < 1e-4
-    nearest = min(difference(state(last, name), tracked) for name in GAMMAS)
+    nearest = min(largest_difference(state(last, name), tracked) for name in GAMMAS)
     assert error < nearest / 30, "the widths must differ for this to mean anything"
 
 
@@ -181,7 +176,7 @@ def test_the_tool_reconstructs_earlier_steps_and_refuses_in_one_line(run: Path, 
     half = tmp_path / "half"
     reconstruct(run, "--widths", "0.1", "--at-images", "144", "--output", str(half))
     made = open_weights(half / "power_0.100.safetensors").network().state_dict()
-    assert difference(made, state(run / "checkpoints/step_00000012", "power_0.100")) < 1e-5
+    assert largest_difference(made, state(run / "checkpoints/step_00000012", "power_0.100")) < 1e-5
     for options, expected in (
         (["--widths", "0.1", "--output", str(half)], "power_0.100.safetensors: exists already"),
         (["--widths", "0.5", "--output", str(half)], "0.5 is no width of a power function"),

@@ -22,7 +22,7 @@ from tests.support.tools import run_tool
 
 
 def hub_tar(path: Path, *values: Any, first: int = 0) -> Path:
-    """A tar with one sample and one json for each of the values. A text is written as it is."""
+    """A tar with one sample for each of the values, which is its json. A text is written unchanged."""
     members = []
     for number, value in enumerate(values, start=first):
         text = value if isinstance(value, str) else json.dumps(value)

@@ -26,7 +26,7 @@ from jitscale.errors import CheckpointError, UserError
 from jitscale.model.jit import JiT
 from tests.support import FILES, ROOT
 from tests.support.tiny import MODEL
-from tools.convert_checkpoint import main
+from tests.support.weights import convert
 
 STEPS = 5
 
@@ -34,12 +34,6 @@ STEPS = 5
 def load(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
-
-
-def convert(source: Path, to: str, output: Path, *more: object) -> Path:
-    arguments = ["--checkpoint", source, "--to", to, "--output", output, *more]
-    assert main([str(argument) for argument in arguments]) == 0
-    return output
 
 
 @pytest.fixture

@@ -25,10 +25,6 @@ from tests.support.tiny import MODEL
 NAME = "ema_0.9"
 
 
-def weights_of(network: JiT) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
 def random_network(seed: int) -> JiT:
     """A network whose output is not zero."""
     torch.manual_seed(seed)
