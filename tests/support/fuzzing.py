@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-import matplotlib.pyplot  # noqa: F401  # these take long to import, and no input shall count that
+import matplotlib.pyplot  # noqa: F401  # Imported early: the time of an input must not include this import.
 import torch._dynamo  # noqa: F401
 import webdataset  # noqa: F401
 

@@ -100,7 +100,7 @@ def test_an_item_without_enough_time_is_left_for_the_next_call(tmp_path: Path, c
     cases += ["sound", "other"]
     seconds = suite.SPARE_SECONDS + 10.0
     short = options(tmp_path / "out", minutes=seconds / 60)
-    suite.chosen = lambda parts: [  # type: ignore[assignment]  # of the fixture's monkeypatch, which restores it
+    suite.chosen = lambda parts: [  # type: ignore[assignment]  # The fixture's monkeypatch restores it.
         Item("first", "step", "sound", (), seconds=2),
         Item("long", "step", "sound", (), seconds=100),
     ]

@@ -85,7 +85,7 @@ def test_the_values_follow_the_formula(folder: Path, space: str) -> None:
     assert found["held_out/model"] != found["held_out/ema_0.9"]
 
 
-class Gathered(Exception):  # noqa: N818  # no error: it carries what one rank has
+class Gathered(Exception):  # noqa: N818  # It is not an error: it carries the data of one rank.
     """Replaces the collective call and carries the data of one rank."""
 
 
