@@ -52,6 +52,7 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(RUN) -m jitscale.train --list-settings > docs/settings.md
 	$(RUN) docs/draw.py
+	$(RUN) docs/reference.py > docs/reference.md
 
 install: $(INSTALLED)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jitscale.installation import explain_missing_packages
 from jitscale.versions import __version__
 
-if sys.argv[:1] == ["-m"]:  # python -m jitscale.COMMAND, whose imports come now
+if sys.argv[:1] == ["-m"]:  # python -m jitscale.COMMAND: its imports come next
     explain_missing_packages()
 if TYPE_CHECKING:  # importing jitscale stays fast: torch is imported by the first call
     import torch
@@ -33,18 +33,17 @@ logger = logging.getLogger(__name__)
 def load_model(path: str | Path, weights: str | None = None, config: ConfigSource | None = None) -> JiT:
     """The network of a checkpoint, in eval mode on the CPU, callable as `model(z, t, y)`.
 
-    `model.weights_name` is the weight set that was taken; it is logged too, with a warning if it is an average that is
-    mostly the start of the run.
+    `model.weights_name` is the weight set that was loaded. It is also logged, with a warning if the set is an average
+    that still consists mostly of the run's initial weights.
 
-    Raises a jitscale.errors.CheckpointError if nothing readable is there, there is no such weight set, or the sizes do
-    not fit.
+    Raises a jitscale.errors.CheckpointError if `path` cannot be read, has no such weight set, or has other sizes.
 
     Args:
-        path: a run folder, a step folder, a .safetensors file, a folder of safetensors files, of Hugging Face or of
-            diffusers, the authors' .pth file, or one of these at hf://OWNER/NAME[@REVISION][/FOLDER].
+        path: a run folder, a step folder, a .safetensors file, a folder in the form of Hugging Face or diffusers, the
+            authors' .pth file, or one of these at hf://OWNER/NAME[@REVISION][/FOLDER].
         weights: `model`, `ema_<decay>` or `power_<width>`; None for the run's `evaluation.weights`, or the authors'
             model_ema1.
-        config: where a file does not say the sizes: a YAML file, a config object, or a mapping of model fields
+        config: needed if the file does not state the sizes: a YAML file, a config object, or a mapping of model fields
             (image_size, patch_size, in_channels, hidden_size, depth, num_heads, bottleneck_dim, in_context_len,
             in_context_start, num_classes) with an optional noise_scale.
     """
@@ -76,26 +75,26 @@ def sample(
 ) -> torch.Tensor:
     """Images for `labels`, (B, channels, image_size, image_size) float32; -1 is black and 1 is white; not clamped.
 
-    Raises a ValueError if labels are no list of integers in [0, num_classes] or there are none, at a seed below 0,
-    noise of another shape, an unknown method or a shift out of range, and at internal guidance of a network without a
-    middle output layer. `to_pil` makes pictures of them.
+    `to_pil` converts them to pictures. Raises a ValueError if `labels` is empty or not a list of integers in
+    [0, num_classes], if the seed is negative, if `noise` has another shape, if the method is unknown, if `time_shift`
+    is out of range, or if the network has no middle output layer and `internal_guidance` asks for it.
 
     Args:
         model: from `load_model`.
         labels: B class indices; `model.null_label` for no class.
         noise: (B, channels, image_size, image_size) standard normal; None draws image i from (seed, i).
-        seed: of the noise, where none is given.
-        noise_scale: None for the one the checkpoint was trained with.
+        seed: seed of the noise, used if `noise` is None.
+        noise_scale: factor on the noise; None for the value of training.
         method: "heun" (2 `steps` - 1 evaluations of the network), or "euler", "2m" or "ab2" (`steps` evaluations; the
             last two are multistep methods of second order).
         steps: intervals of the time grid.
         guidance_scale: 1 for none.
-        guidance_interval: times between which guidance acts.
-        guide: a smaller or less trained network, for autoguidance; None guides by leaving the label out.
-        time_shift: s of the times t / (t + (1 - t) s), in [0.01, 100]; with s > 1 more steps lie near the noise.
-        internal_guidance: how far to go away from the network's middle output layer, 1 for none; with `guide`, of
-            `model` alone. It takes no evaluations of its own.
-        internal_interval: times between which internal guidance acts.
+        guidance_interval: times t between which guidance acts.
+        guide: a smaller or less trained network, for autoguidance; None: guidance leaves out the label.
+        time_shift: s in the times t / (t + (1 - t) s), in [0.01, 100]; with s > 1 more steps lie near the noise.
+        internal_guidance: scale of the guidance away from the prediction of the middle output layer of `model`; 1 for
+            none. It needs no additional evaluations of the network.
+        internal_interval: times t between which internal guidance acts.
     """
     from jitscale.config import image_shape  # noqa: PLC0415
     from jitscale.config.schema import LARGEST_SEED  # noqa: PLC0415
@@ -123,9 +122,9 @@ def sample(
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """RGB or grey pictures of `images` (B, 3 or 1, height, width) of `sample`: clamped to [-1, 1] and rounded.
+    """RGB or grey pictures of the `images` of `sample` (B, 3 or 1, height, width): clamped to [-1, 1] and rounded.
 
-    Raises a ValueError at another shape, at integers, and at values that are not finite.
+    Raises a ValueError if the shape is another one, or if the values are integers or not finite.
     """
     import torch  # noqa: PLC0415
     from PIL import Image  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Addresses of remote storage: their secrets, which no file, log or message shows, and their queries."""
+"""Addresses of remote storage: masking of their secrets (for files, logs and messages), and their queries."""
 
 import re
 
@@ -6,7 +6,7 @@ MASK = "***"
 
 _ADDRESS = re.compile(
     r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)"
-    # With a password, up to the last @: it may hold any character. At most five digits after a colon may be a port.
+    # A password may hold any character, so it ends at the last @. Up to five digits after a colon may be a port.
     r"(?P<user>[^\s/?#'\":@]*:(?!\d{1,5}(?:[/?#'\"\s]|$))(?:(?!://)[^\s\"])*@|[^\s/?#'\"]*@)?(?P<path>(?:(?!,\w{1,20}://)[^\s?#'\"])*)"
     r"(?P<query>[?#][^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
 )
@@ -25,9 +25,10 @@ def masked(text: str) -> str:
 
 
 def has_secret(setting: str) -> bool:
-    """Whether a setting holds a secret itself, so not only `${oc.env:NAME}` in its place.
+    """Whether a setting holds a secret itself, and not only `${oc.env:NAME}` in its place.
 
-    A user before a password of the environment is no secret, and neither are values next to one of it in a query.
+    If the password comes from the environment, the user name is not a secret. If a value of a query comes from the
+    environment, the other values of the query are not secrets.
     """
     text = _ENVIRONMENT.sub("\0", setting)
     text = re.sub(r"(?<=://)(?:[^\s/?#:@]*:\0+|\0+:?)@|[?#][^\s?#,]*\0[^\s?#,]*", "", text)
@@ -35,7 +36,7 @@ def has_secret(setting: str) -> bool:
 
 
 def split_query(address: str) -> tuple[str, str]:
-    """The address before its query, and the query with its question mark; a ? elsewhere is a wildcard, and stays."""
+    """The address without its query, and the query with its question mark. Any other ? is a wildcard and stays."""
     path, mark, query = address.partition("?")
     return (path, mark + query) if address.startswith(("http://", "https://")) and "=" in query else (address, "")
 

@@ -1,7 +1,8 @@
-"""What the commands share: their parser, the types of their options, and a table for terminals and pages alike."""
+"""Parts that all commands share: the parser, the types of options, and a table for terminals and pages."""
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 from jitscale.errors import CheckpointError, ExitCode, UserError, escaped
 from jitscale.files import with_home
 
+BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose help begins with a module's docstring, and whose errors are one line and exit code 2."""
@@ -18,14 +21,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **options)
-        self.register("type", Path, lambda text: Path(path_text(text)))  # what all options of `type=Path` become
+        self.register("type", Path, lambda text: Path(path_text(text)))  # for all options of `type=Path`
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong as `exit_with_message` would. Each rank says it: before ranks meet, none is the first."""
+        """Print the error as `exit_with_message` does, on each rank: no rank is the main one before the ranks meet."""
         self.exit(ExitCode.USER_ERROR, f"error: {escaped(message)}; see --help\n")
 
-    def add_overrides(self, meaning: str = "settings that win over the file") -> None:
-        """Add the positional arguments `overrides`; `parse_intermixed_args` takes them between options too."""
+    def add_overrides(self, meaning: str = "settings that replace those of the file") -> None:
+        """Add the positional arguments `overrides`; `parse_intermixed_args` accepts them between options too."""
         self.add_argument("overrides", nargs="*", metavar="group.key=value", help=meaning)
 
     def add_number(
@@ -45,36 +48,37 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
-# The command lines of a run. The supervisor of a batch script reads them too, before the ranks do.
+# The command lines of a run. The supervisor of a batch script parses them too, before the ranks do.
 
 
 def train_parser(description: str | None = None) -> Parser:
     """The parser of `python -m jitscale.train`."""
     parser = Parser(description, prog="python -m jitscale.train")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/")
-    parser.add_argument("--print-config", action="store_true", help="print all settings, explained, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print all settings with their meanings, and exit")
     parser.add_argument("--profile", action="store_true", help="the same as run.profile=true")
-    parser.add_overrides("settings that win over the file, such as optim.lr=1e-4")
+    parser.add_overrides("settings that replace those of the file, such as optim.lr=1e-4")
     return parser
 
 
 def evaluate_parser(description: str | None = None) -> Parser:
-    """The parser of `python -m jitscale.evaluate`; `complete_source` says whether its options make sense."""
+    """The parser of `python -m jitscale.evaluate`; `complete_source` checks its options."""
     parser = Parser(description, prog="python -m jitscale.evaluate")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder: its newest checkpoint")
+    source.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="a run's folder (its newest checkpoint)")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a step folder, .safetensors or authors' .pth")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the run's own config.yaml")
-    sets = "model, ema_<decay> or power_<width>; default: evaluation.weights (--checkpoint: if the command has it)"
+    sets = "model, ema_<decay> or power_<width>; default: evaluation.weights (with --checkpoint: if it is given here)"
     parser.add_argument("--weights", metavar="NAME", help=sets)
-    parser.add_overrides("settings that win over the file, such as evaluation.num_images=5000")
+    parser.add_overrides("settings that replace those of the file, such as evaluation.num_images=5000")
     return parser
 
 
 def complete_source(options: argparse.Namespace) -> None:
-    """Fill in the configuration of a run that is to be evaluated.
+    """Fill in the configuration of the run to evaluate.
 
-    Raises a UserError if the options of `evaluate_parser` do not say what, a CheckpointError if there is no such run.
+    Raises a UserError if the options of `evaluate_parser` name nothing to evaluate, a CheckpointError if the run does
+    not exist.
     """
     if options.run is not None:
         own = options.run / "config.yaml"
@@ -87,7 +91,7 @@ def complete_source(options: argparse.Namespace) -> None:
         raise UserError(f"evaluate needs --run RUN, or --checkpoint FILE with --config FILE{meant}")
 
 
-# Types of options. Each raises ArgumentTypeError for another text, and argparse turns it into an error of the command.
+# Types of options. Each raises an ArgumentTypeError if the text is wrong; argparse turns it into the command's error.
 
 
 def positive(text: str) -> int:
@@ -105,7 +109,7 @@ def natural(text: str) -> int:
 
 
 def path_text(text: str) -> str:
-    """An option's path, pattern or address; a leading ~ or ~user is a home folder, also where the shell leaves it."""
+    """An option's path, pattern or address. It expands a leading ~ or ~user that the shell has left as it is."""
     try:
         return with_home(text)
     except ValueError as error:
@@ -120,15 +124,28 @@ def part_of(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
+def bytes_of(suffix: str = "") -> Callable[[str], float]:
+    """The type of an option that is a positive number with a unit and `suffix`, such as 80GB, in bytes."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(BYTES)}){suffix}", text)
+        if match is None or float(match[1]) <= 0:
+            units = ", ".join(unit + suffix for unit in BYTES)
+            raise argparse.ArgumentTypeError(f"{text!r} must be a positive number and one of {units}")
+        return float(match[1]) * BYTES[match[2]]
+
+    return parse
+
+
 def refuse_existing(*outputs: Path) -> None:
-    """Refuse to write over files. Raises a UserError if one of `outputs` exists."""
+    """Refuse to overwrite files. Raises a UserError if one of `outputs` exists."""
     for path in outputs:
         if path.exists():
             raise UserError(f"{path}: exists already; remove it or choose another --output")
 
 
 def run_python(*arguments: str, cwd: Path, **environment: str) -> None:
-    """Run this Python in a process of its own, whose output is seen. Raises a UserError if it fails."""
+    """Run this Python in a new process, which prints to this terminal. Raises a UserError if it fails."""
     if code := call_python(*arguments, cwd=cwd, **environment):
         raise UserError(f"{' '.join(arguments)}: ended with code {code}; see above")
 
@@ -139,15 +156,15 @@ def call_python(*arguments: str, cwd: Path, **environment: str) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.wait()  # a terminal's Ctrl-C reaches it too, and it saves first; a second one ends both
+            process.wait()  # Ctrl-C reaches the process too, which saves first. A second Ctrl-C ends both.
             raise
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: on a cluster, fewer than the machine has."""
+    """The cores that this process may use. On a cluster these can be fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
-    """A table of labels and values, without a head."""
+    """A table of labels and values, without a header."""
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])

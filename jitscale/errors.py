@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and the exit codes and messages with which a process ends."""
+"""Errors that a user can cause, and the exit code and the message at the end of a process."""
 
 import errno
 import json
@@ -15,29 +15,59 @@ from jitscale.addresses import masked
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command of the project; schedulers and scripts rely on them."""
+    """Exit codes of every command of the project; schedulers and scripts rely on them.
 
-    DONE = 0
-    FAILED = 1
-    USER_ERROR = 2
-    REQUEUE = 75  # EX_TEMPFAIL: the state is saved, start the same command again
+    Each has its `meaning` and its `remedy`, which docs/reference.md shows.
+    """
 
+    meaning: str
+    remedy: str  # what the user does next
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+    def __new__(cls, number: int, meaning: str, remedy: str) -> "ExitCode":
+        """A code with its words."""
+        code = int.__new__(cls, number)
+        code._value_, code.meaning, code.remedy = number, meaning, remedy
+        return code
+
+    DONE = 0, "The command has done all its work.", "Nothing."
+    FAILED = (
+        1,
+        "A failure that a new start may survive: a disk or network that fails or is full, a lost rank, a rank that "
+        "hangs. Or an error that nobody expected, with a traceback.",
+        "Read the line that begins with `error:`, or the traceback. Repair the cause and start the same command again. "
+        "A Slurm job of this project returns to the queue by itself.",
+    )
+    USER_ERROR = (
+        2,
+        "A mistake in the command, its settings, its paths or its data. One line says what, where and the remedy.",
+        "Follow the line. A new start alone repeats the mistake.",
+    )
+    # 75 is EX_TEMPFAIL of sysexits.h, 130 is 128 + SIGINT as in shells.
+    REQUEUE = (
+        75,
+        "A signal (SIGTERM, SIGUSR1, SIGUSR2) asked the run to stop, and its state is saved.",
+        "Start the same command again: it resumes. A Slurm job of this project is already back in the queue.",
+    )
+    INTERRUPTED = (
+        130,
+        "Ctrl-C (SIGINT) stopped the command. Training saved its state first.",
+        "Start the same command again: it resumes. A Slurm job does not return to the queue.",
+    )
+
 
 _WRONG_PATHS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
-    errno.ENXIO,  # of a socket that is opened
-    errno.EINVAL,  # of a damaged file, whose numbers no file can have
-    None,  # said by a library, not by the system
+    errno.ENXIO,  # the path is a socket
+    errno.EINVAL,  # a damaged file states impossible offsets or sizes
+    None,  # the error comes from a library, not from the system
 )
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where, which limit and the remedy, in one line.
+    """An error that the user can correct. The message is one line: what, where, which limit and the remedy.
 
-    Secrets in addresses are masked in it.
+    The message masks secrets in addresses.
     """
 
     def __init__(self, *parts: object) -> None:
@@ -45,52 +75,52 @@ class UserError(ValueError):
 
 
 class LauncherError(UserError):
-    """The launcher's variables do not say which rank this process is, so every process prints it."""
+    """The launcher's variables do not determine this process's rank, so every process prints the error."""
 
 
 class RendezvousError(RuntimeError):
-    """Some ranks did not come. In general this is no mistake of the user's: a new start may succeed."""
+    """Some ranks did not connect. The user is usually not the cause, and a new start may succeed."""
 
 
 class RankLostError(RendezvousError):
-    """Another rank has ended, which has a message of its own."""
+    """Another rank has ended. That rank prints the cause."""
 
 
 class ConfigError(UserError):
-    """The configuration asks for something unknown or impossible."""
+    """A setting is unknown or impossible."""
 
 
 class DataError(UserError):
-    """Shards that are missing, damaged, or do not fit the configuration."""
+    """Shards are missing or damaged, or do not fit the configuration."""
 
 
 @contextmanager
 def data_error(
     what: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError
 ) -> Iterator[None]:
-    """Turn `errors` into a `DataError` that says `what`, the error and the remedy; `what` names the file.
+    """Turn `errors` into a `DataError` whose message is `what`, the error and the remedy; `what` names the file.
 
     An OSError becomes a `StorageError`.
     """
     try:
         yield
     except errors as error:
-        reason = getattr(error, "strerror", None) or error  # without the file's name, which would stand there twice
+        reason = getattr(error, "strerror", None) or error  # without the file's name, which `what` has already
         message = f"{what} ({reason}); {remedy}"
         raise (StorageError.of(error, message) if isinstance(error, OSError) else DataError(message)) from error
 
 
 class StorageError(DataError):
-    """A disk or a network behind a file that failed, or is full: mending it helps, not another command.
+    """The disk or the network behind a file failed, or the disk is full. The storage must be repaired.
 
-    A new start may succeed, and a job is put back into the queue (exit code 1), unless the path `is_wrong`.
+    A new start may succeed, so a job is requeued (exit code 1), unless the path `is_wrong`.
     """
 
     is_wrong = False  # the path does not exist, is of another kind, or is forbidden
 
     @classmethod
     def of(cls, error: OSError, message: str) -> "StorageError":
-        """What `error` leads to, in the words of `message`."""
+        """The StorageError for `error`, with this `message`."""
         made = cls(message)
         made.is_wrong = is_wrong_path(error)
         return made
@@ -102,17 +132,18 @@ def is_wrong_path(error: OSError) -> bool:
 
 
 class StopRequestedError(UserError):
-    """A signal asked the process to stop while it measured."""
+    """A signal stopped the process during a measurement."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or belongs to another model."""
+    """A checkpoint is missing or damaged, or belongs to another model."""
 
 
 def unreadable(path: Path, error: object, damage: str, remedy: str = "start again when the storage works") -> UserError:
-    """What a read of `path`, a file of weights, leads to: a StorageError with `remedy`, or a CheckpointError, `damage`.
+    """The error to raise if the weights in `path` cannot be read.
 
-    A storage that fails is no damage: to remove a sound checkpoint or choose another would mend nothing.
+    If the storage fails, it is a StorageError with `remedy`: the checkpoint may be sound, and removing it would not
+    help. Otherwise it is a CheckpointError with the message `damage`.
     """
     if isinstance(error, OSError) and not is_wrong_path(error):
         return StorageError.of(error, f"{path}: cannot be read ({error.strerror}); {remedy}")
@@ -120,16 +151,17 @@ def unreadable(path: Path, error: object, damage: str, remedy: str = "start agai
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error, without the lines that libraries write below it, such as torch's stack."""
+    """The first line of an error's message. Libraries add more, such as torch's stack."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2; a `RendezvousError`, an OSError, or a `StorageError` whose path
-    is right, one message and exit code 1. If mistakes are the `same_on_all_ranks`, only global rank 0 prints them: for
-    commands that `adopt_launcher_environment` only, because before it RANK may be left over from another command.
+    A `UserError` becomes one message and exit code 2. A `RendezvousError`, an OSError, or a `StorageError` whose path
+    is right becomes one message and exit code 1. If errors are the `same_on_all_ranks`, only global rank 0 prints them.
+    Only commands that call `adopt_launcher_environment` may pass True: without it, RANK may be a leftover of another
+    command.
     """
     try:
         code = command()
@@ -139,22 +171,22 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
         of_one_rank = isinstance(error, (LauncherError, RendezvousError, OSError)) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {escaped(str(error))}", file=sys.stderr)
-        if not isinstance(error, RankLostError):  # torchrun names one rank as the cause: this is not it
+        if not isinstance(error, RankLostError):  # torchrun must name the other rank as the cause
             _tell_torchrun(f"error: {escaped(str(error))}")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the interpreter's teardown, in which threads of communication libraries can abort a finished process and
+    # This skips the interpreter's teardown. There, threads of communication libraries can abort a finished process and
     # turn its exit code 0 into a failure.
     os._exit(int(code))
 
 
 def _tell_torchrun(message: str) -> None:
-    """Let torchrun's summary, which comes last on the terminal, say the message in place of a traceback.
+    """Make torchrun's summary, the last output on the terminal, show the message and not a traceback.
 
-    The file and its form are those of torch.distributed.elastic's ErrorHandler, without an import of torch.
+    The file has the format of torch.distributed.elastic's ErrorHandler. Writing it here avoids an import of torch.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -163,5 +195,5 @@ def _tell_torchrun(message: str) -> None:
 
 
 def escaped(message: str) -> str:
-    """A message whose values can neither begin a line nor command a terminal; indented lines of a list stay."""
+    """The message with its control characters escaped, also line breaks unless an indented line follows."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]|\n(?!  )", lambda found: repr(found[0])[1:-1], message)

@@ -1,11 +1,12 @@
 """Measure samples of a checkpoint: `python -m jitscale.evaluate --run DIR` or `--checkpoint FILE --config FILE`.
 
-It does the final evaluation of the configuration, with the sweep of `evaluation.sweep` if there is one. If the command
-names a weight set or guidance, it measures only that.
+The command does the final evaluation of the configuration, including `evaluation.sweep` if it is set. If the command
+line names a weight set or guidance, only that is measured.
 
-All ranks share the work, under torchrun, under srun, or in one process; the same command continues an interrupted one.
-RUN/results keeps every result. RUN/result.json is the evaluation of the run's own config.yaml; for a bare checkpoint
-file it is the last one. torchrun takes `--run` for an option of its own: with it, write `--run-dir`.
+All ranks share the work, under torchrun, under srun, or in one process. The same command continues an interrupted
+evaluation. RUN/results keeps every result. RUN/result.json is the evaluation under the run's own config.yaml; for a
+checkpoint file without a run, it is the last evaluation. torchrun has its own option `--run`, so write `--run-dir` with
+torchrun.
 """
 
 import logging
@@ -35,7 +36,7 @@ from jitscale.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
-# Settings that a sweep would change: where the command names one, no sweep is meant.
+# Settings that a sweep changes. If the command line sets one, there is no sweep.
 SWEPT = tuple(f"evaluation.{name}=" for name in TRIED)
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     adopt_launcher_environment()
     make_kernel_caches()
     complete_source(options)
-    # A file of somebody else's is measured under one setting, unless a sweep is asked for.
+    # A checkpoint without a run is measured under one setting, unless the command line sets a sweep.
     alone = options.weights is not None or options.run is None
     overrides = [*options.overrides, *without_sweep(options.overrides, alone=alone)]
     described = options.run is not None
@@ -54,9 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]:
-    """The setting that switches the configured sweep off, where the `overrides` name what the sweep would choose.
+    """The override that disables the configured sweep, if `overrides` set what the sweep would choose.
 
-    `alone`: one setting is meant for another reason.
+    `alone`: disable the sweep for another reason. If `overrides` set a sweep, it stays in any case.
     """
     named = alone or any(text.startswith(SWEPT) for text in overrides)
     asked = any(text.startswith("evaluation.sweep=") for text in overrides)
@@ -64,17 +65,17 @@ def without_sweep(overrides: Sequence[str], *, alone: bool = False) -> list[str]
 
 
 def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | None, *, described: bool) -> None:
-    """Do the final evaluation of any stored weights and print it; starts and leaves the process group.
+    """Do the final evaluation of any stored weights and print it; joins and leaves the process group.
 
-    The configuration of the YAML file `path`, with the `overrides`, says how; the results go to its `run.dir`. It also
-    says what network the weights are of, unless `checkpoint` is a run, which is `described` by itself. `weights` is the
-    set that is measured where no sweep names others; None: `evaluation.weights` of a run, or if it is among the
-    overrides, else the stored weights' default. Raises a UserError, as `load_config`, `run_evaluation`, `open_weights`
+    The configuration is that of the YAML file `path` with the `overrides`. Results go to its `run.dir`. If `checkpoint`
+    is a run, its own files describe the network (`described`); otherwise the configuration does. `weights` is the set
+    to measure, unless a sweep names others. None: `evaluation.weights` if `checkpoint` is a run or the overrides set
+    it, else the default of the stored weights. Raises a UserError, as `load_config`, `run_evaluation`, `open_weights`
     and `check_measurable` do.
     """
     if described:
         overrides = [*overrides, f"run.dir={checkpoint}"]
-    # The batch of training does not matter here, so the run may be evaluated on any number of ranks.
+    # No world size is passed: training's batch does not matter here, so any number of ranks may evaluate.
     own = path == checkpoint / "config.yaml"
     config = load_config(path, overrides, bf16_supported=parallel.bf16_supported, stored=own)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -113,7 +114,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
 
 
 def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
-    """Whether the run in `run_dir` has ended with the stored weights, or there is no run."""
+    """Whether the stored weights are those at the end of the run in `run_dir`; True if there is no run."""
     if not (run_dir / "config.yaml").exists():
         return True
     newest = latest_checkpoint(run_dir)
@@ -124,7 +125,7 @@ def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
 
 
 def _track(config: Config, run_dir: Path, result: dict[str, Any]) -> None:
-    """Put the run's final evaluation into its W&B record; a machine without a key keeps it in the files."""
+    """Add the final evaluation to the run's W&B record. Without a key for W&B, it stays in the files only."""
     try:
         check_wandb(config)
     except ConfigError as error:

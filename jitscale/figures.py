@@ -22,23 +22,23 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "axes.formatter.min_exponent": 5,  # of logarithmic axes too: 100, and not a power of ten
+    "axes.formatter.min_exponent": 5,  # on logarithmic axes too: 100, not a power of ten
     "font.size": 9,
     "legend.frameon": False,
-    "svg.hashsalt": "jitscale",  # equal data, equal file
+    "svg.hashsalt": "jitscale",  # equal data give equal files
     "svg.fonttype": "path",
 }
-# Of a PNG: two pixels for one of a page, so that sharp screens show it sharp; wider than a page it need not be.
+# A PNG has two pixels for each pixel of a page, for sharp screens, and is not wider than a page needs.
 DPI, MOST_PIXELS_WIDE = 200, 2000
 PNG_COLOURS = 256
-UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # style of points that no line connects
+UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # for points without a line
 
 
 @contextmanager
 def figure(
     target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4, rows: int = 1
 ) -> Iterator[Sequence[Axes]]:
-    """Panels side by side in `rows`, written at the end to a .svg or .png file, or as SVG into a buffer."""
+    """Panels in `rows` rows, saved at the end of the block to a .svg or .png file, or as SVG into a buffer."""
     with mpl.rc_context(STYLE):
         size = (width * panels, height * rows)
         drawn, axes = plt.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
@@ -62,7 +62,7 @@ def with_palette(picture: Image.Image, colours: int) -> Image.Image:
 def curve(
     axis: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, number: int = 0, **style: Any
 ) -> None:
-    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars; `number` chooses the look."""
+    """The mean over seeds (S, N) at x (N,), with the standard deviation as error bars; `number` selects the look."""
     values = np.asarray(by_seed, float)
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else None
     look = {"color": COLOURS[number], "marker": MARKERS[number], "capsize": 2, "linewidth": 1.2, "markersize": 4}
@@ -70,12 +70,12 @@ def curve(
 
 
 def curve_over(axis: Axes, by_x: Mapping[Any, Sequence[float]], label: str, number: int = 0, **style: Any) -> None:
-    """`curve` of the values of all seeds at each x."""
+    """`curve`, from the values of all seeds at each x."""
     curve(axis, list(by_x), list(zip(*by_x.values(), strict=True)), label, number, **style)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Over seeds; the deviation of one seed is 0."""
+    """The mean and the standard deviation over seeds; the deviation of a single seed is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
@@ -86,7 +86,7 @@ def plus_minus(values: Sequence[float], width: int = 0, digits: int = 2) -> str:
 
 
 def show_png(axis: Axes, pictures: Sequence[str], labels: Sequence[str]) -> None:
-    """Pictures (PNG in base64) below each other, with a label before each."""
+    """Pictures (PNG in base64) below each other, each with a label on its left."""
     drawn = [plt.imread(BytesIO(base64.b64decode(picture)), format="png") for picture in pictures]
     heights = [picture.shape[0] for picture in drawn]
     axis.imshow(np.concatenate(drawn), interpolation="nearest")

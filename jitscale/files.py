@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, locks, and what identifies a file's content."""
+"""Atomic writes, lock files, and the identity of a file's content."""
 
 import errno
 import fcntl
@@ -20,9 +20,9 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file syst
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name only when it is complete and on disk; an exception leaves nothing behind.
+    """A file to write that gets its name only when it is complete and on disk. An exception removes it.
 
-    A process that is killed leaves `aside_pattern(path)`, a hidden file that no reader takes for the real one.
+    A process that is killed leaves a hidden file (`aside_pattern`), which no reader mistakes for the real one.
     """
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
@@ -37,13 +37,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_durably(path: Path) -> None:
-    """Remove a file, if it is there; it does not come back after a power cut."""
+    """Remove a file, if it exists, so that it stays removed after a power cut."""
     path.unlink(missing_ok=True)
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk before anything depends on it."""
+    """Write a file, or a folder's list of names, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,10 +53,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[IO[str]]:
-    """Hold the lock file `path`, which the kernel releases when the process ends, however it ends.
+    """Hold the lock file `path`. The kernel releases the lock when the process ends, even if it is killed.
 
-    Yields the open file. Raises a UserError if another process holds it (`what` says what must not be done twice), an
-    OSError if the file cannot be made or the file system has no locks.
+    Yields the open file. Raises a UserError if another process holds the lock (`what` ends the message: the reason to
+    refuse), an OSError if the file cannot be created or the file system has no locks.
     """
     with path.open("a+", errors="replace") as file:
         try:
@@ -73,9 +73,9 @@ def exclusive(path: Path, what: str) -> Iterator[IO[str]]:
 
 @contextmanager
 def exclusive_or_not(path: Path) -> Iterator[bool]:
-    """As `exclusive`, but say whether the lock is ours; a file system without locks gives it to everybody.
+    """As `exclusive`, but yields whether this process holds the lock. Without file locks, every process gets True.
 
-    Raises an OSError if the file cannot be made.
+    Raises an OSError if the file cannot be created.
     """
     with path.open("a+") as file:
         ours = True
@@ -92,7 +92,7 @@ def exclusive_or_not(path: Path) -> Iterator[bool]:
 def check_socket_folder() -> None:
     """Raise a UserError if the temporary folder's path is too long for the sockets of worker processes.
 
-    Without this check PyTorch's loader waits for ever for its first batch.
+    Without this check, PyTorch's loader would wait for its first batch for ever.
     """
     folder = tempfile.gettempdir()
     if (length := len(os.fsencode(folder))) > SOCKET_FOLDER_BYTES:
@@ -101,12 +101,12 @@ def check_socket_folder() -> None:
 
 
 def aside_pattern(name: str) -> str:
-    """A glob for what `atomic_write` leaves beside a file called `name` when its process is killed."""
+    """A glob for the files that killed `atomic_write`s leave next to a file called `name`."""
     return f".{name}.*.partial"
 
 
 class FileIdentity(NamedTuple):
-    """What changes when a file is replaced or written to."""
+    """Numbers of which at least one changes when a file is replaced or written to."""
 
     device: int
     inode: int
@@ -131,7 +131,7 @@ def sha256_of(path: Path) -> str:
 def with_home(path: str) -> str:
     """`path` with a leading `~` or `~user` replaced by that user's home folder.
 
-    Raises a ValueError that says why, if there is no such user.
+    Raises a ValueError that says why if there is no such user.
     """
     found = os.path.expanduser(path) if path.startswith("~") else path
     if found.startswith("~"):

@@ -1,11 +1,11 @@
-"""What a command says where the packages that it needs are not installed. For any Python 3, of the standard library."""
+"""The message of a command whose packages are not installed. It runs on any Python 3 without other packages."""
 
 import os
 import sys
 from types import TracebackType
 
 REMEDY = "activate the environment (source .venv/bin/activate), or make it first (make install)"
-USER_ERROR = 2  # of ExitCode
+USER_ERROR = 2  # ExitCode.USER_ERROR; that module is not imported here
 
 
 def explain_missing_packages() -> None:

@@ -1,7 +1,7 @@
 """Random draws as functions of (seed, purpose, position).
 
-A draw depends on nothing that happened before it. So a resumed run repeats and skips nothing, and the number of GPUs,
-workers or micro-batches changes no draw. Only integer hashing is used, no generator whose stream a library may change.
+A draw does not depend on earlier draws. So a resumed run repeats and skips nothing, and the number of GPUs, workers or
+micro-batches changes no draw. Draws use integer hashing only, because a library may change the stream of a generator.
 """
 
 from enum import IntEnum
@@ -63,7 +63,7 @@ def uniform(seed: int, purpose: Purpose, *coordinates: npt.ArrayLike) -> Float64
 
 
 def normal(seed: int, purpose: Purpose, *coordinates: npt.ArrayLike) -> Float64Array:
-    """Standard normal numbers (Box and Muller 1958) from two uniforms a number."""
+    """Standard normal numbers (Box and Muller 1958), each from two uniform numbers."""
     radius = np.sqrt(-2.0 * np.log(uniform(seed, purpose, *coordinates, 0)))
     return np.asarray(radius * np.cos(2.0 * np.pi * uniform(seed, purpose, *coordinates, 1)))
 
@@ -74,5 +74,5 @@ def permutation(length: int, seed: int, purpose: Purpose, *coordinates: int) -> 
 
 
 def generator_seeds(seed: int, purpose: Purpose, *coordinates: npt.ArrayLike) -> Int64Array:
-    """Non-negative 63-bit seeds for `torch.Generator.manual_seed`, one an element of the coordinates."""
+    """Non-negative 63-bit seeds for `torch.Generator.manual_seed`, one for each element of the coordinates."""
     return (hash64(seed, purpose, *coordinates) >> np.uint64(1)).astype(np.int64)

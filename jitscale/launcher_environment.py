@@ -1,7 +1,7 @@
-"""Who this process is among the ranks of a job: from the variables of torchrun, of srun, or of neither.
+"""The rank of this process in its job, from the variables of torchrun, of srun, or without a launcher.
 
-The variables of a launcher are believed as one set. If only a part is set, it is left over from another command, or the
-rest did not get into a container. A guess of the rest would give a run that waits for ranks that nobody starts.
+The variables of a launcher count only as a complete set. If only a part is set, it is a leftover of another command, or
+the rest did not get into a container. If the rest were guessed, the run could wait for ranks that were never started.
 """
 
 import math
@@ -18,17 +18,17 @@ from jitscale.errors import LauncherError
 IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 KERNEL_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 TORCHRUN = (*IDENTITY, "MASTER_ADDR", "MASTER_PORT")
-MOST_NODES = 65_536  # in a range: no cluster has so many
-MOST_DIGITS = 18
+MOST_NODES = 65_536  # in one range of node names
+MOST_DIGITS = 18  # of an integer in a variable
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # in the order of IDENTITY
 
 
 def adopt_launcher_environment() -> int:
-    """Give this process torchrun's variables, whoever has started it; returns the world size.
+    """Set torchrun's variables in this process, under any launcher; returns the world size.
 
-    A task of srun is recognised by its step: a batch script and a shell of salloc have other variables of Slurm, but
-    are no tasks. A task that is alone in its step, such as a shell of `srun --pty`, is a world of one. Raises a
-    LauncherError if the variables are incomplete, or contradict each other.
+    SLURM_STEP_ID marks a task of srun: a batch script and a shell of salloc have other variables of Slurm, but are not
+    tasks. A task that is alone in its step, such as a shell of `srun --pty`, is a world of one. Raises a LauncherError
+    if the variables are incomplete or contradict each other.
     """
     if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
         found = _of_srun()
@@ -41,13 +41,13 @@ def adopt_launcher_environment() -> int:
 
 
 def make_kernel_caches() -> None:
-    """Make this node's folders for compiled kernels, where the environment names some, for this user alone.
+    """Create this node's folders for compiled kernels, if the environment names them, with access for this user only.
 
-    slurm/launch.sh names folders on each node's own disk, where the batch script itself runs on the first node only.
-    Raises a LauncherError if a folder cannot be made, or if another user could put code into it, by its own access or
-    by that of the folder above, in which it could be replaced.
+    slurm/launch.sh names folders on each node's own disk. It cannot create them itself: a batch script runs on the
+    first node only. Raises a LauncherError if a folder cannot be created, or if another user could put code into it:
+    by writing into the folder, or by replacing it in the folder above.
     """
-    remedy = "let JITSCALE_CACHE name a folder of your own on the nodes' own disks"
+    remedy = "set JITSCALE_CACHE to a folder of your own on the nodes' own disks"
     for name in KERNEL_CACHES:
         if folder := os.environ.get(name):
             above = os.path.dirname(os.path.abspath(folder))
@@ -56,7 +56,7 @@ def make_kernel_caches() -> None:
                     os.makedirs(made, mode=0o700, exist_ok=True)
                 wrong = _open_to_others(above, sticky=True) or _open_to_others(folder)
             except OSError as error:
-                raise LauncherError(f"{name}={folder}: cannot be made ({error.strerror}); {remedy}") from error
+                raise LauncherError(f"{name}={folder}: cannot be created ({error.strerror}); {remedy}") from error
             if wrong:
                 raise LauncherError(f"{name}={folder}: {wrong}: others could put code into it; {remedy}")
             if not os.access(folder, os.W_OK):
@@ -64,9 +64,9 @@ def make_kernel_caches() -> None:
 
 
 def _open_to_others(folder: str, *, sticky: bool = False) -> str:
-    """Why another user than root could change what lies in `folder`; empty if none can.
+    """Why a user other than root could change the content of `folder`; empty if nobody can.
 
-    With `sticky`, others may write into a folder such as /tmp, in which they cannot replace what is not theirs.
+    `sticky` allows a folder such as /tmp: others may write into it, but its sticky bit protects files of this user.
     """
     found = os.lstat(folder)
     if stat.S_ISLNK(found.st_mode):
@@ -79,11 +79,12 @@ def _open_to_others(folder: str, *, sticky: bool = False) -> str:
 
 
 def hosts_in(variable: str) -> list[str]:
-    """The names in one of Slurm's variables for a list of nodes: n[1-2,5] is n1, n2 and n5.
+    """The node names in a Slurm variable that holds a list of nodes: n[1-2,5] is n1, n2 and n5.
 
-    scontrol would say the same, but is not there in a container. Raises a LauncherError if there is no such list.
+    `scontrol show hostnames` does the same, but a container may lack it. Raises a LauncherError if the value is not
+    such a list.
     """
-    # Slow to import, and needed on clusters only.
+    # This import is slow, and only clusters need it.
     from submitit.slurm.slurm import SlurmJobEnvironment, SlurmParseException  # noqa: PLC0415
 
     class Environment(SlurmJobEnvironment):
@@ -91,19 +92,19 @@ def hosts_in(variable: str) -> list[str]:
 
     listed = os.environ[variable]
     with suppress(SlurmParseException, ValueError):
-        # Before a wrong digit makes millions of names.
+        # This check comes first: one wrong digit could expand to millions of names.
         sizes = (int(last) - int(first) for first, last in re.findall(r"(\d+)-(\d+)(?=[^\[]*\])", listed))
         if all(size < MOST_NODES for size in sizes):
             hosts = Environment().hostnames
             if hosts and all(hosts):
                 return hosts
-    raise LauncherError(f"{listed[:200]!r}: no list of nodes' names as Slurm writes it, such as n[1-2,5]")
+    raise LauncherError(f"{listed[:200]!r}: is not a list of nodes as Slurm writes it, such as n[1-2,5]")
 
 
 def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
-    """The values of variables that must all be there; `because` says why, as the beginning of a sentence.
+    """The values of the variables `names`, which must all be set; `because` is the reason and begins the message.
 
-    Raises a LauncherError that names all that are missing or empty.
+    Raises a LauncherError that names every variable that is missing or empty.
     """
     if missing := [name for name in names if not os.environ.get(name)]:
         raise LauncherError(f"{because}, but there is no value of {', '.join(missing)}; {remedy}")
@@ -111,7 +112,7 @@ def required(names: Sequence[str], because: str, remedy: str) -> list[str]:
 
 
 def integer(name: str, value: str, least: int = 0, most: int | None = None) -> int:
-    """The number in a launcher's variable. Raises a LauncherError if it is none, or outside [least, most]."""
+    """The integer in a launcher's variable. Raises a LauncherError if it is not an integer in [least, most]."""
     number = int(value) if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else -1
     if number < least or (most is not None and number > most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -122,9 +123,9 @@ def integer(name: str, value: str, least: int = 0, most: int | None = None) -> i
 
 
 def positive_setting(name: str, default: float) -> float:
-    """The positive number in one of the project's own variables, JITSCALE_...; `default` where it is not set.
+    """The positive number in one of the project's own variables (JITSCALE_...), or `default` if it is not set.
 
-    Raises a LauncherError if it is no such number.
+    Raises a LauncherError if the value is not a positive number.
     """
     text = os.environ.get(name) or str(default)
     with suppress(ValueError):
@@ -150,7 +151,7 @@ def _of_srun() -> dict[str, str]:
         if other != found[name]:
             raise LauncherError(f"{name}={other}, but {slurm}={found[name]} in this task; unset {name}")
     if found["WORLD_SIZE"] == "1":
-        # Other steps of the job may run on the same node: the job's own port would be taken.
+        # Other steps of the job may run on the same node and use the job's port, so this task takes a free one.
         return _alone()
     found |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     if "MASTER_ADDR" not in found:
@@ -158,26 +159,26 @@ def _of_srun() -> dict[str, str]:
         found["MASTER_ADDR"] = hosts_in("SLURM_STEP_NODELIST")[0]
     if "MASTER_PORT" not in found:
         job = integer("SLURM_JOB_ID", required(["SLURM_JOB_ID"], step, remedy)[0])
-        # In a batch script slurm/launch.sh has chosen one, which changes with each start.
+        # Outside of slurm/launch.sh, which chooses another port at each start of a batch script.
         found["MASTER_PORT"] = str(20_000 + job % 20_000)
     return _checked(found, SRUN)
 
 
 def _alone() -> dict[str, str]:
-    with socket.socket() as probe:  # for a free port
+    with socket.socket() as probe:  # finds a free port
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return dict(zip(TORCHRUN, ("0", "1", "0", "127.0.0.1", port), strict=True))
 
 
 def _checked(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Refuse numbers that cannot be; `names` are the launcher's own for those of IDENTITY."""
+    """Refuse impossible numbers; `names` are the launcher's own names for IDENTITY, for messages."""
     rank, size, local_rank = names
     if not found["MASTER_ADDR"]:
-        raise LauncherError("MASTER_ADDR is empty; set it to the host of rank 0, or unset it under srun")
+        raise LauncherError("MASTER_ADDR is empty; set it to the host of rank 0, or unset it if srun starts the ranks")
     ranks = integer(size, found["WORLD_SIZE"], 1)
     for name, value in ((rank, found["RANK"]), (local_rank, found["LOCAL_RANK"])):
         if integer(name, value) >= ranks:
-            raise LauncherError(f"{name}={value} is not below {size}={ranks}; unset what another command has left over")
+            raise LauncherError(f"{name}={value} is not below {size}={ranks}; unset what another command left")
     integer("MASTER_PORT", found["MASTER_PORT"], 1, 65535)
     return found

@@ -1,4 +1,4 @@
-"""What the ranks of one node do once and share."""
+"""Work that one rank of a node does for all ranks of that node."""
 
 import mmap
 import pickle
@@ -16,10 +16,11 @@ _ALIGNMENT = 64  # bytes; arrays of the file begin at multiples of it
 
 
 def once_a_node(world: World, call: Callable[[], T]) -> T:
-    """`call()` on the first rank of each node; the others load its picklable result, with arrays as maps of one file.
+    """`call()` on the first rank of each node; the others load its picklable result. A collective call.
 
-    The file is private to the user, and removed as soon as all ranks have it open. A rank that does not see it, as in a
-    container of its own, calls itself. All ranks raise the first failing rank's UserError. A collective call.
+    They load it from a temporary file and memory-map its arrays. The file is private to the user, and is removed as
+    soon as all ranks have it open. If a rank does not see the file, for example in its own container, it makes the call
+    itself. All ranks raise the UserError of the first rank that fails.
     """
     is_first = world.rank == world.first_of_node
     result = parallel.raise_together(lambda: call() if is_first else None)
@@ -36,7 +37,7 @@ def once_a_node(world: World, call: Callable[[], T]) -> T:
 
 
 def _hand_over(result: object) -> Path | None:
-    """A temporary file that holds `result`: sizes of its parts, the pickle, the arrays; None where there is no room."""
+    """A temporary file with the sizes of its parts, the pickle and the arrays; None if it cannot be written."""
     buffers: list[pickle.PickleBuffer] = []
     parts: list[bytes | memoryview] = [pickle.dumps(result, protocol=5, buffer_callback=buffers.append)]
     parts += [buffer.raw() for buffer in buffers]
@@ -56,7 +57,7 @@ def _hand_over(result: object) -> Path | None:
 
 
 def _take_over(path: Path) -> object:
-    """What `_hand_over` has written to the file `path`; its arrays are maps of it, and read-only."""
+    """The object that `_hand_over` has written to `path`. Its arrays are read-only maps of the file."""
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 

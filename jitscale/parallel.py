@@ -1,4 +1,4 @@
-"""Ranks: which one this process is, and how ranks agree. Every function works in a single process too."""
+"""Ranks: the rank of this process, and agreement between ranks. Every function works in a single process too."""
 
 import ctypes
 import logging
@@ -21,14 +21,14 @@ from jitscale.launcher_environment import adopt_launcher_environment, positive_s
 
 T = TypeVar("T")
 
-MEETING_SECONDS = 600.0  # for the slowest rank to come; JITSCALE_MEETING_SECONDS wins
-COLLECTIVE_SECONDS = 1800.0  # for the slowest rank to come to a collective, at least; see `collective_seconds`
+MEETING_SECONDS = 600.0  # for the slowest rank to connect; JITSCALE_MEETING_SECONDS replaces it
+COLLECTIVE_SECONDS = 1800.0  # least limit of a collective, for the slowest rank; see `collective_seconds`
 LONGEST_SECONDS = 365 * 86_400.0
 BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
-FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds after which rank 0 says that it waits for ranks, and says so again
-OTHERS_WORD = 60.0  # the same for other ranks: hundreds of them would hide the rest of the log
+FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds until rank 0 first logs that it waits for ranks, and between repeats
+OTHERS_WORD = 60.0  # the same for other ranks; hundreds of ranks that log more often would hide the rest of the log
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files and the log of all."""
         return self.rank == 0
 
 
 def choose_device(setting: str) -> torch.device:
-    """`run.device` as this rank's device. Raises a ConfigError if it is not there, or ranks share it."""
+    """This rank's device for `run.device`. Raises a ConfigError if the machine lacks it, or ranks would share a GPU."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: PyTorch sees no GPU here; set run.device=cpu or install a CUDA build")
     if setting == "cpu" or not torch.cuda.is_available():
@@ -62,16 +62,16 @@ def choose_device(setting: str) -> torch.device:
 
 
 def shared_gpu() -> str:
-    """Why this rank would share a GPU with another one, as a message; empty if it has its own."""
+    """A message if this rank would share a GPU with another rank; empty if it has its own."""
     local_rank, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if not 1 < seen <= local_rank:  # a task that sees one GPU has it for itself
+    if not 1 < seen <= local_rank:  # if a task sees one GPU, that GPU is its own
         return ""
-    remedy = f"start {seen} tasks a node (--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
+    remedy = f"start {seen} tasks per node (--ntasks-per-node, --nproc-per-node), or give each task its own GPU"
     return f"local rank {local_rank} sees {seen} GPUs: two ranks would share one; {remedy}"
 
 
 def bf16_supported(setting: str) -> bool:
-    """Whether `run.device` has bfloat16 arithmetic: always a CPU, GPUs from compute capability 8.0."""
+    """Whether `run.device` has bfloat16 arithmetic: every CPU, and GPUs from compute capability 8.0 on."""
     return setting == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
@@ -100,7 +100,7 @@ def start(device: torch.device) -> World:
 
 @contextmanager
 def waiting_for_ranks() -> Iterator[None]:
-    """Say in intervals that ranks are awaited, and where, for as long as the block takes."""
+    """While the block runs, log at intervals that this rank waits for others, and where."""
     rank, words = os.environ["RANK"], f"waiting for {os.environ['WORLD_SIZE']} ranks at {meeting_place()}"
     first, again = FIRST_WORD, NEXT_WORD
     if rank != "0":
@@ -129,20 +129,21 @@ def stop() -> None:
 
 
 def collective_seconds(hang_timeout: float) -> float:
-    """How long a collective may take, if a rank ends itself after `hang_timeout` seconds without a step (0: never).
+    """Limit for a collective, if a rank ends itself after `hang_timeout` seconds without a step (0: never).
 
-    Longer, so that each rank writes the stacks of its threads before a collective fails, and ends it with less to say.
-    The watch looks twenty times within `hang_timeout`, and begins to count before the collective does.
+    The limit is longer than `hang_timeout`. So the watch of each rank acts first and writes the stacks of all threads;
+    a collective that fails would end the process without them. The watch looks twenty times within `hang_timeout`, and
+    begins to count before the collective does.
     """
     return min(max(COLLECTIVE_SECONDS, 60.0 + hang_timeout + hang_timeout // 10), LONGEST_SECONDS)
 
 
 def let_collectives_outlast(hang_timeout: float) -> None:
-    """Set that limit for every process group of this process, DeepSpeed's included, which have torch's default."""
+    """Set `collective_seconds` for all process groups of this process, including DeepSpeed's."""
     if not dist.is_initialized():
         return
     limit = timedelta(seconds=collective_seconds(hang_timeout))
-    distributed_c10d._get_default_store().set_timeout(limit)  # through which NCCL's first collective meets
+    distributed_c10d._get_default_store().set_timeout(limit)  # NCCL's first collective uses this store
     for group in list(distributed_c10d._world.pg_map):
         if isinstance(group, dist.ProcessGroup):
             distributed_c10d._set_pg_timeout(limit, group)
@@ -152,26 +153,26 @@ def let_collectives_outlast(hang_timeout: float) -> None:
 def joined(device: torch.device, hang_timeout: float = 0.0) -> Iterator[World]:
     """Join the job's process group for the block, as `start` does, and leave it together with all ranks.
 
-    NCCL ends a process whose watchdog has not moved for 8 minutes, as where the driver hangs: here not before
-    `hang_timeout` is over. Raises a RankLostError, if a rank has left before.
+    By default, NCCL ends a process if its watchdog thread hangs for 8 minutes, for example in the driver. This function
+    raises that limit above `hang_timeout`. Raises a RankLostError if another rank has left early.
     """
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{collective_seconds(hang_timeout):.0f}")
     world = start(device)
     let_collectives_outlast(hang_timeout)
     try:
         yield world
-        barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+        barrier()  # rank 0 must not leave first: it serves the store of all ranks
     except RuntimeError as error:
         if "gloo" not in str(error) or "by peer" not in str(error):  # a closed or reset connection
             raise
-        what = f"rank {world.rank}: another rank has ended, and this one with it"
-        raise RankLostError(f"{what}; the message of that rank, or the log of its node, says why") from error
+        what = f"rank {world.rank}: ends because another rank has ended"
+        raise RankLostError(f"{what}; see the message of that rank or the log of its node") from error
     finally:
         stop()
 
 
 def this_rank() -> int:
-    """This process's rank; 0 where there is no process group."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -193,7 +194,7 @@ def gather_objects(value: T) -> list[T]:
     """Every rank's picklable `value`, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
-    # Through the CPU tensor path, so that no message waits behind work queued on a GPU.
+    # This uses tensors on the CPU, so that no message waits for work that is queued on a GPU.
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
@@ -205,9 +206,9 @@ def any_rank(flag: bool) -> bool:
 
 
 def tally(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum over ranks of a few `values` (K,) on the CPU; and every rank's, (ranks, K), on rank 0 only.
+    """The sum over ranks of a few `values` (K,) on the CPU; on rank 0 also the values of every rank, (ranks, K).
 
-    Through rank 0, which has one message from each rank: a ring would take 2 (ranks - 1) steps one after another.
+    Rank 0 gathers one message from each rank and broadcasts the sum. A ring would take 2 (ranks - 1) steps in sequence.
     """
     if not dist.is_initialized():
         return values, values[None]
@@ -231,7 +232,7 @@ def exchange(
 ) -> None:
     """Send each rank its part of the flat tensor `send`, and fill `receive` with what each rank sends to this one.
 
-    The parts lie in rank order, with these numbers of elements, which may be 0.
+    The parts are in rank order. The lengths are their numbers of elements, which may be 0.
     """
     dist.all_to_all_single(receive, send, list(receive_lengths), list(send_lengths))
 
@@ -239,7 +240,7 @@ def exchange(
 def buckets(items: Iterable[T], elements: Callable[[T], int], limit: int = 0) -> Iterator[list[T]]:
     """Split `items`, in their order, into lists for one collective each, of at most `limit` elements.
 
-    A larger item gets a list of its own. Without a limit it is `BUCKET_ELEMENTS`.
+    A larger item gets its own list. The default limit is `BUCKET_ELEMENTS`.
     """
     limit = limit or BUCKET_ELEMENTS
     bucket: list[T] = []
@@ -255,7 +256,7 @@ def buckets(items: Iterable[T], elements: Callable[[T], int], limit: int = 0) ->
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call on every rank; all raise the first failing rank's UserError, so that none waits for a rank that has left.
+    """Call on every rank. If a rank fails, all raise the UserError of the first that does, so that none waits for it.
 
     An OSError becomes a StorageError.
     """
@@ -266,7 +267,7 @@ def raise_together(call: Callable[[], T]) -> T:
         error = met
     except OSError as met:
         error = StorageError.of(met, first_line(met))
-    if any_rank(error is not None):  # objects travel only when something is wrong
+    if any_rank(error is not None):  # the slow exchange of objects is needed for errors only
         raise next(other for other in gather_objects(error) if other is not None)
     return cast(T, result)
 
@@ -274,7 +275,7 @@ def raise_together(call: Callable[[], T]) -> T:
 def require_alike(what: str, value: str, remedy: str) -> None:
     """Raise a ConfigError on every rank if `value` is not the same on all of them. A collective call.
 
-    The message names each value and its ranks.
+    The message lists the values with their ranks.
     """
     ranks_with: dict[str, list[int]] = {}
     for rank, other in enumerate(gather_objects(value)):
@@ -285,14 +286,14 @@ def require_alike(what: str, value: str, remedy: str) -> None:
 
 
 def _rank_list(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0, 1, 2`; of many the first eight and their number."""
+    """`rank 3` or `ranks 0, 1, 2`; of more than eight, the first eight and the number of the rest."""
     listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
 
 
 @contextmanager
 def said_by_this_rank() -> Iterator[None]:
-    """Log a UserError that this rank meets alone, with its number: `exit_with_message` prints those of rank 0 only."""
+    """Log a UserError of this rank alone, with the rank: `exit_with_message` prints the errors of rank 0 only."""
     try:
         yield
     except UserError as error:
@@ -302,33 +303,33 @@ def said_by_this_rank() -> Iterator[None]:
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """Call on rank 0 alone; its result is every rank's, and so is its UserError. A collective call."""
+    """Call on rank 0 only. Every rank gets its result or raises its UserError. A collective call."""
     return cast(T, broadcast_object(raise_together(lambda: call() if this_rank() == 0 else None)))
 
 
 def _store_of_all_ranks() -> Store:
-    """The store that all ranks share, when all have come."""
+    """The store that all ranks share, after all ranks have connected."""
     seconds = positive_setting("JITSCALE_MEETING_SECONDS", MEETING_SECONDS)
     try:
         with waiting_for_ranks():
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except dist.DistError as error:
         what = f"{os.environ['WORLD_SIZE']} ranks did not meet at {meeting_place()} within {seconds:.0f} s"
-        remedy = "start all of them (srun, torchrun), or for one process one task (srun --ntasks=1)"
+        remedy = "start all ranks (srun, torchrun), or a single task (srun --ntasks=1)"
         raise RendezvousError(f"{what} ({first_line(error)}); {remedy}") from error
     store.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
     return store
 
 
 def meeting_place() -> str:
-    """Where ranks meet, as HOST:PORT."""
+    """The address at which ranks meet, as HOST:PORT."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory, which it would give back to the kernel and fault in again page by page.
+    """Make glibc keep freed memory: otherwise it returns the memory to the kernel and pays page faults for it again.
 
-    A step frees and allocates all gradients several times; on a CPU those page faults cost more than the optimizer
+    A step frees and allocates all gradients several times. On a CPU, these page faults cost more than the optimizer
     (docs/performance.md).
     """
     if platform.libc_ver()[0] == "glibc":

@@ -1,9 +1,9 @@
 """Training through rising resolutions: the stages that `progressive.*` adds before the run's own resolution.
 
-All stages have the same number of tokens, and so the same cost an image. Patches and noise scale grow with the
-resolution (checkpoints/upgrade.py), and the learning rate of the patch embedding falls with its square
-(docs/upgrade.md). Each lower stage is a run in a subfolder, to be looked at, resumed and evaluated like any other; the
-last one is the run itself.
+All stages have the same number of tokens, so an image costs the same in each. Patches and noise scale grow with the
+resolution (checkpoints/upgrade.py). The learning rate of the patch embedding falls with the square of the resolution
+(docs/upgrade.md). Each lower stage is a run in a subfolder: it can be inspected, resumed and evaluated like any run.
+The last stage is the run itself.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ LOWER_STAGES = "at_*px"
 
 
 def stages_of(config: Config) -> list[Config]:
-    """One configuration a stage, the lowest resolution first and the run's own last."""
+    """One configuration for each stage, from the lowest resolution to the run's own."""
     lower = config.progressive
     final = replace(config, progressive=ProgressiveConfig())
     stages = [_stage(final, *each) for each in zip(lower.resolutions, lower.images, strict=True)] + [final]
@@ -23,7 +23,7 @@ def stages_of(config: Config) -> list[Config]:
 
 
 def run_dirs(run_dir: Path) -> list[Path]:
-    """The folders of a run and of the lower stages that it has had."""
+    """The folder of a run, and the folders of its lower stages."""
     return [run_dir, *sorted(run_dir.glob(LOWER_STAGES))]
 
 
@@ -34,12 +34,12 @@ def _optim(stage: Config, lowest: int) -> OptimConfig:
 
 def _stage(final: Config, resolution: int, images: int) -> Config:
     model, run, evaluation = final.model, final.run, replace(final.evaluation, at_end=False)
-    if evaluation.guide is not None:  # it sees images of the last stage
+    if evaluation.guide is not None:  # the guide works at the last resolution only
         evaluation = replace(evaluation, guide=None, guidance_scale=1.0)
     folder = Path(run.dir) / LOWER_STAGES.replace("*", str(resolution))
     lower = replace(model, image_size=resolution, patch_size=model.patch_size * resolution // model.image_size)
     diffusion = replace(final.diffusion, noise_scale=final.diffusion.noise_scale * resolution / model.image_size)
-    if diffusion.rank == patch_elements(model):  # all numbers of a patch, here too
+    if diffusion.rank == patch_elements(model):  # full rank stays full rank
         diffusion.rank = patch_elements(lower)
     return replace(
         final,

@@ -1,7 +1,6 @@
-"""Who may write into a run's folder, what its starts have led to, and how it says there that it is complete.
+"""The lock of a run's folder, the record of its starts, and the marker that the run is complete.
 
-A scheduler's exit codes prove no completion: srun may return 0 although a node died, where the ranks that were left had
-nothing to do any more.
+srun can return 0 after a node failure, if the other ranks had already finished. So the run records its own end.
 """
 
 import hashlib
@@ -34,9 +33,9 @@ class Claim:
     _lock: IO[str] | None = None  # None on other ranks, and on file systems without locks
 
     def take_again(self) -> None:
-        """Lock the folder; one that was removed is made again.
+        """Lock the folder; if it was removed, create it again.
 
-        Raises a UserError if another process is at work there, a StorageError if it cannot be written.
+        Raises a UserError if another process works in the folder, a StorageError if the folder cannot be written.
         """
         run_dir = self.run_dir
         if self._lock is not None and not self.is_lost():
@@ -49,10 +48,10 @@ class Claim:
             if error.errno not in NO_LOCKS:
                 what = f"run.dir={run_dir}: cannot be written ({error}); choose another folder"
                 raise StorageError.of(error, what) from error
-            logger.warning("run.dir=%s: no locks here (%s); take care that no second run uses it", run_dir, error)
+            logger.warning("run.dir=%s: no locks on this file system (%s); start no second run there", run_dir, error)
 
     def is_lost(self) -> bool:
-        """Whether somebody has removed, moved or replaced the folder or its lock."""
+        """Whether the folder or its lock file was removed, moved or replaced."""
         if self._lock is None:
             return False
         try:
@@ -64,7 +63,7 @@ class Claim:
 def claim(run_dir: Path, held: ExitStack) -> Claim:
     """Lock the run's folder until `held` is closed; a collective call.
 
-    Raises a UserError on every rank if another process is at work there, or it cannot be written.
+    Raises a UserError on every rank if another process works in the folder, or if it cannot be written.
     """
     claimed = Claim(run_dir, held)
     parallel.on_main(claimed.take_again)
@@ -72,12 +71,12 @@ def claim(run_dir: Path, held: ExitStack) -> Claim:
 
 
 def after_the_end(finish: Callable[[], object]) -> ExitCode:
-    """Do what comes after the last save, a collective call; a file system that fails is said, and FAILED."""
+    """Do the work after the last save. If the storage fails, log it and return FAILED. A collective call."""
     try:
         finish()
     except StorageError as error:
         if parallel.this_rank() == 0:
-            logger.error("error: %s; all that was trained is saved, and the same command does the rest", error)
+            logger.error("error: %s; the trained state is saved; start the same command again to do the rest", error)
         return ExitCode.FAILED
     return ExitCode.DONE
 
@@ -87,16 +86,17 @@ class Attempts:
     """The record of a run's starts; kept as attempts.json in its folder."""
 
     starts: int = 0
-    position: int = -1  # the progress mark at the last start: saved steps and finished parts of evaluations
-    without_progress: int = 0  # starts in a row that found the run where the one before had found it
-    excluded: list[str] = field(default_factory=list)  # nodes that have failed, which the run keeps away from
+    position: int = -1  # progress mark at the last start: saved steps and finished parts of evaluations
+    without_progress: int = 0  # starts in a row that found the run at an unchanged position
+    excluded: list[str] = field(default_factory=list)  # nodes that have failed; the next start avoids them
     last_reason: str = ""  # why the last start ended
 
     @classmethod
     def begin(cls, run_dir: Path, position: int, most: int = MOST_WITHOUT_PROGRESS) -> "Attempts":
-        """Count a start of the run in `run_dir` at `position`, and keep the record.
+        """Count a start of the run in `run_dir` at `position`, and write the record.
 
-        Raises a UserError if the last `most` starts have not moved the run; a further start begins anew.
+        Raises a UserError if the last `most` starts brought no progress. The count is then reset, so that a manual
+        restart begins with zero.
         """
         now = cls.read(run_dir)
         now.without_progress = now.without_progress + 1 if position == now.position else 0
@@ -107,14 +107,14 @@ class Attempts:
         now.write(run_dir)
         if stuck:
             beyond = f"{position} ({now.last_reason})" if now.last_reason else position
-            what = f"{run_dir}: {most} starts in a row have not brought the run beyond {beyond}"
-            remedy = "look at the log above, save more often (checkpoint.every_images), or give it more time"
+            what = f"{run_dir}: {most} starts in a row brought no progress beyond {beyond}"
+            remedy = "look at the log above, save more often (checkpoint.every_images), or raise the time limit"
             raise UserError(f"{what}, counted in saved steps and evaluated parts; {remedy}")
         return now
 
     @classmethod
     def read(cls, run_dir: Path) -> "Attempts":
-        """The record that is kept in `run_dir`; a new one if there is none, or it is damaged."""
+        """The record in `run_dir`; a new one if there is none or it is damaged."""
         path = run_dir / "attempts.json"
         try:
             kept = cls(**json.loads(path.read_bytes()))
@@ -127,24 +127,24 @@ class Attempts:
             return cls()
         except (OSError, ValueError, TypeError, RecursionError) as error:
             reason = first_line(error)
-        logger.warning("%s: damaged (%s); the record of starts begins anew", path, reason)
+        logger.warning("%s: damaged (%s); the count of starts begins again", path, reason)
         return cls()
 
     def write(self, run_dir: Path) -> None:
-        """Keep the record."""
+        """Write the record into `run_dir`."""
         run_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(run_dir / "attempts.json") as file:
             file.write(json.dumps(asdict(self)).encode())
 
     def exclude(self, nodes: list[str]) -> list[str]:
-        """Keep away from `nodes`; returns those that are new."""
+        """Exclude `nodes` from further starts; returns the nodes that were not excluded before."""
         new = [node for node in dict.fromkeys(nodes) if node not in self.excluded]
         self.excluded += new
         return new
 
 
 def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> None:
-    """Record that `command` (train, evaluate) has come to its end in `run_dir`, under `config`."""
+    """Record that `command` (train, evaluate) is complete in `run_dir`, under `config`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with atomic_write(_marker(run_dir, command)) as file:
@@ -152,14 +152,14 @@ def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> 
 
 
 def is_complete(run_dir: Path, command: str) -> bool:
-    """Whether `command` has come to its end since the last `forget_completion`."""
+    """Whether `command` has become complete since the last `forget_completion`."""
     return _marker(run_dir, command).exists()
 
 
 def is_complete_under(config: Config) -> bool:
-    """Whether training under exactly this configuration has come to its end, and its results are there.
+    """Whether training under exactly this configuration is complete, and its results exist.
 
-    Another configuration (more images, another sweep) has something left to do.
+    Under another configuration (more images, another sweep) there is work left.
     """
     run_dir = Path(config.run.dir)
     try:
@@ -176,7 +176,7 @@ def forget_completion(run_dir: Path, command: str) -> None:
 
 
 def _digest(config: Config) -> str:
-    same = replace(config, run=replace(config.run, profile=False))  # to profile a finished run leaves nothing to do
+    same = replace(config, run=replace(config.run, profile=False))  # run.profile adds no work to a finished run
     return hashlib.sha256(to_yaml(same).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Where a run's numbers go: files in its folder, and Weights & Biases if asked for.
+"""Records of a run's numbers: files in its folder, and Weights & Biases if `tracking.wandb` is set.
 
-metrics.jsonl holds steps and held-out losses; evaluations.jsonl the measurements while the run trains; the folders
-`samples` and `best_samples` pictures; wandb_id the id of the W&B record. The package wandb is imported where a run
-records there: it takes most of a second, and a run with tracking.wandb=off does without it.
+metrics.jsonl holds steps and held-out losses. evaluations.jsonl holds the measurements while the run trains. The
+folders `samples` and `best_samples` hold pictures. wandb_id holds the id of the W&B record. The package wandb is
+imported only if the run records there: its import takes most of a second.
 """
 
 import importlib.util
@@ -31,26 +31,26 @@ from jitscale.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # keys of a result that are no metrics
+NOT_MEASURED = ("num_images", "num_real_images", "protocol", "reference")  # keys of a result that are not metrics
 WANDB_TIMEOUT = 30.0  # seconds to wait for the server at the start
-WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a job that was asked to stop must end by itself
-SWEEP_COLUMNS = (  # with the distance and perhaps the Inception Score after them
+WANDB_FINISH_TIMEOUT = 30.0  # seconds to wait for the last uploads: a stopped job must end before Slurm kills it
+SWEEP_COLUMNS = (  # followed by the distance, and by the Inception Score if it was measured
     *("weights", "guidance_scale", "guidance_interval", "internal_guidance", "internal_interval"),
     "num_images",
 )
-LONGEST_LINE = 2**20  # bytes; a longer one is none of ours
+LONGEST_LINE = 2**20  # bytes; a longer line is damaged
 HELD_OUT = "held_out/"  # prefix of the numbers of a held-out loss
 _KEY_REMEDY = "Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb=offline"
-# Names and folders of pictures: samples on the way, and samples of the final evaluation's best setting.
+# Names and folders of pictures: samples during training, and samples of the best setting of the final evaluation.
 SAMPLES, BEST_SAMPLES = "samples", "best_samples"
 
 
 def check_wandb(config: Config) -> None:
-    """Refuse `tracking.wandb=online` where W&B finds no key: the run would record offline, which nobody asked for.
+    """Refuse `tracking.wandb=online` if W&B finds no key: the run would record offline, which the user did not request.
 
-    W&B looks into the environment, netrc and its settings files. It asks no server, so a key that the server rejects is
-    only noticed when the run begins. Raises a ConfigError if there is no key, W&B cannot use what it finds, or it is
-    not installed.
+    W&B looks into the environment, netrc and its settings files. It does not ask the server here, so a key that the
+    server rejects is found only when the run begins. Raises a ConfigError if there is no key, if W&B cannot use the key
+    that it finds, or if wandb is not installed.
     """
     if config.tracking.wandb != "off" and importlib.util.find_spec("wandb") is None:
         what = f"tracking.wandb={config.tracking.wandb}: the package wandb is not installed in {sys.executable}"
@@ -59,7 +59,7 @@ def check_wandb(config: Config) -> None:
         return
     import wandb  # noqa: PLC0415
 
-    if wandb.run is not None:  # a run that is open has its key
+    if wandb.run is not None:  # an open record has its key already
         return
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -69,38 +69,38 @@ def check_wandb(config: Config) -> None:
         wandb.teardown()  # ends the service process that setup starts
     except (wandb.errors.Error, ValueError) as error:
         raise ConfigError(f"tracking.wandb=online: {' '.join(str(error).split())} {_KEY_REMEDY}") from error
-    # WANDB_MODE=offline or disabled is the user's decision for this machine, and needs no key.
+    # With WANDB_MODE=offline or disabled, the user has decided for this machine, and no key is needed.
     if settings.mode in ("online", "run", "shared"):
         raise ConfigError(f"tracking.wandb=online: no API key for {settings.base_url}. {_KEY_REMEDY}")
 
 
 class Tracker:
-    """Writes what rank 0 measures; on the other ranks every method does nothing.
+    """Writes the measurements of rank 0. On the other ranks, every method does nothing.
 
-    Losing the connection to W&B, or W&B itself, never stops training: the numbers are in metrics.jsonl first.
+    If W&B or the connection to it fails, training continues. All numbers are written to metrics.jsonl first.
     """
 
     def __init__(self, config: Config, run_dir: Path, active: bool, resumed_step: int | None) -> None:
-        """Open the record of the run in `run_dir`, if `active`: on rank 0.
+        """Open the record of the run in `run_dir`, if `active` (on rank 0).
 
-        Lines after `resumed_step` are dropped, since those steps will be run again. None leaves the files as they are:
-        another process may be writing them.
+        Lines after `resumed_step` are dropped, since those steps are run again. With None the files stay as they are,
+        because another process may be writing them.
         """
         self._active = active
-        self._record: Any = None  # W&B's, to the end
-        self._wandb: Any = None  # the same until W&B fails
+        self._record: Any = None  # of W&B; kept until `close`
+        self._wandb: Any = None  # the same object; None after W&B has failed
         self._offline = False
         self._unwritten = False
         self._metrics, self._evaluations = run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"
         if active:
             if resumed_step is not None:
                 self.rewind(resumed_step)
-            self._metrics.open("a").close()  # a file that cannot be written is met now
+            self._metrics.open("a").close()  # fails now if the file cannot be written
             if config.tracking.wandb != "off":
                 self._start_wandb(config, run_dir)
 
     def log(self, values: dict[str, float | int | None]) -> None:
-        """Record the numbers of a step, or of held-out samples after it; what is not finite becomes null."""
+        """Record the numbers of a step, or of held-out samples after it. Values that are not finite become null."""
         clean = {key: _finite(value) for key, value in values.items()}
         self._append(self._metrics, clean)
         self._to_wandb(lambda record: record.log(_known(clean)))
@@ -112,18 +112,18 @@ class Tracker:
 
     @contextmanager
     def _tolerating_full_disks(self) -> Iterator[None]:
-        """A full disk costs lines, not the run."""
+        """If the disk is full, lines are lost, but the run continues."""
         try:
             yield
         except OSError as error:
             if not self._unwritten:
-                logger.error("%s: cannot be written (%s); lines get lost, training goes on", self._metrics, error)
+                logger.error("%s: cannot be written (%s); lines are lost, training continues", self._metrics, error)
             self._unwritten = True
 
     def log_image(self, name: str, image: npt.NDArray[np.uint8], images: int) -> None:
-        """Record a picture taken after `images` images seen, as a PNG in the run's folder too.
+        """Record a picture after `images` images seen; it is also saved as a PNG in the run's folder.
 
-        It is (height, width, 3), or a grey one (height, width).
+        Its shape is (height, width, 3), or (height, width) if it is grey.
         """
         if not self._active:
             return
@@ -141,7 +141,7 @@ class Tracker:
         self._to_wandb(lambda record: record.log({**named, "images": images}))
 
     def log_few(self, result: dict[str, Any], step: int, images: int) -> None:
-        """Record a measurement on few images while training, by names that say on how many: `fid_5k`."""
+        """Record a measurement on few images while training. Its names state the number of images: `fid_5k`."""
         used = result["num_images"]
         count = f"{used // 1000}k" if used % 1000 == 0 else str(used)
         of_samples = {key for key in result if key not in NOT_MEASURED and not key.endswith("_floor")}
@@ -151,19 +151,20 @@ class Tracker:
     def log_final(self, result: dict[str, Any]) -> None:
         """Send the run's final evaluation to W&B: its numbers into the summary, the sweep as a table and a curve.
 
-        `result` holds the metrics; `best`, the setting they belong to (weights, guidance_scale and so on); and `table`,
-        a row of SWEEP_COLUMNS for each measured setting, whose distance and Inception Score may be None.
+        `result` holds the metrics; `best`, the setting that they were measured with (weights, guidance_scale and so
+        on); and `table`, a row of SWEEP_COLUMNS for each measured setting. Distance and Inception Score of a row may be
+        None.
         """
         self._to_wandb(lambda record: _send_final(record, result))
 
     def rewind(self, step: int) -> None:
-        """Forget the lines after `step`: those steps will be run again. A last line that a kill cut short goes too."""
+        """Drop the lines after `step`, since those steps are run again. An incomplete last line is dropped too."""
         for path in (self._metrics, self._evaluations):
             if self._active and path.exists():
                 with self._tolerating_full_disks():
                     end, damaged = end_of(path, step)
                     if damaged:
-                        left = "those before stay" if end > 0 else "no other is left, the file begins anew"
+                        left = "the lines before them stay" if end > 0 else "no line is left, the file begins again"
                         logger.warning("%s: %d damaged lines at its end are dropped; %s", path, damaged, left)
                     os.truncate(path, end)
 
@@ -172,15 +173,15 @@ class Tracker:
         if self._record is not None:
             folder = Path(self._record.dir).parent
             sent = self._guarded(self._record.finish)
-            # Slurm kills what a rank leaves behind, such as W&B's service while it still writes.
+            # Slurm kills all processes that a rank leaves behind. W&B's service could then still be writing.
             self._guarded(_end_service)
             if self._offline:
-                logger.info("to send what W&B has recorded offline: wandb sync %s/offline-run-*", folder.parent)
+                logger.info("to upload the offline record of W&B: wandb sync %s/offline-run-*", folder.parent)
             elif not sent:
-                logger.warning("to send what W&B has not sent: wandb sync --include-online %s", folder)
+                logger.warning("to upload the rest of the record of W&B: wandb sync --include-online %s", folder)
 
     def _start_wandb(self, config: Config, run_dir: Path) -> None:
-        """Begin or continue the run's W&B record under the same id; offline where the server cannot be reached."""
+        """Begin or continue the run's W&B record under the same id; offline if the server cannot be reached."""
         os.environ.setdefault("WANDB_SILENT", "true")
 
         def start(offline: bool) -> None:
@@ -188,7 +189,7 @@ class Tracker:
 
             own = _own_id(run_dir / "wandb_id")
             if not offline:
-                check_wandb(config)  # wandb.init would ask for a key on a terminal, and wait for it
+                check_wandb(config)  # on a terminal, wandb.init would ask for a key and wait
             with _arguments_without_secrets():
                 record = wandb.init(
                     project=config.tracking.project,
@@ -202,19 +203,19 @@ class Tracker:
                         init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
                     ),
                 )
-            if record.id != own:  # the environment has another one, as in a sweep of W&B's
+            if record.id != own:  # the environment sets another id, as in a sweep of W&B
                 logger.warning("W&B records under the id %s of its sweep, not under %s of RUN/wandb_id", record.id, own)
-            # Steps are not W&B's own counter: that one refuses the steps which a resume repeats.
+            # The axis is `images`, not W&B's own step counter, which refuses the steps that a resume repeats.
             record.define_metric("*", step_metric="images")
             self._record = self._wandb = record
             self._offline = record.offline
 
         if config.tracking.wandb == "online":
             if not self._guarded(lambda: start(offline=False)):
-                logger.warning("W&B goes on offline")
-                self._guarded(_end_service)  # its service still holds the run's id, which may not be used twice
+                logger.warning("W&B records offline from now on")
+                self._guarded(_end_service)  # its service still uses the run's id, which must not be used twice
             elif self._offline or self._wandb.disabled:
-                logger.warning("W&B records nothing online, because its own settings (WANDB_MODE) say so")
+                logger.warning("W&B records nothing online: its own settings (WANDB_MODE) disable it")
         if self._wandb is None:
             self._guarded(lambda: start(offline=True))
 
@@ -223,11 +224,11 @@ class Tracker:
             self._guarded(lambda: send(self._wandb))
 
     def _guarded(self, call: Callable[[], object]) -> bool:
-        """Call into W&B; whatever it raises, training goes on without it. Returns whether it worked."""
+        """Call into W&B. If it raises any error, training continues without W&B. Returns whether the call worked."""
         try:
             call()
         except Exception as error:
-            logger.warning("W&B failed (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
+            logger.warning("W&B failed (%s: %s); metrics.jsonl continues", type(error).__name__, error)
             self._wandb = None
             return False
         return True
@@ -235,7 +236,7 @@ class Tracker:
 
 @contextmanager
 def _arguments_without_secrets() -> Iterator[None]:
-    """Mask the secrets of addresses in sys.argv: W&B records the command line as it finds it."""
+    """Mask the secrets of addresses in sys.argv, because W&B records the command line."""
     words = sys.argv
     sys.argv = [masked(word) for word in words]
     try:
@@ -245,11 +246,11 @@ def _arguments_without_secrets() -> Iterator[None]:
 
 
 def _own_id(path: Path) -> str:
-    """The id in the file `path`, which gets a new one if there is none, or none that W&B would take."""
+    """The id in the file `path`. If there is none, or W&B would refuse it, a new id is written."""
     kept = path.read_bytes() if path.exists() else b""
     if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", kept.strip()):
         if kept:
-            logger.warning("%s: damaged, no id of W&B's; the run gets a new one, and a new record there", path)
+            logger.warning("%s: damaged, not an id of W&B; the run gets a new id, and so a new record there", path)
         kept = secrets.token_hex(4).encode()
         with atomic_write(path) as file:
             file.write(kept)
@@ -257,12 +258,12 @@ def _own_id(path: Path) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are about steps."""
+    """The lines of a run's metrics.jsonl about steps."""
     return [line for line in read_lines(run_dir / "metrics.jsonl") if not _is_held_out(line)]
 
 
 def read_held_out(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are about held-out samples."""
+    """The lines of a run's metrics.jsonl about held-out samples."""
     return [line for line in read_lines(run_dir / "metrics.jsonl") if _is_held_out(line)]
 
 
@@ -282,21 +283,21 @@ def evaluations_after(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects with a `step`, one a line, without damaged lines and one being written; none if there is no file."""
+    """The JSON objects with a `step`, one per line, without damaged or incomplete lines; empty if there is no file."""
     if not path.exists():
         return []
     with path.open("rb") as file:
         lines = [_parsed(text) for text in file]
     found = [line for line in lines if line is not None]
     if len(found) < len(lines):
-        logger.warning("%s: %d lines are damaged or cut short, and are left out", path, len(lines) - len(found))
+        logger.warning("%s: %d lines are damaged or incomplete; they are left out", path, len(lines) - len(found))
     return found
 
 
 def end_of(path: Path, step: int) -> tuple[int, int]:
-    """The bytes until the end of the last sound line that is not after `step`, and the damaged lines after it.
+    """The byte after the last sound line up to `step`, and the number of damaged lines after it.
 
-    A run writes steps in their order. So this looks from the file's end, however long that is before.
+    A run writes steps in order. So this reads from the end of the file, and the size of the file costs no time.
     """
     damaged = 0
     for end, line in _from_the_end(path):
@@ -315,7 +316,7 @@ def _lines_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _from_the_end(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Where each whole line ends, and what it holds (None: it is damaged), the last one first."""
+    """The end and the content (None: damaged) of each complete line, the last line first."""
     size = path.stat().st_size
     if size == 0:
         return
@@ -341,7 +342,7 @@ def _is_held_out(line: dict[str, Any]) -> bool:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float | int | None]:
-    """The metrics of an evaluation; what is not finite becomes null."""
+    """The metrics of an evaluation. Values that are not finite become null."""
     return {name: _finite(value) for name, value in result.items() if isinstance(value, float | int)}
 
 
@@ -381,12 +382,12 @@ def _send_final(record: Any, result: dict[str, Any]) -> None:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Without nulls, which W&B would show as text."""
+    """`values` without nulls, which W&B would show as text."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _cell(value: Any) -> Any:
-    """What a table shows: an interval as `low:high`, because W&B neither filters nor sorts by lists."""
+    """The cell of a table: an interval becomes `low:high`, because W&B can neither filter nor sort lists."""
     return ":".join(f"{end:g}" for end in value) if isinstance(value, list | tuple) else value
 
 
@@ -396,15 +397,15 @@ def distance_of(measured: Mapping[str, Any]) -> str:
 
 
 def distance_title(distance: str) -> str:
-    """The name of a distance for people: FID only where it is one."""
+    """The name of a distance for titles. Only the distance of Inception is called FID."""
     return distance.upper() if distance == "fid" else distance.replace("fd_", "FD ")
 
 
 def sweep_lines(rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """The coarse part of a sweep as lines: the setting that varies along them, and the rows of each, by its name.
+    """The coarse part of a sweep as lines of a plot: the setting on the x axis, and the rows of each line by its name.
 
-    That setting is the guidance scale, or internal guidance where only that one is swept. A line is named by its
-    weights, and by the other settings that differ. Rows without a distance are left out.
+    The x axis is the guidance scale, or internal guidance if only that is swept. The name of a line states its weights,
+    and the other settings that differ. Rows without a distance are left out.
     """
     measured = [row for row in rows if row.get(distance_of(row)) is not None]
     fewest = min((row["num_images"] for row in measured), default=0)

@@ -1,6 +1,6 @@
 """Train a model: `python -m jitscale.train --config configs/jit_h_256.yaml [group.key=value ...]`.
 
-The same command resumes the run from its newest checkpoint. It may be started as one process, by torchrun, or by srun.
+The same command resumes the run from its newest checkpoint. Start it as one process, with torchrun, or with srun.
 """
 
 import argparse
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class _ListSettings(argparse.Action):
-    """Acts while the command line is parsed, as --help does: it needs no --config."""
+    """Acts while the command line is parsed, as --help does, so that --config is not needed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(settings_page(), end="")
@@ -42,7 +42,9 @@ class _ListSettings(argparse.Action):
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; returns the process's exit code."""
     parser = train_parser(__doc__)
-    parser.add_argument("--list-settings", action=_ListSettings, nargs=0, help="print every setting there is, and stop")
+    parser.add_argument(
+        "--list-settings", action=_ListSettings, nargs=0, help="print all settings that exist, and exit"
+    )
     options = parser.parse_intermixed_args(arguments)
     overrides = [*options.overrides, *(["run.profile=true"] if options.profile else [])]
     world_size = adopt_launcher_environment()
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.DONE
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device), config.run.hang_timeout) as world:
-        parallel.on_main(lambda: check_wandb(config))  # this rank alone records, and only its node may have the key
+        parallel.on_main(lambda: check_wandb(config))  # only rank 0 records, and perhaps only its node has the key
         settled, missing = settle_for_training(config)
         measured = measurable_config(settled, world)
         with ExitStack() as held:
@@ -73,11 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train_through(stages: Sequence[Config], world: World, held: ExitStack) -> int:
-    """Train every stage to its end, beginning with the last one that has a checkpoint, or the first.
+    """Train every stage to its end, beginning with the last stage that has a checkpoint, or else with the first.
 
-    The folder of the last one is the run's own, and is locked from the first stage on until `held` is closed.
+    The last stage's folder is the run's own. It is locked from the first stage on, until `held` is closed.
     """
-    for stage in stages[1:]:  # before time is spent on the first one
+    for stage in stages[1:]:  # finds missing shards before time is spent on the first stage
         open_once_a_node(stage, world)
     claimed = claim(Path(stages[-1].run.dir), held)
     first = parallel.on_main(lambda: _last_begun(stages))  # one rank looks: file systems lag
@@ -91,13 +93,13 @@ def _train_through(stages: Sequence[Config], world: World, held: ExitStack) -> i
 
 
 def _last_begun(stages: Sequence[Config]) -> int:
-    """The number of the last stage that has a checkpoint, or of the first one."""
+    """The number of the last stage that has a checkpoint; 0 if none has one."""
     begun = [number for number, stage in enumerate(stages) if complete_checkpoints(Path(stage.run.dir))]
     return max(begun, default=0)
 
 
 def _upgrade(low: Config, high: Config) -> None:
-    """Write the first checkpoint of the next stage from the newest one of the stage before."""
+    """Write the first checkpoint of the stage `high` from the newest checkpoint of the stage `low`."""
     logger.info("from %d to %d px", low.model.image_size, high.model.image_size)
     stored = open_weights(low.run.dir)
     stored.verify()

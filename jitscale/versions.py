@@ -1,8 +1,8 @@
-"""Which versions of packages a run or a measurement has used, for the record."""
+"""Versions of packages, for the records of runs and measurements."""
 
 import importlib.metadata
 
-__version__ = "0.2.0"  # here, so that a checkout that is not installed has one
+__version__ = "0.2.0"  # here, so that a checkout without an installation has a version
 
 
 def version_of(package: str) -> str | None:

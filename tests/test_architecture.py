@@ -7,7 +7,17 @@ from tests.support import ROOT
 
 # The lowest layer comes first. A module may import modules of its own row and of earlier rows.
 LAYERS = [
-    {"addresses", "command", "errors", "files", "installation", "keyed_random", "launcher_environment", "versions"},
+    {
+        "addresses",
+        "command",
+        "errors",
+        "files",
+        "installation",
+        "keyed_random",
+        "launcher_environment",
+        "recorded",
+        "versions",
+    },
     {"config"},
     {"parallel", "run_folder"},
     {"node"},

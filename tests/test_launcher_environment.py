@@ -114,10 +114,10 @@ def test_a_single_process_is_a_world_of_size_one(monkeypatch: pytest.MonkeyPatch
         (without(TASK, "SLURM_JOB_ID"), "no value of SLURM_JOB_ID;"),
         (without(TASK, SLURM_JOB_ID="12_3"), "SLURM_JOB_ID=12_3: must be an integer"),
         (without(TASK, SLURM_PROCID="8"), "SLURM_PROCID=8 is not below SLURM_STEP_NUM_TASKS=8"),
-        (without(TASK, SLURM_STEP_NODELIST="node[1-"), "'node[1-': no list of nodes' names as Slurm writes it"),
-        (without(TASK, SLURM_STEP_NODELIST="node[2-1]"), "'node[2-1]': no list of nodes' names as Slurm writes it"),
-        (without(TASK, SLURM_STEP_NODELIST="node[1-99999999999]"), "no list of nodes' names as Slurm writes it"),
-        (without(TASK, SLURM_STEP_NODELIST=f"node[{'9' * 5000}-1]"), "no list of nodes' names as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST="node[1-"), "'node[1-': is not a list of nodes as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST="node[2-1]"), "'node[2-1]': is not a list of nodes as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST="node[1-99999999999]"), "is not a list of nodes as Slurm writes it"),
+        (without(TASK, SLURM_STEP_NODELIST=f"node[{'9' * 5000}-1]"), "is not a list of nodes as Slurm writes it"),
         (without(RANK, RANK="9" * 5000), "999: must be an integer, at least 0"),
         (without(RANK, WORLD_SIZE="-1"), "WORLD_SIZE=-1: must be an integer, at least 1"),
         (without(RANK, RANK="\u0663"), "RANK=\u0663: must be an integer, at least 0"),
@@ -270,7 +270,7 @@ def test_each_node_has_caches_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/inductor"))
-    with pytest.raises(LauncherError, match=r"cannot be made \(.*\); let JITSCALE_CACHE name a folder"):
+    with pytest.raises(LauncherError, match=r"cannot be created \(.*\); set JITSCALE_CACHE to a folder"):
         make_kernel_caches()
 
 
@@ -314,7 +314,7 @@ def test_caches_into_which_others_could_put_code_are_refused(
     said = str(caught.value)
     assert said.startswith(f"TRITON_CACHE_DIR={folder}: {path} ")
     assert said.endswith(
-        "others could put code into it; let JITSCALE_CACHE name a folder of your own on the nodes' own disks"
+        "others could put code into it; set JITSCALE_CACHE to a folder of your own on the nodes' own disks"
     )
 
 

@@ -83,7 +83,7 @@ def test_a_loaded_model_names_its_weights(tmp_path: Path, caplog: pytest.LogCapt
         assert jitscale.load_model(tmp_path).weights_name == "ema_0.9999"
     said, warned = caplog.records
     assert (said.levelname, said.getMessage().partition(": ")[2]) == ("INFO", "weights ema_0.9999")
-    assert warned.getMessage().startswith("ema_0.9999 after 60 steps is 99% the weights that the run began")
+    assert warned.getMessage().startswith("after 60 steps, 99% of ema_0.9999 are the initial weights")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert jitscale.load_model(tmp_path, "model").weights_name == "model"

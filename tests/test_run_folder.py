@@ -51,7 +51,7 @@ def test_a_damaged_record_of_starts_is_reset(tmp_path: Path, content: bytes, cap
     (tmp_path / "attempts.json").write_bytes(content)
     assert Attempts.begin(tmp_path, 5).starts == 1
     assert f"{tmp_path}/attempts.json: damaged" in caplog.text
-    assert "the record of starts begins anew" in caplog.text
+    assert "the count of starts begins again" in caplog.text
     assert json.loads((tmp_path / "attempts.json").read_text())["position"] == 5
     assert Attempts.begin(tmp_path, 6).starts == 2
 
@@ -71,7 +71,7 @@ def test_a_failing_file_system_after_the_end_is_reported(caplog: pytest.LogCaptu
 
     assert after_the_end(lambda: None) == ExitCode.DONE
     assert after_the_end(full) == ExitCode.FAILED
-    assert "error: result.json: cannot be written (No space left on device); make room; all that" in caplog.text
+    assert "error: result.json: cannot be written (No space left on device); make room; the trained" in caplog.text
     with pytest.raises(StorageError):
         full()
 

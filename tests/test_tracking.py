@@ -39,10 +39,10 @@ def test_damaged_lines_are_left_out_and_reported(tmp_path: Path, caplog: pytest.
     resumed = tracker(tmp_path, resumed_step=4)
     resumed.log({"step": 5})
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    assert f"metrics.jsonl: {len(DAMAGED_LINES)} lines are damaged or cut short, and are left out" in caplog.text
+    assert f"metrics.jsonl: {len(DAMAGED_LINES)} lines are damaged or incomplete; they are left out" in caplog.text
     assert (tmp_path / "evaluations.jsonl").read_bytes() == b""
-    assert f"metrics.jsonl: {len(DAMAGED_LINES)} damaged lines at its end are dropped; those before stay" in caplog.text
-    assert "evaluations.jsonl: 1 damaged lines at its end are dropped; no other is left, the file begins" in caplog.text
+    assert f"metrics.jsonl: {len(DAMAGED_LINES)} damaged lines at its end are dropped; the lines before" in caplog.text
+    assert "evaluations.jsonl: 1 damaged lines at its end are dropped; no line is left, the file begins" in caplog.text
     caplog.clear()
     resumed.close()
     tracker(tmp_path, resumed_step=4).close()
@@ -105,5 +105,5 @@ def test_a_full_disk_loses_lines_but_not_the_run(tmp_path: Path, caplog: pytest.
     record.log({"step": 2, "images": 16})
     record.log({"step": 3, "images": 24})
     record.close()
-    assert caplog.text.count("lines get lost, training goes on") == 1
+    assert caplog.text.count("lines are lost, training continues") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]

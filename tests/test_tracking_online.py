@@ -173,7 +173,7 @@ def test_a_server_that_is_gone_at_the_end(server: Server, tmp_path: Path) -> Non
     assert "W&B failed (TimeoutError" in said
     assert float(said.rsplit("closed in", 1)[1]) < 60
     server.start()
-    words = said.split("to send what W&B has not sent: ")[1].splitlines()[0].split()
+    words = said.split("to upload the rest of the record of W&B: ")[1].splitlines()[0].split()
     command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
     subprocess.run(command, env=server.environment(), check=True, timeout=120)
     assert [line["step"] for line in server.history(run_dir)] == [1, 2, 3, 4]

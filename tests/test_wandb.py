@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
 
 from jitscale.config import Config, DataConfig, TrackingConfig
 from jitscale.errors import ConfigError
 from jitscale.tracking import Tracker, _own_id, check_wandb, distance_of, read_metrics, sweep_lines
 from tests.support import ROOT
+from tests.support.wandb_records import recorded, records
 
 KEY = "0" * 40
 
@@ -43,47 +42,6 @@ def no_wandb_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 def tracker(run_dir: Path, resumed_step: int | None = 0, wandb: str = "off") -> Tracker:
     run_dir.mkdir(exist_ok=True)
     return Tracker(Config(tracking=TrackingConfig(wandb=wandb)), run_dir, True, resumed_step)
-
-
-def records(path: Path) -> Iterator[Record]:
-    """The records that W&B wrote offline. A truncated record is left out.
-
-    After 7 bytes the file is LevelDB's log, in blocks of 32 KiB. A block holds crc32 (4 bytes), size (2), kind (1:
-    whole, 2: first, 3: middle, 4: last part), and a part of a record.
-    """
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        left = 2**15 - at % 2**15
-        if left < 7:
-            at += left
-            continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4) and at <= len(data):
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def pairs(items: Any) -> dict[str, Any]:
-    """The keys and values of a history or summary record. A nested key is written with dots."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def recorded(run_dir: Path) -> tuple[list[str], list[dict[str, Any]], dict[str, Any], Path]:
-    """The ids, the history and the summary of all offline records of a run, and the folder of the newest one."""
-    ids, history, summary = [], [], {}
-    files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    for record in (record for path in files for record in records(path)):
-        if record.HasField("run"):
-            ids.append(record.run.run_id)
-        if record.HasField("history"):
-            history.append(pairs(record.history.item))
-        if record.HasField("summary"):
-            summary.update(pairs(record.summary.update))
-    return ids, history, summary, files[-1].parent
 
 
 LIFE = """
@@ -301,7 +259,7 @@ def test_the_mode_of_the_environment_overrides_the_setting(
     record.log_final(final_result([]))
     record.close()
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == (mode == "offline")
-    assert "because its own settings (WANDB_MODE) say so" in caplog.text
+    assert "its own settings (WANDB_MODE) disable it" in caplog.text
     assert "W&B failed" not in caplog.text
 
 
@@ -349,7 +307,7 @@ def test_a_damaged_id_is_replaced(tmp_path: Path, content: bytes, caplog: pytest
     new = _own_id(path)
     assert len(new) == 8
     assert path.read_text() == new == _own_id(path)
-    assert ("damaged, no id of W&B's" in caplog.text) == bool(content)
+    assert ("damaged, not an id of W&B" in caplog.text) == bool(content)
 
 
 def test_the_id_of_a_sweep_is_reported(
@@ -410,7 +368,7 @@ def test_if_the_server_refuses_the_key_the_record_is_offline(
     server.server_close()
     assert "W&B failed (" in caplog.text
     assert "401" in caplog.text
-    assert "W&B goes on offline" in caplog.text
+    assert "W&B records offline from now on" in caplog.text
     assert [line["step"] for line in recorded(tmp_path)[1]] == [1]
 
 

@@ -1,4 +1,4 @@
-"""Turn weights from one form into another, bit by bit the same (docs/weights.md).
+"""Convert weights from one form into another; they stay the same bit by bit (docs/weights.md).
 
     python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to safetensors --output exported/
     python tools/convert_checkpoint.py --checkpoint runs/jit_h_256 --to huggingface --weights ema_0.9999 --output hub/
@@ -11,10 +11,10 @@ safetensors: a folder with one file a weight set, and the network's config in it
 `jitscale.load_model` and `jitscale.checkpoints.hub.HubJiT.from_pretrained` (needs jitscale[hub]). diffusers: a folder
 in the form of its open pull request. Both folders have a model card with samples. authors: their `checkpoint-last.pth`,
 with the optimizer's moments. run: a checkpoint that `jitscale.train` continues, with the averages and moments of the
-source. The authors' and the diffusers' network has no middle output layer: it is left out. One that the source of a run
-lacks begins with a prediction of zero.
+source. The networks of the authors and of diffusers have no middle output layer, so it is left out. If the source of a
+run has none and the config asks for one, it begins with a prediction of zero.
 
-What was written is opened again and compared with its config, before it gets its name.
+The output is opened again and compared with its config before it gets its name.
 """
 
 import argparse
@@ -55,7 +55,7 @@ AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to be written: `write` writes it to a path, as weight sets `sets` of the network of `config`."""
+    """A planned output: `write` writes the weight sets `sets` of the network of `config` to a path."""
 
     config: Config
     sets: Sequence[str]
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     stored = open_weights(options.checkpoint, options.config)
     stored.verify()
-    if options.to in ("run", "authors", "diffusers"):  # theirs have no middle output layer, as the default
+    if options.to in ("run", "authors", "diffusers"):  # their networks have no middle output layer, like the default
         stored, change = with_middle_layer_of(stored, _config_of_run(options) if options.to == "run" else Config())
         if change:
             print(change)
@@ -110,10 +110,10 @@ def to_huggingface(stored: StoredWeights, options: argparse.Namespace) -> Conver
         network = HubJiT(stored.config.model, replace(stored.config.diffusion, subspace=None), chosen)
         stored.load_into(network, chosen)
         folder.mkdir()
-        _write_card(stored, chosen, options, folder)  # before save_pretrained, which writes one only where none is
+        _write_card(stored, chosen, options, folder)  # first: save_pretrained writes a card only if there is none
         try:
             network.save_pretrained(folder)
-        except SafetensorError as error:  # its name for a failed write
+        except SafetensorError as error:  # safetensors raises it for a failed write
             raise OSError(first_line(error)) from error
 
     return Conversion(stored.config, [chosen], write)
@@ -151,10 +151,10 @@ def to_authors(stored: StoredWeights, options: argparse.Namespace) -> Conversion
     if evaluation.method not in METHODS or evaluation.time_shift != 1.0:
         own = f"evaluation.method={evaluation.method} evaluation.time_shift={evaluation.time_shift:g}"
         print(
-            f"{stored.path}: {own}, and the authors' code has {' and '.join(METHODS)} at uniform times; samples differ"
+            f"{stored.path}: {own}, but the authors' code has {' and '.join(METHODS)} at uniform times; samples differ"
         )
     if stored.optimizer_step == 0:
-        print(f"{stored.path}: has no moments of the optimizer; those in the new file are empty")
+        print(f"{stored.path}: has no moments of the optimizer; the new file has empty ones")
     return Conversion(
         config, sets, lambda path: write_authors_file(path, stored, options.ema1, options.ema2, options.epoch)
     )
@@ -173,7 +173,7 @@ def to_run(stored: StoredWeights, options: argparse.Namespace) -> Conversion:
     moments = stored.moments if config.optim.name == "adamw" and begin == "model" else ()
     check_finite(stored, [begin, *averages, *moments])
     if not moments:
-        print("the optimizer's moments begin at zero: there are none of AdamW's that belong to these weights")
+        print("the optimizer's moments begin at zero: the source has no AdamW moments of these weights")
     steps = stored.optimizer_step if moments else 0
     progress = Progress(0, options.images, steps, None, class_names=stored.class_names)
     names = {"model": begin, **{name: name for name in (*averages, *moments)}}
@@ -207,15 +207,15 @@ def _parser() -> Parser:
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
     sets = "such as model ema_0.9999 (default: safetensors: all; run: model; else the one that the run samples from)"
     parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="run; else the network if PATH does not say it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="run: its config; else PATH's network, if unknown")
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
         meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
         parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)
-    parser.add_number("--epoch", 0, "authors: the last complete one", int)
+    parser.add_number("--epoch", 0, "authors: the last complete epoch", int)
     parser.add_number("--images", 0, "run: images that the weights have seen", natural)
-    samples = f"images in the model card; default: {SAMPLES}, or 0 where that takes long without a GPU"
+    samples = f"images in the model card; default: {SAMPLES}, or 0 if they take long without a GPU"
     parser.add_argument("--samples", type=natural, metavar="N", help=samples)
-    of_card = "of the weights, for the model card, such as mit; default: the card says that none is stated"
+    of_card = "licence of the weights for the model card, such as mit; default: the card says that none is stated"
     parser.add_argument("--license", metavar="ID", help=of_card)
     size = "diffusers: larger sets are split over several files"
     parser.add_number("--max-shard-bytes", LARGEST_FILE, size)
@@ -224,7 +224,7 @@ def _parser() -> Parser:
 
 def _config_of_run(options: argparse.Namespace) -> Config:
     if options.config is None:
-        raise UserError("--to run needs --config, the YAML file that the run will be started with")
+        raise UserError("--to run needs --config, the YAML file of the run")
     return load_config(options.config, [f"run.dir={options.output}"])
 
 
@@ -235,9 +235,9 @@ def _one_set(options: argparse.Namespace, why: str) -> str | None:
 
 
 def _known_to_others(stored: StoredWeights, whose: str, *more: str) -> Config:
-    """The config of `stored`, whose network must be one that the code of others has too. Raises a CheckpointError.
+    """The config of `stored`. Raises a CheckpointError if the code of others does not have such a network.
 
-    That code knows neither other predictions than x, nor stretched positions; `more` settings must have their defaults.
+    That code predicts x only, and has no stretched positions; `more` names settings that must have their defaults.
     """
     config = replace(stored.config, model=at_own_positions(stored.config.model))
     keys = ("diffusion.prediction", "model.position_grid", *more)
@@ -252,7 +252,7 @@ def _known_to_others(stored: StoredWeights, whose: str, *more: str) -> Config:
 def _write_card(
     stored: StoredWeights, set_name: str, options: argparse.Namespace, folder: Path, *, is_diffusers: bool = False
 ) -> None:
-    """README.md in `folder`, with a picture of samples and what the run has measured, if anything."""
+    """Write README.md into `folder`, with a picture of samples and the measurements of the run, if there are any."""
     config = stored.config
     if options.config is not None:
         config = replace(load_config(options.config), model=config.model, diffusion=config.diffusion)

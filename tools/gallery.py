@@ -28,6 +28,7 @@ from jitscale.errors import CheckpointError, DataError, ExitCode, UserError, exi
 from jitscale.evaluation.sweep import TRIED
 from jitscale.files import atomic_write
 from jitscale.preparation.inspection import collect, contact_sheet
+from jitscale.recorded import STEP_METRICS
 from jitscale.tracking import (
     BEST_SAMPLES,
     HELD_OUT,
@@ -51,7 +52,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } h2 { border-top: 1px solid #ddd; padding-top: 1rem; margin-top: 2rem; }
 figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
-figcaption { color: #666; font-size: 13px; }
+figcaption { color: #666; font-size: 13px; max-width: 30rem; }
 img, svg { max-width: 100%; height: auto; } img.grid { image-rendering: pixelated; width: 20rem; }
 table { border-collapse: collapse; } td, th { vertical-align: bottom; }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
@@ -201,13 +202,20 @@ def _by_shards(named: Mapping[str, Path]) -> dict[str, list[str]]:
 def curves(named: Mapping[str, Path]) -> str:
     """Curves of the values in metrics.jsonl and evaluations.jsonl over images seen."""
     lines = {name: read_metrics(run) for name, run in named.items()}
-    drawn = [_figure(_points_of(lines, key), name, log=key == "loss") for key, name in CURVES.items()]
+    meanings = {metric.name: metric.meaning.replace("`", "") for metric in STEP_METRICS}
+    figures = {key: _figure(_points_of(lines, key), name, log=key == "loss") for key, name in CURVES.items()}
+    of_steps = [
+        f"<figure>{svg}<figcaption>{html.escape(meanings[key])}</figcaption></figure>"
+        for key, svg in figures.items()
+        if svg
+    ]
+    drawn = []
     measured = _measured(named)
     for key in sorted({key for own in measured.values() for line in own for key in line if MEASURED.fullmatch(key)}):
         points = {label: points for label, points in _points_of(measured, key).items() if points}
         drawn.append(_figure(points, key.replace("_", " "), log=key.startswith(("fid", "fd")), always_labelled=True))
     drawn.append(_held_out(named))
-    return "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg) or "<p>no metrics yet</p>"
+    return "\n".join([*of_steps, *(f"<figure>{svg}</figure>" for svg in drawn if svg)]) or "<p>no metrics yet</p>"
 
 
 def _measured(named: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:

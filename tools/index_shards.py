@@ -6,10 +6,11 @@
     python tools/index_shards.py /data/imagenet_256 --verify --report defects.jsonl
 
 Indexing reads all tars of one folder. It writes an index and the keys next to each tar, and a manifest.json. Labels are
-the `cls` members, if there are any, or what --label-key names: numbers, or names, which are numbered in sorted order or
-in that of --class-names. Transparent images are read over --background. If there is any defect, nothing is written.
-Verifying compares with the manifest (size, sha256, samples, index, keys, labels) and decodes every image. Every defect
-is one line with shard, byte and remedy. Exit code 0: indexed, or sound; 2: defects.
+the `cls` members, or the members that --label-key names: numbers, or names, which are numbered in sorted order or in
+the order of --class-names. Transparent images are read over --background. If there is any defect, nothing is written.
+
+Verifying compares the shards with the manifest (size, sha256, samples, index, keys, labels) and decodes every image.
+Every defect is one line with shard, byte and remedy. Exit code 0: indexed, or no defect; 2: defects.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from jitscale.preparation.labels import described_names
 from jitscale.preparation.survey import survey
 from jitscale.preparation.verification import verify
 
-MOST_LINES = 50  # of defects that are printed
+MOST_LINES = 50  # defects that are printed
 
 
 def main() -> int:
@@ -45,12 +46,12 @@ def main() -> int:
     where = "a folder, or a glob or brace pattern of tars in one folder"
     parser.add_argument("shards", type=path_text, metavar="DIR_OR_GLOB", help=where)
     parser.add_argument("--verify", action="store_true", help="check shards that have a manifest; write nothing")
-    again = "index again although there is a manifest; a manifest of packing is kept"
+    again = "index again although there is a manifest; a manifest of tools/make_shards.py is kept"
     parser.add_argument("--force", action="store_true", help=again)
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="names in the order of their numbers, by line")
-    behind = "what transparent pixels show: white, black, R,G,B, or drop (hidden colours); kept in the manifest"
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="names by line, in the order of their numbers")
+    behind = "colour of transparent pixels: white, black, R,G,B, or drop (hidden colours); stored in the manifest"
     parser.add_argument("--background", metavar="COLOUR", help=f"{behind} (default: white)")
-    key = "what holds a sample's label: cls (default), a field of its json, as json:label, or none for no labels"
+    key = "place of a sample's label: cls (default), a field of its json such as json:label, or none for no labels"
     parser.add_argument("--label-key", metavar="KEY", help=key)
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
     parser.add_workers()
@@ -68,7 +69,7 @@ def main() -> int:
 
 def _index(tars: Tars, options: argparse.Namespace) -> int:
     if not os.access(tars.folder, os.W_OK):
-        raise DataError(f"{tars.folder}: cannot be written to, and the indices belong there; correct its permissions")
+        raise DataError(f"{tars.folder}: cannot be written to, but the indexes must lie there; correct its permissions")
     class_names = None if options.class_names is None else read_class_names(options.class_names)
     background = None if options.background is None else parse_background(options.background)
     key = LabelKey.parse(options.label_key)
@@ -77,12 +78,12 @@ def _index(tars: Tars, options: argparse.Namespace) -> int:
     if found.defects:
         damaged = len({defect.path for defect in found.defects})
         what = f"{_many(len(found.defects), 'defect')} in {damaged} of {len(found.tars.paths)} tars"
-        raise DataError(f"{tars.folder}: {what}; nothing was written, mend or leave out these tars")
+        raise DataError(f"{tars.folder}: {what}; nothing was written; repair or leave out these tars")
     found.write()
     manifest = found.manifest
     classes = _many(manifest.num_classes, "class", "classes") if manifest.num_classes else "no labels"
     side = manifest.resolution
-    size = "of their own sizes" if side is None else f"of {side} x {side} pixels"
+    size = "of mixed sizes" if side is None else f"of {side} x {side} pixels"
     counts = f"{_many(len(manifest.shards), 'shard')} with {_many(manifest.total, 'image')}"
     named = f" ({described_names(manifest.class_names)})" if manifest.class_names else ""
     print(f"{tars.folder}: indexed {counts} {size}, {classes}{named}")
@@ -140,7 +141,7 @@ def _report(defects: Sequence[Defect], path: Path | None, stream: TextIO) -> Non
 
 
 def _say_skipped(kinds: Counter[str]) -> None:
-    """Print how many members are no part of a sample; most of them are files beside the images."""
+    """Print how many members belong to no sample; most are files next to the images."""
     if kinds:
         print(f"{_many(kinds.total(), 'other member')} ignored ({described_kinds(kinds)})")
 

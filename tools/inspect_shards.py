@@ -1,4 +1,4 @@
-"""Show what shards hold: counts, classes and their balance, sizes and colours of a random sample, a contact sheet.
+"""Show the content of shards: counts, classes and their balance, sizes and colours of a random sample, a contact sheet.
 
     python tools/inspect_shards.py /data/imagenet_256 --contact-sheet imagenet.png
     python tools/inspect_shards.py '/data/theirs-{0000..0009}.tar' --samples 500 --json
@@ -30,7 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write a picture of 8 x 8 images")
     parser.add_number("--samples", 2000, "random images to decode")
-    parser.add_number("--seed", 0, "of the random sample", int)
+    parser.add_number("--seed", 0, "seed of the random sample", int)
     parser.add_workers()
     parser.add_json()
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> int:
 
 def _lines(result: dict[str, Any], class_names: list[str] | None) -> list[tuple[str, str]]:
     unknown = None if result["codec"] else "unknown: there is no manifest"
-    resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of their own sizes"
+    resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of mixed sizes"
     lines = [
         ("shards", f"{result['shards']:,}"),
         ("samples", f"{result['samples']:,}"),
@@ -126,7 +126,7 @@ def _first(texts: list[str]) -> str:
 
 
 def _some(texts: list[str]) -> str:
-    """How many there are, and the first ones."""
+    """The number of `texts`, and the first ones."""
     return f"{len(texts):,} ({_first(texts)})" if texts else "0"
 
 

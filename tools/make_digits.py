@@ -15,12 +15,12 @@ from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 
 
 def main() -> int:
-    """Parse the command line and write, or find that it was done before."""
+    """Parse the command line and write the shards, unless they are there already."""
     parser = Parser(__doc__)
     parser.add_number("--resolution", 32, "pixels a side")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_number("--samples-per-shard", 256, "images of a shard")
+    parser.add_number("--samples-per-shard", 256, "images in a shard")
     options = vars(parser.parse_args())
     images, labels = digit_images(options.pop("resolution"))
     print(write_shards_once(images, labels=labels, class_names=DIGIT_CLASSES, dataset="digits", **options))

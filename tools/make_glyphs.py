@@ -2,8 +2,8 @@
 
     python tools/make_glyphs.py --resolution 64 --output runs/glyphs_64px
 
-Image i is the same letter, font, colours and place at every resolution, so that shards of several resolutions belong
-together.
+Image i has the same letter, font, colours and place at every resolution. So shards of several resolutions hold the same
+pictures.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
 
 
 def main() -> int:
-    """Parse the command line and write, or find that it was done before."""
+    """Parse the command line and write the shards, unless they are there already."""
     parser = Parser(__doc__)
     parser.add_number("--resolution", 64, "pixels a side")
     parser.add_number("--count", 10_000, "images")
-    parser.add_number("--seed", 0, "of letters, fonts, colours and places", int)
+    parser.add_number("--seed", 0, "seed of letters, fonts, colours and places", int)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
-    parser.add_number("--samples-per-shard", 1000, "images of a shard")
+    parser.add_number("--samples-per-shard", 1000, "images in a shard")
     options = vars(parser.parse_args())
     glyphs = Glyphs(options.pop("count"), options.pop("resolution"), options.pop("seed"))
     options |= {"class_names": GLYPH_CLASSES, "dataset": "glyphs"}

@@ -1,4 +1,4 @@
-"""Write letters drawn from fonts as PNG files, a folder for each class: pictures that any machine has, to try tools on.
+"""Write letters drawn from fonts as PNG files, a folder for each class: pictures to try the tools with, on any machine.
 
     python tools/make_pictures.py --output runs/letters/pictures
 
@@ -21,8 +21,8 @@ def main() -> int:
     """Parse the command line and write."""
     parser = Parser(__doc__)
     parser.add_number("--resolution", 160, "pixels a side")
-    parser.add_number("--count", 3000, "pictures, a tenth of them in each class")
-    parser.add_number("--seed", 0, "of letters, fonts, colours and places", int)
+    parser.add_number("--count", 3000, "pictures; each of the ten classes has a tenth")
+    parser.add_number("--seed", 0, "seed of letters, fonts, colours and places", int)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     options = parser.parse_args()
     refuse_existing(options.output)

@@ -1,25 +1,24 @@
 """Write images as shards for training: cropped, in a random order, with a manifest, by any number of processes.
 
-    python tools/make_shards.py --input ILSVRC2012_img_train.tar --output imagenet_256 --resolution 256 --codec raw
-    python tools/make_shards.py --input photos/ --output photos_512 --resolution 512 --codec webp
+    python tools/make_shards.py --input ILSVRC2012_img_train.tar --output imagenet_256 --resolution 256 --codec webp
+    python tools/make_shards.py --input photos --output photos_512 --resolution 512 --codec raw
     python tools/make_shards.py --input 'old-{0000..0127}.tar' --output new --resolution 256 --codec png
     python tools/make_shards.py --input list.csv --output listed --resolution 256 --codec original
     python tools/make_shards.py --input hub_data/ --split train --output hub_256 --resolution 256 --codec webp
 
-An input is a folder or a zip with a folder of images for each class (or images alone: no labels), or with EDM's
-dataset.json or a metadata.csv, .jsonl or .parquet; Parquet or Arrow files; webdataset tars (a file, a folder of them, a
-quoted glob or brace pattern); ImageNet's files; or a .csv or .jsonl with path and maybe label. docs/data.md lists all
-forms. Archives are read in place. Class names are numbered in sorted order, and by number if all are numbers.
+An input is one of these: a folder or a zip with a folder of images for each class (images alone have no labels), or
+with EDM's dataset.json or a metadata.csv, .jsonl or .parquet; Parquet or Arrow files; webdataset tars (a file, a
+folder, a quoted glob or brace pattern); ImageNet's files; a .csv or .jsonl with the columns path and maybe label.
+docs/data.md lists all forms. Archives are read in place. Class names are numbered in sorted order; if all are numbers,
+by value.
 
-Codecs: raw decodes fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
+Codecs: raw is decoded fastest and suits local disks; webp is lossless and half the size; png is lossless too; jpeg is
 smallest but changes pixels; original keeps the files, and training crops the images. Transparent images are composited
-over --background, originals when they are read. To train on webdataset tars as they are, index them instead:
-tools/index_shards.py copies nothing. Pack them to crop once, not in every epoch.
+over --background; with original, this happens when they are read. To train on webdataset tars as they are, index them
+with tools/index_shards.py, which copies nothing. If they are packed, images are cropped once, not in every epoch.
 
-If packing was killed or failed, the same command writes the missing shards; the result is the same. To pack on many
-machines, give a part to each, for example in a Slurm array
-
-    sbatch --array=1-16 --wrap 'python tools/make_shards.py ... --part $SLURM_ARRAY_TASK_ID/16'
+If packing was killed or failed, the same command writes the missing shards. The result is the same. To pack on many
+machines, give each a part (--part 1/16, ...). On Slurm, slurm/pack_shards.sh packs a part in each task of an array.
 
 The last part to finish writes the manifest. Images that cannot be used are left out and listed in the manifest.
 """
@@ -83,7 +82,7 @@ def main() -> int:
             signal.signal(number, _stop)
         return _pack_unless_finished(given, options)
     except Stopped as stopped:
-        print(f"{given.output}: stopped by {stopped}; give the same command again to go on", file=sys.stderr)
+        print(f"{given.output}: stopped by {stopped}; the same command continues", file=sys.stderr)
         return ExitCode.REQUEUE
 
 
@@ -94,7 +93,10 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) -> ExitCode:
-    """Pack, unless it is done: before, or meanwhile by other tasks, which then removed the files that this one uses."""
+    """Pack, unless the job is done already.
+
+    Other tasks may finish the job while this one plans it. They then remove the files that this one uses.
+    """
     output: Path = given.output
     started = time.monotonic()
     manifest = finished(output, options)
@@ -111,7 +113,7 @@ def _pack_unless_finished(given: argparse.Namespace, options: PackingOptions) ->
             if manifest is None:
                 if isinstance(error, DataError):
                     raise
-                raise DataError(f"{error.filename}: has vanished meanwhile; give the same command again") from error
+                raise DataError(f"{error.filename}: has disappeared; give the same command again") from error
     remove_leftovers(output)
     print(f"{output}: is there already: {_described(manifest)}")
     return ExitCode.DONE
@@ -164,7 +166,7 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
     print(
         f"{job.folder}: {len(inputs)} images, {classes}, {len(job.shards)} shards"
         + (f"; part {part[0]}/{part[1]}" if part[1] > 1 else "")
-        + (f"; going on after {done} finished shards" if done else "")
+        + (f"; {done} shards are finished already" if done else "")
     )
     for note in inputs.notes:
         print(f"{job.folder}: {note}")
@@ -174,11 +176,11 @@ def _announce(job: PackingJob, done: int, part: tuple[int, int]) -> None:
 
 
 def _check_space(job: PackingJob) -> None:
-    """Compare the size of the missing shards with the free space. Raises a DataError if raw ones do not fit."""
+    """Compare the size of the missing shards with the free space. Raises a DataError if raw shards do not fit."""
     needed, free = job.bytes_to_write(), shutil.disk_usage(job.folder).free
     about = {"raw": "exactly", "original": "about"}.get(job.options.codec, "at most")
     print(f"{job.folder}: {about} {_bytes(needed)} to write, {_bytes(free)} free", flush=True)
-    if needed > free and job.options.codec == "raw":  # of the others the size is estimated
+    if needed > free and job.options.codec == "raw":  # the size of other codecs is only estimated
         remedy = "make room, or choose another --output or --codec webp (about half)"
         raise DataError(f"{job.folder}: {_bytes(needed)} to write, but {_bytes(free)} free; {remedy}")
     if needed > free:
@@ -211,33 +213,33 @@ def parser() -> Parser:
     """The command line."""
     found = Parser(__doc__, allow_abbrev=False)
     found.add_argument(
-        "--input", type=path_text, nargs="+", required=True, metavar="SRC", help="what to pack; several become one set"
+        "--input", type=path_text, nargs="+", required=True, metavar="SRC", help="images; several inputs become one set"
     )
     found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
     behind = (
-        "what transparent pixels show: white, black or R,G,B; drop shows their hidden colours, as ADM's recipe does"
+        "colour of transparent pixels: white, black or R,G,B; drop shows their hidden colours, as ADM's recipe does"
     )
     found.add_argument("--background", default=str(WHITE), metavar="COLOUR", help=f"{behind} (default: white)")
     kept = "1 stores grey images: colours become luma (default: 3)"
     found.add_argument("--channels", type=int, choices=CHANNELS, default=RGB, help=kept)
-    found.add_number("--samples-per-shard", 1000, "images of a shard")
-    found.add_number("--seed", 0, "of the order", int)
-    names = "names by line; their order gives the labels (default: sorted, 2 before 10)"
+    found.add_number("--samples-per-shard", 1000, "images in a shard")
+    found.add_number("--seed", 0, "seed of the order", int)
+    names = "class names, one a line, in the order of their numbers (default: sorted, 2 before 10)"
     found.add_argument("--class-names", type=Path, metavar="FILE", help=names)
-    found.add_argument("--split", metavar="NAME", help="the part of a data set with several, such as train")
-    labels = "folders: as the names of folders, though a file of labels lies there; none: no labels; or their file"
+    found.add_argument("--split", metavar="NAME", help="the split to read, if there are several, such as train")
+    labels = "folders: the folders are the classes, whatever files lie there; none: no labels; FILE: the file of labels"
     found.add_argument("--labels", metavar="folders|none|FILE", help=labels)
-    key = "what holds a webdataset sample's label: cls (default), a field of its json, as json:label, or none"
+    key = "place of a webdataset sample's label: cls (default), a field of its json such as json:label, or none"
     found.add_argument("--label-key", metavar="KEY", help=key)
     found.add_argument("--label-column", metavar="NAME", help="the column of a table that holds the labels")
-    truth = "ImageNet's validation labels (the devkit's text, LOC_val_solution.csv); of .npz files map_clsloc.txt"
+    truth = "ImageNet's validation labels (the devkit's text or LOC_val_solution.csv); for .npz files map_clsloc.txt"
     found.add_argument("--image-column", metavar="NAME", help="the column of a Parquet or Arrow file with the images")
     found.add_argument("--ground-truth", metavar="FILE", help=truth)
     found.add_workers()
     found.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="part I (1..N) of N (default: all)")
-    most = "images that may be unusable (default: 10, or 0.01%% if more)"
+    most = "unusable images that are allowed (default: 10, or 0.01%% if that is more)"
     found.add_argument("--max-bad", type=natural, metavar="N", help=most)
     return found
 

@@ -11,7 +11,6 @@ times with several GPUs were never measured. If the host limits the step, the pl
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import installed
 
-from jitscale.command import Parser, path_text, positive
+from jitscale.command import Parser, bytes_of, path_text, positive
 from jitscale.config import Config, images_of_run, load_config
 from jitscale.errors import ConfigError, ExitCode, exit_with_message
 from jitscale.evaluation.cost import measuring_cost
@@ -29,7 +28,6 @@ from jitscale.planner.host import LAUNCH_SECONDS
 from jitscale.planner.memory import parameters_by_kind
 from jitscale.planner.timing import MFU, Cluster
 
-BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MOST_PEAK = 1e9  # TFLOP/s
 MOST_HOST = 1e6  # ms or microseconds
 LAUNCH_HELP = "host time of one launch in microseconds, as measured on one H200 machine"
@@ -44,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--config", type=path_text, required=True, metavar="FILE", help="configuration, such as configs/jit_g_512.yaml"
     )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the run")
-    size, rate = _bytes(""), _bytes("/s")
-    parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
+    rate = bytes_of("/s")
+    parser.add_argument("--gpu-memory", type=bytes_of(), required=True, metavar="SIZE", help="of one GPU, such as 80GB")
     parser.add_number("--gpus-per-node", 8, "GPUs on each node")
     parser.add_number("--bandwidth-intra", "450GB/s", "bandwidth of one GPU inside its node", rate, dest="intra")
     parser.add_number("--bandwidth-inter", "50GB/s", "bandwidth of one GPU's network card", rate, dest="inter")
@@ -248,19 +246,6 @@ def _number(most: float, *, zero: bool = False) -> Callable[[str], float]:
             if 0 < value <= most or (zero and value == 0):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and {most:g}")
-
-    return parse
-
-
-def _bytes(suffix: str) -> Callable[[str], float]:
-    """The type of an option that is a positive number with a unit and `suffix`, in bytes."""
-
-    def parse(text: str) -> float:
-        match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(BYTES)}){suffix}", text)
-        if match is None or float(match[1]) <= 0:
-            units = ", ".join(unit + suffix for unit in BYTES)
-            raise argparse.ArgumentTypeError(f"{text!r} must be a positive number and one of {units}")
-        return float(match[1]) * BYTES[match[2]]
 
     return parse
 

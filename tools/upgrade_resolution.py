@@ -1,11 +1,11 @@
-"""Turn a checkpoint of one resolution into one of another; averaged down, the new output equals the old one.
+"""Upgrade a checkpoint to another resolution. Averaged down, the output of the new network equals that of the old one.
 
     python tools/upgrade_resolution.py --checkpoint runs/jit_h_256 --to configs/finetune_h_512.yaml --output runs/h_512
     python -m jitscale.train --config configs/finetune_h_512.yaml run.dir=runs/h_512
 
 PATH is a run or step folder, safetensors files, a Hugging Face folder, or the authors' .pth file. The output is a run
-folder at step 0, with all weight sets. The optimizer's moments start from zero for resized parameters; the others are
-kept. docs/upgrade.md derives the method.
+folder at step 0, with all weight sets. The optimizer's moments of resized parameters start from zero; the other moments
+are kept. docs/upgrade.md derives the method.
 """
 
 import shlex
@@ -28,7 +28,7 @@ from jitscale.errors import ExitCode, UserError, exit_with_message
 from jitscale.evaluation.features import as_pictures
 from jitscale.model.jit import JiT, network_holding
 
-LARGEST_WHOLE_CHECK = 200_000_000  # parameters of a network that is checked as a whole: twice 0.8 GB
+LARGEST_WHOLE_CHECK = 200_000_000  # parameters; the check of a whole network holds two of them: 1.6 GB
 PREVIEW_IMAGES, PREVIEW_STEPS = 8, 25
 
 
@@ -36,15 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the upgraded checkpoint."""
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="the weights to upgrade")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="its network, if PATH does not say it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the network of PATH, if PATH does not say it")
     parser.add_argument("--to", type=Path, required=True, metavar="CONFIG", help="the YAML file of the new resolution")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new run's folder")
-    parser.add_argument("--mode", choices=upgrade.MODES, help="resize patches, or add tokens; default: as CONFIG needs")
+    parser.add_argument("--mode", choices=upgrade.MODES, help="resize patches or add tokens; default: by CONFIG")
     kernels = upgrade.KERNELS
     parser.add_argument("--kernel", choices=kernels, default=kernels[0], help="of patches; default: %(default)s")
     parser.add_argument("--reset-moments", action="store_true", help="discard all moments of the optimizer")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw samples before and after, one row each")
-    parser.add_overrides("settings that win over --to")
+    parser.add_overrides("settings that override --to")
     options = parser.parse_intermixed_args(arguments)
 
     target = load_config(options.to, [*options.overrides, f"run.dir={options.output}"])
@@ -60,14 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  self-check of {name}: {self_check(stored, name, target, plan)}")
     if options.preview is not None:
         preview(options.preview, stored, target, plan)
-        print(f"  {options.preview}: before and after, pooled and as it is")
+        print(f"  {options.preview}: samples before the upgrade, after it averaged down, and after it")
     settings = [f"run.dir={options.output}", *options.overrides]
     print(f"next: {shlex.join(['python', '-m', 'jitscale.train', '--config', str(options.to), *settings])}")
     return ExitCode.DONE
 
 
 def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder: Path, sets: list[str]) -> None:
-    """Print what was resized, kept and reset."""
+    """Print which tensors were resized, kept and reset."""
     old, new = stored.config.model, target.model
     print(f"{stored.path}: {old.image_size} px, patch {old.patch_size}")
     print(f"{folder}: {new.image_size} px, patch {new.patch_size}, mode {plan.mode}")
@@ -79,24 +79,24 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
     kept = len(stored.shapes) - len(resized)
     print(f"  kept: the other {kept} tensors of each of {', '.join(stored.weight_sets)}")
     if not any(name in MOMENTS for name in sets):
-        print("  moments of the optimizer: begin at zero (none were stored, another optimizer's, or --reset-moments)")
+        print("  moments of the optimizer: begin at zero (none stored, those of another optimizer, or --reset-moments)")
     elif resized:
         print(f"  moments of the optimizer: zero for the resized parameters, kept for the other {kept}")
     print(f"  noise scale: {stored.config.diffusion.noise_scale:g} -> {target.diffusion.noise_scale:g}")
     if plan.mode == "patch":
         deviation = plan.noise_deviation()
-        print(f"  pooled noise has {deviation:.3f} times the standard deviation that was trained (1: in distribution)")
+        print(f"  pooled noise has {deviation:.3f} times the standard deviation of the training (1: the same)")
     if plan.mode == "patch" and plan.resized:
         factor = 1 / float(plan.ratio) ** 2
-        print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g}, or a warm-up (docs/upgrade.md)")
+        print(f"  recommended: optim.lr_factor_patch_embedding={factor:.4g} (docs/upgrade.md#learning-rate)")
 
 
 @torch.no_grad()
 def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> str:
-    """The measured difference between the pooled new function and the old one on random input, in words.
+    """The measured difference between the new function, averaged down, and the old one on random input, in words.
 
-    Only layers at both ends change, so these are always checked. The velocities of the whole networks are compared if
-    two of them fit into memory.
+    Only the first and the last layers change, so these are always checked. The velocities of the whole networks are
+    compared if the network has at most `LARGEST_WHOLE_CHECK` parameters.
     """
     torch.manual_seed(0)
     if plan.mode == "tokens":
@@ -119,7 +119,7 @@ def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.U
 
 
 def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade) -> float:
-    """How far an output layer's patches, pooled, are from the old ones; for a lower resolution, from the old pooled."""
+    """How far the new output layer's patches, averaged down, are from the old ones (or from the old ones, pooled)."""
     weight, bias = (stored.tensor(name, f"{layer}.{part}") for part in ("weight", "bias"))
     enter, leave = plan.enter.float(), plan.leave.float()
     old_patch, new_patch = enter.shape
@@ -133,7 +133,7 @@ def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade
 
 
 def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> float:
-    """How far the new subspace is from orthonormal, or its pooled projections of patches from the old subspace's."""
+    """How far the new subspace is from orthonormal, or its pooled projections from those of the old one."""
     before = stored.tensor(name, SUBSPACE)
     after = plan.tensor(SUBSPACE, before)
     orthonormal = _difference(after.double().T @ after.double(), torch.eye(after.shape[1], dtype=torch.float64))
@@ -150,7 +150,7 @@ def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> flo
 
 
 def _of_velocities(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> float:
-    """How far the new network's velocities, pooled, are from the old network's at the same times; of all outputs."""
+    """How far the velocities of all outputs, pooled, are from those of the old network at the same times."""
     old, new = stored.network(name), upgraded_network(stored, name, target, plan)
     shape, old_settings = image_shape(target.model), stored.config.diffusion
     z, t = target.diffusion.noise_scale * torch.randn(2, *shape), torch.tensor([0.2, 0.7])

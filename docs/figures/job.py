@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from figures.canvas import BLUE, GREEN, ORANGE, QUIET, Canvas, canvas, tint
-from jitscale.errors import INTERRUPTED, ExitCode
+from jitscale.errors import ExitCode
 
 
 class Decision(NamedTuple):
@@ -17,7 +17,7 @@ class Decision(NamedTuple):
 
 DONE = Decision("done", GREEN, ExitCode.DONE)
 STOP = Decision("stop, one line says why", ORANGE, ExitCode.USER_ERROR)
-SAVED = Decision("stop, the state is saved", ORANGE, INTERRUPTED)
+SAVED = Decision("stop, the state is saved", ORANGE, ExitCode.INTERRUPTED)
 AGAIN = Decision("requeue", BLUE, ExitCode.REQUEUE)
 WITHOUT = Decision("requeue without the node", BLUE, ExitCode.REQUEUE)
 BY_SLURM = Decision("Slurm starts it again", BLUE, None)

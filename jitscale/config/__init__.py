@@ -1,7 +1,6 @@
-"""Every setting of a run: the schema, how files and overrides become a configuration, and what is refused.
+"""Every setting of a run: the schema, how files and overrides become a configuration, and which values are refused.
 
-The functions of loading.py are imported when one of them is first used: they need OmegaConf, and who only uses the
-schema does without it.
+The functions of loading.py are imported at their first use, because they need OmegaConf and the schema does not.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a user may have meant with a setting that does not exist, or with a value that belongs to another one."""
+"""Suggestions for a setting that does not exist, and for a value that belongs to another setting."""
 
 import difflib
 import re
@@ -6,9 +6,9 @@ import re
 from jitscale.config.limits import Problem
 from jitscale.config.schema import CHOICES, SETTINGS
 
-SHORTEST_WORD = 3  # letters; a shorter text begins or ends too many names
-MEANING_WORDS = 3  # of a meaning's beginning, which say what the setting is
-_SYNONYMS = {  # other names of the field for a setting
+SHORTEST_WORD = 3  # letters; a shorter text is the beginning or the end of too many names
+MEANING_WORDS = 3  # words at the beginning of a meaning, which are searched
+_SYNONYMS = {  # other common names of a setting
     "amp": "engine.precision",
     "attention_kernel": "engine.attention",
     "bs": "data.batch_size",
@@ -66,7 +66,7 @@ _SYNONYMS = {  # other names of the field for a setting
 
 
 def remedy_of_unknown(key: str) -> str:
-    """What to do about `key`, which is no setting: the likeliest one by name, by its meaning, or all there are."""
+    """The remedy for an unknown `key`: the likeliest setting by name or meaning, or a list of all."""
     close = _likeliest(key)
     if close:
         return f"did you mean {close}?"
@@ -79,7 +79,7 @@ def remedy_of_unknown(key: str) -> str:
 
 
 def meant_elsewhere(problem: Problem) -> Problem:
-    """`problem`, or with another remedy where its value is a choice of a setting with the same choices and more."""
+    """`problem`. If a setting of the same group has its choices and also this value, the remedy names that setting."""
     own, group = CHOICES.get(problem.key, ()), problem.key.partition(".")[0]
     for other, choices in CHOICES.items():
         if own and other.startswith(f"{group}.") and set(own) < set(choices) and problem.value in choices:

@@ -1,4 +1,4 @@
-"""What a field of the schema says about its setting besides the type, and the check of one value against it."""
+"""The attributes of a setting besides its type, and the check of a value against them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from operator import ge, gt, le, lt
 from typing import Any, NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
-Faults = Iterator[tuple[str, str]]  # each a limit and a remedy
+Faults = Iterator[tuple[str, str]]  # pairs of a limit and a remedy
 
 
 class Problem(NamedTuple):
-    """A refused setting: which one, its value, the limit that it breaks, and what to do."""
+    """A refused setting: its name, its value, the limit that the value breaks, and the remedy."""
 
     key: str
     value: Any
@@ -21,24 +21,24 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """All about a setting but its type. Limits and choices of a list hold for its elements; None is always allowed."""
+    """A setting without its type. Limits and choices of a list apply to its elements; None is always allowed."""
 
-    default: Any  # where neither a file nor an override gives a value
-    meaning: str  # a phrase for readers of the schema and of `--print-config`
-    unit: str = ""  # of a number, where the name does not say it
+    default: Any  # used if neither a file nor an override gives a value
+    meaning: str  # a phrase, for `--list-settings` and `--print-config`
+    unit: str = ""  # of a number, if the name does not state it
     above: float | None = None  # the smallest value, itself excluded
     at_least: float | None = None  # the smallest value
     below: float | None = None  # the largest value, itself excluded
     at_most: float | None = None  # the largest value
-    reason: str = ""  # of the limit, where the meaning does not give it
+    reason: str = ""  # reason for the limit, if the meaning does not explain it
     choices: tuple[Any, ...] = ()  # all allowed values
-    path: bool = False  # a text whose leading ~ is a home folder
-    number_too: bool = False  # a text that a YAML file may give as a number
-    check: Callable[[Any], Faults] = lambda value: iter(())  # yields what is wrong with the value as a whole
+    path: bool = False  # a text in which a leading ~ is a home folder
+    number_too: bool = False  # a text that may be a number in a YAML file
+    check: Callable[[Any], Faults] = lambda value: iter(())  # yields the faults of the value as a whole
 
     @property
     def limit(self) -> str:
-        """The choices or the limits of a number, as they follow "must be"; empty where there are none."""
+        """The choices or the limits of a number, as a phrase after "must be"; empty if there are none."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         low = self.above if self.at_least is None else self.at_least
@@ -56,7 +56,7 @@ class Setting:
         return f"{self.meaning} ({details})" if details else self.meaning
 
     def problems(self, key: str, value: Any) -> Iterator[Problem]:
-        """Everything that is wrong with `value` of the setting `key`, whatever the other settings are."""
+        """All problems of the setting `key` with this `value`, without regard to other settings."""
         if value is None:
             return
         elements = value if isinstance(value, list) else [value]
@@ -90,19 +90,19 @@ def setting(default: T, meaning: str, **details: Any) -> T:
 
 
 def shown(value: Any) -> str:
-    """A value as one writes it in YAML, in one line."""
+    """A value in the notation of YAML, in one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, list | dict) for each in value)):
-        return "{...}" if isinstance(value, dict) else "[[...]]"  # written out, aliases of YAML may be endless
+        return "{...}" if isinstance(value, dict) else "[[...]]"  # aliases of YAML can expand without end
     if isinstance(value, int) and value.bit_length() > 10_000:
-        return hex(value)  # Python writes no decimal digits of so many
+        return hex(value)  # Python refuses to write so many decimal digits
     text = "null" if value is None else "''" if value == "" else str(value)
     return text if all(line == text for line in text.splitlines()) else repr(text)
 
 
 def distinct(values: list[Any]) -> Faults:
-    """The check of a list that must not name a value twice."""
+    """The check of a list whose values must all differ."""
     for value in sorted({value for value in values if values.count(value) > 1}):
         yield f"names {value} twice", "remove one"
 

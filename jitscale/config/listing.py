@@ -16,16 +16,16 @@ After this page you know every setting of a run: its default, its type, its unit
 `python -m jitscale.train --list-settings` prints this page, and `make docs` writes it.
 [configuration.md](configuration.md) says how to write a value. `--print-config` shows the values of
 one run. Limits of several settings together are in
-[jitscale/config/rules.py](../jitscale/config/rules.py): a command that breaks one is refused in one
-line that says what to do.
+[jitscale/config/rules.py](../jitscale/config/rules.py). A command that breaks a limit is refused in
+one line with the remedy.
 
-An entry reads `group.key=default`, meaning (type, unit, limit). Limits of a list hold for its
+An entry is `group.key=default`: meaning (type; unit; limit). Limits of a list apply to its
 elements.
 """
 
 
 def settings_page() -> str:
-    """Markdown that reads as plain text too: a section for each group, an entry for each setting."""
+    """Markdown that is readable as plain text: a section for each group, an entry for each setting."""
     sections = [HEAD]
     for group in fields(Config):
         summary = (group.default_factory.__doc__ or "").strip()
@@ -38,7 +38,7 @@ def settings_page() -> str:
 def _entry(name: str) -> str:
     known = SETTINGS[name]
     details = "; ".join(part for part in (kind_of(name), known.unit, known.limit) if part)
-    default = shown(known.default).replace(", ", ",")  # as a shell takes it: one word
+    default = shown(known.default).replace(", ", ",")  # one word for a shell
     text = f"- `{name}={default}`: {known.meaning} ({details})"
-    # A name must not be broken at its hyphens, nor an address.
+    # Names and addresses must not be broken at hyphens.
     return fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)

@@ -1,8 +1,8 @@
-"""Composing a configuration from YAML files and dotted overrides, refusing what is wrong, and writing it again.
+"""Composes a configuration from YAML files and dotted overrides, checks it, and writes it as YAML.
 
-A value is looked up in this order, the last one wins: the schema's default, the files named under `defaults:` of the
+Values come from these sources, and the last one wins: the schema's defaults, the files named under `defaults:` of the
 YAML file (relative to it, in order, recursively), the YAML file itself, the dotted overrides of the command line.
-Importing this file does not import torch, so that a mistake is reported at once.
+This module does not import torch, so that errors are reported at once.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +36,7 @@ from jitscale.config.values import (
 )
 from jitscale.errors import ConfigError, first_line
 
-LARGEST_FILE = 2**20  # bytes; no configuration comes near it
+LARGEST_FILE = 2**20  # bytes; a configuration is far smaller
 
 
 def load_config(
@@ -50,11 +50,11 @@ def load_config(
 ) -> Config:
     """Compose `path` and the dotted `overrides` (`optim.lr=1e-4`) into a checked `Config`.
 
-    `world_size` ranks will share a batch. `bf16_supported` says of `run.device` whether it has bfloat16. `data.shards`
-    must be set if the caller `needs_shards`. `stored`: the file may come from elsewhere with a run or a checkpoint, and
-    is data: it names no other file and nothing in it is evaluated. A `config.yaml` that lies next to checkpoints or
-    weights always is. Raises a ConfigError that says everything that is wrong, each with its value, its limit and the
-    remedy.
+    `world_size` ranks will share a batch. `bf16_supported` tells for a value of `run.device` whether it has bfloat16.
+    `data.shards` must be set if the caller `needs_shards`. `stored`: the file belongs to a run or a checkpoint, perhaps
+    of somebody else. Then it is data: it must name no other file, and nothing in it is evaluated. A `config.yaml` next
+    to checkpoints or weights is always treated so. Raises a ConfigError that lists all problems, each with its value,
+    its limit and the remedy.
     """
     given = _compose(Path(path), (), stored)
     problems, lines = [], []
@@ -80,7 +80,7 @@ def load_config(
 
 
 def check_model_config(model: ModelConfig, source: str, diffusion: DiffusionConfig | None = None) -> None:
-    """Refuse a network that cannot be built, or impossible settings of its diffusion; `source` describes them.
+    """Refuse a network that cannot be built, or impossible diffusion settings; `source` is their origin, for messages.
 
     Raises a ConfigError that names every impossible field.
     """
@@ -115,9 +115,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], source: str = "stored settings") -> Config:
-    """The inverse of `to_dict`; fields that did not exist when `values` was written take their defaults.
+    """The inverse of `to_dict`. Fields that did not exist when `values` was written get their defaults.
 
-    The values are data: no text is evaluated. Raises a ConfigError if one is unknown, or has the wrong type.
+    The values are data: no text is evaluated. Raises a ConfigError if a setting is unknown or has the wrong type.
     """
     typed, problems = _typed(_leaves(values))
     _refuse(source, problems)
@@ -125,7 +125,7 @@ def from_dict(values: dict[str, Any], source: str = "stored settings") -> Config
 
 
 def _refuse(source: str, problems: Sequence[Problem], lines: Sequence[str] = ()) -> None:
-    """Raise one error with everything that is wrong, or return."""
+    """Raise one error that lists all problems, or return if there are none."""
     refused = [meant_elsewhere(problem) for problem in problems]
     lines = [*lines, *(f"{shown(key)}={shown(value)} {limit}; {remedy}" for key, value, limit, remedy in refused)]
     if len(lines) == 1:
@@ -140,12 +140,12 @@ def _defaults() -> DictConfig:
 
 
 @cache
-def _schema() -> DictConfig:  # to make it takes OmegaConf 40 ms, to copy it a sixth of that
+def _schema() -> DictConfig:  # OmegaConf takes 40 ms to create it, and a sixth of that to copy it
     return OmegaConf.structured(Config)
 
 
 def _evaluated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The values of `given`, by dotted names, with their interpolations, which see the defaults of the others."""
+    """The values of `given`, by dotted names, with their interpolations evaluated, which also see the defaults."""
     context = deepcopy(_defaults())
     values, problems = {}, []
     for key, value in given.items():
@@ -171,7 +171,7 @@ def _evaluated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
 
 
 def _typed(values: Mapping[str, Any], interpolated: Collection[str] = ()) -> tuple[DictConfig, list[Problem]]:
-    """The schema with `values` by their dotted names, and what is wrong with them; nothing in them is evaluated."""
+    """The schema with `values` (by dotted names), and their problems. Nothing in them is evaluated."""
     typed, problems = deepcopy(_schema()), []
     for key, value in values.items():
         if key in SETTINGS:
@@ -190,9 +190,9 @@ def _typed(values: Mapping[str, Any], interpolated: Collection[str] = ()) -> tup
 
 
 def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, Any]:
-    """The values of `path`, by dotted names, over those of the files of its `defaults:` list, as they are written."""
+    """The raw values of `path` by dotted names; they replace those of the files in its `defaults:` list."""
     if path.resolve() in parents:
-        raise ConfigError(f"{path}: its defaults lead back to itself; remove one of them")
+        raise ConfigError(f"{path}: its defaults lead back to this file; remove one of them")
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: has more than {LARGEST_FILE} bytes; give a YAML file of settings")
@@ -222,13 +222,13 @@ def _compose(path: Path, parents: tuple[Path, ...], stored: bool) -> dict[str, A
         except WrongValueError as error:
             raise ConfigError(f"{path}: defaults: {shown(name)} {error.limit}; {error.remedy}") from error
         if not isinstance(name, str) or not file.name or file == path.parent:
-            raise ConfigError(f"{path}: defaults: {shown(name)} is no name of a file; write size/b or the like")
+            raise ConfigError(f"{path}: defaults: {shown(name)} is not the name of a file; write size/b or the like")
         composed |= _leaves(_compose(file.with_suffix(".yaml"), (*parents, path.resolve()), stored))
     return composed | _leaves(own)
 
 
 def _misread(written: yaml.Node | None) -> list[Problem]:
-    """The numbers of a file that YAML reads otherwise than people do."""
+    """Problems with numbers that YAML reads differently than people do."""
     problems = []
     for group, content in written.value if isinstance(written, yaml.MappingNode) else []:
         for name, node in content.value if isinstance(content, yaml.MappingNode) else []:
@@ -242,23 +242,23 @@ def _misread(written: yaml.Node | None) -> list[Problem]:
 
 
 def _lies_in_a_run(path: Path) -> bool:
-    """Whether `path` is the settings of a run or a checkpoint, as the files next to it show."""
+    """Whether `path` is the config of a run or a checkpoint, by the files next to it."""
     folder = path.parent
-    beside = ((folder / name).exists() for name in ("checkpoints", "index.json"))
-    return path.name == "config.yaml" and (any(beside) or any(folder.glob("*.safetensors")))
+    of_a_run = ((folder / name).exists() for name in ("checkpoints", "index.json"))
+    return path.name == "config.yaml" and (any(of_a_run) or any(folder.glob("*.safetensors")))
 
 
 def _refuse_what_is_evaluated(path: Path, names: Any, values: dict[str, Any]) -> None:
-    why = "a run has stored this file, so it is data, and only a file of your own may have that"
+    why = "a run has written this file, so nothing in it is evaluated"
     if names:
-        raise ConfigError(f"{path}: has defaults, {shown(names)}; {why}: copy it from the run's folder")
+        raise ConfigError(f"{path}: has defaults, {shown(names)}, but {why}; copy it out of the run's folder")
     for key, value in values.items():
         if has_interpolation(value):
-            raise ConfigError(f"{path}: {shown(key)}={shown(value)} has an interpolation; {why}: write the value")
+            raise ConfigError(f"{path}: {shown(key)}={shown(value)} has an interpolation, but {why}; write the value")
 
 
 def _leaves(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Settings by their dotted names; a group without any is left out."""
+    """Settings by their dotted names; empty groups are left out."""
     leaves: dict[str, Any] = {}
     for group, content in values.items():
         if isinstance(content, dict):

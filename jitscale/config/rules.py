@@ -1,8 +1,7 @@
-"""The limits of several settings together; those of one setting stand in schema.py.
+"""Limits of several settings together. The limits of a single setting are in schema.py.
 
-A rule is a function of the settings that its decorator names, and yields what is wrong with the first of them. If one
-of them is refused already, the rule is skipped. It may also name what `load_config` knows about the start, such as
-`world_size`.
+A rule is a function of the settings that its decorator names. It yields the faults of the first of them. If one of them
+was refused already, the rule is skipped. A rule may also use arguments of `load_config`, such as `world_size`.
 """
 
 import math
@@ -28,7 +27,7 @@ _RULES: list[tuple[tuple[str, ...], Rule]] = []
 
 
 def problems_of(values: dict[str, Any], refused: Collection[str] = ()) -> list[Problem]:
-    """Everything that is wrong with `values`, by dotted names; rules about what is `refused` already are skipped."""
+    """All problems of `values` (by dotted names). Rules about settings that are already `refused` are skipped."""
     known = [key for key in values if key in SETTINGS]
     found = [problem for key in known for problem in SETTINGS[key].problems(key, values[key])]
     wrong = {*refused, *(problem.key for problem in found)}
@@ -40,7 +39,7 @@ def problems_of(values: dict[str, Any], refused: Collection[str] = ()) -> list[P
 
 
 def rule(*keys: str) -> Callable[[Rule], Rule]:
-    """Make a function a rule about `keys`."""
+    """Register a function as a rule about `keys`."""
 
     def add(check: Rule) -> Rule:
         _RULES.append((keys, check))
@@ -121,13 +120,13 @@ def _micro_batches(micro: int | None, batch: int, ranks: int) -> Faults:
 @rule("engine.zero_stage", "engine.precision")
 def _stage_0_in_fp32(stage: int, precision: str) -> Faults:
     if stage == 0 and precision != "fp32":
-        yield "works in fp32 only (in bf16 it has no fp32 masters)", "set engine.zero_stage=1 or engine.precision=fp32"
+        yield "works in fp32 only (it has no fp32 master weights)", "set engine.zero_stage=1 or engine.precision=fp32"
 
 
 @rule("engine.hpz_group_size", "engine.zero_stage")
 def _hpz_in_stage_3(group_size: int, stage: int) -> Faults:
     if group_size > 1 and stage != 3:
-        yield "needs ZeRO stage 3 and its shards", "set engine.zero_stage=3 or engine.hpz_group_size=1"
+        yield "needs ZeRO stage 3, which shards the weights", "set engine.zero_stage=3 or engine.hpz_group_size=1"
 
 
 @rule("engine.hpz_group_size", "world_size")
@@ -145,28 +144,28 @@ def _offload_in_a_stage(offload: bool, stage: int) -> Faults:
 @rule("engine.offload_optimizer", "optim.name")
 def _offload_without_muon(offload: bool, name: str) -> Faults:
     if offload and name == "muon":
-        limit = "does not work with Muon, which gathers matrices over the GPUs' network"
+        limit = "does not work with Muon, which gathers matrices between GPUs"
         yield limit, "set engine.offload_optimizer=false or optim.name=adamw"
 
 
 @rule("engine.cuda_graphs", "engine.zero_stage")
 def _graphs_of_fixed_weights(graphs: bool | None, stage: int) -> Faults:
     if graphs and stage == 3:
-        limit = "reads weights where they were captured, and ZeRO stage 3 gathers them elsewhere each time"
+        limit = "needs weights at fixed addresses, and ZeRO stage 3 gathers them at new ones each time"
         yield limit, "set engine.cuda_graphs=false or engine.zero_stage=2"
 
 
 @rule("engine.cuda_graphs", "engine.offload_optimizer")
 def _graphs_without_offload(graphs: bool | None, offload: bool) -> Faults:
     if graphs and offload:
-        limit = "saves time of the host, and with engine.offload_optimizer=true the host computes the step"
+        limit = "saves host time, but with engine.offload_optimizer=true the host computes the optimizer step"
         yield limit, "set one of them to false"
 
 
 @rule("engine.precision", "run.device", "bf16_supported")
 def _bf16_on_the_device(precision: str, device: str, bf16_supported: Callable[[str], bool]) -> Faults:
     if precision != "fp32" and not bf16_supported(device):
-        limit = "needs bfloat16, which this GPU lacks (compute capability 8.0 or newer has it)"
+        limit = "needs bfloat16, which this GPU lacks (it needs compute capability 8.0 or newer)"
         yield limit, "set engine.precision=fp32"
 
 
@@ -181,7 +180,7 @@ def _weights_of_the_run(weights: str, decays: list[float], widths: list[float]) 
     names = weight_set_names(Config(ema=EmaConfig(decays=decays, power_widths=widths)))
     if weights not in names:
         limit = f"is not a weight set of this run ({', '.join(names)})"
-        yield limit, "choose one of them or add its decay to ema.decays or its width to ema.power_widths"
+        yield limit, "choose one of them, or add its decay to ema.decays or its width to ema.power_widths"
 
 
 @rule("evaluation.guidance_scale", "evaluation.guide", "model.num_classes", "diffusion.label_drop")
@@ -192,7 +191,7 @@ def _something_to_guide_by(scale: float, guide: str | None, classes: int, label_
         limit = "guides towards a class, and model.num_classes=0 has none"
         yield limit, "set evaluation.guidance_scale=1.0, or evaluation.guide"
     elif label_drop == 0:
-        limit = "needs a network trained without labels too, and diffusion.label_drop=0 never does that"
+        limit = "needs a network that was also trained without labels, and diffusion.label_drop=0 never drops a label"
         yield limit, "set diffusion.label_drop=0.1 or evaluation.guidance_scale=1.0"
 
 
@@ -208,13 +207,13 @@ def _features_to_measure(features: str | None, at_end: bool, every: int) -> Faul
     if features is None and (at_end or every):
         asking = "evaluation.at_end=true" if at_end else f"evaluation.every_images={every}"
         remedy = f"set it to one of {', '.join(CHOICES['evaluation.features'])}, or measure nothing"
-        yield f"is no feature network, and {asking} needs one", remedy
+        yield f"names no feature network, and {asking} needs one", remedy
 
 
 @rule("evaluation.features_file", "evaluation.features")
 def _network_of_the_file(file: str | None, features: str | None) -> Faults:
     if file is not None and features == AUTO:
-        yield "holds weights of a network that evaluation.features=auto does not name", "set evaluation.features"
+        yield "needs the name of its network, and evaluation.features=auto names none", "set evaluation.features"
 
 
 @rule("evaluation.more_features", "evaluation.features")
@@ -234,7 +233,7 @@ def _held_out_samples(every: int, held_out: str | None) -> Faults:
 def _rising_resolutions(resolutions: list[int], image_size: int) -> Faults:
     if [*resolutions, image_size] != sorted({*resolutions, image_size}):
         example = f"for example [{image_size // 4},{image_size // 2}]"
-        yield f"must rise, and end below model.image_size={image_size}", example
+        yield f"must rise, and stay below model.image_size={image_size}", example
 
 
 @rule("progressive.resolutions", "model.image_size", "model.patch_size")
@@ -248,7 +247,7 @@ def _patches_of_resolutions(resolutions: list[int], image_size: int, patch_size:
 @rule("progressive.resolutions", "model.position_grid")
 def _positions_of_resolutions(resolutions: list[int], position_grid: int | None) -> Faults:
     if resolutions and position_grid is not None:
-        limit = f"keeps the number of tokens, and model.position_grid={position_grid} is for another number of them"
+        limit = f"keeps the number of tokens, and model.position_grid={position_grid} is meant for another number"
         yield limit, "set model.position_grid=null"
 
 
@@ -259,16 +258,16 @@ def _positions_of_resolutions(resolutions: list[int], position_grid: int | None)
 def _subspace_of_resolutions(
     resolutions: list[int], image_size: int, patch_size: int, channels: int, prediction: str, rank: int
 ) -> Faults:
-    """What checkpoints/upgrade.py would refuse after the first stage."""
+    """Refuses before the run what checkpoints/upgrade.py would refuse after the first stage."""
     whole = ModelConfig(patch_size=patch_size, in_channels=channels)
     if prediction != "asym" or not 0 < rank < patch_elements(whole) or not resolutions or min(resolutions) < 1:
         return
     lowest = patch_elements(replace(whole, patch_size=patch_size * min(resolutions) // image_size))
     if rank >= lowest:
-        limit = f"would have patches of {lowest} numbers, and a subspace of diffusion.rank={rank} is a part of them"
+        limit = f"would have patches of {lowest} numbers, and diffusion.rank={rank} must be below that"
         yield limit, "begin at a higher resolution, or lower diffusion.rank"
     elif any(high % low for low, high in pairwise([*resolutions, image_size])):
-        limit = "must grow by whole numbers, since only these preserve the subspace of diffusion.prediction=asym"
+        limit = "must grow by whole factors, which alone preserve the subspace of diffusion.prediction=asym"
         yield limit, f"for example [{image_size // 4},{image_size // 2}]"
 
 
@@ -276,13 +275,13 @@ def _subspace_of_resolutions(
 def _images_of_resolutions(images: list[int], resolutions: list[int]) -> Faults:
     if len(images) != len(resolutions):
         count = len(resolutions)
-        yield f"must say for each of the {count} lower resolutions how many images are seen there", f"give {count}"
+        yield f"must have one number for each of the {count} lower resolutions", f"give {count} numbers"
 
 
 @rule("run.max_images", "run.max_steps")
 def _an_end(max_images: int | None, max_steps: int | None) -> Faults:
     if max_images is None and max_steps is None:
-        yield "neither it nor run.max_steps says where the run ends", "set one"
+        yield "leaves the run without an end, since run.max_steps=null too", "set one of them"
 
 
 @rule("data.shards", "needs_shards")

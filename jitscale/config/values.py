@@ -1,4 +1,4 @@
-"""What the text of an override, or the value of a file, means for a setting before OmegaConf checks its type."""
+"""Converts the text of an override, or a value of a file, for a setting, before OmegaConf checks the type."""
 
 import re
 import unicodedata
@@ -23,7 +23,7 @@ _TYPES = {key: get_args(kind)[0] if key in _OPTIONAL else kind for key, kind in 
 TEXTS = {key for key, kind in _TYPES.items() if kind is str}
 LISTS_OF_TEXTS = {key for key, kind in _TYPES.items() if kind == list[str]}
 _NUMBERS = {key for key, kind in _TYPES.items() if {int, float} & {kind, *get_args(kind)}}
-_MISREAD = re.compile(  # 010 is 8 in YAML 1.1, and 1:30 is 90
+_MISREAD = re.compile(  # YAML 1.1 reads 010 as 8, and 1:30 as 90
     r"[-+]?(0[0-9_]+|0b[01_]+|0x[0-9a-f_]+|[0-9_]+:[0-9:._]+)", re.IGNORECASE
 )
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*([^{}:]*)(:?)")
@@ -31,14 +31,14 @@ _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*([^{}:]*)(:?)")
 
 _WANTED = {int: "not an integer", float: "not a number", bool: "neither true nor false", list: "not a list"}
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
-_MISSING = "???"  # OmegaConf's mark of a value that somebody must give
+_MISSING = "???"  # OmegaConf's mark for a missing value
 
 
 INTERPOLATION_REMEDY = r"write ${group.key}, ${oc.env:NAME,DEFAULT}, or \${ for the text itself"
 
 
 class WrongValueError(ValueError):
-    """A value that a setting cannot have: the limit that it breaks, and the remedy."""
+    """A value that a setting must not have: the limit that the value breaks, and the remedy."""
 
     def __init__(self, limit: str, remedy: str) -> None:
         super().__init__(limit)
@@ -46,9 +46,10 @@ class WrongValueError(ValueError):
 
 
 def from_text(key: str, text: str) -> Any:
-    """The value that the text after the `=` of an override gives the setting `key`.
+    """The value of the setting `key` for `text`, the part of an override after the `=`.
 
-    Where text is wanted it is literal; `null` is None where a setting may have none. Raises a WrongValueError.
+    For a text setting, `text` is taken literally. `null` becomes None if the setting allows it. Raises a
+    WrongValueError.
     """
     if text == "null" and key in _OPTIONAL:
         return None
@@ -58,7 +59,7 @@ def from_text(key: str, text: str) -> Any:
         raise WrongValueError("is empty", usual(key))
     try:
         if key in LISTS_OF_TEXTS:
-            return yaml.load(text, Loader=yaml.BaseLoader)  # which leaves all elements texts
+            return yaml.load(text, Loader=yaml.BaseLoader)  # all elements stay texts
         refuse_misread(key, yaml.compose(text, Loader=yaml.SafeLoader))
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
     except WrongValueError:
@@ -68,20 +69,20 @@ def from_text(key: str, text: str) -> Any:
 
 
 def refuse_misread(key: str, node: yaml.Node | None) -> None:
-    """Raise a WrongValueError if `node` of YAML has an unquoted number that YAML 1.1 reads otherwise than people do."""
+    """Raise a WrongValueError if the YAML `node` has an unquoted number that YAML 1.1 reads differently than people."""
     for each in node.value if isinstance(node, yaml.SequenceNode) else [node]:
         text = each.value if key in _NUMBERS and isinstance(each, yaml.ScalarNode) and each.style is None else ""
         if _MISREAD.fullmatch(text):
             base = 16 if "x" in text.lower() else 2 if "b" in text.lower() else 10
             remedy = usual(key) if ":" in text or len(text) > 99 else f"write {int(text.replace('_', ''), base)}"
-            limit = "is no plain decimal number" if each is node else f"has {text}, which is no plain decimal number"
+            limit = "is not a decimal number" if each is node else f"has {text}, which is not a decimal number"
             raise WrongValueError(limit, remedy)
 
 
 def checked(key: str, value: Any, *, interpolated: bool = False) -> Any:
-    """`value` as the setting `key` may have it: texts are texts, and home folders are written out.
+    """`value`, converted to a form that the setting `key` may have: home folders are expanded.
 
-    A number that an interpolation has put in the place of a text is `interpolated`. Raises a WrongValueError.
+    `interpolated`: an interpolation gave the value, so a number is allowed for a text. Raises a WrongValueError.
     """
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, list | dict) for each in value)):
         raise WrongValueError("has the wrong type (a structure)", usual(key))
@@ -113,7 +114,7 @@ def expanded(path: str) -> str:
 
 
 def escaped(value: Any) -> Any:
-    """`value` as OmegaConf must get it, so that no text in it is an interpolation."""
+    """`value` with its texts escaped, so that OmegaConf finds no interpolation in it."""
     if isinstance(value, dict):
         return {name: escaped(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -122,12 +123,12 @@ def escaped(value: Any) -> Any:
 
 
 def has_interpolation(value: Any) -> bool:
-    """Whether a text, or a text of a list, would be evaluated."""
+    """Whether `value` is, or has as an element, a text with an interpolation."""
     return any(_INTERPOLATION.search(text) for text in _texts(value))
 
 
 def refuse_unevaluated(value: Any) -> None:
-    """Raise a WrongValueError if `value` has another resolver than `oc.env`, or the mark of a missing value."""
+    """Raise a WrongValueError if `value` has a resolver other than `oc.env`, or the mark of a missing value."""
     if _MISSING in _texts(value):
         raise WrongValueError(f"has the text {_MISSING}, which stands for a missing value", "choose another")
     found = (match for text in _texts(value) for match in _INTERPOLATION.finditer(text))
@@ -137,7 +138,7 @@ def refuse_unevaluated(value: Any) -> None:
 
 
 def wrong_type(key: str, value: Any) -> WrongValueError:
-    """The refusal of a `value` of another type than that of the setting `key`."""
+    """The refusal of a `value` whose type does not fit the setting `key`."""
     kind = next(
         (kind for kind in _WANTED if kind in (_TYPES[key], get_origin(_TYPES[key]), *get_args(_TYPES[key]))), str
     )
@@ -159,7 +160,7 @@ def kind_of(key: str) -> str:
 
 
 def usual(key: str) -> str:
-    """A remedy for most mistakes."""
+    """The usual remedy: the default."""
     return f"the default is {shown(SETTINGS[key].default)}"
 
 

@@ -1,4 +1,4 @@
-"""The order of classes: a class number must mean one thing, in all data that a run uses and in its checkpoints."""
+"""The order of classes: a class number must mean the same class in all data of a run and in its checkpoints."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ def refuse_other_classes(
     *,
     whole: bool = False,
 ) -> None:
-    """Raise a DataError if a number that both `names` and `others` give to a class is that of different classes.
+    """Raise a DataError if `names` and `others` have different names for the same class number.
 
-    If `whole`, one must not name more classes than the other. Nothing is compared where either is None: labels without
-    names. `remedy` ends the message, which names the places.
+    If `whole`, both must also name the same number of classes. If either is None (labels without names), nothing is
+    compared. The message names both places and ends with `remedy`.
     """
     for number, (name, other) in enumerate(zip(names or (), others or (), strict=False)):
         if name != other:
-            raise DataError(f"{place}: its class {number} is {name!r}, that of {other_place} is {other!r}; {remedy}")
+            raise DataError(f"{place}: class {number} is {name!r} here and {other!r} in {other_place}; {remedy}")
     if whole and names and others and len(names) != len(others):
-        what = f"it names {len(names)} classes, and {other_place} names {len(others)}"
+        what = f"names {len(names)} classes, and {other_place} names {len(others)}"
         raise DataError(f"{place}: {what}; {remedy}")

@@ -1,4 +1,4 @@
-"""Finding the tars that a pattern means: a folder, a glob or a brace pattern, on this machine or in remote storage."""
+"""Finds the tars of a pattern: a folder, a glob or a brace pattern, on this machine or in remote storage."""
 
 import glob
 import re
@@ -20,10 +20,10 @@ class Tars:
     folder: Path
     paths: list[Path]  # sorted
     manifest: Manifest | None  # of the folder
-    whole_folder: bool  # the folder was named, not some of its tars
+    whole_folder: bool  # the pattern is the folder, not some of its tars
 
     def not_in_manifest(self) -> list[Path]:
-        """The tars that the manifest does not name."""
+        """The tars that are missing in the manifest."""
         named = set() if self.manifest is None else {record.name for record in self.manifest.shards}
         return [path for path in self.paths if path.name not in named]
 
@@ -31,7 +31,7 @@ class Tars:
 def paths_of(pattern: str) -> list[Path]:
     """The tars in the folder `pattern`, or all files that a glob or brace pattern names, in its order.
 
-    A file that is named without a wildcard need not exist. Raises a DataError at unbalanced braces.
+    A name without a wildcard is returned even if the file does not exist. Raises a DataError if braces are unbalanced.
     """
     if Path(pattern).is_dir():
         return sorted(Path(pattern).glob("*.tar"))
@@ -47,10 +47,11 @@ def manifests_of(folders: Sequence[Path]) -> dict[Path, Manifest]:
 def find_tars(pattern: str) -> Tars:
     """The tars in the folder `pattern`, or those that a glob or brace pattern names, and the manifest of their folder.
 
-    Raises a DataError if there are none, or they lie in several folders, on a remote storage, or are not called `.tar`.
+    Raises a DataError if there are none, if they are in several folders or in remote storage, or if a name does not end
+    in `.tar`.
     """
     if pattern.startswith("pipe:") or "://" in pattern:
-        raise DataError(f"{pattern}: only local folders are surveyed; copy the shards or mount their storage")
+        raise DataError(f"{pattern}: is remote, only local folders are read here; copy them or mount the storage")
     folder, paths = Path(pattern), paths_of(pattern)
     whole_folder = folder.is_dir()
     if not whole_folder:
@@ -63,7 +64,7 @@ def find_tars(pattern: str) -> Tars:
             if not path.is_file():
                 raise DataError(f"{path}: there is no such file or folder; correct the path")
             if path.suffix != ".tar":
-                raise DataError(f"{path}: is not called .tar; unpack or rename it, or choose a narrower pattern")
+                raise DataError(f"{path}: the name does not end in .tar; unpack or rename it, or narrow the pattern")
     manifest = manifests_of([folder]).get(folder)
     if not paths and manifest is None:
         raise DataError(f"{pattern}: no tars here; correct the path")
@@ -71,13 +72,14 @@ def find_tars(pattern: str) -> Tars:
 
 
 def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Manifest]]:
-    """The tars that `pattern` means, in order, and the manifests of their folders; a folder's manifest names its tars.
+    """The tars of `pattern`, in order, and the manifests of their folders.
 
-    `setting` is the one that gave the pattern, for messages. Raises a DataError if the pattern names a storage that is
-    not known, no tar, a tar twice, or one that is missing.
+    If the pattern is a folder with a manifest, the manifest lists the tars. `setting` is the setting that holds the
+    pattern, for messages. Raises a DataError if the pattern names an unknown storage, no tar, a tar twice, or a tar
+    that is missing.
     """
     if scheme := re.match(r"([a-z0-9+]+):", pattern):
-        what = "would run a command" if scheme[1] == "pipe" else "is no storage that is known here"
+        what = "would run a command" if scheme[1] == "pipe" else "is an unknown kind of storage"
         raise DataError(f"{pattern}: {scheme[0]} {what}; give a folder, or an address with s3://, gs:// or https://")
     folder, paths = Path(pattern), paths_of(pattern)
     manifests = manifests_of([folder] if folder.is_dir() else list(dict.fromkeys(path.parent for path in paths)))
@@ -93,26 +95,26 @@ def find_shards(pattern: str, setting: str) -> tuple[list[Path], dict[Path, Mani
 
 
 def find_remote_shards(pattern: str, setting: str) -> tuple[str, list[str] | None, str]:
-    """The address of the folder of remote shards, the names in it, or None for all of its manifest, and the query.
+    """The address of the folder of remote shards, the names of the shards, and the query of the address.
 
-    The query, such as `?token=...`, belongs to the address of each file. `setting` is the one that gave the pattern.
-    Raises a DataError if the pattern means several folders, has wildcards, names a shard twice, has a masked secret, or
-    is signed for one object.
+    If the names are None, all shards of the manifest are meant. The query, such as `?token=...`, is needed for each
+    file. `setting` is the setting that holds the pattern, for messages. Raises a DataError if the pattern names several
+    folders, has wildcards, names a shard twice, has a masked secret, or is signed for one object.
     """
     if MASK in pattern:
         remedy = f"give {setting}=ADDRESS again, or keep the secret in ~/.netrc"
-        raise DataError(f"{pattern}: a stored config does not hold the secret of its address; {remedy}")
+        raise DataError(f"{pattern}: its secret is masked (stored configs hold no secrets); {remedy}")
     pattern, query = split_query(pattern)
     if signs_one_object(query):
-        what = "its signature holds for one file, and shards are a manifest and many tars"
-        remedy = "give s3:// or gs:// with credentials in the environment, or a token that holds for the folder"
+        what = "its signature is valid for one file only, and shards are many files (a manifest and tars)"
+        remedy = "give s3:// or gs:// with credentials in the environment, or a token that is valid for the folder"
         raise DataError(f"{pattern}{query}: {what}; {remedy}")
     if not pattern.rstrip("/").endswith(".tar"):
         return pattern.rstrip("/"), None, query
     addresses = _expand_braces(pattern)
     folders = {address.rpartition("/")[0] for address in addresses}
     if len(folders) > 1 or any(glob.has_magic(address) for address in addresses):
-        what = "remote shards lie in one folder, whose manifest names them"
+        what = "remote shards must be in one folder with a manifest"
         raise DataError(f"{pattern}: {what}; give the folder, or a brace pattern of tars in it")
     _refuse_repeated(pattern, addresses)
     return folders.pop(), [address.rpartition("/")[2] for address in addresses], query

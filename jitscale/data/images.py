@@ -1,4 +1,4 @@
-"""One image between bytes and pixels: the stored forms, and the crop of the recipe.
+"""Decoding and encoding of one image, in all stored forms, and the crop of the recipe.
 
 Shapes: H rows, W columns, A channels; an image is uint8 (H, W, A), RGB or grey.
 """
@@ -20,27 +20,27 @@ from jitscale.errors import DataError
 UInt8Array = npt.NDArray[np.uint8]
 
 GREY, RGB = CHANNELS = schema.CHANNELS  # of an image
-EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # members of a shard that are read as its images
-# The extension of each form that is written. All but jpeg are lossless.
+EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # of the members of a shard that are its images
+# The extension of each codec. All but jpeg are lossless.
 CODECS = {"raw": "npy", "png": "png", "webp": "webp", "jpeg": "jpg"}
-MOST_PIXELS = 2 * 89_478_485  # of one image: where Pillow sees a decompression bomb
+MOST_PIXELS = 2 * 89_478_485  # of one image: Pillow's limit for a decompression bomb
 
-_PILLOW_FORMATS = ("PNG", "WEBP", "JPEG")  # whatever the name says: ImageNet holds a PNG that is called JPEG
-# Method 0 compresses 15 times faster than the default and 10% worse; training needs the decoder's speed only.
+_PILLOW_FORMATS = ("PNG", "WEBP", "JPEG")  # for every extension: ImageNet has a PNG whose name ends in JPEG
+# Method 0 compresses 15 times faster than the default, and files are 10% larger. Training needs a fast decoder only.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True, "method": 0}}
-_DEEP_MODES = ("I", "F")  # and I;16 in its byte orders
+_DEEP_MODES = ("I", "F")  # also I;16, I;16B and so on
 _JPEG_MAGIC = b"\xff\xd8\xff"
-# The first bytes of each form that is no WebP.
+# The first bytes of each form except WebP.
 _MAGIC = {"jpg": _JPEG_MAGIC, "png": b"\x89PNG\r\n\x1a\n", "npy": np.lib.format.MAGIC_PREFIX}
 _JPEG_QUALITY = 95  # 4:4:4; PSNR 40.7 dB on photographs at 256 px
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
-_STORED_FF = b"\xff\0"  # a byte 0xff of a JPEG's code
-_FEWEST_FILLERS = 4  # equal bytes before a JPEG's end that are no code
-_TRAILING_BYTES = "extraneous bytes before marker 0xd9"  # of libjpeg: left over when all pixels are decoded
-_LONGEST_SIDE = 16  # times the short side, of what is resized: ordinary pictures have less
-_ANCILLARY = 0x20  # bit of the first letter of a PNG's chunk that holds no pixels
-_CHUNK_HEAD, _CHUNK_CHECKSUM = 8, 4  # bytes of a PNG's chunk besides its content
-_PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
+_STORED_FF = b"\xff\0"  # how a JPEG stores the byte 0xff of its code
+_FEWEST_FILLERS = 4  # this many equal bytes before a JPEG's end are filler, not code
+_TRAILING_BYTES = "extraneous bytes before marker 0xd9"  # libjpeg's message if bytes are left after the last pixel
+_LONGEST_SIDE = 16  # times the short side; a longer picture is cut before it is resized
+_ANCILLARY = 0x20  # bit in the first letter of a PNG's chunk without pixels
+_CHUNK_HEAD, _CHUNK_CHECKSUM = 8, 4  # bytes of a PNG's chunk, before and after its content
+_PNG_DEPTH = 24  # position of the byte with the bits per channel in a PNG
 
 
 class ImageError(DataError):
@@ -48,17 +48,17 @@ class ImageError(DataError):
 
 
 class Decoded(NamedTuple):
-    """What a file holds."""
+    """The content of an image file."""
 
     image: UInt8Array  # (H, W, A); may be read-only
-    transparent: bool  # whether the background shows through a pixel, or would if alpha were not dropped
+    transparent: bool  # whether a pixel is transparent, even if alpha is discarded
 
 
 def encode(image: UInt8Array, codec: str) -> tuple[str, bytes]:
     """The extension and the bytes of `image` (H, W, A) as `raw` (numpy's .npy), `png`, lossless `webp` or `jpeg`.
 
-    Grey images become grey files. WebP has no grey: it stores three equal channels, which cost little. Raises a
-    DataError at an unknown codec, or an array that is no image.
+    Grey images become grey files. WebP has no grey form: it stores three equal channels, which cost little. Raises a
+    DataError if the codec is unknown, or if the array is not an image.
     """
     if codec not in CODECS:
         raise DataError(f"codec {codec!r}: is unknown; choose one of {', '.join(CODECS)}")
@@ -81,16 +81,16 @@ def decode(data: bytes, extension: str, *, background: Background = WHITE, chann
 
 
 def decode_file(data: bytes, extension: str, *, background: Background = WHITE, channels: int = RGB) -> Decoded:
-    """The image in `data`, with `channels` of `CHANNELS`. Grey, palette and CMYK become RGB.
+    """The image in `data`, with 1 or 3 `channels`. Palette and CMYK images become RGB first.
 
-    Transparent pixels are composited over `background`. Then one channel is the luma of ITU-R 601, as of Pillow's
-    mode L, and three of a grey image are equal. An EXIF orientation is ignored, as ADM did. Nothing is unpickled.
-    Raises an ImageError at damaged data, at pixels that do not fit into 8 bits, or more than `MOST_PIXELS` of them; a
-    DataError at an extension not in `EXTENSIONS`.
+    Transparent pixels are composited over `background`. Then a single channel is the luma of ITU-R 601 (Pillow's mode
+    L), and the three channels of a grey image are equal. An EXIF orientation is ignored, as in ADM. Nothing is
+    unpickled. Raises an ImageError if the data are damaged, if pixels have more than 8 bits per channel, or if there
+    are more than `MOST_PIXELS`; a DataError if the extension is not in `EXTENSIONS`.
     """
     assert channels in CHANNELS
     if extension not in EXTENSIONS:
-        raise DataError(f"extension {extension!r} is not an image's; expected one of {', '.join(EXTENSIONS)}")
+        raise DataError(f"extension {extension!r} is not that of an image; expected one of {', '.join(EXTENSIONS)}")
     with _decoding(extension):
         image, transparent = (_decode_npy(data), False) if extension == "npy" else _decode_picture(data, background)
         _check_pixels(image)
@@ -98,7 +98,7 @@ def decode_file(data: bytes, extension: str, *, background: Background = WHITE, 
 
 
 def content_extension(data: bytes) -> str:
-    """The extension that fits the first bytes of `data`, not its file's name. Raises an ImageError if none does."""
+    """The extension for the first bytes of `data`, whatever its name. Raises an ImageError if no form fits."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
     for extension, magic in _MAGIC.items():
@@ -108,7 +108,7 @@ def content_extension(data: bytes) -> str:
 
 
 def dimensions(data: bytes, extension: str) -> tuple[int, int]:
-    """Width and height in pixels as the header says, without decoding. Raises an ImageError if it cannot be read."""
+    """Width and height in pixels, from the header alone. Raises an ImageError if it cannot be read."""
     with _decoding(extension):
         if extension == "npy":
             height, width, _ = _decode_npy(data).shape
@@ -118,12 +118,12 @@ def dimensions(data: bytes, extension: str) -> tuple[int, int]:
 
 
 def center_crop(image: UInt8Array, size: int) -> UInt8Array:
-    """The central (size, size, A) of `image` at the scale where its short side is `size`, as ADM crops.
+    """The central crop (size, size, A) of `image` after it is resized to a short side of `size`, as in ADM.
 
     The image is halved with a box filter while its short side is at least twice the target, then resized by bicubic
     interpolation (arXiv 2105.05233, their image_datasets.py; the JiT recipe uses the same crop). Smaller images are
-    enlarged, as in that code. Of a long side, what lies far outside of the crop is cut off before: enlarged as a whole,
-    8000 x 1 pixels would take gigabytes.
+    enlarged, as in that code. Very long pictures are cut before they are resized: enlarged as a whole, 8000 x 1 pixels
+    would take gigabytes.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -141,7 +141,7 @@ def center_crop(image: UInt8Array, size: int) -> UInt8Array:
 
 
 def _decode_npy(data: bytes) -> UInt8Array:
-    """A view of `data`: no copy, and nothing allocated on the word of a damaged header."""
+    """A view of `data`, not a copy. So a damaged header cannot cause a large allocation."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ImageError("is an .npy file of another version than 1.0; write it again")
@@ -160,10 +160,10 @@ def _decode_picture(data: bytes, background: Background) -> Decoded:
             return Decoded(_decode_jpeg(data), transparent=False)
     with _open_picture(data) as picture:
         if picture.mode.startswith(_DEEP_MODES):
-            # Pillow's conversion would clip: a 16-bit grey image comes out white.
+            # Pillow's conversion would clip the values, and a 16-bit grey image would become white.
             raise ImageError(f"has pixels of mode {picture.mode}; convert it to 8 bits a channel")
         if picture.mode == "P" and picture.palette is None:
-            raise ImageError("has no palette, and pixels that need one; copy it again")
+            raise ImageError("has no palette, but its pixels need one; copy it again")
         if not picture.has_transparency_data:
             return Decoded(np.asarray(picture.convert("RGB")), transparent=False)
         pixels = _with_alpha(picture, data)
@@ -174,7 +174,7 @@ def _decode_picture(data: bytes, background: Background) -> Decoded:
 
 
 def _with_alpha(picture: Image.Image, data: bytes) -> UInt8Array:
-    """(H, W, 4) of a picture that has alpha or a transparent colour; `data` is its file."""
+    """The RGBA pixels (H, W, 4) of a picture with alpha or a transparent colour; `data` is its file."""
     if picture.mode in ("L", "RGB") and data.startswith(_MAGIC["png"]):
         # Pillow scales pixels of other depths to 8 bits, but not the transparent colour.
         depth, colour = data[_PNG_DEPTH], picture.info["transparency"]
@@ -192,21 +192,21 @@ def _with_channels(image: UInt8Array, channels: int) -> UInt8Array:
 
 
 def _picture_of(image: UInt8Array) -> Image.Image:
-    """(H, W, A) as Pillow's picture of mode L or RGB."""
+    """The pixels (H, W, A) as Pillow's picture of mode L or RGB."""
     return Image.fromarray(image[..., 0] if image.shape[2] == GREY else image)
 
 
 def _pixels_of(picture: Image.Image) -> UInt8Array:
-    """Pillow's picture of mode L or RGB as (H, W, A)."""
+    """The pixels (H, W, A) of Pillow's picture of mode L or RGB."""
     pixels = np.asarray(picture)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _decode_jpeg(data: bytes) -> UInt8Array:
-    """The same pixels as Pillow's, but damage in the middle is an error, where Pillow returns garbage silently.
+    """The same pixels as Pillow decodes. But damage in the middle is an error; Pillow returns wrong pixels silently.
 
-    Some cameras write filler bytes before the end marker: they are left away. Other bytes there are refused: nine of
-    ten flipped bits that are noticed leave a part of the pixels' code over, and nothing else tells of them.
+    Some cameras write filler bytes before the end marker, and these are ignored. Other bytes there are refused: nine of
+    ten flipped bits that are noticed show only by left-over bytes of the pixels' code.
     """
     try:
         return _rgb(data)
@@ -216,7 +216,7 @@ def _decode_jpeg(data: bytes) -> UInt8Array:
         for shorter in _without_filler(data):
             with suppress(ValueError):
                 return _rgb(shorter)
-        what = f"is damaged or padded ({error}): bytes are left when all pixels are decoded"
+        what = f"is damaged or padded ({error}): bytes are left after the last pixel"
         raise ImageError(f"{what}; save it again if it looks whole") from error
 
 
@@ -225,12 +225,12 @@ def _rgb(jpeg: bytes) -> UInt8Array:
 
 
 def _without_filler(data: bytes) -> Iterator[bytes]:
-    """The JPEG without the zeros and 0xff, or the equal bytes, before its end marker; then with one of them put back.
+    """The JPEG without filler (zeros and 0xff, or equal bytes) before its end marker; then with one byte of it kept.
 
-    The pixels' code itself may end in such a byte; its 0xff is stored as 0xff 0.
+    The code of the pixels may itself end in such a byte. It stores a byte 0xff as 0xff 0.
     """
     scan = 2
-    while scan < len(data) and data[scan : scan + 2] != _JPEG_SCAN:  # a thumbnail has an end marker too
+    while scan < len(data) and data[scan : scan + 2] != _JPEG_SCAN:  # skips thumbnails, which have an end marker too
         scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
     code = data[: max(data.find(_JPEG_END, scan), 0)]
     bare = code.rstrip(b"\0\xff")
@@ -244,7 +244,7 @@ def _without_filler(data: bytes) -> Iterator[bytes]:
 
 
 def _open_picture(data: bytes) -> Image.Image:
-    """Pillow's picture, of which the header is read. Raises an ImageError if it is none of `_PILLOW_FORMATS`."""
+    """Pillow's picture; only its header is read here. Raises an ImageError if it is not in `_PILLOW_FORMATS`."""
     is_png = data.startswith(_MAGIC["png"])
     try:
         return Image.open(io.BytesIO(_pixel_chunks(data) if is_png else data), formats=_PILLOW_FORMATS)
@@ -255,9 +255,9 @@ def _open_picture(data: bytes) -> Image.Image:
 
 
 def _pixel_chunks(data: bytes) -> bytes:
-    """A PNG without its texts, profiles and dates: Pillow refuses the whole picture if one is large or damaged.
+    """The PNG without its texts, profiles and dates: if one of them is large or damaged, Pillow refuses the picture.
 
-    What is no chunk stays, from there on.
+    Where no chunk can be recognised, the rest of the data stays as it is.
     """
     at = len(_MAGIC["png"])
     kept = [data[:at]]
@@ -266,7 +266,7 @@ def _pixel_chunks(data: bytes) -> bytes:
         if not kind.isalpha() or kind == b"IEND":
             break
         end = at + _CHUNK_HEAD + length + _CHUNK_CHECKSUM
-        if not kind[0] & _ANCILLARY or kind == b"tRNS":  # which is alpha
+        if not kind[0] & _ANCILLARY or kind == b"tRNS":  # tRNS holds transparency
             kept.append(data[at:end])
         at = end
     return b"".join([*kept, data[at:]])
@@ -274,14 +274,14 @@ def _pixel_chunks(data: bytes) -> bytes:
 
 @contextmanager
 def _decoding(extension: str) -> Iterator[None]:
-    """Make an `ImageError` of whatever decoders raise: equal data give equal messages, of one line."""
+    """Turn every error of a decoder into an `ImageError`. Equal data give equal messages, of one line."""
     try:
         yield
     except (ImageError, MemoryError):
         raise
-    except UnidentifiedImageError as error:  # Pillow's own text holds an address in memory
+    except UnidentifiedImageError as error:  # Pillow's own message contains an address in memory
         raise ImageError(f"cannot be decoded as {extension} (none of {', '.join(_PILLOW_FORMATS)})") from error
-    except Exception as error:  # on damaged data decoders raise anything, also AssertionError and TypeError
+    except Exception as error:  # on damaged data, decoders raise errors of any kind, also AssertionError
         raise ImageError(f"cannot be decoded as {extension} ({' '.join(str(error).split())})") from error
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, from any position of the global sequence on.
+"""Micro-batches of one rank, from any position of the global sequence.
 
 Shapes: B images of a micro-batch, H rows, W columns, A channels. G is the global batch, R the number of ranks.
 """
@@ -23,18 +23,18 @@ from jitscale.errors import DataError
 from jitscale.files import check_socket_folder
 from jitscale.keyed_random import Int64Array, Purpose, hash64
 
-SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave their batches
+SHARED_MEMORY = Path("/dev/shm")  # worker processes pass batches through it
 
-_MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are broken rather than dirty
+_MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are damaged as a whole
 
 
 class Batch(NamedTuple):
-    """What one forward pass takes, as stored: pixels travel in 8 bits and become numbers on the device."""
+    """The input of one forward pass, in its stored form: pixels have 8 bits, and the device converts them."""
 
     images: torch.Tensor  # uint8 (B, H, W, A)
     labels: torch.Tensor  # int64 (B,)
     positions: torch.Tensor  # int64 (B,), in the global sequence
-    bad_samples: list[str]  # why each undecodable sample was replaced
+    bad_samples: list[str]  # the error of each sample that was replaced
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ShardLoader:
     """An endless iterable of one rank's micro-batches.
 
     A global batch is the next G positions. Rank r takes offsets r, r + R, r + 2 R, ... of it, and its micro-batches are
-    consecutive slices of that list, so any R and any micro-batch size read the same global batches. There is no state
-    to save: the trainer knows the position from the steps it completed.
+    consecutive slices of that list, so any R and any micro-batch size read the same global batches. The loader has no
+    state to save: the trainer computes the position from its steps.
 
     An image that cannot be decoded is replaced by another sample, chosen by a hash of its position. Raises a DataError
-    if G is not a multiple of R times B; while iterating, at a shard that cannot be read, or a dead worker.
+    if G is not a multiple of R times B; while iterating, if a shard cannot be read, or if a worker has died.
     """
 
     shard_set: ShardSet
@@ -56,8 +56,8 @@ class ShardLoader:
     rank: int  # r
     world_size: int  # R
     start_position: int  # of the first global batch
-    num_workers: int  # processes that read ahead; 0 reads in this one
-    pin_memory: bool  # puts batches into page-locked memory
+    num_workers: int  # processes that read ahead; 0: this process reads
+    pin_memory: bool  # copy batches into page-locked memory
 
     def __post_init__(self) -> None:
         together = self.world_size * self.micro_batch_size
@@ -68,9 +68,9 @@ class ShardLoader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         dataset, order = _MicroBatches(self.shard_set, self.order), self.order
-        # One endless epoch, so the workers live as long as the iterator.
+        # One endless epoch, so that the workers live as long as the iterator.
         batches = start_workers(dataset, self.num_workers, sampler=self._positions(), pin_memory=self.pin_memory)
-        # After the workers, which must not inherit a lock that one of its threads holds.
+        # Started after the workers, which must not inherit a lock that a thread of the prefetcher holds.
         prefetcher = Prefetcher(self.shard_set.fetch) if self.shard_set.is_remote else None
         reach, next_look = max(order.streams * order.window, 4 * self.global_batch_size), self.start_position
         try:
@@ -92,16 +92,16 @@ class ShardLoader:
             yield from mine.reshape(-1, self.micro_batch_size)
 
     def shards_side_by_side(self, local_ranks: int) -> int:
-        """About how many shards `local_ranks` ranks of one node read at the same time: two for each of its streams."""
+        """About how many shards `local_ranks` ranks of a node read at the same time: two for each stream."""
         streams = self.order.streams
         if streams % self.world_size == 0:
             streams = streams // self.world_size * local_ranks
         return 2 * streams
 
     def check_shared_memory(self, local_ranks: int) -> None:
-        """Raise a DataError if batches of a node's `local_ranks` ranks would fill shared memory, which is a SIGBUS.
+        """Raise a DataError if the batches of `local_ranks` ranks would fill the node's shared memory (a SIGBUS).
 
-        Raises what `check_socket_folder` does, so that all ranks can raise it together.
+        Also raises what `check_socket_folder` raises: here all ranks can raise it together.
         """
         if self.num_workers:
             check_socket_folder()
@@ -141,5 +141,5 @@ class _MicroBatches(Dataset["Batch | DataError"]):
                 bad_samples.append(str(error))
                 draw = hash64(self.order.seed, Purpose.REPLACEMENT, position, attempt)
                 shard, index = self.shards.shard_and_index(int(draw[0] % np.uint64(self.shards.num_samples)))
-        others = f"neither could {_MOST_REPLACEMENTS} others be decoded that were to stand in for it"
+        others = f"{_MOST_REPLACEMENTS} replacements could not be decoded either"
         raise DataError(f"{bad_samples[-1]}; {others}; check the shards with tools/index_shards.py --verify")

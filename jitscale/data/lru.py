@@ -12,7 +12,7 @@ class LRUCache(OrderedDict[K, V]):
     """Values by key. Unlike `functools.lru_cache` it can be pickled with its owner, and its capacity may change."""
 
     def get_or_compute(self, key: K, compute: Callable[[], V], capacity: int) -> V:
-        """The value of `key`, or `compute()` where it is not there; only the last `capacity` used keys are kept."""
+        """The stored value of `key`, or else `compute()`, which is stored. Only the last `capacity` keys are kept."""
         if key not in self:
             while len(self) >= capacity:
                 self.popitem(last=False)

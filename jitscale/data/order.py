@@ -1,6 +1,6 @@
-"""The order of samples: one global position that counts over all epochs, whatever reads it.
+"""The order of samples: one global position counts over all epochs, for any number of readers.
 
-Letters: N samples of an epoch, C canonical streams, B positions asked for at once.
+Letters: N samples of an epoch, C streams, B positions in one request.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jitscale.keyed_random import Int64Array, Purpose, hash64, permutation
 
 
 class EpochOrder:
-    """Which sample stands at position p of the endless global sequence, by arithmetic: nothing is iterated or stored.
+    """The sample at position p of the endless global sequence, computed by arithmetic without iteration or state.
 
     Position p is place q = p mod N of epoch p // N, and each epoch is a permutation of the N samples:
 
@@ -23,12 +23,12 @@ class EpochOrder:
     3. Each stream is shuffled inside windows of `window` samples (its last one may be shorter).
     4. Place q is depth q // C of stream q mod C. The last round of an epoch, if not whole, has the longer streams only.
 
-    So C shards are read side by side, each nearly in sequence, and a rank that takes every W-th position stays in C / W
-    streams when W divides C. C is `streams`, halved until C is at most the number of shards and an average stream
-    fills a window: fewer and longer streams mix better than many that are shorter than a batch. Like the rest of the
-    order it depends on the data, `seed`, `streams` and `window` alone, never on ranks, workers or batch size.
+    So C shards are read in parallel, each nearly in sequence. If W divides C, a rank that takes every W-th position
+    reads only C / W streams. C is `streams`, halved until C is at most the number of shards and an average stream
+    fills a window: few long streams mix better than many streams that are shorter than a batch. C depends, as the whole
+    order does, on the data, `seed`, `streams` and `window` only. Ranks, workers and batch size do not change it.
 
-    `origin` is the position at which epoch 0 begins: 0, or where a run changed its data.
+    `origin` is the position at which epoch 0 begins: 0, or the position at which the run changed its data.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EpochOrder:
         return shards, indices
 
     def _line(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The shards of an epoch in order, and where on the line each starts."""
+        """The shards of an epoch in order, and the start of each on the line."""
 
         def lay() -> tuple[Int64Array, Int64Array]:
             order = permutation(len(self._samples), self.seed, Purpose.SHARD_ORDER, epoch)
@@ -88,7 +88,7 @@ class EpochOrder:
             lengths = np.diff(self._stream_starts(np.arange(self.streams + 1))) - window * self.window
             slots = np.arange(min(self.window, int(lengths.max())))
             draws = hash64(self.seed, Purpose.WINDOW_ORDER, epoch, streams[:, None], window, slots)
-            draws[slots >= lengths[:, None]] = np.iinfo(np.uint64).max  # stays last: a shorter stream never asks for it
+            draws[slots >= lengths[:, None]] = np.iinfo(np.uint64).max  # sorts last; a shorter stream never reads it
             return np.argsort(draws, axis=1, kind="stable").astype(np.int32)
 
         return self._windows.get_or_compute((epoch, window), shuffle, 3)

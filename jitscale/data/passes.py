@@ -1,7 +1,7 @@
-"""Each sample of some shards read once, in tar order, by webdataset's reader in worker processes.
+"""Reads each sample of some shards once, in tar order, with webdataset's reader in worker processes.
 
-Training reads by position instead (`loader`), and packing by offset, since their order is another. So does --verify,
-which goes on behind damage, names bytes, and must not wait for torch, which webdataset imports.
+Training reads by position (`loader`) and packing by offset, because they need other orders. --verify reads by offset
+too: it must continue after damage, name bytes, and not wait for the import of torch, which webdataset needs.
 
 Shapes: B images of a block, S pixels a side, A channels.
 """
@@ -22,16 +22,16 @@ from jitscale.data.tar_members import is_image
 from jitscale.data.workers import start_workers
 from jitscale.errors import DataError, data_error
 
-FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded by the time that workers have started
+FEWEST_FOR_WORKERS = 1024  # images; fewer are decoded before workers have started
 _DAMAGE = (OSError, tarfile.TarError)
 
 
 def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) -> Generator[UInt8Array, None, None]:
-    """The images of one or more `samples`, in order, as blocks uint8 (B, S, S, A); all but the last have `block`.
+    """The images of `samples` (at least one), in order, as blocks uint8 (B, S, S, A). All but the last have `block`.
 
-    Samples are counted over all `shards` in turn; these have all samples of their tars. `num_workers` processes decode
-    them if there are many. Raises a DataError if an image cannot be decoded, a tar does not hold what its index says,
-    or a worker died.
+    `samples` count over all `shards` in turn, and `shards` must be whole tars. If there are many samples, `num_workers`
+    processes decode them. Raises a DataError if an image cannot be decoded, a tar differs from its index, or a worker
+    has died.
     """
     blocks = [samples[first : first + block] for first in range(0, len(samples), block)]
     pipeline = webdataset.DataPipeline(partial(_own_blocks, blocks), webdataset.map(partial(_read_block, shards)))
@@ -39,16 +39,16 @@ def read_once(shards: ShardSet, samples: range, block: int, num_workers: int) ->
 
 
 def _own_blocks(blocks: list[range]) -> list[range]:
-    """Workers take blocks by turns, and PyTorch collects them by turns, so that the order stays.
+    """This worker's blocks. Workers take blocks in turns and PyTorch collects them in turns, so the order is kept.
 
-    webdataset's `split_by_worker` would believe environment variables of other programs, such as WORKER.
+    webdataset's `split_by_worker` is not used: it reads environment variables such as WORKER, which other programs set.
     """
     worker = get_worker_info()
     return blocks if worker is None else blocks[worker.id :: worker.num_workers]
 
 
 def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
-    """(B, S, S, A), as an array: that goes through a pipe, where a tensor would need shared memory."""
+    """The images (B, S, S, A). They are an array, which goes through a pipe; a tensor would need shared memory."""
     images: list[UInt8Array] = []
     try:
         while samples:
@@ -62,15 +62,15 @@ def _read_block(shards: ShardSet, samples: range) -> UInt8Array | DataError:
 
 
 def _images(shards: ShardSet, shard: int, rows: range) -> list[UInt8Array]:
-    """The images of some neighbours in one tar. Raises a DataError if one cannot be read or decoded."""
-    what = f"{shards.place(shard, rows.start)} cannot be read, or one behind it"
+    """The images of consecutive samples of one tar. Raises a DataError if one cannot be read or decoded."""
+    what = f"{shards.place(shard, rows.start)} or a later one cannot be read"
     with data_error(what, "copy the shard again", _DAMAGE):
         if shards.has_links(shard, rows):
             return [shards.read(shard, row)[0] for row in rows]
         with shards.open_tar(shard, rows.start) as tar:
             images = tar_file_iterator(tar, skip_meta=None, select_files=is_image)
             files = [member["data"] for member in islice(images, len(rows))]
-    if len(files) < len(rows):  # webdataset ends silently at a damaged header
-        what = "is not where the index says, since a header is damaged; copy the shard again"
+    if len(files) < len(rows):  # webdataset stops silently at a damaged header
+        what = "is not at its place in the index, because a header is damaged; copy the shard again"
         raise DataError(f"{shards.place(shard, rows[len(files)])} {what}")
     return [shards.decode(shard, row, data) for row, data in zip(rows, files, strict=True)]

@@ -1,4 +1,4 @@
-"""Fetching shards ahead of need, in threads."""
+"""Fetches shards before they are needed, in threads."""
 
 import logging
 import threading
@@ -10,14 +10,14 @@ from jitscale.addresses import masked
 
 logger = logging.getLogger(__name__)
 
-_REPEAT_AFTER = 30.0  # seconds; sooner than this a prefetcher does not fetch a shard again
+_REPEAT_AFTER = 30.0  # seconds before a prefetcher may fetch the same shard again
 
 
 class Prefetcher:
-    """Daemon threads that fetch shards ahead of need: a running download does not hold up the end of the process.
+    """Threads that fetch shards before they are needed. They are daemons, so a download does not delay the exit.
 
-    `fetch` makes sure that a shard is there. It is called in several `threads` at once, and its errors are logged: the
-    reader of that shard meets them too. A prefetcher must be made in the process that uses it.
+    `fetch` fetches a shard unless it is here. Several `threads` call it at once. Its errors are only logged, because
+    the reader of that shard raises them too. A prefetcher must be created in the process that uses it.
     """
 
     def __init__(self, fetch: Callable[[int], None], threads: int = 4) -> None:
@@ -31,7 +31,7 @@ class Prefetcher:
             threading.Thread(target=self._work, name=f"prefetch-{number}", daemon=True).start()
 
     def want(self, shards: Sequence[int]) -> None:
-        """Replace the waiting shards by `shards`, in the order of need. Running downloads go on."""
+        """Replace the waiting shards by `shards`, in the order of need. Running downloads continue."""
         with self._changed:
             now = time.monotonic()
             self._ended = {shard: at for shard, at in self._ended.items() if now - at < _REPEAT_AFTER}
@@ -40,7 +40,7 @@ class Prefetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Start nothing more. Does not wait for running downloads, which other processes may be waiting for."""
+        """Start no more downloads. Running ones continue, because other processes may wait for them."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
@@ -57,7 +57,7 @@ class Prefetcher:
             try:
                 self._fetch(shard)
             except Exception as error:
-                logger.warning("shard %d: could not be fetched ahead of need: %s", shard, masked(str(error)))
+                logger.warning("shard %d: could not be fetched in advance: %s", shard, masked(str(error)))
             finally:
                 with self._changed:
                     self._running.discard(shard)

@@ -1,4 +1,4 @@
-"""Remote storage: files of s3://, gs:// and https:// through fsspec, with retries and one clear line when it fails."""
+"""Remote storage: reads files of s3://, gs:// and https:// through fsspec, with retries and one-line errors."""
 
 import logging
 import os
@@ -20,36 +20,36 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SCHEMES = ("s3://", "gs://", "https://", "http://")
-_SMALL = 1 << 27  # bytes of a file that is read into memory
+_SMALL = 1 << 27  # bytes, largest file that is read into memory
 _BLOCK = 16 << 20  # bytes of one request to an object store; a thread that downloads holds one block in memory
-_STREAM_BUFFER = 1 << 20  # bytes; what aiohttp keeps ahead of the reader of one response
+_STREAM_BUFFER = 1 << 20  # bytes of one response that aiohttp reads ahead
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.25  # seconds; each wait is _GROWTH times the one before: 0.25, 1, 4 and 16
 _GROWTH = 4.0
 _CONNECT_TIMEOUT = 30.0  # seconds
-_SILENCE_TIMEOUT = 60.0  # seconds without a byte; there is no limit on the whole, since shards are large
-_TRANSIENT_STATUS = {408, 425, 429}  # HTTP: timeout, too early, too many requests; waiting mends no other 4xx
+_SILENCE_TIMEOUT = 60.0  # seconds without a byte; the total time has no limit, because shards are large
+_TRANSIENT_STATUS = {408, 425, 429}  # HTTP: timeout, too early, too many requests; waiting does not help with other 4xx
 
 _file_systems: dict[tuple[int, str], Any] = {}  # one per thread and protocol
-# In a forked process, its parent's file systems, which work in the parent's loop only. They stay referenced: closing
-# them would take the parent's connections from the epoll instance that both processes share.
+# In a forked process: the file systems of the parent, which work only in the parent's event loop. They stay referenced,
+# because closing them would remove the parent's connections from the epoll instance that both processes share.
 _inherited: list[Any] = []
 
 
 class WrongContentError(Exception):
-    """What was downloaded is not what the manifest says; worth another attempt."""
+    """The download differs from the manifest. Another attempt may succeed."""
 
 
 def is_remote(pattern: str) -> bool:
-    """Whether `pattern` names something in remote storage rather than in the file system."""
+    """Whether `pattern` is an address in remote storage, not a path."""
     return pattern.startswith(_SCHEMES)
 
 
 def read_remote(url: str, most: int = _SMALL) -> bytes:
     """The content of a small remote file.
 
-    Raises a DataError if it is missing, access to it is refused, it has more than `most` bytes, or its storage cannot
+    Raises a DataError if the file is missing, access is refused, it has more than `most` bytes, or the storage cannot
     be reached.
     """
 
@@ -67,11 +67,11 @@ def read_remote(url: str, most: int = _SMALL) -> bytes:
 def read_in_chunks(url: str, size: int | None = None) -> Iterator[bytes]:
     """The content of `url` in pieces.
 
-    HTTP gives one response, since not every server knows ranges; an object store is read block by block, since its
-    readers in fsspec cannot stream.
+    Over HTTP it is one response, because some servers have no range requests. An object store is read block by block,
+    because fsspec cannot stream from it.
     """
     if url.startswith(("http://", "https://")):
-        # A size, any one, saves a request that would ask for it.
+        # Any given size saves the request that would ask for it.
         options: dict[str, Any] = {"block_size": 0, "size": size or 1}
     else:
         options = {"block_size": _BLOCK, "cache_type": "none"}
@@ -81,19 +81,19 @@ def read_in_chunks(url: str, size: int | None = None) -> Iterator[bytes]:
 
 
 def retried(url: str, attempt: Callable[[], T]) -> T:
-    """`attempt()`, again after growing waits if it fails for a reason that may pass.
+    """`attempt()`, repeated after growing waits if the failure may be temporary.
 
-    Raises a DataError if the reason cannot pass, or the attempts are used up.
+    Raises a DataError if the failure is permanent, or if the last attempt fails.
     """
     for number in range(1, _ATTEMPTS + 1):
         try:
             return attempt()
         except DataError:
             raise
-        except Exception as error:  # every storage library has its own; what cannot pass is told apart below
+        except Exception as error:  # storage libraries have their own errors; `_refusal` finds the permanent ones
             message = _refusal(url, error) or (_exhausted(url, error) if number == _ATTEMPTS else None)
             if message is not None:
-                # An error of the storage's library may show the address with its secrets.
+                # An error of a storage library may contain the address with its secrets, so it is not chained.
                 raise DataError(message) from (None if MASK in masked(url) else error)
             wait = _FIRST_WAIT * _GROWTH ** (number - 1)
             failed = f"attempt {number} of {_ATTEMPTS} failed ({_text(error)})"
@@ -112,8 +112,8 @@ def _file_system(url: str) -> Any:
 
 
 def _http_options() -> dict[str, Any]:
-    """Timeouts that suit large files, and the environment's proxies; the user's fsspec configuration goes before."""
-    import aiohttp  # noqa: PLC0415  # slow to import, and local shards do not need it
+    """Timeouts for large files, and the environment's proxies. The user's fsspec configuration replaces them."""
+    import aiohttp  # noqa: PLC0415  # its import is slow, and local shards do not need it
 
     client: dict[str, Any] = {
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_SILENCE_TIMEOUT),
@@ -126,15 +126,15 @@ def _http_options() -> dict[str, Any]:
 
 
 def _refusal(url: str, error: Exception) -> str | None:
-    """The message about an error that waiting does not mend; None for other errors."""
+    """The message for a permanent error; None for an error that may be temporary."""
     status = getattr(error, "status", None)  # aiohttp.ClientResponseError has one
     if isinstance(error, ImportError):
         extra = {"s3": "s3", "gs": "gcs", "hf": "hub"}.get(url.partition("://")[0])
         package = f"jitscale[{extra}]" if extra else "fsspec[http]"
-        return f"{url}: the package that reads it is not installed ({_text(error)}); pip install '{package}'"
+        return f"{url}: a package for this storage is not installed ({_text(error)}); pip install '{package}'"
     if isinstance(error, FileNotFoundError):
         return f"{url}: there is no such file; correct the address or upload it"
-    # By name: botocore is not installed everywhere.
+    # Compared by name, because botocore may not be installed.
     no_credentials = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
     if isinstance(error, PermissionError) or no_credentials or status in {401, 403}:
         hint = ", or set FSSPEC_S3_ANON=true if it is public" if url.startswith("s3://") else ""
@@ -152,15 +152,15 @@ def _exhausted(url: str, error: Exception) -> str:
 
 
 def _text(error: Exception) -> str:
-    """Kind and message in one line."""
+    """The type and the message of an error, in one line."""
     return masked(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
 
 
 def _after_fork() -> None:
-    """In a forked process the event loop of its parent is not its own."""
+    """Drop the parent's file systems in a forked process: it does not have the parent's event loop."""
     _inherited.extend(_file_systems.values())
     _file_systems.clear()
-    fsspec.asyn.reset_lock()  # the loop's thread was not forked; recent releases of fsspec do this themselves
+    fsspec.asyn.reset_lock()  # the thread of the loop was not forked; recent releases of fsspec reset it themselves
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""The shards that a pattern means: found, and checked as far as possible without reading the images."""
+"""Finds the shards of a pattern, and checks them as far as possible without reading the images."""
 
 import logging
 import os
@@ -21,33 +21,33 @@ from jitscale.keyed_random import UInt64Array
 
 logger = logging.getLogger(__name__)
 
-_NPY_HEADER = 4096  # bytes, at most
+_NPY_HEADER = 4096  # bytes, upper limit
 
 
 @dataclass(frozen=True)
 class ShardRequest:
-    """The shards that a setting asks for, see `ShardSet.open`."""
+    """The shards that a setting names, see `ShardSet.open`."""
 
     pattern: str
     num_classes: int
     image_size: int | None
-    setting: str  # that gave the pattern, for messages
-    size_setting: str  # that gave the image size, for messages
-    all_classes: bool  # manifests must not hold fewer classes than `num_classes`
+    setting: str  # the setting with the pattern, for messages
+    size_setting: str  # the setting with the image size, for messages
+    all_classes: bool  # manifests must not have fewer classes than `num_classes`
     channels: int  # of the images as they are read
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard, and what reading it takes."""
+    """One shard, with everything that is needed to read it."""
 
     location: str  # a path, or a URL
-    record: ShardRecord  # of the manifest; without one, what a scan found, and no sha256
-    index: tar_index.IndexArray | None  # of a scan; None: the index lies next to the tar
-    background: Background  # of its manifest; white without one
+    record: ShardRecord  # of the manifest; without a manifest, from a scan, with no sha256
+    index: tar_index.IndexArray | None  # from a scan; None: a file next to the tar
+    background: Background  # of the manifest; white without a manifest
 
     def identities(self) -> Iterator[object]:
-        """What two names of the same shard have in common: file, and hash in a manifest; nothing without samples."""
+        """Marks that two names of a shard share: the file, and the hash in a manifest. An empty shard has none."""
         if not self.record.samples:
             return
         if is_remote(self.location):
@@ -59,15 +59,15 @@ class ShardFile:
             yield self.record.sha256
 
     def local_index(self) -> tar_index.IndexArray:
-        """The index of a shard of this machine, mapped unless a scan made it; raises as `map_index`."""
+        """The index of a local shard: that of the scan, or else the mapped file. Raises as `map_index`."""
         return tar_index.map_index(tar_index.index_path(Path(self.location))) if self.index is None else self.index
 
     def has_keys(self) -> bool:
-        """Whether a file next to the tar holds them; where no manifest names the tar, it may be of another tar."""
+        """Whether a trusted file next to the tar has the keys. Without a manifest, the file may be of another tar."""
         return is_remote(self.location) or (self.index is None and tar_index.keys_path(Path(self.location)).exists())
 
     def keys(self) -> UInt64Array:
-        """The hashes of the keys of its samples. Raises a DataError if they cannot be read."""
+        """The hashes of the samples' keys. Raises a DataError if they cannot be read."""
         if is_remote(self.location):
             address, query = split_query(self.location)
             url = f"{address.removesuffix('.tar')}.keys.npy{query}"
@@ -78,15 +78,15 @@ class ShardFile:
         path = Path(self.location)
         if not self.has_keys():
             return tar_index.key_hashes(tar_index.scan_tar(path))
-        beside = tar_index.keys_path(path)
-        with data_error(f"{beside}: cannot be read", "start again when the storage works"):
-            return tar_index.parse_keys(beside.read_bytes(), str(beside), self.record.samples)
+        stored = tar_index.keys_path(path)
+        with data_error(f"{stored}: cannot be read", "start again when the storage works"):
+            return tar_index.parse_keys(stored.read_bytes(), str(stored), self.record.samples)
 
 
 def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
-    """The shards in folders of this machine, and the manifests of these folders; raises as `ShardSet.open`.
+    """The shards in local folders, and the manifests of these folders; raises as `ShardSet.open`.
 
-    Tars that no manifest names, or that have no index, are scanned.
+    A tar is scanned if no manifest names it or if it has no index.
     """
     pattern, num_classes = wanted.pattern, wanted.num_classes
     paths, found = find_shards(pattern, wanted.setting)
@@ -112,14 +112,14 @@ def local_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]
         if record is None:
             record = ShardRecord(path.name, len(index), size, "")
             if not len(index):
-                raise DataError(f"{path}: holds no samples; remove it or write it again")
+                raise DataError(f"{path}: has no samples; remove it or write it again")
         check_index(str(path), index, record, num_classes)
         shards.append(ShardFile(str(path), record, index if scan else None, background))
     return shards, manifests
 
 
 def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]]:
-    """Shards of remote storage as their manifest says, checked when they are fetched; raises as `ShardSet.open`."""
+    """Remote shards, from their manifest. They are checked when they are fetched. Raises as `ShardSet.open`."""
     folder, names, query = find_remote_shards(wanted.pattern, wanted.setting)
     url = f"{folder}/{MANIFEST}{query}"
     manifest = Manifest.read(url, read_remote(url, LARGEST_MANIFEST))
@@ -134,14 +134,15 @@ def remote_shards(wanted: ShardRequest) -> tuple[list[ShardFile], list[Manifest]
 
 
 def check_index(location: str, index: tar_index.IndexArray, record: ShardRecord, num_classes: int) -> None:
-    """Compare the index of a tar with what is known of it.
+    """Compare the index of a tar with its record.
 
-    Raises a DataError if it has another number of samples, points behind the tar's end, or has a label out of range.
+    Raises a DataError if the index has another number of samples, points beyond the end of the tar, or has a label out
+    of range.
     """
     if len(index) != record.samples:
         raise DataError(f"{location}: holds {len(index)} samples, the manifest says {record.samples}; write it again")
     if int((index["offset"] + index["size"]).max(initial=0)) > record.bytes:
-        what = f"points behind the tar's {record.bytes} bytes; remove it, the tar is then scanned"
+        what = f"points beyond the tar's {record.bytes} bytes; remove it, then the tar is scanned"
         raise DataError(f"{tar_index.index_path(Path(location))}: {what}")
     wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= num_classes))
     if num_classes and len(wrong):
@@ -162,7 +163,7 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
         classes, names, resolution = manifest.num_classes, manifest.class_names, manifest.resolution
         wrong = ""
         if names is not None and len(names) != classes:
-            wrong = f"names {len(names)} classes and says that there are {classes}; write it again"
+            wrong = f"names {len(names)} classes, but num_classes is {classes}; write it again"
         elif num_classes and classes > num_classes:
             remedy = f"set model.num_classes={classes} or choose other shards"
             wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
@@ -170,7 +171,7 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
             remedy = f"set model.num_classes={classes}, or data.classes=subset if the others are missing on purpose"
             wrong = f"says {classes} classes, the model has {num_classes}; {remedy}"
         elif num_classes and not classes:
-            wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with them"
+            wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with labels"
         elif image_size is not None and resolution is not None and resolution < image_size:
             size = f"{wanted.size_setting} is {image_size}"
             wrong = f"says {resolution} pixels a side, {size}; lower it or write larger shards"

@@ -1,13 +1,14 @@
-"""Shards: ordinary webdataset tars, checked before training, read by index.
+"""Shards: ordinary webdataset tars, checked before training and read by index.
 
     shard-000000.tar         members KEY.png (or .webp, .npy, .jpg) and KEY.cls (the label in decimal)
-    shard-000000.index.npy   where the images lie in it, one `INDEX` record a sample, to be memory-mapped
-    shard-000000.keys.npy    hashes of the keys, read only where a fraction of the samples is held out
+    shard-000000.index.npy   places of the images in the tar, one `INDEX` record per sample; memory-mapped
+    shard-000000.keys.npy    hashes of the keys, read only if a fraction of the samples is held out
     ...
-    manifest.json            what belongs together
+    manifest.json            the list of all shards, with their properties
 
-webdataset reads these tars, and tars that webdataset wrote are read here, after a scan of their headers. Only reading
-by index and the order are our own: webdataset's pipeline can neither resume exactly nor change its number of readers.
+webdataset can read these tars. Tars that webdataset wrote can be read here after a scan of their headers. Reading by
+index and the order of samples are our own code, because webdataset's pipeline can neither resume exactly nor change its
+number of readers.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
 
-_FIRST_IMAGES = 10  # looked at before training; an undecodable one is met later, and replaced
+_FIRST_IMAGES = 10  # of which one must be decodable at the start; training replaces undecodable images
 _MOST_MAPPED = 4096  # shards that a process keeps open
-_MOST_HELD_OUT_MAPPED = 2  # of held-out samples, which are read in sequence
-_KEY_THREADS = 16  # that read the keys of the shards
+_MOST_HELD_OUT_MAPPED = 2  # held-out shards, which are read in sequence
+_KEY_THREADS = 16  # threads that read the keys of the shards
 
 
 class ShardSet:
-    """Checked shards, all or a part of their samples, which are read by (shard, index) in any process."""
+    """Checked shards, with all or a part of their samples. Any process can read them by (shard, index)."""
 
     def __init__(
         self, wanted: ShardRequest, shards: list[ShardFile], manifests: Sequence[Manifest], cache: ShardCache | None
@@ -57,33 +58,33 @@ class ShardSet:
         self._shards, self._manifests, self._cache = shards, manifests, cache
         self.is_remote = cache is not None  # whether shards are fetched before they are read
         self._opened: LRUCache[int, _OpenShard] = LRUCache()
-        # A shard holds two descriptors, since Python's mmap keeps one; 256 are left for everything else. It holds a
-        # mapping too, of which Linux gives a process 65,530.
+        # An open shard holds two descriptors, since Python's mmap keeps one, and 256 are left for other files. It also
+        # holds a mapping, of which Linux allows 65,530 per process.
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = limit == resource.RLIM_INFINITY
         self._most_open = _MOST_MAPPED if unlimited else min(_MOST_MAPPED, max(16, (limit - 256) // 2))
-        self._chosen: list[Int64Array] | None = None  # rows of each tar; None: all samples are in this set
-        self._has_chosen = False  # this set has the chosen samples; otherwise all others
+        self._chosen: list[Int64Array] | None = None  # rows of each tar; None: this set has all samples
+        self._has_chosen = False  # True: this set has the chosen rows; False: all others
         self._count(np.array([shard.record.samples for shard in shards], np.int64))
         self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
-        self.held_out: ShardSet | None = None  # as `data.held_out` says; None: all samples are trained on
+        self.held_out: ShardSet | None = None  # by `data.held_out`; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
         self._label_key = label_key(manifests[0] if manifests else None) if wanted.num_classes else NOWHERE
-        self.classes = manifests[0].num_classes if manifests else None  # that the shards hold; None: not known
+        self.classes = manifests[0].num_classes if manifests else None  # of the shards; None if unknown
         datasets = {manifest.dataset for manifest in manifests}
         self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
         self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
-        self.is_hashed = all(shard.record.sha256 for shard in shards)  # manifests vouch for the content of all
+        self.is_hashed = all(shard.record.sha256 for shard in shards)  # the manifests know the content of all shards
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
-        # Says which samples, in which order, and what shows through them.
+        # Identifies the samples, their order and their background.
         self.manifest_hash = content_hash((shard.record, shard.background) for shard in shards)
         self.channels = wanted.channels  # of the images as they are read
         kept = {manifest.channels for manifest in manifests if manifest.resolution is not None}
-        self.stored_channels = kept.pop() if len(kept) == 1 else None  # of the images as packed; None: not known
+        self.stored_channels = kept.pop() if len(kept) == 1 else None  # of the stored images; None if unknown
         self.image_size = wanted.image_size or 0
-        self.image_size = self._first_image_size()  # pixels a side; a size that does not fit is met now
+        self.image_size = self._first_image_size()  # pixels a side; fails now if the size does not fit
 
     @classmethod
     def open(
@@ -101,22 +102,22 @@ class ShardSet:
     ) -> ShardSet:
         """Find the shards and check them as far as possible without reading the images.
 
-        Raises a DataError at the first thing that is wrong, with shard, byte, limit and remedy.
+        Raises a DataError at the first fault, with shard, byte, limit and remedy.
 
         Args:
-            pattern: a folder, a glob, or a brace pattern such as `shard-{000..007}.tar`. A folder's manifest says
-                which shards there must be, and vouches for their size and for the index next to them. A tar that
-                no manifest names is scanned, since an index of unknown origin may be of another tar. In remote storage
-                (s3://, gs://, https://) a folder with a manifest, or a brace pattern of tars in one.
-            num_classes: labels must be below it; 0 for unconditional, where labels are ignored and read as 0.
-            image_size: pixels a side, to which larger images are cropped as they are read; None: that of the first one.
-                Smaller images are enlarged, as the recipe does, if a manifest says that images have their original
-                sizes. Otherwise they are refused: these are more likely the wrong shards.
-            cache_dir: a folder of this node for remote shards; None: one of this user in $TMPDIR.
-            cache_bytes: its capacity.
-            setting: the one that gave the pattern, for messages; `size_setting` gave the image size.
+            pattern: a folder, a glob, or a brace pattern such as `shard-{000..007}.tar`. The manifest of a folder lists
+                its shards with their sizes, and their indexes are trusted. A tar that no manifest names is scanned,
+                because an index of unknown origin may be of another tar. In remote storage (s3://, gs://, https://), a
+                folder with a manifest, or a brace pattern of tars in such a folder.
+            num_classes: labels must be below it; 0 for unconditional: labels are ignored and read as 0.
+            image_size: pixels a side, to which larger images are cropped when they are read; None: the size of the
+                first image. Smaller images are enlarged, as in the recipe, if a manifest states that images have their
+                original sizes. Otherwise they are refused, because the shards are probably the wrong ones.
+            cache_dir: a folder of this node for remote shards; None: this user's folder in $TMPDIR.
+            cache_bytes: the capacity of that folder.
+            setting: the setting with the pattern, for messages; `size_setting` is the one with the image size.
             all_classes: refuse a manifest with fewer classes than `num_classes`.
-            channels: 3, or 1 for luma. Shards of either kind are read as both, see `decode_file`.
+            channels: 3, or 1 for luma. Any shard can be read as either, see `decode_file`.
         """
         wanted = ShardRequest(str(pattern), num_classes, image_size, setting, size_setting, all_classes, channels)
         cache, find = None, local_shards
@@ -125,15 +126,15 @@ class ShardSet:
             cache, find = ShardCache(folder, cache_bytes), remote_shards
         shards, manifests = find(wanted)
         if not any(shard.record.samples for shard in shards):
-            raise DataError(f"{pattern}: {len(shards)} shards without a single sample; write them again")
+            raise DataError(f"{pattern}: {len(shards)} shards have no sample at all; write them again")
         return cls(wanted, shards, manifests, cache)
 
     def without_fraction(self, fraction: float) -> ShardSet:
         """These samples without about `fraction` of them, in (0, 1), which become `held_out`.
 
-        The key of a sample and the fraction alone decide. So the same pictures are held out however they are packed, at
-        every resolution and under every seed, and a larger fraction holds out all that a smaller one does. Raises a
-        DataError if none or all samples are chosen, the keys cannot be read, or `holding_out` refuses.
+        Only the key of a sample and the fraction decide. So the same pictures are held out in every packing, at every
+        resolution and under every seed, and a larger fraction holds out all samples of a smaller one. Raises a
+        DataError if none or all samples are chosen, if the keys cannot be read, or if `holding_out` refuses.
         """
         bare = [shard.location for shard in self._shards if not shard.has_keys()]
         if bare:
@@ -148,7 +149,7 @@ class ShardSet:
             raise DataError(f"data.held_out={fraction:g}: chooses none of {total} samples; raise it, or name shards")
         if counts.sum() == total:
             raise DataError(f"data.held_out={fraction:g}: leaves none of {total} samples to train on; lower it")
-        # Nothing is stored for the others: to hold out a hundredth of 10^8 samples takes 8 MB.
+        # Only rows of chosen samples are stored. To hold out a hundredth of 10^8 samples takes 8 MB.
         held_out, others = copy.copy(self), copy.copy(self)
         held_out._has_chosen = True
         for part, samples in ((held_out, counts), (others, self.samples_per_shard - counts)):
@@ -157,7 +158,7 @@ class ShardSet:
         return others.holding_out(held_out)
 
     def holding_out(self, held_out: ShardSet) -> ShardSet:
-        """This set, with `held_out` as what is never trained on.
+        """This set, with `held_out` as the samples that are never trained on.
 
         Raises a DataError if none of the first held-out images can be decoded.
         """
@@ -167,19 +168,19 @@ class ShardSet:
         return self
 
     def check_apart(self, held_out: ShardSet) -> None:
-        """Raise a DataError if a shard of `held_out` is one of these too, or its labels mean other classes."""
+        """Raise a DataError if this set contains a shard of `held_out`, or if the labels mean other classes."""
         known = {mark: shard.location for shard in self._shards for mark in shard.identities()}
         for shard in held_out._shards:
             if common := [known[mark] for mark in shard.identities() if mark in known]:
                 what = f"{shard.location} is trained on as {common[0]} of data.shards"
-                remedy = "name shards that data.shards leaves out, or hold out a fraction, as with data.held_out=0.01"
+                remedy = "name shards that are not in data.shards, or hold out a fraction, such as data.held_out=0.01"
                 raise DataError(f"data.held_out: {what}; {remedy}")
         remedy = "a label must mean one thing, so write its shards with the same class names"
         names, own = held_out.class_names, self.class_names
         refuse_other_classes("data.held_out", names, "data.shards", own, remedy, whole=True)
 
     def caution(self) -> str | None:
-        """A line if the images are stored with other channels than they are read with."""
+        """A line if the number of channels differs between the stored images and this set; else None."""
         if self.stored_channels in (None, self.channels):
             return None
         said = {GREY: "grey, and are read as RGB with three equal channels", RGB: "RGB, and are read as grey"}
@@ -187,32 +188,32 @@ class ShardSet:
         return f"{what}; model.in_channels={self.stored_channels} reads them as they are"
 
     def fetch(self, shard: int) -> None:
-        """Bring a remote shard to this node, if it is not there; raises as `ShardCache.fetch` does."""
+        """Fetch a remote shard to this node, unless it is here; raises as `ShardCache.fetch` does."""
         if self._cache is not None:
             self._cache.fetch(self._shards[shard].location, self._shards[shard].record)
 
     def class_counts(self) -> list[int]:
-        """Samples of each class, by the indexes; of remote shards by their manifest.
+        """Samples of each class, from the indexes; for remote shards, from their manifest.
 
-        Raises a DataError if there are no classes, or remote shards whose manifest does not count them.
+        Raises a DataError if there are no classes, or if the manifest of remote shards has no such counts.
         """
         if not self._num_classes:
-            raise DataError("data.shards: model.num_classes=0, so that no class has a frequency")
+            raise DataError("data.shards: model.num_classes=0, so there are no classes to count; set model.num_classes")
         if self._cache is None:
             return count_classes((shard.local_index() for shard in self._shards), self._num_classes) or []
         counts = self._manifests[0].class_counts or []
         if sum(counts) != self.num_samples:
-            what = "the manifest does not count the samples of each class"
+            what = "the manifest has no counts of the samples of each class"
             raise DataError(f"{self._shards[0].location}: {what}; write it again with tools/index_shards.py")
         return counts + [0] * (self._num_classes - len(counts))
 
     def check_cache(self, side_by_side: int) -> None:
-        """Raise a DataError if the cache evicts shards before they are used up: it holds fewer than `side_by_side`."""
+        """Raise a DataError if the cache has no room for `side_by_side` shards: it would evict shards still in use."""
         if self._cache is None:
             return
         largest = sorted((shard.record.bytes for shard in self._shards), reverse=True)[:side_by_side]
         if sum(largest) > self._cache.capacity:
-            needed = f"reads {len(largest)} shards side by side, together {sum(largest) / 1e9:.3g} GB"
+            needed = f"reads {len(largest)} shards at the same time, together {sum(largest) / 1e9:.3g} GB"
             held = f"data.cache_gb={self._cache.capacity / 1e9:g}"
             raise DataError(f"{held}: this node {needed}; raise it, or lower data.streams")
 
@@ -220,8 +221,7 @@ class ShardSet:
         """Sample `index` of this set's part of `shard`: its image and its label.
 
         The image is uint8 (image_size, image_size, channels), and may be read-only. Raises a DataError if the shard
-        cannot be read, an ImageError if the image cannot be decoded, or is smaller than the image size; others may be
-        sound.
+        cannot be read. Raises an ImageError if the image cannot be decoded or is too small; other samples may be sound.
         """
         rows, tar = self._open(shard)
         row = index
@@ -234,7 +234,7 @@ class ShardSet:
             data = (tar or OffsetReader(self._tar(shard))).read(offset, size)
         except OSError as error:
             if isinstance(error, ShortReadError):
-                what = f"{error}: the file was cut while in use; copy it again"
+                what = f"{error}: the file was truncated while in use; copy it again"
                 raise DataError(f"{self.place(shard, row)} {what}") from error
             what = f"cannot be read ({error}); start again when the storage works"
             raise StorageError.of(error, f"{self.place(shard, row)} {what}") from error
@@ -244,20 +244,20 @@ class ShardSet:
             at = self._shards[shard]
             if self._cache is None or not self._cache.evict_if_damaged(at.location, at.record):
                 raise
-            return self.read(shard, index)  # from a new copy
+            return self.read(shard, index)  # fetches a new copy
 
     def has_links(self, shard: int, rows: range) -> bool:
-        """Whether images of `shard`, or of its neighbours `rows`, may be links: a pass in tar order does not meet them.
+        """Whether images among the consecutive `rows` of `shard` may be links, which a pass in tar order would miss.
 
-        They have the bytes of an earlier image, or of a member that is called otherwise. Raises an OSError if headers
-        cannot be read, a DataError as `ShardCache.fetch`.
+        The bytes of a link are those of an earlier image, or of a member with another name. Raises an OSError if
+        headers cannot be read, a DataError as `ShardCache.fetch`.
         """
         offsets, tar = self._open(shard).rows["offset"], self._open(shard).tar or OffsetReader(self._tar(shard))
         headers = (tar.read(int(offsets[row]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE) for row in rows)
         return bool((np.diff(offsets) <= 0).any()) or not all(map(is_image_header, headers))
 
     def open_tar(self, shard: int, row: int) -> IO[bytes]:
-        """The tar of `shard`, to be read from where the image before its sample `row` ends, and to be closed.
+        """The open tar of `shard`, positioned after the image before sample `row`. The caller must close it.
 
         Raises an OSError if it cannot be opened, a DataError as `ShardCache.fetch`.
         """
@@ -272,11 +272,11 @@ class ShardSet:
     def decode(self, shard: int, row: int, data: bytes) -> UInt8Array:
         """The image of sample `row` of the tar, from its bytes; returns and raises as `read`.
 
-        Raises a DataError if the index says another size of the file.
+        Raises a DataError if the size differs from the index.
         """
         _, size, _, extension = self._open(shard).rows[row].item()
         if len(data) != size:
-            what = f"has {len(data)} bytes, the index says {size}; check the shard with tools/index_shards.py --verify"
+            what = f"has {len(data)} bytes, but {size} in the index; check it with tools/index_shards.py --verify"
             raise DataError(f"{self.place(shard, row)} {what}")
         try:
             background = self._shards[shard].background
@@ -284,28 +284,28 @@ class ShardSet:
             height, width = image.shape[:2]
             if min(height, width) < self.image_size and not self._enlarge:
                 what = f"is {width} x {height} pixels, smaller than the image size {self.image_size}"
-                record = "let tools/index_shards.py record that images have their original sizes"
+                record = "record with tools/index_shards.py that images have their original sizes"
                 raise ImageError(f"{what}; lower {self._wanted.size_setting}, write larger shards, or {record}")
             return center_crop(image, self.image_size or min(height, width))
         except ImageError as error:
             raise ImageError(f"{self.place(shard, row)} {error}") from error
         except MemoryError as error:
             remedy = "lower data.num_workers, or write shards of cropped images with tools/make_shards.py"
-            raise DataError(f"{self.place(shard, row)} takes more memory than there is; {remedy}") from error
+            raise DataError(f"{self.place(shard, row)} needs more memory than there is; {remedy}") from error
 
     def place(self, shard: int, row: int) -> str:
-        """Where sample `row` of the tar lies, for messages; of a remote shard its copy too."""
+        """The place of sample `row` of the tar, for messages; for a remote shard it includes the copy."""
         at = self._shards[shard]
         copied = "" if self._cache is None else f" (copied to {self._cache.copy_of(at.record)})"
         return f"{at.location}{copied}: byte {self._open(shard).rows['offset'][row]}: sample {row}"
 
     def shard_and_index(self, sample: int) -> tuple[int, int]:
-        """Where a sample lies that is counted over all shards in turn."""
+        """The shard and the index of a sample that is counted over all shards in turn."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
     def __getstate__(self) -> dict[str, object]:
-        # Neither descriptors nor maps travel to another process; workers read what is trained on.
+        # Descriptors and maps cannot be pickled. Workers need training samples only.
         return {**self.__dict__, "_opened": LRUCache(), "held_out": None}
 
     def _count(self, samples_per_shard: Int64Array) -> None:
@@ -314,7 +314,7 @@ class ShardSet:
         self.num_samples = int(samples_per_shard.sum())
 
     def _first_image_size(self) -> int:
-        """The size of the first image that can be decoded. Raises an ImageError if none of the first ones can be."""
+        """The size of the first image that can be decoded. Raises an ImageError if none of the first can be."""
         met: ImageError | None = None
         for sample in range(min(_FIRST_IMAGES, self.num_samples)):
             try:
@@ -325,7 +325,7 @@ class ShardSet:
         raise met
 
     def _tar(self, shard: int) -> str | int:
-        """The tar of `shard`, as a path or a descriptor; raises as `ShardCache.fetch` does."""
+        """The tar of `shard`: a path, or a descriptor of its copy. Raises as `ShardCache.fetch` does."""
         at = self._shards[shard]
         return at.location if self._cache is None else self._cache.open(at.location, at.record)
 
@@ -338,21 +338,22 @@ class ShardSet:
             index = self._cache.index(at.location, at.record, self.class_names, self._label_key)
             check_index(at.location, index, at.record, self._num_classes)
             return _OpenShard(index, None)
-        with data_error(f"{at.location}: cannot be opened any more", "restore it"):
+        with data_error(f"{at.location}: can no longer be opened", "restore it"):
             return _OpenShard(at.local_index(), OffsetReader(at.location))
 
 
 class _OpenShard(NamedTuple):
-    """What a process keeps of a shard that it reads."""
+    """An open shard, which a process keeps for further reads."""
 
-    rows: IndexArray  # mapped, unless no file holds it
-    tar: OffsetReader | None  # None: a remote one, opened for each read, since an evicted tar that is open holds room
+    rows: IndexArray  # memory-mapped, unless it comes from a scan
+    tar: OffsetReader | None  # None for a remote shard: an open tar would keep its room when it is evicted
 
 
 def open_training_shards(config: Config) -> ShardSet:
-    """What `data.shards` and `data.held_out` leave to train on, under the configuration's settings.
+    """The training samples of the configuration: `data.shards` without `data.held_out`, which is attached to the set.
 
-    Raises as `ShardSet.open`; a DataError if nothing is held out or left, or held-out shards are trained on too.
+    Raises as `ShardSet.open`. Raises a DataError if no samples are held out, if none are left, or if held-out shards
+    are also in `data.shards`.
     """
     classes = config.model.num_classes
     shards = open_setting(config, "data.shards", classes)
@@ -366,7 +367,7 @@ def open_training_shards(config: Config) -> ShardSet:
 
 
 def open_setting(config: Config, setting: str, num_classes: int, size_setting: str = "model.image_size") -> ShardSet:
-    """What `setting` names, with {resolution} for the value of `size_setting`; raises as `ShardSet.open`."""
+    """The shards that `setting` names; {resolution} stands for the value of `size_setting`. See `ShardSet.open`."""
     image_size: int = attrgetter(size_setting)(config)
     pattern: str = attrgetter(setting)(config)
     try:
@@ -382,6 +383,6 @@ def open_setting(config: Config, setting: str, num_classes: int, size_setting: s
             channels=config.model.in_channels,
         )
     except DataError as error:
-        if setting == "data.shards":  # where users look for shards first
+        if setting == "data.shards":  # users expect this setting without a prefix
             raise
         raise DataError(f"{setting}: {error}") from error

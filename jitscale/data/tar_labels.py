@@ -1,29 +1,29 @@
-"""Where the samples of a tar have their labels: in members `cls`, in a field of their json, or nowhere."""
+"""The location of the labels of a tar: members `cls`, a field of members `json`, or none."""
 
 import json
 from dataclasses import dataclass
 
 from jitscale.errors import DataError
 
-_FEW = 8  # fields that a message names
+_FEW = 8  # fields in a message
 
 
 class LabelError(ValueError):
-    """What is wrong with the label of a sample, with the remedy."""
+    """The fault of a sample's label, with the remedy."""
 
 
 @dataclass(frozen=True)
 class LabelKey:
-    """What holds the label of a sample."""
+    """The location of a sample's label."""
 
-    extension: str = "cls"  # of the member; empty: there are no labels
-    fields: tuple[str, ...] = ()  # of its JSON object, each in that of the one before
+    extension: str = "cls"  # of the member; empty if there are no labels
+    fields: tuple[str, ...] = ()  # path to a nested field of its JSON object
 
     @classmethod
     def parse(cls, text: str | None) -> "LabelKey":
-        """What a user writes: cls (as None), json:FIELD, json:FIELD.FIELD, or none.
+        """The location for a user's text: cls (or None), json:FIELD, json:FIELD.FIELD, or none.
 
-        Raises a DataError if it is something else.
+        Raises a DataError for other text.
         """
         if text in (None, "cls"):
             return cls()
@@ -38,13 +38,13 @@ class LabelKey:
         return f"json:{'.'.join(self.fields)}" if self.fields else self.extension or "none"
 
     def label(self, name: str, text: str) -> str | None:
-        """The label in the `text` of the member `name`; None for null. Raises a `LabelError` without one."""
+        """The label in the `text` of the member `name`; None for null. Raises a `LabelError` if there is none."""
         if not self.fields:
             return text.strip()
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise LabelError(f"{name} is no JSON ({error}); write the shard again") from error
+            raise LabelError(f"{name} is not JSON ({error}); write the shard again") from error
         for depth, key in enumerate(self.fields):
             if not isinstance(value, dict) or key not in value:
                 where = ".".join(self.fields[:depth])
@@ -60,7 +60,7 @@ class LabelKey:
         return str(value)
 
 
-CLS = LabelKey()  # as webdataset has it
+CLS = LabelKey()  # the convention of webdataset
 NOWHERE = LabelKey("")  # labels are not read
 
 

@@ -1,4 +1,4 @@
-"""The members of one tar: which have content of their own, and what is said of the others."""
+"""The members of one tar: their content, their names, and files that seem to hold labels."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from typing import IO
 from jitscale.data.images import EXTENSIONS
 from jitscale.data.tar_labels import fields_of
 
-LOST_LINK = " as a link to no earlier member"  # behind the extension, as a kind of member that is passed over
+LOST_LINK = " as a link without a target"  # after the extension: a kind of member that is skipped
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
 
 SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set
-# By their names, also in folders: of the kinds that EDM, Hugging Face, COCO, CelebA, Tiny ImageNet and Kaggle have.
+# File names of labels, also in folders: those of EDM, Hugging Face, COCO, CelebA, Tiny ImageNet and Kaggle.
 _LABEL_FILE = re.compile(
     rf"(.*[_-]|image|{SPLIT})?((dataset|metadata|labels?|annotations?(\.coco)?|solution|attr(_\w+)?)"
     r"\.(json|jsonl|csv|tsv|parquet)|(labels?|annotations?)\.(npy|npz|pkl|pickle|mat|h5|xlsx?)"
@@ -26,31 +26,31 @@ _LABEL_FILE = re.compile(
     rf"|(.*[_-])?{SPLIT}\.(csv|tsv|parquet)|instances_\w+\.json",
     re.IGNORECASE,
 )
-# By their lines. A name of an image and more, in whatever order; `path,label` is one.
+# Lines of label files: the name of an image and other columns, in any order, such as `path,label`.
 _ROW_OF_AN_IMAGE = re.compile(
     rb"[^,;\t\r\n]\.(png|jpe?g|webp)[\"']?[ ]*[,;\t]|[,;\t][^,;\t\r\n]+\.(png|jpe?g|webp)\b", re.I
 )
 _ROW_OF_AN_ID = re.compile(rb"[\"']?([^,;\t\"']+)[\"']?[ ]*[,;\t]")
 _TABLES = (".csv", ".tsv", ".jsonl")
 _TEXT = re.compile(rf"(.*[_-])?({SPLIT}|(file_?)?list|images)\.txt", re.IGNORECASE)
-# An image and one word, as of Caffe; captions and boxes have more.
+# The form of Caffe: an image and one word. Captions and boxes have more words.
 _ROW_OF_TEXT = re.compile(rb"\S+\.(png|jpe?g|webp)[ \t]+\S+\s*|\s*", re.IGNORECASE)
-_BEGINNING = 1 << 16  # bytes of a table that are looked at
+_BEGINNING = 1 << 16  # bytes of a table that are read
 _LABEL_EXTENSION = re.compile(r"cls\..+|(label|class)(s|es|_?id|_?name)?(\.(txt|json))?|index")
 
-_LAST_OF_NAME = 99  # byte of a header (POSIX.1-2001, ustar); folders may stand elsewhere
-_LONGEST_JSON = 1 << 16  # bytes that are looked at
-_MOST_JSON = 16  # members, likewise
+_LAST_OF_NAME = 99  # last byte of the name in a header (POSIX.1-2001, ustar); folders may be in another field
+_LONGEST_JSON = 1 << 16  # bytes that are read
+_MOST_JSON = 16  # members that are read
 _LABEL_FIELDS = ("label", "labels", "cls", "class", "class_id", "class_name", "target")
-_FEW = 3  # folders that a message names
-_MOST_KINDS = 5  # of files, likewise
+_FEW = 3  # folders in a message
+_MOST_KINDS = 5  # kinds of files in a message
 
 
 def contents(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
-    """Each member that is no folder, and the regular one whose bytes are its content.
+    """Each member except folders, with the regular member that has its content.
 
-    For a hard or symbolic link, that is an earlier member of the tar. None: it is not there, or the member is a device,
-    a pipe or the like. Raises as tarfile does.
+    For a hard or symbolic link, the second is an earlier member of the tar. It is None if that member does not exist,
+    or if the member is a device, a pipe or the like. Raises as tarfile does.
     """
     found: dict[str, tarfile.TarInfo] = {}
     for member in tar:
@@ -74,7 +74,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a member, or a folder that it lies in, is hidden, as the store that git-annex links to: `.git/annex`."""
+    """Whether a member or one of its folders is hidden. An example is `.git/annex`, the store of git-annex."""
     return "." in name and any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
@@ -84,9 +84,9 @@ def is_image(name: str) -> bool:
 
 
 def is_image_header(block: bytes) -> bool:
-    """Whether the header `block`, which stands before a member's bytes, is surely an image's: long names are cut.
+    """Whether the header `block` of a member is surely that of an image. A long name is truncated, so it is not sure.
 
-    A damaged one counts as an image's: whoever reads the tar in its order meets the damage.
+    A damaged header counts as that of an image: a pass in tar order will report the damage.
     """
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -96,15 +96,15 @@ def is_image_header(block: bytes) -> bool:
 
 
 def described_kinds(kinds: Counter[str]) -> str:
-    """The most frequent kinds of files that are passed over, by extension, with their numbers."""
+    """The most frequent kinds of skipped files, by extension, with their numbers."""
     return ", ".join(f".{kind or '(none or hidden)'} {count}" for kind, count in kinds.most_common(_MOST_KINDS))
 
 
 def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str] = ()) -> bool:
-    """Whether a file that lies among images seems to hold their labels, by its `name` or its lines.
+    """Whether a file among images seems to hold their labels, judged by its `name` or its lines.
 
-    A table or list is read: `read` gives its beginning, of at most so many bytes. Its first column may hold the names
-    of `images` without folder and extension, where each has a name of its own. Raises what `read` raises.
+    A table or list is read: `read(n)` returns at most its first n bytes. Its first column may hold the names of
+    `images` without folder and extension, if these names differ. Raises what `read` raises.
     """
     suffix = posixpath.splitext(name)[1].lower()
     if _LABEL_FILE.fullmatch(name) or suffix == ".parquet":
@@ -120,14 +120,14 @@ def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str
         return True
     ids = {os.fsdecode(row[1]).strip() for row in map(_ROW_OF_AN_ID.match, lines) if row}
     found = len(ids.intersection(posixpath.splitext(posixpath.basename(image))[0] for image in images))
-    # The numbers in a table of classes may be the names of a few images.
+    # A few matches are not enough: the numbers in a table of classes may equal the names of some images.
     return found > 0 and 2 * found >= len(ids) and (is_cut or 2 * found >= len(images))
 
 
 def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]], keys: Collection[str]) -> str:
-    """What looks like labels in a tar, and the remedy: `members` by key and extension; samples `keys` have no cls.
+    """Members of a tar that seem to be labels, and the remedy; empty if there are none.
 
-    Empty if nothing does. Raises an OSError if `file` cannot be read.
+    `members` are by key and extension; the samples `keys` have no cls. Raises an OSError if `file` cannot be read.
     """
     no_labels, unlabelled = (
         f"{len(keys)} images without classes: has no cls members, but",
@@ -141,7 +141,7 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
         for extension, member in parts.items():
             name = f"{key}.{extension}"
             what = f"{no_labels} {name}, which seems to hold labels and is not read"
-            if key not in keys or extension == "npy":  # labels.npy, which would be an image
+            if key not in keys or extension == "npy":  # labels.npy would count as an image
                 if holds_labels(posixpath.basename(name), partial(read, member), keys):
                     remedy = "extract it and pass it to tools/make_shards.py as --labels FILE"
                     return f"{what}; {remedy}; or pass {unlabelled}"
@@ -155,15 +155,15 @@ def unread_labels(file: IO[bytes], members: dict[str, dict[str, tarfile.TarInfo]
             return f"{no_labels} {what}; pass --label-key json:{field} or another of these, or {unlabelled}"
     folders = sorted({posixpath.normpath(posixpath.dirname(key)).strip("/") for key in keys} - {"", "."})
     depths = Counter(folder.count("/") for folder in folders)
-    if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, maybe besides test
+    if depths and max(depths.values()) > 1:  # such as train/cat and val/cat, perhaps with a folder test
         some = ", ".join(folders[:_FEW]) + (", ..." if len(folders) > _FEW else "")
-        remedy = "pass --labels folders to tools/make_shards.py, which then takes them for classes"
+        remedy = "pass --labels folders to tools/make_shards.py to use them as classes"
         return f"{no_labels} images lie in {len(folders)} folders ({some}); {remedy}; or pass {unlabelled}"
     return ""
 
 
 def _json_object(text: bytes) -> dict[str, object]:
-    """The JSON object that `text` is; empty if it is none."""
+    """The JSON object in `text`; empty if `text` is not a JSON object."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

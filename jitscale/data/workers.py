@@ -1,4 +1,4 @@
-"""Worker processes that read ahead of the training process, by PyTorch's DataLoader: their life, and their death."""
+"""Worker processes that read ahead of the training process (PyTorch's DataLoader): start, signals and end."""
 
 import multiprocessing
 import os
@@ -19,16 +19,17 @@ from jitscale.files import check_socket_folder
 
 T = TypeVar("T")
 
-BATCHES_AHEAD = 2  # of each worker: DataLoader's prefetch_factor
+BATCHES_AHEAD = 2  # per worker: DataLoader's prefetch_factor
 
-_SECONDS_TO_END = 5.0  # that a worker has between SIGTERM and SIGKILL
+_SECONDS_TO_END = 5.0  # for a worker, between SIGTERM and SIGKILL
 
 
 def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: Any) -> Generator[T, None, None]:
-    """Start processes that read ahead, as `DataLoader` with `options`; they end with the generator that is returned.
+    """Start processes that read ahead, as a `DataLoader` with `options`. They end with the returned generator.
 
-    With 0 workers this process reads. `dataset` returns a `DataError`; raised, it would reach the user in a worker's
-    traceback. Iterating raises it here, and a DataError at a dead worker. Raises what `check_socket_folder` does.
+    With 0 workers, this process reads. `dataset` must return a `DataError`, not raise it: otherwise the user would see
+    the traceback of a worker. The generator raises it, and also a DataError if a worker has died. Raises what
+    `check_socket_folder` raises.
     """
     if num_workers:
         check_socket_folder()
@@ -40,7 +41,7 @@ def start_workers(dataset: Dataset[T | DataError], num_workers: int, **options: 
         num_workers=num_workers,
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=partial(_leave_signals_to_the_trainer, closing),
-        generator=torch.Generator(),  # its seed is drawn from here, not from the training process's generator
+        generator=torch.Generator(),  # a separate generator, so that torch's global one is not advanced
         **options,
     )
     others = multiprocessing.active_children()
@@ -63,9 +64,9 @@ def _until_closed(
             yield batch
     finally:
         closing.set()
-        del batches  # now and not with some traceback: until then PyTorch raises what it hears of dead workers
+        del batches  # PyTorch stops its workers only when the iterator is garbage-collected
         for worker in workers:
-            # PyTorch has ended it, unless a traceback that somebody keeps holds its iterator.
+            # A stored traceback may keep the iterator alive, and then the workers still run.
             if worker.is_alive():
                 worker.terminate()
                 worker.join(_SECONDS_TO_END)
@@ -75,10 +76,10 @@ def _until_closed(
 
 
 def _next_or_error(batches: Iterator[T | DataError], workers: list[BaseProcess]) -> T | DataError | None:
-    """The next batch, or None after the last one, or what is wrong, without a traceback that would keep `batches`."""
+    """The next batch, None after the last one, or the error, without a traceback that would keep `batches` alive."""
     try:
         return next(batches, None)
-    except (RuntimeError, OSError, EOFError):  # the last two: of a connection to a worker that has just died
+    except (RuntimeError, OSError, EOFError):  # the last two come from the connection to a dead worker
         for worker in workers:
             worker.join(timeout=0.5)
             if worker.exitcode is not None:
@@ -88,9 +89,9 @@ def _next_or_error(batches: Iterator[T | DataError], workers: list[BaseProcess])
 
 @contextmanager
 def naming_dead_workers(saying: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
-    """Turn PyTorch's report of a dead worker, which it may raise anywhere in the main thread, into a `DataError`.
+    """Turn PyTorch's report of a dead worker into a `DataError`. PyTorch may raise it anywhere in the main thread.
 
-    It is raised within `saying`.
+    The DataError is raised within the context `saying`.
     """
     try:
         yield
@@ -108,9 +109,9 @@ def _dead_worker(what: str) -> DataError:
 
 
 def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
-    """A scheduler signals every process of a job; the training process saves, and needs batches until it has.
+    """Ignore a scheduler's signals, which go to every process: the training process needs batches until it has saved.
 
-    Only while the loader closes is SIGTERM obeyed: PyTorch sends it to workers that do not end by themselves.
+    A worker obeys SIGTERM only while the loader closes: PyTorch sends it to workers that do not end by themselves.
     """
 
     def obey_if_closing(number: int, frame: FrameType | None) -> None:

@@ -1,11 +1,11 @@
-"""Before the first step: is every rank's machine fit for the run?
+"""Check the machine of every rank before the first step.
 
     srun python -m jitscale.launch.preflight --config configs/jit_h_256.yaml data.shards=/data/imagenet_256
 
-Each rank checks its own machine, then all compare. A fault is printed as one line that names the node, and every rank
-ends with exit code 1. A fault of all machines, if there are several, is a mistake of the configuration: exit code 2.
-A storage that fails on all of them is neither: the line names no node, and the exit code is 1.
-The ranks that come to the comparison name those that do not.
+Each rank checks its own machine. Then all ranks compare their results. A fault is printed in one line that names the
+node, and every rank ends with exit code 1. If there are several nodes and all have the same fault, it is an error in
+the configuration, and the exit code is 2. If the storage fails on all nodes, the line names no node, and the exit code
+is 1. If some ranks do not connect, the others name them.
 """
 
 import errno
@@ -36,33 +36,33 @@ from jitscale.launcher_environment import adopt_launcher_environment, positive_s
 from jitscale.parallel import World
 from jitscale.progressive import stages_of
 
-FAULT = "preflight: node"  # how a line begins that names a node
-SHARED_FAULT = "preflight: all nodes"  # and one of a fault that no node is to blame for, and that may pass
+FAULT = "preflight: node"  # beginning of a line about one node
+SHARED_FAULT = "preflight: all nodes"  # beginning of a line about a temporary fault of all nodes
 WAIT_SECONDS = 120.0  # for the slowest rank
-COMPARISON_LIMIT = timedelta(minutes=10)  # of one collective: rank 0 may have to download a feature network's weights
+COMPARISON_LIMIT = timedelta(minutes=10)  # of one collective; rank 0 may download weights of a feature network
 BANDWIDTH_BYTES = 64 * 2**20
 DISK_BYTES = 2**20
 PRODUCT_SIZE = 1024
 
 
 class Fault(NamedTuple):
-    """What a check found on a node; equal to the same fault of another rank."""
+    """A fault that a check found on a node. The same fault of another rank compares as equal."""
 
-    message: str  # without names that differ from rank to rank
-    is_users: bool = False  # a mistake that a user can mend
-    may_pass: bool = False  # a storage that fails
+    message: str  # without names that differ between ranks
+    is_users: bool = False  # an error that the user can correct
+    may_pass: bool = False  # the storage fails
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found on its node, and what must be the same everywhere: code, configuration, kind of device."""
+    """The result of one rank: faults of its node, and values that must be equal on all ranks (code, config, device)."""
 
     node: str
     faults: tuple[Fault, ...]
     code: str
     config: str
     device: str
-    mistake: str = ""  # of the user's, which other ranks may not see
+    mistake: str = ""  # an error of the user's that other ranks may not see
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{FAULT} {node}: {what}", flush=True)
     if problems:
         return ExitCode.FAILED
-    if options.work == "train":  # an evaluation checks by itself what it needs
+    if options.work == "train":  # an evaluation makes these checks itself
         world = World(rank, world_size, int(os.environ["LOCAL_RANK"]), torch.device("cpu"))
         settled, _ = settle_for_training(config)
         measurable_config(settled, world)
@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{world_size} ranks on {len({finding.node for finding in findings})} nodes"
         speed = f"all-reduce of {BANDWIDTH_BYTES // 2**20} MiB at {slowest:.2f} GB/s"
         print(f"preflight: {where} are fit; {speed}", flush=True)
-    parallel.barrier()  # rank 0 serves the others' rendezvous: it must not leave first
+    parallel.barrier()  # rank 0 must not leave first: it serves the store of all ranks
     parallel.stop()
     return ExitCode.DONE
 
 
 def faults_of(config: Config) -> tuple[Fault, ...]:
-    """What is wrong with this rank's GPU, the folders it writes to, or the shards."""
+    """The faults of this rank's GPU, of the folders that it writes to, and of the shards."""
     faults = []
     for check in (_gpu, _folders, _shards):
         try:
@@ -131,16 +131,17 @@ def faults_of(config: Config) -> tuple[Fault, ...]:
 
 
 def mistakes(findings: list[Finding]) -> list[str]:
-    """The faults that a start on other nodes would meet again."""
+    """The faults that would also occur on other nodes."""
     if settings := sorted({finding.mistake for finding in findings if finding.mistake}):
         return settings[:1]  # the same on all nodes
     return met_everywhere(findings, may_pass=False)
 
 
 def met_everywhere(findings: list[Finding], *, may_pass: bool) -> list[str]:
-    """The faults that no node is to blame for, those that `may_pass` or the others.
+    """The faults that are not caused by a node: either the temporary ones (`may_pass`) or the others.
 
-    If several nodes, and all ranks, have the same fault, no node is to blame. The only node of a job may be.
+    If there are several nodes and all ranks have the same fault, no single node is the cause. In a job with one node,
+    the node may be the cause.
     """
     several = len({finding.node for finding in findings}) > 1
     everywhere = set.intersection(*(set(finding.faults) for finding in findings))
@@ -148,7 +149,7 @@ def met_everywhere(findings: list[Finding], *, may_pass: bool) -> list[str]:
 
 
 def compare(findings: list[Finding]) -> list[tuple[str, str]]:
-    """(node, fault) for what is wrong on the ranks' machines, each once, and for what differs from the majority."""
+    """(node, fault) for each fault of a rank's machine, and for each value that differs from the majority."""
     problems = [(finding.node, fault.message) for finding in findings for fault in finding.faults]
     for name, what in (("code", "code"), ("config", "configuration"), ("device", "kind of device (cuda or cpu)")):
         common, _ = Counter(getattr(finding, name) for finding in findings).most_common(1)[0]
@@ -158,8 +159,8 @@ def compare(findings: list[Finding]) -> list[tuple[str, str]]:
 
 
 def _rendezvous(rank: int, world_size: int, limit: timedelta) -> TCPStore | None:
-    """Wait for all ranks; if one does not come, None, and a line about each that is missing."""
-    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")  # the supervisor says where the ranks are
+    """Wait for all ranks. If some do not connect, print a line about each of them and return None."""
+    listed = (os.environ.get("JITSCALE_NODES") or "unknown").split(",")  # the supervisor sets it
     if world_size % len(listed):
         listed = ["unknown"]
     nodes = [node for node in listed for _ in range(world_size // len(listed))]
@@ -167,7 +168,7 @@ def _rendezvous(rank: int, world_size: int, limit: timedelta) -> TCPStore | None
     with parallel.waiting_for_ranks():
         try:
             store = TCPStore(address, port, world_size, is_master=rank == 0, wait_for_workers=False, timeout=limit)
-        except dist.DistError as error:  # rank 0 did not come, or its port is taken
+        except dist.DistError as error:  # rank 0 did not start, or its port is in use
             what = f"rank 0 does not serve {parallel.meeting_place()} ({first_line(error)})"
             print(f"{FAULT} {nodes[0]}: {what}", flush=True)
             return None
@@ -178,16 +179,17 @@ def _rendezvous(rank: int, world_size: int, limit: timedelta) -> TCPStore | None
             while missing and time.monotonic() < deadline:
                 missing -= {other for other in missing if store.check([f"here/{other}"])}
                 time.sleep(0.05)
-        except dist.DistError:  # rank 0 has left: its time was over first, and it has said who is missing
+        except dist.DistError:  # rank 0 has timed out first, and has printed the missing ranks
             return None
     if rank == 0:
         for other in sorted(missing):
-            print(f"{FAULT} {nodes[other]}: rank {other} did not come within {limit.total_seconds():.0f} s", flush=True)
+            what = f"rank {other} did not connect within {limit.total_seconds():.0f} s"
+            print(f"{FAULT} {nodes[other]}: {what}", flush=True)
     return None if missing else store
 
 
 def _gpu(config: Config) -> None:
-    """A product on the rank's GPU is right."""
+    """Check that a matrix product on the rank's GPU is right."""
     if config.run.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return  # a CPU build
@@ -201,11 +203,11 @@ def _gpu(config: Config) -> None:
     a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
     error = ((a.to(device) @ b.to(device)).cpu() - a @ b).norm() / (a @ b).norm()
     if not error < 1e-2:
-        raise RuntimeError(f"GPU {device.index} multiplies wrongly (relative error {float(error):.2g}); drain the node")
+        raise RuntimeError(f"GPU {device.index} computes wrong products (error {float(error):.2g}); drain the node")
 
 
 def _folders(config: Config) -> None:
-    """The folders that the run writes to can be written and read back."""
+    """Check that the run's folders can be written and read back."""
     content = os.urandom(DISK_BYTES)
     for folder in map(Path, filter(None, (config.run.dir, tempfile.gettempdir(), config.data.cache_dir))):
         try:
@@ -216,18 +218,18 @@ def _folders(config: Config) -> None:
                 os.fsync(file.fileno())
                 file.seek(0)
                 if file.read() != content:
-                    raise RuntimeError(f"{folder}: reads back other bytes than were written; drain the node")
+                    raise RuntimeError(f"{folder}: returns other bytes than were written; drain the node")
         except OSError as error:
-            # Without the name of the temporary file, which is another one on every rank.
+            # The message leaves out the name of the temporary file, which differs between ranks.
             remedy = "make room there, or choose another run.dir, TMPDIR or data.cache_dir"
             what = f"{folder}: cannot be written ({error.strerror}); {remedy}"
             if is_wrong_path(error) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RuntimeError(what) from error  # before the first step, room must be made by somebody
+                raise RuntimeError(what) from error  # a full disk does not become free by waiting
             raise StorageError.of(error, what) from error
 
 
 def _shards(config: Config) -> None:
-    """The manifests and a first image can be read."""
+    """Check that the manifests and a first image can be read."""
     for stage in stages_of(config) if config.data.shards else ():
         open_training_shards(stage)
 
@@ -242,8 +244,8 @@ def _hash_of_code() -> str:
 
 
 def _bandwidth(device: torch.device, limit: timedelta) -> float:
-    """Bytes of an all-reduce over its time, in GB/s, the best of three."""
-    # Next to the existing group: to meet again would need the port that its store still holds.
+    """Bytes of an all-reduce divided by its time, in GB/s; the best of three."""
+    # A second group in the same process: another rendezvous would need the port, which the store still uses.
     group = dist.new_group(backend="nccl", timeout=limit) if device.type == "cuda" else None
     values = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = float("inf")

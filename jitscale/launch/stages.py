@@ -1,4 +1,4 @@
-"""The stages of a chain of jobs: train at a resolution, upgrade to another, train there, evaluate."""
+"""The stages of a chain of jobs: train at a resolution, upgrade to another one, train there, evaluate."""
 
 import itertools
 import os
@@ -22,35 +22,35 @@ from jitscale.tracking import check_wandb
 KINDS = ("train", "upgrade", "evaluate")
 SECONDS_UNTIL_SLURM_ENDS_US = 3600.0
 BETWEEN_VALUES = re.compile(r",(?![^\[]*\]|[^{]*\})")  # a comma inside brackets or braces is part of a value
-UNFIT_FOR_NAMES = re.compile(r"[^\w.,=+\[\]-]+")  # in the name of a run's folder, a / would begin another folder
+UNFIT_FOR_NAMES = re.compile(r"[^\w.,=+\[\]-]+")  # in the name of a run's folder, where a / would create a subfolder
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One job. Called, it does the work, inside a job of submitit's."""
+    """One job. A job of submitit calls the object, which does the work."""
 
     kind: str  # train, upgrade or evaluate
     config: Path  # the YAML file of the run at this resolution
-    run_dir: Path  # of the run that is trained, made or evaluated
+    run_dir: Path  # of the run that is trained, created or evaluated
     overrides: tuple[str, ...] = ()  # dotted settings
-    source: Path | None = None  # for upgrade the low-resolution run
+    source: Path | None = None  # upgrade only: the low-resolution run
     home: Path = Path()  # the checkout
-    ranks: int | None = None  # processes on this machine, where there is no Slurm
-    resolution: str = ""  # in a chain
+    ranks: int | None = None  # processes on this machine, without Slurm; None under Slurm
+    resolution: str = ""  # of a stage of a chain
 
     @property
     def name(self) -> str:
-        """For job names and tables."""
+        """The name of the stage, for job names and tables."""
         return f"{self.kind} {self.run_dir.name}"
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command that does the work."""
+        """The arguments of the command that does the work."""
         config, run_dir = str(self.config), str(self.run_dir)
         if self.kind == "upgrade":
             return ["--checkpoint", str(self.source), "--to", config, "--output", run_dir, *self.overrides]
         if self.kind == "evaluate":
-            return ["--run-dir", run_dir, *self.overrides]  # torchrun takes --run for one of its own
+            return ["--run-dir", run_dir, *self.overrides]  # torchrun has its own option --run
         return ["--config", config, *self.settings]
 
     @property
@@ -59,10 +59,10 @@ class Stage:
         return [*self.overrides, f"run.dir={self.run_dir}"]
 
     def check(self, tasks: int) -> None:
-        """Refuse what can be known to fail before anything is queued.
+        """Find errors before the job is queued.
 
-        Raises a UserError if the configuration is impossible, its shards are not there, or W&B has no key. Warns if
-        `evaluation.features=auto` finds no network here.
+        Raises a UserError if the configuration is impossible, if its shards cannot be opened, or if W&B has no key.
+        Warns if `evaluation.features=auto` finds no network here.
         """
         trains = self.kind == "train"
         config = load_config(self.config, self.settings, world_size=tasks, needs_shards=trains)
@@ -74,17 +74,17 @@ class Stage:
                 settle_for_training(config)
 
     def __call__(self) -> str:
-        """Do the work to its end; returns what was done. Raises a UserError if it has failed."""
+        """Do all the work; returns a line about it. Raises a UserError if the work fails."""
         code: int = ExitCode.DONE
         if self.kind == "upgrade":
-            if not complete_checkpoints(self.run_dir):  # by an earlier start of this job
+            if not complete_checkpoints(self.run_dir):  # an earlier start may have written it
                 code = self._run_python(str(self.home / "tools/upgrade_resolution.py"), *self.arguments)
         elif self.ranks is None:
             job = SlurmJob.current()
             code = Supervisor(job, work_of(self.kind, self.arguments, job.tasks)).run()
             if code == ExitCode.REQUEUE:
                 time.sleep(SECONDS_UNTIL_SLURM_ENDS_US)  # returning would mark the job as finished
-        else:  # start the ranks until the work is complete, as long as starts bring progress
+        else:  # restarts the ranks until the work is complete or makes no more progress
             work = work_of(self.kind, self.arguments, self.ranks)
             forget_completion(work.run_dir, work.command)
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
@@ -100,25 +100,31 @@ class Stage:
 
 
 def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> list[Stage]:
-    """`train:256,upgrade:512,train:512,evaluate` as stages; a kind without a resolution takes the one before it.
+    """The stages of a text such as `train:256,upgrade:512,train:512,evaluate`.
 
-    `stage` has the first resolution's config and run folder, whose names carry the resolution. `overrides` (resolution
-    -> settings) hold there only. Raises a UserError at an unknown kind, an upgrade of nothing, or an absent config.
+    A kind without a resolution has that of the stage before it. `stage` has the config and the run folder of the first
+    resolution, whose names contain the resolution. From an upgrade on, a stage takes the config of fine-tuning
+    (finetune_h_512.yaml in place of jit_h_512.yaml) if there is one. `overrides` maps a resolution to settings that
+    apply there only.
+    Raises a UserError if a kind is unknown, if an upgrade has no other resolution before it, or if a config is missing.
     """
     stages: list[Stage] = []
-    resolution = ""
+    resolution, upgraded = "", False
     for word in text.split(","):
         kind, _, given = word.strip().partition(":")
         if kind not in KINDS:
-            raise UserError(f"--chain {text}: {kind!r} is no stage; choose one of {', '.join(KINDS)}")
+            raise UserError(f"--chain {text}: {kind!r} is not a stage; choose one of {', '.join(KINDS)}")
         if given and not given.isdigit():
-            raise UserError(f"--chain {text}: {given!r} is no resolution; write for example train:256")
+            raise UserError(f"--chain {text}: {given!r} is not a resolution; write for example train:256")
         previous, resolution = resolution, given or resolution
         if not resolution:
             raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
         if kind == "upgrade" and previous in ("", resolution):
             raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
+        upgraded = kind == "upgrade" or (upgraded and resolution == previous)
         config, run_dir = _at(stage.config, resolution), _at(stage.run_dir, resolution)
+        if upgraded and (recipe := _finetuning(config)).exists():
+            config = recipe
         if not config.exists():
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
         source = _at(stage.run_dir, previous) if kind == "upgrade" else None
@@ -129,11 +135,11 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
 
 
 def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
-    """--set options as variants of a sweep (end of the run folder -> settings), and as settings at a resolution.
+    """The --set options as variants of a sweep (suffix of the run folder -> settings), and as settings per resolution.
 
-    `optim.lr=1e-4,2e-4` makes two variants, and several such options one for each combination. `512/optim.lr=1e-5` is
-    for 512 px of a chain only. Raises a UserError at what is not key=value, at a key or value that stands there twice,
-    and at variants of one folder.
+    `optim.lr=1e-4,2e-4` makes two variants; several such options make one variant for each combination.
+    `512/optim.lr=1e-5` applies at 512 px of a chain only. Raises a UserError if a text is not key=value, if a key or a
+    value occurs twice, or if two variants would have the same folder.
     """
     axes: list[list[str]] = []
     at: dict[str, list[str]] = {}
@@ -153,7 +159,7 @@ def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], di
         if len(axis) > 1 and f"{key}=" in axis:
             raise UserError(f"--set {text}: a value is empty; write values with one comma between")
         if twice := [setting for number, setting in enumerate(axis) if setting in axis[:number]]:
-            raise UserError(f"--set {text}: {twice[0]} stands there twice; one run is enough")
+            raise UserError(f"--set {text}: {twice[0]} occurs twice; remove one")
         axes.append(axis)
     variants: dict[str, tuple[str, ...]] = {}
     for variant in itertools.product(*axes):
@@ -161,13 +167,18 @@ def parse_settings(texts: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], di
         suffix = "".join(f"_{UNFIT_FOR_NAMES.sub('-', setting)}" for setting in varying)
         if suffix in variants:
             both = f"{' '.join(variants[suffix])} and {' '.join(variant)}"
-            raise UserError(f"--set: the run folders of {both} would have one name, ...{suffix}; submit one by one")
+            raise UserError(f"--set: the run folders of {both} would both end in {suffix}; submit them one by one")
         variants[suffix] = variant
     return variants, at
 
 
 def _at(path: Path, resolution: str) -> Path:
-    """The path with another resolution in its name: jit_h_256.yaml -> jit_h_512.yaml; added where there is none."""
+    """The path with `resolution` in its name, replaced or added: jit_h_256.yaml -> jit_h_512.yaml."""
     stem, suffix = (path.stem, path.suffix) if path.suffix == ".yaml" else (path.name, "")
     name = re.sub(r"_\d+$", "", stem)
     return path.with_name(f"{name}_{resolution}{suffix}")
+
+
+def _finetuning(config: Path) -> Path:
+    """The recipe after an upgrade: jit_h_512.yaml -> finetune_h_512.yaml."""
+    return config.with_name(re.sub(r"^jit_", "finetune_", config.name))

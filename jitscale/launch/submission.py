@@ -1,4 +1,4 @@
-"""Jobs through submitit: what is submitted, in which folder, and what became of it."""
+"""Submission of jobs through submitit, their records in a folder, and their states."""
 
 import json
 import re
@@ -21,24 +21,24 @@ from jitscale.launch.slurm import ask, described_job
 from jitscale.launch.stages import Stage
 from jitscale.run_folder import is_complete
 
-LONGEST_TEXT = 4096  # characters of a value in a record: Linux has no longer paths
+LONGEST_TEXT = 4096  # characters of a value in a record; paths on Linux are not longer
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job asks Slurm for."""
+    """The resources that each job requests from Slurm."""
 
     nodes: int
     tasks_per_node: int  # ranks, one a GPU
     gpus_per_node: int  # 0 for none
     cpus_per_task: int  # cores of a rank
-    minutes: int  # the time limit; a job that meets it goes on in its next start
+    minutes: int  # the time limit; a job that reaches it is requeued and continues
     partition: str | None  # None for Slurm's default
-    signal_seconds: int  # before the limit, for the last checkpoint
-    options: dict[str, str | bool]  # more options of sbatch: {"account": "vision"}; True for one without a value
+    signal_seconds: int  # time between the signal and the limit, for the last checkpoint
+    options: dict[str, str | bool]  # more options of sbatch: {"account": "vision"}; True if it has no value
 
 
-# Options of sbatch that this project sets itself, and what sets them.
+# Options of sbatch that this project sets, and the options of this command for them.
 OWN_OPTIONS = {
     "nodes": "--nodes",
     "ntasks": "--nodes and --tasks-per-node",
@@ -53,7 +53,7 @@ OWN_OPTIONS = {
     "output": "--folder",
     "error": "--folder",
 }
-# Options that would undo or break what this command does: requeueing, names, folders, and reading the job's id.
+# Options that would break this command: requeueing, names, folders, and reading the job's id.
 UNFIT_OPTIONS = {"requeue", "no-requeue", "job-name", "chdir", "open-mode", "wrap", "test-only", "parsable"}
 
 
@@ -61,19 +61,19 @@ UNFIT_OPTIONS = {"requeue", "no-requeue", "job-name", "chdir", "open-mode", "wra
 class Record:
     """A submitted job."""
 
-    job: str  # its id; `local_` and a process's id without Slurm
-    stage: str  # its name
+    job: str  # its id; without Slurm `local_` and the id of a process
+    stage: str  # the stage's name
     kind: str  # train, upgrade or evaluate
     run_dir: str
     after: str | None  # the job whose success it waits for
-    log: str  # the file of its output
-    submitted: str  # when
+    log: str  # the file with its output
+    submitted: str  # time, ISO 8601
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, str | bool]:
     """Options of sbatch, given as account=vision, --account=vision, or exclusive, which has no value.
 
-    Raises a UserError at what is no long option of sbatch, stands there twice, or is set by this project.
+    Raises a UserError if a text is not a long option of sbatch, occurs twice, or is set by this project.
     """
     options: dict[str, str | bool] = {}
     for text in texts:
@@ -85,9 +85,9 @@ def parse_options(texts: Sequence[str]) -> dict[str, str | bool]:
         ):
             raise UserError(f"--sbatch {text!r}: must be a long option of sbatch, such as account=vision or exclusive")
         if name in OWN_OPTIONS:
-            raise UserError(f"--sbatch {text}: is set by {OWN_OPTIONS[name]} of this command; leave it out here")
+            raise UserError(f"--sbatch {text}: this command sets it with {OWN_OPTIONS[name]}; leave it out here")
         if name in UNFIT_OPTIONS:
-            raise UserError(f"--sbatch {text}: does not go with what this command does itself; leave it out")
+            raise UserError(f"--sbatch {text}: conflicts with options that this command sets; leave it out")
         if name in options:
             raise UserError(f"--sbatch {text}: --{name} is given twice; leave one out")
         options[name] = value if equals else True
@@ -95,7 +95,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, str | bool]:
 
 
 def check_folder(path: Path) -> None:
-    """Raise a UserError if a file lies where the folder, or a folder above it, is to be, or its name is too long."""
+    """Raise a UserError if the path or a folder above it is a file, or if its name is too long."""
     try:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:
@@ -105,7 +105,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_partition(partition: str | None) -> None:
-    """Raise a UserError if a partition (sbatch takes several: a,b) is not there, or there is no Slurm."""
+    """Raise a UserError if a partition (sbatch allows several: a,b) does not exist, or if there is no Slurm."""
     names = {name.rstrip("*") for name in ask("sinfo", "--noheader", "--format=%P").split()}
     if partition is not None and (absent := [name for name in partition.split(",") if name not in names]):
         said = f"{', '.join(map(repr, absent))} not on this cluster" if "," in partition else "not on this cluster"
@@ -113,15 +113,15 @@ def check_partition(partition: str | None) -> None:
 
 
 def submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
-    """Submit chains, whose stages wait for each other's success; if each is one stage, all of them as one array.
+    """Submit chains. A stage starts when the stage before it has succeeded. Chains of one stage become one array.
 
-    `folder` is for logs, submitit's pickles and the records. Raises a UserError if sbatch refuses a job.
+    Logs, submitit's pickles and the records are written to `folder`. Raises a UserError if sbatch refuses a job.
     """
     try:
         _submit(chains, resources, folder)
     except (FailedJobError, FailedSubmissionError) as error:
-        said = " ".join(str(error).split()) or "without a word"
-        raise UserError(f"sbatch has refused the job: {said}; correct the options") from error
+        said = " ".join(str(error).split()) or "no message"
+        raise UserError(f"sbatch refused the job: {said}; correct the options") from error
 
 
 def _submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Path) -> None:
@@ -140,9 +140,9 @@ def _submit(chains: Sequence[Sequence[Stage]], resources: Resources, folder: Pat
 
 
 def submit_here(chain: Sequence[Stage], folder: Path) -> None:
-    """Do a chain on this machine without Slurm, one stage after another, each in a process of submitit's.
+    """Run a chain on this machine without Slurm, one stage after another, each in a process of submitit.
 
-    Raises a UserError if a stage has failed; those after it are not begun.
+    Raises a UserError if a stage fails. Later stages are not started.
     """
     after = None
     executor = LocalExecutor(folder)
@@ -157,19 +157,19 @@ def submit_here(chain: Sequence[Stage], folder: Path) -> None:
 
 
 def batch_script(stage: Stage, resources: Resources, folder: Path, after: str | None = None) -> str:
-    """What would be given to sbatch for a stage."""
+    """The batch script of a stage."""
     command = f"exec {shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return submitit_slurm._make_sbatch_string(command, folder, **_parameters(resources, stage, after))
 
 
 def records(folder: Path) -> list[Record]:
-    """All jobs that were submitted from the folder, the oldest first. Raises a DataError if a record is damaged."""
+    """All jobs submitted from the folder, the oldest first. Raises a DataError if a record is damaged."""
     found = [_read_record(path) for path in (folder / "jobs").glob("*.json")]
     return sorted(found, key=lambda record: (record.submitted, record.job))
 
 
 def state_of(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
-    """State, number of restarts, last metrics and, where it has failed, the reason."""
+    """State, number of restarts, last metrics and, if the job has failed, the reason."""
     state, restarts, reason = _state(record)
     run_dir = Path(record.run_dir)
     if record.kind != "upgrade" and state in ("UNKNOWN", "RUNNING", "COMPLETED") and is_complete(run_dir, record.kind):
@@ -185,14 +185,14 @@ def state_of(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _executor(folder: Path, resources: Resources, stage: Stage, after: str | None) -> submitit_slurm.SlurmExecutor:
-    # In the place of the batch script's shell, so that Slurm's signals reach the supervisor.
+    # exec replaces the batch script's shell, so that Slurm's signals reach the supervisor.
     executor = submitit_slurm.SlurmExecutor(folder, python=f"exec {shlex.quote(sys.executable)}")
     executor.update_parameters(**_parameters(resources, stage, after))
     return executor
 
 
 def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[str, Any]:
-    """What sbatch must be told, by submitit's names."""
+    """The parameters of sbatch, by submitit's names."""
     additional: dict[str, Any] = {"requeue": True, "signal": f"B:USR1@{resources.signal_seconds}", **resources.options}
     parameters: dict[str, Any] = {
         "nodes": resources.nodes,
@@ -207,11 +207,11 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
         "setup": [f"cd {shlex.quote(str(stage.home))}", "source slurm/launch.sh"],
         "additional_parameters": additional,
     }
-    if stage.kind == "upgrade":  # one process on a CPU, whatever training takes
+    if stage.kind == "upgrade":  # an upgrade is one process on a CPU
         parameters |= {"nodes": 1, "ntasks_per_node": 1}
     elif resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
-        # Ranks fill one socket after another, as GPUs are numbered: Slurm's default takes sockets in turns.
+        # Ranks fill one socket after another, in the order of GPU numbers. Slurm's default alternates between sockets.
         additional.setdefault("distribution", "block:block")
     if after is not None:
         additional["kill-on-invalid-dep"] = "yes"
@@ -219,7 +219,7 @@ def _parameters(resources: Resources, stage: Stage, after: str | None) -> dict[s
 
 
 def _record(job: str, stage: Stage, after: str | None, folder: Path) -> str:
-    """Keep the record of a submitted job; returns its id, for the stage that waits for it."""
+    """Write the record of a submitted job; returns its id, for the stage that waits for it."""
     log = folder / f"{job.removeprefix('local_')}_0_log.out"
     submitted = datetime.now(timezone.utc).isoformat()
     record = Record(job, stage.name, stage.kind, str(stage.run_dir), after, str(log), submitted)
@@ -230,8 +230,8 @@ def _record(job: str, stage: Stage, after: str | None, folder: Path) -> str:
 
 
 def _read_record(path: Path) -> Record:
-    remedy = "remove it; the job goes on, squeue shows it"
-    with data_error(f"{path}: is no record of a job", remedy, (OSError, ValueError, TypeError, RecursionError)):
+    remedy = "remove it; the job continues, squeue shows it"
+    with data_error(f"{path}: is not the record of a job", remedy, (OSError, ValueError, TypeError, RecursionError)):
         record = Record(**json.loads(path.read_bytes()))
     for name, value in vars(record).items():
         if not (isinstance(value, str) and value.isprintable() and len(value) < LONGEST_TEXT) and (name, value) != (
@@ -243,14 +243,14 @@ def _read_record(path: Path) -> Record:
 
 
 def _state(record: Record) -> tuple[str, int, str]:
-    """State, restarts and reason: from the controller or the accounting; without Slurm from submitit's files."""
+    """State, restarts and reason, from Slurm's controller or accounting; without Slurm, from submitit's files."""
     job = record.job
     if job.startswith("local_"):
         result = Path(record.log.removesuffix("_log.out") + "_result.pkl")
         if result.exists():
             try:
                 return ("COMPLETED" if pickle_load(result)[0] == "success" else "FAILED"), 0, ""
-            except Exception as error:  # a pickle that was cut short or damaged raises anything
+            except Exception as error:  # an incomplete or damaged pickle raises errors of any kind
                 return "UNKNOWN", 0, f"{result}: cannot be read ({type(error).__name__}); see its log"
         is_alive = Path("/proc", job.removeprefix("local_")).exists()
         return ("RUNNING" if is_alive else "UNKNOWN"), 0, ""
@@ -267,7 +267,7 @@ def _state(record: Record) -> tuple[str, int, str]:
 
 
 def _last_metrics(run_dir: Path) -> dict[str, Any]:
-    """The last record of training, if the last lines of metrics.jsonl hold one."""
+    """The last line of training metrics, if it is among the last lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     lines = subprocess.run(
         ["tail", "-n", "3", str(path)], capture_output=True, text=True, errors="replace", check=False
@@ -276,8 +276,8 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # being written
-        if isinstance(values, dict) and "loss" in values:  # other lines are about held-out samples
+            continue  # an incomplete line
+        if isinstance(values, dict) and "loss" in values:  # lines without a loss are about held-out samples
             return {
                 key: value for key, value in values.items() if isinstance(value, int | float) and abs(value) < 1e300
             }
@@ -287,6 +287,6 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
 def _last_error(log: Path) -> str:
     try:
         lines = log.read_text(errors="replace").splitlines()
-    except OSError:  # the table shows the other jobs all the same
+    except OSError:  # without its log, the job is still shown in the table
         return ""
     return next((line for line in reversed(lines) if re.match(r"(\w+\.)*\w*[eE]rror: ", line)), "")

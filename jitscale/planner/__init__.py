@@ -1,1 +1,1 @@
-"""What a run costs, counted from shapes: memory, communication and time, and which settings to choose."""
+"""The cost of a run, counted from shapes (memory, communication, time), and recommended settings."""

@@ -6,9 +6,9 @@ from jitscale.config import Config, image_tokens
 from jitscale.planner.memory import Memory, activation_bytes, objective_bytes, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication, host_seconds, pass_seconds
 
-BUSY_TOKENS = 2048  # of a micro-batch that keeps a GPU's matrix units busy: an assumption
-MIN_GAIN = 0.1  # a higher stage must shorten the step by so much, and the host lengthen it: an assumption
-CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; what `recommend` tries
+BUSY_TOKENS = 2048  # tokens of a micro-batch that keep a GPU's matrix units busy (assumption)
+MIN_GAIN = 0.1  # relative difference in step time that matters, of a higher stage or of the host (assumption)
+CHECKPOINTING = (0, 4, 2, 1)  # every k-th block; the values that `recommend` tries
 
 
 @dataclass(frozen=True)
@@ -21,29 +21,29 @@ class Candidate:
     memory: Memory  # bytes on one rank
     communication: Communication  # of one optimizer step
     compute_seconds: float  # of one optimizer step, at the given utilisation
-    host_seconds: float  # in which the host starts one optimizer step
+    host_seconds: float  # time of the host to launch one optimizer step
     fits: bool  # whether the memory stays below the GPU's, less the margin
 
     @property
     def gpu_seconds(self) -> float:
-        """In which the GPU computes, or waits for other ranks."""
+        """Time of the GPU for one optimizer step: computation, and waiting for other ranks."""
         return self.compute_seconds + self.communication.exposed
 
     @property
     def step_seconds(self) -> float:
-        """One optimizer step. The host runs ahead of the GPU as long as it can, so the slower of the two counts."""
+        """Time of one optimizer step. The host runs ahead of the GPU, so the slower of the two determines it."""
         return max(self.gpu_seconds, self.host_seconds)
 
     @property
     def host_bound(self) -> bool:
-        """Whether the GPU waits for the host, by more than the estimate of both is wrong."""
+        """Whether the GPU waits for the host, by more than the error of the estimates."""
         return self.host_seconds > (1 + MIN_GAIN) * self.gpu_seconds
 
 
 def candidate(
     config: Config, cluster: Cluster, *, stage: int, micro_batch: int, activation_checkpointing: int = 0
 ) -> Candidate:
-    """What `config` costs on `cluster` in a ZeRO stage, with a micro-batch, checkpointing every k-th block."""
+    """The cost of `config` on `cluster`, with this ZeRO stage, micro-batch and checkpointing of every k-th block."""
     settings = replace(
         config.engine,
         zero_stage=stage,
@@ -61,14 +61,15 @@ def candidate(
 
 
 def recommend(config: Config, cluster: Cluster) -> Candidate | None:
-    """The fastest way to run that fits; None where none does.
+    """The fastest way to run that fits into memory; None if there is none.
 
     It tries stages 1 to 3 (0 is for comparison), all micro-batches that divide a rank's share of the batch, and
-    checkpointing of no block, every 4th, every 2nd and all. The best of a stage is the fastest; if several are equally
-    fast, the one with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU idle, which the model of
-    time ignores: they are taken only if nothing else fits. The lowest stage wins that is at most `MIN_GAIN` slower than
-    the fastest, because a higher one costs latency and bookkeeping, which the model ignores too. With bf16 weights
-    stage 2 comes before stage 1, which keeps whole gradients twice and reduces them after backward.
+    checkpointing of no block, every 4th, every 2nd and all. The best of a stage is the fastest; among equally fast ones
+    it is that with the largest micro-batch. Micro-batches below `BUSY_TOKENS` leave a GPU partly idle. The model of
+    time ignores this, so they are chosen only if no other one fits. The lowest stage wins that is at most `MIN_GAIN`
+    slower than the fastest: a higher stage costs latency and bookkeeping, which the model ignores too. With bf16
+    weights, stage 2 is preferred to stage 1, which keeps two whole copies of the gradients and reduces them after
+    backward.
     """
     share = config.data.batch_size // cluster.gpus
     enough = min(share, -(-BUSY_TOKENS // image_tokens(config.model)))
@@ -91,11 +92,11 @@ def recommend(config: Config, cluster: Cluster) -> Candidate | None:
 
 
 def fewer_gpus(config: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
-    """The most GPUs, fewer than those of `cluster`, that the host keeps busy with the same batch, and how to run there.
+    """The largest smaller number of GPUs that the host keeps busy with the same batch, and how to run there.
 
-    If the host limits a step, its time does not depend on the images of a GPU: fewer GPUs with more images each do the
-    same work in fewer GPU-hours. GPUs are whole nodes, or a part of one. None if the host does not limit what is
-    recommended for `cluster`, or if no number of GPUs is both kept busy and cheaper.
+    If the host limits a step, its time does not depend on the number of images per GPU. Then fewer GPUs with more
+    images each do the same work in fewer GPU-hours. GPUs are whole nodes, or a part of one node. None if the host does
+    not limit the recommendation for `cluster`, or if no smaller number of GPUs is both busy and cheaper.
     """
     here = recommend(config, cluster)
     if here is None or not here.host_bound:

@@ -1,6 +1,6 @@
 """Memory of one rank, counted from shapes.
 
-Tests compare the state's memory with the tensors of CPU ranks, and activations with what autograd keeps on a CPU.
+Tests compare the state's memory with the tensors of CPU ranks, and activations with those that autograd keeps on a CPU.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 from jitscale.planner.buckets import reduce_bucket_elements
 
 FP32 = 4  # bytes
-WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight in the forward pass, and on the wire
+WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight in the forward pass, and in communication
 # DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py).
 BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size on CPUs; on GPUs buckets.py chooses it
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters
@@ -27,13 +27,13 @@ PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every trainable parameter's shape, from the network itself on the meta device."""
+    """The shape of every trainable parameter, from the network on the meta device."""
     fields = vars(model).values()
     return _parameter_shapes(tuple(tuple(value) if isinstance(value, list) else value for value in fields))
 
 
 def parameters_by_kind(model: ModelConfig) -> dict[str, int]:
-    """Parameters of attention, feed-forward layers, modulation, norms, conditioning and patches; each counted once."""
+    """Number of parameters by kind: attention, feed-forward, modulation, norms, conditioning, patches."""
     counts = dict.fromkeys(("attention", "feed-forward", "modulation", "norms", "conditioning", "patches"), 0)
     for name, shape in parameter_shapes(model).items():
         counts[_kind(name)] += math.prod(shape)
@@ -42,36 +42,36 @@ def parameters_by_kind(model: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank during backward, where they are at their most.
+    """Bytes on one rank during backward, where memory use peaks.
 
-    The copy of the gradients that the update makes is counted with graphs only: otherwise buckets and activations are
-    free by then.
+    The update makes a copy of the gradients. It is counted only with CUDA graphs: without them, buckets and activations
+    are free by then.
     """
 
-    weights: float  # of the forward pass; in stage 3 this rank's shard and the small ones that stay whole
-    gradients: float  # what backward accumulates, before the optimizer step
+    weights: float  # of the forward pass; in stage 3 this rank's shard, and small weights that are kept whole
+    gradients: float  # accumulated by backward
     masters: float  # the optimizer's float32 weights, next to `weights`
-    moments: float  # the optimizer's
-    averages: float  # the EMAs
-    buckets: float = 0.0  # DeepSpeed's communication buffers on a GPU, in stage 3 gathered weights too
-    activations: float = 0.0  # what the forward pass of a micro-batch keeps for backward
-    graphs: float = 0.0  # more where blocks are CUDA graphs, which give no memory back between passes
+    moments: float  # of the optimizer
+    averages: float  # the EMA weights
+    buckets: float = 0.0  # DeepSpeed's communication buffers on a GPU; in stage 3 also gathered weights
+    activations: float = 0.0  # kept by the forward pass of a micro-batch for backward
+    graphs: float = 0.0  # additional, if blocks are CUDA graphs, which keep their memory between passes
 
     @property
     def state(self) -> float:
-        """What neither micro-batch nor buffers add to."""
+        """The part that depends neither on the micro-batch nor on buffers."""
         return self.weights + self.gradients + self.masters + self.moments + self.averages
 
     @property
     def total(self) -> float:
-        """Everything counted."""
+        """The sum of all parts."""
         return self.state + self.buckets + self.activations + self.graphs
 
 
 def state_memory(config: Config, ranks: int) -> Memory:
     """Bytes on one rank of weights, gradients, optimizer state, averages and buffers, without activations.
 
-    The layout is that of DeepSpeed 0.19.8 as engine.py configures it. The padding of shards to a few bytes is left out.
+    The layout is that of DeepSpeed 0.19.8 as engine.py configures it. Padding of shards (a few bytes) is ignored.
     """
     stage, precision, group = config.engine.zero_stage, config.engine.precision, config.engine.hpz_group_size
     shapes = parameter_shapes(config.model)
@@ -96,18 +96,18 @@ def state_memory(config: Config, ranks: int) -> Memory:
         buckets = width * (bucket + min(whole, LIVE_ELEMENTS + PREFETCH_ELEMENTS))
         return Memory(weights, FP32 * shard, masters, moments, averages, buckets)
     if stage == 1 and precision == "bf16":
-        flattened = min(whole, BUCKET_ELEMENTS)  # all-reduced in a copy
+        flattened = min(whole, BUCKET_ELEMENTS)  # DeepSpeed all-reduces a copy
         # BF16_Optimizer adds bf16 gradients to whole float32 ones, and reduces them after backward, without buckets.
         return Memory(width * whole, (width + FP32) * whole, masters, moments, averages, (FP32 + width) * flattened)
-    # Stage 1 reduces when the last micro-batch is done: until then the gradients are whole.
+    # Stage 1 reduces gradients after the last micro-batch. Until then they are whole.
     gradients = FP32 * (whole if stage == 1 else shard)
-    buckets = width * bucket * 2 if ranks > 1 else 0.0  # one is summed while the next one fills (training/reducer.py)
+    buckets = width * bucket * 2 if ranks > 1 else 0.0  # one is reduced while the next one fills (training/reducer.py)
     graphs = _graphs_memory(config, sizes, ranks)
     return Memory(width * whole, gradients, masters, moments, averages, buckets, graphs=graphs)
 
 
 def _graphs_memory(config: Config, sizes: dict[str, int], ranks: int) -> float:
-    """What CUDA graphs of the blocks add in stages 1 and 2: gradients that stay, and room for the update's copy."""
+    """Additional memory of the blocks' CUDA graphs in stages 1 and 2: permanent gradients, and the update's copy."""
     engine, share = config.engine, config.data.batch_size // ranks
     if not wants_graphs(engine, compiled=engine.compile is not False):  # None is on for GPUs
         return 0.0
@@ -120,9 +120,9 @@ def _graphs_memory(config: Config, sizes: dict[str, int], ranks: int) -> float:
 def activation_bytes(config: Config, micro_batch: int) -> float:
     """Bytes that one forward pass of `micro_batch` images keeps for backward, from shapes, with fused attention.
 
-    Under autocast that includes the bf16 copies of all weight matrices, which backward multiplies by: they are whole
-    in stage 3 too. Dropout masks count one byte an element, as on GPUs. A checkpointed block keeps its input; one
-    such block at a time is computed again in full. Routing saves memory if it lasts to the end of the run.
+    Under autocast that includes the bf16 copies of all weight matrices, which backward needs; they are whole in stage 3
+    too. Dropout masks count one byte per element, as on GPUs. A checkpointed block keeps its input, and one such block
+    at a time is recomputed in full. Routing saves memory only if it lasts to the end of the run.
     """
     model, precision, every = config.model, config.engine.precision, config.engine.activation_checkpointing
     if routed_part(config) < 1:
@@ -143,7 +143,7 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
     if model.middle_head > 0:
         kept += _layer_bytes(model, block_tokens(model, model.middle_head - 1, training=True), a)
     kept += a * (TIMESTEP_FREQUENCIES + 6 * width)  # conditioning
-    embeddings = ("y_embedder.embedding_table.weight", "in_context_posemb")  # nothing is multiplied by them
+    embeddings = ("y_embedder.embedding_table.weight", "in_context_posemb")  # no matrix product uses them
     matrices = [shape for name, shape in parameter_shapes(model).items() if len(shape) > 1 and name not in embeddings]
     casts = sum(math.prod(shape) for shape in matrices) if precision == "autocast" else 0
     return micro_batch * (kept + recomputed) + WEIGHT_BYTES["bf16"] * casts
@@ -166,15 +166,15 @@ def _parameter_shapes(fields: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
 def _block_bytes(model: ModelConfig, index: int, a: int) -> float:
     """Bytes that block `index` keeps for one image; `a` is the width of an activation.
 
-    A token keeps, in units of the hidden size: for each of two norms the float32 input and normalised values, output
-    and modulated output; for each of two gates what it multiplies; qkv whole (v is a view of it), rotated q and k,
-    attention's output; the float32 normalised q and k, and their float32 inputs where those are copies. In units of
-    the inner width: gate and value, SiLU of the gate, and the product.
+    In units of the hidden size, a token keeps: for each of two norms the float32 input, the float32 normalised values,
+    the output and the modulated output; for each of two gates its input; qkv as a whole (v is a view of it), rotated q
+    and k, attention's output; the float32 normalised q and k, and their float32 inputs if these are copies. In units
+    of the inner width: gate and value, SiLU of the gate, and the product.
     """
     width, inner, heads = model.hidden_size, swiglu_width(model.hidden_size), model.num_heads
     copied = 2 * FP32 if a < FP32 else 0
     hidden = 2 * (2 * FP32 + 2 * a) + 2 * a + 3 * a + 3 * a + 2 * FP32 + copied
-    token = hidden * width + 4 * a * inner + FP32 * (2 + 3 * heads)  # and scales of norms, log-sums of attention
+    token = hidden * width + 4 * a * inner + FP32 * (2 + 3 * heads)  # scales of norms, log-sums of attention
     if index in range(model.depth // 4, model.depth // 4 * 3) and model.proj_dropout > 0:
         token += width + inner  # masks
     return block_tokens(model, index, training=True) * token + 9 * a * width

@@ -1,8 +1,8 @@
-"""A first configuration for a user's own pictures: each setting with the reason for its value.
+"""A first configuration for a user's own pictures. Each setting has the reason for its value.
 
-The rules come from the paper's recipe (arXiv 2511.13720, table 9) for large data and large networks, and from the small
-runs of docs/experiments.md and docs/own-images.md for small ones. They aim at a first result that can be looked at in
-minutes on a CPU and in hours on a GPU, not at the best one. The rules for CPUs were tried, those for GPUs were not.
+For large data and networks, the rules come from the paper's recipe (arXiv 2511.13720, table 9). For small ones, they
+come from the small runs of docs/experiments.md and docs/own-images.md. The aim is a first result in minutes on a CPU
+and in hours on a GPU, not the best result. The rules for CPUs were tested; the rules for GPUs were not.
 """
 
 import json
@@ -14,35 +14,35 @@ from jitscale.errors import ConfigError
 from jitscale.planner.choice import Candidate, recommend
 from jitscale.planner.timing import Cluster
 
-GPU_TOKENS, CPU_TOKENS = 16, 8  # a side of an image: the paper's; a quarter as many tokens in all, for CPUs
-# Pixels a side up to which the noise scale is 1: where the paper's recipe was tuned, and docs/experiments.md's runs on
-# CPUs. With a noise scale of 1 at 128 px a CPU's network fits the patches of a letter together badly, with 4 well.
+GPU_TOKENS, CPU_TOKENS = 16, 8  # per side of an image: the paper's 16; 8 on CPUs, a quarter of the tokens
+# Pixels a side up to which the noise scale is 1: that of the paper's recipe, and that of the CPU runs in
+# docs/experiments.md. On a CPU at 128 px, patches of a letter fit together badly with noise scale 1, and well with 4.
 GPU_RESOLUTION, CPU_RESOLUTION = 256, 32
-FEWEST_TOKENS, MOST_TOKENS = 4, 32  # a side, between which a patch size is looked for
-LARGE_DATA = 500_000  # pictures from which the paper's batch pays
-LEARNED_BY_HEART = 1000  # fewer pictures than that are mostly repeated by a network that has seen them often
+FEWEST_TOKENS, MOST_TOKENS = 4, 32  # per side, the range in which a patch size is searched
+LARGE_DATA = 500_000  # from so many pictures on, the paper's batch is worth it
+LEARNED_BY_HEART = 1000  # with fewer pictures, samples are mostly copies of them
 MOST_EPOCHS = 2000
-FEWEST_TO_HOLD_OUT = 200  # with fewer, every picture is needed for training
-PARTS = 10  # of the run, after each of which it saves, draws and measures
-LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of averages, in steps; the paper's is the last
-LEAST_SHARE = 16  # pictures of a GPU and step, the paper's on 64 GPUs: with fewer a GPU waits for its host
+FEWEST_TO_HOLD_OUT = 200  # with fewer pictures, all are needed for training
+PARTS = 10  # parts of the run; after each, it saves, draws samples and measures
+LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of averages, in steps; the last is the paper's
+LEAST_SHARE = 16  # pictures per GPU and step, as in the paper on 64 GPUs; with fewer, a GPU waits for its host
 
-NO_CLASSES = "there are no two classes to guide between"
+NO_CLASSES = "guidance needs at least two classes"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run will be."""
+    """The machine of the run."""
 
-    gpus: int  # 0: it computes on the CPU
+    gpus: int  # 0: the run computes on the CPU
     gpu_memory: float = 0.0  # bytes of one GPU
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the shards hold."""
+    """The content of the shards."""
 
-    shards: str  # as `data.shards` names them
+    shards: str  # the value of `data.shards`
     count: int
     classes: int  # 0: they have no labels
     image_size: int  # pixels a side
@@ -62,7 +62,7 @@ class _Size:
     """A network and how it is trained."""
 
     model: ModelConfig
-    fewest: int  # pictures from which it is chosen on a GPU
+    fewest: int  # pictures that a GPU run needs for this network
     batch: int
     lr: float  # at this batch
     steps: int  # at this batch
@@ -92,8 +92,8 @@ SIZES = {
 def starting_lines(pictures: Pictures, machine: Machine, run_dir: str, size: str | None = None) -> list[Line]:
     """The settings of a first run, in the order of the schema's groups.
 
-    `size` is a name in `SIZES`; None: by the machine and the number of pictures. Raises a ConfigError if no patch size
-    divides the pictures, or the network does not fit into the GPU's memory.
+    `size` is a name in `SIZES`; None: chosen by the machine and the number of pictures. Raises a ConfigError if no
+    patch size divides the pictures, or if the network does not fit into the GPU's memory.
     """
     on_gpu = machine.gpus > 0
     name = size or _size_for(pictures.count, on_gpu)
@@ -110,17 +110,17 @@ def starting_lines(pictures: Pictures, machine: Machine, run_dir: str, size: str
         *_diffusion_lines(pictures, on_gpu),
         Line("data.shards", pictures.shards, f"{pictures.count:,} pictures"),
         Line("data.batch_size", batch, _batch_reason(chosen, batch, machine)),
-        Line("data.flip", False, "true doubles the pictures if a mirrored one is as good: photos yes, letters no"),
-        Line("data.num_workers", 4 if on_gpu else 0, "processes that decode" if on_gpu else "the cores are busy"),
+        Line("data.flip", False, "true doubles the pictures, if mirrored ones are valid: photos yes, letters no"),
+        Line("data.num_workers", 4 if on_gpu else 0, "processes that decode" if on_gpu else "training uses all cores"),
         Line("data.held_out", held_out, _held_out_reason(held_out, pictures.count)),
-        Line("optim.lr", _rounded(chosen.lr * batch / chosen.batch), f"{chosen.source}; grows with the batch"),
-        Line("optim.warmup_images", images // 20 // batch * batch, "5% of the run: first steps are small"),
+        Line("optim.lr", _rounded(chosen.lr * batch / chosen.batch), f"{chosen.source}; in proportion to the batch"),
+        Line("optim.warmup_images", images // 20 // batch * batch, "5% of the run, with smaller steps"),
         *_engine_lines(model, batch, decays, machine),
         Line("ema.decays", decays, f"averages over {_lengths(decays)} of the run's {steps:,} steps"),
         Line("ema.warmup", True, "without it early grids are grey: the average still holds the random start"),
-        Line("checkpoint.every_images", part, f"{PARTS} times in the run; resume is the same command"),
+        Line("checkpoint.every_images", part, f"{PARTS} times in the run; the same command resumes it"),
         *_evaluation_lines(chosen, pictures, on_gpu, weights=ema_name(decays[-1]), every=part, held_out=held_out),
-        Line("tracking.log_every_steps", min(100, max(1, steps // 100)), "a hundred points of the loss at least"),
+        Line("tracking.log_every_steps", min(100, max(1, steps // 100)), "at least a hundred points of the loss"),
         Line("run.dir", run_dir, "checkpoints, samples and numbers"),
         Line("run.max_images", images, f"{steps:,} steps, {images / pictures.count:,.0f} epochs; raise it to go on"),
         Line("run.device", "cuda" if on_gpu else "cpu", _device_reason(machine)),
@@ -128,7 +128,7 @@ def starting_lines(pictures: Pictures, machine: Machine, run_dir: str, size: str
 
 
 def as_yaml(lines: list[Line], head: str) -> str:
-    """The settings as a YAML file, each with its reason as a comment."""
+    """The settings as YAML text, each with its reason as a comment."""
     text, group = "".join(f"# {line}\n" for line in head.splitlines()), ""
     for key, value, reason in lines:
         before, group = group, key.partition(".")[0]
@@ -145,7 +145,7 @@ def start_command(config: str, machine: Machine) -> str:
 
 def _device_reason(machine: Machine) -> str:
     if not machine.gpus:
-        return "no GPU, or not wanted"
+        return "no GPU is used"
     return "one GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
 
 
@@ -156,11 +156,11 @@ def _size_for(count: int, on_gpu: bool) -> str:
 
 
 def _model_of(model: ModelConfig, pictures: Pictures, tokens: int) -> ModelConfig:
-    """`model` for these pictures, with the number of tokens a side nearest to `tokens` that divides them."""
+    """`model` for these pictures; the tokens per side divide the image size and are nearest to `tokens`."""
     size = pictures.image_size
     dividing = [n for n in range(FEWEST_TOKENS, min(size, MOST_TOKENS) + 1) if size % n == 0]
     if not dividing:
-        fault = f"no whole number of patches, {FEWEST_TOKENS} to {MOST_TOKENS} a side, divides it"
+        fault = f"no number of patches from {FEWEST_TOKENS} to {MOST_TOKENS} a side divides it"
         nearest = max(1, round(size / GPU_TOKENS)) * GPU_TOKENS
         raise ConfigError(f"{pictures.shards}: {size} pixels a side: {fault}; pack with --resolution {nearest}")
     side = min(dividing, key=lambda n: (abs(n - tokens), n))
@@ -183,13 +183,13 @@ def _batch_reason(chosen: _Size, batch: int, machine: Machine) -> str:
 
 
 def _images(chosen: _Size, batch: int, pictures: Pictures) -> int:
-    """Images of the run: a multiple of `PARTS` steps."""
+    """Images of the run, a multiple of `PARTS` steps."""
     wanted = min(chosen.steps * chosen.batch, MOST_EPOCHS * pictures.count)
     return max(1, wanted // (PARTS * batch)) * PARTS * batch
 
 
 def _decays(steps: int) -> list[float]:
-    """A short and a long average, of at most a thirtieth and a tenth of the run."""
+    """The decays of a short and a long average: at most a thirtieth and a tenth of the run."""
     longest = [max((n for n in LENGTHS if n <= steps / part), default=LENGTHS[0]) for part in (30, 10)]
     return [1 - 1 / length for length in sorted(set(longest))]
 
@@ -199,14 +199,14 @@ def _lengths(decays: list[float]) -> str:
 
 
 def _held_out(count: int, on_gpu: bool) -> float | None:
-    """The fraction that is never trained on: a twentieth, or as many as can be measured in seconds."""
+    """The fraction that is never trained on: a twentieth, or as many pictures as can be measured in seconds."""
     return None if count < FEWEST_TO_HOLD_OUT else _rounded(min(0.05, (1000 if on_gpu else 64) / count))
 
 
 def _held_out_reason(held_out: float | None, count: int) -> str:
     if held_out is None:
-        return "there are too few to leave any out"
-    few = "; with so few, expect copies of them" if count < LEARNED_BY_HEART else ""
+        return "there are too few pictures to hold any out"
+    few = "; with so few pictures, expect copies of them" if count < LEARNED_BY_HEART else ""
     return f"about {held_out * count:.0f} pictures that are never trained on{few}"
 
 
@@ -215,26 +215,26 @@ def _measured(count: int, on_gpu: bool) -> int:
 
 
 def _rounded(value: float) -> float:
-    """Two significant digits."""
+    """`value` with two significant digits."""
     return float(f"{value:.2g}")
 
 
 def _model_lines(model: ModelConfig, name: str, chosen: _Size, pictures: Pictures, on_gpu: bool) -> list[Line]:
     side = model.image_size // model.patch_size
-    tokens = f"{side} x {side} tokens" + ("" if on_gpu else ": a CPU needs few")
+    tokens = f"{side} x {side} tokens" + ("" if on_gpu else ", few enough for a CPU")
     fitting = f"{name}: {chosen.source}"
-    why = f"{pictures.count:,} pictures" if on_gpu else "a CPU trains it in minutes"
-    classes = "as the shards say" if pictures.classes else "the shards have no labels"
+    why = f"for {pictures.count:,} pictures" if on_gpu else "a CPU trains it in minutes"
+    classes = "as in the shards" if pictures.classes else "the shards have no labels"
     return [
-        Line("model.image_size", model.image_size, "pixels a side, as the shards hold them"),
+        Line("model.image_size", model.image_size, "pixels a side, as in the shards"),
         Line("model.patch_size", model.patch_size, tokens),
         *([Line("model.in_channels", model.in_channels, "the shards are grey")] if model.in_channels != RGB else []),
         Line("model.hidden_size", model.hidden_size, f"{fitting}; {why}"),
-        Line("model.depth", model.depth, "blocks"),
-        Line("model.num_heads", model.num_heads, f"{model.hidden_size // model.num_heads} numbers each"),
-        Line("model.bottleneck_dim", model.bottleneck_dim, "the patch is squeezed through so many numbers"),
+        Line("model.depth", model.depth, "transformer blocks"),
+        Line("model.num_heads", model.num_heads, f"attention heads of width {model.hidden_size // model.num_heads}"),
+        Line("model.bottleneck_dim", model.bottleneck_dim, "bottleneck of the patch embedding"),
         Line("model.in_context_len", model.in_context_len, "class tokens"),
-        Line("model.in_context_start", model.in_context_start, "from a third of the depth on, as in the paper"),
+        Line("model.in_context_start", model.in_context_start, "a third of the depth, as in the paper"),
         Line("model.num_classes", model.num_classes, classes),
     ]
 
@@ -243,7 +243,7 @@ def _diffusion_lines(pictures: Pictures, on_gpu: bool) -> list[Line]:
     resolution = GPU_RESOLUTION if on_gpu else CPU_RESOLUTION
     scale = max(1.0, pictures.image_size / resolution)
     guides = pictures.classes > 1
-    drop = "so many train without their class, for guidance" if guides else NO_CLASSES
+    drop = "share of samples without their class, for guidance" if guides else NO_CLASSES
     return [
         Line("diffusion.noise_scale", scale, f"side / {resolution}, at least 1; raise it if parts do not fit together"),
         Line("diffusion.label_drop", 0.1 if guides else 0.0, drop),
@@ -252,14 +252,14 @@ def _diffusion_lines(pictures: Pictures, on_gpu: bool) -> list[Line]:
 
 def _engine_lines(model: ModelConfig, batch: int, decays: list[float], machine: Machine) -> list[Line]:
     if not machine.gpus:
-        return [Line("engine.precision", "fp32", "CPUs are fastest so")]
+        return [Line("engine.precision", "fp32", "fastest on CPUs")]
     option = _fitting(model, batch, decays, machine)
     memory = f"{option.memory.total / 1e9:.1f} of {machine.gpu_memory / 1e9:.0f} GB, counted from shapes"
-    again = "none: all fits" if not option.activation_checkpointing else "computes blocks twice, to fit"
+    again = "none: memory suffices" if not option.activation_checkpointing else "recomputes blocks to save memory"
     return [
         Line("engine.precision", "autocast", "the paper's: bf16 arithmetic, fp32 weights"),
-        Line("engine.zero_stage", option.stage, "what ranks share; tools/plan.py compares the stages"),
-        Line("engine.micro_batch_size", option.micro_batch_size, f"pictures a GPU at once: {memory}"),
+        Line("engine.zero_stage", option.stage, "how ranks share memory; tools/plan.py compares the stages"),
+        Line("engine.micro_batch_size", option.micro_batch_size, f"pictures of a GPU in one pass: {memory}"),
         Line("engine.activation_checkpointing", option.activation_checkpointing, again),
     ]
 
@@ -267,18 +267,20 @@ def _engine_lines(model: ModelConfig, batch: int, decays: list[float], machine: 
 def _evaluation_lines(
     chosen: _Size, pictures: Pictures, on_gpu: bool, *, weights: str, every: int, held_out: float | None
 ) -> list[Line]:
-    steps = (50, "the paper's") if on_gpu else (20, "the paper's 50 take more than twice as long")
-    guidance = (chosen.guidance, "clearer classes, less variety; 1: none")
+    steps = (50, "the paper's") if on_gpu else (20, "the paper's 50 steps take more than twice as long")
+    guidance = (chosen.guidance, "clearer classes, less variety; 1: no guidance")
     if pictures.classes < 2:
         guidance = (1.0, NO_CLASSES)
-    learning = "rises when it learns the pictures by heart" if held_out else "nothing is held out"
+    learning = "the loss rises when the network memorises the pictures" if held_out else "no pictures are held out"
     return [
         Line("evaluation.weights", weights, "the longest average; tools/sample.py --weights tries others"),
         Line("evaluation.steps", *steps),
         Line("evaluation.guidance_scale", *guidance),
         Line("evaluation.features", "auto", "Inception or DINOv2 if its weights are at hand; docs/own-images.md"),
-        Line("evaluation.num_images", _measured(pictures.count, on_gpu), "of a FID; compare equal numbers only"),
-        Line("evaluation.grid_every_images", every, "look at RUN/samples/ while it trains"),
+        Line(
+            "evaluation.num_images", _measured(pictures.count, on_gpu), "of a FID; compare only FIDs of equal numbers"
+        ),
+        Line("evaluation.grid_every_images", every, "see RUN/samples/ while it trains"),
         Line("evaluation.held_out_every_images", every if held_out else 0, learning),
     ]
 

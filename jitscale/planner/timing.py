@@ -1,6 +1,6 @@
-"""Communication and time of a step: counted from shapes, with rates that were measured on one GPU machine.
+"""Communication and time of a step, counted from shapes with rates that were measured on one GPU machine.
 
-The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps on one H200 machine, 2026-11-27, see
+The utilisation (`MFU`) and the host time (`planner/host.py`) are fitted to steps on one H200 machine, 2026-11-27; see
 docs/performance.md. Communication between GPUs was not measured.
 """
 
@@ -12,13 +12,13 @@ from jitscale.model.flops import TRAINING_PASSES, mean_training_flops
 from jitscale.planner.host import LAUNCH_SECONDS, launches, way_of
 from jitscale.planner.memory import WEIGHT_BYTES, parameter_shapes
 
-# Of the data sheet's peak, averages included. Measured on one H200 at 64 images: 0.38 (JiT-L), 0.40 (H), 0.43 (G).
+# Share of the data sheet's peak, with the EMA. Measured on one H200 at 64 images: 0.38 (JiT-L), 0.40 (H), 0.43 (G).
 MFU = 0.39
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines a run is planned for, and how its ranks communicate. Bandwidths are bytes/s in one direction."""
+    """The machines of a planned run, and the communication of its ranks. Bandwidths are bytes/s in one direction."""
 
     gpus: int  # ranks of the run
     gpu_memory: float  # bytes of one GPU
@@ -26,21 +26,21 @@ class Cluster:
     intra: float = 450e9  # bandwidth of one GPU to the others of its node
     inter: float = 50e9  # bandwidth of one GPU's share of its node's network
     peak: float = 989e12  # bf16 FLOP/s of one GPU, from its data sheet
-    mfu: float = MFU  # fraction of `peak` that a step's products reach while nothing is communicated or awaited
-    # Fraction of `gpu_memory` left to what is not counted: CUDA context, communicators, workspaces, gradients of
+    mfu: float = MFU  # fraction of `peak` that a step's products reach, without communication and waiting
+    # Fraction of `gpu_memory` for uses that are not counted: CUDA context, communicators, workspaces, gradients of
     # activations, fragmentation.
     margin: float = 0.1
     hpz: bool = False  # in stage 3 each node keeps a second whole copy of the weights (ZeRO++)
     overlap: bool = True  # stages 0 to 2 reduce gradients during backward
     launch: float = LAUNCH_SECONDS  # host time of one launch
-    host: float | None = None  # host time of a step in one micro-batch where it was measured; instead of an estimate
+    host: float | None = None  # measured host time of a step with one micro-batch; None: it is estimated
 
     def collective_seconds(self, size: float, *, within_node: bool = False) -> float:
         """Time of one all-gather or reduce-scatter of `size` bytes (the whole tensor, not a rank's part).
 
-        Every GPU receives (n - 1)/n of the bytes over its own link, and with rings through every network card every
-        node receives (m - 1)/m of them through the cards of its GPUs together; the slower of the two counts.
-        Latency is left out.
+        Each of n GPUs receives (n - 1)/n of the bytes over its own link. With rings through every network card, each of
+        m nodes receives (m - 1)/m of the bytes through the cards of all its GPUs. The slower of the two determines the
+        time. Latency is ignored.
         """
         if within_node or self.gpus <= self.gpus_per_node:
             return _ring(min(self.gpus, self.gpus_per_node)) * size / self.intra
@@ -52,28 +52,29 @@ class Cluster:
 class Communication:
     """One optimizer step's traffic and time on one rank; times are seconds."""
 
-    bytes: float  # sent by one rank, (n - 1)/n of each tensor that is gathered or scattered, twice that to all-reduce
-    seconds: float  # of all of it, one after the other
-    exposed: float  # in which the GPUs wait for it
-    after_step: float  # the part of `exposed` that no batch can hide: the new weights are gathered after the update
-    # Fewest images a GPU whose forward and backward passes last as long as what they can hide; None where nothing is.
+    bytes: float  # sent by one rank: (n - 1)/n of each gathered or scattered tensor, twice that of an all-reduced one
+    seconds: float  # time of all collectives in sequence
+    exposed: float  # time in which the GPUs wait for communication
+    after_step: float  # part of `exposed` that no batch can hide: the gather of new weights after the update
+    # Fewest images per GPU whose forward and backward passes can hide the communication; None if none is hidden.
     hiding_batch: int | None
 
 
 def communication(config: Config, cluster: Cluster) -> Communication:
     """Traffic of one optimizer step, its time, and the part that computation cannot hide.
 
-    What is sent: float32 in fp32 and in autocast, bf16 in bf16, both weights and gradients. Stages 0, 1 and 2
-    all-reduce gradients (DeepSpeed 0.19.8 does so in stages 1 and 2 too, `use_multi_rank_bucket_allreduce`: twice a
-    reduce-scatter), stages 0 and 1 once a step, stage 2 every micro-batch; stages 1 and 2 gather the new weights after
-    the update. Stage 3 gathers the weights in forward and again in backward and reduce-scatters gradients, every
-    micro-batch; with `hpz` (ZeRO++) the gather of backward stays within a node.
+    Weights and gradients are sent in float32 (fp32, autocast) or in bf16 (bf16). Stages 0, 1 and 2 all-reduce
+    gradients: DeepSpeed 0.19.8 does so in stages 1 and 2 too (`use_multi_rank_bucket_allreduce`), at twice the cost of
+    a reduce-scatter. Stages 0 and 1 do it once a step, stage 2 in every micro-batch. Stages 1 and 2 gather the new
+    weights after the update. Stage 3 gathers the weights in forward and again in backward, and reduce-scatters
+    gradients, in every micro-batch. With `hpz` (ZeRO++), the gather of backward stays within a node.
 
-    The model of overlap: communication runs next to computation without slowing it, in as many equal pieces as there
-    are blocks; the first piece has nothing to hide behind. With c seconds of communication and t seconds of
-    computation in d pieces, max(c/d, c - t (d - 1)/d) is exposed. Backward hides the reduction of gradients and stage
-    3's second gather; forward hides stage 3's first. Nothing hides the gather after the update. Nothing is hidden
-    without `overlap` in stages 0-2, nor in bf16 in stage 1, whose reduction comes after backward.
+    The model of overlap: communication runs at the same time as computation and does not slow it. It is divided into as
+    many equal pieces as there are blocks, and the first piece cannot overlap. With c seconds of communication and t
+    seconds of computation in d pieces, max(c/d, c - t (d - 1)/d) is exposed. Backward hides the reduction of gradients
+    and the second gather of stage 3; forward hides the first gather of stage 3. The gather after the update is never
+    hidden. In stages 0 to 2 without `overlap`, and in stage 1 with bf16, whose reduction comes after backward, no
+    communication is hidden.
     """
     stage, precision, d, n = config.engine.zero_stage, config.engine.precision, config.model.depth, cluster.gpus
     if n == 1:
@@ -109,7 +110,7 @@ def communication(config: Config, cluster: Cluster) -> Communication:
 
 
 def host_seconds(config: Config, cluster: Cluster) -> float:
-    """Seconds that the host of one rank needs to start an optimizer step, whatever the size of a micro-batch."""
+    """Seconds that a rank's host needs to launch an optimizer step. They do not depend on the size of a micro-batch."""
     share = config.data.batch_size // cluster.gpus
     micro_batches = share // (config.engine.micro_batch_size or share)
     if cluster.host is not None:
@@ -121,7 +122,7 @@ def host_seconds(config: Config, cluster: Cluster) -> float:
 def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, float]:
     """Seconds of forward and of backward for `images` images; backward computes checkpointed blocks again.
 
-    If tokens are routed in a part of the run, it is the mean over the run.
+    If tokens are routed in a part of the run, the result is the mean over the run.
     """
     depth, every = config.model.depth, config.engine.activation_checkpointing
     forward = mean_training_flops(config) / TRAINING_PASSES * images / (cluster.peak * cluster.mfu)
@@ -130,7 +131,7 @@ def pass_seconds(config: Config, cluster: Cluster, images: int) -> tuple[float, 
 
 
 def _ring(n: int) -> float:
-    """The part of a tensor that each of `n` ranks sends in a gather or a scatter."""
+    """The share of a tensor that each of `n` ranks sends in a gather or a scatter."""
     return (n - 1) / n
 
 

@@ -1,6 +1,6 @@
-"""Reading the rows of `data` in an .npz file: where they lie, and those of a compressed one in turn.
+"""Reads the rows of `data` in an .npz file, by offset or, if it is compressed, in order.
 
-A compressed array is inflated from its beginning, and only as far as a row: in memory there is one row at a time.
+A compressed array is inflated from its beginning, and only up to the requested row. One row at a time is in memory.
 """
 
 import zipfile
@@ -15,12 +15,12 @@ from jitscale.data.images import ImageError, UInt8Array
 
 _LOCAL_HEADER = 30  # bytes of a zip's local header before its name
 _DATA = "data.npy"
-_SKIP = 1 << 20  # bytes that are inflated at once to skip rows
+_SKIP = 1 << 20  # bytes that are inflated at once while rows are skipped
 
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What the .npy header of `data` says."""
+    """The .npy header of `data`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -29,7 +29,7 @@ class ArrayHeader:
 
     @property
     def count(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return self.shape[0]
 
     @property
@@ -51,7 +51,7 @@ class ArrayHeader:
         return sound and (is_stack or self.has_planes)
 
     def image(self, row: bytes) -> UInt8Array:
-        """The image (H, W, 3) that lies in the bytes `row`."""
+        """The image (H, W, 3) in the bytes `row`."""
         if self.has_planes:
             side = isqrt(self.row_bytes // 3)
             return np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
@@ -59,7 +59,7 @@ class ArrayHeader:
 
 
 def header_of(archive: zipfile.ZipFile) -> ArrayHeader:
-    """What the header of `data` says. Raises a KeyError if there is none, a ValueError if it is damaged."""
+    """The header of `data`. Raises a KeyError if there is none, a ValueError if it is damaged."""
     with archive.open(_DATA) as file:
         return _read_header(file)
 
@@ -74,25 +74,25 @@ def _read_header(file: IO[bytes]) -> ArrayHeader:
 
 
 def offset_of(path: Path, info: zipfile.ZipInfo, header: ArrayHeader) -> int:
-    """The byte of the zip `path` where the first row of its member `info` lies, if that is stored as it is."""
+    """The byte of the zip `path` where the first row of its member `info` begins, if that is not compressed."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
-        local = file.read(_LOCAL_HEADER)  # its extra field may have another length than the directory's
+        local = file.read(_LOCAL_HEADER)  # its extra field may differ in length from that in the directory
     name, extra = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
     return info.header_offset + _LOCAL_HEADER + name + extra + header.size
 
 
 class ArrayRows:
-    """The images of one .npz file, which should be read in ascending order."""
+    """The images of one .npz file. Read them in ascending order."""
 
     def __init__(self, path: str) -> None:
-        """Open the file. Raises an OSError, a zipfile.BadZipFile, KeyError or ValueError if it is no such file."""
+        """Open the file. Raises an OSError, zipfile.BadZipFile, KeyError or ValueError if it is no such file."""
         self.path = path
         self._archive = zipfile.ZipFile(path)
         self._file, self.header, self._next = self._opened()
 
     def image(self, row: int) -> UInt8Array:
-        """Image `row`, (H, W, 3). Raises an ImageError if the file ends before, and as the zip reader does."""
+        """Image `row`, (H, W, 3). Raises an ImageError if the file ends too early, and the errors of the zip reader."""
         if row < self._next:
             self._file.close()
             self._file, self.header, self._next = self._opened()
@@ -107,6 +107,6 @@ class ArrayRows:
         return self.header.image(data)
 
     def _opened(self) -> tuple[IO[bytes], ArrayHeader, int]:
-        """The member, its header, and the row that it then stands at."""
+        """The opened member, its header, and the number of the next row."""
         file = self._archive.open(_DATA)
         return file, _read_header(file), 0

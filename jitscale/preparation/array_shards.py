@@ -1,4 +1,4 @@
-"""Writes images from memory as shards with a manifest. (`packing_job` packs files.)"""
+"""Writes images from memory as shards with a manifest; `packing_job` packs files."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -41,14 +41,14 @@ def write_shards(
     Raises a DataError if labels, images and class names do not fit together, or the folder already holds a manifest.
 
     Args:
-        images: all of one resolution and with as many channels.
-        labels: one class an image, counted from 0.
-        output: a folder, made if it is not there.
+        images: all of the same resolution and number of channels.
+        labels: the class of each image, counted from 0.
+        output: a folder; it is made if it does not exist.
         codec: the stored form, one of `CODECS`.
-        samples_per_shard: samples of every shard but the last.
+        samples_per_shard: samples in every shard except the last.
         class_names: the names of the classes, recorded in the manifest.
-        seed: of the order. Keys remain the indices into `images`.
-        dataset: what the images are, see `Manifest.dataset`.
+        seed: seed of the order. Keys are the indices into `images`.
+        dataset: the name of the data, see `Manifest.dataset`.
     """
     folder = Path(output)
     if (folder / MANIFEST).exists():
@@ -100,9 +100,9 @@ def write_shards(
 
 
 def write_shards_once(images: Images, output: Path, **options: Any) -> str:
-    """`write_shards` with its options, unless `output` holds exactly these shards already; says which of both it was.
+    """Call `write_shards`, unless `output` holds exactly these shards already. Returns a line that says which.
 
-    Raises a DataError if `output` holds other shards; and as `write_shards`.
+    Raises a DataError if `output` holds other shards, and as `write_shards` does.
     """
     if not (output / MANIFEST).exists():
         manifest = write_shards(images, output=output, **options)

@@ -9,7 +9,7 @@ from jitscale.errors import UserError
 DIGIT_CLASSES = [str(digit) for digit in range(10)]
 
 
-MOST_PIXELS = 512  # a side: all digits together are held in memory
+MOST_PIXELS = 512  # a side; all digits together are in memory
 
 
 def digit_images(resolution: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -37,7 +37,7 @@ from jitscale.preparation.forms.tars import has_tars, images_in_folder_of_tars, 
 from jitscale.preparation.labels import Classes, CodedLabels, find_classes, label_code
 from jitscale.preparation.sources import SourcePaths, SourceTable, is_address, rows_of
 
-# What is in a file of each kind.
+# Finds the images in a file of each kind.
 FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     Kind.TAR: images_in_tar,
     Kind.TABLE: images_in_table,
@@ -46,7 +46,7 @@ FILE_FORMS: dict[Kind, Callable[[Search, Path], Images]] = {
     **dict.fromkeys(ROW_KINDS, images_in_row_file),
     Kind.ZIP: images_in_zip,
 }
-# What a folder is: the first whose sign is there; else images, or folders of classes.
+# The form of a folder is the first one that matches; if none does, it holds images or folders of classes.
 FOLDER_FORMS: list[tuple[Callable[[Listing], bool], Callable[[Search, Listing], Images]]] = [
     (is_tree, images_in_tree),
     (has_tars, images_in_folder_of_tars),
@@ -69,19 +69,19 @@ def find_sources(
 ) -> SourceTable:
     """Find all images of `inputs`.
 
-    An input is recognised by what it is; docs/data.md lists the forms. Hidden files are passed over. The labels of all
-    inputs mean the same.
+    The form of an input is recognised by its content; docs/data.md lists the forms. Hidden files are ignored. A label
+    means the same class in all inputs.
 
-    Class names that the user or the inputs give name labels that are numbers, and number labels that are names; without
-    them names are numbered in sorted order, and by number if all are numbers. `on_found` is called with a number of
-    images, now and then. Raises a DataError if an input is missing, damaged or of no known form, holds no images, or
-    its labels make no sense.
+    The user or the inputs may give class names. They name labels that are numbers, and number labels that are names.
+    Without them, names are numbered in sorted order; if all names are numbers, they are sorted by value. `on_found` is
+    called now and then with a number of images. Raises a DataError if an input is missing, damaged or of no known form,
+    holds no images, or its labels make no sense.
     """
     _refuse_twice(inputs)
     search, paths = Search(options or FindOptions()), SourcePaths()
     images = chain.from_iterable(_images_of(search, name) for name in inputs)
     names: dict[str, int] = {}
-    places: dict[int, str] = {}  # of the first label with each code
+    places: dict[int, str] = {}  # by label code: the place of the first label with it
     chunks = []
     while chunk := list(islice(images, _CHUNK)):
         rows = []
@@ -117,18 +117,18 @@ def find_sources(
 
 
 def _refuse_wrong(labels: CodedLabels, classes: Classes, places: dict[int, str]) -> None:
-    """Refuse labels of several kinds, and unknown classes; `places` are those of the first label with each code."""
+    """Refuse labels of several kinds, and unknown classes. `places` are those of the first label with each code."""
     usual = labels.kinds() == classes.kind
     for row, what, remedy in labels.wrong(classes):
         place = places[int(labels.codes[row])]
         if not usual.any():
-            raise DataError(f"{place}: has no label, but class names are given; leave them away, or give labels")
+            raise DataError(f"{place}: has no label, but class names are given; leave out the names, or give labels")
         like = "" if usual[row] else f", as in {places[int(labels.codes[usual][0])]}"
         raise DataError(f"{place}: {what}{like}; {remedy}")
 
 
 def _say_numbered(search: Search, names: list[str]) -> None:
-    """Note what class names that are numbers become: they need not be the numbers of the classes."""
+    """If all class names are numbers, note which class each becomes: the name may differ from the class number."""
     if names and all(name.isascii() and name.isdigit() for name in names):
         if [int(name) for name in names] == list(range(len(names))):
             search.note(f"the classes are called 0 to {len(names) - 1}, and each has that number")
@@ -139,7 +139,7 @@ def _say_numbered(search: Search, names: list[str]) -> None:
 
 
 def _say_passed_over(search: Search, unread: Counter[str]) -> None:
-    """Note images of kinds that are not read, by extension, and folders that are no classes."""
+    """Note the kinds of images that are not read, and the folders that are no classes."""
     if unread:
         search.note(f"not read: {described_kinds(unread)}; convert these images to .png to use them")
     if skipped := search.skipped:
@@ -152,12 +152,12 @@ def _refuse_twice(paths: Sequence[str]) -> None:
     for path in paths:
         real = path.rstrip("/") if is_address(path) else os.path.realpath(path)
         if real in first:
-            raise DataError(f"{path}: is given twice (as {first[real]} too); every image must come once, remove one")
+            raise DataError(f"{path}: is given twice (also as {first[real]}); every image must come once, remove one")
         first[real] = path
 
 
 def _images_of(search: Search, name: str) -> Images:
-    """All images of the input `name`; refuses it as `find_sources` says."""
+    """All images of the input `name`. Raises as `find_sources` does."""
     path = Path(name)
     if is_address(name):
         yield from images_at_address(search, name)
@@ -170,7 +170,7 @@ def _images_of(search: Search, name: str) -> Images:
 
 
 def _images_in_files(search: Search, pattern: str, files: Sequence[Path]) -> Images:
-    """The images of the files of a pattern; of one split if the user says which."""
+    """The images of the files of a pattern; if the user names a split, only its images."""
     rows = [file for file in files if kind_of(file) in ROW_KINDS]
     if rows and len(rows) < len(files):
         raise DataError(f"{pattern}: names Parquet or Arrow files ({len(rows)}) and others; keep one kind in a pattern")

@@ -1,8 +1,8 @@
-"""Letters drawn from the outlines of fonts: synthetic images that hold real detail at any resolution.
+"""Letters drawn from the outlines of fonts: synthetic images with real detail at any resolution.
 
-Glyph i is the same picture at every resolution, up to what its pixels can show: letter, font, colours, angle, size and
-place are functions of (seed, i). The fonts are those inside matplotlib, so that nothing is downloaded and every machine
-draws the same.
+Glyph i is the same picture at every resolution, as well as the pixels can show it: letter, font, colours, angle, size
+and place are functions of (seed, i). The fonts are part of matplotlib, so nothing is downloaded and every machine draws
+the same.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LARGEST_ANGLE = 10.0  # degrees to either side
 HEIGHTS = 0.55, 0.75  # of the image's side
 LARGEST_SHIFT = 0.05  # of the image's side, on each axis
 BRIGHTEST_GROUND, DARKEST_LETTER = 0.25, 0.5  # of each colour channel, in [0, 1]
-FINEST = 4096  # pixels of a letter's height at which its curves are indistinguishable from the lines drawn
+FINEST = 4096  # pixels of a letter's height; so finely its curves are drawn as lines
 
 
 class Glyphs:
-    """`count` glyphs as a sequence of images, drawn when they are asked for.
+    """`count` glyphs as a sequence of images; each is drawn when it is read.
 
     Raises a UserError if matplotlib is not installed.
     """
@@ -74,7 +74,7 @@ class Glyphs:
         context = renderer.new_gc()
         context.set_linewidth(0)
         context.set_antialiased(True)
-        context.set_snap(False)  # to the grid of pixels, which differs from resolution to resolution
+        context.set_snap(False)  # snapping to pixels would move a letter differently at each resolution
         renderer.draw_path(context, outline, place, (1.0, 1.0, 1.0))
         coverage = np.asarray(renderer.buffer_rgba())[..., 3:].astype(np.float64) / 255
         return np.round(255 * (ground + coverage * (letter - ground))).astype(np.uint8)
@@ -92,6 +92,6 @@ def _outline(label: int, font: int) -> Outline:
     path = TextPath((0, 0), GLYPH_CLASSES[label], size=100, prop=properties)
     low, high = path.get_extents().get_points()
     scaled = (path.vertices - (low + high) / 2) * (FINEST / (high[1] - low[1]))
-    # Curves become lines here, once and finely: drawn as curves, they would be coarser in smaller images.
+    # Curves become fine lines here, once: drawn as curves, they would be coarser in smaller images.
     lines = Outline(scaled, path.codes).cleaned(curves=False, simplify=False)
     return Outline(np.asarray(lines.vertices) / FINEST, lines.codes)

@@ -1,4 +1,4 @@
-"""What a folder of tars holds: counts, classes and their balance, statistics of a random sample, a contact sheet."""
+"""Describes a folder of tars: counts, classes and their balance, statistics of a random sample, a contact sheet."""
 
 import io
 from collections import Counter
@@ -23,47 +23,47 @@ from jitscale.keyed_random import Int64Array, Purpose, hash64
 from jitscale.preparation.processes import in_processes
 from jitscale.preparation.survey import by_place, scan_shards
 
-Record = tuple[int, int, int, bytes]  # of an index: offset, size, label, extension
+Record = tuple[int, int, int, bytes]  # an entry of an index: offset, size, label, extension
 
-# Of one image: its size in pixels; of each channel, in [0, 255], the mean and the mean square; whether all are equal.
+# One image: its size in pixels; mean and mean square of each channel, in [0, 255]; whether all channels are equal.
 IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", RGB), ("square", "<f8", RGB), ("grey", "?")])
 
 SHEET_TILES = 8  # a side of the contact sheet
 TILE = 80  # pixels a side
 CAPTION = 14  # pixels of height below a tile
 
-_SMALL_SIDES = (256, 512)  # the resolutions of the recipe: what is smaller has to be enlarged
+_SMALL_SIDES = (256, 512)  # the resolutions of the recipe: smaller images are enlarged
 _CHUNK = 32  # images a task: a few MB and some tens of milliseconds
 _GAP = 4  # pixels between tiles
 _BACKGROUND, _INK, _MISSING = (255, 255, 255), (0, 0, 0), (200, 200, 200)
-_LARGEST_SHEET = 1_000_000  # bytes; beyond, 256 colours have to do
+_LARGEST_SHEET = 1_000_000  # bytes; a larger sheet is reduced to 256 colours
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Shards as their manifest and indices describe them; images have not been looked at."""
+    """Shards as their manifest and indices describe them. No image has been opened."""
 
     paths: list[Path]  # of the tars that are there
     indices: list[IndexArray]  # one a tar
     backgrounds: list[Background]  # of transparent images, one a tar
     bytes: int
-    manifest: Manifest  # where the folder has none, the classes of a scan, and an empty codec
+    manifest: Manifest  # without one: the classes of a scan, and an empty codec
     manifest_hash: str  # as `ShardSet` computes it
-    defects: list[Defect]  # sorted; of tars that are missing, or were scanned since no index vouches for them
+    defects: list[Defect]  # sorted; of tars that are missing, or that were scanned because they have no index
 
     @property
     def samples(self) -> int:
         return sum(map(len, self.indices))
 
     def class_text(self, label: int) -> str:
-        """The number of a class, with its name if that says more."""
+        """The number of a class, and its name if it differs from the number."""
         names = self.manifest.class_names or []
         name = names[label] if label < len(names) else str(label)
         return name if name == str(label) else f"{label} {name}"
 
 
 class Look(NamedTuple):
-    """What a sample of the images looks like."""
+    """Facts about a random sample of the images."""
 
     found: npt.NDArray[np.void]  # an `IMAGE` record of each that was decoded
     undecodable: list[Defect]  # not among `found`
@@ -108,7 +108,7 @@ def collect(tars: Tars, workers: int) -> Collection:
 
 
 def balance(collection: Collection) -> dict[str, Any]:
-    """How many samples each class has: the classes with the fewest and most, the median, and who has none."""
+    """The balance of classes: those with the fewest and most samples, the median, and those without samples."""
     num_classes = collection.manifest.num_classes
     counts = np.array(count_classes(collection.indices, num_classes) or [], np.int64)
     result: dict[str, Any] = {"number": num_classes, "samples_without_label": collection.samples - int(counts.sum())}
@@ -128,7 +128,7 @@ def extensions(collection: Collection) -> dict[str, int]:
 
 
 def random_positions(total: int, count: int, seed: int) -> Int64Array:
-    """`count` of range(total) in rising order, one at random of each of `count` equal parts; all if there are fewer."""
+    """`count` random numbers of range(total), rising: one from each of `count` equal parts; all if there are fewer."""
     count = min(count, total)
     edges = np.arange(count + 1) * total // max(count, 1)
     inside = hash64(seed, Purpose.INSPECTED_SAMPLES, np.arange(count)) % np.diff(edges).astype(np.uint64)
@@ -160,7 +160,7 @@ def look(collection: Collection, count: int, seed: int, workers: int) -> Look:
 
 
 def statistics(seen: Look) -> dict[str, Any]:
-    """Sizes and colours of what was looked at; colours both in [0, 255] and as the network sees them, in [-1, 1].
+    """Sizes and colours of the sample; colours in [0, 255], and in [-1, 1] as the network sees them.
 
     Every image weighs the same, whatever its size.
     """
@@ -188,8 +188,8 @@ def statistics(seen: Look) -> dict[str, Any]:
 def contact_sheet(collection: Collection, seed: int) -> bytes:
     """A PNG of `SHEET_TILES` x `SHEET_TILES` images, of classes at equal distances, with the class below each.
 
-    With fewer classes than tiles, several images of each; without classes, random images. Raises a DataError if there
-    are no samples.
+    If there are fewer classes than tiles, a class has several tiles. Without classes, the images are random. Raises a
+    DataError if there are no samples.
     """
     chosen = _for_the_sheet(collection, seed)
     if not len(chosen):
@@ -221,7 +221,7 @@ def contact_sheet(collection: Collection, seed: int) -> bytes:
 
 
 def _look_at(task: tuple[Path, Background, list[Record]]) -> Look:
-    """Some images of one shard, in any process."""
+    """Look at some images of one shard, in any process."""
     path, background, records = task
     images, undecodable = [], []
     levels = np.arange(256)
@@ -243,7 +243,7 @@ def _look_at(task: tuple[Path, Background, list[Record]]) -> Look:
 
 
 def _read(file: OffsetReader, record: Record, background: Background) -> UInt8Array:
-    """The image (H, W, 3) of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index lies."""
+    """The image (H, W, 3) of an `INDEX` record. Raises a DataError if it cannot be decoded, or the index is wrong."""
     offset, size, _, extension = record
     try:
         data = file.read(offset, size)
@@ -253,7 +253,7 @@ def _read(file: OffsetReader, record: Record, background: Background) -> UInt8Ar
 
 
 def _by_shard(collection: Collection, samples: Int64Array) -> Iterator[tuple[int, Int64Array, Int64Array]]:
-    """Shard by shard, those of `samples` (in rising order) that lie in it, and their rows in its index."""
+    """For each shard: its number, those of `samples` (rising) that it holds, and their rows in its index."""
     lengths = [len(index) for index in collection.indices]
     ends = np.cumsum(lengths, dtype=np.int64)
     for shard, found in enumerate(np.split(samples, np.searchsorted(samples, ends[:-1]))):
@@ -277,7 +277,7 @@ def _for_the_sheet(collection: Collection, seed: int) -> Int64Array:
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of `text` as fits below a tile; Pillow's built-in font knows Latin letters."""
+    """As much of `text` as fits below a tile. Pillow's built-in font has only Latin letters."""
     text = text.encode("latin-1", errors="replace").decode("latin-1")
     while font.getlength(text) > TILE:
         text = text[:-1]

@@ -1,4 +1,4 @@
-"""Labels as users write them, class numbers, class names or none, and the classes that they mean together."""
+"""Labels as users write them (class numbers, class names or none), and the classes that follow from all of them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from jitscale.data.tar_index import NO_LABEL, class_number
 from jitscale.keyed_random import Int64Array
 
-REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label, of which somebody else tells the user
+REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label; the caller reports it
 
 _FIRST_NAME = NO_LABEL - 1
 _NAMES_SHOWN = 3  # at each end
@@ -19,7 +19,7 @@ _LIKE_A_NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?")
 
 
 class Kind(IntEnum):
-    """What a label is. Of two kinds with as many labels, the first is taken for what is meant."""
+    """The kinds of labels. If two kinds have equally many labels, the first one here wins."""
 
     NUMBER = 0
     NAME = 1
@@ -31,7 +31,7 @@ _EXPECTED = {Kind.NUMBER: "a number", Kind.NAME: "a class name", Kind.NONE: "non
 
 
 def parse_label(text: str | None) -> int | str | None:
-    """The class number or the class name that `text` is; None for nothing, and for a number that no class has."""
+    """The class number or class name in `text`; None if it is empty, or a number that no class can have."""
     number = class_number(text or "", {})
     if number is None and text and not _LIKE_A_NUMBER.fullmatch(text):
         return text
@@ -47,9 +47,9 @@ def label_code(label: int | str | None, names: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Classes:
-    """What a set of labels means."""
+    """The classes that a set of labels has."""
 
-    kind: Kind  # that all labels should have
+    kind: Kind  # the kind that all labels should have
     names: list[str] | None  # in the order of their numbers
     number: int
 
@@ -76,7 +76,7 @@ class CodedLabels:
         return numbers
 
     def wrong(self, classes: Classes) -> Iterator[tuple[int, str, str]]:
-        """Labels of another kind, then labels of no class: each with its row, what is wrong, and the remedy."""
+        """Labels of another kind, then labels of no class: of each the row, the fault and the remedy."""
         kinds, numbers = self.kinds(), self.numbers(classes)
         for row in np.flatnonzero((kinds != classes.kind) & (kinds != Kind.REFUSED)).tolist():
             what = f"has {self._text(row)} where {_EXPECTED[classes.kind]} is expected"
@@ -94,13 +94,13 @@ class CodedLabels:
 
 
 def find_classes(parts: Sequence[CodedLabels], class_names: list[str] | None) -> Classes:
-    """The classes that the labels of all `parts` mean: labels are all numbers, or all class names, or there are none.
+    """The classes of the labels of all `parts`: labels are all numbers, or all class names, or there are none.
 
-    Names are numbered in the order of `class_names`, and where that is None in sorted order: by number if all names are
-    numbers, as the names of folders may be (2 before 10).
+    Names are numbered in the order of `class_names`. If that is None, they are sorted; if all names are numbers, as
+    names of folders may be, they are sorted by value (2 before 10).
     """
     counts = sum((np.bincount(part.kinds(), minlength=len(Kind)) for part in parts), np.zeros(len(Kind), np.int64))
-    # Whoever names the classes has labels: samples without one are then mistakes, however many.
+    # If the user names the classes, there are labels: samples without one are then mistakes, however many there are.
     kind = Kind(int(np.argmax(counts[: Kind.REFUSED if class_names is None else Kind.NONE])))
     if kind == Kind.NONE:
         return Classes(kind, None, 0)

@@ -1,4 +1,4 @@
-"""Writing one shard: a tar by webdataset, with its index and keys beside it."""
+"""Writes one shard: a tar by webdataset, with its index and keys next to it."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from jitscale.files import atomic_write, sha256_of
 from jitscale.preparation.reading import SourceReader
 from jitscale.preparation.sources import Source
 
-ORIGINAL = "original"  # a codec of `pack_shard`: the files as they came
+ORIGINAL = "original"  # a codec of `pack_shard`: the files as they are
 
-Sample = dict[str, "str | bytes"]  # as webdataset writes it: __key__, the image under its extension, and maybe cls
+Sample = dict[str, "str | bytes"]  # for webdataset: __key__, the image under its extension, and maybe cls
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be written from images that lie anywhere. Small enough to be sent to another process."""
+    """One shard to be written, from images in any files. It is small enough to be sent to another process."""
 
     path: Path  # of the shard
     root: str  # relative paths of sources start here
     sources: dict[int, Source]  # by number, which becomes the key
     codec: str  # one of CODECS, or ORIGINAL
     resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
-    most_bad: int  # inputs that may be bad
+    most_bad: int  # most inputs that may be bad
     background: Background = WHITE  # of transparent images
     channels: int = images.RGB  # of the images that are stored
-    image_column: str | None = None  # of inputs with several
+    image_column: str | None = None  # for inputs with several columns of images
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class PackedShard:
     record: ShardRecord
     enlarged: int  # images whose short side was smaller than the resolution
     transparent: int  # images with transparent pixels
-    bad: list[BadInput]  # left out
+    bad: list[BadInput]  # inputs that were left out
 
 
 class TooManyBadError(Exception):
-    """A shard was given up, because more of its inputs are bad than its task allows."""
+    """A shard was abandoned, because more of its inputs are bad than its task allows."""
 
     def __init__(self, bad: list[BadInput]) -> None:
         super().__init__(bad)
@@ -63,8 +63,8 @@ def shard_number(name: str) -> int:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
-    """Write one shard, maybe without samples, with its index and keys; equal samples give equal bytes."""
-    from webdataset import TarWriter  # noqa: PLC0415  # imports torch, which only processes that write shards need
+    """Write one shard with its index and keys. It may have no samples. Equal samples give equal bytes."""
+    from webdataset import TarWriter  # noqa: PLC0415  # it imports torch, which only processes that write shards need
 
     with atomic_write(path) as file, TarWriter(file, mtime=0) as tar:
         for sample in samples:
@@ -77,11 +77,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
 
 
 def pack_shard(task: ShardTask) -> PackedShard:
-    """Read, check, crop and store the images of one shard; those that cannot be used are left out and listed.
+    """Read, check, crop and store the images of one shard. Images that cannot be used are left out and listed.
 
-    Raises a TooManyBadError if more than `task.most_bad` cannot be used, an OSError if the shard cannot be written, a
-    StorageError if the storage of an image fails, and a DataError if images cannot be read for a reason that lies in
-    this process, such as too little memory.
+    Raises a TooManyBadError if more than `task.most_bad` images cannot be used, an OSError if the shard cannot be
+    written, a StorageError if the storage of an image fails, and a DataError if this process is the reason, for example
+    if it has too little memory.
     """
     bad: list[BadInput] = []
     enlarged = transparent = 0
@@ -106,7 +106,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
                 continue
             except MemoryError as error:
                 remedy = "give the same command with fewer --workers"
-                raise DataError(f"{source.place}: takes more memory than there is; {remedy}") from error
+                raise DataError(f"{source.place}: needs more memory than there is; {remedy}") from error
             enlarged += min(image.shape[:2]) < task.resolution
             transparent += see_through
             sample: Sample = {"__key__": f"{number:09d}", extension: data}

@@ -1,11 +1,11 @@
-"""A packing job: any number of processes write the shards of one input, and any of them may die at any time.
+"""A packing job: any number of processes write the shards of one input. Any of them may die at any time.
 
     DIR/shard-000000.tar, .index.npy, .keys.npy   as `packing` writes them
     DIR/manifest.json                      written last
     DIR/packing.json, .packing/plan.json   see `packing_plan`
-    DIR/.packing/shard-000000.json         commit record: this shard is whole, and what was left out of it
+    DIR/.packing/shard-000000.json         commit record: this shard is complete; lists the inputs left out of it
 
-A shard depends on the plan and its number alone, so that every process writes the same bytes.
+A shard depends only on the plan and its number, so every process writes the same bytes.
 """
 
 import json
@@ -43,10 +43,10 @@ from jitscale.preparation.packing_plan import (
 from jitscale.preparation.processes import WorkerDiedError, in_processes
 from jitscale.preparation.sources import Storage, located
 
-_REFRESH_SECONDS = 30.0  # between two looks at what other tasks have finished
+_REFRESH_SECONDS = 30.0  # between two looks for shards that other tasks have finished
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240  # bytes; a tar's size is a multiple of the record
 _NPY_HEADER = 128  # bytes
-_SIZES_LOOKED_AT = 1000  # files
+_SIZES_LOOKED_AT = 1000  # files whose sizes are looked up for the estimate
 _FEW = 3  # bad inputs in an error message
 
 
@@ -56,10 +56,10 @@ class PackingJob:
     def __init__(
         self, folder: Path, options: PackingOptions, most_bad: int | None = None, on_found: OnFound = lambda count: None
     ) -> None:
-        """Plan the job, or take part in it if it was planned before. `on_found` is as of `find_sources`.
+        """Plan the job, or join it if it was planned before. For `on_found` see `find_sources`.
 
-        `most_bad` inputs may be bad, in this and other tasks' shards. Raises a DataError if the input makes no sense,
-        the folder cannot be used, or the job was begun with other options.
+        At most `most_bad` inputs may be bad, over the shards of all tasks. Raises a DataError if the input makes no
+        sense, the folder cannot be used, or the job was begun with other options.
         """
         if not (folder / FOLDER).exists():
             make_plan(folder, options, on_found)
@@ -67,16 +67,16 @@ class PackingJob:
         refuse_other_options(folder, options, plan["options"])
         self.folder = folder
         self.options = options
-        self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all
+        self.shards = range(-(-len(self.inputs) // options.samples_per_shard))  # the numbers of all shards
         self._most_bad = default_most_bad(len(self.inputs)) if most_bad is None else most_bad
         self._root: str = plan["root"]
         self._order = self.inputs.order(options.seed)
         self._packed: dict[int, PackedShard] = {}
-        self._bad: list[BadInput] = []  # left out of the shards written so far
+        self._bad: list[BadInput] = []  # inputs left out of the shards written so far
         self._refresh()
 
     def missing(self, shards: Sequence[int]) -> list[int]:
-        """Those of `shards` that are not written, as far as is known."""
+        """Those of `shards` that are not written, as far as this task knows."""
         return [shard for shard in shards if shard not in self._packed]
 
     def images_of(self, shards: Sequence[int]) -> int:
@@ -84,10 +84,10 @@ class PackingJob:
         return sum(len(self._slice(shard)) for shard in shards)
 
     def run(self, shards: Sequence[int], workers: int) -> Generator[PackedShard, None, None]:
-        """Write those of `shards` that are missing in `workers` processes, and yield each as it is finished.
+        """Write the missing ones of `shards` in `workers` processes, and yield each when it is finished.
 
         Raises a DataError if too many inputs are bad, or a shard cannot be written, and a UserError if a worker died.
-        What is finished stays.
+        Finished shards stay.
         """
         self._check_bad()
         tasks = map(self._task, self.missing(shards))
@@ -103,17 +103,17 @@ class PackingJob:
                     self._check_bad()
         except packing.TooManyBadError as error:
             self._check_bad(error.bad)
-            raise  # never: a shard is given up only beyond the limit
+            raise  # never reached: a shard is abandoned only beyond the limit
         except WorkerDiedError as error:
             left = next(self.folder.glob(f".shard-*.{error.pid}.partial"), None)  # see `atomic_write`
             shard = "nothing yet" if left is None else shard_name(shard_number(left.name[1:].partition(".")[0]))
-            remedy = f"give the same command again to go on, maybe with fewer --workers than {workers}"
-            raise UserError(f"{error.what} while it wrote {shard}; all finished shards stay: {remedy}") from error
+            remedy = f"the same command continues; maybe use fewer --workers than {workers}"
+            raise UserError(f"{error.what} while it wrote {shard}; all finished shards stay, and {remedy}") from error
 
     def finish(self) -> Manifest | None:
-        """Write the manifest if all shards are there; None if other tasks still have to write some.
+        """Write the manifest if all shards are there. Returns None if other tasks still have to write some.
 
-        Several tasks may do so at once. Raises a DataError if too many inputs are bad, or all are.
+        Several tasks may call this at once. Raises a DataError if too many inputs are bad, or all are.
         """
         self._refresh()
         self._check_bad()
@@ -139,14 +139,14 @@ class PackingJob:
             channels=self.options.channels,
         )
         if manifest.total == 0:
-            raise DataError(f"{self.folder}: not one of {len(bad)} images can be used ({_few(bad)}); correct --input")
+            raise DataError(f"{self.folder}: none of the {len(bad)} images can be used ({_few(bad)}); correct --input")
         write_options(self.folder, self.options, self._root)
         manifest.write(self.folder / MANIFEST)
         remove_leftovers(self.folder)
         return manifest
 
     def bytes_to_write(self) -> int:
-        """Bytes that the missing tars will take; exact for raw if no input is bad, elsewhere an estimate."""
+        """Bytes that the missing tars will take: exact for raw if no input is bad, else an estimate."""
         cropped = _NPY_HEADER + self.options.channels * self.options.resolution**2
         image = self._mean_size() if self.options.codec == ORIGINAL else cropped
         sample = _TAR_BLOCK + _padded(image, _TAR_BLOCK)
@@ -176,7 +176,7 @@ class PackingJob:
             try:
                 path = located(source.path, self._root)
                 sizes.append(os.stat(path).st_size if source.storage == Storage.FILE else source.size)
-            except (OSError, ValueError):  # it will be met as a bad input
+            except (OSError, ValueError):  # packing will list it as a bad input
                 continue
         return int(np.mean(sizes)) if sizes else 0
 
@@ -200,22 +200,22 @@ class PackingJob:
         return self._order[shard * size : (shard + 1) * size]
 
     def _check_bad(self, more: Sequence[BadInput] = ()) -> None:
-        """Refuse too many bad inputs; `more` are those of a shard that was given up."""
+        """Refuse too many bad inputs; `more` are those of a shard that was abandoned."""
         bad = [*self._bad, *more]
         if len(bad) > self._most_bad:
             raise DataError(
                 f"{self.folder}: {len(bad)} of {len(self.inputs)} images cannot be used, the limit is {self._most_bad} "
-                f"({_few(bad)}); what was written stays: mend --input, or go on with --max-bad {len(bad)} or more"
+                f"({_few(bad)}); finished shards stay: correct --input, or continue with --max-bad {len(bad)} or more"
             )
 
 
 def default_most_bad(images: int) -> int:
-    """How many of `images` may be bad by default: as many as while training."""
+    """How many of `images` may be bad by default: the same share as in training."""
     return max(10, images // 10_000)
 
 
 def finished(folder: Path, options: PackingOptions) -> Manifest | None:
-    """The manifest of a job that is done; None if it is not.
+    """The manifest of a finished job; None if the job is not finished.
 
     Raises a DataError if the shards were written with other options, or are damaged.
     """
@@ -246,7 +246,7 @@ def finished(folder: Path, options: PackingOptions) -> Manifest | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove files that a finished job does not need any more; another task may be doing so."""
+    """Remove files that a finished job no longer needs. Another task may do the same at the same time."""
     for pattern in (f"{FOLDER}.*.partial", FOLDER):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -255,13 +255,13 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# Commit records, and the shards that they vouch for
+# Commit records, and the shards that they describe
 
 
 def _pack(task: ShardTask) -> PackedShard:
-    """Write one shard and its commit record, in any process; raises as `pack_shard`, with remedies."""
-    warnings.filterwarnings("ignore", module="PIL")  # about large or odd images, which are used all the same
-    remedy = "all finished shards stay: make room or mend the storage, and give the same command again"
+    """Write one shard and its commit record, in any process. Raises as `pack_shard` does, with remedies."""
+    warnings.filterwarnings("ignore", module="PIL")  # it warns of large or unusual images, which are used nevertheless
+    remedy = "all finished shards stay: make room or repair the storage, and give the same command again"
     try:
         with data_error(f"{task.path}: cannot be written", remedy):
             packed = packing.pack_shard(task)
@@ -272,7 +272,7 @@ def _pack(task: ShardTask) -> PackedShard:
 
 
 def _read_record(path: Path) -> PackedShard | None:
-    """None for a damaged one: its shard is then written again."""
+    """The record in the file `path`; None if it is damaged: its shard is then written again."""
     try:
         values = json.loads(path.read_bytes())
         bad = [BadInput(**one) for one in values["bad"]]

@@ -1,7 +1,7 @@
-"""The plan of a packing job: its options, and the images that it packs. The first task makes it, all others read it.
+"""The plan of a packing job: its options, and the images that it packs. The first task makes it; all others read it.
 
-DIR/packing.json                     the options of the command; it stays beside the manifest
-DIR/.packing/plan.json, inputs.npz   what is to be written
+DIR/packing.json                     the options of the command; it stays next to the manifest
+DIR/.packing/plan.json, inputs.npz   the shards to write
 """
 
 import json
@@ -24,7 +24,7 @@ from jitscale.preparation.sources import SourceTable, is_address
 
 PACKING_CODECS = (*CODECS, ORIGINAL)
 FOLDER = ".packing"
-DAMAGED_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # what it raises
+DAMAGED_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # errors of reading it
 
 _PLAN, _INPUTS = "plan.json", "inputs.npz"
 _OPTIONS = "packing.json"
@@ -42,7 +42,7 @@ class PackingOptions:
     seed: int  # of the order
     background: str = str(WHITE)  # of transparent images, as `parse_background` reads it
     channels: int = RGB  # of the images that are stored
-    finding: FindOptions = field(default_factory=FindOptions)  # what the user says about the input
+    finding: FindOptions = field(default_factory=FindOptions)  # facts about the input that the user gives
 
     def __post_init__(self) -> None:
         """Raises a DataError at an unknown codec or background, or a number out of its range."""
@@ -62,7 +62,7 @@ class PackingOptions:
 
 
 def make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
-    """Put the plan into the folder. Of several tasks that do so at once one wins, and the others use its plan.
+    """Put the plan into the folder. If several tasks do so at once, one wins, and the others use its plan.
 
     Raises a DataError if the input makes no sense, or the folder cannot be written to.
     """
@@ -72,7 +72,7 @@ def make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
         scratch = tempfile.TemporaryDirectory(prefix=f"{FOLDER}.", suffix=".partial", dir=folder)
     with scratch:
         if foreign is not None and not (folder / FOLDER).exists():  # another task may just have begun
-            raise DataError(f"{foreign}: is there, but no job that wrote it; remove it or choose another --output")
+            raise DataError(f"{foreign}: is there, but belongs to no packing job; remove it or choose another --output")
         inputs = find_sources(options.input, options.finding, on_found)
         aside = Path(scratch.name) / FOLDER
         try:
@@ -90,11 +90,11 @@ def make_plan(folder: Path, options: PackingOptions, on_found: OnFound) -> None:
                 "inputs_sha256": sha256_of(aside / _INPUTS),
             }
             write_json(aside / _PLAN, plan)
-            # The rename fails if the folder is there. That decides between tasks, on any file system.
+            # The rename fails if the folder exists, on any file system. So exactly one task wins.
             aside.rename(folder / FOLDER)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists():
-                return  # others have finished, and removed this plan as a leftover
+                return  # other tasks have finished the job, and removed this plan as a leftover
             if not (folder / FOLDER / _PLAN).exists():
                 what = f"the plan cannot be written ({error.strerror})"
                 raise DataError(f"{folder}: {what}; make room and start again") from error
@@ -122,12 +122,12 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], SourceTable]:
         if lost and (folder / MANIFEST).exists():
             raise
         what = "is not whole" if lost else f"cannot be read ({error})"
-        raise DataError(f"{path}: {what}; remove it and start again, all shards are then written anew") from error
+        raise DataError(f"{path}: {what}; remove it and start again; all shards are then written again") from error
     return plan, inputs
 
 
 def refuse_other_options(folder: Path, options: PackingOptions, begun: dict[str, Any]) -> None:
-    """Raise a DataError if a job was `begun` with other options."""
+    """Raise a DataError if the job in `folder` was `begun` with other options."""
     given = _from_root(_recorded(options), os.getcwd())
     flags = {key: f"--{key.replace('_', '-')}" for key in given if begun.get(key) != given[key]}
     if flags:
@@ -137,12 +137,12 @@ def refuse_other_options(folder: Path, options: PackingOptions, begun: dict[str,
 
 
 def write_options(folder: Path, options: PackingOptions, root: str) -> None:
-    """Keep the options of a job that is done; relative paths of the input start at `root`."""
+    """Store the options of a finished job. Relative paths of the input start at `root`."""
     write_json(folder / _OPTIONS, {"options": _from_root(_recorded(options), root), "root": "/"})
 
 
 def refuse_options_unlike_kept(folder: Path, options: PackingOptions) -> None:
-    """Raise a DataError if `write_options` kept other options in `folder`, or they are damaged; not without any."""
+    """Raise a DataError if `folder` has stored options (see `write_options`) that differ or are damaged."""
     path = folder / _OPTIONS
     if path.exists():
         with data_error(f"{path}: cannot be read", "remove it: the shards do not need it", (OSError, *DAMAGED_JSON)):
@@ -152,13 +152,13 @@ def refuse_options_unlike_kept(folder: Path, options: PackingOptions) -> None:
 
 
 def _recorded(options: PackingOptions) -> dict[str, Any]:
-    """The options by the names of their flags, with `_` for `-`."""
+    """The options by the names of their flags, with `_` in place of `-`."""
     values = asdict(options)
     return {**values, **values.pop("finding")}
 
 
 def _from_root(options: dict[str, Any], folder: str) -> dict[str, Any]:
-    """`options` with the paths of the input, which are relative to `folder`, as absolute ones."""
+    """`options` with absolute paths of the input; the given ones are relative to `folder`."""
     paths = options["input"]
     absolute = [path if is_address(path) else os.path.normpath(os.path.join(folder, path)) for path in paths]
     return {**options, "input": absolute}

@@ -22,14 +22,14 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they ask the whole group of processes to stop
-_STOP_SECONDS = 10.0  # a worker finishes the image at hand within this
-# The exit code of a process whose own one was read by another thread: the pool's waits for the processes too.
+_STOP_SECONDS = 10.0  # a worker finishes its current image within this time
+# The exit code that we see if a thread of the pool, which also waits for the processes, has read the real one.
 _READ_BY_ANOTHER = 255
-_SIGNAL_SECONDS = 1.0  # between the arrival of a signal at two processes of a group
+_SIGNAL_SECONDS = 1.0  # a signal to a group reaches all its processes within this time
 
 
 class WorkerDiedError(DataError):
-    """A worker process died. `what` says how, to begin a message with."""
+    """A worker process died. `what` says how; a message begins with it."""
 
     def __init__(self, pid: int, what: str, workers: int) -> None:
         super().__init__(f"{what}; start again, maybe with fewer --workers than {workers}")
@@ -39,12 +39,12 @@ class WorkerDiedError(DataError):
 def in_processes(
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int, preload: Sequence[str] = ()
 ) -> Generator[tuple[int, Result], None, None]:
-    """`work(task)` of every task with the task's number, as they are finished, by at most `workers` processes.
+    """Run `work(task)` for every task in at most `workers` processes; yields number and result as tasks finish.
 
-    One worker, or the worker of a single task, is this process itself. The processes end with the generator. `work` is
-    a function of a module. What it raises is raised here, and ends the other tasks. `tasks` are read as they are
-    needed. Of `preload`, the modules that `work` imports, all workers share the memory. Raises a WorkerDiedError if a
-    process died, and what `check_socket_folder` does.
+    If there is one worker or one task, this process does the work itself. The processes end with the generator. `work`
+    is a function of a module. An error of `work` is raised here, and the other tasks are cancelled. `tasks` are read as
+    they are needed. `preload` names modules that `work` imports: the workers share their memory. Raises a
+    WorkerDiedError if a process died, and the errors of `check_socket_folder`.
     """
     numbered = enumerate(tasks)
     first = list(islice(numbered, 2 * workers))
@@ -63,13 +63,13 @@ def in_processes(
     running: dict[Future[Result], int] = {}
 
     def submit(more: Iterable[tuple[int, Task]]) -> None:
-        # This may start processes. They inherit that signals wait, until they handle them. The server that forks the
-        # workers never handles them, so it outlives the workers.
+        # This may start processes. They inherit the block, and unblock the signals once they handle them. The server
+        # that forks the workers never unblocks them, so it outlives the workers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             for number, task in more:
                 running[pool.submit(_run, work, task)] = number
-                team.update(set(multiprocessing.active_children()) - others)  # at once: one that dies is not listed
+                team.update(set(multiprocessing.active_children()) - others)  # at once: dead processes are not listed
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -100,7 +100,7 @@ def _death(team: Collection[BaseProcess]) -> WorkerDiedError:
     ended = [process for process in team if process.exitcode not in (None, 0, -signal.SIGTERM)]
     dead = min(ended, key=lambda one: one.exitcode == _READ_BY_ANOTHER, default=None)
     if dead is None:
-        time.sleep(_SIGNAL_SECONDS)  # all were asked to stop, and so is this process: its own signal may come later
+        time.sleep(_SIGNAL_SECONDS)  # the whole group was asked to stop: this process's own signal may come a bit later
     process = dead or min(team, key=lambda one: one.pid or 0)
     code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -109,7 +109,7 @@ def _death(team: Collection[BaseProcess]) -> WorkerDiedError:
 
 
 def _start_worker() -> None:
-    """End on SIGTERM, which the main process sends, and with the main process, however that ends."""
+    """Make this worker end at the SIGTERM of the main process, and when the main process ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
@@ -124,7 +124,7 @@ def _end_with_parent() -> None:
 
 
 def _run(work: Callable[[Task], Result], task: Task) -> Result:
-    """`work(task)` in a worker process; SIGTERM unwinds it, so that it leaves no partial files."""
+    """Run `work(task)` in a worker process. SIGTERM unwinds it, so that it leaves no partial files."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the unwinding
@@ -134,6 +134,6 @@ def _run(work: Callable[[Task], Result], task: Task) -> Result:
     try:
         return work(task)
     except SystemExit:
-        os._exit(0)  # the executor would go on with the next task
+        os._exit(0)  # else the executor would start the next task
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The bytes of one image, however it is stored."""
+"""Reads the bytes of one image, however it is stored."""
 
 import errno
 import stat
@@ -23,15 +23,15 @@ MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and ar
 
 _MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
 _DAMAGED_ARRAYS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError)
-# The process is at fault, not the file: going on would drop good images.
+# These are faults of the process, not of the file: to continue would drop good images.
 _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class SourceReader:
-    """Reads images one after the other. Neighbours in a row group are cheap, see `SourceTable.order`."""
+    """Reads images one after the other. Neighbours in a row group cost little, see `SourceTable.order`."""
 
     def __init__(self, root: str, image_column: str | None = None) -> None:
-        """Relative paths of sources start at `root`; `image_column` is that of files with several."""
+        """Relative paths of sources start at `root`. `image_column` is for files with several columns of images."""
         self._root = root
         self._image_column = image_column
         self._open_file = lru_cache(_MOST_OPEN_FILES)(self._opened)
@@ -40,7 +40,7 @@ class SourceReader:
     def read(self, source: Source) -> tuple[bytes, str]:
         """The bytes of an image and its extension, one of EXTENSIONS.
 
-        An `ImageError` is its fault, a StorageError the disk's, a DataError this process's.
+        Raises an ImageError if the image is bad, a StorageError if the disk fails, a DataError if this process fails.
         """
         try:
             if source.storage == Storage.ARRAY:
@@ -57,7 +57,7 @@ class SourceReader:
                 remedy = "raise the limits of the process, or use fewer workers"
                 raise DataError(f"{source.place}: {what}; {remedy}") from error
             if not is_wrong_path(error):  # good images must not be left out because a file server was away
-                remedy = "give the same command when the storage works; a file that is removed is listed as a bad image"
+                remedy = "give the same command when the storage works; a removed file is listed as a bad image"
                 raise StorageError.of(error, f"{source.place}: {what}; {remedy}") from error
             raise ImageError(what) from error
         if source.storage == Storage.PLANES:
@@ -91,13 +91,13 @@ class SourceReader:
 
 @lru_cache(1)
 def _image_rows(path: str, storage: Storage, chosen: str | None) -> ImageRows:
-    """Of the whole process: a shard goes on in the row group in which the one before it ended."""
+    """The rows of a file; kept by the process, because a shard continues in the row group where the last one ended."""
     file = open_rows(path, storage)
     return ImageRows(file, image_column(file, chosen))
 
 
 def _inflated(data: bytes) -> bytes:
-    """What a zip stores as `data`."""
+    """The bytes that a zip stores compressed as `data`."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = stream.decompress(data, MOST_BYTES)
@@ -109,7 +109,7 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _from_planes(data: bytes) -> tuple[str, bytes]:
-    """Bytes of three planes, as `encode` gives the image."""
+    """Extension and bytes of an image that is stored as three planes, see `encode`."""
     side = isqrt(len(data) // 3)
     planes = np.frombuffer(data, np.uint8).reshape(3, side, side)
     return encode(planes.transpose(1, 2, 0), "raw")

@@ -1,7 +1,7 @@
-"""Files whose rows hold images, Parquet and Arrow. All that is asked of pyarrow, an extra, is here.
+"""Files whose rows hold images: Parquet and Arrow. All use of pyarrow, which is an extra, is here.
 
-Rows come in batches, in the order of the file, and only the columns that are asked for are read: memory stays bounded.
-Rows of a group lie together: a row group of Parquet, or all rows of an Arrow file.
+Rows come in batches, in the order of the file. Only the requested columns are read, so memory stays bounded. Rows of a
+group lie together: a row group of Parquet, or all rows of an Arrow file.
 """
 
 import io
@@ -21,18 +21,18 @@ from jitscale.data.remote import retried
 from jitscale.errors import DataError, data_error, first_line
 from jitscale.preparation.sources import Storage, is_address
 
-_IMAGES = 64  # rows with images of one batch
-_BUFFER = 1 << 20  # bytes that are read at once; without it pyarrow holds the images of a whole row group
-_MAPPED = 100  # rows of a mapped stream that are read one after the other
-_DECODED = 1000  # likewise of a row group, since to begin within it all before has to be decoded
-_PASSED_OVER = 8 << 30  # bytes of one row group that may be decoded so
+_IMAGES = 64  # rows in a batch with images
+_BUFFER = 1 << 20  # bytes that are read at once; by default pyarrow holds the images of a whole row group
+_MAPPED = 100  # rows of a mapped stream that stay neighbours
+_DECODED = 1000  # rows of a row group that stay neighbours: to begin inside it, all rows before must be decoded
+_PASSED_OVER = 8 << 30  # most bytes of one row group that may be decoded only to get to later rows
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _FILE_MAGIC = b"ARROW1"  # of an Arrow file with a footer
 _BYTES, _PATH = "bytes", "path"  # fields of an image's struct, as the Hugging Face hub has it
 
 
 class Column(Enum):
-    """What a column may be of use for."""
+    """What a column can hold."""
 
     STRUCT = auto()  # an image: its bytes, and maybe its path
     BINARY = auto()  # an image: its bytes
@@ -47,7 +47,7 @@ class Batch:
     first: int  # number of the first row in the file
     group: int
     rows: int
-    columns: Any  # pyarrow.RecordBatch with those that were asked for, or None for none
+    columns: Any  # pyarrow.RecordBatch with the requested columns; None if none was requested
 
     def values(self, column: str) -> list[object]:
         """The values of a column, one a row."""
@@ -59,7 +59,7 @@ class Batch:
         return self._field(image, _BYTES)
 
     def paths(self, image: str) -> list[str | None]:
-        """The path of each image, where the file says one."""
+        """The path of each image, if the file says it."""
         found = None if self.columns is None or image not in self.columns.schema.names else self._field(image, _PATH)
         return [None] * self.rows if found is None else found.to_pylist()
 
@@ -74,11 +74,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stored:
-    """How the images of a group lie there."""
+    """How the images of a group are stored."""
 
-    without_bytes: bool  # all of them, as far as is known: a path at most
+    without_bytes: bool  # as far as is known, no image has bytes, at most a path
     mean: int  # bytes of an image
-    together: int  # so many rows should be read one after the other
+    together: int  # the number of rows that should be read one after the other
 
 
 class RowFile(ABC):
@@ -90,25 +90,25 @@ class RowFile(ABC):
 
     @abstractmethod
     def batches(self, columns: Sequence[str], rows: int = 0, start: int = 0) -> Iterator[Batch]:
-        """All rows from that group on in which row `start` lies, at most `rows` at a time (0: as the file has them).
+        """All rows from the group of row `start` on, at most `rows` at a time (0: as many as the file has in a batch).
 
-        `columns` are names, or the fields `image.bytes` and `image.path` of one. Raises as `damage` says.
+        `columns` are names, or the fields `image.bytes` and `image.path` of a column. Raises as `damage` does.
         """
 
     @abstractmethod
     def stored(self, image: str, batch: Batch) -> Stored:
-        """How the images of the column `image` lie in the group of `batch`."""
+        """How the images of the column `image` are stored in the group of `batch`."""
 
     @abstractmethod
     def end_of_way(self, batch: Batch) -> int:
-        """Rows from `batch` up to this one are reached by reading on, others sooner by beginning at them."""
+        """Rows up to this one are reached fastest by reading on from `batch`; later rows by beginning anew."""
 
     def columns(self) -> dict[str, Column]:
         """All columns of the file, in order."""
         return {field.name: _column(field.type) for field in self._schema}
 
     def features(self) -> dict[str, Any]:
-        """What the library `datasets` notes about each column; nothing in files of others."""
+        """The notes of the library `datasets` about each column; empty for files of other programs."""
         found: Any = (self._schema.metadata or {}).get(b"huggingface")
         if found is None:
             return {}
@@ -123,7 +123,7 @@ class RowFile(ABC):
         return self._field(image, _BYTES) or image
 
     def path_of(self, image: str) -> str | None:
-        """The name of the paths of the column `image`, for `batches`, if it has some."""
+        """The name of the paths of the column `image`, for `batches`; None if it has no paths."""
         return self._field(image, _PATH)
 
     def _field(self, image: str, name: str) -> str | None:
@@ -151,7 +151,7 @@ def damage(path: str) -> Iterator[None]:
         with data_error(f"{path}: cannot be read", "download or write it again", OSError):
             yield
     except ArrowException as error:
-        what = f"is damaged, or written as pyarrow cannot read ({first_line(error)})"
+        what = f"is damaged, or pyarrow cannot read it ({first_line(error)})"
         raise DataError(f"{path}: {what}; download or write it again") from error
 
 
@@ -196,7 +196,7 @@ class _ParquetRows(RowFile):
 
 
 class _ArrowRows(RowFile):
-    """A mapped file, whose batches are used where they lie."""
+    """A memory-mapped file; its batches are used in place."""
 
     def __init__(self, path: str) -> None:
         import pyarrow  # noqa: PLC0415  # as above
@@ -220,11 +220,11 @@ class _ArrowRows(RowFile):
             first += len(batch)
 
     def end_of_way(self, batch: Batch) -> int:
-        return sys.maxsize  # batches that are passed over are only mapped
+        return sys.maxsize  # skipped batches are only mapped, not read
 
     def stored(self, image: str, batch: Batch) -> Stored:
         found = batch.images(image)
-        # Batches of a file with a footer may be compressed: they are read in turn. Those of a stream hardly ever are.
+        # Batches of a file with a footer may be compressed, so they are read in order. Those of a stream rarely are.
         together = sys.maxsize if self._has_footer else _MAPPED
         return Stored(found.null_count == batch.rows, found.nbytes // batch.rows, together)
 
@@ -242,7 +242,7 @@ class _ArrowRows(RowFile):
 
 
 class ImageRows:
-    """The images of one file, of which the rows should be asked for in ascending order."""
+    """The images of one file. Ask for its rows in ascending order."""
 
     def __init__(self, file: RowFile, image: str) -> None:
         """`image` is the column."""
@@ -251,7 +251,7 @@ class ImageRows:
         self._batch: Batch | None = None
 
     def read(self, row: int) -> bytes:
-        """The bytes of an image. Raises an ImageError if it has none or is damaged, an OSError as the storage does."""
+        """The bytes of an image. Raises an ImageError if it has none or is damaged, an OSError if the storage fails."""
         from pyarrow import ArrowException  # noqa: PLC0415  # as above
 
         try:
@@ -279,7 +279,7 @@ class ImageRows:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file on the hub; what fails is tried again, as all remote storage is."""
+    """A file on the hub. A failed read is tried again, as for all remote storage."""
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ def _column(kind: Any) -> Column:
 
     if types.is_struct(kind):
         fields = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
-        unfilled = _PATH in fields and types.is_null(fields.get(_BYTES, kind))  # all images are named by path
+        unfilled = _PATH in fields and types.is_null(fields.get(_BYTES, kind))  # all images are given by path
         return Column.STRUCT if unfilled or _is_binary(fields.get(_BYTES)) else Column.OTHER
     if _is_binary(kind):
         return Column.BINARY

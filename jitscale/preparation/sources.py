@@ -1,4 +1,4 @@
-"""The images of an input: where the bytes of each lie, and its label. Millions of them in a few arrays."""
+"""The images of an input: the place of each one's bytes, and its label. A few arrays hold millions of them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SOURCE = np.dtype(
 
 
 class Storage(IntEnum):
-    """How an image lies in its file; the reader of each is in `reading`."""
+    """How an image is stored in its file; `reading` has a reader for each."""
 
     FILE = 0  # the file is the image
     BYTES = 1  # `size` bytes from `offset` on
-    DEFLATED = 2  # likewise, compressed as a member of a zip
-    PLANES = 3  # likewise, a square uint8 image: all of red, then green, then blue
+    DEFLATED = 2  # `size` bytes from `offset` on, compressed as a member of a zip
+    PLANES = 3  # `size` bytes from `offset` on, a square uint8 image: all of red, then green, then blue
     PARQUET = 4  # row `offset`
     ARROW = 5  # row `offset` of a stream, or of a file with a footer
     ARRAY = 6  # row `offset` of `data` in a compressed .npz
@@ -42,7 +42,7 @@ class Storage(IntEnum):
 _ROWS = (Storage.PARQUET, Storage.ARROW, Storage.ARRAY)
 
 
-_ADDRESS = "hf://"  # what begins the path of a file on the Hugging Face hub
+_ADDRESS = "hf://"  # begins the path of a file on the Hugging Face hub
 
 
 def is_address(path: str) -> bool:
@@ -51,7 +51,7 @@ def is_address(path: str) -> bool:
 
 
 def located(path: str, root: str) -> str:
-    """`path`, which starts at `root` if it is relative; an address stays what it is."""
+    """`path`, below `root` if it is relative. An address does not change."""
     return path if is_address(path) else os.path.join(root, path)
 
 
@@ -60,15 +60,15 @@ class Source:
     """Where one image lies."""
 
     path: str  # a path, or an address such as hf://
-    extension: str  # one of EXTENSIONS, as the name has it; empty: the first bytes tell
+    extension: str  # one of EXTENSIONS, from the name; empty: the first bytes tell
     label: int  # NO_LABEL without one
     offset: int = 0
-    size: int = 0  # bytes; of a row the mean of those near it, of a file it is met when that is read
+    size: int = 0  # bytes; for a row the mean of those near it; a whole file's size is looked up when it is read
     storage: Storage = Storage.FILE
 
     @property
     def place(self) -> str:
-        """What tells a user where that is, in one line of printable text."""
+        """Where the image is, for a message: one line of printable text."""
         text = os.fsencode(self.path).decode("utf-8", "backslashreplace")
         plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         if self.storage == Storage.FILE:
@@ -83,10 +83,10 @@ class SourceTable:
     table: npt.NDArray[np.void]  # (images,) SOURCE
     paths: npt.NDArray[np.uint8]  # all paths, end to end
     path_ends: npt.NDArray[np.int64]  # (paths,)
-    num_classes: int  # labels are below it; 0: there are none
+    num_classes: int  # labels are below it; 0: there are no labels
     class_names: list[str] | None  # None if labels are numbers without names, or there are none
     ignored: Counter[str]  # files that were no images, by extension
-    notes: list[str]  # what a user should know about the input, in lines
+    notes: list[str]  # remarks about the input for the user, one a line
 
     def __len__(self) -> int:
         return len(self.table)
@@ -100,7 +100,7 @@ class SourceTable:
     def order(self, seed: int) -> Int64Array:
         """The numbers of all images in a random order, in which images of one group stay neighbours.
 
-        To read one image of a group costs as much as to read all of them, such as those of a parquet file's row group.
+        Reading one image of a group, such as a row group of a Parquet file, costs as much as reading all of them.
         """
         groups = self.table["group"]
         starts = np.flatnonzero(np.r_[True, (groups[1:] != groups[:-1]) | (groups[1:] == NO_GROUP)])
@@ -118,7 +118,7 @@ class SourceTable:
 
     @classmethod
     def read(cls, path: Path, num_classes: int, class_names: list[str] | None) -> SourceTable:
-        """What `write` wrote to the file `path`. Raises an OSError, ValueError or KeyError if that is not there."""
+        """Read the file `path` that `write` wrote. Raises an OSError, ValueError or KeyError if it is no such file."""
         with np.load(path, allow_pickle=False) as arrays:
             table, paths, ends = arrays["table"], arrays["paths"], arrays["path_ends"]
         if table.dtype != SOURCE:
@@ -127,14 +127,14 @@ class SourceTable:
 
 
 class SourcePaths:
-    """The paths of a table that is being made, in the order of its images: each once if its images are neighbours."""
+    """Collects the paths of a new table, in the order of its images. Neighbours with one path store it once."""
 
     def __init__(self) -> None:
         self._bytes, self._ends = bytearray(), array("q")
         self._last: str | None = None
 
     def number(self, path: str) -> int:
-        """The number of `path`, which becomes that of the last image."""
+        """The number of `path`, as the path of the next image."""
         if path != self._last:
             self._bytes += os.fsencode(path)
             self._ends.append(len(self._bytes))

@@ -1,5 +1,5 @@
 """Makes the tars of another program into shards: scans them in parallel, numbers their labels, and writes an index
-beside every tar and a manifest. The tars themselves are only read.
+next to every tar and a manifest. The tars themselves are only read.
 """
 
 from collections import Counter
@@ -34,12 +34,12 @@ _HEAD = 1 << 16  # bytes of an image that nearly always hold its header
 
 @dataclass(frozen=True)
 class ShardScan:
-    """What one pass over a tar found."""
+    """The result of one pass over a tar."""
 
     path: Path
-    record: ShardRecord  # without a sha256 if the content was not asked for, or the tar is damaged
+    record: ShardRecord  # without a sha256 if the content was not requested, or the tar is damaged
     index: tar_index.IndexArray
-    names: list[str]  # that label codes in the index stand for, see `CodedLabels`
+    names: list[str]  # class names by the label codes of the index, see `CodedLabels`
     keys: UInt64Array  # hashes of the samples' keys
     image_sizes: set[tuple[int, int]]  # width and height
     undecodable: int  # images without a readable header
@@ -49,12 +49,12 @@ class ShardScan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What makes a folder's tars into shards; nothing of it is on disk yet."""
+    """Everything that makes the tars of a folder into shards. Nothing of it is on disk yet."""
 
     tars: Tars
     manifest: Manifest
     scans: list[ShardScan]  # one a tar
-    defects: list[Defect]  # sorted; with any, the rest does not describe the tars
+    defects: list[Defect]  # sorted; if there is any, the other fields do not describe the tars
 
     @property
     def skipped(self) -> Counter[str]:
@@ -67,7 +67,7 @@ class Survey:
         manifest = self.tars.folder / MANIFEST
         with data_error(f"{self.tars.folder}: cannot be written to", "make room or correct it"):
             if self.tars.manifest is not None and self.tars.manifest != self.manifest:
-                remove_durably(manifest)  # labels under it may mean something else than those of the new indexes
+                remove_durably(manifest)  # its class numbers may differ from those of the new indexes
             for scan in self.scans:
                 tar_index.save_array(tar_index.keys_path(scan.path), scan.keys)
                 tar_index.save_array(tar_index.index_path(scan.path), scan.index)
@@ -112,13 +112,13 @@ def survey(
     key: LabelKey = CLS,
     background: Background | None = None,
 ) -> Survey:
-    """Scan `tars` for what makes them shards; nothing is written. Mistakes in tars and labels are among the defects.
+    """Scan `tars` for everything that makes them shards. Nothing is written. Mistakes in tars and labels are defects.
 
-    The manifest of a packing stays as it is, since it holds facts that no scan can find; the tars must match it.
-    `class_names` are in the order of their numbers; None where labels are numbers, or to sort the names. `key` says
-    where the labels are. `background` is that of transparent images; None: as the manifest that is there says, or
-    white. Raises a DataError if there is no sample at all, class names, a key or a background come with a packing, the
-    tars of a folder are those of several splits, or a process died.
+    A manifest of tools/make_shards.py stays as it is, because it holds facts that no scan can find; the tars must match
+    it. `class_names` are in the order of their numbers; None if labels are numbers, or to sort the names. `key` says
+    where the labels are. `background` is that of transparent images; None: that of the existing manifest, else white.
+    Raises a DataError if there is no sample at all, if class names, a key or a background are given for packed shards,
+    if the tars belong to several splits, or if a process died.
     """
     packed = None if tars.manifest is None or tars.manifest.codec == FOREIGN else tars.manifest
     if packed is not None:
@@ -173,7 +173,7 @@ def _refuse_labels_beside(folder: Path) -> None:
         if describes_tar or path.name.startswith(".") or not path.is_file():
             continue
         if holds_labels(path.name, partial(beginning_of, str(path))):
-            what = "seems to hold labels, and the tars beside it have no cls members"
+            what = "seems to hold labels, and the tars next to it have no cls members"
             remedy = "write each label as a member KEY.cls, or pass --label-key none for no labels"
             raise DataError(f"{path}: {what}; {remedy}")
 
@@ -184,7 +184,7 @@ def by_place(defects: Iterable[Defect]) -> list[Defect]:
 
 
 def _scan(path: Path, *, content: bool, key: LabelKey) -> ShardScan:
-    """One shard, in any process; mistakes in it are defects."""
+    """Scan one shard, in any process. Mistakes in it are defects."""
     tar = tar_index.survey_tar(path, key)
     defects = list(tar.defects)
     if tar.unread_labels:
@@ -215,14 +215,14 @@ def _scan(path: Path, *, content: bool, key: LabelKey) -> ShardScan:
                     undecodable += 1
     except OSError as error:
         if tar.complete:  # otherwise the scan has listed a defect already
-            defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
+            defects.append(Defect(path, None, f"cannot be read ({error}); repair its storage"))
     record = ShardRecord(path.name, len(tar.samples), size, sha256)
     index, keys = tar_index.index_of(tar.samples, codes), tar_index.key_hashes(tar.samples)
     return ShardScan(path, record, index, list(names), keys, image_sizes, undecodable, defects, tar.skipped)
 
 
 def _image_size(file: tar_index.OffsetReader, sample: tar_index.TarSample) -> tuple[int, int]:
-    """Width and height by the image's header, which its first bytes hold if it is an ordinary one."""
+    """Width and height by the header of the image, which usually lies in its first bytes."""
     head = file.read(sample.offset, min(sample.size, _HEAD))
     try:
         return dimensions(head, sample.extension)

@@ -1,6 +1,7 @@
-"""Whether shards are what their manifest says, down to every pixel: what `ShardSet.open` has no time for.
+"""Compares shards with their manifest and decodes every image. `ShardSet.open` has no time for that.
 
-Images are read by offset, not in a pass (`passes`): webdataset stops at damage, and brings torch, which takes seconds.
+Images are read by offset, not in a pass (`passes`), because webdataset stops at damage and imports torch, which takes
+seconds.
 """
 
 import time
@@ -28,7 +29,7 @@ _REBUILD = "rebuild it with tools/index_shards.py --force"
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and what is wrong."""
+    """The number of things checked, and the defects."""
 
     shards: int
     samples: int
@@ -41,10 +42,10 @@ class Verification:
 def verify(tars: Tars, workers: int) -> Verification:
     """Compare the shards of `tars` with their manifest, and decode every image, in parallel.
 
-    Checked are size, sha256, number of samples, the index next to a shard against a fresh scan, the range of labels,
-    and that every image can be decoded and has the manifest's resolution. A damaged shard does not end the check of the
-    others; of a tar that breaks off, the samples before are checked. Of a whole folder, every shard that its manifest
-    names is checked. Raises a DataError if there is no manifest, or a process died.
+    It checks size, sha256, number of samples, the index (against a fresh scan), the range of labels, and that every
+    image can be decoded and has the manifest's resolution. If a shard is damaged, the others are still checked. If a
+    tar is cut, the samples before the cut are checked. For a whole folder, every shard that the manifest names is
+    checked. Raises a DataError if there is no manifest, or a process died.
     """
     manifest = tars.manifest
     if manifest is None:
@@ -74,7 +75,7 @@ def verify(tars: Tars, workers: int) -> Verification:
 
 
 def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, int, list[Defect], Counter[str]]:
-    """Samples, bytes, defects and members that belong to no sample of one shard, in any process."""
+    """Samples, bytes, defects, and members of no sample, of one shard; in any process."""
     path = folder / record.name
     if not path.is_file():
         return 0, 0, [Defect(path, None, "is missing; copy it again")], Counter()
@@ -90,7 +91,7 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
             what = f"has sha256 {digest[:16]}..., the manifest says {record.sha256[:16]}...; copy it again"
             defects.append(Defect(path, None, what))
         else:
-            remedy = "write the shard again without it, or leave it: training replaces it"
+            remedy = "write the shard again without it, or keep it: training replaces it"
         scan = tar_index.survey_tar(path, label_key(manifest))
         samples, skipped = len(scan.samples), scan.skipped
         labels, wrong_labels = _labels(path, manifest, scan.samples)
@@ -103,12 +104,12 @@ def _check(folder: Path, manifest: Manifest, record: ShardRecord) -> tuple[int, 
             defects += _key_defects(path, scan.samples)
         defects += _image_defects(path, manifest.resolution, scan.samples, remedy)
     except OSError as error:
-        defects.append(Defect(path, None, f"cannot be read ({error}); mend its storage"))
+        defects.append(Defect(path, None, f"cannot be read ({error}); repair its storage"))
     return samples, size, defects, skipped
 
 
 def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[list[int], dict[int, Defect]]:
-    """The labels that the index should hold, and the samples whose label is wrong."""
+    """The labels that the index should hold, and the defects of samples with a wrong label."""
     classes = manifest.num_classes
     numbers = {name: number for number, name in enumerate(manifest.class_names or [])}
     labels: list[int] = []
@@ -127,7 +128,7 @@ def _index_defects(path: Path, fresh: tar_index.IndexArray, wrong_labels: list[i
     """Where the index differs from the headers of the tar, except in `wrong_labels`, which are defects already."""
     beside = tar_index.index_path(path)
     if not beside.exists():
-        return [Defect(path, None, f"has no index beside it; {_REBUILD}")]
+        return [Defect(path, None, f"has no index next to it; {_REBUILD}")]
     try:
         index = tar_index.map_index(beside)
     except DataError as error:
@@ -145,14 +146,14 @@ def _index_defects(path: Path, fresh: tar_index.IndexArray, wrong_labels: list[i
 
 
 def _key_defects(path: Path, samples: list[TarSample]) -> list[Defect]:
-    """Whether the keys beside the tar are those in its headers; a shard may do without them."""
+    """Compare the file of keys next to the tar with the tar's headers. A shard may have no such file."""
     beside = tar_index.keys_path(path)
     if not beside.exists():
         return []
     try:
         keys = tar_index.parse_keys(beside.read_bytes(), str(beside), len(samples))
     except DataError as error:
-        return [Defect(path, None, f"has keys beside it: {str(error).removeprefix(f'{beside}: ')}")]
+        return [Defect(path, None, f"has keys next to it: {str(error).removeprefix(f'{beside}: ')}")]
     differs = keys != tar_index.key_hashes(samples)
     if not differs.any():
         return []
@@ -175,7 +176,7 @@ def _image_defects(path: Path, resolution: int | None, samples: list[TarSample],
             yield Defect(path, sample.offset, f"sample {row} {error}; {remedy}")
             continue
         except MemoryError as error:
-            what = f"byte {sample.offset}: sample {row} takes more memory than there is"
+            what = f"byte {sample.offset}: sample {row} needs more memory than there is"
             raise DataError(f"{path}: {what}; use fewer --workers") from error
         if resolution not in (None, width) or resolution not in (None, height):
             what = f"is {width} x {height} pixels, the manifest says {resolution} a side"

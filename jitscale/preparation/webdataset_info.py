@@ -1,4 +1,4 @@
-"""`_info.json`, which lies beside the tars of timm's data sets: a check of their numbers of samples."""
+"""`_info.json`, a file next to the tars of timm's data sets: it tells their numbers of samples, which are compared."""
 
 import json
 from collections.abc import Collection
@@ -12,10 +12,9 @@ _REMEDY = f"download the tars and {INFO} again, or move it away"
 
 
 def counts_of(folder: Path, names: Collection[str], *, whole: bool) -> dict[str, int]:
-    """The samples of each tar of the splits that the tars `names` belong to, as `_info.json` in `folder` says.
+    """The number of samples of each tar, by `_info.json` in `folder`, for the splits of the tars `names`.
 
-    Empty without that file. Raises a DataError if it is damaged, or tars of these splits are missing and `whole` ones
-    are meant.
+    Empty without that file. Raises a DataError if it is damaged, or if `whole` splits are meant and tars are missing.
     """
     path = folder / INFO
     if not path.is_file():
@@ -35,7 +34,7 @@ def counts_of(folder: Path, names: Collection[str], *, whole: bool) -> dict[str,
 
 
 def wrong_count(counts: dict[str, int], name: str, samples: int) -> str:
-    """Where the tar `name` differs from what `counts_of` says, and the remedy; empty if it does not."""
+    """How the tar `name` differs from `counts`, and the remedy; empty if it does not differ. See `counts_of`."""
     if not counts or counts.get(name) == samples:
         return ""
     if name not in counts:

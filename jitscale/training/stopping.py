@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TextIO
 
 from jitscale import parallel
-from jitscale.errors import INTERRUPTED, ExitCode, StopRequestedError
+from jitscale.errors import ExitCode, StopRequestedError
 
 
 class StopSignal:
@@ -54,7 +54,7 @@ class StopSignal:
     @property
     def code(self) -> int:
         """The exit code of a process that was asked to stop, and has saved."""
-        return INTERRUPTED if self.interrupted else ExitCode.REQUEUE
+        return ExitCode.INTERRUPTED if self.interrupted else ExitCode.REQUEUE
 
     def restore(self) -> None:
         """Put the former handlers back."""

@@ -217,12 +217,15 @@ def test_all_refusals_come_in_one_message() -> None:
             "guides away from a middle output layer, and model.middle_head=0 has none",
         ),
         ("diffusion.prediction=y", "must be one of x, e, v"),
-        ("diffusion.label_drop=0", "needs a network trained without labels too"),
+        ("diffusion.label_drop=0", "needs a network that was also trained without labels"),
         ("engine.hpz_group_size=2", "needs ZeRO stage 3"),
         ("engine.offload_optimizer=true optim.name=muon", "does not work with Muon"),
         ("engine.offload_optimizer=true engine.zero_stage=0 engine.precision=fp32", "needs a ZeRO stage from 1 on"),
-        ("engine.cuda_graphs=true engine.zero_stage=3", "ZeRO stage 3 gathers them elsewhere each time; set"),
-        ("engine.cuda_graphs=true engine.offload_optimizer=true", "the host computes the step; set one of them to"),
+        ("engine.cuda_graphs=true engine.zero_stage=3", "ZeRO stage 3 gathers them at new ones each time; set"),
+        (
+            "engine.cuda_graphs=true engine.offload_optimizer=true",
+            "host computes the optimizer step; set one of them",
+        ),
         ("engine.micro_batch_size=48", "must divide a rank's share of the batch, 1024 / 1 = 1024; for example 32"),
         ("ema.decays=[0.9999,1.5]", "ema.decays=1.5 must be in (0, 1)"),
         ("ema.decays=[0.9999,0.9999]", "ema.decays=[0.9999, 0.9999] names 0.9999 twice; remove one"),
@@ -234,8 +237,8 @@ def test_all_refusals_come_in_one_message() -> None:
         ("model.num_classes=0", "guides towards a class"),
         ("evaluation.guidance_interval=[0.9,0.1]", "must be two times 0 <= low < high <= 1"),
         ("evaluation.labels=even", "must be one of balanced, random, data"),
-        ("evaluation.features=null", "evaluation.features=null is no feature network, and"),
-        ("run.max_images=null", "run.max_images=null neither it nor run.max_steps"),
+        ("evaluation.features=null", "evaluation.features=null names no feature network, and"),
+        ("run.max_images=null", "run.max_images=null leaves the run without an end"),
         ("run.seed=1.5", "has the wrong type"),
         ("model=5", "is a group of settings"),
     ],
@@ -289,7 +292,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load_config(tmp_path / "broken.yaml")
     (tmp_path / "loop.yaml").write_text("defaults: [loop]")
-    with pytest.raises(ConfigError, match="lead back to itself"):
+    with pytest.raises(ConfigError, match="lead back to this file"):
         load_config(tmp_path / "loop.yaml")
     (tmp_path / "orphan.yaml").write_text("defaults: [absent]")
     with pytest.raises(ConfigError, match=r"absent.yaml: no such config file \(named in the defaults of .*orphan"):

@@ -23,8 +23,8 @@ def test_every_setting_is_listed_with_all_facts_of_the_schema() -> None:
     assert [entry.partition("=")[0] for entry in entries] == list(SETTINGS)
     for entry, (key, known) in zip(entries, SETTINGS.items(), strict=True):
         assert all(part in entry for part in (known.meaning, known.unit, known.limit, *map(str, CHOICES.get(key, ()))))
-    assert "model.hidden_size=768`: elements of a token (integer; in [1, 131072])" in entries
-    assert any(entry.startswith("ema.decays=[0.9996,0.9998,0.9999]`: per step (list of numbers;") for entry in entries)
+    assert "model.hidden_size=768`: width of a token (integer; in [1, 131072])" in entries
+    assert any(entry.startswith("ema.decays=[0.9996,0.9998,0.9999]`: decays per step of") for entry in entries)
     assert any("(integer or null; at least 1)" in entry for entry in entries)
     assert any("(true or false)" in entry for entry in entries)
     assert any(entry.startswith("evaluation.features_dir=null`") and "(text or null)" in entry for entry in entries)

@@ -96,15 +96,15 @@ def test_numbers_and_words_of_files_and_the_command_line(own: Path) -> None:
         ("data.batch_size=true", "(not an integer)"),
         ("data.flip=2", "(neither true nor false); the default is true"),
         ("optim.lr=true", "(not a number)"),
-        ("data.batch_size=0064", "data.batch_size=0064 is no plain decimal number; write 64"),
+        ("data.batch_size=0064", "data.batch_size=0064 is not a decimal number; write 64"),
         ("run.seed=-010", "write -10"),
         ("run.seed=08", "write 8"),
         ("data.batch_size=0b100", "write 4"),
         ("data.batch_size=0x10", "write 16"),
-        ("optim.lr=1:30", "optim.lr=1:30 is no plain decimal number; the default is 0.0002"),
-        ("run.max_images=1:30", "is no plain decimal number"),
-        ("progressive.resolutions=[064,128]", "has 064, which is no plain decimal number; write 64"),
-        ("run.seed=0" + "1" * 5000, "is no plain decimal number; the default is 0"),
+        ("optim.lr=1:30", "optim.lr=1:30 is not a decimal number; the default is 0.0002"),
+        ("run.max_images=1:30", "is not a decimal number"),
+        ("progressive.resolutions=[064,128]", "has 064, which is not a decimal number; write 64"),
+        ("run.seed=0" + "1" * 5000, "is not a decimal number; the default is 0"),
         ("engine.compile=2", "(neither true nor false)"),
         ("evaluation.sweep=ema=averages", "(not a list); write [ema=averages]"),
         ("ema.decays=0.999", "(not a list); write [0.999]"),
@@ -151,7 +151,7 @@ def test_refused_values(override: str, expected: str, own: Path) -> None:
         ("checkpoint.xyz=1", "checkpoint has every_images, keep_last, keep_every_images, asynchronous"),
         ("optim.lr", "optim.lr has no '='; write optim.lr=VALUE"),
         ("model=b", "is a group of settings; write model.NAME=value"),
-        ("evaluation.more_features=[auto]", "write evaluation.features=auto (network of FID"),
+        ("evaluation.more_features=[auto]", "write evaluation.features=auto (feature network of FID"),
         ("evaluation.features=other", "give such a value, or null for none"),
     ],
 )
@@ -227,9 +227,12 @@ def test_interpolations_in_a_stored_configuration_are_not_evaluated(
     stored = tmp_path / "config.yaml"
     for content, expected in (
         ("data: {shards: 'https://a/${oc.env:TOKEN}'}", "data.shards=https://a/${oc.env:TOKEN} has an interpolation"),
-        ("evaluation: {sweep: ['${model.depth}']}", "has an interpolation; a run has stored this file, so it is data"),
-        ("defaults: [../other]", "has defaults, ['../other']; a run has stored this file"),
-        ("defaults: /etc/x", "has defaults, /etc/x; a run has stored this file"),
+        (
+            "evaluation: {sweep: ['${model.depth}']}",
+            "has an interpolation, but a run has written this file, so",
+        ),
+        ("defaults: [../other]", "has defaults, ['../other'], but a run has written this file"),
+        ("defaults: /etc/x", "has defaults, /etc/x, but a run has written this file"),
     ):
         stored.write_text(f"run: {{max_steps: 1}}\n{content}")
         with pytest.raises(ConfigError) as refused:
@@ -266,9 +269,12 @@ def test_interpolations_in_a_described_network_are_not_evaluated(monkeypatch: py
         (b"run: {max_steps: 1" + b"0" * 5000 + b"}", "cannot be read as YAML"),
         (b"run: {seed: 1" + b"0" * 400 + b"}", "must be in [0, 9223372036854775807]"),
         (b"optim: {lr: 1" + b"0" * 400 + b"}", "has the wrong type (not a number)"),
-        (b"data: {batch_size: 0064}", "a.yaml: data.batch_size=0064 is no plain decimal number; write 64"),
-        (b"progressive: {resolutions: [064, 128]}", "progressive.resolutions=[...] has 064, which is no plain decimal"),
-        (b"run: {seed: 0" + b"1" * 5000 + b"}", "is no plain decimal number; the default is 0"),
+        (b"data: {batch_size: 0064}", "a.yaml: data.batch_size=0064 is not a decimal number; write 64"),
+        (
+            b"progressive: {resolutions: [064, 128]}",
+            "progressive.resolutions=[...] has 064, which is not a decimal",
+        ),
+        (b"run: {seed: 0" + b"1" * 5000 + b"}", "is not a decimal number; the default is 0"),
         (b"run: {dir: 0" + b"1" * 5000 + b"}", "has the wrong type (YAML reads a number here, not text)"),
         (b"5", "cannot be read as YAML: Invalid loaded object type: int"),
         (b"- 5", "found a list"),
@@ -276,8 +282,8 @@ def test_interpolations_in_a_described_network_are_not_evaluated(monkeypatch: py
         (b"model: {depth: {a: 1}}", "model.depth={...} has the wrong type"),
         (b"a: &a [x]\nb: &b [*a,*a]\nmodel: {depth: [*b,*b]}", "has the wrong type (a structure)"),
         (b"defaults: x", "defaults: x is not a list"),
-        (b"defaults: [5]", "is no name of a file"),
-        (b"defaults: ['']", "is no name of a file"),
+        (b"defaults: [5]", "is not the name of a file"),
+        (b"defaults: ['']", "is not the name of a file"),
         (b"#" * 2**21, "has more than 1048576 bytes"),
     ],
 )

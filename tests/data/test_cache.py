@@ -282,7 +282,7 @@ def test_manifest_cannot_choose_file_names_in_the_cache(storage: Storage, tmp_pa
 
 def test_folder_that_cannot_be_made_or_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/folder: cannot be made .*choose another"):
+    with pytest.raises(DataError, match=r"file/folder: cannot be created .*choose another"):
         ShardCache(tmp_path / "file" / "folder", 1)
     with pytest.raises(DataError, match=r"cache.lock: cannot be written .*choose"):
         ShardCache(Path("/proc"), 1)  # /proc refuses new folders, even for root.
@@ -302,7 +302,7 @@ def test_file_above_the_size_limit_of_the_disk_is_an_error(storage: Storage, tmp
     process = fork.Process(target=_fetch_on_a_small_disk, args=(ShardCache(tmp_path, 400_000), url, record, theirs))
     process.start()
     joined(process)
-    needs = f"{url}: cannot be written to the cache {tmp_path}, where it needs 300000 bytes (File too large)"
+    needs = f"{url}: cannot be written to the cache {tmp_path} (it needs 300000 bytes) (File too large)"
     assert needs in ours.recv()
     assert names(tmp_path, ".partial") == set()
 
@@ -313,7 +313,7 @@ def test_full_disk_is_an_error(storage: Storage, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(cache, "_write_all", write)
     url, record = storage.shard()
-    with pytest.raises(DataError, match=rf"{tmp_path}, where it needs 300000 bytes \(.*No space left.*\); free space"):
+    with pytest.raises(DataError, match=rf"{tmp_path} \(it needs 300000 bytes\) \(.*No space left.*\); free space"):
         ShardCache(tmp_path, 400_000).fetch(url, record)
     assert storage.gets[record.name] == 1
     assert names(tmp_path, ".partial") == set()

@@ -27,7 +27,7 @@ from tests.support.servers import PATIENCE, Storage
 def test_shard_larger_than_the_cache_is_refused(storage: Storage, tmp_path: Path) -> None:
     url, record = storage.shard()
     shards = ShardCache(tmp_path, record.bytes - 1)
-    with pytest.raises(DataError, match=f"{url}: has 300000 bytes.*holds 299999; raise data.cache_gb to 0.0003 "):
+    with pytest.raises(DataError, match=f"{url}: has 300000 bytes.*room for 299999; raise data.cache_gb to 0.0003 "):
         shards.fetch(url, record)
     assert not storage.gets
     ShardCache(tmp_path, record.bytes).fetch(url, record)

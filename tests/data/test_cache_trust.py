@@ -40,7 +40,7 @@ def test_copy_with_different_content_is_never_read(
     spoil(copy)
     assert content(ShardCache(tmp_path, 400_000), url, record) == storage.files[record.name]
     assert storage.gets[record.name] == 3
-    assert [f"{url}: its copy {copy} is not what the manifest says" in line for line in caplog.messages] == [True] * 3
+    assert [f"{url}: its copy {copy} differs from the manifest" in line for line in caplog.messages] == [True] * 3
 
 
 def test_sound_copy_is_hashed_once_a_node_and_day(
@@ -121,12 +121,12 @@ def test_default_folder_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.
     assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
     assert cache_folder.usual_cache_folder() == folder
     folder.chmod(0o777)
-    with pytest.raises(DataError, match=rf"may be written by others \(mode 0777\); remove it, or chmod 700 {folder}"):
+    with pytest.raises(DataError, match=rf"can be written by others \(mode 0777\); remove it, or chmod 700 {folder}"):
         cache_folder.usual_cache_folder()
     folder.chmod(0o700)
     monkeypatch.setattr(cache_folder.os, "getuid", lambda: 12345)
     folder.rename(foreign := tmp_path / "jitscale-shards-12345")
-    with pytest.raises(DataError, match=r"belongs to the user \d+, so that .*; set data.cache_dir"):
+    with pytest.raises(DataError, match=r"belongs to the user \d+, so .*; set data.cache_dir"):
         cache_folder.usual_cache_folder()
     foreign.rename(tmp_path / "real")
     foreign.symlink_to(tmp_path / "real")

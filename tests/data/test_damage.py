@@ -175,22 +175,20 @@ CASES = [
     Case(
         "flipped bit in a header",
         rewritten(lambda d: d[:SECOND] + bytes([d[SECOND] ^ 1]) + d[SECOND + 1 :]),
-        rf"byte {SECOND}: neither a tar header nor the end-of-archive block",
+        rf"byte {SECOND}: is neither a tar header nor the end-of-archive block",
     ),
-    Case("tar without samples", shards(), "holds no samples; remove it"),
-    Case(
-        "two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data behind the end-of-archive block"
-    ),
+    Case("tar without samples", shards(), "has no samples; remove it"),
+    Case("two tars in one file", rewritten(lambda data: data + data), r"byte \d+: data after the end-of-archive block"),
     Case(
         "damaged pax header",
         rewritten(lambda data: damaged_pax(*PAIR)),
-        r"a.tar: byte 0: is no whole tar \(invalid literal",
+        r"a.tar: byte 0: is not a complete tar \(invalid literal",
     ),
     # Members of tars
     Case("sample without image", shards(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
     Case("sample with two images", shards(*PAIR, ("k.jpg", PNG)), r"byte 0: sample 'k' has 2 images among"),
-    Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' comes twice"),
-    Case("key that comes back", shards(*PAIR, ("l.png", PNG), ("k.txt", b"")), r"byte \d+: key 'k' comes twice"),
+    Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' occurs twice"),
+    Case("key that comes back", shards(*PAIR, ("l.png", PNG), ("k.txt", b"")), r"byte \d+: key 'k' occurs twice"),
     Case("dotted key", shards(("v1.0/n.2.png", PNG), ("v1.0/n.png", PNG), ("v1.0/n.cls", b"1")), pixels=picture()),
     Case("label missing", shards(PAIR[0]), r"byte 512: sample 0 has no label, needs one in 0\.\.9"),
     Case(
@@ -238,14 +236,22 @@ CASES = [
     Case("JPEG of 200 megapixels", image(jpeg_that_claims(10_000, 20_000), "jpg"), replaced="20000 x 10000 pixels"),
     Case("smaller than the image size", image(file_bytes(Image.new("RGB", (9, 20)), "PNG"), "png"), replaced="9 x 20"),
     # Manifests
-    Case("manifest with another count", lying(lambda m: m["shards"][0].update(samples=3)), "hold 5 samples, its total"),
+    Case(
+        "manifest with another count",
+        lying(lambda m: m["shards"][0].update(samples=3)),
+        "have 5 samples, but its",
+    ),
     Case(
         "manifest with other counts",
         lying(lambda m: (m["shards"][0].update(samples=3), m["shards"][1].update(samples=3))),
         "holds 4 samples, the manifest says 3; write it again",
     ),
     Case("manifest with another size", lying(lambda m: m["shards"][0].update(bytes=1)), "bytes, the manifest says 1"),
-    Case("manifest with other classes", lying(lambda m: m.update(num_classes=11)), "says 11 classes, the model has 10"),
+    Case(
+        "manifest with more classes than the model",
+        lying(lambda m: m.update(num_classes=11)),
+        "says 11 classes, the model has 10",
+    ),
     Case("manifest with another resolution", lying(lambda m: m.update(resolution=8)), "says 8 pixels a side"),
     Case("manifest that names a lost shard", lying(lambda m: m["shards"][1].update(name="b.tar")), "b.tar: missing"),
     Case("manifest that names another folder", lying(lambda m: m["shards"][1].update(name="../b.tar")), "not a file"),
@@ -259,7 +265,7 @@ CASES = [
     Case(
         "manifest with too few class names",
         lying(lambda m: m.update(class_names=["a"], num_classes=3)),
-        "names 1 classes and says that there are 3",
+        "names 1 classes, but num_classes is 3",
     ),
     Case(
         "manifest with a shard twice",
@@ -314,7 +320,7 @@ def test_failing_storage_of_a_tar_is_not_reported_as_damage(tmp_path: Path, monk
 
     write_tar(tmp_path / "a.tar", *PAIR)
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(StorageError, match=r"a.tar: cannot be read \(.*Input/output error\); .* mend the") as met:
+    with pytest.raises(StorageError, match=r"a.tar: cannot be read \(.*Input/output error\); .* repair the") as met:
         scan_tar(tmp_path / "a.tar")
     assert not met.value.is_wrong
     number = errno.ENOENT

@@ -186,8 +186,8 @@ def test_workers_receive_no_held_out_samples(folder: Path) -> None:
         ("SHARDS/shard-000003.tar", r"data.held_out: .*shard-000003.tar is trained on as "),
         ("LINK/shard-000001.tar", r"data.held_out: .*shard-000001.tar is trained on as .*shards/shard-000001.tar"),
         ("COPY/shard-000002.tar", r"data.held_out: .*copy/shard-000002.tar is trained on as .*shards/shard-000002.tar"),
-        ("NAMED", r"data.held_out: its class 0 is 'class 1', that of data.shards is 'class 0'; a label must mean"),
-        ("FEW", rf"data.held_out: it names {COUNT - 1} classes, and data.shards names {COUNT}; a label must mean"),
+        ("NAMED", r"data.held_out: class 0 is 'class 1' here and 'class 0' in data.shards; a label must mean"),
+        ("FEW", rf"data.held_out: names {COUNT - 1} classes, and data.shards names {COUNT}; a label must mean"),
     ],
 )
 def test_refusals(folder: Path, other: Path, tmp_path: Path, held_out: str, message: str) -> None:

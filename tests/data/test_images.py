@@ -58,7 +58,7 @@ def test_pickles_are_refused() -> None:
     np.save(stream, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(DataError, match="object"):
         decode(stream.getvalue(), "npy")
-    with pytest.raises(DataError, match="'pth' is not an image's"):
+    with pytest.raises(DataError, match="'pth' is not that of an image"):
         decode(b"", "pth")
 
 

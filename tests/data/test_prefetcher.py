@@ -75,7 +75,7 @@ def test_error_in_prefetching_is_logged_and_stops_nothing(
     with caplog.at_level(logging.WARNING):
         prefetcher.want([0, 1, 2])
         until(lambda: names(tmp_path) == {f"{record.sha256}.tar" for _, record in wanted[1:]})
-    assert "shard 0: could not be fetched ahead of need: " in caplog.text
+    assert "shard 0: could not be fetched in advance: " in caplog.text
     with pytest.raises(DataError, match="there is no such file"):
         shards.open(*wanted[0])
     prefetcher.close()

@@ -191,7 +191,7 @@ def test_a_wrong_index_is_refused_and_a_lost_one_is_rebuilt(tmp_path: Path) -> N
         ShardSet.open(tmp_path, CLASSES)
     index["offset"][3] = 1 << 40
     np.save(path, index)
-    with pytest.raises(DataError, match=r"index.npy: points behind the tar's \d+ bytes; remove it"):
+    with pytest.raises(DataError, match=r"index.npy: points beyond the tar's \d+ bytes; remove it"):
         ShardSet.open(tmp_path, CLASSES)
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"index.npy: cannot be mapped.*remove it"):
@@ -210,11 +210,11 @@ def test_invalid_patterns_and_manifests_are_refused(tmp_path: Path) -> None:
         ShardSet.open(tmp_path / "shard-{000000..000002.tar", CLASSES)
     with pytest.raises(DataError, match=r"pipe: would run a command; give a folder"):
         ShardSet.open("pipe:cat /tmp/a.tar", CLASSES)
-    with pytest.raises(DataError, match=r"hdfs: is no storage that is known here"):
+    with pytest.raises(DataError, match=r"hdfs: is an unknown kind of storage"):
         ShardSet.open("hdfs://host/a.tar", CLASSES)
     for name in ("a", "b"):
         write_shards(numbered(1), [0], tmp_path / name, class_names=[name])
-    with pytest.raises(DataError, match="its class 0 is 'a', that of another of its folders is 'b'"):
+    with pytest.raises(DataError, match="class 0 is 'a' here and 'b' in another of its folders"):
         ShardSet.open(tmp_path / "{a,b}" / "*.tar", CLASSES)
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"name": "a.tar"}]}))
     with pytest.raises(DataError, match=r"manifest.json: cannot be read as a manifest"):

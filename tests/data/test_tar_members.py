@@ -134,7 +134,7 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
     with_links(tmp_path / "a.tar", *members)
     with caplog.at_level(logging.WARNING, "jitscale"):
         assert samples_of(ShardSet.open(tmp_path, 3)) == [(1, 1), (1, 0)]
-    assert "2 images or labels are links to no earlier member, and left out" in caplog.text
+    assert "2 images or labels are links without a target; they are left out" in caplog.text
     expected = Counter({f"png{LOST_LINK}": 2, "cls": 2, "txt": 1})
     found = survey(find_tars(str(tmp_path)), None, 1)
     found.write()
@@ -146,13 +146,13 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
 def test_a_label_with_a_dangling_link_is_refused(tmp_path: Path) -> None:
     """The image must not become unlabelled, and a pass in tar order would fail at it later."""
     with_links(tmp_path / "a.tar", ("a.png", numbered_png(8, 1)), ("a.cls", "gone.cls"))
-    with pytest.raises(DataError, match="byte 0: sample 'a' has a label that links to no earlier member"):
+    with pytest.raises(DataError, match="byte 0: sample 'a' has a label that is a link without a target"):
         ShardSet.open(tmp_path, 3)
 
 
 def test_a_tar_with_nothing_but_links_is_refused(tmp_path: Path) -> None:
     with_links(tmp_path / "a.tar", ("a.txt", b"pictures"), ("a.png", "store/1.bin"))
-    with pytest.raises(DataError, match=r"no image in it, but \.png as a link to no earlier member 1, "):
+    with pytest.raises(DataError, match=r"no image in it, but \.png as a link without a target 1, "):
         find_sources([str(tmp_path / "a.tar")])
 
 

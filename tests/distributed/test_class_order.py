@@ -31,7 +31,7 @@ run: {{max_steps: 1, device: cpu}}
 """
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SWAPPED = [*NAMES[:3], "four", "three", *NAMES[5:]]
-DIFFERENCE = "its class 3 is 'four', that of {} is 'three'"
+DIFFERENCE = "class 3 is 'four' here and 'three' in {}"
 
 
 class Runs:
@@ -81,8 +81,7 @@ def test_a_resume_on_data_of_another_order_is_refused(runs: Runs) -> None:
     for shards, more in (("swapped", []), ("new", ["data.accept_new_shards=true"])):
         said = runs.train(f"run.dir={runs.run}", "run.max_steps=2", *more, shards=shards, expect=2)
         assert (
-            f"error: {checkpoint}: its class 3 is 'three', that of data.shards is 'four'; restore data.shards, or"
-            in said
+            f"error: {checkpoint}: class 3 is 'three' here and 'four' in data.shards; restore data.shards, or" in said
         )
     assert newest(runs.run).path == checkpoint
 
@@ -113,7 +112,7 @@ def test_a_run_does_not_begin_with_a_reference_of_another_order(runs: Runs) -> N
 
 def test_a_run_may_start_from_weights_of_other_classes_with_a_warning(runs: Runs) -> None:
     said = runs.train(f"run.dir={runs.folder / 'tuned'}", f"run.init_from={runs.run}", shards="swapped")
-    assert "its class 3 is 'three', that of data.shards is 'four'" in said
+    assert "class 3 is 'three' here and 'four' in data.shards" in said
     assert newest(runs.folder / "tuned").class_names == SWAPPED
 
 
@@ -140,5 +139,5 @@ def test_images_by_name_need_no_shards(runs: Runs, tmp_path: Path) -> None:
 def test_only_classes_that_both_sides_name_are_compared(others: list[str] | None) -> None:
     refuse_other_classes("here", ["a", "b", "c"], "there", others, "remedy")
     refuse_other_classes("here", others, "there", ["a", "b", "c"], "remedy")
-    with pytest.raises(DataError, match=r"^here: its class 1 is 'x', that of there is 'b'; remedy$"):
+    with pytest.raises(DataError, match=r"^here: class 1 is 'x' here and 'b' in there; remedy$"):
         refuse_other_classes("here", ["a", "x"], "there", ["a", "b", "c"], "remedy")

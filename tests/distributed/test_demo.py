@@ -12,6 +12,7 @@ from jitscale.checkpoints.format import Checkpoint, complete_checkpoints
 from jitscale.config import load_config
 from jitscale.tracking import read_metrics
 from tests.support import ROOT
+from tests.support.recorded import check_recorded
 
 
 def run(output: Path) -> str:
@@ -43,6 +44,7 @@ def test_the_demo_runs_to_its_end(demo: tuple[Path, str]) -> None:
         assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
         assert complete_checkpoints(folder)
         assert all(line["loss"] > 0 for line in read_metrics(folder))
+        check_recorded(folder)
     result = json.loads((output / "result.json").read_text())
     assert all(result[name]["fid"] > result[name]["fid_floor"] > 0 for name in ("untrained", "32px", "64px"))
     assert 0 <= result["64px"]["label_agreement"] <= 1

@@ -270,7 +270,7 @@ def test_an_evaluation_of_more_images_continues_one_of_fewer(evaluation: Evaluat
         (["evaluation.features=null"], "evaluation.features is null"),
         (["--weights=ema_0.5"], "no weight set 'ema_0.5'"),
         (["evaluation.reference=/nowhere"], "/nowhere: "),
-        (["evaluation.num_images=9"], "is too few for the 10 splits"),
+        (["evaluation.num_images=9"], "Inception Score has 10 splits"),
         (["model.hidden_size=64"], "do not fit the network"),
     ],
 )

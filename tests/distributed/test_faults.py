@@ -277,5 +277,5 @@ def test_failing_storage_on_one_rank_is_reported_by_that_rank(job: Job) -> None:
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], outputs
     assert re.fullmatch(r"rank 1: \S+shard-\d+.tar: byte .*Input/output error.*start again.*\n", outputs[1]), outputs[1]
-    assert outputs[0].count("error: rank 0: another rank has ended, and this one with it") == 1
+    assert outputs[0].count("error: rank 0: ends because another rank has ended") == 1
     assert "Traceback" not in outputs[0]

@@ -74,7 +74,7 @@ def test_the_end_of_a_training_is_the_configured_sweep(swept: tuple[Path, list[s
     folder, _, said = swept
     assert "measuring: 2 x 10 images on the way" in said
     assert "4 settings x 16 in a sweep" in said
-    assert "ema_0.9999 after 3 steps is 100% the weights that the run began with" in said
+    assert "after 3 steps, 100% of ema_0.9999 are the initial weights" in said
     assert "evaluation.num_images=70 is fewer" not in said
     result = json.loads((folder / "result.json").read_text())
     assert len(result["table"]) == 4 + 1
@@ -222,14 +222,14 @@ def test_a_full_disk_loses_measurements_only(evaluation: Evaluation, monkeypatch
         assert outputs[0].count("a measurement is left out, training goes on") == 2
         assert outputs[0].count("error: ") == 1
         assert "No space left on device" in outputs[0].splitlines()[-1]
-        assert outputs[0].splitlines()[-1].endswith("all that was trained is saved, and the same command does the rest")
+        assert outputs[0].splitlines()[-1].endswith("start the same command again to do the rest")
         assert [path.name for path in complete_checkpoints(folder)][-1] == "step_00000012"
         assert not (folder / "complete_train.json").exists()
         (cache / "filling").unlink()
         (folder / "complete_train.json").mkdir()
         said = run_ranks(2, *command, expect=1)
         assert (folder / "result.json").exists()
-        assert re.search(r"error: .*complete_train.json.*; all that was trained is saved", said)
+        assert re.search(r"error: .*complete_train.json.*; the trained state is saved", said)
         assert "Traceback" not in said
     finally:
         subprocess.run(["umount", str(cache)], check=True)

@@ -23,7 +23,7 @@ def test_healthy_ranks_report_their_bandwidth(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("present", "line"),
     [
-        (0, "preflight: node b: rank 1 did not come within 3 s"),
+        (0, "preflight: node b: rank 1 did not connect within 3 s"),
         (1, "preflight: node a: rank 0 does not serve 127.0.0.1:"),
     ],
 )

@@ -178,7 +178,7 @@ def test_statistics_determine_their_network(folder: Path, content: dict[str, Any
 
 def test_settings_that_conflict_with_auto_are_refused(folder: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"features_file=w\.pth holds weights of a network that evaluation\.features="
+        ConfigError, match=r"features_file=w\.pth needs the name of its network, and evaluation\.features="
     ):
         configured(folder, "evaluation.features_file=w.pth")
     with pytest.raises(ConfigError, match=r"names the network of evaluation\.features=dinov2 again"):

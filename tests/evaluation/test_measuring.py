@@ -208,7 +208,7 @@ def test_the_warning_about_an_average_that_is_mostly_initial_weights() -> None:
     assert start_caution(config, "ema_0.9999", 6932) is None
     said = start_caution(config, "ema_0.9999", 60)
     assert said is not None
-    assert said.startswith("ema_0.9999 after 60 steps is 99% the weights that the run began with")
+    assert said.startswith("after 60 steps, 99% of ema_0.9999 are the initial weights")
     assert start_caution(config, "model", 60) is None
     for group, name, value in (("ema", "warmup", True), ("run", "init_from", "runs/other")):
         other = load_config(CONFIGS / "jit_b_256.yaml")
@@ -220,7 +220,7 @@ def test_the_warning_about_an_average_that_is_mostly_initial_weights() -> None:
     ("config", "override", "said"),
     [
         ("jit_h_256", "run.max_images=6000000", "optim.warmup_images=6405835 is more than the "),
-        ("jit_h_256", "model.attn_dropout=0", "model.attn_dropout of 0: the paper trains networks of JiT-H's size"),
+        ("jit_h_256", "model.attn_dropout=0", "model.attn_dropout of 0: the paper trains JiT-H and larger"),
         ("jit_g_512", "model.proj_dropout=0", "model.proj_dropout of 0"),
         ("jit_b_256", "diffusion.subspace=P.safetensors", "diffusion.subspace=P.safetensors does nothing without"),
         (

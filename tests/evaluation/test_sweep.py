@@ -181,7 +181,7 @@ def test_a_guide_must_have_the_same_inputs(tmp_path: Path, config: Config) -> No
     with pytest.raises(ConfigError, match=r"model\.image_size: 16 there, 256 here; model\.num_classes: 10 there"):
         read_guide(config, None)
     config = replace(config, model=its.model)
-    with pytest.raises(DataError, match=r"evaluation.guide=.*: its class 1 is 'b', that of the network is 'c'; give a"):
+    with pytest.raises(DataError, match=r"evaluation.guide=.*: class 1 is 'b' here and 'c' in the network; give a"):
         read_guide(config, ["a", "c"])
     found = read_guide(config, ["a", "b"])
     assert found is not None

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ import wandb
 
 from jitscale import parallel
 from jitscale.config import Config, RunConfig, load_config
-from jitscale.errors import INTERRUPTED, CheckpointError, ConfigError, ExitCode, UserError
+from jitscale.errors import CheckpointError, ConfigError, ExitCode, UserError
 from jitscale.launch import preflight
 from jitscale.launch.preflight import Fault, Finding, compare, faults_of, mistakes
 from jitscale.launch.slurm import SlurmJob, failed_tasks
@@ -41,7 +42,7 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
         attempts.last_reason = "a rank died"
         attempts.write(tmp_path)
     assert (attempts.starts, attempts.without_progress) == (6, 2)
-    with pytest.raises(UserError, match=r"3 starts in a row have not brought the run beyond 20 \(a rank died\)"):
+    with pytest.raises(UserError, match=r"3 starts in a row brought no progress beyond 20 \(a rank died\)"):
         Attempts.begin(tmp_path, 20, most=3)
     assert Attempts.begin(tmp_path, 20, most=3).without_progress == 0  # A manual restart resets the count.
 
@@ -235,7 +236,7 @@ def test_the_examples_are_accepted(
     """These are the commands in the scripts' headers, README and docs, with the number of nodes of the script."""
     monkeypatch.chdir(tmp_path)  # The examples name runs in this folder.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    name, *words = line.split()
+    name, *words = shlex.split(line)
     script = (ROOT / "slurm" / name).read_text()
     if name == "pack_shards.sh":
         packing_parser().parse_args(words)
@@ -284,10 +285,13 @@ def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         Supervisor,
         "_srun",
-        lambda self, what, *others, **more: (INTERRUPTED if what == "train" else 0, "srun: error: node1: task 0: Exit"),
+        lambda self, what, *others, **more: (
+            ExitCode.INTERRUPTED if what == "train" else 0,
+            "srun: error: node1: task 0: Exit",
+        ),
     )
     try:
-        assert Supervisor(job, work).run() == INTERRUPTED
+        assert Supervisor(job, work).run() == ExitCode.INTERRUPTED
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -89,7 +89,9 @@ def test_memory_determines_the_micro_batch(tmp_path: Path) -> None:
 
 
 def test_pictures_without_a_patch_size_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"97 pixels a side: no whole number of patches.*; pack with --resolution 96"):
+    with pytest.raises(
+        ConfigError, match=r"97 pixels a side: no number of patches from 4 to 32.*; pack with --resolution 96"
+    ):
         lines_of(3000, CPU, image_size=97)
 
 
@@ -99,7 +101,7 @@ def test_the_file_has_each_group_once_and_a_reason_in_every_line(tmp_path: Path)
     groups = [line for line in body if not line.startswith(" ")]
     assert len(groups) == len(set(groups))
     assert all(" # " in line for line in body if line not in groups)
-    assert "  num_classes: 10 # as the shards say" in body
+    assert "  num_classes: 10 # as in the shards" in body
 
 
 def test_the_command_that_starts_it() -> None:

@@ -61,7 +61,10 @@ def test_imagenet_32_without_the_table_is_refused(tmp_path: Path, table: str) ->
     path = tmp_path / "val_data.npz"
     np.savez(path, data=PLANES, labels=IDS)
     line = refused_input("--input", path)
-    assert f"{path}: labels are 1 to 4, in ImageNet-32 and 64 the devkit's IDs from 1 to 1000, which are not in" in line
+    assert (
+        f"{path}: labels are 1 to 4; in ImageNet-32 and 64 these are the devkit's IDs, 1 to 1000, which are not in"
+        in line
+    )
     assert "pass --ground-truth map_clsloc.txt, or --labels none" in line
     assert find_sources([str(path)], FindOptions(labels="none")).num_classes == 0
     np.savez(path, data=PLANES, labels=IDS + 1)
@@ -70,7 +73,7 @@ def test_imagenet_32_without_the_table_is_refused(tmp_path: Path, table: str) ->
 
 def test_an_older_set_without_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "val.npz", data=PLANES)
-    assert "holds no labels, as an older form of ImageNet-32" in refused_input("--input", tmp_path / "val.npz")
+    assert "holds no labels, like the older ImageNet-32" in refused_input("--input", tmp_path / "val.npz")
     packed(tmp_path / "val.npz", tmp_path / "out", "--labels", "none")
     pixels, labels = images_and_labels(tmp_path / "out")
     np.testing.assert_array_equal(pixels, IMAGES)
@@ -184,7 +187,7 @@ def test_cifar_10(tmp_path: Path) -> None:
     pixels, found = images_and_labels(tmp_path / "test")
     np.testing.assert_array_equal(pixels, test)
     assert found == [1, 0, 9, 3]
-    assert "--label-column fine says nothing" in refused_input(
+    assert "--label-column fine does not apply" in refused_input(
         "--input", folder / "test_batch.bin", "--label-column", "fine"
     )
     in_order = inputs_of(folder, split="train", class_names=TEN[::-1])  # A class keeps its name, but not its number.
@@ -202,7 +205,7 @@ def test_cifar_100_with_either_label(tmp_path: Path) -> None:
     assert (found["fine"].class_names or [])[51] == "fine51"
     assert found["coarse"].table["label"].tolist() == [19, 4, 0]
     assert found["coarse"].class_names is None
-    assert found["coarse"].notes == [f"{folder}: no coarse_label_names.txt here, so that classes have no names"]
+    assert found["coarse"].notes == [f"{folder}: no coarse_label_names.txt here, so classes have no names"]
     default = find_sources([str(folder)])
     assert default.table["label"].tolist() == [99, 0, 51]
     assert default.notes == [

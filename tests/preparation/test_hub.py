@@ -102,7 +102,7 @@ def test_wrong_addresses_are_refused(hub: Path) -> None:
     places = ["hf://we/letters", *(f"hf://datasets/we/{name}" for name in ("none", "tars", "far"))]
     twice = "hf://datasets/we/letters hf://datasets/we/letters/"
     model, none, tars, far, same = said_of(*(f"|{place}" for place in (*places, twice)))
-    assert "hf://we/letters: is no data set's address; write hf://datasets/OWNER/NAME" in model
+    assert "hf://we/letters: is no address of a data set; write hf://datasets/OWNER/NAME" in model
     assert "hf://datasets/we/none: there is no such file; correct" in none
     download = "hf download we/tars --repo-type dataset --local-dir FOLDER"
     assert f"holds no Parquet files, but .tar 1; download it ({download}) and give the folder" in tars
@@ -115,7 +115,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "huggingface_hub.py").write_text("raise ModuleNotFoundError('none', name='huggingface_hub')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     (line,) = said_of("|hf://datasets/we/letters")
-    assert "hf://datasets/we/letters: the package that reads it is not installed" in line
+    assert "hf://datasets/we/letters: a package for this storage is not installed" in line
     assert line.endswith("pip install 'jitscale[hub]'")
 
 
@@ -148,4 +148,4 @@ def test_links_in_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
     assert refused_input("--input", two).endswith(line)
     lost = cached(tmp_path / "datasets--we--lost", ["1a2b", "3c4d"], "9f9f")
     line = refused_input("--input", lost)
-    assert f"holds 2 revisions, of which none is main; give one of them: {lost}/snapshots/REVISION" in line
+    assert f"holds 2 revisions, and none of them is main; give one of them: {lost}/snapshots/REVISION" in line

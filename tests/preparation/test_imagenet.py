@@ -50,7 +50,7 @@ def test_flat_validation_images_in_a_zip_or_a_split(tmp_path: Path) -> None:
             archive.writestr(name, content)
     write_validation(tmp_path / "tree" / "val")
     truth = str(write_devkit(tmp_path / "devkit"))
-    said = "holds 6 images of ImageNet's validation set, whose names say no class; pass --ground-truth"
+    said = "holds 6 images of ImageNet's validation set, whose names do not say the class; pass --ground-truth"
     for source, split in ((tmp_path / "val.zip", []), (tmp_path / "tree", ["--split", "val"])):
         assert said in refused_input("--input", source, *split)
     assert labels_of(tmp_path / "val.zip", ground_truth=truth) == (LABELS, SORTED)
@@ -98,8 +98,8 @@ def test_the_devkits_own_table_of_classes(tmp_path: Path) -> None:
 
 def test_validation_images_without_their_labels_are_refused(tmp_path: Path) -> None:
     source = write_validation(tmp_path / "val")
-    what = "holds 6 images of ImageNet's validation set, whose names say no class; pass --ground-truth with Kaggle's "
-    assert f"{source}: {what}LOC_val_solution.csv, or the devkit's ILSVRC" in refused_input("--input", source)
+    what = "holds 6 images of ImageNet's validation set, whose names do not say the class; pass --ground-truth with "
+    assert f"{source}: {what}Kaggle's LOC_val_solution.csv, or the devkit's ILSVRC" in refused_input("--input", source)
     tar = write_tar(tmp_path / "val.tar", *validation_images())
     assert f"{tar}: {what}" in refused_input("--input", tar)
     for place in (source, tar):
@@ -125,7 +125,7 @@ def test_files_that_do_not_label_the_images_are_refused(tmp_path: Path) -> None:
     (text.parent / "map_clsloc.txt").write_text("n02119789 1 a\nn01440764 3 b\n")
     assert "its IDs are not 1..2, each with a WNID of its own" in said(text)
     (text.parent / "map_clsloc.txt").unlink()
-    assert "need a table of their WNIDs; put map_clsloc.txt (of a later devkit) or meta.mat beside it" in said(text)
+    assert "need a table of their WNIDs; put map_clsloc.txt (of a later devkit) or meta.mat next to it" in said(text)
     (text.parent / "meta.mat").write_bytes(b"MATLAB")
     assert "meta.mat: cannot be read as the devkit's table of classes" in said(text)
     (tmp_path / "own.csv").write_text("image,label\na,1\n")
@@ -199,4 +199,4 @@ def test_an_option_that_does_not_apply_to_the_data_is_refused(tmp_path: Path) ->
     source = tree(tmp_path / "in", "cat/a.png", "dog/b.png")
     for option in ("--split", "--label-column", "--ground-truth", "--label-key"):
         line = refused_input("--input", source, option, "x")
-        assert f"{source}: {option} x says nothing about this form of data; leave it away" in line
+        assert f"{source}: {option} x does not apply to this form of data; leave it out" in line

@@ -48,16 +48,22 @@ def test_edm_without_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ('{"labels": [["00000/img00000000.png", 1],]}', r"dataset.json: is no JSON .* \(a trailing comma is none\)"),
+        (
+            '{"labels": [["00000/img00000000.png", 1],]}',
+            r"dataset.json: is no JSON .* \(JSON allows no trailing comma\)",
+        ),
         ('{"labels": 3}', "dataset.json: holds no list of labels; write"),
-        ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, such as of 00000/img00000000.png"),
-        ([[name, True] for name in EDM], "has label True, no integer from 0"),
-        ([[name, -1] for name in EDM], "has label -1, no integer from 0"),
-        ([[EDM[0]]], "entry 0 is .*, no image with its label"),
+        ([[name, [0.0, 1.0]] for name in EDM], "labels are vectors, as that of 00000/img00000000.png"),
+        ([[name, True] for name in EDM], "has label True, which is no integer from 0"),
+        ([[name, -1] for name in EDM], "has label -1, which is no integer from 0"),
+        ([[EDM[0]]], "entry 0 is .*, not an image with its label"),
         ([[name, 1] for name in [*EDM, EDM[0]]], "names 00000/img00000000.png twice"),
         ([[name, 1] for name in EDM[1:]], "names no label for 1 images .00000/img00000000.png.; add them, or pass"),
         ([[name, 1] for name in [*EDM, "x.png"]], r"names 1 files that are not there \(x.png\); copy them"),
-        ([[name[:-3] + "jpg", 1] for name in EDM], r"names 4 files that are not there .*; others .* another extension"),
+        (
+            [[name[:-3] + "jpg", 1] for name in EDM],
+            r"names 4 files that are not there .*; images with these names and another extension",
+        ),
     ],
 )
 def test_invalid_edm_labels_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
@@ -75,7 +81,7 @@ def test_buckets_of_a_thousand_images_are_not_classes(tmp_path: Path) -> None:
     folder = edm(tmp_path, [[name, int(name[:5])] for name in names], names)
     inputs = inputs_of(folder)
     assert (len(inputs), inputs.num_classes) == (4, 0)
-    assert "are none; --labels" in inputs.notes[0]
+    assert "they are not used; --labels" in inputs.notes[0]
     assert read(folder, labels=str(folder / "dataset.json")) == {0: 0, 1: 0, 2: 1, 3: 2}
     assert read(edm(tmp_path, [[name, 1] for name in names], names)) == dict.fromkeys(range(4), 1)
 
@@ -87,7 +93,7 @@ def test_buckets_without_a_file_are_not_classes(tmp_path: Path) -> None:
     ]:
         inputs = inputs_of(tree(tmp_path / folder, *names))
         assert (len(inputs), inputs.num_classes) == (len(names), 0)
-        assert "hold a thousand images each by number, and are no classes; --labels folders" in inputs.notes[0]
+        assert "hold a thousand images each, by their numbers, and are no classes; --labels folders" in inputs.notes[0]
         assert inputs_of(tmp_path / folder, labels="folders").num_classes == 2
     assert inputs_of(tree(tmp_path / "classes", "00000/00000.png", "00001/00001.png")).num_classes == 2
 
@@ -263,9 +269,7 @@ def test_a_missing_file_of_labels_or_one_for_several_inputs_is_refused(tmp_path:
 def test_options_without_an_effect_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "cat/a.png", "dog/b.png")
     for name, flag in (("label_key", "--label-key"), ("label_column", "--label-column"), ("split", "--split")):
-        refused(
-            f"{tmp_path}: {flag} cls says nothing about this form of data; leave it away", tmp_path, **{name: "cls"}
-        )
+        refused(f"{tmp_path}: {flag} cls does not apply to this form of data; leave it out", tmp_path, **{name: "cls"})
 
 
 def test_packed_pixels_and_labels_equal_those_of_the_file(tmp_path: Path) -> None:

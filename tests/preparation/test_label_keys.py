@@ -75,7 +75,7 @@ def test_a_changed_label_in_json_is_found(tmp_path: Path) -> None:
     ("value", "what"),
     [
         ({"class": 1}, "00001.json has the fields 'class', not 'label'; correct --label-key json:label"),
-        ("[", r"00001.json is no JSON"),
+        ("[", r"00001.json is not JSON"),
         ("[3]", r"00001.json is '\[3\]', not 'label'"),
         ({"label": True}, "00001.json holds True as label, neither an integer nor a name"),
         ({"label": [1]}, r"00001.json holds \[1\] as label, neither"),
@@ -101,7 +101,7 @@ def test_packed_shards_take_no_label_key(tmp_path: Path) -> None:
 
 def test_a_sample_without_json_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", ("k.jpg", numbered_png()), ("k.txt", b"x"))
-    message = "a.tar: byte 0: sample 'k' has no k.json, which --label-key json:label reads"
+    message = "a.tar: byte 0: sample 'k' has no k.json, and --label-key json:label needs it"
     refused(message, tmp_path / "a.tar", label_key="json:label")
 
 
@@ -173,12 +173,12 @@ def test_files_that_describe_tars_are_ignored_and_reported(tmp_path: Path) -> No
     inputs = inputs_of(tmp_path)
     assert len(inputs) == 1
     assert inputs.notes[0] == (
-        f"{tmp_path}: 2 files such as 00000.parquet describe the tars, as of img2dataset, and are passed over"
+        f"{tmp_path}: 2 files such as 00000.parquet describe the tars, as in img2dataset, and are ignored"
     )
     assert inputs.ignored == {"json": 1, "md": 1}
     (tmp_path / "labels.csv").write_bytes(b"x")
     refused("labels.csv: lies among the images and seems to hold labels", tmp_path)
-    with pytest.raises(DataError, match=r"labels.csv: seems to hold labels, and the tars beside it have no cls"):
+    with pytest.raises(DataError, match=r"labels.csv: seems to hold labels, and the tars next to it have no cls"):
         surveyed(tmp_path, "cls")
     assert surveyed(tmp_path, "none").manifest.num_classes == 0
     assert len(inputs_of(tmp_path, label_key="none")) == 1

@@ -252,7 +252,7 @@ def test_the_default_limit_of_bad_images() -> None:
 
 def test_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path\ngone.png\n")
-    assert "not one of 1 images can be used" in refused(*command(tmp_path / "a.csv", tmp_path / "out"))
+    assert "none of the 1 images can be used" in refused(*command(tmp_path / "a.csv", tmp_path / "out"))
 
 
 def test_a_mistake_is_a_one_line_error(tree: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_mistake_is_a_one_line_error(tree: Path, tmp_path: Path) -> None:
     message = refused(*command(tree, tmp_path / "file" / "out"))
     assert "file/out: cannot be written to (Not a directory); " in message
     (output / "old.tar").write_bytes(b"")
-    assert "old.tar: is there, but no job that wrote it" in refused(*command(tree, output))
+    assert "old.tar: is there, but belongs to no packing job" in refused(*command(tree, output))
 
 
 def test_an_output_without_room_is_refused_before_writing(tree: Path, tmp_path: Path) -> None:
@@ -294,7 +294,8 @@ def test_help_shows_the_usual_commands() -> None:
     code, out, _ = finish(start([sys.executable, str(ROOT / "tools" / "make_shards.py"), "--help"]))
     assert code == 0
     assert "ILSVRC2012_img_train.tar" in out
-    assert "--part $SLURM_ARRAY_TASK_ID/16" in out
+    assert "--part 1/16" in out
+    assert "slurm/pack_shards.sh" in out
 
 
 def test_a_picture_that_needs_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +306,7 @@ def test_a_picture_that_needs_too_much_memory_is_named(tmp_path: Path, monkeypat
     (tmp_path / "in" / "large.png").write_bytes(file_bytes(noise(1)))
     monkeypatch.setattr("jitscale.data.images.decode_file", exhausted)
     task = ShardTask(tmp_path / "a.tar", "/", {0: find_sources([str(tmp_path / "in")])[0]}, "raw", 8, 0)
-    with pytest.raises(DataError, match=r"in/large.png: takes more memory than there is; .* fewer --workers"):
+    with pytest.raises(DataError, match=r"in/large.png: needs more memory than there is; .* fewer --workers"):
         pack_shard(task)
 
 

@@ -277,7 +277,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     code, _, errors = finish(process)
     assert code == 2
     assert errors.startswith(f"error: worker process {victim}: was killed by SIGKILL (often: too little memory)")
-    assert "give the same command again to go on, maybe with fewer --workers than 2" in errors
+    assert "the same command continues; maybe use fewer --workers than 2" in errors
     assert "\n" not in errors
     assert group_ended(process.pid)
     before = committed(tmp_path / "out")
@@ -322,7 +322,7 @@ def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number:
     os.killpg(process.pid, number)
     code, _, errors = finish(process)
     assert code == 75, errors
-    assert errors == f"{tmp_path}/out: stopped by {number.name}; give the same command again to go on"
+    assert errors == f"{tmp_path}/out: stopped by {number.name}; the same command continues"
     assert group_ended(process.pid)
     assert not list((tmp_path / "out").glob(".shard-*.partial"))
     packed(tree, tmp_path / "out", *SLOW)

@@ -168,7 +168,7 @@ def test_ambiguous_splits_are_refused(tmp_path: Path) -> None:
     single = source / "data" / "train-00000-of-00002.parquet"
     assert "holds the split train, not test" in refused_input("--input", single, "--split", "test")
     plain = write(rows(1, label=[0]), tmp_path / "a.parquet")
-    assert "--split train says nothing about this form" in refused_input("--input", plain, "--split", "train")
+    assert "--split train does not apply to this form" in refused_input("--input", plain, "--split", "train")
 
 
 def test_files_that_are_not_the_whole_split_are_refused(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_test_split_without_labels_is_reported(tmp_path: Path) -> None:
     assert inputs.notes == [f"{tmp_path}/a.parquet: {why}"]
     inputs = found(write(rows(2), tmp_path / "a.parquet"))
     assert inputs.notes == [
-        f"{tmp_path}/a.parquet: 2 images without classes: no column of numbers or names beside image"
+        f"{tmp_path}/a.parquet: 2 images without classes: no column of numbers or names besides image"
     ]
 
 
@@ -249,7 +249,7 @@ def test_labels_of_an_unsupported_type_are_refused(tmp_path: Path, label: list[o
 def test_an_ambiguous_label_column_must_be_named(tmp_path: Path) -> None:
     path = write(rows(2, breed=["x", "y"], age=[3, 4]), tmp_path / "a.parquet")
     line = refused_input("--input", path)
-    assert "which column holds labels is not said: breed, age; pass --label-column with one of these" in line
+    assert "the file does not say which column holds labels: breed, age; pass --label-column with one of these" in line
     assert found(path, label_column="breed").class_names == ["x", "y"]
     assert labels_of(path, labels="none") == [NO_LABEL] * 2
     line = refused_input("--input", path, "--label-column", "colour")

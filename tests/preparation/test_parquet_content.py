@@ -42,7 +42,7 @@ def test_labels_in_another_order_than_imagenets_are_refused(tmp_path: Path) -> N
     imagenet(path, [0, 2, 1, *range(3, 1000)], WNIDS)
     line = refused_input("--input", path)
     assert f"row 1: {WNIDS[1]} has label 2, and 1 in the order of ImageNet's WNIDs; the file is wrong" in line
-    assert "name them by --class-names" in line
+    assert "name them with --class-names" in line
 
 
 # Images elsewhere
@@ -82,7 +82,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = write(rows(60, label=[0] * 60), tmp_path / "a.parquet", row_group_size=10).read_bytes()
     for damaged in (whole[:-100], whole[: len(whole) // 2]):
         (tmp_path / "a.parquet").write_bytes(damaged)
-        assert "a.parquet: is damaged, or written as pyarrow cannot read" in refused_input("--input", tmp_path)
+        assert "a.parquet: is damaged, or pyarrow cannot read it" in refused_input("--input", tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     line = "a.parquet: is neither a folder, a .tar, a .parquet, a .csv nor a .jsonl by its first bytes"
     assert line in refused_input("--input", tmp_path)

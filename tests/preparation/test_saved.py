@@ -86,7 +86,7 @@ def test_the_cache_of_the_library_is_read(tmp_path: Path) -> None:
     assert inputs.table["label"].tolist() == LABELS
     assert inputs.class_names == NAMES
     assert stored(inputs) == [file_bytes(image) for image in pictures(7)]
-    assert any("passed over: cache-" in note for note in inputs.notes)
+    assert any("ignored: cache-" in note for note in inputs.notes)
 
 
 @pytest.mark.parametrize("compression", ["uncompressed", "zstd"])
@@ -111,7 +111,7 @@ def test_rows_stay_neighbours_in_blocks_of_a_stream_and_in_a_whole_file(tmp_path
     feather.write_feather(table, tmp_path / "a.feather", chunksize=30)
     file = found(tmp_path / "a.feather")
     assert file.order(seed=1).tolist() == list(range(2500))
-    assert "many rows stay in their order, which costs least to read; if they are sorted" in file.notes[0]
+    assert "many rows stay in their order, because that costs least to read; if they are sorted" in file.notes[0]
     contents = [file_bytes(image) for image in pictures(2500)]
     reader = SourceReader("/")
     for inputs in (stream, file):
@@ -124,4 +124,4 @@ def test_damaged_streams_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(whole[:-8])
     assert "a.arrow: ends without the end of an Arrow stream; copy or write" in refused_input("--input", tmp_path)
     (tmp_path / "a.arrow").write_bytes(whole[:-5000] + whole[-8:])
-    assert "a.arrow: is damaged, or written as pyarrow cannot read" in refused_input("--input", tmp_path)
+    assert "a.arrow: is damaged, or pyarrow cannot read it" in refused_input("--input", tmp_path)

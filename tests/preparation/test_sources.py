@@ -82,11 +82,11 @@ def test_links_are_followed_except_in_cycles(tmp_path: Path) -> None:
     inputs = find_sources([str(tmp_path / "near")])
     assert found(inputs, tmp_path / "near") == [("a/2.png", 0), ("a/gone.png", 0), ("b/1.png", 1)]
     (tmp_path / "near" / "a" / "up").symlink_to(tmp_path / "near")
-    refused("up: is a link to a folder that holds it", tmp_path / "near")
+    refused("up: is a link to a folder around it", tmp_path / "near")
     tree(tmp_path / "round", "a/3.png", "c/4.png")
     (tmp_path / "round" / "a" / "x").symlink_to("../c")
     (tmp_path / "round" / "c" / "y").symlink_to("../a")
-    refused("y: is a link to a folder that holds it", tmp_path / "round")
+    refused("y: is a link to a folder around it", tmp_path / "round")
 
 
 def test_a_mixture_is_refused(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_damaged_tars_of_tars_are_refused(tmp_path: Path) -> None:
             r"cut\.tar: bytes 512\.\.1536: no whole tar",
         ),
         (tar_bytes(("a.tar", inner), ("b.tar", inner[:700])), r"cut\.tar: ends at byte \d+ without an end"),
-        (tar_bytes(("a.tar", gzip.compress(inner, 0))), r"cut\.tar: byte 512: neither a tar header nor"),
+        (tar_bytes(("a.tar", gzip.compress(inner, 0))), r"cut\.tar: byte 512: is neither a tar header nor"),
         (
             tar_bytes(("a.tar", inner), ("b.png", CONTENT)),
             r"cut\.tar: byte \d+: 'b.png' is no tar, but others in it are",
@@ -315,7 +315,7 @@ def test_class_names_of_the_user(tmp_path: Path) -> None:
     assert read_class_names(path) == ["tabby cat", "dog"]
     for text, message in [
         ("a\n\nb\n", "line 2: is empty"),
-        ("a\nb\na\n", "line 3: 'a' stands in line 1 too"),
+        ("a\nb\na\n", "line 3: 'a' is in line 1 too"),
         ("", "line 1: is empty"),
     ]:
         path.write_text(text)

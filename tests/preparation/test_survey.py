@@ -120,9 +120,9 @@ def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
         f"b.tar: byte {512 + block + 1024}: sample 1 has label '', nothing; write",
         "d.tar: byte 0: sample 'a' has 0 images among ['cls'], needs",
         "d.tar: byte 1024: sample 0 has label '\ufffd', not printable UTF-8",
-        f"d.tar: byte {512 + block + 1024}: key 'b' comes twice",
+        f"d.tar: byte {512 + block + 1024}: key 'b' occurs twice",
         f"e.tar: byte {offset(paths['a'], 1)}: sample 1 has no label where a number is expected; make",
-        f"e.tar: byte {offset(paths['a'], 2) - 512}: is no whole tar (unexpected end of data; it ends at byte",
+        f"e.tar: byte {offset(paths['a'], 2) - 512}: is not a complete tar (unexpected end of data; it ends at byte",
         "f.tar: is empty (0 bytes); copy or write it again",
     ]
     for line, start in zip(map(str, found.defects), expected, strict=True):
@@ -163,7 +163,7 @@ def test_indexing_again_keeps_the_manifest_of_a_packing(tmp_path: Path) -> None:
     content = beside.read_bytes()
     beside.unlink()
     assert defects(tmp_path) == [
-        f"{tmp_path}/shard-000001.tar: has no index beside it; rebuild it with tools/index_shards.py --force"
+        f"{tmp_path}/shard-000001.tar: has no index next to it; rebuild it with tools/index_shards.py --force"
     ]
     index(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == manifest
@@ -218,8 +218,8 @@ def test_invalid_files_of_class_names_are_refused(tmp_path: Path) -> None:
     assert read_class_names(path) == ["tench", "great white shark", "2"]
     for text, message in [
         ("a\n\nb", "line 2: is empty"),
-        ("a\nb\na", "line 3: 'a' stands in line 1 too"),
-        ("a\n0", "line 2: calls class 1 '0', the number of another"),
+        ("a\nb\na", "line 3: 'a' is in line 1 too"),
+        ("a\n0", "line 2: names class 1 '0', the number of another"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):

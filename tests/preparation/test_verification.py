@@ -72,15 +72,15 @@ def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
     lies = r"shard-000004.index.npy differs in 1 of 4 samples: of sample 3 it says .*, the tar .* --force"
     expected = [
         (0, sample(0, 1), "has label '7', needs one in 0..2; write the shard again"),
-        (0, sample(0, 2), "sample 2 cannot be decoded as jpg (.*); write the shard again without it, or leave it"),
+        (0, sample(0, 2), "sample 2 cannot be decoded as jpg (.*); write the shard again without it, or keep it"),
         (1, None, "has sha256 .*, the manifest says .*; copy it again"),
         (2, None, f"has {cut} bytes, the manifest says {size}; copy it again"),
-        (2, sample(2, 2) - 512, rf"is no whole tar \(unexpected end of data; it ends at byte {cut}, .*; copy"),
+        (2, sample(2, 2) - 512, rf"is not a complete tar \(unexpected end of data; it ends at byte {cut}, .*; copy"),
         (3, None, "is missing; copy it again"),
         (4, sample(4, 3), lies),
         (5, None, "holds 4 samples, shard-000005.index.npy lists 3; rebuild"),
         (6, None, "has an index that cannot be mapped .*; remove it"),
-        (7, None, "has no index beside it; rebuild"),
+        (7, None, "has no index next to it; rebuild"),
         (8, None, "holds 4 samples, the manifest says 5; write the manifest again"),
     ]
     found = verify(find_tars(str(tmp_path)), 2)

@@ -63,7 +63,7 @@ def test_zips_of_classes_and_of_images_are_read(tmp_path: Path) -> None:
     assert inputs_of(around).class_names == ["cat", "dog"]
     flat = write_zip(tmp_path / "c.zip", "photos/0.png", "photos/1.png")
     assert inputs_of(flat).num_classes == 0
-    assert inputs_of(flat).notes == [f"{flat}: the folder photos holds all images, and is no class"]
+    assert inputs_of(flat).notes == [f"{flat}: the folder photos holds all images, so it is no class"]
     assert inputs_of(flat, labels="folders").class_names == ["photos"]
 
 

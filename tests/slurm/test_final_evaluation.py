@@ -59,7 +59,7 @@ def test_the_job_ends_with_its_sweep(runs: Runs) -> None:
 
     again = runs.submit("measured_again", *EVALUATION, f"run.dir={run_dir}")
     assert cluster.wait(again) == "COMPLETED"
-    assert "is complete; nothing is left to do" in runs.log("measured_again")
+    assert "is complete; there is no work left" in runs.log("measured_again")
     assert "preflight" not in runs.log("measured_again")
     assert blocks(run_dir) == after
 

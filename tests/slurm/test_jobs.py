@@ -138,7 +138,7 @@ def test_starts_without_progress_are_limited(runs: Runs, cluster: SlurmCluster) 
         options=("--export=ALL,JITSCALE_MOST_RETRIES=1",),
     )  # fmt: skip
     assert cluster.wait(job, seconds=150) == "FAILED"
-    assert "1 starts in a row have not brought the run beyond 0 (train ended with code" in runs.log("nowhere")
+    assert "1 starts in a row brought no progress beyond 0 (train ended with code" in runs.log("nowhere")
 
 
 def test_nothing_is_left_behind() -> None:

@@ -1,25 +1,27 @@
-"""Runs the commands of a page of the documentation in order, as its reader would.
+"""Reads the pages of the documentation: fenced blocks, code in prose, prose, tables, headings, links.
 
-A page's fenced blocks are commands (no language, or bash), Python to run (python), or what a command prints (text).
-Nothing on a page is passed over: a block of another language, or a command that a test does not run, must be named.
+Languages of blocks: none or `bash` are commands for a shell, `python` runs, `yaml` is a piece of a configuration,
+`text` is output, formulas and layouts.
 """
 
+import functools
 import re
-import shlex
 import subprocess
 import textwrap
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.support import ROOT
-from tests.support.forking import Process
 
-CHECKOUT = ("configs", "docs", "jitscale", "tools")  # what commands of pages name besides their own files
-LONGEST = 60  # seconds of a command
+LANGUAGES = ("", "bash", "python", "yaml", "text")
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_PROGRAM = r"(?:python|torchrun|sbatch|srun|make|pip) "
+_CODE = re.compile(r"(?<!`)`(?P<code>[^`]+)`(?!`)")
+_LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*\]\((?P<target>[^()\s]*(?:\([^()\s]*\)[^()\s]*)*)\)")
+_HEADING = re.compile(r"^#{1,6} +(?P<title>.+?)\s*$", re.MULTILINE)
+_ANCHOR = re.compile(r"<a (?:id|name)=\"(?P<name>[^\"]+)\"")
+_LAST = re.compile(r"(?<!\\)\|")  # of a table's cell; `\|` is a bar inside one
 
 
 class Block(NamedTuple):
@@ -30,12 +32,29 @@ class Block(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Miniature:
-    """How a test changes the commands of a page, so that they end in seconds."""
+class Line(NamedTuple):
+    """A line, a cell or a piece of code, and where it stands."""
 
-    smaller: Mapping[str, str] = field(default_factory=dict)  # text of a command, and what stands there instead
-    left_out: Mapping[str, str] = field(default_factory=dict)  # a command, or a block's first line, and why
+    number: int  # of the page, from 1 on
+    text: str
+
+
+@functools.cache
+def tracked_files() -> tuple[str, ...]:
+    """The files of the checkout, as paths from its root; new files that git does not ignore are among them."""
+    said = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return tuple(name for name in sorted(set(said.splitlines())) if (ROOT / name).is_file())
+
+
+def page_names() -> list[str]:
+    """All pages, as paths from the root of the checkout."""
+    return [name for name in tracked_files() if name.endswith(".md")]
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -44,58 +63,90 @@ def blocks_of(page: str) -> list[Block]:
     return [Block(page[: f.start()].count("\n") + 1, f["language"], textwrap.dedent(f["text"])) for f in found]
 
 
-def run_page(page: Path, folder: Path, miniature: Miniature) -> list[str]:
-    """Run every command of `page` in `folder`, which begins with links to the checkout; returns what they printed.
+def commands_of(block: Block) -> list[Line]:
+    """The commands of a block for a shell, each with its line on the page: one a line, unless a backslash goes on.
 
-    Fails at a command that fails, a block that is neither run nor named, and a substitution that changes nothing.
+    Lines that are comments are left out.
     """
-    for name in CHECKOUT:
-        (folder / name).symlink_to(ROOT / name)
-    unused = {*miniature.smaller, *miniature.left_out}
-    printed = []
-    for line, command in _commands(page, miniature, unused):
-        for text, smaller in miniature.smaller.items():
-            if text in command:
-                unused.discard(text)
-                command = command.replace(text, smaller)  # noqa: PLW2901 (each changes what the one before left)
-        started = time.perf_counter()
-        code, output = _run(command, folder)
-        place = f"{page.name}:{line}"
-        assert code == 0, f"{place}: {command}\nended with code {code}:\n{output}"
-        print(f"{place}: {time.perf_counter() - started:.1f} s: {command}")  # which pytest shows where a test fails
-        printed.append(output)
-    assert not unused, f"{page.name}: no command has {', '.join(sorted(unused))}: correct the test's table"
-    return printed
+    found, begun, parts = [], 0, ""
+    for number, text in enumerate(block.text.splitlines(), block.line + 1):
+        begun = number if not parts else begun
+        parts += text.removesuffix("\\") + " "
+        if not text.endswith("\\"):
+            command = parts.strip()
+            found += [Line(begun, command)] if command and not command.startswith("#") else []
+            parts = ""
+    assert not parts, f"line {block.line}: the block ends with a backslash"
+    return found
 
 
-def _commands(page: Path, miniature: Miniature, unused: set[str]) -> Iterator[tuple[int, str]]:
-    """Each command with its line on the page, those that are left out excepted."""
-    for line, language, text in blocks_of(page.read_text()):
-        place, first = f"{page.name}:{line}", text.partition("\n")[0]
-        if language == "text":
-            assert not re.search(r"^(\$ |python |make )", text, re.MULTILINE), f"{place}: a command that is not run"
-        elif language == "python":
-            yield line, shlex.join(["python", "-c", text])
-        elif language in ("", "bash"):
-            for each in text.replace("\\\n", " ").splitlines():
-                command = shlex.join(shlex.split(each, comments=True))
-                if command in miniature.left_out:
-                    unused.discard(command)
-                elif command:
-                    yield line, command
-        else:
-            assert first in miniature.left_out, f"{place}: a block of {language} is neither run nor left out"
-            unused.discard(first)
+def holds_commands(text: str) -> bool:
+    """Whether a line of a block that is no block of commands begins as one."""
+    return re.search(rf"^\s*(\$ |{_PROGRAM})", text, re.MULTILINE) is not None
 
 
-def _run(command: str, folder: Path) -> tuple[int, str]:
-    words = shlex.split(command)
-    if words[0] != "python":
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=LONGEST, check=False)
-        return done.returncode, done.stdout + done.stderr
-    process = Process(words[1:], cwd=folder)
-    try:
-        output, _ = process.communicate(timeout=LONGEST)
-    finally:
-        process.kill()
-    return process.wait(), output
+def indented_commands(page: str) -> list[Line]:
+    """The commands of blocks that are indented, in the place of a fence."""
+    prose = without_blocks(page)
+    found = re.finditer(rf"(?<=\n\n)( {{4,}}|\t)(?P<command>{_PROGRAM}.*)$", prose, re.MULTILINE)
+    return [Line(prose[: f.start()].count("\n") + 1, f["command"]) for f in found]
+
+
+def without_blocks(page: str) -> str:
+    """The page's text with an empty line in the place of each line of a fenced block."""
+    return _FENCE.sub(lambda found: "\n" * found.group().count("\n"), page)
+
+
+def without_code(page: str) -> str:
+    """The page's text, with the same lines, without fenced blocks and without code in prose."""
+    return _CODE.sub(lambda found: "`" + "\n" * found["code"].count("\n") + "`", without_blocks(page))
+
+
+def inline_code(page: str) -> list[Line]:
+    """What stands in backticks outside of fenced blocks, in one line each."""
+    prose = without_blocks(page)
+    found = _CODE.finditer(prose)
+    return [Line(prose[: f.start()].count("\n") + 1, " ".join(f["code"].split())) for f in found]
+
+
+def links_of(page: str) -> list[Line]:
+    """The targets of the links and images of a page."""
+    prose = without_code(page)
+    found = _LINK.finditer(prose)
+    return [Line(prose[: f.start()].count("\n") + 1, f["target"]) for f in found]
+
+
+def anchors_of(page: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings, and those that the page sets itself."""
+    prose = without_blocks(page)
+    found, seen = {each["name"] for each in _ANCHOR.finditer(prose)}, dict[str, int]()
+    for heading in _HEADING.finditer(prose):
+        title = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading["title"]).lower()
+        anchor = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        count = seen.get(anchor, 0)
+        seen[anchor] = count + 1
+        found.add(f"{anchor}-{count}" if count else anchor)
+    return found
+
+
+def is_of_a_table(line: str) -> bool:
+    """Whether a line outside of blocks is a row of a table."""
+    return line.lstrip().startswith("|")
+
+
+def tables_of(page: str) -> Iterator[list[tuple[int, list[str]]]]:
+    """Each table of a page, as rows with their line and their cells; the line under the head is left out."""
+    rows: list[tuple[int, list[str]]] = []
+    for number, line in enumerate([*without_blocks(page).splitlines(), ""], 1):
+        if is_of_a_table(line):
+            cells = [cell.strip() for cell in _LAST.split(line.strip().strip("|"))]
+            if not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
+                rows.append((number, cells))
+        elif rows:
+            yield rows
+            rows = []
+
+
+def page_path(name: str) -> Path:
+    """Where a page of `page_names` is."""
+    return ROOT / name

@@ -15,6 +15,7 @@ from jitscale.preparation.array_shards import write_shards
 from jitscale.tracking import read_metrics
 from tests.support.forking import Process
 from tests.support.processes import run_ranks
+from tests.support.recorded import check_recorded
 from tests.support.tiny import model_yaml
 
 STEPS, BATCH = 24, 12
@@ -47,6 +48,7 @@ class Job:
 
     def train(self, run: str, *overrides: str, world_size: int = 2, expect: int = 0) -> list[dict[str, Any]]:
         run_ranks(world_size, *self.command(run, *overrides, world_size=world_size), expect=expect)
+        check_recorded(self.folder / run)
         return read_metrics(self.folder / run)
 
     def copy(self, source: str, target: str, steps: int) -> None:

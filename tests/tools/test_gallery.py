@@ -85,6 +85,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert page.tags.count("img") == 9, "the best samples, every second one of 14 pictures, and the sweep"
     assert "<title>" in text
     assert "fid 5k" in text, "the number of images distinguishes it from FID-50K"
+    assert "2-norm of the whole gradient before clipping" in text, "the explanation of a curve stands below it"
     assert "224 images" in text, "the newest picture is shown"
     assert all(reference.startswith(("data:", "#")) for reference in page.references), "the page needs no other file"
     assert "<!-- digits, model, 5,000 images -->" in text, (
@@ -191,7 +192,7 @@ def test_the_data_is_shown_as_a_contact_sheet_or_a_reason(tmp_path: Path) -> Non
     assert {tuple(colour) for colour in sheet[::4, ::4].reshape(-1, 3)} >= {(60 + n, 60, 60) for n in range(40)}
     (tmp_path / "shards_8/manifest.json").unlink()
     assert "has no manifest; tools/index_shards.py writes one" in data(str(tmp_path / "shards_8"))
-    assert "no contact sheet: s3://bucket/x: only local folders are surveyed" in data("s3://bucket/x")
+    assert "no contact sheet: s3://bucket/x: is remote, only local folders" in data("s3://bucket/x")
     assert "&lt;script&gt;" in data(f"/{HOSTILE}")
     assert "<script>" not in data(f"/{HOSTILE}")
 

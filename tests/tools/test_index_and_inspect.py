@@ -37,7 +37,7 @@ def test_the_tools_on_the_command_line(tmp_path: Path) -> None:
     assert defect.startswith(
         f"{tmp_path}/more.tar: byte 512: sample 0 has no label where a class name is expected; make"
     )
-    assert error == f"error: {tmp_path}: 1 defect in 1 of 4 tars; nothing was written, mend or leave out these tars"
+    assert error == f"error: {tmp_path}: 1 defect in 1 of 4 tars; nothing was written; repair or leave out these tars"
 
     sheet = tmp_path / "sheets" / "sheet.png"
     result = json.loads(tool("inspect_shards", tmp_path, "--json", "--contact-sheet", sheet, "--samples", "7").stdout)
@@ -78,9 +78,9 @@ def test_a_long_list_of_defects_is_shortened_on_the_screen(tmp_path: Path) -> No
         ("*.tar", r"\*.tar: no tars here"),
         ("{a,b}/x.tar", r"names tars in 2 folders \(.*a, .*b, ...\), and each has a manifest"),
         ("a/x.{tar", "has unbalanced braces"),
-        ("a/*", "a/other.txt: is not called .tar; unpack or rename it"),
-        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: only local folders are surveyed"),
-        ("s3://bucket/a", "s3://bucket/a: only local folders are surveyed; copy the shards or mount"),
+        ("a/*", "a/other.txt: the name does not end in .tar; unpack or rename it"),
+        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: is remote, only local folders are read here"),
+        ("s3://bucket/a", "s3://bucket/a: is remote, only local folders are read here; copy them"),
     ],
 )
 def test_a_mistake_is_a_one_line_error(

@@ -51,7 +51,7 @@ def test_grey_shards_get_a_grey_network(tmp_path: Path) -> None:
 
 
 def test_for_another_machine_with_gpus(shards: Path, tmp_path: Path) -> None:
-    options = ("--device", "cuda", "--gpus", 8, "--gpu-memory", 80, "--size", "medium")
+    options = ("--device", "cuda", "--gpus", 8, "--gpu-memory", "80GB", "--size", "medium")
     config = made(shards, tmp_path / "cluster.yaml", *options)
     assert (config.run.device, config.model.hidden_size, config.data.batch_size) == ("cuda", 384, 256)
     assert config.engine.micro_batch_size == 32
@@ -65,7 +65,7 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
     Manifest("original", None, 3, manifest.class_names, COUNT, manifest.shards).write(tmp_path / "own" / MANIFEST)
     assert made(tmp_path / "own", tmp_path / "16.yaml", "--resolution", 16).model.patch_size == 2
     refused = run_tool("new_config", "--shards", tmp_path / "own", "--output", tmp_path / "none.yaml")
-    assert "own: its pictures have sizes of their own; give --resolution, for example 256" in refused.err
+    assert "own: its pictures have mixed sizes; give --resolution, for example 256" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
     [
         (["--resolution", "64"], "--resolution"),
         (["--device", "cpu", "--gpus", "2"], "--gpus: there is no GPU here, or --device cpu; give --device cuda"),
-        (["--size", "b", "--device", "cuda", "--gpu-memory", "1"], "does not fit in 1 GB; give a smaller --size"),
+        (["--size", "b", "--device", "cuda", "--gpu-memory", "1GB"], "does not fit in 1 GB; give a smaller --size"),
         (["--output", "own.txt"], "--output own.txt: must be called .yaml"),
     ],
 )

@@ -64,12 +64,12 @@ def test_folders_are_named_after_values(text: str, expected: dict[str, tuple[str
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["optim.lr=1e-4,1e-4"], "optim.lr=1e-4 stands there twice"),
+        (["optim.lr=1e-4,1e-4"], "optim.lr=1e-4 occurs twice"),
         (["optim.lr=1e-4,"], "a value is empty"),
         (["optim.lr=1e-4,,2e-4"], "a value is empty"),
         (["optim.lr=1e-4", "optim.lr=2e-4"], "optim.lr is set twice"),
         (["512/optim.lr=1e-4", "512/optim.lr=2e-4"], "512/optim.lr is set twice"),
-        (["data.shards=a/b,a b"], r"would have one name, \.\.\._data\.shards=a-b;"),
+        (["data.shards=a/b,a b"], r"would both end in _data\.shards=a-b;"),
     ],
 )
 def test_impossible_sweeps_are_refused(texts: list[str], message: str) -> None:
@@ -94,11 +94,11 @@ def test_options_are_passed_to_sbatch() -> None:
         (["N=2"], "must be a long option"),
         (["account vision"], "must be a long option"),
         (["comment=a\n#SBATCH --nodes=9"], "must be a long option"),
-        (["nodes=2"], "is set by --nodes of this command"),
-        (["--time=5"], "is set by --minutes"),
+        (["nodes=2"], "this command sets it with --nodes"),
+        (["--time=5"], "sets it with --minutes"),
         (["qos=a", "--qos=b"], "--qos is given twice"),
-        (["no-requeue"], "does not go with what this command does itself; leave it out"),
-        (["--job-name=x"], "does not go with what this command does itself"),
+        (["no-requeue"], "conflicts with options that this command sets; leave it out"),
+        (["--job-name=x"], "conflicts with options that this command sets"),
     ):
         with pytest.raises(UserError, match=message):
             parse_options(texts)
@@ -109,13 +109,15 @@ def test_a_chain_goes_through_resolutions() -> None:
     stages = parse_chain("train:256,upgrade:512,train:512,evaluate", stage, {"512": ["optim.lr=1e-5"]})
     assert [s.kind for s in stages] == ["train", "upgrade", "train", "evaluate"]
     assert [s.run_dir.name for s in stages] == ["h_256", "h_512", "h_512", "h_512"]
-    assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["jit_h_512.yaml"] * 3
+    assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["finetune_h_512.yaml"] * 3
+    (*_, trained), (*_, tuned) = parse_chain("train:512", stage, {}), parse_chain("train:512,upgrade:1024", stage, {})
+    assert [s.config.name for s in (trained, tuned)] == ["jit_h_512.yaml", "jit_h_1024.yaml"], "none for 1024 px"
     assert stages[1].source == Path("runs/h_256")
     assert stages[2].overrides == ("optim.lr=1e-4", "optim.lr=1e-5")
     for chain, message in (
-        ("train:256,polish", "'polish' is no stage"),
+        ("train:256,polish", "'polish' is not a stage"),
         ("train", "the first stage needs a resolution"),
-        ("train:x", "'x' is no resolution"),
+        ("train:x", "'x' is not a resolution"),
         ("upgrade:512", "needs a stage of another resolution before it"),
         ("train:256,upgrade:300", "no such config file"),
     ):
@@ -162,7 +164,7 @@ def test_mistakes_are_refused_before_a_job_is_queued(folder: Path) -> None:
         (["--set", "32/optim.lr=1e-5", f"data.shards={folder / 'shards_16'}"], "one resolution of a chain; add"),
         ([CHAIN, "--set", f"16/data.shards={folder / 'shards_16'}"], r"data\.shards='' is not set"),
         ([CHAIN, "--set", "64/optim.lr=1", *shards(folder)], "no stage of --chain .* is at 64 px"),
-        (["--sbatch=nodes=2"], "is set by --nodes"),
+        (["--sbatch=nodes=2"], "sets it with --nodes"),
         (["--sbatch", "--account=x"], "begins as an option of this command; write --sbatch=--account=x"),
         (
             ["--set", "data.shards=https://a:s3cret@h/x,https://h/y?t=s3cret"],
@@ -185,7 +187,7 @@ def test_mistakes_are_refused_before_a_job_is_queued(folder: Path) -> None:
     (folder / "jobs").mkdir()
     for damaged in ("{", "[" * 200_000, "9" * 5000):
         (folder / "jobs/1.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"jobs/1\.json: is no record of a job .*; remove it"):
+        with pytest.raises(UserError, match=r"jobs/1\.json: is not the record of a job .*; remove it"):
             main(["status", f"--folder={folder}"])
     shutil.rmtree(folder / "jobs")
     with pytest.raises(UserError, match="no job was submitted from here"):
@@ -244,8 +246,8 @@ def test_a_refusal_of_sbatch_is_one_message(folder: Path, monkeypatch: pytest.Mo
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=":")
     for partition, message in (
-        ("gpu", "sbatch has refused the job: error: bad account; correct"),
-        ("gpu,cpu", "sbatch has refused the job"),
+        ("gpu", "sbatch refused the job: error: bad account; correct"),
+        ("gpu,cpu", "sbatch refused the job"),
         ("gpus", "--partition gpus: not on this cluster; choose one of cpu, gpu"),
         ("cpu,gpus,", "--partition cpu,gpus,: 'gpus', '' not on this cluster; choose one of cpu, gpu"),
     ):

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import pytest
 
-from jitscale.errors import INTERRUPTED, ExitCode, StopRequestedError
+from jitscale.errors import ExitCode, StopRequestedError
 from jitscale.training.stopping import HangWatch, StopSignal
 
 
@@ -50,7 +50,10 @@ def exit_code(process: int) -> int:
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGTERM, ExitCode.REQUEUE, "a signal asked to stop"), (signal.SIGINT, INTERRUPTED, "stopped by Ctrl-C")],
+    [
+        (signal.SIGTERM, ExitCode.REQUEUE, "a signal asked to stop"),
+        (signal.SIGINT, ExitCode.INTERRUPTED, "stopped by Ctrl-C"),
+    ],
 )
 def test_a_signal_ends_the_process_at_once_if_everything_is_saved(number: int, code: int, said: str) -> None:
     def measure() -> None:
@@ -70,7 +73,7 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends_the_process() -> None:
         while not stop.received:
             os.write(2, b"." if stop.code == ExitCode.REQUEUE else b"?")
             time.sleep(0.01)
-        assert stop.code == INTERRUPTED
+        assert stop.code == ExitCode.INTERRUPTED
         with pytest.raises(StopRequestedError):
             stop.check()
         ready()

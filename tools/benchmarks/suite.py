@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import measuring
 from benchmarks.suite_items import SMOKE_SECONDS, Item, chosen
-from jitscale.errors import INTERRUPTED, ExitCode, StorageError, UserError, first_line
+from jitscale.errors import ExitCode, StorageError, UserError, first_line
 from jitscale.files import atomic_write
 
 RESULTS = "results.json"
@@ -230,7 +230,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
     """Let SIGTERM end this process like Ctrl-C, so that the current item is ended too."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.INTERRUPTED))
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""The forms in which data sets lie on disk: each module finds the images of one of them, and opens none."""
+"""The forms of data sets on disk. Each module finds the images of one form, and opens none of them."""

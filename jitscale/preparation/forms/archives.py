@@ -26,10 +26,10 @@ _DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedErro
 
 
 class Member(NamedTuple):
-    """Where the bytes of a file lie in its archive."""
+    """The place of a file's bytes in its archive."""
 
     offset: int
-    size: int  # as they are stored
+    size: int  # bytes as stored, maybe compressed
     storage: Storage
 
 
@@ -38,7 +38,7 @@ class Branch:
     """A folder in an archive; see `Tree`."""
 
     path: Path  # of the archive
-    inside: str = ""  # the folders that lead here, each with a slash behind it
+    inside: str = ""  # the path to this folder; each name ends in a slash
     branches: dict[str, "Branch"] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     hidden: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Branch:
 
 
 def tree_of_zip(path: Path) -> Branch:
-    """The files of a zip. Raises a DataError if it is damaged, a file is encrypted, or compressed in a way not read."""
+    """The files of a zip. Raises a DataError if it is damaged, or a file is encrypted or of an unread compression."""
     return _tree(path, _members_of_zip(path))
 
 
@@ -102,9 +102,9 @@ def tree_of_tar(search: Search, path: Path) -> Branch:
 
 
 def unwrapped(search: Search, tree: Tree) -> Tree:
-    """What lies in the folder around everything, as archives often have one; else `tree` itself.
+    """The folder around everything, which archives often have; without one, `tree` itself.
 
-    A file of labels that the user names has the paths of the whole archive.
+    If the user names a file of labels, `tree` stays: the file has the paths of the whole archive.
     """
     if search.options.labels not in (None, "none", "folders"):
         return tree
@@ -113,7 +113,7 @@ def unwrapped(search: Search, tree: Tree) -> Tree:
         if any(extension_of(name) in PICTURES for name in inner.files):
             if search.options.labels == "folders":
                 return tree
-            search.note(f"{tree.place}: the folder {tree.folders[0]} holds all images, and is no class")
+            search.note(f"{tree.place}: the folder {tree.folders[0]} holds all images, so it is no class")
         tree = inner
     return tree
 
@@ -128,7 +128,7 @@ def _tree(path: Path, members: Iterable[tuple[str, Member]]) -> Branch:
         *folders, base = [part for part in name.split("/") if part not in ("", ".")] or [""]
         branch, is_hidden = root, not base or base.startswith(".")
         for folder in folders:
-            if folder.startswith(".") or folder == "__MACOSX":  # in which macOS keeps what is no content
+            if folder.startswith(".") or folder == "__MACOSX":  # macOS stores no content there
                 is_hidden = True
                 if folder not in branch.hidden:
                     branch.hidden.append(folder)

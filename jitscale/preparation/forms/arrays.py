@@ -1,7 +1,7 @@
 """Images as numpy arrays in .npz files: ImageNet-32 and 64, and stacks of other images.
 
-ImageNet-32 and 64 hold `data`, uint8 (n, 3 S S): planes of red, green and blue; and `labels` from 1 in the devkit's
-order of IDs, which is not that of sorted WNIDs. Nothing is unpickled.
+ImageNet-32 and 64 hold `data`, uint8 (n, 3 S S): planes of red, green and blue. Their `labels` are the devkit's IDs,
+from 1; the IDs are not in the order of sorted WNIDs. Nothing is unpickled.
 """
 
 import zipfile
@@ -42,7 +42,7 @@ def _images_in_arrays_of(search: Search, listing: Listing, name: str) -> Images:
 
 
 def images_in_arrays(search: Search, path: Path) -> Images:
-    """The images of one .npz file. Those of a compressed one are inflated in their order, see `array_rows`."""
+    """The images of one .npz file. If it is compressed, they are inflated in order, see `array_rows`."""
     with data_error(f"{path}: cannot be read as arrays", "copy it again", _DAMAGE), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if "data.npy" not in names:
@@ -79,7 +79,7 @@ def _labels(
     if search.without_labels():
         return [None] * header.count
     if given is None:
-        what = "holds no labels, as an older form of ImageNet-32 and 64, whose pixels are others"
+        what = "holds no labels, like the older ImageNet-32 and 64, whose pixels differ"
         raise DataError(f"{path}: {what}; pass --labels none to use its images without labels")
     if given.shape != (header.count,) or not np.issubdtype(given.dtype, np.integer):
         raise DataError(f"{path}: labels are {given.dtype} {given.shape} for {header.count} images; write {_EXPECTED}")
@@ -91,7 +91,7 @@ def _labels(
         return labels
     table = search.option("ground_truth")
     if table is None:
-        what = f"labels are {least} to {most}, in ImageNet-32 and 64 the devkit's IDs from 1 to {CLASSES}"
+        what = f"labels are {least} to {most}; in ImageNet-32 and 64 these are the devkit's IDs, 1 to {CLASSES}"
         remedy = "pass --ground-truth map_clsloc.txt, or --labels none for no labels"
         raise DataError(f"{path}: {what}, which are not in the order of sorted WNIDs; {remedy}")
     wnids = wnids_of_ids(Path(table))

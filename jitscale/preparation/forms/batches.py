@@ -1,4 +1,4 @@
-"""Files that each hold many images as arrays, and of which a folder may hold those of several splits."""
+"""Files that each hold many images as arrays. A folder may hold the files of several splits."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ def images_in_split(
     split_of: Callable[[str], str],
     images_in_file: Callable[[Search, Listing, str], Images],
 ) -> Images:
-    """The images of the files `names` of a folder; of one split, which the user must name if there are several.
+    """The images of the files `names` of a folder. If there are several splits, the user must name one.
 
-    `split_of` gives the split of a file by its name, empty if that says none.
+    `split_of` gives the split of a file by its name; empty if the name says none.
     """
     splits = sorted({split_of(name) for name in names})
     chosen = search.option("split") if len(splits) > 1 or splits != [""] else None

@@ -48,8 +48,8 @@ def _images_in_batch_of(search: Search, listing: Listing, name: str) -> Images:
 
 
 def images_in_batch(search: Search, path: Path) -> Images:
-    """The images of one batch, whose class names lie beside it."""
-    with data_error(f"{path}: cannot be read", "mend the storage"):
+    """The images of one batch. Its class names lie next to it."""
+    with data_error(f"{path}: cannot be read", "repair the storage"):
         found = _labels_of(path)
     if found is None:
         what = "has the size of a batch of CIFAR, but its labels are not in 0..9, nor in 0..19 and 0..99"
@@ -79,7 +79,7 @@ def _split_of(name: str) -> str:
 
 
 def _labels_of(path: Path) -> tuple[tuple[_Labels, ...], UInt8Array] | None:
-    """What the labels of a batch are, and all of them, (records, kinds); None if it is no batch."""
+    """The kinds of labels in a batch, and all labels (records, kinds); None if it is no batch."""
     content: UInt8Array = np.memmap(path, np.uint8, "r")
     for record, kinds in zip(CIFAR_RECORDS, (_CIFAR_10, _CIFAR_100), strict=True):
         if len(content) % record == 0:
@@ -90,7 +90,7 @@ def _labels_of(path: Path) -> tuple[tuple[_Labels, ...], UInt8Array] | None:
 
 
 def _column(search: Search, path: Path, kinds: tuple[_Labels, ...]) -> int:
-    """Which of the labels of a record is meant."""
+    """The number of the kind of labels to use."""
     if len(kinds) == 1 or search.without_labels():
         return 0
     columns = [kind.column for kind in kinds]
@@ -105,12 +105,12 @@ def _column(search: Search, path: Path, kinds: tuple[_Labels, ...]) -> int:
 
 
 def _class_names(search: Search, path: Path, labels: _Labels) -> list[str] | None:
-    """The class names that lie beside a batch; None without them, or if labels are not wanted."""
+    """The class names in the file next to a batch; None if there is none, or labels are not wanted."""
     names = path.parent / labels.names
     if search.without_labels():
         return None
     if not names.exists():
-        search.note(f"{path.parent}: no {labels.names} here, so that classes have no names")
+        search.note(f"{path.parent}: no {labels.names} here, so classes have no names")
         return None
     with data_error(f"{names}: cannot be read", "copy it again", (OSError, UnicodeDecodeError)):
         lines = names.read_text(encoding="utf-8").split()

@@ -1,4 +1,4 @@
-"""Which columns of a file of rows hold the images and their labels, and the names of the classes."""
+"""Finds the columns of images and of labels in a file of rows, and the names of the classes."""
 
 import json
 import re
@@ -24,17 +24,17 @@ _FEW = 12  # columns in a message
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a data set that are of use."""
+    """The columns of a data set that are used."""
 
     image: str
     label: str | None  # None: there are no labels, or they are not wanted
-    names: list[str] | None  # of the classes that numbers in `label` mean
+    names: list[str] | None  # class names, by the numbers in `label`
 
 
 def columns_of(search: Search, file: RowFile, described: Names) -> Columns:
-    """The columns of `file`. `described` are names of classes that are said elsewhere; those in the file go first.
+    """The columns of `file`. `described` are class names from elsewhere; those in the file win.
 
-    Raises a DataError if it is not clear which columns those are.
+    Raises a DataError if the columns are not clear.
     """
     image = image_column(file, search.option("image_column"))
     names = {**described, **_class_names(file.features())}
@@ -43,7 +43,7 @@ def columns_of(search: Search, file: RowFile, described: Names) -> Columns:
 
 
 def image_column(file: RowFile, chosen: str | None) -> str:
-    """The column of images, `chosen` if there are several. Raises a DataError if that is not clear."""
+    """The column of images; `chosen` decides if there are several. Raises a DataError if it is not clear."""
     found = _image_columns(file)
     if chosen in found:
         return chosen
@@ -58,7 +58,7 @@ def image_column(file: RowFile, chosen: str | None) -> str:
 
 
 def _image_columns(file: RowFile) -> list[str]:
-    """The columns that are images as the file notes, or else by their first bytes."""
+    """The columns that the file notes as images; if there are none, those whose first bytes are an image."""
     features = file.features()
     binary = [name for name, kind in file.columns().items() if kind in (Column.STRUCT, Column.BINARY)]
     noted = [name for name in binary if _type(features.get(name)) == "Image"]
@@ -66,7 +66,7 @@ def _image_columns(file: RowFile) -> list[str]:
 
 
 def _begins_with_image(file: RowFile, column: str) -> bool:
-    """Whether the first bytes that the column has, or else its first path, are those of an image."""
+    """Whether the first entry of the column is an image, by its bytes or, without bytes, by its path."""
     path_of = file.path_of(column)
     for batch in islice(file.batches([file.bytes_of(column), *([path_of] if path_of else [])], rows=1), 1):
         data, path = batch.images(column)[0].as_py(), batch.paths(column)[0]
@@ -98,7 +98,7 @@ def _label_column(search: Search, file: RowFile, names: Names, image: str) -> st
         raise DataError(f"{file.path}: {what}; pass --label-column {noted[0]}")
     found = noted or [name for name in _LABELS if name in columns]
     if not found and columns:
-        what = f"which column holds labels is not said: {', '.join(columns[:_FEW])}"
+        what = f"the file does not say which column holds labels: {', '.join(columns[:_FEW])}"
         raise DataError(f"{file.path}: {what}; pass --label-column with one of these, or --labels none for no labels")
     return found[0] if found else None
 
@@ -116,13 +116,13 @@ def _type(feature: object) -> object:
 
 
 def _class_names(features: Mapping[str, Any]) -> Names:
-    """The class names that `datasets` notes about columns."""
+    """The class names that `datasets` notes for columns."""
     classes = {name: feature for name, feature in features.items() if _type(feature) == "ClassLabel"}
     return {name: list(map(str, feature["names"])) for name, feature in classes.items() if feature.get("names")}
 
 
 def names_of_info(path: Path) -> Names:
-    """The class names in `dataset_info.json`, which `datasets` writes beside its Arrow files; none without it."""
+    """The class names in `dataset_info.json`, which `datasets` writes next to its Arrow files; empty without it."""
     if not path.exists():
         return {}
     with data_error(f"{path}: cannot be read", "copy it again, or remove it", (OSError, ValueError)):
@@ -132,10 +132,10 @@ def names_of_info(path: Path) -> Names:
 
 
 def names_of_card(text: str, place: str, configuration: str) -> Names:
-    """The class names in the README.md of a data set on the Hugging Face hub, which is called `place`.
+    """The class names in the README.md `place` of a data set on the Hugging Face hub.
 
-    Of several configurations they are those of the one with this name, or of the default one. Raises a DataError if
-    what stands before the text is no YAML.
+    If there are several configurations, the one called `configuration` counts, else the default one. Raises a DataError
+    if the head of the file is no YAML.
     """
     found = re.match(r"---\s*\n(.*?\n)---", text, re.DOTALL)
     if found is None:
@@ -152,7 +152,7 @@ def names_of_card(text: str, place: str, configuration: str) -> Names:
 
 
 def _names_of_feature(feature: Any) -> tuple[str, list[str]] | None:
-    """Column and class names of a feature in a README.md, if it has some."""
+    """Column and class names of a feature in a README.md; None if it has no class names."""
     try:
         names = {int(number): str(name) for number, name in feature["dtype"]["class_label"]["names"].items()}
         column = str(feature["name"])

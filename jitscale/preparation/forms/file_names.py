@@ -1,6 +1,6 @@
-"""Which split of a data set a file holds, by its name, as the Hugging Face hub and the library `datasets` name files.
+"""Finds the split of a file by its name, as the Hugging Face hub and the library `datasets` name files.
 
-data/train-00000-of-00294.parquet, with a hash behind it in older ones; CONFIG/train/0000.parquet of its conversions
+data/train-00000-of-00294.parquet (older files end in a hash); CONFIG/train/0000.parquet (the hub's conversions)
 """
 
 import os
@@ -22,21 +22,21 @@ _DATA = "data"  # a folder that is no configuration
 
 @dataclass(frozen=True)
 class _Part:
-    """What the name of a file says."""
+    """The facts in the name of a file."""
 
     path: str
     configuration: str  # the folder of all its splits
-    split: str  # empty: nothing
+    split: str  # empty: the name says none
     number: int = 0  # among the files of its split
-    count: int = 0  # of the files of its split; 0: nothing
+    count: int = 0  # number of files of its split; 0: the name says none
     is_partial: bool = False  # only a part of its split was converted
 
 
 def files_of_split(search: Search, place: str, files: Sequence[str], *, whole: bool) -> tuple[list[str], str]:
-    """Those of `files` that hold the split that the user wants, and the name of their configuration.
+    """The files of the split that the user wants, and the name of their configuration.
 
-    If `whole`, the input `place` should hold all files of a split. Raises a DataError if the split is not clear, if
-    files are missing, or if they belong to several configurations.
+    If `whole`, the input `place` must hold all files of a split. Raises a DataError if the split is not clear, if files
+    are missing, or if they belong to several configurations.
     """
     parts = [_part_of(path) for path in files]
     splits = sorted({part.split for part in parts})

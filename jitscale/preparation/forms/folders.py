@@ -1,4 +1,4 @@
-"""Folders of images, and archives as if they were folders: classes by folder or by a file of labels, or none."""
+"""Images in folders, and in archives as if they were folders; classes are folders, or come from a file of labels."""
 
 import re
 from collections.abc import Iterator
@@ -30,15 +30,15 @@ from jitscale.preparation.forms.layouts import (
 from jitscale.preparation.forms.listing import Listing, Tree
 from jitscale.preparation.forms.search import PICTURES, Images, Search, extension_of
 
-_LATENTS = re.compile(r"img-mean-std-\d+\.npy")  # of EDM2's encoder
+_LATENTS = re.compile(r"img-mean-std-\d+\.npy")  # latents of EDM2's encoder
 _LARGEST_EDM = 1 << 30  # bytes
 
 
 def images_in_folder(search: Search, tree: Tree) -> Images:
     """The images of a folder.
 
-    Their labels are those of a file that the user names, of EDM's dataset.json or of a metadata file; else the names of
-    the first folders; and none where the images lie in the folder itself, or in numbered buckets.
+    Labels come from a file that the user names, from EDM's dataset.json or from a metadata file. Else the top folders
+    are the classes. Images in the folder itself, or in numbered buckets, have no labels.
     """
     labels = search.option("labels")
     metadata = metadata_in(tree) if labels is None else None
@@ -52,7 +52,7 @@ def images_in_folder(search: Search, tree: Tree) -> Images:
         if not are_buckets(tree):
             yield from _in_classes(search, tree, trusted=False)
             return
-        what = f"the folders {tree.folders[0]} to {tree.folders[-1]} hold a thousand images each by number"
+        what = f"the folders {tree.folders[0]} to {tree.folders[-1]} hold a thousand images each, by their numbers"
         search.note(f"{tree.place}: {what}, and are no classes; --labels folders takes them for classes")
     refuse_splits(tree.place, tree.folders, search.known)
     pictures = _pictures(search, tree, extensions=EXTENSIONS if EDM in tree.files else PICTURES)
@@ -68,7 +68,7 @@ def images_in_folder(search: Search, tree: Tree) -> Images:
 
 
 def first_image(tree: Tree) -> str | None:
-    """The path of an image in `tree`, or the folders in it."""
+    """The path of an image in `tree` or in the folders below; None if there is none."""
     for name in tree.files:
         if extension_of(name) in PICTURES:
             return tree.path_of(name)
@@ -87,15 +87,15 @@ def images_in_folder_of_zips(search: Search, listing: Listing) -> Images:
 
 
 def images_in_zip(search: Search, path: Path) -> Images:
-    """The images of a zip, which lie in it as in a folder."""
+    """The images of a zip, which is read like a folder."""
     yield from images_in_folder(search, unwrapped(search, tree_of_zip(path)))
 
 
 def _of_edm(search: Search, tree: Tree, pictures: Iterator[Picture]) -> Images:
-    """The images beside EDM's dataset.json."""
+    """The images next to EDM's dataset.json."""
     file = read_edm(search, tree.path_of(EDM), tree.read(EDM, _LARGEST_EDM))
     if file is not None and equal_buckets(tree, file):
-        what = "classes are the folders of a thousand images each, as of EDM's FFHQ, and are none"
+        what = "its classes are only folders of a thousand images each, as in EDM's FFHQ, so they are not used"
         search.note(f"{file.place}: {what}; --labels {file.place} takes them for classes")
         file = replace(file, labels={name: (None, place) for name, (_, place) in file.labels.items()})
     if file is None:
@@ -105,9 +105,9 @@ def _of_edm(search: Search, tree: Tree, pictures: Iterator[Picture]) -> Images:
 
 
 def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
-    """The images below each folder, which is their class, or those of `tree` itself, without classes.
+    """The images below each folder, whose class is the folder; or those of `tree` itself, without classes.
 
-    Files that look like labels are refused, unless the user trusts the folders.
+    Files that look like labels are refused, unless `trusted`: then the user has chosen the folders.
     """
     here = list(_files(search, tree, "", PICTURES, refuse_labels=not trusted))
     classes = set()
@@ -116,7 +116,7 @@ def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
             for _, found in _pictures(search, tree.below(name), refuse_labels=not trusted):
                 classes.add(name)
                 yield found._replace(label=name)
-        except DataError:  # such as a file of labels; that of a split is no fault once the split is chosen
+        except DataError:  # such as a file of labels: if it lies in a split, the remedy is to choose the split
             refuse_splits(tree.place, tree.folders, search.known)
             raise
         if name not in classes:
@@ -125,7 +125,7 @@ def _in_classes(search: Search, tree: Tree, *, trusted: bool) -> Images:
         found_both = f"folders of classes ({len(classes)}) and images without a class ({len(here)})"
         raise DataError(f"{tree.place}: holds {found_both}; keep one kind in a folder")
     if trusted and not classes:
-        raise DataError(f"{tree.place}: no folder in it holds images, which --labels folders needs; leave it away")
+        raise DataError(f"{tree.place}: no folder in it holds images, which --labels folders needs; leave it out")
     refuse_splits(tree.place, classes, search.known, tree.folders)
     say_if_one_class(tree.place, classes, search.known)
     names = [name for name, _ in here]
@@ -141,7 +141,7 @@ def _pictures(
     extensions: tuple[str, ...] = PICTURES,
     refuse_labels: bool = False,
 ) -> Iterator[Picture]:
-    """The images in `tree` and the folders in it; other files are counted. `above` leads to `tree`, with a slash."""
+    """The images in `tree` and its folders. Other files are counted. `above` is the path to `tree`, with a slash."""
     yield from _files(search, tree, above, extensions, refuse_labels=refuse_labels)
     for name in tree.folders:
         below = tree.below(name)

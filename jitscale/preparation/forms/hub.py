@@ -1,6 +1,6 @@
 """The Hugging Face hub: data sets at hf://datasets/OWNER/NAME, and its cache on this machine.
 
-Parquet files at an address are read through fsspec, as they are needed; what else lies there has to be downloaded.
+Parquet files at an address are read through fsspec when they are needed. Other files must be downloaded first.
 """
 
 import re
@@ -23,18 +23,18 @@ from jitscale.preparation.forms.search import Images, Search, extension_of
 from jitscale.preparation.sources import Storage
 
 _ADDRESS = re.compile(r"(?P<root>hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(refs/convert/\w+|[^/@]+))?)(/.*)?", re.ASCII)
-_SNAPSHOTS, _MAIN = "snapshots", Path("refs", "main")  # in a data set's folder of the cache
+_SNAPSHOTS, _MAIN = "snapshots", Path("refs", "main")  # in the cache's folder of a data set
 
 
 def images_at_address(search: Search, address: str) -> Images:
     """The images of the Parquet files at `address`: a data set, a folder or a pattern in it, or one file.
 
-    Raises a DataError if the address is none, the hub cannot be reached, or there are no such files.
+    Raises a DataError if it is no address, the hub cannot be reached, or there are no such files.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise DataError(
-            f"{address}: is no data set's address; write hf://datasets/OWNER/NAME or .../NAME@REVISION/FOLDER"
+            f"{address}: is no address of a data set; write hf://datasets/OWNER/NAME or .../NAME@REVISION/FOLDER"
         )
     system, path = retried(address, partial(fsspec.core.url_to_fs, address))
     names: list[str] = sorted(retried(address, partial(_names, system, path)))
@@ -55,7 +55,7 @@ def images_at_address(search: Search, address: str) -> Images:
 
 
 def _names(system: Any, path: str) -> list[str]:
-    """The files at `path`; raises a FileNotFoundError if there is nothing."""
+    """The files at `path`. Raises a FileNotFoundError if there are none."""
     found: list[str] = system.glob(path) if has_magic(path) else system.find(path)
     if not found:
         raise FileNotFoundError(path)
@@ -63,9 +63,9 @@ def _names(system: Any, path: str) -> list[str]:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """The data set itself if `folder` is its place in the hub's cache, datasets--OWNER--NAME; else `folder`.
+    """The data set in `folder`, if that is its folder in the hub's cache, datasets--OWNER--NAME; else `folder`.
 
-    Raises a DataError if it is not clear which revision is meant.
+    Raises a DataError if the revision is not clear.
     """
     if not (folder / _SNAPSHOTS).is_dir() or not (folder / "blobs").is_dir():
         return folder
@@ -73,5 +73,5 @@ def snapshot_of(folder: Path) -> Path:
     main = (folder / _MAIN).read_text().strip() if (folder / _MAIN).is_file() else ""
     if main in revisions or len(revisions) == 1:
         return folder / _SNAPSHOTS / (main if main in revisions else revisions[0])
-    what = f"holds {len(revisions)} revisions, of which none is main"
+    what = f"holds {len(revisions)} revisions, and none of them is main"
     raise DataError(f"{folder}: {what}; give one of them: {folder / _SNAPSHOTS}/REVISION")

@@ -1,7 +1,7 @@
-"""ImageNet (ILSVRC 2012) as people have it: flat images, whose classes lie in another file or in their names.
+"""ImageNet (ILSVRC 2012) as flat images, whose classes are in another file or in their names.
 
-Classes are numbered by sorted WNID, as in the training set's tar of tars and its folders. The devkit's IDs are in
-another order, in which no class keeps that number.
+Classes are numbered by sorted WNID, as in the training set's tar of tars and its folders. The devkit's IDs have another
+order, in which every class has another number.
 """
 
 import csv
@@ -19,7 +19,7 @@ from jitscale.preparation.forms.search import PICTURES, Found, Images, Label, Se
 
 CLASSES = 1000
 
-# By the name of a flat image: of the validation and test sets, and of the hub's older tars, which end in the WNID.
+# Names of flat images: of the validation and test sets, and of the hub's older tars, whose names end in the WNID.
 _FLAT = re.compile(r"ILSVRC2012_(?P<split>val|test)_\d{8}|.*_(?P<wnid>n\d{8})")
 _WNID = re.compile(r"n\d{8}")
 _KAGGLE, _DEVKIT = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
@@ -28,7 +28,7 @@ TREE = PurePosixPath("ILSVRC/Data/CLS-LOC")
 
 
 def described_wnids(names: Sequence[str]) -> str:
-    """What a tar of one tar for each class holds: other sets of ImageNet look like its training set."""
+    """Describes a tar of one tar for each class: other sets of ImageNet look like its training set."""
     said = f"a tar of {len(names)} tars, each a class"
     if len(names) != CLASSES and all(map(_WNID.fullmatch, names)):
         said += f"; ImageNet's training set has {CLASSES}, ILSVRC2012_img_train_t3.tar has 120 (dogs)"
@@ -39,7 +39,7 @@ def described_wnids(names: Sequence[str]) -> str:
 
 
 def is_flat(names: Collection[str]) -> bool:
-    """Whether most of the images of these `names` are called like ImageNet's flat ones."""
+    """Whether most of these `names` are like those of ImageNet's flat images."""
     return sum(_FLAT.fullmatch(_stem(name)) is not None for name in names) * 2 > len(names)
 
 
@@ -49,7 +49,7 @@ def is_flat_folder(listing: Listing) -> bool:
 
 
 def images_in_flat_folder(search: Search, listing: Listing) -> Images:
-    """The images of such a folder, of which the labels may lie there too, or at the root of Kaggle's tree."""
+    """The images of such a folder. The labels may lie there too, or at the root of Kaggle's tree."""
     folder, pictures = listing.folder, listing.paths(*PICTURES)
     others = [name for name in listing.files if extension_of(name) not in PICTURES]
     search.ignored.update(extension_of(name) for name in others if name not in (_KAGGLE, _DEVKIT))
@@ -62,9 +62,9 @@ def images_in_flat_folder(search: Search, listing: Listing) -> Images:
 
 
 def labels_of_flat(search: Search, place: Path, names: Sequence[str]) -> Callable[[str], Label]:
-    """The class of each image of `place` by its name, one of `names`.
+    """A function from the name of an image of `place`, one of `names`, to its class.
 
-    Raises a DataError, at once or when the class is asked for, if it follows neither from the name nor from a file.
+    Raises a DataError, now or when the function is called, if neither the name nor a file says the class.
     """
     splits = {match["split"] for match in map(_FLAT.fullmatch, map(_stem, names)) if match}
     if search.without_labels():
@@ -106,12 +106,12 @@ class _Truth:
 
 
 def _truth_of(search: Search, place: Path, images: int) -> _Truth:
-    """The classes of the validation images, and all class names noted, as the user says or a file near `place` does."""
+    """The classes of the validation images, from the user's file or one near `place`; notes the class names."""
     given = search.option("ground_truth")
     path = _truth_beside(place) if given is None else Path(given)
     if path is None:
-        what = f"holds {images} images of ImageNet's validation set, whose names say no class"
-        files = f"Kaggle's {_KAGGLE}, or the devkit's {_DEVKIT} beside {_IDS} or {_META}"
+        what = f"holds {images} images of ImageNet's validation set, whose names do not say the class"
+        files = f"Kaggle's {_KAGGLE}, or the devkit's {_DEVKIT} next to {_IDS} or {_META}"
         raise DataError(f"{place}: {what}; pass --ground-truth with {files}; or --labels none for no labels")
     with data_error(f"{path}: cannot be read", "correct --ground-truth", (OSError, UnicodeDecodeError)):
         text = path.read_text(encoding="utf-8-sig")
@@ -126,7 +126,7 @@ def _truth_of(search: Search, place: Path, images: int) -> _Truth:
 
 
 def _truth_beside(place: Path) -> Path | None:
-    """A file of the labels in the folder `place`, or at the root of the tree that it lies in."""
+    """A file of labels in the folder `place`, or at the root of the tree around it; None without one."""
     absolute = Path(os.path.abspath(place))
     folders = [absolute] if place.is_dir() else []
     if absolute.parent.parts[-len(TREE.parts) :] == TREE.parts:
@@ -135,7 +135,7 @@ def _truth_beside(place: Path) -> Path | None:
 
 
 def _from_kaggle(path: Path, text: str) -> dict[str, str]:
-    """The WNID of each image: that of the first box in a line."""
+    """The WNID of each image: that of the first box of its line."""
     wnids: dict[str, str] = {}
     with data_error(f"{path}: cannot be read as a table", "download it again", csv.Error):
         rows = csv.DictReader(text.splitlines(), strict=True)
@@ -164,9 +164,9 @@ def _from_devkit(path: Path, text: str) -> tuple[dict[str, str], list[str]]:
 
 
 def wnids_of_ids(path: Path) -> dict[int, str]:
-    """The WNID of each of the devkit's IDs, from 1, by `path` (map_clsloc.txt or meta.mat) or such a file near it.
+    """The WNID of each of the devkit's IDs, from 1; read from `path` (map_clsloc.txt or meta.mat) or a file near it.
 
-    Raises a DataError if neither is one.
+    Raises a DataError if there is no such table.
     """
     near = [path.parent, path.parent / "data", path.parent.parent / "data"]
     candidates = [path, *(folder / name for folder in near for name in (_IDS, _META))]
@@ -177,11 +177,11 @@ def wnids_of_ids(path: Path) -> dict[int, str]:
                 raise DataError(f"{candidate}: its IDs are not 1..{len(table)}, each with a WNID of its own; {remedy}")
             return table
     what = "the devkit's IDs of classes need a table of their WNIDs"
-    raise DataError(f"{path}: {what}; put {_IDS} (of a later devkit) or {_META} beside it, or pass {_KAGGLE}")
+    raise DataError(f"{path}: {what}; put {_IDS} (of a later devkit) or {_META} next to it, or pass {_KAGGLE}")
 
 
 def _id_rows(path: Path) -> Iterator[tuple[int, str]]:
-    """ID and WNID of each class; none if the file is no such table."""
+    """ID and WNID of each class; nothing if the file is no such table."""
     if path.suffix == ".mat":
         yield from _rows_of_meta(path)
         return
@@ -198,7 +198,7 @@ def _rows_of_meta(path: Path) -> Iterator[tuple[int, str]]:
     try:
         from scipy.io.matlab import MatReadError, loadmat  # noqa: PLC0415 (optional)
     except ImportError as error:
-        remedy = f"pip install scipy, or put {_IDS} of a later devkit beside it"
+        remedy = f"pip install scipy, or put {_IDS} of a later devkit next to it"
         raise DataError(f"{path}: scipy, which reads it, is not installed; {remedy}") from error
     damage = (OSError, ValueError, TypeError, KeyError, NotImplementedError, MatReadError, zlib.error)
     with data_error(f"{path}: cannot be read as the devkit's table of classes", "copy it again", damage):

@@ -13,7 +13,7 @@ _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 
 def is_tree(listing: Listing) -> bool:
-    """Whether a folder is Kaggle's, or one of those around its splits."""
+    """Whether a folder is Kaggle's tree, or one of the folders around its splits."""
     return _splits_folder(listing) is not None
 
 
@@ -31,7 +31,7 @@ def images_in_tree(search: Search, listing: Listing) -> Images:
 
 
 def _splits_folder(listing: Listing) -> Path | None:
-    """The folder of train, val and test, of which `listing` may be the folder itself or one above."""
+    """The folder of train, val and test: `listing` itself or one below it; None without one."""
     for above in range(len(TREE.parts) + 1):
         rest = TREE.parts[above:]
         folder = listing.folder.joinpath(*rest)

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes; its name only helps. What is not read is refused with its remedy."""
+"""The kind of a file, by its first bytes; its name only helps. Other kinds are refused, with a remedy."""
 
 import os
 from enum import Enum, auto
@@ -10,11 +10,11 @@ from jitscale.preparation.forms.search import FORMS_REMEDY
 
 LFS_POINTER = b"version https://git-lfs"
 
-_HEAD = 512  # bytes that tell every kind
+_HEAD = 512  # bytes; enough to recognise every kind
 _USTAR = 257  # byte where a tar's magic stands
 _ZIP_NAME = 30  # byte where the name of a zip's first member stands
 CIFAR_RECORDS = (3073, 3074)  # bytes: one or two labels, and 32 x 32 pixels
-_FILES_LOOKED_AT = 1000  # of a folder without images
+_FILES_LOOKED_AT = 1000  # files of a folder without images
 
 
 class Kind(Enum):
@@ -56,7 +56,7 @@ _REFUSED = [
     *((magic, *_ONE_PICTURE) for magic in (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")),
 ]
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
-# What pickles of these names are, and what to take instead.
+# Known pickles by name, and the remedy for each.
 _KNOWN_PICKLES = {
     ("data_batch", "test_batch", "batches.meta"): "give CIFAR-10's binary version, cifar-10-batches-bin",
     ("train_data_batch", "val_data"): "give the .npz files of ImageNet-32 or 64",
@@ -66,7 +66,7 @@ _LMDB = (16, b"\xde\xc0\xef\xbe")  # byte where its magic stands
 
 
 def kind_of(path: Path) -> Kind:
-    """What the file `path` is. Raises a DataError if it cannot be read, or is of a kind that is not read."""
+    """The kind of the file `path`. Raises a DataError if it cannot be read, or is of a kind that is refused."""
     kind = _kind_by(path, head := _head_of(path))
     if kind is None:
         _refuse(path, head)
@@ -77,14 +77,14 @@ def kind_of(path: Path) -> Kind:
 
 
 def is_kind(path: Path, kind: Kind) -> bool:
-    """Whether the file `path` is one of these. Raises a DataError if it cannot be read."""
+    """Whether the file `path` is of this kind. Raises a DataError if it cannot be read."""
     return path.is_file() and _kind_by(path, _head_of(path)) == kind
 
 
 def _kind_by(path: Path, head: bytes) -> Kind | None:
-    """What a file that begins with `head` is; None if it is not read."""
+    """The kind of a file that begins with `head`; None if it is refused or unknown."""
     if head[_USTAR : _USTAR + 5] == b"ustar":
-        return Kind.TAR  # a damaged one is met when it is read
+        return Kind.TAR  # if it is damaged, reading it says so
     if _refusal(path, head):
         return None
     for magic, kind in _MAGIC.items():
@@ -102,7 +102,7 @@ def _kind_by(path: Path, head: bytes) -> Kind | None:
 
 
 def refuse_unread_files(folder: Path) -> None:
-    """Raise a DataError if a file in `folder`, in which no image was found, is of a kind that is not read."""
+    """Raise a DataError if `folder`, where no image was found, holds a file of a kind that is refused."""
     files = chain.from_iterable(
         (Path(parent, name) for name in sorted(names)) for parent, _, names in os.walk(folder, followlinks=False)
     )
@@ -112,18 +112,18 @@ def refuse_unread_files(folder: Path) -> None:
 
 
 def _head_of(path: Path) -> bytes:
-    with data_error(f"{path}: cannot be read", "correct the path or mend the storage"), path.open("rb") as file:
+    with data_error(f"{path}: cannot be read", "correct the path or repair the storage"), path.open("rb") as file:
         return file.read(_HEAD)
 
 
 def _refuse(path: Path, head: bytes) -> None:
-    """Raise a DataError if a file that begins with `head` is of a kind that is not read."""
+    """Raise a DataError if a file that begins with `head` is of a kind that is refused."""
     if refusal := _refusal(path, head):
         raise DataError(f"{path}: {refusal}")
 
 
 def _refusal(path: Path, head: bytes) -> str:
-    """What a file that begins with `head` is, and the remedy, if it is of a kind that is not read; else empty."""
+    """A message with the remedy, if a file that begins with `head` is of a kind that is refused; else empty."""
     for magic, what, remedy in _REFUSED:
         if head.startswith(magic):
             return f"{what}; {remedy}"
@@ -153,13 +153,13 @@ def _first_member(head: bytes) -> bytes:
 
 
 def _is_npz(path: Path, head: bytes) -> bool:
-    """Whether a zip is one of arrays. Images in a zip may be .npy files too, but none is called data."""
+    """Whether a zip holds arrays. Images in a zip may be .npy files too, but none of them is called data."""
     name = _first_member(head)
     return name.endswith(b".npy") and b"/" not in name and (path.suffix.lower() == ".npz" or name == b"data.npy")
 
 
 def _is_tfrecord(head: bytes) -> bool:
-    """Whether it begins with a length of 8 bytes and the masked CRC-32C of that."""
+    """Whether the file begins with a length of 8 bytes and the masked CRC-32C of that length."""
     crc = 0xFFFFFFFF
     for byte in head[:8]:
         crc ^= byte

@@ -1,4 +1,4 @@
-"""Files that say the labels of images which lie in a folder or an archive: tables, and EDM's dataset.json."""
+"""Files with the labels of images in a folder or an archive: tables, and EDM's dataset.json."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from jitscale.preparation.forms.tables import TABLES, labelled_paths, rows_of
 EDM = "dataset.json"  # of StyleGAN, EDM and EDM2
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the ImageFolder of datasets
 
-_LARGEST = 1 << 30  # bytes of such a file
+_LARGEST = 1 << 30  # bytes of a file of labels
 _FEW = 3  # images that a message names
 
 Picture = tuple[str, Found]  # its path below the folder, and the image
@@ -26,7 +26,7 @@ Picture = tuple[str, Found]  # its path below the folder, and the image
 class LabelFile:
     """The labels of images by their names."""
 
-    place: str  # of the file, for a message
+    place: str  # path of the file, for a message
     labels: dict[str, tuple[Label, str]]  # by name: the label, and the place of it
 
 
@@ -39,7 +39,7 @@ def metadata_in(tree: Tree) -> str | None:
 
 
 def read_metadata(search: Search, tree: Tree, name: str, part: str) -> LabelFile:
-    """The metadata file of the folder `tree`; only the images in its folder `part`, relative to that, if it is said.
+    """Read the metadata file `name` of the folder `tree`. If `part` is a folder in it, keep only its images.
 
     Raises a DataError if a path leads out of the folder.
     """
@@ -57,12 +57,12 @@ def read_metadata(search: Search, tree: Tree, name: str, part: str) -> LabelFile
 
 
 def read_edm(search: Search, place: str, content: bytes) -> LabelFile | None:
-    """EDM's dataset.json with that `content`; None if it says that there are no labels.
+    """Read EDM's dataset.json, which has this `content`; None if it says that there are no labels.
 
     Raises a DataError if it is damaged, labels are vectors or negative, or it names an image twice.
     """
     what, damage = f"{place}: is no JSON", (ValueError, RecursionError)
-    with data_error(what, "correct it (a trailing comma is none), or pass --labels none", damage):
+    with data_error(what, "correct it (JSON allows no trailing comma), or pass --labels none", damage):
         values = json.loads(content)
     rows = values.get("labels") if isinstance(values, dict) else values
     if rows is None and isinstance(values, dict):
@@ -74,12 +74,12 @@ def read_edm(search: Search, place: str, content: bytes) -> LabelFile | None:
     labels: dict[str, tuple[Label, str]] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str):
-            raise DataError(f"{place}: entry {number} is {str(row)[:80]}, no image with its label; {remedy}")
+            raise DataError(f"{place}: entry {number} is {str(row)[:80]}, not an image with its label; {remedy}")
         name, label = row
         if isinstance(label, list):
-            raise DataError(f"{place}: labels are vectors, such as of {name}; classes are numbers from 0: {remedy}")
+            raise DataError(f"{place}: labels are vectors, as that of {name}; classes are numbers from 0: {remedy}")
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise DataError(f"{place}: {name} has label {label!r}, no integer from 0; {remedy}")
+            raise DataError(f"{place}: {name} has label {label!r}, which is no integer from 0; {remedy}")
         _add(labels, str(PurePosixPath(name.replace("\\", "/"))), label, place)
     if min(number for number, _ in labels.values() if isinstance(number, int)) > 0:
         search.note(f"{place}: no image has label 0, so class 0 is empty; if labels begin with 1, subtract 1")
@@ -93,7 +93,7 @@ def _add(labels: dict[str, tuple[Label, str]], name: str, label: Label, place: s
 
 
 def equal_buckets(tree: Tree, file: LabelFile) -> bool:
-    """Whether the classes are the folders of a thousand images each, as EDM's recipe for FFHQ stores them."""
+    """Whether the classes are only the folders of a thousand images each, as in EDM's recipe for FFHQ."""
     folders = {name.partition("/")[0] for name in file.labels}
     return (
         len(folders) > 1
@@ -104,9 +104,9 @@ def equal_buckets(tree: Tree, file: LabelFile) -> bool:
 
 
 def labelled(search: Search, pictures: Iterable[Picture], file: LabelFile, *, strict: bool = False) -> Images:
-    """The images that `file` names, with their labels. `strict`: it must name all.
+    """The images that `file` names, with their labels. If `strict`, it must name all images.
 
-    Raises a DataError if it names images that are not there.
+    Raises a DataError if it names images that do not exist.
     """
     left, unnamed, stems = dict(file.labels), [], set()
     for name, found in pictures:
@@ -121,7 +121,7 @@ def labelled(search: Search, pictures: Iterable[Picture], file: LabelFile, *, st
         what = f"names {len(names)} files that are not there ({_few(names)})"
         remedy = "copy them, or remove their lines"
         if any(_without_extension(name) in stems for name in names):
-            remedy = "others with these names and another extension are: write the extensions that the images have now"
+            remedy = "images with these names and another extension are there: write the extensions that they have now"
         raise DataError(f"{file.place}: {what}; {remedy}")
     if unnamed and strict:
         what = f"names no label for {len(unnamed)} images ({_few(unnamed)})"
@@ -131,9 +131,10 @@ def labelled(search: Search, pictures: Iterable[Picture], file: LabelFile, *, st
 
 
 def labelled_by(search: Search, tree: Tree, pictures: Sequence[Picture], path: Path) -> Images:
-    """The images that the file `path` names, which the user gave; it may lie anywhere.
+    """The images that the user's file `path` names; it may lie anywhere.
 
-    Its names are paths below the folder of the images or that of the file, names of files, or those without extension.
+    Its names may be paths below the folder of the images or below that of the file, names of files, or names without
+    extension.
     """
     if search.labels_read:
         raise DataError(f"{path}: holds the labels of one folder or archive; pass each --input in a command of its own")

@@ -1,7 +1,7 @@
-"""Folders that look like classes and are none: splits of a data set, parts of it, numbered buckets; files of labels.
+"""Folders that look like classes but are not: splits of a data set, parts of it, numbered buckets; files of labels.
 
-Taken for folders of classes they give other labels, without a word. So they are read as what they are if the user says
-how, or refused.
+If they were taken for classes, the labels would be wrong without a message. So they are refused, unless the user says
+what they are.
 """
 
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _SPLIT = re.compile(rf"{SPLIT}([_-]?(set|data|images|\d+)|[_-]?(?-i:[AB]))?", re.IGNORECASE)  # trainA: CycleGAN
 _SYNONYMS = {"training": "train", "testing": "test", "eval": "test"}
 _SYNONYMS |= dict.fromkeys(("val", "valid", "dev"), "validation")
-# Beside a split, or beside each other, they are no classes. Pascal VOC has JPEGImages, ImageSets and Segmentation*.
+# Next to a split, or next to each other, they are no classes. Pascal VOC has JPEGImages, ImageSets and Segmentation*.
 _PART = re.compile(
     r"(un(labell?ed|sup(ervised)?)|extra|(jpe?g)?im(age|g)s?|(segmentation[_-]?)?masks?|segmentation(class|object)"
     r"|labels?|annotations?|ground[_-]?truth)([_-]?(sets?|data|images|\d+))?",
@@ -31,14 +31,14 @@ _IMAGES = re.compile(r"(jpe?g)?im", re.IGNORECASE)
 _WORDS = re.compile(r"[^A-Za-z]+")
 _BUCKET = re.compile(r"\d{5}")
 _PER_BUCKET = 1000
-_NUMBERED = re.compile(r"(img)?(\d+)")  # an image of EDM's tools, or of FFHQ
+_NUMBERED = re.compile(r"(img)?(\d+)")  # name of an image of EDM's tools, or of FFHQ
 
 
 def refuse_label_file(path: str, images: Collection[str] = (), read: Callable[[int], bytes] | None = None) -> None:
-    """Raise a DataError if the file `path`, which lies among images, holds their labels by its name or its lines.
+    """Raise a DataError if the file `path`, which lies among images, seems to hold their labels.
 
-    Also if it may be a table of them and cannot be read. `images` as of `holds_labels`; `read` gives the beginning of a
-    file in an archive.
+    Its name or its lines tell. A possible table that cannot be read is refused too. For `images` see `holds_labels`;
+    `read` gives the beginning of a file in an archive.
     """
     if holds_labels(PurePosixPath(path).name, read or partial(beginning_of, path), images):
         what = "lies among the images and seems to hold labels"
@@ -47,18 +47,17 @@ def refuse_label_file(path: str, images: Collection[str] = (), read: Callable[[i
 
 
 def part_of(search: Search, tree: Tree, *, has_labels: bool) -> tuple[Tree, str]:
-    """The part of a data set that the user has chosen, and its folder with a slash; `tree` itself if it has none.
+    """The part of a data set that the user has chosen, and its folder with a slash; `tree` itself without parts.
 
     Splits lie above the classes, as in train/cat, or in each of them, as in cat/train. Raises a DataError if all
-    folders hold the same folders and the user does not say what that means; not if the images get their labels
-    elsewhere.
+    folders hold the same folders and the user does not say what they are, unless the labels come from elsewhere.
     """
     split = search.options.split
     alike = _folders_in_each(tree)
     inside = bool(alike) and all(map(_SPLIT.fullmatch, alike))
     parts = alike if inside else _parts(tree.folders, ()) or (list(tree.folders) if alike else [])
     if split is None or not parts:
-        says_nothing = (None, "none") if inside else (None,)  # without labels, the images of all splits would be mixed
+        says_nothing = (None, "none") if inside else (None,)  # --labels none would mix the images of all splits
         is_said = has_labels or search.options.labels not in says_nothing or set(tree.folders) <= search.known
         if alike and not is_said and not _parts(tree.folders, search.known):
             remedy = f"pass --split {parts[0]} for one of these"
@@ -78,7 +77,7 @@ def part_of(search: Search, tree: Tree, *, has_labels: bool) -> tuple[Tree, str]
 
 @dataclass(frozen=True)
 class _Inside:
-    """Folders of classes in each of which one split is looked at; see `Tree`."""
+    """Folders of classes; in each of them, only one split is read. See `Tree`."""
 
     tree: Tree
     split: str
@@ -113,7 +112,7 @@ class _Inside:
 
 
 def _folders_in_each(tree: Tree) -> list[str]:
-    """The folders in each of several folders, if they are the same and more than one."""
+    """The folders that each folder of `tree` holds, if all hold the same ones, and several; else empty."""
     if len(tree.folders) < 2:
         return []
     first: list[str] = []
@@ -130,7 +129,7 @@ def _same_split(name: str, split: str) -> bool:
 
 
 def _kind_of_split(name: str) -> str:
-    """Train, validation or test, however it is called; empty for other names."""
+    """The split that `name` stands for: train, validation or test; empty for other names."""
     match = _SPLIT.fullmatch(name)
     return _SYNONYMS.get(match[1].lower(), match[1].lower()) if match else ""
 
@@ -141,7 +140,7 @@ def refuse_splits(
     """Raise a DataError if the `classes` of the folder or archive `place` are splits, or images and their masks or
     labels.
 
-    Such labels may also lie in `folders` without an image. Not if the user has `named` the classes.
+    `folders` are all folders, also those without an image. Classes that the user has `named` are accepted.
     """
     if parts := _parts(classes, named, folders):
         what = f"{' and '.join(parts)} are parts of a data set" if len(parts) > 1 else f"{parts[0]} is a split"
@@ -151,13 +150,13 @@ def refuse_splits(
 
 
 def holds_splits(paths: Iterable[str]) -> bool:
-    """Whether all images of an archive lie in folders that are splits, by their `paths`."""
+    """Whether the folders of all images of an archive are splits, by the `paths` of the images."""
     tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
     return bool(_parts(tops, ()))
 
 
 def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> list[str]:
-    """Which of the `classes` and `folders` are parts of a data set, see `refuse_splits`; none if they are classes."""
+    """Those of `classes` and `folders` that are parts of a data set, see `refuse_splits`; empty if they are classes."""
     folders = sorted(set(folders) - set(classes))
     classes = sorted(set(classes) - set(named))
     splits = [name for name in classes if _SPLIT.fullmatch(name)]
@@ -170,7 +169,7 @@ def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str
 
 
 def say_if_one_class(place: str, classes: Collection[str], named: Collection[str]) -> None:
-    """Warn if all images of `place` lie in one folder of it, which the user has not `named`: classes may lie below."""
+    """Warn if all images of `place` lie in one folder that the user has not `named`: its folders may be the classes."""
     if len(classes) == 1 and not set(classes) & set(named):
         name = next(iter(classes))
         what = f"all images are taken for one class, {name!r}, since one folder holds them"
@@ -179,7 +178,7 @@ def say_if_one_class(place: str, classes: Collection[str], named: Collection[str
 
 
 def are_buckets(tree: Tree) -> bool:
-    """Whether its folders hold a thousand images each by their numbers, as those of FFHQ and EDM do: no classes."""
+    """Whether its folders are no classes but hold a thousand images each by number, as in FFHQ and EDM."""
     if not tree.folders or not all(map(_BUCKET.fullmatch, tree.folders)):
         return False
     for folder in tree.folders:
@@ -194,9 +193,9 @@ def are_buckets(tree: Tree) -> bool:
 
 
 def of_one_split(search: Search, folder: Path | str, paths: Sequence[str]) -> list[str]:
-    """Those of the archives in `folder`, or of a pattern, that belong by their names to the split that the user wants.
+    """The archives of a folder or pattern that belong to the split that the user wants, by their names.
 
-    Raises a DataError if they belong to several, or none of them to that one.
+    Raises a DataError if there are several splits and none is chosen, or no archive of the chosen one.
     """
     firsts, split = splits_of_files([PurePath(path).name for path in paths]), search.options.split
     if not firsts or (len(firsts) == 1 and split is None):
@@ -215,7 +214,7 @@ def of_one_split(search: Search, folder: Path | str, paths: Sequence[str]) -> li
 
 
 def splits_of_files(names: Iterable[str]) -> dict[str, str]:
-    """The splits that names of files say: the first file of each."""
+    """The splits that occur in names of files, and the first file of each."""
     firsts: dict[str, str] = {}
     for name in names:
         if kind := _split_in(name):
@@ -224,11 +223,11 @@ def splits_of_files(names: Iterable[str]) -> dict[str, str]:
 
 
 def _split_in(name: str) -> str:
-    """The split that a word of a file's name says; empty without one."""
+    """The split that a word of a file's name says; empty if none does."""
     words = _WORDS.split(PurePath(name).stem.lower())
     return next((kind for kind in map(_kind_of_split, words) if kind in ("train", "validation", "test")), "")
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Two or three names, and that there are more."""
+    """The first three names; if there are more, also their number."""
     return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

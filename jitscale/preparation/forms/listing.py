@@ -1,4 +1,4 @@
-"""What lies in a folder, or in an archive as if it were one."""
+"""The content of a folder, or of an archive as if it were a folder."""
 
 import os
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from jitscale.preparation.forms.search import Found, extension_of
 
 
 class Tree(Protocol):
-    """A folder, or an archive as if it were one."""
+    """A folder, or an archive as if it were a folder."""
 
     @property
     def place(self) -> str:
-        """Where it is, for a message."""
+        """The path of the folder, for a message."""
 
     @property
     def folders(self) -> Sequence[str]:
@@ -27,29 +27,29 @@ class Tree(Protocol):
 
     @property
     def hidden(self) -> Sequence[str]:
-        """The names of folders that are passed over, as they are met."""
+        """The names of folders that are skipped, in the order in which they are found."""
 
     def below(self, name: str) -> "Tree":
-        """One of the folders. Raises a DataError if it cannot be listed, or holds itself."""
+        """One of the folders. Raises a DataError if it cannot be listed, or is a link to a folder around it."""
 
     def path_of(self, name: str) -> str:
-        """Where a file or a folder in it is, for a message."""
+        """The path of a file or a folder in it, for a message."""
 
     def image(self, name: str) -> Found:
         """One of the files as an image without a label."""
 
     def read(self, name: str, most: int) -> bytes:
-        """The beginning of one of the files, of at most so many bytes. Raises a DataError if it cannot be read."""
+        """At most `most` bytes of one of the files, from its beginning. Raises a DataError if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies in a folder, sorted by name, without hidden files."""
+    """The content of a folder, sorted by name, without hidden files."""
 
     folder: Path
     folders: list[str]  # names
     files: list[str]  # names
-    hidden: Sequence[str] = ()  # names of folders that are passed over
+    hidden: Sequence[str] = ()  # names of folders that are skipped
     above: tuple[str, ...] = ()  # the real paths of the folders that led here
 
     @property
@@ -64,7 +64,7 @@ class Listing:
         path, here = self.path_of(name), os.path.realpath(self.folder)
         real = os.path.realpath(path)
         if os.path.islink(path) and ((here + "/").startswith(real + "/") or real in self.above):
-            raise DataError(f"{path}: is a link to a folder that holds it, without end; remove it")
+            raise DataError(f"{path}: is a link to a folder around it; remove it")
         return listing_of(Path(path), (*self.above, here))
 
     def path_of(self, name: str) -> str:
@@ -79,7 +79,7 @@ class Listing:
 
 
 def listing_of(folder: Path, above: tuple[str, ...] = ()) -> Listing:
-    """What lies in `folder`. Raises a DataError if it cannot be listed. `above` is as of `Listing`."""
+    """The content of `folder`. Raises a DataError if it cannot be listed. For `above` see `Listing`."""
     remedy = "make it readable or move it away"
     parts: dict[bool, list[str]] = {True: [], False: []}
     hidden = []
@@ -95,7 +95,7 @@ def listing_of(folder: Path, above: tuple[str, ...] = ()) -> Listing:
 
 
 def beginning_of(path: str, most: int) -> bytes:
-    """At most so many bytes of the file `path`; none of what is no regular file."""
+    """At most `most` bytes of the file `path`; none if it is no regular file."""
     if not os.path.isfile(path):
         return b""
     with data_error(f"{path}: cannot be read", "make it readable or move it away"), open(path, "rb") as file:

@@ -25,11 +25,11 @@ ROW_KINDS = {
 CARD = "README.md"  # of a data set on the hub
 
 _ROWS = ("parquet", "arrow", "feather")  # extensions of such files
-_TABLE = "metadata.parquet"  # of an image folder, beside the images
-_CACHED = "cache-"  # results of map and filter, beside a data set in a cache of `datasets`
+_TABLE = "metadata.parquet"  # of an image folder, next to the images
+_CACHED = "cache-"  # results of map and filter, next to a data set in a cache of `datasets`
 _LEVELS = 3  # of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
-_LONG = 2000  # rows that are too many to stay in their order: training mixes neighbours in a window
-_BATCH = 8192  # rows without their images
+_LONG = 2000  # more rows than this should not stay in their order: training shuffles only within a window
+_BATCH = 8192  # rows, read without their images
 
 
 def images_in_row_file(search: Search, path: Path) -> Images:
@@ -38,9 +38,9 @@ def images_in_row_file(search: Search, path: Path) -> Images:
 
 
 def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, whole: bool = False) -> Images:
-    """The images of those `files` of the input `place` that hold the split that the user wants.
+    """The images of those `files` of the input `place` that belong to the split that the user wants.
 
-    If `whole`, `place` should hold all files of a split.
+    If `whole`, `place` must hold all files of a split.
     """
     chosen, configuration = files_of_split(search, place, [str(path) for path in files], whole=whole)
     paths = [Path(path) for path in chosen]
@@ -50,7 +50,7 @@ def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, wh
 
 
 def has_rows(listing: Listing) -> bool:
-    """Whether files of rows lie in a folder, or in its folders as the hub has them, and are no tables of images."""
+    """Whether a folder, or the folders in it, hold files of rows that are no tables of images."""
     if listing.paths(*PICTURES):
         return False
     below = (_first_kind(listing.folder / name, _LEVELS) for name in listing.folders)
@@ -58,7 +58,7 @@ def has_rows(listing: Listing) -> bool:
 
 
 def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
-    """The images of one split of the files of rows of a folder, among which no other images may lie."""
+    """The images of one split of the files of rows of a folder. No other images may lie among them."""
     files = list(_files_below(search, listing, _LEVELS))
     yield from images_in_row_files(search, str(listing.folder), files, whole=True)
 
@@ -66,7 +66,7 @@ def images_in_folder_of_rows(search: Search, listing: Listing) -> Images:
 def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], described: Names) -> Images:
     """The images of all rows of `files`, which have the same columns.
 
-    `described` are names of classes, by column, that are said beside the files.
+    `described` are class names, by column, from other files near them.
     """
     check = WnidCheck()
     rows = labelled = 0
@@ -79,7 +79,7 @@ def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], describ
         if (found.image, found.label) != (columns.image, columns.label):
             what = f"has its images and labels in {found.image} and {found.label}"
             other = f"{columns.image} and {columns.label} as {files[0][0]} has"
-            raise DataError(f"{path}: {what}, not in {other}; pack them apart")
+            raise DataError(f"{path}: {what}, not in {other}; pack them separately")
         meanings: Sequence[int | str] = ()
         for image in _images_of(search, file, storage, found, check):
             label = image.label
@@ -91,7 +91,7 @@ def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], describ
             yield image._replace(label=label)
     check.finish()
     if columns is not None and not labelled and not search.without_labels():
-        why = f"no column of numbers or names beside {columns.image}"
+        why = f"no column of numbers or names besides {columns.image}"
         why = why if columns.label is None else f"{columns.label} is -1 or empty in all of them, as in a test split"
         search.note(f"{files[0][0]}: {rows} images without classes: {why}")
 
@@ -99,7 +99,7 @@ def images_in_rows(search: Search, files: Sequence[tuple[str, Storage]], describ
 def _images_of(search: Search, file: RowFile, storage: Storage, columns: Columns, check: WnidCheck) -> Images:
     path_of = file.path_of(columns.image)
     asked = [name for name in (path_of, columns.label) if name]
-    group = first = last = -1  # the group of `file` and its first row; the last block of rows within it
+    group = first = last = -1  # the current group of `file`, its first row, and the last block of rows within it
     for batch in _batches(file, asked):
         if batch.group != group:
             group, first, last = batch.group, batch.first, -1
@@ -117,7 +117,7 @@ def _images_of(search: Search, file: RowFile, storage: Storage, columns: Columns
             if block != last:
                 last, together = block, search.new_group()
             if at == _LONG:
-                what = "many rows stay in their order, which costs least to read; if they are sorted by class"
+                what = "many rows stay in their order, because that costs least to read; if they are sorted by class"
                 search.note(f"{file.path}: {what}, write it again as Parquet with row_group_size=100")
             yield Found(file.path, "", label, place, row, stored.mean, storage, together)
 
@@ -134,7 +134,7 @@ def _batches(file: RowFile, columns: Sequence[str]) -> Iterator[Batch]:
 
 
 def _label(search: Search, value: object, place: str, columns: Columns) -> Label:
-    """The label that the value of a column is; -1 and nothing are none."""
+    """The label in a column's value; None for -1 and an empty value."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
     if value is None or value == -1:
@@ -148,7 +148,7 @@ def _label(search: Search, value: object, place: str, columns: Columns) -> Label
 
 
 def _named(file: str, row: int, path: str | None, label: Label, place: str) -> Found:
-    """The file that a row names in place of its image; refuses one that is not here."""
+    """The file that a row names in place of its image. Raises a DataError if it does not exist."""
     if path is None:
         raise DataError(f"{place}: has neither the bytes of an image nor its path; remove the row")
     there = os.path.join(os.path.dirname(file), path)
@@ -173,7 +173,7 @@ def _row_files(listing: Listing) -> list[Path]:
 
 
 def _first_kind(folder: Path, levels: int) -> Literal["rows", "images"] | None:
-    """Which are met first in `folder` or below it; a folder that begins with an image may hold a million more."""
+    """The first kind found in `folder` or below it. The search stops there: a folder may hold a million images."""
     folders = []
     with data_error(f"{folder}: cannot be listed", "make it readable or move it away"), os.scandir(folder) as entries:
         for entry in entries:
@@ -196,7 +196,7 @@ def _files_below(search: Search, listing: Listing, levels: int) -> Iterator[Path
     files = _row_files(listing)
     cached = [path for path in files if path.name.startswith(_CACHED)]
     if cached:
-        search.note(f"{listing.folder}: passed over: {cached[0].name} and the like, results of map and filter")
+        search.note(f"{listing.folder}: ignored: {cached[0].name} and the like, results of map and filter")
     others = [name for name in listing.files if listing.folder / name not in files]
     search.ignored.update(map(extension_of, others))
     yield from (path for path in files if path not in cached)
@@ -205,7 +205,7 @@ def _files_below(search: Search, listing: Listing, levels: int) -> Iterator[Path
 
 
 def _described(path: Path, configuration: str) -> Names:
-    """The class names that files near `path` say: those of `datasets`, or the README.md of a data set on the hub."""
+    """The class names in files near `path`: those of `datasets`, or the README.md of a data set on the hub."""
     if names := names_of_info(path.parent / "dataset_info.json"):
         return names
     for folder in list(Path(os.path.abspath(path)).parents)[:_LEVELS]:

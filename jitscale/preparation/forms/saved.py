@@ -1,4 +1,4 @@
-"""What `save_to_disk` of the library `datasets` writes: a folder of Arrow files, or one folder a split."""
+"""The output of `save_to_disk` of the library `datasets`: a folder of Arrow files, or one folder a split."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _OLD = "dataset.arrow"  # the only file of saves before datasets 2.8
 
 
 def is_saved(listing: Listing) -> bool:
-    """Whether a folder is one that `save_to_disk` has written."""
+    """Whether `save_to_disk` has written a folder."""
     return _SPLITS in listing.files or (_STATE in listing.files and bool(listing.paths("arrow")))
 
 
@@ -50,7 +50,7 @@ def _in_folder(search: Search, folder: Path) -> Images:
     state = _read(folder / _STATE)
     if state.get("_indices_data_files"):
         what = f"{folder / _STATE}: the order of the rows lies in another file (_indices_data_files), which is not read"
-        raise DataError(f"{what}; load it with the datasets that saved it, and save flatten_indices() of it")
+        raise DataError(f"{what}; load it with the version of datasets that saved it, and save its flatten_indices()")
     entries = state.get("_data_files")
     try:
         names = [str(entry["filename"]) for entry in entries or [{"filename": _OLD}]]

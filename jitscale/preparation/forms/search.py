@@ -1,4 +1,4 @@
-"""What all forms share: the images that they find, and the search that they are found in."""
+"""Shared by all forms: the images that are found, and the search for them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from jitscale.preparation.labels import parse_label
 from jitscale.preparation.sources import NO_GROUP, Storage
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions of images in folders, zips and tars of tars
-UNREAD_PICTURES = ("bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "heic", "jfif", "jp2")  # of images, likewise
+UNREAD_PICTURES = ("bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "heic", "jfif", "jp2")  # not read
 FORMS_REMEDY = (
     "give a folder of images, tars or a pattern of them, a .zip, Parquet files, or a .csv or .jsonl with paths"
 )
@@ -22,13 +22,13 @@ Label = int | str | None  # a class number, a class name, or none
 
 @dataclass(frozen=True)
 class FindOptions:
-    """What a user says about an input that does not say it itself."""
+    """Facts about an input that the user gives, because the input does not say them."""
 
     class_names: list[str] | None = None  # in the order of their numbers
     split: str | None = None  # the part of a data set, such as train
     labels: str | None = None  # `folders`, `none`, or the file that holds them
     label_key: str | None = None  # of webdataset samples: cls, or json:FIELD
-    label_column: str | None = None  # of tables
+    label_column: str | None = None  # the column of labels in tables
     ground_truth: str | None = None  # file of the labels of ImageNet's validation images
     image_column: str | None = None  # of Parquet and Arrow files
 
@@ -36,8 +36,8 @@ class FindOptions:
 class Found(NamedTuple):
     """One image that was found."""
 
-    path: str  # of the file that it is, or lies in
-    extension: str  # as of `Source`
+    path: str  # of the image, or of the file that holds it
+    extension: str  # see `Source`
     label: Label
     place: str  # of the label, for a message
     offset: int = 0
@@ -52,12 +52,12 @@ class Search:
 
     options: FindOptions
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
-    skipped: list[str] = field(default_factory=list)  # folders that are passed over, with the reason
-    notes: list[str] = field(default_factory=list)  # what the user should know, in lines
-    names: list[str] | None = None  # of the classes, where an input says them and the user did not
+    skipped: list[str] = field(default_factory=list)  # folders that are skipped, with the reason
+    notes: list[str] = field(default_factory=list)  # remarks for the user, one a line
+    names: list[str] | None = None  # class names that an input says; unused if the user gives some
     _named_by: str = ""
     _groups: int = 0
-    labels_read: bool = False  # the file that the user named; it is for one folder or archive
+    labels_read: bool = False  # whether the user's file of labels was used; it is for one folder or archive
     _used: set[str] = field(default_factory=set)  # options that an input needed
 
     @property
@@ -71,22 +71,22 @@ class Search:
             self.notes.append(line)
 
     def option(self, name: str) -> str | None:
-        """What the user said by the field `name` of the options, which an input needs."""
+        """The option `name` of the user. Marks it as needed by an input."""
         self._used.add(name)
         value: str | None = getattr(self.options, name)
         return value
 
     def without_labels(self) -> bool:
-        """Whether the user gives up the labels of an input that has some, or should."""
+        """Whether the user wants no labels for an input that has some, or should have."""
         return self.options.labels == "none" and self.option("labels") is not None
 
     def refuse_unused(self, place: str) -> None:
-        """Raise a DataError if the user has given an option that no input needed; `place` names them all."""
+        """Raise a DataError if the user has given an option that no input needed. `place` names all inputs."""
         for name in ("split", "labels", "label_key", "label_column", "ground_truth", "image_column"):
             value = getattr(self.options, name)
             if value is not None and name not in self._used:
                 flag = f"--{name.replace('_', '-')} {value}"
-                raise DataError(f"{place}: {flag} says nothing about this form of data; leave it away")
+                raise DataError(f"{place}: {flag} does not apply to this form of data; leave it out")
 
     def new_group(self) -> int:
         """A number for images that are read together, see `SourceTable.order`."""
@@ -94,20 +94,20 @@ class Search:
         return self._groups - 1
 
     def name_classes(self, names: list[str], place: str) -> None:
-        """Note the class names that the input `place` says, in the order of their numbers.
+        """Note the class names of the input `place`, in the order of their numbers.
 
-        Raises a DataError if another input says others.
+        Raises a DataError if another input has other names.
         """
         if self.names is not None and self.names != names:
-            remedy = "a label must mean one thing; pack them apart, or name the classes with --class-names"
+            remedy = "a label must mean one thing; pack them separately, or name the classes with --class-names"
             raise DataError(f"{place}: names other classes than {self._named_by}; {remedy}")
         self.names, self._named_by = names, self._named_by or place
 
     def meanings(self, names: list[str], place: str) -> Sequence[int | str]:
         """The label that each class number of the input `place` means; `names` are its classes in their order.
 
-        If the user gives class names, they decide: a class that is among them has its number there, so the label is its
-        name. If none of `names` is among them, the user gives new names to the classes.
+        If the user gives class names, they decide the numbers: the label is then the name. If none of `names` is among
+        them, the user's names are new names of the same classes.
         """
         known = self.options.class_names
         if known is None:
@@ -120,7 +120,7 @@ class Search:
         return range(len(names))
 
     def label(self, text: str | None, place: str) -> Label:
-        """The label that `text` is; refuses an empty one, and a number that no class can have."""
+        """The label in `text`. Raises a DataError if it is empty, or a number that no class can have."""
         label = parse_label(text)
         if label is None and text is not None and text not in self.known:
             number = f"a class number, an integer in 0..{LARGEST_LABEL}"

@@ -1,4 +1,4 @@
-"""Tables of images: a path, and maybe a label, in every line of a .csv, .tsv, .jsonl, .parquet or .txt."""
+"""Tables of images: every line of a .csv, .tsv, .jsonl, .parquet or .txt has a path, and maybe a label."""
 
 import csv
 import io
@@ -24,11 +24,11 @@ class Row(NamedTuple):
 
     place: str  # of the line, for a message
     values: dict[str, object]
-    header: str  # the place where the columns are named, for a message
+    header: str  # the place of the names of the columns, for a message
 
 
 def images_in_table(search: Search, table: Path) -> Images:
-    """The images of the lines of `table`; relative paths start at its folder."""
+    """The images that the lines of `table` name. Relative paths start at its folder."""
     listed: set[str] = set()
     with data_error(f"{table}: cannot be read as a table", "make it readable"), table.open("rb") as file:
         for place, path, label in labelled_paths(search, rows_of(str(table), file)):
@@ -41,9 +41,9 @@ def images_in_table(search: Search, table: Path) -> Images:
 
 
 def labelled_paths(search: Search, rows: Iterator[Row], *, ids: bool = False) -> Iterator[tuple[str, str, Label]]:
-    """Place, path and label of each row. With `ids`, the first column may hold them under any name.
+    """Place, path and label of each row. With `ids`, the first column may hold the paths under any name.
 
-    Raises a DataError if there are no rows, a path is missing, or the column of the labels is unclear.
+    Raises a DataError if there are no rows, a path is missing, or the column of the labels is not clear.
     """
     columns: dict[tuple[str, ...], tuple[str, str | None]] = {}
     place = ""
@@ -63,7 +63,7 @@ def labelled_paths(search: Search, rows: Iterator[Row], *, ids: bool = False) ->
 
 
 def _columns(search: Search, place: str, names: Collection[str], *, ids: bool) -> tuple[str, str | None]:
-    """The columns of paths and of labels, None if the images have none."""
+    """The columns of paths and of labels; the second is None if the images have no labels."""
     columns = [name for name in names if name != _INDEX]
     listed = ", ".join(map(repr, columns)) or "nothing"
     paths = [name for name in columns if name in ("path", "file_name")]
@@ -88,7 +88,7 @@ def _columns(search: Search, place: str, names: Collection[str], *, ids: bool) -
 
 
 def rows_of(place: str, file: IO[bytes]) -> Iterator[Row]:
-    """The rows of the table `place`, of the kind that its name says. Raises a DataError if it is damaged or empty."""
+    """The rows of the table `place`, whose name says its kind. Raises a DataError if it is damaged or empty."""
     kind = extension_of(place)
     if kind == "parquet":
         rows = _parquet_rows(file, place)
@@ -142,7 +142,7 @@ def _text_rows(file: IO[str], place: str) -> Iterator[Row]:
     for line, text in enumerate(file, start=1):
         here = f"{place}: line {line}"
         path, tab, rest = text.strip().partition("\t")
-        # Between tabs, more columns may follow, such as the boxes of tiny-imagenet's val_annotations.txt.
+        # With tabs, more columns may follow, such as the boxes of tiny-imagenet's val_annotations.txt.
         label = rest.partition("\t")[0].strip()
         if not tab:
             path, _, label = text.strip().rpartition(" ")

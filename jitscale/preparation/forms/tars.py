@@ -1,4 +1,4 @@
-"""webdataset tars, tars of folders, and tars of tars as ImageNet is published; all are read in place."""
+"""Webdataset tars, tars of folders, and tars of tars (as ImageNet is published). All are read in place."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -24,7 +24,7 @@ def has_tars(listing: Listing) -> bool:
 
 
 def images_in_folder_of_tars(search: Search, listing: Listing) -> Images:
-    """The images of all tars of a folder, beside which no others may lie; of one split."""
+    """The images of all tars of a folder, of one split. No other images may lie next to the tars."""
     folder, tars = listing.folder, listing.paths("tar")
     if (image := first_image(listing)) is not None:
         what = f"holds images, such as {image}, and tars ({len(tars)})"
@@ -47,13 +47,13 @@ def images_in_folder_of_tars(search: Search, listing: Listing) -> Images:
 
 
 def _others(search: Search, listing: Listing) -> list[str]:
-    """The files beside the tars, but for those that describe them; all are passed over, and counted."""
+    """The files next to the tars that do not describe them. All are ignored and counted."""
     stems = {PurePosixPath(name).stem for name in listing.files if extension_of(name) == "tar"}
     others = [name for name in listing.files if extension_of(name) != "tar" and name != INFO]
     described = [name for name in others if PurePosixPath(name).stem.removesuffix("_stats") in stems]
     metadata = [name for name in described if extension_of(name) in ("parquet", "json")]
     if metadata:
-        what = f"{len(metadata)} files such as {metadata[0]} describe the tars, as of img2dataset, and are passed over"
+        what = f"{len(metadata)} files such as {metadata[0]} describe the tars, as in img2dataset, and are ignored"
         search.note(f"{listing.folder}: {what}")
     rest = [name for name in others if name not in set(described)]
     search.ignored.update(map(extension_of, rest))
@@ -87,7 +87,7 @@ def images_in_tar(search: Search, path: Path) -> Images:
 
 
 def _in_tar_of_tars(search: Search, path: Path) -> Images:
-    """Classes and images in the order of their names, as they would be found in folders."""
+    """The images, in the order of the names of classes and images, as in folders."""
     with path.open("rb") as file:
         inner = []
         for member, content in members_within(file, path, 0, os.fstat(file.fileno()).st_size):

@@ -1,4 +1,4 @@
-"""Reading a tar in place that lies in another one, as ImageNet is published."""
+"""Reads a tar inside another tar in place; ImageNet is published so."""
 
 import tarfile
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from jitscale.errors import DataError, data_error
 
 
 def is_tar_of_tars(path: Path) -> bool:
-    """Whether the first file in it is a tar. A damaged one is not: reading it as webdataset's says what is wrong."""
+    """Whether the first file in it is a tar. False for a damaged tar: reading it as webdataset's says what is wrong."""
     try:
         with tarfile.open(path, "r:") as tar:
             return next(
@@ -24,7 +24,7 @@ def is_tar_of_tars(path: Path) -> bool:
 def members_within(
     file: IO[bytes], path: Path, start: int, size: int
 ) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
-    """The `contents` of the tar in bytes [start, start + size) of `file`; refuses a damaged, cut or sparse one."""
+    """The `contents` of the tar in bytes [start, start + size) of `file`. Raises a DataError if it is damaged."""
     end = start + size
     damage = (tarfile.TarError, ValueError)  # ValueError: numbers in pax headers
     file.seek(start)
@@ -34,7 +34,7 @@ def members_within(
         tarfile.open(fileobj=file, mode="r:") as tar,
     ):
         for member, content in contents(tar):
-            if member.offset_data + member.size > end:  # maybe a header of the tar around it
+            if member.offset_data + member.size > end:  # what follows may be a header of the outer tar
                 raise tarfile.ReadError("unexpected end of data")
             if content is not None and content.issparse():
                 raise DataError(f"{path}: byte {member.offset}: {member.name!r} {SPARSE}")

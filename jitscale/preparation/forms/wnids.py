@@ -1,4 +1,4 @@
-"""ImageNet's labels against the WNIDs in the names of its files: both say the class."""
+"""Compares ImageNet's labels with the WNIDs in the names of its files: both say the class."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,18 +7,18 @@ from jitscale.errors import DataError
 
 _WNID = re.compile(r"(?:^|[/_])(n\d{8})(?:_\d+)?\.\w+$")  # n01440764_10026.JPEG, ILSVRC2012_val_00000001_n01751748.JPEG
 _CLASSES = 1000  # of ImageNet, whose labels are in the order of the WNIDs
-_REMEDY = "the file is wrong, or its classes are meant otherwise: name them by --class-names, and nothing is compared"
+_REMEDY = "the file is wrong, or its classes have another order: name them with --class-names, which turns this off"
 
 
 @dataclass
 class WnidCheck:
     """Compares the label of each image with the WNID in its path."""
 
-    _labels: dict[str, tuple[int, str]] = field(default_factory=dict)  # by WNID: the label, and where it was first
+    _labels: dict[str, tuple[int, str]] = field(default_factory=dict)  # by WNID: the label, and its first place
     _wnids: dict[int, str] = field(default_factory=dict)  # by label
 
     def see(self, path: str, label: int, place: str) -> None:
-        """Compare one image with those before. Raises a DataError if a class has two WNIDs, or a WNID two classes."""
+        """Compare one image with earlier ones. Raises a DataError if a class has two WNIDs, or a WNID two classes."""
         if (found := _WNID.search(path)) is None:
             return
         wnid = found[1]
